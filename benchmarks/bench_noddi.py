@@ -1,0 +1,265 @@
+"""Fit NODDI to a simulated two-shell acquisition: row `noddi_fit`, peer AMICO.
+
+All start from signals in host memory and end with maps in host memory. Voxels cover the whole
+parameter range uniformly, with Rician noise at SNR 30, and the error beside each time is the error
+against the known parameters. jaxmed is measured twice, with least squares (what AMICO minimises)
+and with the Rician likelihood. AMICO runs as its authors run it (files, scheme, 500 directions,
+its default solver, one thread per pinned core, always on the CPU); its `compile_s` is the
+generation and loading of its kernels, which it needs once per protocol. A noise-free run of AMICO
+recovers mid-range parameters to 0.006 here, so its files, axes and units are as it expects them.
+"""
+
+import contextlib
+import functools
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import nibabel as nib
+import numpy as np
+from timing import (
+    Conditions,
+    Measurement,
+    alternate,
+    describe_cpu,
+    emit,
+    first_call,
+    make_rows,
+    measure_peak,
+    parse_config,
+    prepare,
+    versions,
+)
+
+from jaxmed.physics.acquisition import add_rician_noise, two_shell_protocol
+from jaxmed.physics.noddi import order_for, signal
+from jaxmed.systems.noddi.fitting import GRID_KAPPA, GRID_NDI, Maps, fit
+
+SNR = 30.0
+S0 = 1000.0
+
+# Image shapes, because the peer reads images; `pod` takes the GPU's for every device.
+SHAPES = {"smoke": (16, 16, 1), "cpu": (25, 25, 32), "gpu": (100, 100, 100)}
+
+# What jaxmed maximises, and the noise level it is told.
+LIKELIHOODS = {"least squares": None, "Rician likelihood": S0 / SNR}
+
+
+class Voxels(NamedTuple):
+    """Simulated voxels with their truth, on the host.
+
+    Attributes:
+        signals: Magnitudes, (voxel, measurement), float32, S0 = 1000.
+        ndi: Neurite density index.
+        odi: Orientation dispersion index.
+        fwf: Free-water fraction.
+    """
+
+    signals: np.ndarray
+    ndi: np.ndarray
+    odi: np.ndarray
+    fwf: np.ndarray
+
+
+def main() -> None:
+    """Measure and print the rows."""
+    config = parse_config(__doc__)
+    conditions = prepare(config)
+    shape = SHAPES["gpu" if config.size == "pod" else config.size]
+    if config.size == "pod":
+        shape = (*shape[:2], shape[2] * jax.device_count())
+    bvals, bvecs = two_shell_protocol()
+    voxels = simulate(jax.random.key(0), int(np.prod(shape)), bvals, bvecs)
+    peak = measure_peak()
+
+    functions: dict[str, Callable[[], Any]] = {
+        likelihood: functools.partial(fit, voxels.signals, bvals, bvecs, sigma=sigma)
+        for likelihood, sigma in LIKELIHOODS.items()
+    }
+    first = {likelihood: first_call(function) for likelihood, function in functions.items()}
+    kernels_s = None
+    with contextlib.ExitStack() as stack:
+        if config.peer:
+            kernels_s, functions["AMICO"] = stack.enter_context(
+                amico_fit(voxels.signals, shape, bvals, bvecs, conditions)
+            )
+        seconds = alternate(functions, config.repeats)
+        maps = {name: function() for name, function in functions.items()}
+
+    peers = {}
+    if config.peer:
+        peers["AMICO"] = Measurement(
+            seconds["AMICO"],
+            compile_s=kernels_s,
+            accuracy=errors(maps["AMICO"], voxels),
+            versions=versions("dmri-amico", "dipy"),
+            device=describe_cpu(conditions.cores),
+        )
+    rows = []
+    for likelihood in LIKELIHOODS:
+        found = maps[likelihood]
+        ours = Measurement(
+            seconds[likelihood],
+            # The fit compiles inside its first call for a protocol.
+            compile_s=max(0.0, first[likelihood] - statistics.median(seconds[likelihood])),
+            flops=count_flops(found, bvals),
+            # What must move at least once: signals in, maps out.
+            bytes=voxels.signals.nbytes + sum(leaf.nbytes for leaf in found),
+            accuracy={**errors(found, voxels), "converged": float(found.converged.mean())},
+        )
+        workload = f"{len(voxels.ndi)} voxels x {len(bvals)} rows, SNR {SNR:.0f}, {likelihood}"
+        rows += make_rows("noddi_fit", workload, {"jaxmed": ours, **peers}, conditions, peak)
+    emit(rows, config.json)
+
+
+# --- Data ------------------------------------------------------------------------------------
+
+
+def simulate(key: jax.Array, count: int, bvals: np.ndarray, bvecs: np.ndarray) -> Voxels:
+    """Draw parameters uniformly over their range, directions over the sphere, and Rician noise."""
+    draw_key, direction_key, noise_key = jax.random.split(key, 3)
+    ndi, odi, fwf = jax.random.uniform(draw_key, (3, count))
+    odi = 0.02 + 0.97 * odi
+    direction = jax.random.normal(direction_key, (count, 3))
+    direction /= jax.numpy.linalg.norm(direction, axis=-1, keepdims=True)
+
+    @jax.jit
+    def measure(key, ndi, odi, fwf, direction):
+        clean = signal(ndi, odi, fwf, direction, bvals, bvecs)
+        return add_rician_noise(key, S0 * clean, S0 / SNR)
+
+    # In parts: a million voxels at once would hold the model's intermediate orders in memory.
+    size = 20_000
+    signals = [
+        np.asarray(
+            measure(
+                jax.random.fold_in(noise_key, start),
+                *(values[start : start + size] for values in (ndi, odi, fwf, direction)),
+            )
+        )
+        for start in range(0, count, size)
+    ]
+    return Voxels(np.concatenate(signals), np.asarray(ndi), np.asarray(odi), np.asarray(fwf))
+
+
+def errors(maps: Any, voxels: Voxels) -> dict[str, float]:
+    """Root-mean-square error of each map.
+
+    Args:
+        maps: Has `ndi`, `odi` and `fwf`, each (voxel,).
+        voxels: The truth.
+
+    Returns:
+        Over all voxels, and as `_tissue` where the true FWF is below one half: NDI and ODI mean
+        nothing in free water, and there their errors say more about the prior than the fit.
+    """
+    tissue = voxels.fwf < 0.5
+    found = {}
+    for name in ("ndi", "odi", "fwf"):
+        squared = (np.asarray(getattr(maps, name), np.float64) - getattr(voxels, name)) ** 2
+        found[name] = float(np.sqrt(squared.mean()))
+        found[f"{name}_tissue"] = float(np.sqrt(squared[tissue].mean()))
+    return found
+
+
+# --- Implementations -------------------------------------------------------------------------
+
+
+def count_flops(maps: Maps, bvals: np.ndarray) -> float:
+    """Count the operations that the fit's method asks for, by formula.
+
+    XLA's own count is of no use: it takes the body of a loop once, and iterations differ by voxel.
+    Exponentials count as one operation.
+    """
+    degrees = order_for(bvals) // 2 + 1
+    nodes = 64
+    # Watson moments and their slopes: two (degree x node) matrix products and the density.
+    moments = 2 * 2 * degrees * nodes + 5 * nodes
+    # A row: the Legendre recursion and its slope for every degree (7 operations), three sums over
+    # the even ones (8), compartments and five derivatives (60), and 21 products summed for the
+    # normal matrix, gradient and cost (42).
+    row = 7 * 2 * (degrees - 1) + 8 * (degrees - 1) + 60 + 42
+    evaluation = moments + row * len(bvals)
+    # The grid: per kappa a sum over degrees, per ndi three sums of products and the mixture (14).
+    grid = len(GRID_KAPPA) * (2 * degrees + 14 * len(GRID_NDI)) * len(bvals)
+    # Two weighted passes with seven unknowns.
+    tensor = 2 * 2 * 7 * 8 * len(bvals)
+    evaluations = float(maps.iterations.sum(dtype=np.int64)) + len(maps.iterations)
+    return evaluations * evaluation + len(maps.iterations) * (grid + tensor)
+
+
+class AmicoMaps(NamedTuple):
+    """AMICO's maps under jaxmed's names, each (voxel,)."""
+
+    ndi: np.ndarray
+    odi: np.ndarray
+    fwf: np.ndarray
+
+
+@contextlib.contextmanager
+def amico_fit(
+    signals: np.ndarray,
+    shape: tuple[int, ...],
+    bvals: np.ndarray,
+    bvecs: np.ndarray,
+    conditions: Conditions,
+) -> Iterator[tuple[float, Callable[[], AmicoMaps]]]:
+    """Set AMICO up on files in a temporary folder.
+
+    Args:
+        signals: Magnitudes, (voxel, measurement).
+        shape: Image shape that holds the voxels.
+        bvals: In s/mm^2.
+        bvecs: Unit directions.
+        conditions: Tells how many threads to use.
+
+    Yields:
+        Seconds to generate and load the kernels, and a call of AMICO's fit.
+    """
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
+        folder = Path(name)
+        # AMICO keeps its rotation matrices in dipy's folder, by default in the user's home.
+        os.environ["DIPY_HOME"] = name
+        import amico.lut
+        import amico.util
+
+        amico.set_verbose(1)
+        # amico.setup() does this for 22 sets of directions once per installation; the fit
+        # uses one of them.
+        amico.lut.precompute_rotation_matrices(12, 500)
+
+        image = nib.Nifti1Image(signals.reshape(*shape, -1), np.eye(4))
+        nib.save(image, folder / "dwi.nii")
+        np.savetxt(folder / "dwi.bval", bvals[None], fmt="%g")
+        np.savetxt(folder / "dwi.bvec", bvecs.T, fmt="%.8f")
+        amico.util.fsl2scheme(str(folder / "dwi.bval"), str(folder / "dwi.bvec"), str(folder / "dwi.scheme"))
+        evaluation = amico.Evaluation(name, ".")
+        evaluation.set_config("nthreads", len(conditions.cores))
+        evaluation.load_data("dwi.nii", "dwi.scheme")
+        evaluation.set_model("NODDI")
+
+        def prepare_kernels():
+            evaluation.generate_kernels(regenerate=True)
+            evaluation.load_kernels()
+
+        def call() -> AmicoMaps:
+            with contextlib.redirect_stdout(sys.stderr):
+                evaluation.fit()
+            results, model = evaluation.RESULTS, evaluation.model
+            assert results is not None and model is not None  # AMICO declares them as None.
+            maps = results["MAPs"]
+            order = [model.maps_name.index(name) for name in ("NDI", "ODI", "FWF")]
+            return AmicoMaps(*(maps[..., index].ravel() for index in order))
+
+        seconds = first_call(prepare_kernels)
+        with contextlib.redirect_stdout(sys.__stdout__):
+            yield seconds, call
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The command line: parse, pick a stage, run it.
+
+`jaxmed <system> <stage>` imports one module, jaxmed.systems.<system>.stages.<stage>, and calls its `run`. Nothing above that
+line imports jax, so that help and mistakes answer at once. A user's mistake ends in one line and exit code 2.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import importlib
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Annotated, Any
+
+from jaxmed.config import from_record, nearest, read_record, resolve_paths
+from jaxmed.errors import InputError
+from jaxmed.files import WRITE_ADVICE
+
+STAGES = {
+    "noddi fit": "NODDI maps (neurite density, dispersion, free water) of a diffusion scan",
+}
+SYSTEMS = {
+    "noddi": "tissue microstructure from diffusion MRI (arXiv:2507.12632)",
+}
+COMMANDS = {
+    "report": "jaxmed report RUN    write the page of a finished run again",
+    "doctor": "jaxmed doctor        versions, devices, memory, and what is missing",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 some records failed, 2 a user's mistake."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        return _fail(str(error), arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues where it was saved", arguments, code=130)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno not in WRITE_ADVICE:
+            raise
+        expected, advice = WRITE_ADVICE[error.errno or errno.EIO]
+        found = (error.strerror or "an error").lower()
+        return _fail(str(InputError(error.filename or "output", expected, found, advice)), arguments)
+
+
+def _fail(line: str, arguments: Sequence[str], code: int = 2) -> int:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    print(f"jaxmed: {line}", file=sys.stderr)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview(), flush=True)
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from jaxmed.versions import package_version
+
+        print(f"jaxmed {package_version('jaxmed')}")
+        return 0
+    first, rest = arguments[0], arguments[1:]
+    if first == "doctor":
+        return _doctor(rest)
+    if first == "report":
+        return _report(rest)
+    if first not in SYSTEMS:
+        known = [*SYSTEMS, *COMMANDS]
+        raise InputError(first, "a system or a command", "an unknown word", nearest(first, known))
+    if not rest or rest[0] in ("-h", "--help"):
+        print(importlib.import_module(f"jaxmed.systems.{first}").__doc__)
+        return 0
+    return _run_stage(first, rest[0], rest[1:])
+
+
+def overview() -> str:
+    """Return what `jaxmed` alone prints."""
+    lines = ["jaxmed: published medical-imaging systems in JAX", ""]
+    for system, summary in SYSTEMS.items():
+        lines.append(f"{system}: {summary}")
+        stages = {name: text for name, text in STAGES.items() if name.split()[0] == system}
+        lines += [f"  jaxmed {name:<22} {text}" for name, text in stages.items()]
+    lines += ["", "Other commands", *(f"  {text}" for text in COMMANDS.values())]
+    lines += ["", "jaxmed SYSTEM explains a system; jaxmed SYSTEM STAGE --help shows every option."]
+    lines += ["Try one without data: jaxmed noddi fit --preset smoke --out runs/noddi"]
+    return "\n".join(lines)
+
+
+def load_stage(system: str, stage: str) -> ModuleType:
+    """Import the module of a stage."""
+    if f"{system} {stage}" not in STAGES:
+        stages = [name.split()[1] for name in STAGES if name.split()[0] == system]
+        raise InputError(f"{system} {stage}", "a stage", "an unknown word", nearest(stage, stages))
+    return importlib.import_module(f"jaxmed.systems.{system}.stages.{stage.replace('-', '_')}")
+
+
+def _run_stage(system: str, stage: str, arguments: list[str]) -> int:
+    module = load_stage(system, stage)
+    from jaxmed.train.run_folder import open_run
+
+    config, options = parse_stage(module, f"jaxmed {system} {stage}", arguments)
+    folder = open_run(system, stage, config, options)
+    if folder.status == "complete":
+        print(f"Complete already, nothing was run: {folder.report}  (--overwrite runs it again)")
+        return 0
+    code = module.run(config, folder)
+    print(f"Report: {folder.report}")
+    return code or 0
+
+
+def parse_stage(module: ModuleType, program: str, arguments: list[str]) -> tuple[Any, Any]:
+    """Turn the words after `jaxmed SYSTEM STAGE` into its configuration and the run options.
+
+    Values come from, in rising order: the stage's defaults, `--preset`, `--config`, the other options.
+
+    Raises:
+        InputError: An option is unknown or a value refused.
+    """
+    import tyro
+
+    from jaxmed.train.run_folder import RunOptions
+
+    arguments, preset = _take(arguments, "--preset")
+    arguments, stored = _take(arguments, "--config")
+    default = _default(module, program, preset, stored)
+    # tyro reads the fields of both records as if they stood in one, without a prefix.
+    flat = tyro.conf.arg(name="")
+    kind = dataclasses.make_dataclass(
+        "Invocation",
+        [
+            ("run", Annotated[RunOptions, flat]),
+            ("config", Annotated[module.Config, flat], dataclasses.field(default=default)),
+        ],
+        frozen=True,
+    )
+    screen, errors = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
+            parsed = tyro.cli(kind, prog=program, args=arguments, description=_describe(module))
+    except SystemExit as error:
+        if error.code in (0, None):
+            print(screen.getvalue(), end="")
+            raise
+        raise parse_error(errors.getvalue() or screen.getvalue(), program) from error
+    except ValueError as error:  # a configuration's own check
+        raise parse_error(f"Error parsing config: {error}", program) from error
+    return resolve_paths(parsed.config), parsed.run
+
+
+def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:
+    """Remove one option and its value, in either spelling."""
+    for index, word in enumerate(arguments):
+        if word == option:
+            if index + 1 == len(arguments):
+                raise InputError(option, "a value", "nothing")
+            return arguments[:index] + arguments[index + 2 :], arguments[index + 1]
+        if word.startswith(option + "="):
+            return arguments[:index] + arguments[index + 1 :], word.removeprefix(option + "=")
+    return arguments, None
+
+
+def _presets(module: ModuleType) -> list[str]:
+    return [name for name in ("smoke", "laptop", "paper") if hasattr(module, name)]
+
+
+def _default(module: ModuleType, program: str, preset: str | None, stored: str | None) -> Any:
+    if preset is not None and stored is not None:
+        raise InputError("--preset", "no preset beside --config", preset, "give one of the two")
+    if preset is not None:
+        presets = _presets(module)
+        if preset not in presets:
+            raise InputError("--preset", f"one of {', '.join(presets)}", preset, nearest(preset, presets))
+        return getattr(module, preset)()
+    if stored is None:
+        return module.Config()
+    record = read_record(stored)
+    name = f"jaxmed {record.get('system')} {record.get('stage')}"
+    if name != program:
+        raise InputError(stored, f"a configuration of {program}", f"one of {name}")
+    return from_record(module.Config, record.get("config"), stored)
+
+
+def _describe(module: ModuleType) -> str:
+    presets = "\n".join(
+        f"  --preset {name:<7} {(getattr(module, name).__doc__ or '').splitlines()[0]}" for name in _presets(module)
+    )
+    summary = (module.__doc__ or "").partition(": ")[2]
+    return (
+        f"{summary}\n\nPresets set defaults that other options may change:\n{presets}\n"
+        "  --config RUN/config.json  repeats a run"
+    )
+
+
+def parse_error(screen: str, program: str) -> InputError:
+    """Turn what tyro prints in a box into one error."""
+    lines = [line.strip(" │") for line in screen.splitlines() if line.startswith("│")]
+    lines = lines or screen.split("\n")
+    rule = next((index for index, line in enumerate(lines) if set(line) == {"─"}), len(lines))
+    text, hints = " ".join(lines[:rule]), lines[rule + 1 :]
+    advice = f"see {program} --help"
+    if match := re.match(r"Unrecognized options: (.*)", text):
+        close = next((line.split(",")[0].split()[0] for line in hints if line.startswith("--")), None)
+        return InputError(match[1], "a known option", "an unknown one", f"did you mean '{close}'?" if close else advice)
+    if match := re.match(r"Error parsing ([^:]*): (\S+): expected (.*), found (.*)", text):
+        field = ".".join([*match[1].removeprefix("config").strip(".").split("."), match[2]]).strip(".")
+        return InputError(field, match[3], match[4], advice)
+    if match := re.match(r"Error parsing ([^:]*): invalid literal for int\(\) with base 10: (.*)", text):
+        return InputError(match[1], "a whole number", match[2], advice)
+    if match := re.match(r"Error parsing ([^:]*): could not convert string to float: (.*)", text):
+        return InputError(match[1], "a number", match[2], advice)
+    if match := re.match(r"Error parsing ([^:]*): (.*)", text):
+        return InputError(match[1], "a valid value", match[2], advice)
+    if match := re.match(r"Missing value for argument '([^']*)'. Expected (.*?)\.?$", text):
+        return InputError(match[1], match[2], "fewer", advice)
+    if "equired" in text:
+        names = re.findall(r"--[a-z][\w.-]*", " ".join(lines))
+        return InputError(names[0] if names else "arguments", "a value", "nothing", advice)
+    return InputError("arguments", "valid options", text, advice)
+
+
+def _report(arguments: list[str]) -> int:
+    from pathlib import Path
+
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print("usage: jaxmed report RUN\n\nWrite RUN/report.html again from what the run left in its folder.")
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    folder = Path(arguments[0]).expanduser().absolute()
+    record = read_record(folder / "config.json")
+    module = load_stage(str(record.get("system")), str(record.get("stage")))
+    module.report(folder)
+    print(f"Report: {folder / 'report.html'}")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    from jaxmed.doctor import examine
+
+    if arguments:
+        print("usage: jaxmed doctor\n\nShow versions, devices, memory, and what is missing.")
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    return examine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

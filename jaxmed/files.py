@@ -1,0 +1,134 @@
+"""Files as every reader and writer wants them: checked before opening, never half-written."""
+
+import contextlib
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxmed.errors import InputError
+
+# What a user can cause while writing, and what helps against it.
+WRITE_ADVICE = {
+    errno.ENOSPC: ("enough space to write", "free some space, or write elsewhere"),
+    errno.EDQUOT: ("enough space to write", "free some of your quota, or write elsewhere"),
+    errno.EFBIG: ("a file system for large files", "write elsewhere"),
+    errno.EROFS: ("a writable place", "choose another output folder"),
+    errno.EACCES: ("a writable place", "change its permissions, or choose another output folder"),
+    errno.EPERM: ("a writable place", "change its permissions, or choose another output folder"),
+    errno.ENOTDIR: ("a folder above the file", "choose another output folder"),
+    errno.EEXIST: ("a folder above the file", "choose another output folder"),
+    errno.EISDIR: ("a file name", "name a file, not a folder"),
+    errno.ENAMETOOLONG: ("a shorter name", "choose a shorter file name"),
+    errno.EIO: ("a working device", "check the disk, or write elsewhere"),
+}
+
+
+def require_file(path: str | Path, what: str, suffixes: Sequence[str] = ()) -> Path:
+    """Check that a file can be opened and looks like what is wanted.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message, such as "a NIfTI file".
+        suffixes: Allowed endings in lower case; empty for any.
+
+    Returns:
+        The same path.
+
+    Raises:
+        InputError: When it is missing, a folder, of another suffix, empty or not readable.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(path, what, "a folder", "name the file itself")
+        if not path.exists():
+            raise InputError(path, what, "no such file", "check the path")
+        if suffixes and not path.name.lower().endswith(tuple(suffixes)):
+            found = f"the suffix '{path.suffix}'"
+            raise InputError(path, what, found, f"use one of {', '.join(suffixes)}")
+        if path.stat().st_size == 0:
+            raise InputError(path, what, "an empty file", "copy or make it again")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(path, f"{what} that can be read", _reason(error)) from error
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling that takes the place of `path` when the block ends well.
+
+    The sibling keeps the suffix, so that writers which look at it choose the right format. Missing
+    folders above `path` are made. When the block fails, `path` is as it was before.
+
+    Raises:
+        InputError: When the place cannot be written or is full.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    if path.is_dir():
+        raise InputError(path, "a file name", "a folder", "name a file, not a folder")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name[-200:]}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        # An error about some other file (say, one that the block reads) is not about writing.
+        is_ours = error.filename is None or Path(os.fsdecode(error.filename)) in (path, temporary)
+        if is_ours and error.errno in WRITE_ADVICE:
+            expected, advice = WRITE_ADVICE[error.errno]
+            raise InputError(path, expected, _reason(error), advice) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder and those above it.
+
+    Raises:
+        InputError: When it cannot be made.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        expected, advice = WRITE_ADVICE.get(error.errno or 0, ("a folder to write in", ""))
+        raise InputError(path, expected, _reason(error), advice) from error
+    return path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text as UTF-8, wholly or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | Path, record: object) -> None:
+    """Write a record as indented JSON, wholly or not at all.
+
+    NumPy scalars and arrays become numbers and lists, paths become strings.
+
+    Raises:
+        ValueError: When a number is not finite: JSON has no word for it.
+    """
+    write_text(path, json.dumps(record, indent=2, allow_nan=False, default=_plain) + "\n")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error) or type(error).__name__).lower()

@@ -1,0 +1,1 @@
+"""Readers and writers of files: volumes, images, tables, DICOM series and published weights."""

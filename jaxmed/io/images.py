@@ -1,0 +1,182 @@
+"""2D images: PNG, JPEG and TIFF through Pillow, and arrays in .npy and .npz.
+
+Images are stored as seen: first axis rows from the top, second axis columns from the left, then,
+for colour, red, green, blue. 8-bit and 16-bit integers are scaled to [0, 1] by 255 and 65535, bits
+to 0 and 1, in every format; other integers and floating point values are kept as they are.
+"""
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Shaped
+from PIL import Image, ImageOps
+
+from jaxmed.errors import InputError
+from jaxmed.files import atomic_path, require_file
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+ARRAY_SUFFIXES = (".npy", ".npz")
+# What Pillow's decoders raise on damaged files: it has no error of its own.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    MemoryError,
+    OverflowError,
+    NotImplementedError,
+    UserWarning,  # what Pillow says before it fails, where warnings are errors
+    struct.error,
+    zlib.error,
+)
+
+
+def read_image(
+    path: str | Path,
+    *,
+    key: str | None = None,
+    allow_nonfinite: bool = False,
+    allow_constant: bool = True,
+) -> Float32[np.ndarray, "..."]:
+    """Read a grayscale or colour image.
+
+    EXIF orientation is applied, alpha is dropped (colours under transparent pixels show), palettes
+    and other colour spaces become RGB. The pages of a TIFF are stacked along a new first axis and
+    must have one size; of other formats the first picture is read. 16-bit colour PNG comes at 8
+    bits, which is what Pillow decodes.
+
+    Args:
+        path: A .png, .jpg, .jpeg, .tif, .tiff, .npy or .npz file.
+        key: Name of the array in an .npz file; needed when it holds several.
+        allow_nonfinite: Whether NaN and Inf may pass.
+        allow_constant: Whether an image of one single value may pass.
+
+    Returns:
+        row, column for grayscale, row, column, 3 for colour, with pages before them; arrays
+        keep the 2 to 4 axes they have.
+
+    Raises:
+        InputError: For whatever is wrong with the file.
+    """
+    path = require_file(path, "an image", PICTURE_SUFFIXES + ARRAY_SUFFIXES)
+    is_array = path.suffix.lower() in ARRAY_SUFFIXES
+    pixels = _read_array(path, key) if is_array else _read_picture(path)
+    if pixels.ndim not in (2, 3, 4) or pixels.size == 0:
+        raise InputError(path, "an image of 2 to 4 axes", f"shape {pixels.shape}")
+    image = _to_float(path, pixels)
+    bad = image.size - int(np.isfinite(image).sum())
+    if bad and not allow_nonfinite:
+        found = f"{bad} NaN or Inf pixels of {image.size}"
+        raise InputError(path, "finite pixels", found, "mask or repair them first")
+    if not allow_constant and image.min() == image.max():
+        raise InputError(path, "an image with contrast", f"{image.flat[0]:g} everywhere")
+    return image
+
+
+def write_png(path: str | Path, image: Shaped[np.ndarray, "row column *channel"]) -> None:
+    """Write a PNG, wholly or not at all.
+
+    Args:
+        path: A .png file.
+        image: row, column or row, column, 3. uint8 and (grayscale only) uint16 are written as they
+            are; floating point has to lie in [0, 1] and is written with 8 bits.
+
+    Raises:
+        InputError: When the array is no such image, or the place is not writable.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise InputError(path, "a .png name", f"the suffix '{path.suffix}'")
+    is_colour = image.ndim == 3 and image.shape[2] == 3
+    if not (image.ndim == 2 or is_colour) or image.size == 0:
+        raise InputError(path, "an image of row, column or row, column, 3", f"shape {image.shape}")
+    if image.dtype.kind == "f":
+        low, high = float(image.min()), float(image.max())
+        if not (low >= 0 and high <= 1):
+            found = f"values in [{low:g}, {high:g}]"
+            raise InputError(path, "values in [0, 1]", found, "scale the image first")
+        image = np.rint(image * 255).astype(np.uint8)
+    if image.dtype != np.uint8 and not (image.dtype == np.uint16 and image.ndim == 2):
+        raise InputError(path, "uint8, grayscale uint16 or floating point", f"{image.dtype}")
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(image)).save(temporary, format="PNG")
+
+
+def _read_picture(path: Path) -> Shaped[np.ndarray, "..."]:
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as picture:
+            # Only TIFF has pages; an MPO's further pictures are previews or other views.
+            count = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+            pages = []
+            for index in range(count):
+                if index:
+                    picture.seek(index)
+                picture.load()
+                pages.append(_pixels(ImageOps.exif_transpose(picture), picture.format == "TIFF"))
+    except Image.UnidentifiedImageError as error:
+        advice = "check the path"
+        raise InputError(path, "an image", "something that is not an image", advice) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(path, "an image of ordinary size", error, "cut it into tiles") from error
+    except DECODE_ERRORS as error:
+        raise InputError(path, "a whole image", f"a damaged one ({error})", "copy again") from error
+    shapes = {page.shape for page in pages}
+    if len(shapes) > 1:
+        raise InputError(path, "pages of one size", f"{sorted(shapes)}", "split the file")
+    return pages[0] if len(pages) == 1 else np.stack(pages)
+
+
+def _pixels(picture: Image.Image, is_tiff: bool) -> Shaped[np.ndarray, "..."]:
+    mode = picture.mode
+    if mode == "1":
+        return np.asarray(picture)
+    if mode.startswith("I;16"):
+        pixels = np.asarray(picture)
+        return pixels.astype(pixels.dtype.newbyteorder("="))
+    if mode == "I" and not is_tiff:
+        return np.asarray(picture).astype(np.uint16)  # a 16-bit PNG, as older versions decode it
+    if mode in ("L", "I", "F"):
+        return np.asarray(picture)
+    if mode in ("LA", "La"):
+        return np.asarray(picture.convert("LA"))[..., 0]
+    if mode in ("RGBA", "PA") or "transparency" in picture.info:
+        # Channels are cut, not converted: conversion to RGB would blend in some Pillow versions.
+        return np.asarray(picture.convert("RGBA"))[..., :3]
+    return np.asarray(picture.convert("RGB"))
+
+
+def _read_array(path: Path, key: str | None) -> Shaped[np.ndarray, "..."]:
+    try:
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return content
+        with content:
+            names = content.files
+            if key is None and len(names) == 1:
+                key = names[0]
+            if key not in names:
+                found = f"the arrays {', '.join(names) or '(none)'}"
+                raise InputError(path, f"array '{key}'" if key else "one array", found, "name one")
+            return content[key]
+    except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        advice = "save plain numbers, without pickled objects" if "pickle" in str(error) else ""
+        raise InputError(path, "an array of numbers", f"a bad file ({error})", advice) from error
+
+
+def _to_float(path: Path, pixels: Shaped[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+    if pixels.dtype.kind not in "biuf":
+        raise InputError(path, "real numbers", f"{pixels.dtype}")
+    with np.errstate(over="ignore"):  # beyond float32 becomes Inf, which is counted and refused
+        image = np.ascontiguousarray(pixels, np.float32)
+    largest = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+    scale = largest.get(pixels.dtype.newbyteorder("="))
+    return image / np.float32(scale) if scale else image

@@ -1,0 +1,237 @@
+"""CSV manifests and tables: one row per record, checked columns.
+
+Separators (comma, semicolon, tab) are found from the header line; a byte-order mark, quoted cells,
+blank lines and spaces around cells are understood. Cells stay strings until a column is asked for
+as numbers, and every complaint names the line of the file.
+"""
+
+import csv
+import dataclasses
+import difflib
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from jaxmed.errors import InputError
+from jaxmed.files import require_file, write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table as read.
+
+    Attributes:
+        path: The file it came from; relative paths in its cells start at its folder.
+        columns: Names of the columns, in the order of the file.
+        rows: One dict of strings per record; empty cells are empty strings.
+        lines: Line of the file on which each record ends.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[dict[str, str], ...]
+    lines: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.rows)
+
+    def column(self, name: str) -> list[str]:
+        """Return one column as strings."""
+        require_columns(self, (name,))
+        return [row[name] for row in self.rows]
+
+    def floats(self, name: str, *, allow_missing: bool = False) -> list[float]:
+        """Return one column as finite numbers; empty cells are NaN where they may be missing."""
+        values = []
+        for cell, line in zip(self.column(name), self.lines, strict=True):
+            if allow_missing and cell.lower() in ("", "na", "nan"):
+                values.append(math.nan)
+                continue
+            try:
+                value = float(cell)
+            except ValueError:
+                value = math.nan
+            if not math.isfinite(value):
+                advice = "write decimals with a point" if "," in cell else ""
+                raise self.wrong(line, f"a number under '{name}'", _shown(cell), advice)
+            values.append(value)
+        return values
+
+    def integers(self, name: str) -> list[int]:
+        """Return one column as whole numbers; 3.0 counts as 3."""
+        values = self.floats(name)
+        for cell, value, line in zip(self.column(name), values, self.lines, strict=True):
+            if value != int(value):
+                raise self.wrong(line, f"a whole number under '{name}'", _shown(cell))
+        return [int(value) for value in values]
+
+    def wrong(self, line: int, expected: str, found: str, advice: str = "") -> InputError:
+        """Return the error that names a line of this table."""
+        return InputError(f"{self.path} line {line}", expected, found, advice)
+
+
+def read_table(path: str | Path, required: Sequence[str] = (), optional: Sequence[str] = ()) -> Table:
+    """Read a table and check its columns.
+
+    Args:
+        path: A CSV or TSV file with a header line.
+        required: Columns that must be there, with no empty cell.
+        optional: Columns that are understood when they are there. Columns of other names are
+            kept, unless the name is a near miss of an absent optional one.
+
+    Raises:
+        InputError: When the file is missing or empty, has no record, a required column is absent or
+            has an empty cell, a header is double, or a row is longer or shorter than the header.
+    """
+    path = require_file(path, "a CSV file")
+    text = _decode(path)
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    delimiter = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark))))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, lines, columns = [], [], ()
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells):
+                continue
+            if not columns:
+                columns = _checked_header(path, cells)
+                continue
+            if len(cells) != len(columns):
+                where = f"{path} line {reader.line_num}"
+                advice = "quote cells that hold a separator" if len(cells) > len(columns) else ""
+                raise InputError(where, f"{len(columns)} cells", f"{len(cells)}", advice)
+            rows.append(dict(zip(columns, cells, strict=True)))
+            lines.append(reader.line_num)
+    except csv.Error as error:
+        where = f"{path} line {reader.line_num}"
+        raise InputError(where, "a CSV row", error, "check the quotes") from error
+    if not columns:
+        raise InputError(path, "a table with a header line", "only blank lines")
+    if not rows:
+        raise InputError(path, "at least one record", "a header and nothing below it")
+    table = Table(path, columns, tuple(rows), tuple(lines))
+    require_columns(table, required)
+    _refuse_near_misses(table, optional)
+    for name in required:
+        for row, line in zip(table.rows, table.lines, strict=True):
+            if not row[name]:
+                advice = "fill it in, or drop the row"
+                raise table.wrong(line, f"a value under '{name}'", "an empty cell", advice)
+    return table
+
+
+def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a comma-separated table, wholly or not at all; None becomes an empty cell.
+
+    Raises:
+        ValueError: When a row has a column that is not listed.
+        InputError: When the place is not writable.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def require_columns(table: Table, names: Sequence[str]) -> None:
+    """Refuse a table that lacks a column, and suggest the nearest name.
+
+    Raises:
+        InputError: When a column is absent.
+    """
+    for name in names:
+        if name not in table.columns:
+            near = difflib.get_close_matches(name.lower(), [c.lower() for c in table.columns], 1)
+            original = next((c for c in table.columns if near and c.lower() == near[0]), None)
+            advice = f"did you mean '{original}'?" if original else "add it, or name another column"
+            found = f"the columns {', '.join(table.columns)}"
+            raise InputError(table.path, f"a column '{name}'", found, advice)
+
+
+def require_two_classes(table: Table, column: str = "label") -> None:
+    """Refuse labels that cannot be told apart because they are all the same.
+
+    Raises:
+        InputError: When the column holds fewer than two values.
+    """
+    classes = sorted({value for value in table.column(column) if value})
+    if len(classes) < 2:
+        found = f"only {_shown(classes[0])}" if classes else "none"
+        raise InputError(table.path, f"two or more classes under '{column}'", found)
+
+
+def require_disjoint_subjects(table: Table, subject: str = "subject", split: str = "split") -> None:
+    """Refuse a table in which one subject stands in two splits: its scans would leak.
+
+    Raises:
+        InputError: When there is such a subject.
+    """
+    splits: dict[str, set[str]] = {}
+    for name, part in zip(table.column(subject), table.column(split), strict=True):
+        splits.setdefault(name, set()).add(part)
+    torn = {name: parts for name, parts in splits.items() if len(parts) > 1}
+    if torn:
+        name, parts = next(iter(torn.items()))
+        found = f"{_shown(name)} in {' and '.join(sorted(parts))}"
+        if len(torn) > 1:
+            found += f", and {len(torn) - 1} more such subjects"
+        advice = "keep all records of a subject in one split"
+        raise InputError(table.path, "every subject in one split", found, advice)
+
+
+def resolve_path(cell: str, folder: str | Path) -> Path:
+    """Return the file that a cell names: relative to `folder`, absolute as it is."""
+    return Path(folder) / Path(cell).expanduser()
+
+
+def resolve_paths(table: Table, column: str = "path") -> list[Path]:
+    """Return the files that a column names, relative to the table's folder.
+
+    Raises:
+        InputError: When some do not exist; the first three are named.
+    """
+    paths = [resolve_path(cell, table.path.parent) for cell in table.column(column)]
+    missing = [f"{path} (line {line})" for path, line in zip(paths, table.lines, strict=True) if not path.exists()]
+    if missing:
+        found = f"{len(missing)} of {len(paths)} missing: {', '.join(missing[:3])}"
+        found += ", ..." if len(missing) > 3 else ""
+        advice = f"paths start at the table's folder {table.path.parent}"
+        raise InputError(table.path, f"existing files under '{column}'", found, advice)
+    return paths
+
+
+def _decode(path: Path) -> str:
+    content = path.read_bytes()
+    is_wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        text = content.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(path, "a UTF-8 text", f"other bytes ({error})", "save as UTF-8") from error
+    if "\0" in text:
+        raise InputError(path, "a CSV file", "something that is not text", "check the path")
+    return text
+
+
+def _checked_header(path: Path, cells: list[str]) -> tuple[str, ...]:
+    doubles = sorted({cell for cell in cells if cells.count(cell) > 1})
+    if "" in cells:
+        raise InputError(path, "a name for every column", f"column {cells.index('') + 1} without")
+    if doubles:
+        raise InputError(path, "different column names", f"'{doubles[0]}' twice", "rename one")
+    return tuple(cells)
+
+
+def _refuse_near_misses(table: Table, optional: Sequence[str]) -> None:
+    # A misspelt optional column would be ignored in silence, and the run would look fine.
+    for name in set(optional) - set(table.columns):
+        near = difflib.get_close_matches(name, table.columns, 1, cutoff=0.8)
+        if near and near[0] not in optional:
+            raise InputError(table.path, f"a column '{name}' or none", f"'{near[0]}'", "rename it")
+
+
+def _shown(cell: str) -> str:
+    return f"'{cell}'" if cell else "an empty cell"

@@ -1,0 +1,1 @@
+"""Forward models with units: what a scanner would measure, as functions of tissue and acquisition."""

@@ -1,0 +1,1 @@
+"""Synthetic data as pure functions of a key."""

@@ -1,0 +1,1 @@
+"""Running things: run folders, logs and progress."""

@@ -1,0 +1,144 @@
+"""The folder that every run writes, in one layout.
+
+config.json (complete, re-runnable), metrics.jsonl, checkpoints/, outputs/, inputs/ (embedded data only), report.html and
+log.txt. `open_run` looks and decides without writing anything; `start` makes the folder. The report is written last, so
+a run that has one is complete.
+"""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxmed.config import read_record, to_record
+from jaxmed.errors import InputError
+from jaxmed.files import make_folder, write_json
+from jaxmed.versions import software_versions
+
+OWN_NAMES = ("config.json", "metrics.jsonl", "checkpoints", "outputs", "inputs", "report.html", "log.txt", "profile")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What every stage takes besides its own configuration.
+
+    Attributes:
+        out: Run folder to write.
+        resume: Continue when the folder holds a run of the same configuration; otherwise start it anew.
+        overwrite: Replace a run of another configuration, or a complete one. Only a run's own files are deleted.
+        quiet: Print nothing but errors and the path of the report.
+        debug: Show the traceback of an error.
+        profile: Write a profiler trace of this many steps to RUN/profile, for TensorBoard or Perfetto.
+    """
+
+    out: Path
+    resume: bool = True
+    overwrite: bool = False
+    quiet: bool = False
+    debug: bool = False
+    profile: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A run folder that was looked at, and its place in the life of a run.
+
+    Attributes:
+        path: The folder.
+        options: How the user wants it run.
+        record: What config.json holds or will hold: system, stage, config and versions.
+        status: "new", "unfinished" (of the same configuration) or "complete".
+    """
+
+    path: Path
+    options: RunOptions
+    record: dict[str, Any]
+    status: Literal["new", "unfinished", "complete"]
+
+    @property
+    def outputs(self) -> Path:
+        """Folder of results."""
+        return self.path / "outputs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of what a killed run continues from."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.path / "report.html"
+
+
+def open_run(system: str, stage: str, config: object, options: RunOptions) -> RunFolder:
+    """Decide what a run folder allows, without writing.
+
+    Raises:
+        InputError: The place holds something else, a run of another configuration, or cannot be written.
+    """
+    path = options.out.expanduser().absolute()
+    record = {
+        "system": system,
+        "stage": stage,
+        "config": to_record(config),
+        "versions": software_versions(),
+    }
+    _check_writable(path)
+    status = _find_status(path, record)
+    if status == "other" and not options.overwrite:
+        raise InputError(
+            path,
+            "a new folder, or a run of this configuration",
+            "a run of another configuration",
+            "choose another --out, or replace it with --overwrite",
+        )
+    if status == "other" or options.overwrite or not options.resume:
+        status = "new"
+    return RunFolder(path, options, record, status)
+
+
+def start(run: RunFolder) -> None:
+    """Make the folder ready: emptied of an older run unless this one continues it."""
+    if run.status == "new":
+        for name in OWN_NAMES:
+            place = run.path / name
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            else:
+                place.unlink(missing_ok=True)
+    make_folder(run.outputs)
+    write_json(run.path / "config.json", run.record)
+
+
+def _find_status(path: Path, record: dict[str, Any]) -> Literal["new", "unfinished", "complete", "other"]:
+    if not path.exists() or not any(path.iterdir()):
+        return "new"
+    if not (path / "config.json").exists():
+        foreign = next((item.name for item in path.iterdir() if item.name not in OWN_NAMES), None)
+        if foreign is not None:
+            raise InputError(
+                path, "a new or empty folder, or a run", f"a folder holding {foreign}", "choose another --out"
+            )
+        return "new"
+    found = read_record(path / "config.json")
+    if any(found.get(name) != record[name] for name in ("system", "stage", "config")):
+        return "other"
+    return "complete" if (path / "report.html").exists() else "unfinished"
+
+
+def _check_writable(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(path, "a folder for the run", "a file", "choose another --out")
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise InputError(path, "a folder above it", f"the file {existing}", "choose another --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(existing, "a writable place", "a read-only one", "choose another --out")
+    try:
+        read_only = bool(os.statvfs(existing).f_flag & os.ST_RDONLY)
+    except (AttributeError, OSError):  # not on every platform: writing will tell
+        return
+    if read_only:
+        raise InputError(existing, "a writable place", "a read-only file system", "choose another --out")

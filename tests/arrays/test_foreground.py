@@ -1,0 +1,21 @@
+"""Finding the object without a mask."""
+
+import numpy as np
+import pytest
+
+from jaxmed.arrays.foreground import find_foreground
+
+pytestmark = pytest.mark.core
+
+
+def test_the_largest_bright_region_is_found_with_its_holes_filled():
+    image = np.zeros((20, 20, 5))
+    image[4:16, 4:16] = 100.0
+    image[9:11, 9:11, 2] = 0.0  # a ventricle
+    image[0, 0, 0] = 100.0  # a spike outside
+    mask = find_foreground(image)
+    assert mask[4:16, 4:16].all() and mask.sum() == 12 * 12 * 5
+
+
+def test_an_empty_image_has_no_foreground():
+    assert not find_foreground(np.zeros((3, 3, 3))).any()

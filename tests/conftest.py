@@ -1,0 +1,39 @@
+"""Eight virtual CPU devices, runtime checks of shapes and types, and fixtures that every test may use."""
+
+import os
+
+# Before jax is imported, or they have no effect.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import sys
+import types
+from pathlib import Path
+
+import jax
+import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+# Every annotated function of the package checks its arguments and results while the tests run. An int may stand for a
+# float, as in every Python type checker; the hook wants a name that it can import.
+checker = types.ModuleType("jaxmed_checker")
+checker.__dict__["check"] = beartype(conf=BeartypeConf(is_pep484_tower=True))
+sys.modules["jaxmed_checker"] = checker
+install_import_hook("jaxmed", "jaxmed_checker.check")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of small real data sets, which are not part of the repository."""
+    folder = Path(os.environ.get("JAXMED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("the real data sets are not here: set JAXMED_DATA to their folder")
+    return folder

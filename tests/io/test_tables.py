@@ -1,0 +1,122 @@
+"""Tables: separators, numbers, and complaints that name the line."""
+
+import math
+
+import pytest
+
+from jaxmed.errors import InputError
+from jaxmed.io.tables import (
+    read_table,
+    require_disjoint_subjects,
+    require_two_classes,
+    resolve_path,
+    resolve_paths,
+    write_table,
+)
+
+pytestmark = pytest.mark.core
+
+
+def make(folder, text, name="a.csv", encoding="utf-8"):
+    path = folder / name
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_separators_marks_quotes_and_blank_lines(tmp_path, mark, encoding, end):
+    lines = ["path, label", "", f'"a{mark} 1.nii",Ü', ",", '"two""s",y ']
+    text = end.join(line.replace(",", mark) for line in lines)
+    table = read_table(make(tmp_path, text, encoding=encoding), ("path", "label"))
+    assert table.rows == (
+        {"path": f"a{mark} 1.nii", "label": "Ü"},
+        {"path": 'two"s', "label": "y"},
+    )
+    assert table.lines == (3, 5)
+    assert len(table) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "empty file"),
+        ("\n\n", "blank lines"),
+        ("path,label\n", "nothing below"),
+        ("path,Lable\na,1\n", "did you mean 'Lable'"),
+        ("path,x\na,1\n", "found the columns path, x"),
+        ("path,label\na,1\nb,\n", r"a.csv line 3: expected a value under 'label'"),
+        ("path,label,path\na,1,b\n", "'path' twice"),
+        ("path,,label\na,1,b\n", "column 2 without"),
+        ("path,label\na,1\nb,1,2\n", "line 3: expected 2 cells, found 3"),
+        ("path,label\na\n", "line 2: expected 2 cells, found 1"),
+        ('path,label\n"a"b,1\n', "line 2: expected a CSV row"),
+        ('path,label\n"a,1\n', "expected a CSV row"),
+        ("path,label,spilt\na,1,2\n", "expected a column 'split' or none, found 'spilt'"),
+        ("path\0,label\na,1\n", "not text"),
+    ],
+)
+def test_wrong_tables_are_told(tmp_path, text, words):
+    with pytest.raises(InputError, match=words) as caught:
+        read_table(make(tmp_path, text), ("path", "label"), ("split", "subject"))
+    assert str(caught.value).startswith(str(tmp_path / "a.csv"))
+
+
+def test_binary_and_missing_files_are_told(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\x1f\x8b\xff\xfe\x80")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_table(tmp_path / "a.csv")
+    with pytest.raises(InputError, match="no such file"):
+        read_table(tmp_path / "b.csv")
+
+
+def test_numbers_are_read_and_wrong_ones_named(tmp_path):
+    table = read_table(make(tmp_path, "a;b;c;d\n1;2.5;;3,5\n2;-1e3;4;1\n"))
+    assert table.integers("a") == [1, 2]
+    assert table.floats("b") == [2.5, -1000.0]
+    values = table.floats("c", allow_missing=True)
+    assert math.isnan(values[0]) and values[1] == 4
+    for column, words in {
+        "c": "line 2: expected a number under 'c', found an empty cell",
+        "d": "line 2: .* found '3,5'; write decimals with a point",
+        "e": "expected a column 'e'",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            table.floats(column)
+    with pytest.raises(InputError, match="whole number under 'b', found '2.5'"):
+        table.integers("b")
+
+
+def test_one_class_is_refused(tmp_path):
+    require_two_classes(read_table(make(tmp_path, "label\n0\n1\n")))
+    with pytest.raises(InputError, match="two or more classes under 'label', found only '1'"):
+        require_two_classes(read_table(make(tmp_path, "label,x\n1,2\n1,2\n,2\n")))
+
+
+def test_subject_in_two_splits_is_refused(tmp_path):
+    require_disjoint_subjects(read_table(make(tmp_path, "subject,split\na,train\nb,test\n")))
+    text = "subject,split\na,train\nb,test\na,test\nb,train\n"
+    with pytest.raises(InputError, match="'a' in test and train, and 1 more"):
+        require_disjoint_subjects(read_table(make(tmp_path, text)))
+
+
+def test_paths_start_at_the_folder_of_the_table(tmp_path):
+    (tmp_path / "here.nii").write_text("x")
+    table = read_table(make(tmp_path, f"path\nhere.nii\n{tmp_path}/here.nii\n"))
+    assert resolve_paths(table) == [tmp_path / "here.nii"] * 2
+    assert resolve_path("/x/a.nii", tmp_path).as_posix() == "/x/a.nii"
+    table = read_table(make(tmp_path, "path\nhere.nii\n1\n2\n3\n4\n"))
+    with pytest.raises(InputError, match="4 of 5 missing: .*1 .line 3.*3 .line 5., ..."):
+        resolve_paths(table)
+
+
+def test_written_table_returns(tmp_path):
+    rows = [{"a": 'x,"y"', "b": 0.1}, {"a": "ü\nz", "b": None}, {"a": "last"}]
+    write_table(tmp_path / "t.csv", ("a", "b"), rows)
+    table = read_table(tmp_path / "t.csv", ("a",))
+    assert table.column("a") == ['x,"y"', "ü\nz", "last"]
+    assert table.column("b") == ["0.1", "", ""]
+    with pytest.raises(ValueError, match="c"):
+        write_table(tmp_path / "u.csv", ("a",), [{"c": 1}])
+    assert not (tmp_path / "u.csv").exists()

@@ -1,0 +1,296 @@
+"""`jaxmed noddi fit` from files to maps, on embedded and on real data, and every mistake a user can make."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxmed.cli import main
+from jaxmed.io import nifti
+from jaxmed.synthesis.phantoms.write import write_diffusion_slab
+from jaxmed.systems.noddi.stages import fit as stage
+from jaxmed.volume import Volume
+
+MAPS = ("ndi", "odi", "fwf", "residual", "direction", "s0", "converged")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One smoke run, through the command line."""
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    assert main(["noddi", "fit", "--preset", "smoke", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def read_map(run, name):
+    return nifti.read(run / "outputs" / f"{name}.nii.gz").array
+
+
+def test_smoke_run_beats_the_mean_of_the_truth(smoke):
+    mask = nifti.read(smoke / "inputs" / "mask.nii.gz").array > 0
+    tissue = mask & (read_map(smoke, "fwf") < 0.9)
+    for name in ("ndi", "odi", "fwf"):
+        truth = nifti.read(smoke / "inputs" / "truth" / f"{name}.nii.gz").array[tissue]
+        error = read_map(smoke, name)[tissue] - truth
+        assert np.median(np.abs(error)) < 0.3 * np.median(np.abs(truth - truth.mean())), name
+
+
+def test_a_run_folder_is_complete(smoke):
+    assert {path.name for path in smoke.iterdir()} == {
+        "config.json",
+        "inputs",
+        "log.txt",
+        "metrics.jsonl",
+        "outputs",
+        "report.html",
+    }
+    for name in MAPS:
+        sidecar = json.loads((smoke / "outputs" / f"{name}.json").read_text())
+        assert {"definition", "unit", "constants", "software"} <= sidecar.keys()
+    dwi, ndi = (nifti.describe(smoke / place) for place in ("inputs/dwi.nii.gz", "outputs/ndi.nii.gz"))
+    assert dwi["spacing"] == ndi["spacing"] and dwi["orientation"] == ndi["orientation"]
+    page = (smoke / "report.html").read_text()
+    assert "Against the truth" in page and "Rician" in page
+
+
+def test_the_same_command_finds_the_run_complete(smoke, capsys):
+    before = (smoke / "report.html").stat().st_mtime_ns
+    assert main(["noddi", "fit", "--preset", "smoke", "--out", str(smoke), "--quiet"]) == 0
+    assert "Complete already" in capsys.readouterr().out
+    assert (smoke / "report.html").stat().st_mtime_ns == before
+
+
+def test_a_stored_configuration_repeats_the_run(smoke, tmp_path):
+    assert (
+        main(["noddi", "fit", "--config", str(smoke / "config.json"), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    )
+    np.testing.assert_array_equal(read_map(tmp_path / "again", "ndi"), read_map(smoke, "ndi"))
+
+
+def test_the_report_can_be_written_again(smoke, tmp_path):
+    copy = shutil.copytree(smoke, tmp_path / "copy")
+    (copy / "report.html").unlink()
+    assert main(["report", str(copy)]) == 0
+    assert (copy / "report.html").exists()
+
+
+def test_a_killed_run_continues_to_the_same_maps(smoke, tmp_path, monkeypatch):
+    out = tmp_path / "killed"
+    monkeypatch.setattr(stage, "SECONDS_BETWEEN_SAVES", 0.0)
+    arguments = ["noddi", "fit", "--preset", "smoke", "--fit.chunk-size", "256", "--quiet"]
+    save = stage._save
+
+    def save_twice_then_die(path, digest, rows):
+        save(path, digest, rows)
+        if len(rows.ndi) >= 512:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_save", save_twice_then_die)
+    assert main([*arguments, "--out", str(out)]) == 130
+    assert not (out / "report.html").exists()
+    monkeypatch.setattr(stage, "_save", save)
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert "Continuing after 512 voxels" in (out / "log.txt").read_text()
+    assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    np.testing.assert_array_equal(read_map(out, "ndi"), read_map(tmp_path / "whole", "ndi"))
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scan")
+    write_diffusion_slab(folder, seed=0, shape=(8, 9, 2), snr=30.0)
+    return folder
+
+
+@pytest.fixture
+def scan(good, tmp_path):
+    """A copy of a good scan, to break."""
+    return shutil.copytree(good, tmp_path / "scan")
+
+
+def arguments(scan, out):
+    files = {"dwi": "dwi.nii.gz", "bvals": "dwi.bval", "bvecs": "dwi.bvec", "mask": "mask.nii.gz"}
+    words = [word for name, file in files.items() for word in (f"--{name}", str(scan / file))]
+    return ["noddi", "fit", *words, "--out", str(out)]
+
+
+def rewrite(path, change_array=None, affine=None):
+    volume = nifti.read(path)
+    array = volume.array.copy()
+    if change_array is not None:
+        array = change_array(array)
+    nifti.write(path, Volume.make(array, volume.affine if affine is None else affine), allow_nonfinite=True)
+
+
+def poke(value):
+    def change(array):
+        array[1, 1, 1, ...] = value
+        return array
+
+    return change
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def raw_affine(path, row, column, value):
+    """Change one number of the sform in the file itself: our writer refuses what this makes."""
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    place = 280 + 16 * row + 4 * column
+    data[place : place + 4] = np.float32(value).tobytes()
+    path.write_bytes(gzip.compress(bytes(data)))
+
+
+MISTAKES = {
+    "missing file": (lambda s: (s / "dwi.nii.gz").unlink(), "no such file"),
+    "truncated file": (lambda s: truncate(s / "dwi.nii.gz"), "dwi.nii.gz: expected"),
+    "not an image": (lambda s: (s / "dwi.nii.gz").write_bytes(b"hello world" * 99), "dwi.nii.gz: expected"),
+    "empty file": (lambda s: (s / "dwi.nii.gz").write_bytes(b""), "an empty file"),
+    "three dimensions": (lambda s: shutil.copy(s / "mask.nii.gz", s / "dwi.nii.gz"), "4"),
+    "not a number": (lambda s: rewrite(s / "dwi.nii.gz", poke(np.nan)), "NaN"),
+    "infinity": (lambda s: rewrite(s / "dwi.nii.gz", poke(np.inf)), "Inf"),
+    "all zero": (lambda s: rewrite(s / "dwi.nii.gz", np.zeros_like), "constant"),
+    "constant": (lambda s: rewrite(s / "dwi.nii.gz", np.ones_like), "constant"),
+    "singular affine": (lambda s: raw_affine(s / "dwi.nii.gz", 0, 0, 0.0), "singular"),
+    "sheared affine": (lambda s: raw_affine(s / "dwi.nii.gz", 0, 1, 0.8), "shear"),
+    "mask of another grid": (
+        lambda s: rewrite(s / "mask.nii.gz", affine=np.diag([3.0, 3.0, 3.0, 1.0])),
+        "mask.nii.gz: expected",
+    ),
+    "mask of another shape": (lambda s: rewrite(s / "mask.nii.gz", lambda a: a[:-1]), "mask.nii.gz: expected"),
+    "empty mask": (lambda s: rewrite(s / "mask.nii.gz", np.zeros_like), "zeros only"),
+    "mask of four dimensions": (lambda s: shutil.copy(s / "dwi.nii.gz", s / "mask.nii.gz"), "mask.nii.gz: expected"),
+    "too few b-values": (lambda s: (s / "dwi.bval").write_text("0 700 2000\n"), "99 b-values"),
+    "b-values in another unit": (
+        lambda s: (s / "dwi.bval").write_text(" ".join(["0"] * 9 + ["0.7"] * 30 + ["2"] * 60)),
+        "s/mm^2, not ms/um^2",
+    ),
+    "no unweighted image": (
+        lambda s: (s / "dwi.bval").write_text(" ".join(["700"] * 39 + ["2000"] * 60)),
+        "dwi.bv",
+    ),
+    "one shell": (
+        lambda s: (s / "dwi.bval").write_text(" ".join(["0"] * 9 + ["1000"] * 90)),
+        "--allow-single-shell",
+    ),
+    "directions too long": (
+        lambda s: (s / "dwi.bvec").write_text((s / "dwi.bvec").read_text().replace("0.", "3.")),
+        "unit length",
+    ),
+    "tables exchanged": (lambda s: shutil.copy(s / "dwi.bvec", s / "dwi.bval"), "dwi.bval"),
+}
+
+
+def only_line(capsys):
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_nothing_is_written(mistake, scan, tmp_path, capsys):
+    break_it, expected = MISTAKES[mistake]
+    break_it(scan)
+    assert main(arguments(scan, tmp_path / "run")) == 2
+    line = only_line(capsys)
+    assert line.startswith("jaxmed: ") and ": expected " in line and ", found " in line
+    assert expected in line
+    assert not (tmp_path / "run").exists()
+
+
+OPTION_MISTAKES = {
+    "unknown option": (["--dwo", "x"], "--dwo"),
+    "word for a number": (["--sigma", "loud"], "--sigma"),
+    "refused number": (["--sigma", "-3"], "sigma: expected a positive number, found -3"),
+    "nested refused number": (["--fit.tissue.parallel-diffusivity", "1700"], "0.05 to 10 um^2/ms, found 1700"),
+    "unknown choice": (["--noise", "loud"], "--noise"),
+    "unknown preset": (["--preset", "smok"], "did you mean 'smoke'?"),
+    "missing configuration": (["--config", "nowhere.json"], "nowhere.json"),
+    "no scan": ([], "dwi: expected a file, found nothing"),
+    "rician without noise": (["--preset", "smoke", "--noise", "rician", "--dwi", "x.nii"], "dwi"),
+}
+
+
+@pytest.mark.parametrize("mistake", OPTION_MISTAKES)
+def test_a_wrong_option_ends_in_one_line(mistake, tmp_path, capsys):
+    words, expected = OPTION_MISTAKES[mistake]
+    assert main(["noddi", "fit", "--out", str(tmp_path / "run"), *words]) == 2
+    line = only_line(capsys)
+    assert line.startswith("jaxmed: ") and expected in line, line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_of_another_stage_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"system": "noddi", "stage": "train", "config": {}}))
+    assert main(["noddi", "fit", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 2
+    assert "expected a configuration of jaxmed noddi fit, found one of jaxmed noddi train" in only_line(capsys)
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert main(["noddi", "fit", "--out", str(tmp_path / "run"), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_no_space_left_ends_in_one_line(scan):
+    """A real full device: /dev/full refuses every byte."""
+    code = (
+        "import sys, pathlib; from jaxmed.files import atomic_path\n"
+        "from jaxmed.cli import main; import jaxmed.train.log as log\n"
+        "real = pathlib.Path.open\n"
+        "def full(self, *a, **k):\n"
+        "    return real(pathlib.Path('/dev/full') if self.name == 'log.txt' else self, *a, **k)\n"
+        "pathlib.Path.open = full\n"
+        f"sys.exit(main({arguments(scan, scan.parent / 'run')!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "enough space to write, found no space left on device" in done.stderr.splitlines()[-1]
+
+
+# Real data -----------------------------------------------------------------------------------------------------------
+
+
+def fit_real(folder, out, *options):
+    names = {"dwi": "dwi.nii.gz", "bvals": "dwi.bval", "bvecs": "dwi.bvec", "mask": "mask.nii.gz"}
+    words = [word for name, file in names.items() for word in (f"--{name}", str(folder / file))]
+    return main(["noddi", "fit", *words, "--out", str(out), "--quiet", *options])
+
+
+def test_real_human_grid_scan_gives_plausible_tissue(shared_data, tmp_path):
+    assert fit_real(shared_data / "dwi_human_dsi101", tmp_path / "run") == 0
+    fwf, ndi = read_map(tmp_path / "run", "fwf"), read_map(tmp_path / "run", "ndi")
+    assert np.median(fwf) < 0.4 and 0.3 < np.median(ndi[fwf < 0.9]) < 0.9
+    assert np.median(read_map(tmp_path / "run", "residual")) < 0.08
+    shells = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())["shells"]
+    assert sum(shell["images"] for shell in shells) == 102
+
+
+def test_real_water_says_free_water(shared_data, tmp_path):
+    folder = shared_data / "dwi_phantom_water"
+    assert fit_real(folder, tmp_path / "run") == 0
+    notes = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())["notes"]
+    note = next(text for text in notes if text.startswith("This is free water"))
+    assert "--fit.tissue.free-diffusivity" in note
+    assert np.median(read_map(tmp_path / "run", "ndi")) < 0.1  # no neurites in water
+    assert fit_real(folder, tmp_path / "cold", "--fit.tissue.free-diffusivity", "1.94") == 0
+    assert np.median(read_map(tmp_path / "cold", "fwf")) > 0.9
+
+
+def test_real_single_shell_is_refused_unless_allowed(shared_data, tmp_path, capsys):
+    folder = shared_data / "dwi_human_64dir"
+    assert fit_real(folder, tmp_path / "run") == 2
+    line = only_line(capsys)
+    assert "one shell cannot tell neurite density from free water" in line and "b = 994" in line
+    assert fit_real(folder, tmp_path / "run", "--allow-single-shell") == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "1 direction(s) that are not numbers" in log and "Only one shell" in log

@@ -1,0 +1,82 @@
+"""The command line's own words."""
+
+import subprocess
+import sys
+
+import pytest
+
+from jaxmed.cli import COMMANDS, STAGES, SYSTEMS, load_stage, main, parse_error
+
+pytestmark = pytest.mark.core
+
+
+def test_overview_lists_every_stage_and_command(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    for name in (*STAGES, *SYSTEMS, *COMMANDS):
+        assert name in printed
+
+
+def test_overview_and_explanation_import_no_jax():
+    code = (
+        "import sys; from jaxmed.cli import main; main([]); main(['noddi'])\n"
+        "assert not {'jax', 'tyro', 'numpy.random', 'matplotlib'} & set(sys.modules), 'slow start'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_has_presets_help_and_run(name, capsys):
+    module = load_stage(*name.split())
+    assert module.smoke() and module.paper() and callable(module.run) and callable(module.report)
+    with pytest.raises(SystemExit) as caught:
+        main([*name.split(), "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for word in ("--preset smoke", "--out", "--overwrite", "--resume", "--quiet", "--debug", "--profile"):
+        assert word in printed
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_is_explained_with_paper_units_and_stages(system, capsys):
+    assert main([system]) == 0
+    printed = capsys.readouterr().out
+    stages = [name for name in STAGES if name.split()[0] == system]
+    assert "arXiv" in printed and all(f"jaxmed {name}" in printed for name in stages)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nodi"], "jaxmed: nodi: expected a system or a command, found an unknown word; did you mean 'noddi'?"),
+        (["noddi", "fitt"], "jaxmed: noddi fitt: expected a stage, found an unknown word; did you mean 'fit'?"),
+        (["noddi", "fit"], "jaxmed: --out: expected a value, found nothing"),
+        (["noddi", "fit", "--preset"], "jaxmed: --preset: expected a value, found nothing"),
+        (["report", "nowhere"], "config.json: expected a JSON file, found no such file"),
+    ],
+)
+def test_a_wrong_word_ends_in_one_line(words, message, capsys):
+    assert main(words) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_an_error_that_the_parser_words_anew_still_ends_in_one_line():
+    screen = "╭─ Oh ─╮\n│ Something else │\n│ went wrong │\n│ ───── │\n│ hint │\n╰───╯"
+    assert str(parse_error(screen, "jaxmed x y")) == (
+        "arguments: expected valid options, found Something else went wrong; see jaxmed x y --help"
+    )
+
+
+def test_version_and_doctor(capsys):
+    assert main(["--version"]) == 0
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "The core runs." in printed and "Extras" in printed
+
+
+def test_a_closed_pipe_ends_quietly():
+    command = f"{sys.executable} -m jaxmed doctor | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr, done.stderr

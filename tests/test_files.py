@@ -1,0 +1,106 @@
+"""Errors in one line, and files that are never half-written."""
+
+import errno
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from jaxmed.errors import InputError
+from jaxmed.files import atomic_path, require_file, write_json, write_text
+from jaxmed.volume import Volume, require_same_grid
+
+pytestmark = pytest.mark.core
+
+
+def test_error_is_one_line_and_survives_pickling():
+    error = InputError("a.csv", "two\nclasses", "one", "add\tmore")
+    assert str(error) == "a.csv: expected two classes, found one; add more"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(InputError("a", "b", "c")) == "a: expected b, found c"
+
+
+def test_atomic_path_keeps_suffix_and_leaves_one_file(tmp_path):
+    with atomic_path(tmp_path / "deep" / "map.nii.gz") as temporary:
+        assert temporary.name.endswith(".nii.gz")
+        temporary.write_bytes(b"x")
+        assert not (tmp_path / "deep" / "map.nii.gz").exists()
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["map.nii.gz"]
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_what_a_user_can_cause_while_writing_is_told(tmp_path, code):
+    path = tmp_path / "a.txt"
+    with pytest.raises(InputError, match="a.txt: expected") as caught:
+        with atomic_path(path) as temporary:
+            temporary.write_text("part")
+            raise OSError(code, "reason")
+    assert caught.value.advice
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_about_other_files_pass_through(tmp_path):
+    with pytest.raises(PermissionError), atomic_path(tmp_path / "a.txt"):
+        raise PermissionError(errno.EACCES, "no", "another.txt")
+
+
+def test_folder_below_a_file_and_folder_as_file_are_told(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="folder"):
+        write_text(tmp_path / "file" / "a.txt", "x")
+    with pytest.raises(InputError, match="folder"):
+        write_text(tmp_path, "x")
+
+
+def test_json_takes_numpy_and_refuses_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": np.float32(1.5), "b": np.arange(2), "c": tmp_path})
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content == {"a": 1.5, "b": [0, 1], "c": str(tmp_path)}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "b.json", {"a": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("no.nii", "no such"), ("", "folder"), ("a.txt", "suffix"), ("e.nii", "emp")],
+)
+def test_unusable_files_are_told(tmp_path, name, found):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "e.nii").write_text("")
+    with pytest.raises(InputError, match=found):
+        require_file(tmp_path / name, "a NIfTI file", (".nii",))
+
+
+def test_volume_refuses_what_has_no_place():
+    array = np.zeros((2, 3, 4), np.float32)
+    assert Volume.make(array, np.diag([1.0, 2.0, 3.0, 1.0])).spacing == (1, 2, 3)
+    for affine in (np.diag([1.0, 1.0, 0.0, 1.0]), np.full((4, 4), np.nan), np.ones((4, 4))):
+        with pytest.raises(InputError, match="affine"):
+            Volume.make(array, affine)
+    with pytest.raises(InputError, match="axes"):
+        Volume.make(array[0], np.eye(4))
+    with pytest.raises(InputError, match="spacing"):
+        Volume(array, np.eye(4), (1.0, 1.0, 2.0))
+
+
+def test_grids_match_within_a_micrometre_at_the_corners():
+    a = Volume.make(np.zeros((200, 3, 4)), np.eye(4))
+    near, far = np.eye(4), np.eye(4)
+    near[0, 0] += 4e-6
+    far[0, 0] += 6e-6
+    require_same_grid(a, Volume.make(a.array, near), "a.nii", "b.nii")
+    with pytest.raises(InputError, match="a.nii: expected the grid of b.nii"):
+        require_same_grid(a, Volume.make(a.array, far), "a.nii", "b.nii")
+    with pytest.raises(InputError, match="shape"):
+        require_same_grid(a, Volume.make(a.array[1:], near), "a.nii", "b.nii")
