@@ -1,6 +1,7 @@
 """The command line: parse, pick a stage, run it.
 
-`jaxmed <system> <stage>` imports one module, jaxmed.systems.<system>.stages.<stage>, and calls its `run`. Nothing above that
+`jaxmed <system> <stage>` imports one module, jaxmed.systems.<system>.stages.<stage>, and calls its `run`. Nothing
+above that
 line imports jax, so that help and mistakes answer at once. A user's mistake ends in one line and exit code 2.
 """
 

@@ -15,8 +15,8 @@
 # # NODDI: what a diffusion signal says about tissue
 #
 # A voxel of brain holds water inside neurites, water around them, and free water. NODDI tells the three apart from how
-# the signal falls with diffusion weighting, in many directions. This notebook looks at the model, fits it to a simulated
-# brain slab whose truth is known, and shows why the noise must be modelled too.
+# the signal falls with diffusion weighting, in many directions. This notebook looks at the model, fits it to a
+# simulated brain slab whose truth is known, and shows why the noise must be modelled too.
 
 # %%
 import jax
@@ -32,8 +32,8 @@ from jaxmed.systems import noddi
 # %% [markdown]
 # ## The model
 #
-# Along the fibres water moves far, so the signal falls fast; across them neurites hold it back. Dispersion of the fibres
-# (ODI) blurs the difference. Here is the signal at b = 2855 s/mm² as the gradient turns from across to along.
+# Along the fibres water moves far, so the signal falls fast; across them neurites hold it back. Dispersion of the
+# fibres (ODI) blurs the difference. Here is the signal at b = 2855 s/mm² as the gradient turns from across to along.
 
 # %%
 angle = np.linspace(0, np.pi / 2, 60)
@@ -90,8 +90,8 @@ plt.show()
 # %% [markdown]
 # ## Why the likelihood matters
 #
-# At b = 2855 the signal of free fibres lies at the noise floor, and magnitudes are never negative. Least squares takes the
-# floor for slow diffusion, that is for neurites: NDI comes out too high. The Rician likelihood removes that.
+# At b = 2855 the signal of free fibres lies at the noise floor, and magnitudes are never negative. Least squares
+# takes the floor for slow diffusion, that is for neurites: NDI comes out too high. The Rician likelihood removes that.
 
 # %%
 squares = noddi.fit(noisy, bvals, bvecs, mask)
@@ -107,4 +107,5 @@ ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# On your own scan: `jaxmed noddi fit --dwi dwi.nii.gz --bvals dwi.bval --bvecs dwi.bvec --mask mask.nii.gz --out runs/subject`.
+# On your own scan: `jaxmed noddi fit --dwi dwi.nii.gz --bvals dwi.bval --bvecs dwi.bvec --mask mask.nii.gz --out
+# runs/subject`.

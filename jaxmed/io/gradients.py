@@ -1,6 +1,7 @@
 """Diffusion gradient tables in FSL's text format.
 
-A .bval file holds one row of b-values in s/mm^2; a .bvec file three rows of direction components (one column per image);
+A .bval file holds one row of b-values in s/mm^2; a .bvec file three rows of direction components (one column per
+image);
 tables with one row per image are read too. FSL's directions are relative to the image axes, with x reversed where the
 determinant of the affine is positive; `to_world` turns them into RAS+.
 """
@@ -119,7 +120,8 @@ def _clean_directions(path, bvals, bvecs, b0_threshold) -> tuple[np.ndarray, tup
         raise InputError(path, "directions of unit length", found, "check the table, or normalise it")
     if np.any(np.abs(lengths[weighted] - 1) > 1e-3):
         notes.append(
-            f"Directions with lengths of {lengths[weighted].min():.4f} to {lengths[weighted].max():.4f} were normalised."
+            f"Directions with lengths of {lengths[weighted].min():.4f} to {lengths[weighted].max():.4f} "
+            "were normalised."
         )
     unit = bvecs / np.where(weighted, lengths, 1.0)[:, None]
     return unit, tuple(notes)

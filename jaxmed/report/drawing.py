@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import matplotlib
-from cycler import cycler
 from matplotlib.figure import Figure as Canvas
+from matplotlib.rcsetup import cycler
 from PIL import Image
 
 from jaxmed.report.page import PNG_DPI, Figure, printable

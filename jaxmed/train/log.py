@@ -1,7 +1,7 @@
 """What a run says while it works: lines, numbers and progress.
 
-Lines go to the terminal and to log.txt; numbers to metrics.jsonl, one object per line, all finite; progress is a rich bar
-on a terminal and a plain line every few seconds otherwise.
+Lines go to the terminal and to log.txt; numbers to metrics.jsonl, one object per line, all finite; progress is a rich
+bar on a terminal and a plain line every few seconds otherwise.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """The folder that every run writes, in one layout.
 
-config.json (complete, re-runnable), metrics.jsonl, checkpoints/, outputs/, inputs/ (embedded data only), report.html and
+config.json (complete, re-runnable), metrics.jsonl, checkpoints/, outputs/, inputs/ (embedded data only), report.html
+and
 log.txt. `open_run` looks and decides without writing anything; `start` makes the folder. The report is written last, so
 a run that has one is complete.
 """

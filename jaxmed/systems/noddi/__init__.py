@@ -1,7 +1,7 @@
 """NODDI: tissue microstructure from diffusion MRI, by exact fitting.
 
-Paper: "Neurite orientation dispersion and density imaging", Zhang et al., NeuroImage 2012 (the model), and arXiv:2507.12632
-(fast, inline estimation).
+Paper: "Neurite orientation dispersion and density imaging", Zhang et al., NeuroImage 2012 (the model), and
+arXiv:2507.12632 (fast, inline estimation).
 
 In:  a diffusion scan with at least two shells and unweighted images: NIfTI (4D), FSL .bval (s/mm^2) and .bvec, and
      optionally a mask on the same grid.

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import i0e, i1e
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.physics import noddi
 from jaxmed.physics.acquisition import find_shells
@@ -84,17 +84,17 @@ class Maps(NamedTuple):
         fitted: False outside the mask and where the unweighted signal is not positive.
     """
 
-    ndi: Float[np.ndarray, "*voxel"]
-    odi: Float[np.ndarray, "*voxel"]
-    fwf: Float[np.ndarray, "*voxel"]
-    direction: Float[np.ndarray, "*voxel 3"]
-    s0: Float[np.ndarray, "*voxel"]
-    residual: Float[np.ndarray, "*voxel"]
-    mean_diffusivity: Float[np.ndarray, "*voxel"]
-    fractional_anisotropy: Float[np.ndarray, "*voxel"]
-    iterations: np.ndarray
-    converged: Bool[np.ndarray, "*voxel"]
-    fitted: Bool[np.ndarray, "*voxel"]
+    ndi: Float[Array | np.ndarray, "*voxel"]
+    odi: Float[Array | np.ndarray, "*voxel"]
+    fwf: Float[Array | np.ndarray, "*voxel"]
+    direction: Float[Array | np.ndarray, "*voxel 3"]
+    s0: Float[Array | np.ndarray, "*voxel"]
+    residual: Float[Array | np.ndarray, "*voxel"]
+    mean_diffusivity: Float[Array | np.ndarray, "*voxel"]
+    fractional_anisotropy: Float[Array | np.ndarray, "*voxel"]
+    iterations: Int[Array | np.ndarray, "*voxel"]
+    converged: Bool[Array | np.ndarray, "*voxel"]
+    fitted: Bool[Array | np.ndarray, "*voxel"]
 
 
 class Protocol(NamedTuple):
@@ -232,7 +232,7 @@ def prepare(bvals: np.ndarray, bvecs: np.ndarray, config: FitConfig) -> Protocol
     gi, gj = np.array([0, 1, 2, 0, 0, 1]), np.array([0, 1, 2, 1, 2, 2])
     pairs = bvecs[:, gi] * bvecs[:, gj] * np.where(gi == gj, 1.0, 2.0)
     design = np.concatenate([-1e-3 * bvals[:, None] * pairs, np.ones((len(bvals), 1))], axis=1)
-    tables = Protocol(
+    tables = dict(
         bvecs=np.where(is_b0[:, None], 0.0, bvecs),
         attenuation=attenuation,
         free=np.exp(-bvals * (1e-3 * config.tissue.free_diffusivity)),
@@ -243,7 +243,7 @@ def prepare(bvals: np.ndarray, bvecs: np.ndarray, config: FitConfig) -> Protocol
         nodes=np.stack([weights, x**2]),
         polynomials=np.stack([polynomials, polynomials * x**2]),
     )
-    return jax.tree.map(lambda table: jnp.asarray(table, jnp.float32), tables)
+    return Protocol(**{name: jnp.asarray(table, jnp.float32) for name, table in tables.items()})
 
 
 def tensor_rows(bvals: np.ndarray, design: np.ndarray, b0_threshold: float) -> np.ndarray:

@@ -157,8 +157,8 @@ def _reading_section() -> Section:
         [
             Text(
                 [
-                    "NDI is the share of tissue water inside neurites, ODI how far their directions spread (0 parallel, "
-                    "1 isotropic), FWF the share of free water. All three rest on fixed diffusivities (see the "
+                    "NDI is the share of tissue water inside neurites, ODI how far their directions spread (0 "
+                    "parallel, 1 isotropic), FWF the share of free water. All three rest on fixed diffusivities (see the "
                     "configuration): another choice changes all maps.",
                     "A high residual marks voxels that the model does not describe: motion, artefacts, crossing tissue "
                     "types, or pathology. Where FWF is near 1, NDI and ODI mean nothing.",

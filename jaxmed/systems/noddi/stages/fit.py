@@ -34,11 +34,13 @@ class Config:
         dwi: Diffusion scan, a 4D NIfTI file; magnitudes in any unit, images of one scan in one scaling.
         bvals: FSL text file of b-values in s/mm^2, one per image.
         bvecs: FSL text file of unit gradient directions, 3 x N or N x 3.
-        mask: NIfTI file on the grid of the scan, fitted where it is not 0. Without it: the largest connected region whose
+        mask: NIfTI file on the grid of the scan, fitted where it is not 0. Without it: the largest connected region
+        whose
             mean unweighted signal exceeds a tenth of its 98th percentile.
         sigma: Noise of each receiver channel, in the unit of the scan. Without it: estimated from the unweighted images
             where there are three or more.
-        noise: Likelihood. "auto" is Rician where sigma is known or can be estimated, else Gaussian. Gaussian fits put the
+        noise: Likelihood. "auto" is Rician where sigma is known or can be estimated, else Gaussian. Gaussian fits put
+        the
             noise floor into the maps: ndi comes out too high.
         allow_single_shell: Fit although only one shell is weighted. Its maps are not NODDI: see the error message.
         fit: Model constants and tolerances.
@@ -227,7 +229,7 @@ def _choose_sigma(config: Config, b0: np.ndarray, notes: list[str]) -> float | N
 def _fit(config: Config, scan: Scan, folder: RunFolder, log: Log) -> tuple[Maps, float]:
     """Fit all voxels, continuing from and saving to RUN/checkpoints."""
     saved = folder.checkpoints / "fit.npz"
-    digest = hashlib.sha256(np.ascontiguousarray(scan.dwi.array[scan.mask])).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(scan.dwi.array[scan.mask]).data).hexdigest()
     finished = _restore(saved, digest)
     total, done = int(scan.mask.sum()), 0 if finished is None else len(finished.ndi)
     if done:
@@ -306,7 +308,8 @@ def describe_maps(maps: Maps, scan: Scan, config: Config) -> list[str]:
         level = _mean_attenuation(scan, maps, shell.rows)
         if level > 1.0:
             notes.append(
-                f"At b = {shell.bval:.0f} the mean signal is {level:.2f} of the unweighted one, more than diffusion allows: "
+                f"At b = {shell.bval:.0f} the mean signal is {level:.2f} of the unweighted one, "
+                "more than diffusion allows: "
                 "were the images scaled apart?"
             )
     return notes
@@ -386,5 +389,5 @@ def summarise(maps: Maps, scan: Scan, config: Config, notes: list[str], truth: P
     }
 
 
-def _median(values: np.ndarray) -> float | None:
+def _median(values: np.ndarray | jax.Array) -> float | None:
     return float(np.median(values)) if values.size else None
