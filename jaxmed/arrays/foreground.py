@@ -1,5 +1,7 @@
 """Find the imaged object in a volume without a mask, on the host."""
 
+from typing import cast
+
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
@@ -13,9 +15,9 @@ def find_foreground(image: Float[np.ndarray, "x y z"], fraction: float = 0.1) ->
         fraction: Threshold relative to the 98th percentile, which a few bright voxels do not move.
     """
     bright = image > fraction * np.percentile(image, 98)
-    labels, count = ndimage.label(bright)
+    labels, count = cast(tuple[np.ndarray, int], ndimage.label(bright))
     if count == 0:
         return bright
     sizes = np.bincount(labels.reshape(-1))
     sizes[0] = 0
-    return ndimage.binary_fill_holes(labels == np.argmax(sizes))
+    return np.asarray(ndimage.binary_fill_holes(labels == np.argmax(sizes)), bool)

@@ -145,8 +145,8 @@ def watson_moments(
     """
     kappa = jnp.asarray(kappa)
     nodes, weights = unit_quadrature(num_nodes)
-    density = weights * jnp.exp(kappa[..., None] * (nodes**2 - 1))
-    return (density @ legendre(nodes, order)) / jnp.sum(density, axis=-1, keepdims=True)
+    density = jnp.asarray(weights) * jnp.exp(kappa[..., None] * jnp.asarray(nodes**2 - 1))
+    return (density @ jnp.asarray(legendre(nodes, order))) / jnp.sum(density, axis=-1, keepdims=True)
 
 
 def stick_moments(

@@ -171,7 +171,7 @@ def fit(
         raise ValueError("mask: expected at least one voxel inside, found none")
     fit_chunk = make_fit(bvals, bvecs, "gaussian" if sigma is None else "rician", config)
     rows = _run_chunks(fit_chunk, voxels, sigma or 0.0, _chunk_size(config), finished, on_chunk)
-    return Maps(*(_scatter(row, inside).reshape(*shape, *row.shape[1:]) for row in rows))
+    return Maps(*(_scatter(np.asarray(row), inside).reshape(*shape, *row.shape[1:]) for row in rows))
 
 
 def _chunk_size(config: FitConfig) -> int:

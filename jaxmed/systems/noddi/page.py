@@ -51,11 +51,13 @@ def _read(path: Path) -> Volume:
 def _subtitle(record: dict, summary: dict) -> str:
     source = record["config"]["dwi"]
     data = Path(source).name if source else "an embedded brain slab with known truth"
-    return f"{summary['images']} diffusion images of {data}, fitted in {summary['voxels']:,} voxels"
+    sigma = summary["sigma"]
+    how = f"by {summary['likelihood']} likelihood, sigma {sigma:.3g}" if sigma else "by least squares"
+    return f"{summary['images']} diffusion images of {data}, fitted in {summary['voxels']:,} voxels {how}"
 
 
 def _tiles(summary: dict) -> list[tuple[str, object, str]]:
-    medians = summary["medians"]
+    medians = {name: round(value, 3) for name, value in summary["medians"].items()}
     tiles: list[tuple[str, object, str]] = [
         ("Voxels", summary["voxels"], f"{summary['converged']:.1%} converged"),
         ("FWF", medians["fwf"], "median free water fraction"),
@@ -65,11 +67,7 @@ def _tiles(summary: dict) -> list[tuple[str, object, str]]:
             ("NDI", medians["ndi"], "median neurite density, where FWF < 0.9"),
             ("ODI", medians["odi"], "median orientation dispersion, where FWF < 0.9"),
         ]
-    sigma = summary["sigma"]
-    noise = f"sigma {sigma:.3g}" if sigma else "noise not known: least squares"
-    tiles.append(("Residual", medians["residual"], "median NRMSE, relative to S0"))
-    tiles.append(("Likelihood", summary["likelihood"], noise))
-    return tiles
+    return [*tiles, ("Residual", medians["residual"], "median NRMSE, relative to S0")]
 
 
 def _maps_section(maps: dict[str, Volume], mask: np.ndarray, defined: np.ndarray, summary: dict) -> Section:
@@ -158,8 +156,8 @@ def _reading_section() -> Section:
             Text(
                 [
                     "NDI is the share of tissue water inside neurites, ODI how far their directions spread (0 "
-                    "parallel, 1 isotropic), FWF the share of free water. All three rest on fixed diffusivities (see the "
-                    "configuration): another choice changes all maps.",
+                    "parallel, 1 isotropic), FWF the share of free water. All three rest on fixed diffusivities (see "
+                    "the configuration): another choice changes all maps.",
                     "A high residual marks voxels that the model does not describe: motion, artefacts, crossing tissue "
                     "types, or pathology. Where FWF is near 1, NDI and ODI mean nothing.",
                     "Model: Zhang et al., NeuroImage 2012. For research only, not for diagnosis.",
