@@ -1,8 +1,8 @@
 """The command line: parse, pick a stage, run it.
 
 `jaxmed <system> <stage>` imports one module, jaxmed.systems.<system>.stages.<stage>, and calls its `run`. Nothing
-above that
-line imports jax, so that help and mistakes answer at once. A user's mistake ends in one line and exit code 2.
+above that line imports jax, so that help and mistakes answer at once. A user's mistake ends in one line and exit
+code 2.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 from jaxmed.config import from_record, nearest, read_record, resolve_paths
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, Interrupted
 from jaxmed.files import WRITE_ADVICE
 
 STAGES = {
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except InputError as error:
         return _fail(str(error), arguments)
+    except Interrupted as stop:
+        return _fail(str(stop), arguments, code=128 + stop.number)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues where it was saved", arguments, code=130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has left

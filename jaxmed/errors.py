@@ -1,4 +1,6 @@
-"""The one error that a user's mistake becomes: what was expected, what was found, what to do."""
+"""The one error that a user's mistake becomes: what was expected, what was found, what to do; and being stopped."""
+
+import signal
 
 
 class InputError(ValueError):
@@ -23,3 +25,22 @@ class InputError(ValueError):
         """Return the line that is shown to the user."""
         line = f"{self.where}: expected {self.expected}, found {self.found}"
         return f"{line}; {self.advice}" if self.advice else line
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was told to stop, and saved first.
+
+    Attributes:
+        number: The signal.
+        position: Where it stopped, in words.
+    """
+
+    def __init__(self, number: int, position: str):
+        """Keep the signal and the place."""
+        self.number, self.position = number, position
+        super().__init__(number, position)
+
+    def __str__(self) -> str:
+        """Return the line that is shown to the user."""
+        name = signal.Signals(self.number).name
+        return f"stopped by {name} after {self.position}, which is saved; the same command continues there"

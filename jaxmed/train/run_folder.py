@@ -1,9 +1,8 @@
 """The folder that every run writes, in one layout.
 
 config.json (complete, re-runnable), metrics.jsonl, checkpoints/, outputs/, inputs/ (embedded data only), report.html
-and
-log.txt. `open_run` looks and decides without writing anything; `start` makes the folder. The report is written last, so
-a run that has one is complete.
+and log.txt. `open_run` looks and decides without writing anything; `start` makes the folder. The report is written
+last, so a run that has one is complete.
 """
 
 import dataclasses
@@ -17,7 +16,17 @@ from jaxmed.errors import InputError
 from jaxmed.files import make_folder, write_json
 from jaxmed.versions import software_versions
 
-OWN_NAMES = ("config.json", "metrics.jsonl", "checkpoints", "outputs", "inputs", "report.html", "log.txt", "profile")
+OWN_NAMES = (
+    "config.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "outputs",
+    "inputs",
+    "report.html",
+    "log.txt",
+    "profile",
+    "tensorboard",
+)
 
 
 @dataclasses.dataclass(frozen=True)

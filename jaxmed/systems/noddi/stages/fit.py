@@ -35,13 +35,11 @@ class Config:
         bvals: FSL text file of b-values in s/mm^2, one per image.
         bvecs: FSL text file of unit gradient directions, 3 x N or N x 3.
         mask: NIfTI file on the grid of the scan, fitted where it is not 0. Without it: the largest connected region
-        whose
-            mean unweighted signal exceeds a tenth of its 98th percentile.
+            whose mean unweighted signal exceeds a tenth of its 98th percentile.
         sigma: Noise of each receiver channel, in the unit of the scan. Without it: estimated from the unweighted images
             where there are three or more.
         noise: Likelihood. "auto" is Rician where sigma is known or can be estimated, else Gaussian. Gaussian fits put
-        the
-            noise floor into the maps: ndi comes out too high.
+            the noise floor into the maps: ndi comes out too high.
         allow_single_shell: Fit although only one shell is weighted. Its maps are not NODDI: see the error message.
         fit: Model constants and tolerances.
         embedded_shape: Voxels (x, y, z) of the embedded brain slab to simulate and fit in place of files.

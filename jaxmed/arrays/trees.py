@@ -1,0 +1,68 @@
+"""Trees of parameters by name: a leaf's name is its path, such as "encoder/block_3/attention/kernel"."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmed.arrays.types import Scalar
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Return every leaf by its name, in the order of the tree."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Apply `function(name, leaf, *other_leaves)` to every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_name(path), *leaves), tree, *others)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether any regular expression is found in a name."""
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def select(tree: Any, patterns: Sequence[str]) -> Any:
+    """Mark the leaves whose name holds one of the regular expressions.
+
+    Args:
+        tree: Parameters.
+        patterns: Regular expressions, searched for anywhere in a name.
+
+    Returns:
+        The same tree with a bool in place of each leaf.
+    """
+    return map_named(lambda name, _: matches(name, patterns), tree)
+
+
+def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """Return the tree with some leaves exchanged.
+
+    Raises:
+        ValueError: A name is not in the tree, or a shape differs.
+    """
+    known = named_leaves(tree)
+    for name, leaf in leaves.items():
+        if name not in known:
+            raise ValueError(f"expected the name of a leaf, got {name}")
+        if jnp.shape(leaf) != jnp.shape(known[name]):
+            raise ValueError(f"{name}: expected shape {jnp.shape(known[name])}, got {jnp.shape(leaf)}")
+    return map_named(lambda name, leaf: leaves.get(name, leaf), tree)
+
+
+def exponential_average(average: Any, tree: Any, decay: Any) -> Any:
+    """Return `decay * average + (1 - decay) * tree`, leaf by leaf."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, tree)
+
+
+def global_norm(tree: Any) -> Scalar:
+    """Return the Euclidean norm of all leaves together, in float32."""
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros(())))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

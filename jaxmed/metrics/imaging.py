@@ -1,0 +1,308 @@
+"""Measures of segmentations and of images, in 2D and 3D; NumPy and SciPy on the host.
+
+Conventions for masks without voxels, used throughout: two empty masks agree (Dice and Jaccard 1, distances 0 mm,
+volume error 0); when only one is empty, Dice and Jaccard are 0, distances are the diagonal of the image in mm (no
+distance in it is larger, so that a missed structure counts against a method and means stay finite), and the volume
+error relative to an empty truth is None.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+import scipy.ndimage
+from jaxtyping import Bool, Float64, Integer, Real
+
+from jaxmed.errors import InputError
+
+SSIM_SIGMA = 1.5
+SSIM_RADIUS = 5
+
+
+class SurfaceDistances(NamedTuple):
+    """Distances between two surfaces, in mm.
+
+    Attributes:
+        average: Average symmetric surface distance: the mean over the voxels of both surfaces.
+        hausdorff: Largest distance.
+        hausdorff_95: Larger of the 95th percentiles of the two directions.
+    """
+
+    average: float
+    hausdorff: float
+    hausdorff_95: float
+
+
+class VolumeError(NamedTuple):
+    """Estimated minus true volume.
+
+    Attributes:
+        absolute: In mm^3 (mm^2 for a 2D mask).
+        relative: Fraction of the true volume; None when only the truth is empty.
+    """
+
+    absolute: float
+    relative: float | None
+
+
+def dice(truth: Bool[np.ndarray, "*space"], estimate: Bool[np.ndarray, "*space"]) -> float:
+    """Return twice the shared voxels over all voxels of both masks."""
+    _check_shapes(truth, estimate)
+    total = int(truth.sum()) + int(estimate.sum())
+    return 2 * int((truth & estimate).sum()) / total if total else 1.0
+
+
+def jaccard(truth: Bool[np.ndarray, "*space"], estimate: Bool[np.ndarray, "*space"]) -> float:
+    """Return the shared voxels over those of either mask."""
+    _check_shapes(truth, estimate)
+    union = int((truth | estimate).sum())
+    return int((truth & estimate).sum()) / union if union else 1.0
+
+
+def volume_error(
+    truth: Bool[np.ndarray, "*space"], estimate: Bool[np.ndarray, "*space"], spacing: tuple[float, ...]
+) -> VolumeError:
+    """Return the error of a volume; positive where the estimate is larger.
+
+    Args:
+        truth: Mask.
+        estimate: Mask.
+        spacing: Voxel size per axis, in mm.
+    """
+    _check_shapes(truth, estimate)
+    _check_spacing(spacing, truth.ndim)
+    ours, theirs = int(estimate.sum()), int(truth.sum())
+    relative = (ours - theirs) / theirs if theirs else (None if ours else 0.0)
+    return VolumeError((ours - theirs) * math.prod(spacing), relative)
+
+
+def surface_distances(
+    truth: Bool[np.ndarray, "*space"], estimate: Bool[np.ndarray, "*space"], spacing: tuple[float, ...]
+) -> SurfaceDistances:
+    """Measure how far the surfaces of two masks lie apart.
+
+    A surface is the voxels of a mask of which a face neighbour is outside it or outside the image. From the centre of
+    each to the centre of the nearest of the other surface gives two directed sets of distances. The average is their
+    joint mean; the Hausdorff distance their maximum; its 95 % form the larger of their two 95th percentiles
+    (interpolated linearly).
+
+    Args:
+        truth: Mask.
+        estimate: Mask.
+        spacing: Voxel size per axis, in mm; may differ between axes.
+
+    Source: Maier-Hein et al., Metrics Reloaded, arXiv:2206.01653, appendix (ASSD, HD, HD95).
+    """
+    _check_shapes(truth, estimate)
+    _check_spacing(spacing, truth.ndim)
+    is_empty = not truth.any(), not estimate.any()
+    if all(is_empty):
+        return SurfaceDistances(0.0, 0.0, 0.0)
+    if any(is_empty):
+        diagonal = math.dist([0.0] * truth.ndim, [n * s for n, s in zip(truth.shape, spacing, strict=True)])
+        return SurfaceDistances(diagonal, diagonal, diagonal)
+    # Distances between voxels of the two masks do not need the space around them.
+    box = scipy.ndimage.find_objects((truth | estimate).astype(np.uint8))[0]
+    surfaces = [_surface(mask[box]) for mask in (truth, estimate)]
+    fields = [scipy.ndimage.distance_transform_edt(~surface, sampling=spacing) for surface in surfaces]
+    directed = np.asarray(fields[1])[surfaces[0]], np.asarray(fields[0])[surfaces[1]]
+    return SurfaceDistances(
+        average=float(np.concatenate(directed).mean()),
+        hausdorff=float(max(distances.max() for distances in directed)),
+        hausdorff_95=float(max(np.percentile(distances, 95) for distances in directed)),
+    )
+
+
+def score_labels(
+    truth: Integer[np.ndarray, "*space"],
+    estimate: Integer[np.ndarray, "*space"],
+    spacing: tuple[float, ...],
+    labels: Mapping[str, int],
+) -> dict[str, dict[str, float | None]]:
+    """Compare two label maps, structure by structure.
+
+    Args:
+        truth: Label of each voxel.
+        estimate: Label of each voxel.
+        spacing: Voxel size per axis, in mm.
+        labels: Value by name of the structures to compare.
+
+    Returns:
+        By name: dice, jaccard, average_surface_distance_mm, hausdorff_mm, hausdorff_95_mm, volume_error_mm3 and
+        volume_error_relative (None where the truth has no such structure and the estimate has).
+    """
+    _check_shapes(truth, estimate)
+    found: dict[str, dict[str, float | None]] = {}
+    for name, value in labels.items():
+        masks = truth == value, estimate == value
+        distances, volume = surface_distances(*masks, spacing), volume_error(*masks, spacing)
+        found[name] = {
+            "dice": dice(*masks),
+            "jaccard": jaccard(*masks),
+            "average_surface_distance_mm": distances.average,
+            "hausdorff_mm": distances.hausdorff,
+            "hausdorff_95_mm": distances.hausdorff_95,
+            "volume_error_mm3": volume.absolute,
+            "volume_error_relative": volume.relative,
+        }
+    return found
+
+
+def mae(
+    truth: Real[np.ndarray, "*space"],
+    estimate: Real[np.ndarray, "*space"],
+    mask: Bool[np.ndarray, "*space"] | None = None,
+) -> float:
+    """Return the mean absolute error, in the unit of the images.
+
+    Args:
+        truth: Image.
+        estimate: Image.
+        mask: Voxels that count; None for all.
+
+    Raises:
+        InputError: The shapes differ, the mask is empty, or a voxel that counts is not finite.
+    """
+    return float(np.abs(np.subtract(*_values(truth, estimate, mask))).mean())
+
+
+def nrmse(
+    truth: Real[np.ndarray, "*space"],
+    estimate: Real[np.ndarray, "*space"],
+    mask: Bool[np.ndarray, "*space"] | None = None,
+    relative_to: Literal["range", "mean", "norm"] = "range",
+) -> float:
+    """Return the root mean squared error, as a fraction of the truth's size.
+
+    Args:
+        truth: Image.
+        estimate: Image.
+        mask: Voxels that count; None for all.
+        relative_to: The truth's range (maximum minus minimum), mean, or root mean square.
+
+    Raises:
+        InputError: As for `mae`, or that size is not positive.
+    """
+    true, found = _values(truth, estimate, mask)
+    match relative_to:
+        case "range":
+            size = float(np.ptp(true))
+        case "mean":
+            size = float(true.mean())
+        case "norm":
+            size = float(np.sqrt((true**2).mean()))
+    if not size > 0:
+        raise InputError(f"{relative_to} of the true image", "a positive number", size, "choose another relative_to")
+    return float(np.sqrt(((found - true) ** 2).mean())) / size
+
+
+def psnr(
+    truth: Real[np.ndarray, "*space"],
+    estimate: Real[np.ndarray, "*space"],
+    data_range: float,
+    mask: Bool[np.ndarray, "*space"] | None = None,
+) -> float:
+    """Return the peak signal-to-noise ratio in dB; infinite for equal images.
+
+    Args:
+        truth: Image.
+        estimate: Image.
+        data_range: Distance between the lowest and the highest intensity that there can be.
+        mask: Voxels that count; None for all.
+
+    Raises:
+        InputError: As for `mae`, or the range is not positive.
+    """
+    _check_range(data_range)
+    true, found = _values(truth, estimate, mask)
+    squared = float(((found - true) ** 2).mean())
+    return 10 * math.log10(data_range**2 / squared) if squared else math.inf
+
+
+def ssim(
+    truth: Real[np.ndarray, "*space"],
+    estimate: Real[np.ndarray, "*space"],
+    data_range: float,
+    mask: Bool[np.ndarray, "*space"] | None = None,
+) -> float:
+    """Return the mean structural similarity of two images, in 2D or 3D.
+
+    The window is a Gaussian of standard deviation 1.5 voxels, cut to 11 voxels a side, with K1 = 0.01, K2 = 0.03 and
+    moments divided by the window's weight. Only voxels whose window lies inside the image count, as in the paper;
+    scikit-image gives the same with `gaussian_weights=True, use_sample_covariance=False`.
+
+    Args:
+        truth: Image.
+        estimate: Image.
+        data_range: Distance between the lowest and the highest intensity that there can be.
+        mask: Centres of the windows that count; None for all.
+
+    Raises:
+        InputError: The shapes differ, an axis has fewer than 11 voxels, a voxel is not finite, the range is not
+            positive, or no window counts.
+
+    Source: Wang et al., IEEE Transactions on Image Processing 13 (2004), 600, equation 13 and section III C.
+    """
+    _check_range(data_range)
+    size = 2 * SSIM_RADIUS + 1
+    if truth.ndim not in (2, 3) or min(truth.shape) < size:
+        raise InputError("images for SSIM", f"2 or 3 axes of {size} voxels or more", f"shape {truth.shape}")
+    _values(truth, estimate, None)
+    if mask is not None:
+        _check_shapes(truth, mask)
+    x, y = truth.astype(np.float64), estimate.astype(np.float64)
+    mean_x, mean_y = _blur(x), _blur(y)
+    variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    inside = (slice(SSIM_RADIUS, -SSIM_RADIUS),) * truth.ndim
+    counts = similarity[inside] if mask is None else similarity[inside][mask[inside]]
+    if not counts.size:
+        raise InputError("mask for SSIM", f"a voxel {SSIM_RADIUS} or more from the image's edge", "none")
+    return float(counts.mean())
+
+
+def _blur(image: Float64[np.ndarray, "*space"]) -> Float64[np.ndarray, "*space"]:
+    return scipy.ndimage.gaussian_filter(image, SSIM_SIGMA, radius=SSIM_RADIUS)
+
+
+def _surface(mask: Bool[np.ndarray, "*space"]) -> Bool[np.ndarray, "*space"]:
+    return mask & ~scipy.ndimage.binary_erosion(mask)
+
+
+def _values(
+    truth: np.ndarray, estimate: np.ndarray, mask: np.ndarray | None
+) -> tuple[Float64[np.ndarray, " voxel"], Float64[np.ndarray, " voxel"]]:
+    _check_shapes(truth, estimate)
+    if mask is not None:
+        _check_shapes(truth, mask)
+    found = []
+    for name, image in (("true image", truth), ("estimated image", estimate)):
+        values = (image if mask is None else image[mask]).astype(np.float64).ravel()
+        if not values.size:
+            raise InputError("mask" if mask is not None else name, "at least one voxel", "none")
+        if not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).sum())
+            raise InputError(name, "finite intensities", f"{bad} voxels that are not", "mask them, or repair the image")
+        found.append(values)
+    return found[0], found[1]
+
+
+def _check_shapes(truth: np.ndarray, estimate: np.ndarray) -> None:
+    if truth.shape != estimate.shape:
+        raise InputError(
+            "two images to compare", f"one shape {truth.shape}", estimate.shape, "resample one to the other"
+        )
+
+
+def _check_spacing(spacing: tuple[float, ...], num_axes: int) -> None:
+    if len(spacing) != num_axes or not all(math.isfinite(size) and size > 0 for size in spacing):
+        raise InputError("spacing", f"{num_axes} positive voxel sizes in mm", spacing)
+
+
+def _check_range(data_range: float) -> None:
+    if not (math.isfinite(data_range) and data_range > 0):
+        raise InputError("data_range", "a positive number", data_range, "give the span of the intensities")

@@ -1,0 +1,1 @@
+"""Work that several systems share: training recipes, and studies made of many runs."""

@@ -1,0 +1,317 @@
+"""The loop of every training run: restore, step, report, evaluate, save.
+
+`fit` takes any compiled `step(state, batch) -> (state, metrics)` whose state is a NamedTuple with a field `step`. It
+keeps the device busy: the next batch is read and placed while a step runs, and the numbers of a step are looked at
+one step later.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmed.errors import InputError, Interrupted
+from jaxmed.train.checkpoint import Checkpoints
+from jaxmed.train.log import Log
+from jaxmed.train.mesh import shard_batch
+from jaxmed.train.run_folder import RunFolder
+
+State = TypeVar("State")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Length of a run, and how often it speaks and saves.
+
+    Attributes:
+        steps: Length of the run, in steps.
+        log_every: Steps between lines of metrics.jsonl.
+        save_every: Steps between checkpoints; 0 saves at the end alone.
+        evaluate_every: Steps between evaluations; 0 evaluates at the end alone.
+        keep: Checkpoints that stay.
+        best: Metric of the evaluation whose best state is kept in checkpoints/best; empty keeps none.
+        best_is: Whether the largest or the smallest value is the best.
+        patience: Evaluations without a better `best` after which the run ends; 0 never ends early.
+        tensorboard: Write the metrics for TensorBoard too.
+    """
+
+    steps: int = 1000
+    log_every: int = 10
+    save_every: int = 500
+    evaluate_every: int = 0
+    keep: int = 2
+    best: str = ""
+    best_is: Literal["largest", "smallest"] = "largest"
+    patience: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.log_every < 1 or self.keep < 1:
+            raise ValueError(
+                f"steps, log_every, keep: expected 1 or more, found {self.steps, self.log_every, self.keep}"
+            )
+        if min(self.save_every, self.evaluate_every, self.patience) < 0:
+            raise ValueError("save_every, evaluate_every, patience: expected 0 or more, found a negative number")
+        if self.patience and not self.best:
+            raise ValueError("patience: expected the name of a metric in best, found none")
+
+
+def fit(
+    config: LoopConfig,
+    state: State,
+    step: Callable[[State, Any], tuple[State, Mapping[str, jax.Array]]],
+    batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
+    *,
+    mesh: Mesh,
+    folder: RunFolder,
+    log: Log,
+    evaluate: Callable[[State], Mapping[str, float]] | None = None,
+) -> State:
+    """Train until the last step, continuing from the newest checkpoint of the run.
+
+    Args:
+        config: Length and intervals.
+        state: A fresh state, in its place on the mesh.
+        step: From `make_train_step`, or any of this signature; compiled here ahead of time where it is jitted.
+        batches: `batches(start)` yields this process's share of the batches from step `start` on, all of one shape.
+        mesh: The batches are split over its "data" axis.
+        folder: The run.
+        log: Its log.
+        evaluate: `evaluate(state) -> metrics`, called in every process.
+
+    Returns:
+        The state after the last step, saved; where `best` is set it is in checkpoints/best besides.
+
+    Raises:
+        InputError: A loss or metric is not finite (nothing is saved), the batches end too early, or a save fails.
+        Interrupted: SIGTERM or Ctrl-C; the step at hand is finished and saved first.
+    """
+    record = {"run": folder.record}
+    best = Checkpoints(folder.checkpoints / "best", record, keep=1) if config.best else None
+    with Checkpoints(folder.checkpoints / "state", record, config.keep) as checkpoints, _catch_signals() as signals:
+        restored = checkpoints.restore(state)
+        done = 0
+        if restored is not None:
+            done, state = restored
+            log.say(f"Continuing after step {done:,} of an interrupted run.")
+        log.rewind(done)
+        if best is not None:
+            best.discard_after(done)
+        run = _Run(config, step, log, folder, checkpoints, best, evaluate, _History.read(log, config))
+        with contextlib.closing(_placed(batches, done, mesh)) as stream:
+            state = run.advance(state, done, stream, signals)
+    if best is not None:
+        best.close()
+    return state
+
+
+def _placed(batches: Callable[[int], Iterable[Any]], start: int, mesh: Mesh) -> Generator[Any, None, None]:
+    stream = iter(batches(start))
+    try:
+        for batch in stream:
+            yield shard_batch(batch, mesh)
+    finally:
+        if hasattr(stream, "close"):
+            stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclasses.dataclass
+class _History:
+    """The best evaluation so far; read back from metrics.jsonl, so that a resumed run decides as an unbroken one."""
+
+    best: float | None = None
+    since: int = 0
+
+    @classmethod
+    def read(cls, log: Log, config: LoopConfig) -> "_History":
+        history = cls()
+        for line in log.read_metrics():
+            if config.best and f"evaluation/{config.best}" in line:
+                history.add(line[f"evaluation/{config.best}"], config)
+        return history
+
+    def add(self, value: float, config: LoopConfig) -> bool:
+        """Take one more value and tell whether it is the best."""
+        sign = 1 if config.best_is == "largest" else -1
+        if self.best is None or sign * value > sign * self.best:
+            self.best, self.since = value, 0
+            return True
+        self.since += 1
+        return False
+
+
+@dataclasses.dataclass
+class _Run:
+    """What stays the same while a run advances."""
+
+    config: LoopConfig
+    step: Callable[..., Any]
+    log: Log
+    folder: RunFolder
+    checkpoints: Checkpoints
+    best: Checkpoints | None
+    evaluate: Callable[..., Mapping[str, float]] | None
+    history: _History
+
+    def advance(self, state: Any, done: int, stream: Iterator[Any], signals: list[int]) -> Any:
+        """Take the steps that are left."""
+        config, first = self.config, done
+        if done >= config.steps or self._is_out_of_patience():
+            return state
+        batch = next(stream, None)
+        step, flops = self._compile(state, batch)
+        pending: collections.deque[tuple[int, Any]] = collections.deque()
+        saved = done
+        with self.log.progress("Training", config.steps, "steps", done) as update, self._trace(first) as trace:
+            began = time.monotonic()
+            while True:
+                if batch is None:
+                    raise InputError("data", f"a batch for step {done + 1:,}", "no more records")
+                state, metrics = step(state, batch)
+                done += 1
+                pending.append((done, metrics))
+                is_last = done == config.steps
+                stop = self._must_stop(done, signals)
+                is_evaluation = self.evaluate is not None and (is_last or _is_due(done, config.evaluate_every))
+                is_save = is_last or stop is not None or _is_due(done, config.save_every)
+                if not (is_last or stop is not None):
+                    batch = next(stream, None)
+                # Looking at the step before keeps the device one step ahead of us, and no more.
+                while len(pending) > (0 if is_evaluation or is_save else 1):
+                    self._check(*pending.popleft(), began, first)
+                trace(done)
+                update(done, _rate(flops, done - first, time.monotonic() - began))
+                if is_evaluation:
+                    self._evaluate(done, state)
+                    if self._is_out_of_patience():
+                        self.log.say(f"Stopping after step {done:,}: {config.best} has not improved "
+                                     f"in {config.patience} evaluations.")  # fmt: skip
+                        is_save = is_last = True
+                if is_save and saved != done:
+                    self.checkpoints.save(done, state)
+                    saved = done
+                if stop is not None:
+                    self.checkpoints.wait()
+                    raise Interrupted(stop, f"step {done:,} of {config.steps:,}")
+                if is_last:
+                    return state
+
+    def _is_out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.history.since
+
+    def _must_stop(self, done: int, signals: list[int]) -> int | None:
+        if jax.process_count() > 1:  # all of them must stop at the same step
+            return signal.SIGTERM if self.checkpoints.reached_preemption(done) else None
+        return signals[0] if signals else None
+
+    def _compile(self, state: Any, batch: Any) -> tuple[Callable[..., Any], float]:
+        """Compile the step ahead of time, which tells its operations too."""
+        if batch is None or not hasattr(self.step, "lower"):
+            return self.step, 0.0
+        began = time.monotonic()
+        compiled = self.step.lower(state, batch).compile()
+        analysis = compiled.cost_analysis() or {}
+        flops = max(float(analysis.get("flops", 0.0)), 0.0)
+        self.log.say(f"Compiled the step in {time.monotonic() - began:.1f} s: {flops / 1e9:,.2f} GFLOP.")
+        return compiled, flops
+
+    def _check(self, number: int, metrics: Mapping[str, jax.Array], began: float, first: int) -> None:
+        """Stop at a number that is not finite; write the numbers that are due."""
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise InputError(
+                    f"step {number:,}, {name}",
+                    "a finite number",
+                    value,
+                    "the last save stays: lower --optimizer.peak-lr, set --optimizer.clip-norm, or look at the data",
+                )
+        if _is_due(number, self.config.log_every) or number == self.config.steps:
+            rate = (number - first) / max(time.monotonic() - began, 1e-9)
+            self.log.metrics(number, values | {"steps_per_second": rate})
+
+    def _evaluate(self, number: int, state: Any) -> None:
+        assert self.evaluate is not None
+        values = {f"evaluation/{name}": float(value) for name, value in self.evaluate(state).items()}
+        self.log.metrics(number, values)
+        shown = ", ".join(f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in values.items())
+        self.log.say(f"Step {number:,}: {shown}")
+        if self.best is not None:
+            name = f"evaluation/{self.config.best}"
+            if name not in values:
+                known = ", ".join(key.removeprefix("evaluation/") for key in values)
+                raise InputError("loop.best", f"a metric of the evaluation ({known})", self.config.best)
+            if self.history.add(values[name], self.config):
+                self.best.save(number, state)
+
+    @contextlib.contextmanager
+    def _trace(self, first: int) -> Iterator[Callable[[int], None]]:
+        """Profile some steps, after the first two have warmed up."""
+        steps = self.folder.options.profile
+        is_on = False
+
+        def update(done: int) -> None:
+            nonlocal is_on
+            if steps and done == first + 2:
+                jax.profiler.start_trace(self.folder.path / "profile")
+                is_on = True
+            elif is_on and done >= first + 2 + steps:
+                jax.profiler.stop_trace()
+                is_on = False
+
+        try:
+            yield update
+        finally:
+            if is_on:
+                jax.profiler.stop_trace()
+
+
+def restore_best(folder: RunFolder, state: State) -> State:
+    """Read the state that `LoopConfig.best` kept.
+
+    Raises:
+        InputError: There is none.
+    """
+    with Checkpoints(folder.checkpoints / "best", keep=1) as best:
+        restored = best.restore(state)
+    if restored is None:
+        raise InputError(folder.checkpoints / "best", "a saved state", "none", "was the run evaluated?")
+    return restored.state
+
+
+def _is_due(number: int, interval: int) -> bool:
+    return interval > 0 and number % interval == 0
+
+
+def _rate(flops: float, steps: int, seconds: float) -> str:
+    return f"{flops * steps / max(seconds, 1e-9) / 1e9:,.1f} GFLOP/s" if flops else ""
+
+
+@contextlib.contextmanager
+def _catch_signals() -> Iterator[list[int]]:
+    """Note SIGTERM and Ctrl-C instead of dying of them; a second one ends the process at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    # Handlers belong to the main thread; jax has its own where there are many processes.
+    try:
+        old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

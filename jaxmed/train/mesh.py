@@ -1,0 +1,159 @@
+"""Devices as one mesh with two axes: "data" carries the batch and split parameters, "model" tensor splits.
+
+One process is the same code as many: every process runs the same program over the same mesh, and reads its own share
+of each batch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
+
+from jaxmed.arrays.trees import map_named, matches
+from jaxmed.errors import InputError
+
+# (regular expression on a leaf's name, its partition), the first match counts. Models keep theirs beside the module.
+Rules: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
+SMALLEST_SPLIT = 2**18  # entries; splitting less costs more in messages than it saves in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are used.
+
+    Attributes:
+        data: Devices along the batch; 0 takes all that `model` leaves.
+        model: Devices along tensor splits.
+        distributed: Join other processes of the same command before anything else. On SLURM, Open MPI and TPU pods the
+            three fields below are found by jax itself and stay empty.
+        coordinator: Address and port of process 0, such as "10.0.0.1:8476".
+        processes: Number of processes.
+        process: Number of this process, from 0.
+    """
+
+    data: int = 0
+    model: int = 1
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.data < 0:
+            raise ValueError(f"data: expected 0 or more devices, found {self.data}")
+        if self.model < 1:
+            raise ValueError(f"model: expected 1 or more devices, found {self.model}")
+
+
+def make_mesh(config: MeshConfig = MeshConfig()) -> Mesh:
+    """Start the other processes' connection where asked, and lay out the devices.
+
+    Returns:
+        A mesh with the axes "data" and "model". A single process may use fewer devices than there are.
+
+    Raises:
+        InputError: The devices do not suffice or do not divide.
+    """
+    if config.distributed and not jax.distributed.is_initialized():
+        jax.distributed.initialize(config.coordinator, config.processes, config.process)
+    present = jax.device_count()
+    data = config.data or present // config.model
+    needed = data * config.model
+    is_whole = needed == present or (jax.process_count() == 1 and 0 < needed < present)
+    if not is_whole or (config.data == 0 and needed != present):
+        advice = "change --mesh.data or --mesh.model"
+        found = f"{config.data or 'all'} x {config.model} (data x model)"
+        raise InputError("mesh", f"axes that fill {present} device(s)", found, advice)
+    return jax.make_mesh(
+        (data, config.model), ("data", "model"), (AxisType.Auto, AxisType.Auto), devices=jax.devices()[:needed]
+    )
+
+
+def layout(shapes: Any, mesh: Mesh, rules: Rules = (), smallest_split: int = SMALLEST_SPLIT) -> Any:
+    """Decide where each leaf lives.
+
+    A leaf follows the first rule found in its name. Names of optimizer states end in the parameter's name, so
+    moments lie where their parameters lie. A leaf without a rule is split over "data" along its largest axis that
+    divides, if it has `smallest_split` entries or more; everything else is copied to every device.
+
+    Args:
+        shapes: Arrays, or what `jax.eval_shape` returns.
+        mesh: From `make_mesh`.
+        rules: The model's.
+        smallest_split: In entries.
+
+    Returns:
+        The same tree with a sharding in place of each leaf.
+
+    Raises:
+        ValueError: A rule splits an axis that its mesh axis does not divide.
+    """
+
+    def place(name: str, leaf: Any) -> NamedSharding:
+        spec = next((spec for pattern, spec in rules if matches(name, (pattern,))), None)
+        if spec is None:
+            spec = _split_largest(leaf.shape, mesh.shape["data"], smallest_split)
+        elif len(spec) > leaf.ndim:  # a scalar of the optimizer that carries a parameter's name
+            spec = PartitionSpec()
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            axes = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+            count = int(np.prod([mesh.shape[name] for name in axes]))
+            if size % count:
+                raise ValueError(f"{name}: expected a size that {axis} = {count} divides, got {size} in {leaf.shape}")
+        return NamedSharding(mesh, spec)
+
+    return map_named(place, shapes)
+
+
+def shardings_of(tree: Any) -> Any:
+    """Return where the arrays of a tree live."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """Tell which part of every batch this process reads.
+
+    Returns:
+        (index, count): the process reads part `index` of `count` equal parts. Processes that differ in the "model"
+        axis alone read the same part.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    rows = mesh.shape["data"]
+    places = sharding.addressable_devices_indices_map((rows,)).values()
+    mine = sorted({place[0].indices(rows)[0] for place in places if place is not None})
+    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+        raise ValueError(f"expected a process to hold adjacent parts of the data axis, got {mine} of {rows}")
+    return mine[0] // len(mine), rows // len(mine)
+
+
+def shard_batch(batch: Mapping[str, Shaped[np.ndarray, "..."]], mesh: Mesh) -> dict[str, jax.Array]:
+    """Put this process's share of a batch on its devices, as part of the global arrays.
+
+    Raises:
+        InputError: The batch does not divide over the "data" axis.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    _, count = data_share(mesh)
+    placed = {}
+    for name, array in batch.items():
+        if (array.shape[0] * count) % mesh.shape["data"]:
+            raise InputError(
+                "batch_size",
+                f"a multiple of the {mesh.shape['data']} devices along data",
+                array.shape[0] * count,
+                "change the batch size, or --mesh.data",
+            )
+        placed[name] = jax.make_array_from_process_local_data(sharding, array)
+    return placed
+
+
+def _split_largest(shape: tuple[int, ...], count: int, smallest: int) -> PartitionSpec:
+    divisible = [axis for axis, size in enumerate(shape) if size % count == 0]
+    if count == 1 or not divisible or np.prod(shape) < smallest:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*(None,) * largest, "data")

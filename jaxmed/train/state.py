@@ -1,0 +1,65 @@
+"""What a training run carries from step to step, made in its place on the devices."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.train.mesh import Rules, layout
+
+
+class TrainState(NamedTuple):
+    """The state of a run.
+
+    Attributes:
+        step: Steps done.
+        params: Trained parameters, float32.
+        ema_params: Their exponential moving average, or None.
+        opt_state: The optimizer's own state.
+        key: Root key of the run. A step uses `fold_in(key, step)`, so a restart repeats the same randomness.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    ema_params: Params | None
+    opt_state: Any
+    key: KeyArray
+
+
+def create_state(
+    key: KeyArray,
+    init: Callable[..., Params],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *arguments: Any,
+    rules: Rules = (),
+    ema: bool = False,
+) -> TrainState:
+    """Make the first state, born sharded: no device ever holds the whole of a parameter that is split.
+
+    Args:
+        key: Split into one for `init` and the root key of the run.
+        init: `init(key, *arguments) -> params`.
+        optimizer: As optax makes it.
+        mesh: Where the state lives.
+        *arguments: Arrays that `init` needs, such as parameters read from a file.
+        rules: The model's layout, see `mesh.layout`.
+        ema: Keep a moving average of the parameters.
+
+    Returns:
+        The state at step 0; the average starts at the parameters.
+    """
+
+    def create(key: KeyArray, *arguments: Any) -> TrainState:
+        init_key, root_key = jax.random.split(key)
+        params = init(init_key, *arguments)
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params), root_key)
+
+    shapes = jax.eval_shape(create, key, *arguments)
+    return jax.jit(create, out_shardings=layout(shapes, mesh, rules))(key, *arguments)

@@ -1,0 +1,290 @@
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.special
+
+from jaxmed.data.augment import (
+    AugmentConfig,
+    augment,
+    bias_field,
+    blur,
+    draw_affine,
+    draw_bias_field,
+    draw_flips,
+    flip,
+    gamma,
+    noise,
+    random_crop,
+    random_resized_crop,
+    scale_shift,
+    warp,
+)
+
+pytestmark = pytest.mark.core
+
+SHAPES = [(12, 12), (8, 8, 8)]
+ALWAYS = AugmentConfig(
+    flip_axes=(0, 1),
+    affine_probability=1,
+    shear=0.1,
+    blur_probability=1,
+    bias_probability=1,
+    gamma_probability=1,
+    intensity_probability=1,
+    noise_probability=1,
+)
+NEVER = AugmentConfig(
+    flip_probability=0,
+    affine_probability=0,
+    blur_probability=0,
+    bias_probability=0,
+    gamma_probability=0,
+    intensity_probability=0,
+    noise_probability=0,
+)
+
+
+def example(spatial, channels=1, seed=0):
+    return jax.random.uniform(jax.random.key(seed), (*spatial, channels))
+
+
+def rigid(linear, shift=None):
+    shift = np.zeros(len(linear)) if shift is None else shift
+    return jnp.concatenate([jnp.asarray(linear, jnp.float32), jnp.asarray(shift, jnp.float32)[:, None]], axis=1)
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+def test_flips_are_involutive(spatial, key):
+    image = example(spatial, 2)
+    flips = draw_flips(key, len(spatial), (0, 1), 1.0)
+    assert flips.tolist() == [True, True, *[False] * (len(spatial) - 2)]
+    np.testing.assert_array_equal(flip(flip(image, flips), flips), image)
+    np.testing.assert_array_equal(flip(image, flips), image[::-1, ::-1])
+
+
+@pytest.mark.parametrize("spatial", [(12, 12), (7, 7), (6, 5, 4)])
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_identity_copies(spatial, order):
+    image = example(spatial, 2)
+    np.testing.assert_array_equal(warp(image, rigid(np.eye(len(spatial))), order=order), image)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("edge", [6, 7])
+def test_quarter_turns_are_rot90(order, edge):
+    turn = np.array([[0, 1], [-1, 0]])
+    image = example((edge, edge))
+    np.testing.assert_array_equal(warp(image, rigid(turn), order=order), np.rot90(image, 1))
+    volume = example((edge, edge, 4))
+    solid = np.eye(3)
+    solid[:2, :2] = turn
+    np.testing.assert_array_equal(warp(volume, rigid(solid), order=order), np.rot90(volume, 1))
+
+
+def test_drawn_quarter_turn_is_rot90_to_rounding():
+    config = AugmentConfig(rotation=90.0, scale=(1.0, 1.0), translation=0.0)
+    turns = [draw_affine(jax.random.key(seed), (6, 6), config)[:, :2] for seed in range(5)]
+    for turn in turns:
+        np.testing.assert_allclose(turn @ turn.T, np.eye(2), atol=1e-6)
+    angles = np.array([math.atan2(turn[1, 0], turn[0, 0]) for turn in turns])
+    assert np.abs(angles).max() <= math.pi / 2 and np.ptp(angles) > 0.5
+
+
+@pytest.mark.parametrize("spatial", [(9, 11), (7, 8, 9)])
+@pytest.mark.parametrize("fill", [0.5, None])
+def test_warp_agrees_with_scipy(spatial, fill, key):
+    config = AugmentConfig(rotation=20.0, shear=0.1, is_isotropic=False)
+    matrix = np.asarray(draw_affine(key, spatial, config), np.float64)
+    image = np.asarray(example(spatial)[..., 0])
+    center = (np.array(spatial) - 1) / 2
+    ndim = len(spatial)
+    offset = center + matrix[:, ndim] - matrix[:, :ndim] @ center
+    mode = {"mode": "nearest"} if fill is None else {"mode": "grid-constant", "cval": fill}
+    wanted = scipy.ndimage.affine_transform(image, matrix[:, :ndim], offset, order=1, **mode)
+    found = warp(jnp.asarray(image), jnp.asarray(matrix, jnp.float32), fill=fill)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_unequal_voxels_turn_rigidly(key):
+    config = AugmentConfig(rotation=30.0, scale=(1.0, 1.0), translation=0.0, spacing=(1.0, 2.0, 4.0))
+    linear = np.asarray(draw_affine(key, (8, 8, 8), config)[:, :3])
+    spacing = np.diag(config.spacing)
+    physical = spacing @ linear @ np.linalg.inv(spacing)
+    np.testing.assert_allclose(physical @ physical.T, np.eye(3), atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial", [(24, 24), (16, 16, 16)])
+def test_image_and_label_move_together(spatial):
+    grid = np.stack(np.meshgrid(*[np.arange(n) - n / 2 for n in spatial], indexing="ij"))
+    label = jnp.asarray((np.abs(grid).max(0) < spatial[0] / 4).astype(np.int32) * 3)
+    image = (label[..., None] / 3).astype(jnp.float32)
+    config = dataclasses.replace(NEVER, flip_axes=(0,), flip_probability=0.5, affine_probability=1.0)
+    for seed in range(3):
+        moved, moved_label = augment(jax.random.key(seed), image, config, label)
+        assert set(np.unique(moved_label)) <= {0, 3} and moved_label.dtype == jnp.int32
+        agree = np.asarray((moved[..., 0] > 0.5) == (moved_label == 3))
+        assert agree.mean() > 0.99
+        assert not np.array_equal(moved, image)
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+def test_blur_keeps_constants_and_agrees_with_scipy(spatial, key):
+    np.testing.assert_allclose(blur(key, jnp.full((*spatial, 2), 3.0), (0.5, 2.0)), 3.0, rtol=1e-6)
+    image = example(spatial)
+    wanted = scipy.ndimage.gaussian_filter(np.asarray(image[..., 0]), 1.25, mode="nearest", radius=4)
+    np.testing.assert_allclose(blur(key, image, (1.25, 1.25), 4)[..., 0], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+def test_bias_fields_have_their_range_and_mean(spatial):
+    logs = [np.log(draw_bias_field(jax.random.key(seed), spatial, 0.4)) for seed in range(8)]
+    for log in logs:
+        assert abs(log.mean()) < 1e-5 and np.abs(log).max() <= 0.4 + 1e-5
+        steps = [np.abs(np.diff(log, axis=axis)).max() for axis in range(len(spatial))]
+        assert max(steps) < 0.4
+    assert max(np.abs(log).max() for log in logs) > 0.2
+    image = example(spatial, 2)
+    np.testing.assert_array_equal(bias_field(jax.random.key(0), image, 0.0), image)
+    ratio = bias_field(jax.random.key(0), image, 0.4) / image
+    np.testing.assert_allclose(ratio[..., 0], ratio[..., 1], rtol=1e-5)
+
+
+def test_gamma_keeps_range_and_one_is_the_identity(key):
+    image = 5 * example((8, 8, 8), 2) - 2
+    np.testing.assert_allclose(gamma(key, image, (1.0, 1.0)), image, atol=1e-5)
+    dark = gamma(key, image, (2.0, 2.0))
+    np.testing.assert_allclose(dark.min((0, 1, 2)), image.min((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(dark.max((0, 1, 2)), image.max((0, 1, 2)), atol=1e-5)
+    assert (dark <= image + 1e-5).all()
+    np.testing.assert_array_equal(gamma(key, jnp.ones((4, 4, 1)), (0.5, 2.0)), jnp.ones((4, 4, 1)))
+
+
+def test_scale_and_shift_are_per_channel(key):
+    image = example((8, 8), 3)
+    moved = np.asarray(scale_shift(key, image, (0.5, 2.0), (-1.0, 1.0)))
+    for channel in range(3):
+        factor, summand = np.polyfit(np.ravel(image[..., channel]), moved[..., channel].ravel(), 1)
+        assert 0.5 <= factor <= 2 and -1 <= summand <= 1
+    np.testing.assert_array_equal(scale_shift(key, image, (1.0, 1.0), (0.0, 0.0)), image)
+
+
+def test_gaussian_noise_has_its_level(key):
+    found = noise(key, jnp.zeros((64, 64, 16)), (0.3, 0.3))
+    assert abs(found.mean()) < 0.005 and abs(found.std() - 0.3) < 0.005
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 3.0])
+def test_rician_noise_has_the_mean_of_the_formula(ratio, key):
+    sigma = 0.2
+    found = noise(key, jnp.full((64, 64, 16), ratio * sigma), (sigma, sigma), True)
+    half = -(ratio**2) / 2
+    # E = sigma sqrt(pi/2) L_1/2(-ratio^2 / 2).
+    laguerre = math.exp(half / 2) * (
+        (1 - half) * scipy.special.iv(0, -half / 2) - half * scipy.special.iv(1, -half / 2)
+    )
+    assert abs(found.mean() / (sigma * math.sqrt(math.pi / 2) * laguerre) - 1) < 0.01
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+def test_random_crops_cut_everything_alike(spatial):
+    label = jnp.arange(math.prod(spatial)).reshape(spatial)
+    size = (4,) * len(spatial)
+    corners = set()
+    for seed in range(20):
+        image, cut = random_crop(jax.random.key(seed), (label[..., None], label), size)
+        np.testing.assert_array_equal(image[..., 0], cut)
+        assert cut.shape == size
+        corners.add(int(cut.ravel()[0]))
+    assert len(corners) > 5
+    np.testing.assert_array_equal(random_crop(jax.random.key(0), label, spatial), label)
+    with pytest.raises(ValueError, match="common spatial shape"):
+        random_crop(jax.random.key(0), label, (40,) * len(spatial))
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+def test_resized_crops_show_a_part(spatial, key):
+    image = example(spatial, 2)
+    whole = random_resized_crop(key, image, spatial, (1.0, 1.0), 1.0)
+    np.testing.assert_allclose(whole, image, atol=1e-5)
+    ramp = jnp.broadcast_to(jnp.arange(spatial[0], dtype=jnp.float32).reshape(-1, *[1] * len(spatial)), (*spatial, 1))
+    for seed in range(10):
+        cut = np.asarray(random_resized_crop(jax.random.key(seed), ramp, (6,) * len(spatial), (0.25, 0.5)))
+        assert cut.shape == (*(6,) * len(spatial), 1)
+        profile = cut.reshape(6, -1)[:, 0]
+        assert (np.diff(profile) > 0).all() and profile[0] >= 0 and profile[-1] <= spatial[0] - 1
+        share = (profile[3] - profile[2]) * 6 / spatial[0]
+        assert 0.3 < share < 1.0
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+def test_augment_is_the_same_under_vmap_and_jit(spatial):
+    images = example((4, *spatial))
+    labels = (images[..., 0] > 0.5).astype(jnp.int32)
+    keys = jax.random.split(jax.random.key(5), 4)
+
+    def run(key, image, label):
+        return augment(key, image, ALWAYS, label)
+
+    batched, batched_labels = jax.jit(jax.vmap(run))(keys, images, labels)
+    compiled = jax.jit(run)
+    for index in range(4):
+        single, label = (run if index == 0 else compiled)(keys[index], images[index], labels[index])
+        np.testing.assert_allclose(batched[index], single, atol=2e-5)
+        assert (np.asarray(batched_labels[index]) == np.asarray(label)).mean() > 0.99
+    again, _ = jax.jit(jax.vmap(run))(keys, images, labels)
+    np.testing.assert_array_equal(again, batched)
+    assert not np.allclose(batched[0], images[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_augment_keeps_type_and_shape(dtype, key):
+    image = example((8, 6, 4), 2).astype(dtype)
+    moved, label = jax.jit(functools.partial(augment, config=ALWAYS))(key, image)
+    assert moved.dtype == dtype and moved.shape == image.shape and label is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        NEVER,
+        dataclasses.replace(
+            ALWAYS,
+            **{field.name: 1e-9 for field in dataclasses.fields(AugmentConfig) if field.name.endswith("_probability")},
+        ),
+    ],
+)
+def test_what_chance_leaves_alone_is_a_copy(config, key):
+    image, label = example((8, 6, 4), 2), jnp.ones((8, 6, 4), jnp.int32)
+    same, same_label = jax.jit(functools.partial(augment, config=config))(key, image, label=label)
+    np.testing.assert_array_equal(same, image)
+    np.testing.assert_array_equal(same_label, label)
+
+
+def test_chance_is_the_same_under_vmap():
+    images, keys = example((6, 8, 8)), jax.random.split(jax.random.key(5), 6)
+    run = functools.partial(augment, config=AugmentConfig())
+    batched, _ = jax.jit(jax.vmap(run))(keys, images)
+    compiled = jax.jit(run)
+    for index in range(6):
+        np.testing.assert_allclose(batched[index], compiled(keys[index], images[index])[0], atol=2e-5)
+
+
+def test_probabilities_are_kept():
+    config = dataclasses.replace(NEVER, noise_probability=0.25, noise_sigma=(0.1, 0.1))
+    image = example((4, 4))
+    images, _ = jax.vmap(lambda key: augment(key, image, config))(jax.random.split(jax.random.key(1), 2000))
+    changed = np.asarray((images != image).any((1, 2, 3))).mean()
+    assert abs(changed - 0.25) < 0.03
+
+
+def test_settings_out_of_range_are_named():
+    with pytest.raises(ValueError, match="noise_probability"):
+        AugmentConfig(noise_probability=2)
+    with pytest.raises(ValueError, match="gamma"):
+        AugmentConfig(gamma=(0.0, 1.0))

@@ -1,0 +1,176 @@
+"""The loop: intervals, resuming, bad numbers, early stops."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from jaxmed.errors import InputError, Interrupted
+from jaxmed.train.log import Log, read_metrics
+from jaxmed.train.loop import LoopConfig, fit, restore_best
+from jaxmed.train.mesh import MeshConfig, make_mesh
+from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
+from jaxmed.train.run_folder import RunOptions, open_run, start
+from jaxmed.train.state import create_state
+from jaxmed.train.step import make_train_step
+
+CONFIG = LoopConfig(steps=12, log_every=3, save_every=5)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    mesh = make_mesh(MeshConfig(data=1))
+    optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-2, weight_decay=0.0), 12)
+    state = create_state(jax.random.key(0), toy.init, optimizer, mesh)
+    return mesh, state, make_train_step(toy.loss, optimizer, state=state)
+
+
+def run(path: Path, parts, config=CONFIG, batches=None, evaluate=None, step=None, **options):
+    mesh, state, compiled = parts
+    folder = open_run("toy", "train", "toy", RunOptions(path, quiet=True, **options))
+    start(folder)
+    log = Log(path, quiet=True)
+    batches = batches or toy.batches()
+    return fit(config, state, step or compiled, batches, mesh=mesh, folder=folder, log=log, evaluate=evaluate), folder
+
+
+def steps_of(path):
+    return [line["step"] for line in read_metrics(path)]
+
+
+def saved(path, name="state"):
+    return sorted(int(item.name) for item in (path / "checkpoints" / name).iterdir() if item.name.isdigit())
+
+
+def test_intervals_of_log_and_checkpoints(tmp_path, parts):
+    state, _ = run(tmp_path, parts)
+    assert int(state.step) == 12
+    assert steps_of(tmp_path) == [3, 6, 9, 12]
+    assert saved(tmp_path) == [10, 12]
+    assert {"loss", "root", "grad_norm", "steps_per_second"} <= set(read_metrics(tmp_path)[0])
+
+
+def test_a_run_cut_short_continues_to_the_same_numbers(tmp_path, parts):
+    whole, _ = run(tmp_path / "whole", parts)
+    cut = tmp_path / "cut"
+
+    def ending(first):
+        return (batch for _, batch in zip(range(first, 8), toy.batches()(first), strict=False))
+
+    with pytest.raises(InputError, match="data: expected a batch for step 9, found no more records"):
+        run(cut, parts, batches=ending)
+    assert (steps_of(cut), saved(cut)) == ([3, 6], [5])
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # killed in the middle of a line
+    state, _ = run(cut, parts)
+    jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
+    assert steps_of(cut) == [3, 6, 9, 12]
+    again, _ = run(cut, parts)  # complete: nothing is left to do
+    jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+
+
+def test_a_number_that_is_not_finite_stops_with_step_and_metric(tmp_path, parts):
+    def broken(first):
+        for number, batch in enumerate(toy.batches()(first), first):
+            yield {"image": batch["image"] * (np.float32(np.nan) if number == 6 else np.float32(1))}
+
+    with pytest.raises(InputError, match=r"step 7, (loss|root|grad_norm): expected a finite number, found nan"):
+        run(tmp_path, parts, batches=broken)
+    assert saved(tmp_path) == [5]
+    assert steps_of(tmp_path) == [3, 6]
+
+
+def test_a_bad_number_just_before_a_save_is_not_saved(tmp_path, parts):
+    def broken(first):
+        for number, batch in enumerate(toy.batches()(first), first):
+            yield {"image": batch["image"] * (np.float32(np.inf) if number == 4 else np.float32(1))}
+
+    with pytest.raises(InputError, match="step 5,"):
+        run(tmp_path, parts, batches=broken)
+    assert saved(tmp_path) == []
+
+
+def test_a_signal_ends_the_run_after_its_step(tmp_path, parts):
+    def stopping(first):
+        for number, batch in enumerate(toy.batches()(first), first):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4 of 12, which is saved"):
+        run(tmp_path, parts, batches=stopping)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert saved(tmp_path) == [4]
+    whole, _ = run(tmp_path / "whole", parts)
+    state, _ = run(tmp_path, parts)
+    jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
+
+
+def test_evaluations_keep_the_best_and_end_without_progress(tmp_path, parts):
+    scores = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.8}
+    config = dataclasses.replace(CONFIG, evaluate_every=2, best="auroc", patience=2)
+
+    def evaluate(state):
+        return {"auroc": scores[int(state.step)]}
+
+    state, folder = run(tmp_path, parts, config, evaluate=evaluate)
+    assert int(state.step) == 8 and saved(tmp_path) == [5, 8] and saved(tmp_path, "best") == [4]
+    assert int(restore_best(folder, parts[1]).step) == 4
+    # The same, cut at step 7 and continued from step 5: the history is read back.
+    cut = tmp_path / "cut"
+
+    def ending(first):
+        return (batch for _, batch in zip(range(first, 7), toy.batches()(first), strict=False))
+
+    with pytest.raises(InputError):
+        run(cut, parts, config, batches=ending, evaluate=evaluate)
+    resumed, _ = run(cut, parts, config, evaluate=evaluate)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, state.params)
+    assert saved(cut, "best") == [4]
+    with pytest.raises(InputError, match=r"loop.best: expected a metric of the evaluation \(auroc\), found dice"):
+        run(tmp_path / "other", parts, dataclasses.replace(config, best="dice"), evaluate=evaluate)
+
+
+def test_any_state_with_its_own_step_is_trained(tmp_path, parts):
+    """A plain function and a state of another shape, as an alternating fit would bring."""
+
+    def step(state, batch):
+        value = state["mean"] + batch["image"].mean()
+        return {"step": state["step"] + 1, "mean": value}, {"mean": value}
+
+    mesh = parts[0]
+    first = jax.device_put({"step": jnp.int32(0), "mean": jnp.float32(0)}, jax.NamedSharding(mesh, jax.P()))
+    state, _ = run(tmp_path, (mesh, first, step))
+    assert int(state["step"]) == 12 and np.isfinite(state["mean"])
+
+
+def test_a_profile_is_written_when_asked(tmp_path, parts):
+    run(tmp_path, parts, profile=2)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_tensorboard_gets_the_numbers_or_a_line_of_advice(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(InputError, match="pip install 'jaxmed\\[tensorboard\\]'"):
+        Log(tmp_path, tensorboard=True)
+
+
+def test_a_log_of_another_process_writes_nothing(tmp_path):
+    log = Log(tmp_path, is_writer=False)
+    log.say("nothing")
+    log.metrics(1, {"loss": 1.0})
+    log.rewind(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"save_every": -1}, {"patience": 3}])
+def test_settings_are_checked(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        LoopConfig(**settings)
