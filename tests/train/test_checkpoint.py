@@ -21,6 +21,9 @@ from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
 from jaxmed.train.state import create_state
 
+# TensorStore leaves coroutines behind a failed read or write; Python tells of them whenever it collects them.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def make_state(seed=0, mesh=MeshConfig(data=1), width=toy.WIDTH, config=OptimizerConfig()):
     optimizer = make_optimizer(config, 10)
@@ -98,8 +101,10 @@ def test_a_truncated_checkpoint_is_skipped_or_was_whole(saved, tmp_path, seed):
     folder = tmp_path / "state"
     shutil.copytree(saved, folder)
     files = sorted(path for path in (folder / "5").rglob("*") if path.is_file())
-    victim = files[draw.randrange(len(files))] if seed else max(files, key=lambda path: path.stat().st_size)
-    os.truncate(victim, draw.randrange(victim.stat().st_size))
+    # Seed 0 cuts every file of the arrays; the others one file, which may hold nothing that is read back.
+    arrays = [path for path in files if "state" in path.relative_to(folder).parts]
+    for victim in [files[draw.randrange(len(files))]] if seed else arrays:
+        os.truncate(victim, draw.randrange(victim.stat().st_size))
     with warnings.catch_warnings(record=True) as caught, Checkpoints(folder) as checkpoints:
         warnings.simplefilter("always")
         step, state = checkpoints.restore(make_state())
