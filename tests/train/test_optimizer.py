@@ -79,7 +79,7 @@ def test_layer_decay_scales_the_whole_update():
     config = OptimizerConfig(kind="sgd", b1=0.0, peak_lr=1.0, decay="constant", weight_decay=0.1, layer_decay=0.5)
     ones = jax.tree.map(jnp.ones_like, PARAMS)
     found = update(config, PARAMS, [ones], layers=LAYERS)
-    np.testing.assert_allclose(found["head"]["kernel"], 1 - 1.1)
+    np.testing.assert_allclose(found["head"]["kernel"], 1 - 1.1, rtol=1e-6)
     np.testing.assert_allclose(found["head"]["bias"], 1 - 1.0)
     np.testing.assert_allclose(found["block_0"]["kernel"], 1 - 0.25 * 1.1, rtol=1e-6)
     np.testing.assert_allclose(found["patch_embed"]["kernel"], 1 - 0.125 * 1.1, rtol=1e-6)

@@ -1,0 +1,127 @@
+"""Toy train: a linear autoencoder on phantom volumes, through every part of the engine."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from toy import EDGE, RULES, init
+
+from jaxmed.data.augment import AugmentConfig, augment
+from jaxmed.data.loader import LoaderConfig, evaluation_batches, make_loader
+from jaxmed.data.records import SubsetSource, manifest_source
+from jaxmed.data.splits import label_fractions, read_split_table, split_subjects, write_split_table
+from jaxmed.data.transforms import Intensity, VolumeTransform
+from jaxmed.io import nifti
+from jaxmed.io.tables import read_table, write_table
+from jaxmed.metrics.classification import score
+from jaxmed.report.figures import curves
+from jaxmed.report.page import Section, write_report
+from jaxmed.train.checkpoint import export_parameters
+from jaxmed.train.log import Log
+from jaxmed.train.loop import LoopConfig, fit
+from jaxmed.train.mesh import MeshConfig, data_share, make_mesh
+from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.state import create_state
+from jaxmed.train.step import make_train_step
+from jaxmed.volume import Volume
+
+AUGMENTATION = AugmentConfig(
+    flip_probability=0.5, affine_probability=0.0, blur_probability=0.0, bias_probability=0.5, bias_strength=0.1
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    subjects: int = 24
+    fraction: float = 1.0
+    seed: int = 0
+    loop: LoopConfig = LoopConfig(steps=30, log_every=5, save_every=10, evaluate_every=10, best="error",
+                                  best_is="smallest")  # fmt: skip
+    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-2, warmup_steps=3)
+    mesh: MeshConfig = MeshConfig(data=1)
+
+
+def write_phantoms(folder: Path, subjects: int) -> Path:
+    """Write two noisy balls per subject, large ones for label 1, as NIfTI files with a manifest."""
+    generator = np.random.default_rng(0)
+    place = np.linspace(-1, 1, EDGE)
+    radius = np.sqrt(place[:, None, None] ** 2 + place[None, :, None] ** 2 + place[None, None, :] ** 2)
+    rows = []
+    for number in range(2 * subjects):
+        label = number // 2 % 2
+        array = (radius < (0.6, 1.2)[label]) + 0.05 * generator.standard_normal(radius.shape)
+        nifti.write(folder / f"{number}.nii.gz", Volume.make(array.astype(np.float32), np.diag([2.0, 2, 2, 1])))
+        rows.append({"path": f"{number}.nii.gz", "subject": f"s{number // 2}", "label": label})
+    write_table(folder / "scans.csv", ("path", "subject", "label"), rows)
+    return folder / "scans.csv"
+
+
+def prepare(fields, generator):
+    transform = VolumeTransform(frame="RAS", intensity=Intensity("window", 0.0, 1.0))
+    return {"image": transform(fields["image"]), "label": fields["label"]}
+
+
+def loss(params, keys, batch):
+    images = jax.vmap(lambda key, image: augment(key, image, AUGMENTATION)[0])(keys, batch["image"])
+    error = jnp.mean(jnp.square(reconstruct(params, images) - images.reshape(len(images), -1)))
+    return error, {}
+
+
+def encode(params, images):
+    return images.reshape(len(images), -1) @ params["encoder"]["kernel"] + params["encoder"]["bias"]
+
+
+def reconstruct(params, images):
+    return encode(params, images) @ params["decoder"]["kernel"] + params["decoder"]["bias"]
+
+
+def run(config: Config, folder: RunFolder) -> dict[str, float]:
+    start(folder)
+    table = read_table(write_phantoms(folder.path / "inputs", config.subjects), ("path", "subject", "label"))
+    subjects, labels = table.column("subject"), np.asarray(table.integers("label"))
+    splits = split_subjects(subjects, (0.5, 0.25, 0.25), config.seed, list(labels))
+    write_split_table(folder.outputs / "splits.csv", table, splits)
+    _, rows = read_split_table(folder.outputs / "splits.csv", "subject", "split")
+    rows = {name: np.asarray(index) for name, index in rows.items()}
+    training = rows["train"]
+    subset = label_fractions(
+        [subjects[row] for row in training], list(labels[training]), (config.fraction,), config.seed
+    )
+    training = training[subset[config.fraction]]
+    source = manifest_source(table, {"image": "path"}, {"label": "label"})
+    reading, mesh = LoaderConfig(batch_size=8, seed=config.seed), make_mesh(config.mesh)
+
+    optimizer = make_optimizer(config.optimizer, config.loop.steps)
+    state = create_state(jax.random.key(config.seed), init, optimizer, mesh, rules=RULES, ema=True)
+    schedule = learning_rate(config.optimizer, config.loop.steps)
+    step = make_train_step(loss, optimizer, state=state, ema_decay=0.9, schedule=schedule, accumulation=2)
+
+    def read(name):
+        index = training if name == "train" else rows[name]
+        batches = list(evaluation_batches(SubsetSource(source, index), prepare, reading))
+        kept = np.concatenate([batch["weight"] for batch in batches]) > 0
+        return tuple(np.concatenate([batch[field] for batch in batches])[kept] for field in ("image", "label"))
+
+    def evaluate(state):
+        images, _ = read("validation")
+        return {"error": float(np.mean((reconstruct(state.params, images) - images.reshape(len(images), -1)) ** 2))}
+
+    batches = make_loader(SubsetSource(source, training), prepare, reading, *data_share(mesh))
+    log = Log(folder.path, folder.options.quiet)
+    state = fit(config.loop, state, step, batches, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
+
+    export_parameters(folder.outputs / "encoder", state.params["encoder"], {"family": "toy"})
+    (images, known), (tests, truth) = read("train"), read("test")
+    codes = np.asarray(encode(state.params, images))
+    axis = codes[known > 0].mean(0) - codes[known == 0].mean(0)
+    middle = 0.5 * (codes[known > 0].mean(0) + codes[known == 0].mean(0))
+    probabilities = 1 / (1 + np.exp(-(np.asarray(encode(state.params, tests)) - middle) @ axis))
+    metrics = score(truth.astype(np.int64), probabilities, "binary")
+    lines = [line for line in log.read_metrics() if "loss" in line]
+    series = {"loss": (np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines]))}
+    figure = curves(series, xlabel="step", ylabel="loss", caption="Training.")
+    write_report(folder.report, "Toy", "A linear autoencoder.", sections=[Section("Training", [figure])])
+    return metrics | {"error": evaluate(state)["error"], "first": lines[0]["loss"], "last": lines[-1]["loss"]}
