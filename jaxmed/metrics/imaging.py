@@ -270,7 +270,7 @@ def _blur(image: Float64[np.ndarray, "*space"]) -> Float64[np.ndarray, "*space"]
 
 
 def _surface(mask: Bool[np.ndarray, "*space"]) -> Bool[np.ndarray, "*space"]:
-    return mask & np.logical_not(scipy).ndimage.binary_erosion(mask)
+    return mask & np.logical_not(scipy.ndimage.binary_erosion(mask))
 
 
 def _values(
