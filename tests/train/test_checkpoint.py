@@ -1,5 +1,6 @@
 """Checkpoints: other meshes, damaged files, full disks, other models."""
 
+import gc
 import json
 import os
 import random
@@ -23,6 +24,13 @@ from jaxmed.train.state import create_state
 
 # TensorStore leaves coroutines behind a failed read or write; Python tells of them whenever it collects them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect_here():
+    """Let Python find those coroutines before another test is blamed for them."""
+    yield
+    gc.collect()
 
 
 def make_state(seed=0, mesh=MeshConfig(data=1), width=toy.WIDTH, config=OptimizerConfig()):
