@@ -129,8 +129,7 @@ class Checkpoints:
                 continue
             for reason in reasons:
                 warnings.warn(f"{self.folder}: {reason}; continuing from step {step}", stacklevel=2)
-            for later in [other for other in self.steps() if other > step]:
-                self._manager.delete(later)
+            self.discard_after(step)
             return Restored(step, found)
         if reasons:
             raise InputError(
