@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxmed.errors import InputError
-from jaxmed.io.tables import Table, read_table, require_disjoint_subjects, write_table
+from jaxmed.io.tables import Table, read_table, require_disjoint_subjects, resolve_path, write_table
 
 SPLITS = ("train", "validation", "test")
 
@@ -197,14 +197,34 @@ def quality_flags(scores: Sequence[float], threshold: float) -> Bool[np.ndarray,
     return flags
 
 
-def write_split_table(path: str | Path, table: Table, splits: Sequence[str], subject: str = "subject") -> None:
+def write_split_table(
+    path: str | Path,
+    table: Table,
+    splits: Sequence[str],
+    subject: str = "subject",
+    files: Sequence[str] = ("path",),
+) -> None:
     """Write a manifest with a column "split", after checking that no subject is torn apart.
+
+    Args:
+        path: The new table.
+        table: The manifest.
+        splits: One word per record.
+        subject: Column of subjects.
+        files: Columns that name files, where the manifest has them; written as absolute paths, so that the table means
+            the same in its new folder.
 
     Raises:
         InputError: When one subject stands in two splits, or the place cannot be written.
     """
     columns = tuple(name for name in table.columns if name != "split") + ("split",)
-    rows = tuple({**row, "split": split} for row, split in zip(table.rows, splits, strict=True))
+    folder = table.path.parent.absolute()
+    named = [name for name in files if name in table.columns]
+
+    def moved(row: dict[str, str]) -> dict[str, str]:
+        return {**row, **{name: str(resolve_path(row[name], folder)) for name in named if row[name]}}
+
+    rows = tuple({**moved(row), "split": split} for row, split in zip(table.rows, splits, strict=True))
     require_disjoint_subjects(Table(Path(path), columns, rows, table.lines), subject)
     write_table(path, columns, rows)
 

@@ -127,3 +127,12 @@ def test_split_tables_round_trip_and_refuse_torn_subjects(tmp_path):
     write_split_table(tmp_path / "odd.csv", table, ["held-out"] * 120)
     with pytest.raises(InputError, match="line 2.*'held-out'"):
         read_split_table(tmp_path / "odd.csv")
+
+
+def test_a_split_table_in_another_folder_names_the_same_files(tmp_path):
+    (tmp_path / "scans.csv").write_text("path,subject\na.nii.gz,s0\n/elsewhere/b.nii.gz,s1\n")
+    table = read_table(tmp_path / "scans.csv", ("path", "subject"))
+    write_split_table(tmp_path / "outputs" / "splits.csv", table, ["train", "test"])
+    found, rows = read_split_table(tmp_path / "outputs" / "splits.csv")
+    assert found.column("path") == [str(tmp_path / "a.nii.gz"), "/elsewhere/b.nii.gz"]
+    assert {name: list(index) for name, index in rows.items()} == {"train": [0], "validation": [], "test": [1]}

@@ -84,7 +84,7 @@ def run(config: Config, folder: RunFolder) -> dict[str, float]:
     subjects, labels = table.column("subject"), np.asarray(table.integers("label"))
     splits = split_subjects(subjects, (0.5, 0.25, 0.25), config.seed, list(labels))
     write_split_table(folder.outputs / "splits.csv", table, splits)
-    _, rows = read_split_table(folder.outputs / "splits.csv", "subject", "split")
+    table, rows = read_split_table(folder.outputs / "splits.csv", "subject", "split")
     rows = {name: np.asarray(index) for name, index in rows.items()}
     training = rows["train"]
     subset = label_fractions(
