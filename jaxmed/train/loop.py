@@ -220,7 +220,9 @@ class _Run:
         compiled = self.step.lower(state, batch).compile()
         analysis = compiled.cost_analysis() or {}
         flops = max(float(analysis.get("flops", 0.0)), 0.0)
-        self.log.say(f"Compiled the step in {time.monotonic() - began:.1f} s: {flops / 1e9:,.2f} GFLOP.")
+        self.log.say(
+            f"Compiled the step in {time.monotonic() - began:.1f} s: {flops / 1e9:,.2f} GFLOP, {_memory(compiled)}."
+        )
         return compiled, flops
 
     def _check(self, number: int, metrics: Mapping[str, jax.Array], began: float, first: int) -> None:
@@ -285,6 +287,15 @@ def restore_best(folder: RunFolder, state: State) -> State:
     if restored is None:
         raise InputError(folder.checkpoints / "best", "a saved state", "none", "was the run evaluated?")
     return restored.state
+
+
+def _memory(compiled: Any) -> str:
+    """Say what a compiled step will take of each device's memory, before it takes it."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "memory unknown"
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return f"{held / 1e9:,.2f} GB for state and batch and {analysis.temp_size_in_bytes / 1e9:,.2f} GB to work in"
 
 
 def _is_due(number: int, interval: int) -> bool:

@@ -1,0 +1,174 @@
+"""Heads on the tokens of an encoder: pooling, classifiers, and the published ones with BatchNorm."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmed.arrays.types import KeyArray
+from jaxmed.models.vit import Vit, VitConfig
+from jaxmed.nn.transformer import LayerNorm, Linear
+
+
+class Pooled(NamedTuple):
+    """Features of an image.
+
+    Attributes:
+        class_token: The first token.
+        pooled: The mean of the patch tokens.
+    """
+
+    class_token: Float[Array, "batch width"]
+    pooled: Float[Array, "batch width"]
+
+    @property
+    def concat(self) -> Float[Array, "batch width2"]:
+        """Both, one after the other."""
+        return jnp.concatenate([self.class_token, self.pooled], axis=-1)
+
+
+def pool_tokens(tokens: Float[Array, "batch token width"]) -> Pooled:
+    """Return the class token and the mean of the others."""
+    return Pooled(tokens[:, 0], tokens[:, 1:].mean(axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """A classifier or regressor on pooled tokens.
+
+    Attributes:
+        outputs: Logits or values.
+        pool: "concat" (class token and mean of the patch tokens) or "mean", both with a layer norm of their own;
+            "class" takes the class token after the encoder's final norm.
+        hidden: Width of a hidden layer with leaky ReLU and BatchNorm; 0 for a linear head.
+    """
+
+    outputs: int = 1
+    pool: Literal["concat", "mean", "class"] = "concat"
+    hidden: int = 0
+
+    def __post_init__(self) -> None:
+        if self.outputs < 1 or self.hidden < 0:
+            raise ValueError(f"outputs, hidden: expected 1 or more and 0 or more, found {self.outputs, self.hidden}")
+
+
+class BatchNorm(nn.Module):
+    """Normalise features by stored moments, or by the batch's in training.
+
+    Parameters "mean" and "var" are moments, not trained: `MOMENTS` names them, and `fold_moments` moves them.
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch width"], training: bool = False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        width = x.shape[-1]
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        scale = self.param("scale", ones, (width,), jnp.float32)
+        bias = self.param("bias", zeros, (width,), jnp.float32)
+        mean = self.param("mean", zeros, (width,), jnp.float32)
+        var = self.param("var", ones, (width,), jnp.float32)
+        moments = {}
+        if training:
+            mean, var = x.mean(axis=0), x.var(axis=0)
+            # The stored variance is the unbiased one, the batch is normalised by the biased one, as in PyTorch.
+            moments = {"mean": mean, "var": var * len(x) / max(len(x) - 1, 1)}
+        return (x - mean) * jax.lax.rsqrt(var + self.epsilon) * scale + bias, moments
+
+
+class Head(nn.Module):
+    """Pooled tokens to logits."""
+
+    config: HeadConfig
+
+    def setup(self) -> None:
+        config = self.config
+        if config.pool != "class":
+            self.norm = LayerNorm(1e-6)
+        if config.hidden:
+            self.hidden = Linear(config.hidden)
+            self.batch_norm = BatchNorm()
+        self.linear = Linear(config.outputs, kernel_init=nn.initializers.truncated_normal(2e-5))
+
+    def __call__(
+        self, tokens: Float[Array, "batch token width"], *, training: bool = False
+    ) -> tuple[Float[Array, "batch output"], dict[str, jax.Array]]:
+        """Return logits, and in training the moments of the batch where there is BatchNorm."""
+        features, moments = self.features(tokens), {}
+        if self.config.hidden:
+            features = nn.leaky_relu(self.hidden(features), 0.01)
+            features, moments = self.batch_norm(features, training)
+        return self.linear(features), moments
+
+    def features(self, tokens: Float[Array, "batch token width"]) -> Float[Array, "batch feature"]:
+        """Return what enters the head after its layer norm ("pre_logits")."""
+        pooled = pool_tokens(tokens)
+        if self.config.pool == "class":
+            return pooled.class_token
+        return self.norm(pooled.concat if self.config.pool == "concat" else pooled.pooled)
+
+
+class Classifier(nn.Module):
+    """An encoder and a head; parameters are {"encoder": ..., "head": ...}."""
+
+    encoder_config: VitConfig
+    head_config: HeadConfig
+
+    def setup(self) -> None:
+        if self.encoder_config.final_norm != (self.head_config.pool == "class"):
+            raise ValueError("pool: expected 'class' exactly where the encoder has its final norm")
+        self.encoder = Vit(self.encoder_config)
+        self.head = Head(self.head_config)
+
+    def __call__(
+        self,
+        image: Float[Array, "batch ..."],
+        kept: Int[Array, "batch keep"] | None = None,
+        *,
+        key: KeyArray | None = None,
+        training: bool = False,
+    ) -> tuple[Float[Array, "batch output"], dict[str, jax.Array]]:
+        """Return logits and the moments of `Head`.
+
+        Args:
+            image: [batch, *image_size, channels].
+            kept: Patch tokens to process; all by default.
+            key: Switches stochastic depth on.
+            training: Whether BatchNorm takes the batch's moments.
+        """
+        return self.head(self.encoder(image, kept, key=key), training=training)
+
+    def tokens(self, image: Float[Array, "batch ..."]) -> Float[Array, "batch token width"]:
+        """Return the encoder's tokens."""
+        return self.encoder(image)
+
+    def features(self, image: Float[Array, "batch ..."]) -> Float[Array, "batch feature"]:
+        """Return what enters the head after its layer norm."""
+        return self.head.features(self.encoder(image))
+
+    def before_last(self, image: Float[Array, "batch ..."]) -> tuple[jax.Array, jax.Array]:
+        """Return the last block's input and its first layer norm of it, for Grad-CAM."""
+        return self.encoder.before_last(image)
+
+    def from_last(
+        self, x: Float[Array, "batch token width"], normed: Float[Array, "batch token width"]
+    ) -> Float[Array, "batch output"]:
+        """Return logits, given what `before_last` returns."""
+        return self.head(self.encoder.last(x, normed))[0]
+
+
+# BatchNorm's stored moments are moved by `fold_moments`, never by an optimizer.
+MOMENTS = (r"batch_norm/(mean|var)$",)
+MOMENTUM = 0.1
+
+
+def fold_moments(
+    stored: dict[str, jax.Array], batch: dict[str, jax.Array], momentum: float = MOMENTUM
+) -> dict[str, jax.Array]:
+    """Return BatchNorm parameters whose moments went a step towards the batch's."""
+    return {**stored, **{name: (1 - momentum) * stored[name] + momentum * value for name, value in batch.items()}}

@@ -1,0 +1,146 @@
+"""Masked autoencoder (arXiv:2111.06377) around a vision transformer, for 2D and 3D images."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmed.arrays.masking import Masking, random_masking
+from jaxmed.models.vit import SHARDING_RULES as VIT_RULES
+from jaxmed.models.vit import Blocks, Vit, VitConfig, _position_init
+from jaxmed.nn.transformer import BlockConfig, LayerNorm, Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class MaeConfig:
+    """A masked autoencoder; the defaults are TANGERINE's.
+
+    Attributes:
+        encoder: The vision transformer that sees kept patches.
+        decoder_width: Token width of the decoder.
+        decoder_depth: Its blocks.
+        decoder_heads: Its attention heads.
+        decoder_hidden: Width inside its MLPs.
+        mask_ratio: Fraction of patches hidden, in (0, 1).
+        norm_target: Whether each target patch is normalised to mean 0 and variance 1.
+        sigmoid: Whether predictions pass a sigmoid, for targets in [0, 1].
+    """
+
+    encoder: VitConfig = VitConfig()
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    decoder_hidden: int = 2048
+    mask_ratio: float = 0.75
+    norm_target: bool = False
+    sigmoid: bool = True
+
+    def __post_init__(self) -> None:
+        tokens = self.encoder.num_tokens
+        if not 1 <= int(tokens * (1 - self.mask_ratio)) < tokens:
+            raise ValueError(f"mask_ratio: expected some of {tokens} patches kept and some hidden, "
+                             f"found {self.mask_ratio:g}")  # fmt: skip
+        if self.norm_target and self.sigmoid:
+            raise ValueError("norm_target: expected no sigmoid beside it (normalised targets leave [0, 1]), found one")
+        self.block  # noqa: B018  refuses heads that do not divide the width
+
+    @property
+    def block(self) -> BlockConfig:
+        """What every block of the decoder is."""
+        encoder = self.encoder
+        return BlockConfig(
+            self.decoder_width, self.decoder_heads, self.decoder_hidden, 1e-6, encoder.dtype, encoder.attention
+        )
+
+
+class MaeOutput(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        tokens: The encoder's: class token and kept patches.
+        prediction: Voxels of the hidden patches, in the order of `masking.hidden`; of all patches in the order of
+            `masking.order` where asked for.
+        masking: Which patches were kept and hidden.
+    """
+
+    tokens: Float[Array, "batch token width"]
+    prediction: Float[Array, "batch patch voxel"]
+    masking: Masking
+
+
+class Decoder(nn.Module):
+    """Tokens of kept patches to voxels.
+
+    Tokens stay in the order of the masking, kept ones first: attention does not care, and the hidden ones are then a
+    slice. Only positions are gathered.
+    """
+
+    config: MaeConfig
+
+    def setup(self) -> None:
+        config = self.config
+        encoder = config.encoder
+        self.embed = Linear(config.decoder_width, encoder.dtype)
+        self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (config.decoder_width,))
+        self.position = self.param("position", _position_init(config.decoder_width, encoder.grid))
+        self.blocks = Blocks(config.block, config.decoder_depth, 0.0, encoder.remat, encoder.scan)
+        self.norm = LayerNorm(1e-6)
+        voxels = encoder.channels
+        for edge in encoder.patch_size:
+            voxels *= edge
+        self.prediction = Linear(voxels, encoder.dtype)
+
+    def __call__(
+        self, tokens: Float[Array, "batch token width"], masking: Masking, all_patches: bool = False
+    ) -> Float[Array, "batch patch voxel"]:
+        seen = self.embed(tokens).astype(jnp.float32)
+        batch, hidden = masking.hidden.shape
+        guessed = jnp.broadcast_to(self.mask_token, (batch, hidden, self.config.decoder_width))
+        patches = jnp.concatenate([seen[:, 1:], guessed], axis=1) + self.position[1:][masking.order]
+        x = jnp.concatenate([seen[:, :1] + self.position[0], patches], axis=1)
+        x = self.norm(self.blocks(x)[:, 1 if all_patches else tokens.shape[1] :])
+        prediction = self.prediction(x).astype(jnp.float32)
+        return jax.nn.sigmoid(prediction) if self.config.sigmoid else prediction
+
+
+class Mae(nn.Module):
+    """Hide patches, encode the rest, predict the hidden ones."""
+
+    config: MaeConfig
+
+    def setup(self) -> None:
+        self.encoder = Vit(self.config.encoder)
+        self.decoder = Decoder(self.config)
+
+    def __call__(
+        self, image: Float[Array, "batch ..."], noise: Float[Array, "batch token"], *, all_patches: bool = False
+    ) -> MaeOutput:
+        """Return tokens, prediction and masking.
+
+        Args:
+            image: [batch, *image_size, channels].
+            noise: One uniform number per patch (`arrays.masking.draw_noise`); the smallest are kept.
+            all_patches: Predict kept patches too, to look at.
+        """
+        masking = random_masking(noise, self.config.mask_ratio)
+        tokens = self.encoder(image, masking.kept)
+        return MaeOutput(tokens, self.decoder(tokens, masking, all_patches), masking)
+
+
+# Patterns of parameters that are constants: sine-cosine tables are stored, imported and exported, never trained.
+FROZEN = (r"(^|/)position$",)
+SHARDING_RULES = VIT_RULES
+
+TANGERINE_LARGE = MaeConfig()
+TANGERINE_BASE = MaeConfig(VitConfig(width=768, depth=12, heads=12, hidden=3072))
+# The workload "S" of benchmarks/bench_mae3d.py.
+MAE_S_96 = MaeConfig(
+    VitConfig((96, 96, 96), (16, 16, 16), width=384, depth=6, heads=6, hidden=1536),
+    decoder_width=192,
+    decoder_depth=4,
+    decoder_heads=6,
+    decoder_hidden=768,
+)

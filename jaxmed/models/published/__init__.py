@@ -1,0 +1,1 @@
+"""Published weights: per family the names of its tensors, its preprocessing, import and export."""

@@ -1,0 +1,1 @@
+"""Scalar losses with their metrics."""
