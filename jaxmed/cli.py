@@ -23,9 +23,20 @@ from jaxmed.errors import InputError, Interrupted
 from jaxmed.files import WRITE_ADVICE
 
 STAGES = {
+    "tangerine pretrain": "train a 3D masked autoencoder on chest CTs without labels",
+    "tangerine adapt": "fine-tune or probe it on labelled scans; AUROC with intervals, external sets",
+    "tangerine embed": "features of every scan, as CSV and NPZ",
+    "tangerine predict": "probabilities, and a map of what moved them, on the grid of each scan",
+    "tangerine efficiency": "label fractions x seeds, pre-trained against from scratch",
+    "noddi simulate": "a diffusion scan with known microstructure, as NIfTI with gradient tables",
     "noddi fit": "NODDI maps (neurite density, dispersion, free water) of a diffusion scan",
+    "noddi train": "train a network for one protocol on simulated signals",
+    "noddi predict": "maps of a scan by a trained network, in seconds",
+    "noddi export": "a trained network as ONNX, for a scanner",
+    "noddi evaluate": "bias, spread and error of networks and fits against the Cramer-Rao bound",
 }
 SYSTEMS = {
+    "tangerine": "a 3D masked autoencoder for chest CT and what grows on it (arXiv:2507.01881)",
     "noddi": "tissue microstructure from diffusion MRI (arXiv:2507.12632)",
 }
 COMMANDS = {

@@ -113,17 +113,67 @@ class Head(nn.Module):
         return self.norm(pooled.concat if self.config.pool == "concat" else pooled.pooled)
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """An encoder and a head on its tokens; the defaults are TANGERINE's.
+
+    Attributes:
+        encoder: The vision transformer; it has a final norm exactly where the head pools "class".
+        head: What stands on it.
+    """
+
+    encoder: VitConfig = VitConfig(final_norm=False)
+    head: HeadConfig = HeadConfig()
+
+    def __post_init__(self) -> None:
+        if self.encoder.final_norm != (self.head.pool == "class"):
+            raise ValueError(
+                f"head.pool: expected 'class' exactly where the encoder has its final norm, found '{self.head.pool}'"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the outputs of a head mean; travels with adapted weights.
+
+    Attributes:
+        kind: "binary": one logit; "multiclass": one logit per class, softmax; "multilabel": one logit per label,
+            each its own sigmoid; "regression": values, in units of the training labels' standard deviation.
+        names: Of the outputs: classes, labels or targets; of a binary task the positive class.
+        mean: Of a regression's training targets, one per output; empty elsewhere.
+        deviation: Their standard deviation, likewise.
+    """
+
+    kind: Literal["binary", "multiclass", "multilabel", "regression"] = "binary"
+    names: tuple[str, ...] = ("label",)
+    mean: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.names or (self.kind == "binary" and len(self.names) != 1):
+            raise ValueError(f"names: expected one name per output of a {self.kind} task, found {self.names}")
+        if self.kind == "regression" and not len(self.mean) == len(self.deviation) == len(self.names):
+            raise ValueError(f"mean, deviation: expected one per target, found {self.mean, self.deviation}")
+
+
+def predict_values(logits: Float[Array, "batch output"], task: Task) -> Float[Array, "batch output"]:
+    """Turn a head's outputs into probabilities, or into values in the unit of the labels."""
+    match task.kind:
+        case "multiclass":
+            return jax.nn.softmax(logits, axis=-1)
+        case "regression":
+            return logits * jnp.asarray(task.deviation) + jnp.asarray(task.mean)
+    return jax.nn.sigmoid(logits)
+
+
 class Classifier(nn.Module):
     """An encoder and a head; parameters are {"encoder": ..., "head": ...}."""
 
-    encoder_config: VitConfig
-    head_config: HeadConfig
+    config: ClassifierConfig
 
     def setup(self) -> None:
-        if self.encoder_config.final_norm != (self.head_config.pool == "class"):
-            raise ValueError("pool: expected 'class' exactly where the encoder has its final norm")
-        self.encoder = Vit(self.encoder_config)
-        self.head = Head(self.head_config)
+        self.encoder = Vit(self.config.encoder)
+        self.head = Head(self.config.head)
 
     def __call__(
         self,

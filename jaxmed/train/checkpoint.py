@@ -227,26 +227,6 @@ def export_parameters(folder: Path, params: Any, record: dict[str, Any]) -> None
         safetensors.write(folder / "parameters.safetensors", {name: np.asarray(leaf) for name, leaf in leaves.items()})
 
 
-def load_parameters(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `export_parameters` wrote.
-
-    Returns:
-        The nested dict of NumPy arrays, and the record.
-
-    Raises:
-        InputError: The folder holds no exported parameters.
-    """
-    record = read_record(folder / "record.json")
-    params: dict[str, Any] = {}
-    for name, array in safetensors.read(folder / "parameters.safetensors").items():
-        *parents, last = name.split("/")
-        place = params
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = array
-    return params, record
-
-
 def errno_text(code: int) -> str:
     """Return the operating system's words for an error, in lower case."""
     return os.strerror(code).lower()

@@ -17,7 +17,8 @@ import toy
 
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.errors import InputError
-from jaxmed.train.checkpoint import Checkpoints, export_parameters, load_parameters
+from jaxmed.models.parameters import load_parameters
+from jaxmed.train.checkpoint import Checkpoints, export_parameters
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
 from jaxmed.train.state import create_state

@@ -1,0 +1,225 @@
+"""Pre-train a masked autoencoder on records without labels, in two or three dimensions."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jaxmed.arrays.masking import Masking, draw_noise, restore_order, take_tokens
+from jaxmed.arrays.patches import patchify, unpatchify
+from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.data.loader import LoaderConfig, Transform, evaluation_batches, make_loader
+from jaxmed.data.records import Source
+from jaxmed.models.mae import FROZEN, SHARDING_RULES, Mae, MaeConfig
+from jaxmed.nn.model import Model, make_model
+from jaxmed.objectives.masked import masked_loss, masked_targets
+from jaxmed.train.log import Log
+from jaxmed.train.loop import LoopConfig, fit
+from jaxmed.train.mesh import MeshConfig, data_share, make_mesh, shard_batch
+from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.state import TrainState, create_state
+from jaxmed.train.step import make_train_step
+
+Augment = Callable[[KeyArray, Float[Array, "..."]], Float[Array, "..."]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A pre-training run.
+
+    Attributes:
+        model: The masked autoencoder.
+        optimizer: Its optimizer.
+        loop: Length and intervals; `epochs` decides the steps.
+        loader: Batch size and reading.
+        mesh: The devices.
+        epochs: Passes over the records; 0 leaves the length to loop.steps.
+        warmup_epochs: Of them, those over which the learning rate rises; with epochs 0, optimizer.warmup_steps counts.
+        accumulation: Parts in which a batch is processed.
+        seed: Of parameters, masks, augmentation and the order of records.
+    """
+
+    model: MaeConfig = MaeConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, b1=0.9, b2=0.95, weight_decay=0.05)
+    loop: LoopConfig = LoopConfig()
+    loader: LoaderConfig = LoaderConfig()
+    mesh: MeshConfig = MeshConfig()
+    epochs: float = 0
+    warmup_epochs: float = 0
+    accumulation: int = 1
+    seed: int = 0
+
+
+class Reconstruction(NamedTuple):
+    """One image as the model completes it.
+
+    Attributes:
+        image: The image, [*space, channel].
+        seen: The same with hidden patches 0.
+        completed: The same with hidden patches as predicted.
+        error: Mean squared error over hidden voxels.
+        variance: Variance of hidden voxels: the error of the best constant.
+    """
+
+    image: Float[np.ndarray, "..."]
+    seen: Float[np.ndarray, "..."]
+    completed: Float[np.ndarray, "..."]
+    error: float
+    variance: float
+
+
+def in_steps(config: PretrainConfig, num_records: int) -> PretrainConfig:
+    """Return the configuration with epochs turned into steps."""
+    if not config.epochs:
+        return config
+    per_epoch = num_records / config.loader.batch_size
+    steps = max(round(config.epochs * per_epoch), 1)
+    warmup = min(round(config.warmup_epochs * per_epoch), steps)
+    return dataclasses.replace(
+        config,
+        loop=dataclasses.replace(config.loop, steps=steps),
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup),
+    )
+
+
+def pretrain(
+    config: PretrainConfig,
+    source: Source,
+    held_out: Source | None,
+    transform: Transform,
+    *,
+    folder: RunFolder,
+    log: Log,
+    augment: Augment | None = None,
+    start: Params | None = None,
+) -> tuple[Params, list[Reconstruction]]:
+    """Train a masked autoencoder.
+
+    Args:
+        config: The run.
+        source: Records to train on.
+        held_out: Records on which the reconstruction error is told; None for none.
+        transform: A record's fields to {"image": [*image_size, channels]}.
+        folder: The run.
+        log: Its log.
+        augment: `augment(key, image) -> image`, on the device, one image at a time.
+        start: Parameters to start from instead of random ones.
+
+    Returns:
+        The parameters, and the first held-out images (at most three) as the model completes them.
+    """
+    config = in_steps(config, len(source))
+    mesh = make_mesh(config.mesh)
+    model = make_model(Mae(config.model))
+    settings = dataclasses.replace(config.optimizer, frozen=(*config.optimizer.frozen, *FROZEN))
+    optimizer = make_optimizer(settings, config.loop.steps)
+    state = create_state(
+        jax.random.key(config.seed), partial(_initialise, model, config.model, start), optimizer, mesh,
+        rules=SHARDING_RULES,
+    )  # fmt: skip
+    step = make_train_step(
+        partial(_loss, model, config.model, augment),
+        optimizer,
+        state=state,
+        accumulation=config.accumulation,
+        schedule=learning_rate(settings, config.loop.steps),
+        frozen=settings.frozen,
+    )
+    reading = dataclasses.replace(config.loader, seed=config.seed)
+    batches = make_loader(source, transform, reading, *data_share(mesh))
+    smaller = dataclasses.replace(
+        reading, batch_size=max(reading.batch_size // config.accumulation, mesh.shape["data"])
+    )
+    score = jax.jit(partial(score_batch, model, config.model))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if held_out is None:
+            return {}
+        total = np.zeros(3)
+        for batch in evaluation_batches(held_out, transform, smaller, *data_share(mesh)):
+            total += np.asarray(score(state.params, jax.random.key(config.seed), shard_batch(batch, mesh)))
+        return {"error": total[0] / total[2], "explained": 1 - total[0] / total[1]}
+
+    state = fit(
+        config.loop, state, step, batches, mesh=mesh, folder=folder, log=log,
+        evaluate=None if held_out is None else evaluate,
+    )  # fmt: skip
+    shown = (
+        []
+        if held_out is None
+        else [transform(held_out[i], np.random.default_rng(0)) for i in range(min(3, len(held_out)))]
+    )
+    key = jax.random.key(config.seed)
+    return state.params, [reconstruct(model, config.model, state.params, key, fields["image"]) for fields in shown]
+
+
+def _initialise(model: Model, config: MaeConfig, start: Params | None, key: KeyArray) -> Params:
+    if start is not None:
+        return jax.tree.map(jnp.asarray, start)
+    encoder = config.encoder
+    image = jnp.zeros((1, *encoder.image_size, encoder.channels))
+    return model.init(key, image, jnp.zeros((1, encoder.num_tokens)))
+
+
+def _loss(
+    model: Model,
+    config: MaeConfig,
+    augment: Augment | None,
+    params: Params,
+    keys: Key[Array, " batch"],
+    batch: Mapping[str, Array],
+) -> Any:
+    pairs = jax.vmap(jax.random.split)(keys)
+    images = batch["image"] if augment is None else jax.vmap(augment)(pairs[:, 0], batch["image"])
+    return masked_loss(model, config, params, pairs[:, 1], {"image": images})
+
+
+def score_batch(
+    model: Model, config: MaeConfig, params: Params, key: KeyArray, batch: dict[str, Array]
+) -> Float[Array, " 3"]:
+    """Return sums of error, target variance and weight; each record's mask depends on its number alone."""
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(batch["record"], 0))
+    image, weight = batch["image"], batch["weight"]
+    output = model.apply(params, image, draw_noise(keys, config.encoder.num_tokens))
+    target = masked_targets(image, output.masking, config)
+    error = jnp.mean(jnp.square(output.prediction - target), axis=(1, 2))
+    return jnp.stack([weight @ error, weight @ jnp.var(target, axis=(1, 2)), weight.sum()])
+
+
+def reconstruct(
+    model: Model, config: MaeConfig, params: Params, key: KeyArray, image: Float[np.ndarray, "..."]
+) -> Reconstruction:
+    """Hide patches of one image and complete it.
+
+    Args:
+        model: Of `models.mae.Mae`.
+        config: Its configuration; targets must not be normalised.
+        params: Its parameters.
+        key: Of the mask.
+        image: [*image_size, channels].
+    """
+    encoder = config.encoder
+
+    def run(params: Params, key: KeyArray, image: Array) -> Any:
+        output = model.apply(params, image[None], draw_noise(key[None], encoder.num_tokens))
+        patches = patchify(image[None], encoder.patch_size)
+        masking: Masking = output.masking
+        kept = take_tokens(patches, masking.kept)
+        hidden = take_tokens(patches, masking.hidden)
+
+        def picture(guess: Array) -> Array:
+            tokens = restore_order(jnp.concatenate([kept, guess], axis=1), masking)
+            return unpatchify(tokens, encoder.grid, encoder.patch_size)[0]
+
+        error = jnp.mean(jnp.square(output.prediction - hidden))
+        return picture(jnp.zeros_like(hidden)), picture(output.prediction), error, jnp.var(hidden)
+
+    # Once per picture: not worth keeping, but several times quicker than operation by operation.
+    seen, completed, error, variance = jax.jit(run)(params, key, jnp.asarray(image))
+    return Reconstruction(np.asarray(image), np.asarray(seen), np.asarray(completed), float(error), float(variance))
