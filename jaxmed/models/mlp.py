@@ -1,0 +1,65 @@
+"""A small fully connected network from normalised measurements to parameters on the unit interval.
+
+Source: arXiv:2507.12632 (two fully connected networks for inline NODDI); the sister study on training labels for its
+other widths and head (three hidden layers as wide as the input, ELU, absolute value).
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from jaxmed.arrays.types import Params
+
+Activation = Literal["elu", "relu"]
+Head = Literal["sigmoid", "abs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig:
+    """Shape of the network.
+
+    Attributes:
+        depth: Hidden layers.
+        width: Of each hidden layer; "M" takes the number of inputs, as the sister study does.
+        activation: After every hidden layer.
+        head: Of the output, on the unit interval of each parameter's range: "sigmoid" cannot leave it, "abs" is the
+            sister study's and can exceed 1.
+    """
+
+    depth: int = 3
+    width: int | Literal["M"] = 256
+    activation: Activation = "elu"
+    head: Head = "sigmoid"
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"depth: expected 1 or more, found {self.depth}")
+        if self.width != "M" and self.width < 1:
+            raise ValueError(f"width: expected 1 or more, or M, found {self.width}")
+
+
+class Mlp(nn.Module):
+    """Measurements to `outputs` numbers; layers are called layer_0, layer_1, ... and head."""
+
+    config: MlpConfig
+    outputs: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch measurement"]) -> Float[Array, "*batch parameter"]:
+        config = self.config
+        width = x.shape[-1] if config.width == "M" else config.width
+        activate = {"elu": nn.elu, "relu": nn.relu}[config.activation]
+        for number in range(config.depth):
+            # He's scale: rectifiers and ELU halve the variance that Lecun's would keep.
+            x = activate(nn.Dense(width, kernel_init=nn.initializers.he_normal(), name=f"layer_{number}")(x))
+        x = nn.Dense(self.outputs, name="head")(x)
+        return nn.sigmoid(x) if config.head == "sigmoid" else jax.numpy.abs(x)
+
+
+def layers(params: Params) -> list[tuple[jax.Array, jax.Array]]:
+    """Return kernel (input x output) and bias of every layer in order, the head last."""
+    names = [f"layer_{number}" for number in range(len(params) - 1)] + ["head"]
+    return [(params[name]["kernel"], params[name]["bias"]) for name in names]

@@ -1,0 +1,40 @@
+"""The network of microstructure parameters: shape, widths, heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.models.mlp import Mlp, MlpConfig, layers
+from jaxmed.nn.model import make_model
+
+pytestmark = pytest.mark.core
+
+
+@pytest.mark.parametrize(("width", "expected"), [(16, 16), ("M", 7)])
+def test_layers_have_the_width_that_was_asked_for(key, width, expected):
+    params = make_model(Mlp(MlpConfig(width=width), 3)).init(key, jnp.ones((1, 7)))
+    shapes = [kernel.shape for kernel, _ in layers(params)]
+    assert shapes == [(7, expected), (expected, expected), (expected, expected), (expected, 3)]
+
+
+@pytest.mark.parametrize(("activation", "head"), [("elu", "sigmoid"), ("relu", "abs")])
+def test_the_network_is_what_its_layers_say(key, activation, head):
+    model = make_model(Mlp(MlpConfig(depth=2, width=5, activation=activation, head=head), 2))
+    x = jax.random.normal(key, (11, 4))
+    params = model.init(key, x)
+    value = np.asarray(x, np.float64)
+    *hidden, (kernel, bias) = layers(params)
+    for matrix, offset in hidden:
+        value = value @ matrix + offset
+        value = np.where(value > 0, value, np.expm1(value) if activation == "elu" else 0)
+    value = value @ kernel + bias
+    value = 1 / (1 + np.exp(-value)) if head == "sigmoid" else np.abs(value)
+    np.testing.assert_allclose(model.apply(params, x), value, atol=1e-6)
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(ValueError, match="depth: expected 1 or more, found 0"):
+        MlpConfig(depth=0)
+    with pytest.raises(ValueError, match="width: expected 1 or more, or M, found 0"):
+        MlpConfig(width=0)
