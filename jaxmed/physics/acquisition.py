@@ -77,7 +77,7 @@ def two_shell_protocol(
 
 
 def add_rician_noise(
-    key: Key[Array, ""], signal: Float[Array | np.ndarray, "*batch"], sigma: Float[Array, ""] | float
+    key: Key[Array, ""], signal: Float[Array | np.ndarray, "*batch"], sigma: Float[Array, "*#batch"] | float
 ) -> Float[Array, "*batch"]:
     """Return the magnitude of a signal with complex Gaussian noise.
 

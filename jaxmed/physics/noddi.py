@@ -53,9 +53,10 @@ def signal(
     odi: Float[Array, "*batch"],
     fwf: Float[Array, "*batch"],
     direction: Float[Array, "*batch 3"],
-    bvals: Float[Array | np.ndarray, " measurement"],
-    bvecs: Float[Array | np.ndarray, "measurement 3"],
+    bvals: Float[Array | np.ndarray, "*#batch measurement"],
+    bvecs: Float[Array | np.ndarray, "*#batch measurement 3"],
     *,
+    dot: Float[Array, "*batch"] | None = None,
     tissue: Tissue = Tissue(),
     order: int = 16,
     extra_cellular: ExtraCellular = "averaged_tensor",
@@ -67,8 +68,9 @@ def signal(
         odi: Orientation dispersion index; 0 is parallel fibres, 1 is isotropic.
         fwf: Free water fraction.
         direction: Mean fibre direction, unit length.
-        bvals: b-values in s/mm^2.
+        bvals: b-values in s/mm^2, for all voxels or for each.
         bvecs: Unit gradient directions; any value where b is 0.
+        dot: Fraction of all water that does not move at all, as in fixed tissue; None for none.
         tissue: Fixed diffusivities.
         order: Highest Legendre order, even. 16 is exact to 3e-6 up to b = 3000; take 24 or more above b = 5000.
         extra_cellular: "averaged_tensor" puts the dispersed tensor inside one exponential (original toolbox,
@@ -77,21 +79,22 @@ def signal(
     Returns:
         S / S0, in (0, 1].
 
-    Source: Zhang et al. 2012, equations 1 to 8.
+    Source: Zhang et al. 2012, equations 1 to 8; Alexander et al., NeuroImage 2010 (the dot compartment).
     """
     intra, extra, free = compartments(
         ndi, odi, direction, bvals, bvecs, tissue=tissue, order=order, extra_cellular=extra_cellular
     )
     ndi, fwf = ndi[..., None], fwf[..., None]
-    return (1 - fwf) * (ndi * intra + (1 - ndi) * extra) + fwf * free
+    total = (1 - fwf) * (ndi * intra + (1 - ndi) * extra) + fwf * free
+    return total if dot is None else total + dot[..., None] * (1 - total)
 
 
 def compartments(
     ndi: Float[Array, "*batch"],
     odi: Float[Array, "*batch"],
     direction: Float[Array, "*batch 3"],
-    bvals: Float[Array | np.ndarray, " measurement"],
-    bvecs: Float[Array | np.ndarray, "measurement 3"],
+    bvals: Float[Array | np.ndarray, "*#batch measurement"],
+    bvecs: Float[Array | np.ndarray, "*#batch measurement 3"],
     *,
     tissue: Tissue = Tissue(),
     order: int = 16,
@@ -99,10 +102,10 @@ def compartments(
 ) -> tuple[
     Float[Array, "*batch measurement"],
     Float[Array, "*batch measurement"],
-    Float[Array, " measurement"],
+    Float[Array, "*#batch measurement"],
 ]:
     """Return the attenuations inside neurites, outside them and in free water; see `signal`."""
-    cosine = jnp.einsum("mi,...i->...m", jnp.asarray(bvecs), direction)
+    cosine = jnp.einsum("...mi,...i->...m", jnp.asarray(bvecs), direction)
     moments = watson_moments(odi_to_kappa(odi), order)
     attenuation = bvals * (1e-3 * tissue.parallel_diffusivity)
     angular = legendre(cosine, order)
