@@ -1,0 +1,132 @@
+"""Features of chest CTs: what an encoder's class token and patch tokens say.
+
+Source: TANGERINE, arXiv:2507.01881, the embedding export of the released code: the class token ("class"), the mean of
+the patch tokens ("pooled"), one after the other ("concat"), and what enters the head after its layer norm
+("pre_logits").
+
+What a reader of these numbers must know:
+- Of a masked autoencoder the whole volume goes in, nothing hidden, and tokens are taken after the last block: the final
+  norm of pre-training is not applied, because the fine-tuning model, whose features these are, has none.
+- No loss trains the class token of a masked autoencoder; it has only looked at the patches.
+- A masked autoencoder's file has no layer norm for "pre_logits": it is at its start, which standardises each scan's
+  2048 numbers and learns nothing.
+"""
+
+import dataclasses
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from jaxmed.arrays.types import Params
+from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig, pool_tokens
+from jaxmed.models.mae import MaeConfig
+from jaxmed.models.published.load import Published
+from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.nn.model import make_model
+from jaxmed.systems.tangerine.inputs import Scan, check_cubes, read_scan
+from jaxmed.volume import Grid, Volume
+
+Kind: TypeAlias = Literal["class", "pooled", "concat", "pre_logits"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+DEFINITIONS = {
+    "class": "the class token after the last block",
+    "pooled": "the mean of the patch tokens after the last block",
+    "concat": "class and pooled, one after the other",
+    "pre_logits": "what enters the head: concat (or what the head pools) after the head's layer norm",
+}
+
+
+def embed(
+    published: Published, volume: Volume | str | Path | Shaped[Any, "..."], kind: Kind = "concat"
+) -> Float[Array, "*batch feature"]:
+    """Return the features of one scan or of a batch of prepared cubes.
+
+    Args:
+        published: A masked autoencoder or a classifier, from `load_published`.
+        volume: A CT in HU: a `Volume`, a file, a DICOM folder, or a 3D array in the axis order of a file (x, y, z).
+            Or prepared cubes in [0, 1]: [d, h, w, 1], or a batch of them.
+        kind: Which features; see the top of this file for what a masked autoencoder's mean.
+
+    Returns:
+        One row of features, or one per cube of a batch: 1024 numbers ("class", "pooled") or 2048 of the published model.
+
+    Raises:
+        InputError: The scan cannot be read or used; what is merely unexpected about it is a warning.
+    """
+    given = prepare(published.preprocess, volume)
+    config, params = encoder_with_head(published.config, published.params)
+    found = features(config, params, given.cubes)[kind]
+    return found[0] if given.is_single else found
+
+
+# One compiled program per model and batch size, whoever calls: a loop over scans in a notebook must not trace each.
+@partial(jax.jit, static_argnums=0)
+def features(
+    config: ClassifierConfig, params: Params, cubes: Float[Any, "batch d h w 1"]
+) -> dict[str, Float[Array, "batch feature"]]:
+    """Return every kind of features, by one pass through the encoder.
+
+    Args:
+        config: As `encoder_with_head` returns it; static.
+        params: Likewise.
+        cubes: Prepared scans.
+    """
+    tokens = make_model(Classifier(config)).apply(params, cubes, method="tokens")
+    pooled = pool_tokens(tokens)
+    last = make_model(Head(config.head)).apply(params["head"], tokens, method="features")
+    return {"class": pooled.class_token, "pooled": pooled.pooled, "concat": pooled.concat, "pre_logits": last}
+
+
+def encoder_with_head(config: MaeConfig | ClassifierConfig, params: Params) -> tuple[ClassifierConfig, Params]:
+    """Look at any weights as an encoder with a head: a masked autoencoder gets the layer norm of a new head."""
+    if isinstance(config, ClassifierConfig):
+        return config, params
+    encoder = dataclasses.replace(config.encoder, final_norm=False)
+    width = 2 * encoder.width
+    norm = {"scale": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)}
+    return ClassifierConfig(encoder, HeadConfig()), {"encoder": params["encoder"], "head": {"norm": norm}}
+
+
+def with_dtype(config: ClassifierConfig, dtype: Literal["float32", "bfloat16"]) -> ClassifierConfig:
+    """Return the same model with matrix products in another precision."""
+    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, dtype=dtype))
+
+
+class Given(NamedTuple):
+    """What was given to a model, ready for it.
+
+    Attributes:
+        cubes: Prepared scans.
+        is_single: Whether one scan was given, not a batch.
+        is_scan: Whether it came as a scan, not as prepared cubes.
+        grid: Where the scan's voxels stand; None for cubes.
+    """
+
+    cubes: Float[Any, "batch d h w 1"]
+    is_single: bool
+    is_scan: bool
+    grid: Grid | None
+
+
+def prepare(preprocess: Preprocess, volume: Volume | str | Path | Shaped[Any, "..."]) -> Given:
+    """Prepare whatever `embed` takes; warn of what is unexpected about it."""
+    if isinstance(volume, str | Path):
+        scan = read_scan(Path(volume), preprocess)
+    elif isinstance(volume, Volume):
+        scan = Scan(preprocess(volume), volume.grid, tuple(preprocess.check(volume)))
+    elif volume.ndim == 3:
+        bare = Volume.make(np.asarray(volume), np.eye(4))
+        # An array has no orientation that could be checked.
+        scan = Scan(preprocess(bare), bare.grid, tuple(preprocess.check_values(bare)))
+    else:
+        cubes = check_cubes(volume, preprocess)
+        return Given(jnp.asarray(cubes, jnp.float32), volume.ndim == 4, False, None)
+    for note in scan.warnings:
+        warnings.warn(note, stacklevel=3)
+    return Given(scan.cube[None], True, True, scan.grid)
