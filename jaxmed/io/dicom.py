@@ -7,13 +7,14 @@ first two world axes. Values are rescaled (HU for CT) frame by frame; padding va
 Source: DICOM PS3.3, C.7.6.2.1.1 (image plane), C.11.1 (modality transformation), C.7.6.16 (frames).
 """
 
+import importlib
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from jaxmed.errors import InputError
 from jaxmed.volume import Volume
@@ -68,7 +69,7 @@ def read_series(path: str | Path, *, series: str | None = None, allow_shear: boo
             compressed data that cannot be decoded.
     """
     path = Path(path)
-    _import_pydicom()
+    require_pydicom()
     headers = _headers(path)
     if not headers:
         advice = "name the folder that holds the .dcm files"
@@ -83,9 +84,67 @@ def read_series(path: str | Path, *, series: str | None = None, allow_shear: boo
     return Volume.make(array, affine)
 
 
+class Stack(NamedTuple):
+    """Where the slices of a series are, and the headers that say so: what a derived series copies.
+
+    Attributes:
+        path: Where it was read.
+        headers: One per slice, ascending along the normal; a multi-frame file stands for each of its slices.
+        shape: Columns and rows.
+        affine: Column, row, slice to RAS+, in mm.
+        spacing: Between rows, between columns, between slices, in mm.
+        orientation: Direction cosines of a row and of a column, LPS+.
+        positions: Of each slice's first pixel, LPS+, in mm.
+    """
+
+    path: Path
+    headers: tuple["Dataset", ...]
+    shape: tuple[int, int]
+    affine: Float64[np.ndarray, "4 4"]
+    spacing: tuple[float, float, float]
+    orientation: tuple[float, ...]
+    positions: Float64[np.ndarray, "slice 3"]
+
+
+def read_stack(path: str | Path, *, series: str | None = None) -> Stack:
+    """Read the geometry and headers of a series, one per place: diffusion series have many images in each.
+
+    Args:
+        path: A folder or a single file; see `read_series`.
+        series: SeriesInstanceUID to read; needed when the folder holds several.
+
+    Raises:
+        InputError: See `read_series`.
+    """
+    path = Path(path)
+    require_pydicom()
+    headers = _headers(path)
+    if not headers:
+        raise InputError(path, "a DICOM image series", "no DICOM image", "name the folder that holds the .dcm files")
+    frames, owners, seen = [], [], set()
+    for file, header in _choose(path, headers, series):
+        for frame in _frames(file, header):
+            place = tuple(round(value, 3) for value in frame.position)
+            if place not in seen:
+                seen.add(place)
+                frames.append(frame)
+                owners.append(header)
+    order, affine = _arrange(path, frames, allow_shear=False)
+    first = frames[order[0]]
+    return Stack(
+        path,
+        tuple(owners[index] for index in order),
+        (first.shape[1], first.shape[0]),
+        affine,
+        (*first.spacing, float(np.linalg.norm(affine[:3, 2]))),
+        first.orientation,
+        np.array([frames[index].position for index in order]),
+    )
+
+
 def list_series(path: str | Path) -> dict[str, str]:
     """Return the SeriesInstanceUIDs under a folder, each with its description and file count."""
-    _import_pydicom()
+    require_pydicom()
     found: dict[str, list[str]] = {}
     for _, header in _headers(Path(path)):
         text = str(header.get("SeriesDescription", "")) or "no description"
@@ -93,12 +152,17 @@ def list_series(path: str | Path) -> dict[str, str]:
     return {uid: f"{texts[0]}, {len(texts)} files" for uid, texts in found.items()}
 
 
-def _import_pydicom() -> None:
+def require_pydicom(package: str = "pydicom") -> None:
+    """Check that a package of the extra `dicom` is installed.
+
+    Raises:
+        InputError: It is not.
+    """
     try:
-        import pydicom  # noqa: F401
+        importlib.import_module(package)
     except ImportError as error:
         advice = "pip install 'jaxmed[dicom]'"
-        raise InputError("DICOM", "the package pydicom", "none installed", advice) from error
+        raise InputError("DICOM", f"the package {package}", "none installed", advice) from error
 
 
 def _headers(path: Path) -> list[tuple[Path, "Dataset"]]:
