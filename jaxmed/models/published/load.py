@@ -1,20 +1,39 @@
-"""Weights from outside and from own runs, as a model that can be run; and back to the original key names."""
+"""Weights from outside and from own runs, as a model that can be run; and back to the original key names.
+
+A family is a file beside this one and a line in `FAMILIES`. It tells its NAME, TITLE, LICENCE, WHERE, KEYS and
+COUNTERS; it has `recognises(tensors)`, `infer(where, tensors, ...)` for the sizes of a model, `entries(config)` for its
+names and layouts, `preprocess(config)` and `notes(config)`.
+"""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Integer
+
+from jaxmed.arrays.position import resize_table
+from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
-from jaxmed.config import from_record
+from jaxmed.config import from_record, nearest, to_record
 from jaxmed.errors import InputError
+from jaxmed.io import safetensors
 from jaxmed.models.heads import Classifier, ClassifierConfig, Task
 from jaxmed.models.mae import Mae, MaeConfig
-from jaxmed.models.parameters import load_parameters
+from jaxmed.models.published import tangerine
+from jaxmed.models.published.names import collect, listed, to_tensor
 from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.published.sources import RECORD, Source, read_source
 from jaxmed.models.vit import Vit, VitConfig
 from jaxmed.nn.model import Model, make_model
 
-OWN_LICENCE = "own run; where it started from published weights, their licence holds"
+FAMILIES: tuple[ModuleType, ...] = (tangerine,)
+CONFIGS = {"mae": MaeConfig, "classifier": ClassifierConfig}
+OWN_LICENCE = "made by an own run; where that started from published weights, their licence holds"
 
 
 class ImportReport(NamedTuple):
@@ -22,11 +41,13 @@ class ImportReport(NamedTuple):
 
     Attributes:
         family: Whose weights these are, such as "tangerine".
-        kind: "mae" or "classifier".
+        kind: "mae" or "classifier". A masked autoencoder without its whole decoder has the parameters of the encoder
+            alone; `missing` names what was looked for.
         used: Tensors that became parameters.
         left_over: Tensors of the file that have no place in the model.
-        missing: Parameters that the file does not hold.
+        missing: Tensors of the decoder that the file does not hold; all others are needed.
         licence: What the licence allows, in a sentence.
+        notes: What else a user should know, in sentences.
     """
 
     family: str
@@ -35,6 +56,7 @@ class ImportReport(NamedTuple):
     left_over: tuple[str, ...]
     missing: tuple[str, ...]
     licence: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +64,15 @@ class Published:
     """A model with its weights.
 
     Attributes:
-        model: `model.apply(params, ...)` runs it.
-        params: Its parameters, float32.
+        model: `model.apply(params, ...)` runs it: `models.mae.Mae`, or its encoder where the decoder is missing
+            (image to tokens), or `models.heads.Classifier`.
+        params: Its parameters, float32: {"encoder": ..., "decoder": ...}, {"encoder": ...} or {"encoder": ...,
+            "head": ...}.
         preprocess: A file or volume to the model's input.
         config: The model's sizes.
         report: Where the weights came from.
-        task: What the outputs mean, of a classifier.
+        task: What the outputs mean, of a classifier; None where nobody has said.
+        extras: Counters of the original code that nothing uses; they are exported again.
     """
 
     model: Model
@@ -56,29 +81,186 @@ class Published:
     config: MaeConfig | ClassifierConfig
     report: ImportReport
     task: Task | None = None
+    extras: Mapping[str, Integer[np.ndarray, ""]] = dataclasses.field(default_factory=dict)
 
 
-def load_published(path: str | Path, family: str = "auto") -> Published:
-    """Read weights of any supported kind."""
-    path = Path(path)
-    for folder in (path, path / "outputs" / "model"):
-        if (folder / "record.json").exists():
-            return _load_own(folder)
-    raise InputError(path, "a folder of parameters, or a run that made one", "neither", "check the path")
+def load_published(
+    path: str | Path,
+    family: str = "auto",
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    task: Task | None = None,
+) -> Published:
+    """Read weights of any supported kind.
+
+    Args:
+        path: A .safetensors file; a PyTorch checkpoint (.pth, .pt, .bin), of which no code is run; a run or its
+            outputs/model; or a run's checkpoints, checkpoints/state or checkpoints/state/STEP.
+        family: Whose weights they are; "auto" looks at the names.
+        heads: Attention heads of the encoder, for files whose width was not published: shapes do not tell them.
+        decoder_heads: Of the decoder, likewise.
+        task: What the outputs of a classifier mean, for files that do not say it.
+
+    Raises:
+        InputError: The file cannot be read or is of another model; the encoder, or a classifier's head, is not wholly
+            there; a tensor has another shape than it should.
+    """
+    source = read_source(Path(path))
+    module = _find_family(source, family)
+    config = _find_config(source, module, heads, decoder_heads)
+    entries = module.entries(config)
+    found = collect(source.where, [entry.own() for entry in entries] if source.is_own else entries, source.tensors)
+    task = _find_task(source, config, task)
+    counters = [name for name in found.left_over if name in module.COUNTERS]
+    extras = {name: np.asarray(source.tensors[name]) for name in counters}
+    extras |= {name: np.asarray(count, np.int64) for name, count in source.record.get("extras", {}).items()}
+    report = ImportReport(
+        module.NAME,
+        "classifier" if isinstance(config, ClassifierConfig) else "mae",
+        found.used,
+        tuple(name for name in found.left_over if name not in counters),
+        found.missing,
+        str(source.record.get("licence", OWN_LICENCE if source.is_own else module.LICENCE)),
+        found.notes + (() if source.record else module.notes(config)),
+    )
+    preprocess = _find_preprocess(source, module, config)
+    return Published(_make_model(config, found.params), found.params, preprocess, config, report, task, extras)
 
 
-def _load_own(folder: Path) -> Published:
-    params, record = load_parameters(folder)
-    where = str(folder / "record.json")
-    kind, family = str(record.get("kind")), str(record.get("family"))
-    config_kind = {"mae": MaeConfig, "classifier": ClassifierConfig}.get(kind)
-    if config_kind is None:
-        raise InputError(where, "kind 'mae' or 'classifier'", f"'{kind}'")
-    config = from_record(config_kind, record.get("config"), where)
-    preprocess = from_record(Preprocess, record.get("preprocess"), where)
-    task = from_record(Task, record["task"], where) if record.get("task") is not None else None
-    report = ImportReport(family, kind, (), (), (), str(record.get("licence", OWN_LICENCE)))
-    return Published(_make_model(config, params), params, preprocess, config, report, task)
+def export_published(published: Published, path: str | Path) -> None:
+    """Write weights under the key names of the original code, as safetensors.
+
+    Every tensor that was imported comes back bit for bit, those of half precision as float32 of the same value. What
+    shapes do not tell (heads, preprocessing, task) stands in the file's metadata, so that it is read back as it was.
+
+    Raises:
+        InputError: The place cannot be written, or has another suffix than .safetensors.
+    """
+    module = _named_family(published.report.family)
+    leaves = named_leaves(published.params)
+    entries = [entry for entry in module.entries(published.config) if entry.part in published.params]
+    tensors: dict[str, Any] = {entry.name: to_tensor(entry, leaves[entry.path]) for entry in entries}
+    record = published_record(published)
+    metadata = {"format": "pt", "family": module.NAME, "kind": published.report.kind}
+    metadata |= {"heads": str(published.config.encoder.heads), "licence": published.report.licence}
+    metadata[RECORD] = json.dumps({name: value for name, value in record.items() if name != "extras"})
+    safetensors.write(path, tensors | dict(published.extras), metadata)
+
+
+def published_record(published: Published) -> dict[str, Any]:
+    """Return what stands in record.json beside own parameters (`train.checkpoint.export_parameters`)."""
+    record = {
+        "family": published.report.family,
+        "kind": published.report.kind,
+        "config": to_record(published.config),
+        "preprocess": to_record(published.preprocess),
+        "licence": published.report.licence,
+    }
+    if published.task is not None:
+        record["task"] = to_record(published.task)
+    if published.extras:
+        record["extras"] = {name: int(count) for name, count in published.extras.items()}
+    return record
+
+
+def resize_positions(published: Published, image_size: tuple[int, ...]) -> Published:
+    """Return the same weights for images of another size: position tables are interpolated, nothing else changes.
+
+    Args:
+        published: From `load_published`.
+        image_size: Voxels along each axis; multiples of the patch size.
+
+    Raises:
+        InputError: The size does not divide into patches.
+    """
+    old = published.config.encoder
+    if tuple(image_size) == old.image_size:
+        return published
+    try:
+        encoder = dataclasses.replace(old, image_size=tuple(image_size))
+        config = dataclasses.replace(published.config, encoder=encoder)
+    except ValueError as error:
+        advice = f"take multiples of {old.patch_size}"
+        raise InputError("image size", "a size that the model can have", str(error), advice) from error
+    params = dict(published.params)
+    for part in ("encoder", "decoder"):
+        if part in params:
+            table = resize_table(jnp.asarray(params[part]["position"]), old.grid, encoder.grid)
+            params[part] = {**params[part], "position": table}
+    x, y, z = encoder.image_size
+    preprocess = dataclasses.replace(published.preprocess, size=(x, y, z))
+    model = _make_model(config, params)
+    return dataclasses.replace(published, model=model, params=params, config=config, preprocess=preprocess)
+
+
+def _find_family(source: Source, family: str) -> ModuleType:
+    told = source.record.get("family")
+    if family != "auto":
+        module = _named_family(family)
+        if told not in (None, family):
+            raise InputError(source.where, f"weights of {family}", f"weights of {told}")
+        return module
+    if told is not None:
+        names = [module.NAME for module in FAMILIES]
+        if told not in names:
+            raise InputError(source.where, f"weights of {', '.join(names)}", f"weights of {told}")
+        return _named_family(told)
+    for module in FAMILIES:
+        if module.recognises(source.tensors):
+            return module
+    names = ", ".join(module.NAME for module in FAMILIES)
+    found = f"tensors such as {listed(source.tensors, 4)}"
+    raise InputError(source.where, f"weights of a known family ({names})", found, "see jaxmed weights list")
+
+
+def _named_family(name: str) -> ModuleType:
+    names = {module.NAME: module for module in FAMILIES}
+    if name not in names:
+        raise InputError("family", f"auto or one of {', '.join(names)}", name, nearest(name, names))
+    return names[name]
+
+
+def _find_config(
+    source: Source, module: ModuleType, heads: int | None, decoder_heads: int | None
+) -> MaeConfig | ClassifierConfig:
+    """Return the sizes that the place says, or else those that the shapes tell."""
+    record = source.record
+    if record.get("config") is None:
+        if source.is_own:
+            raise InputError(source.where, "a record with the model's sizes ('config')", "none")
+        return module.infer(source.where, source.tensors, heads, decoder_heads)
+    kind = CONFIGS.get(str(record.get("kind")))
+    if kind is None:
+        raise InputError(source.where, f"a record of kind {' or '.join(CONFIGS)}", f"kind {record.get('kind')}")
+    config = from_record(kind, record["config"], source.where)
+    known = (config.encoder.heads, config.decoder_heads if isinstance(config, MaeConfig) else None)
+    for name, told, stored in zip(("heads", "decoder-heads"), (heads, decoder_heads), known, strict=True):
+        if told not in (None, stored):
+            raise InputError(name, f"{stored}, as {source.where} says", told, f"leave --{name} out")
+    return config
+
+
+def _find_task(source: Source, config: MaeConfig | ClassifierConfig, task: Task | None) -> Task | None:
+    if task is None and source.record.get("task") is not None:
+        task = from_record(Task, source.record["task"], source.where)
+    if task is None:
+        return None
+    if not isinstance(config, ClassifierConfig):
+        raise InputError(source.where, "a classifier, which has a task", "a masked autoencoder", "leave the task out")
+    if len(task.names) != config.head.outputs:
+        expected = f"a task with {config.head.outputs} names, one per output"
+        raise InputError(source.where, expected, ", ".join(task.names))
+    return task
+
+
+def _find_preprocess(source: Source, module: ModuleType, config: MaeConfig | ClassifierConfig) -> Preprocess:
+    """Return what the place says, or else what the family expects; its size is always the model's."""
+    expected: Preprocess = module.preprocess(config)
+    if source.record.get("preprocess") is None:
+        return expected
+    told = from_record(Preprocess, source.record["preprocess"], source.where)
+    return dataclasses.replace(told, size=expected.size)
 
 
 def _make_model(config: MaeConfig | ClassifierConfig, params: Params) -> Model:

@@ -1,0 +1,199 @@
+"""Tensors of a published file and our parameters: which is which, and how the layout changes between them.
+
+A family is a list of entries. Every layout that occurs (transposed linear kernels, convolutions that become products
+over patches, queries, keys and values in one matrix, axes of length 1) is a transposition followed by a reshape, so the
+way back is exact.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Shaped
+
+from jaxmed.arrays.types import Params
+from jaxmed.errors import InputError
+from jaxmed.models.vit import VitConfig
+from jaxmed.nn.transformer import BlockConfig
+
+# Parts of a model that a file may lack as a whole.
+OPTIONAL = ("decoder",)
+
+
+class Entry(NamedTuple):
+    """One tensor and its parameter.
+
+    Attributes:
+        name: Of the tensor, in the original code.
+        path: Of the parameter, such as "encoder/patch_embed/kernel".
+        shape: Of the tensor.
+        axes: The tensor's axes in the order in which the parameter reads them.
+        target: Shape of the parameter.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    target: tuple[int, ...]
+
+    @property
+    def part(self) -> str:
+        """The part of the model that the parameter belongs to, such as "encoder"."""
+        return self.path.partition("/")[0]
+
+    def own(self) -> "Entry":
+        """Return the entry of our own files, where the name is the path and the layout stays."""
+        return Entry(self.path, self.path, self.target, tuple(range(len(self.target))), self.target)
+
+
+class Collected(NamedTuple):
+    """Parameters made of tensors.
+
+    Attributes:
+        params: A nested dict, float32.
+        used: Names of the tensors in it.
+        left_over: Names of the others.
+        missing: Names that were looked for in vain, all of optional parts.
+        notes: What else a reader should know, in sentences.
+    """
+
+    params: Params
+    used: tuple[str, ...]
+    left_over: tuple[str, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def reshaped(name: str, path: str, shape: tuple[int, ...], target: tuple[int, ...]) -> Entry:
+    """Return the entry of a tensor that keeps its order."""
+    return Entry(name, path, shape, tuple(range(len(shape))), target)
+
+
+def linear(
+    name: str, path: str, inputs: int, outputs: int, target: tuple[int, ...] | None = None
+) -> tuple[Entry, Entry]:
+    """Return weight [outputs, inputs] and bias of a linear layer; `target` splits the outputs in several axes."""
+    target = target or (outputs,)
+    return (
+        Entry(f"{name}.weight", f"{path}/kernel", (outputs, inputs), (1, 0), (inputs, *target)),
+        reshaped(f"{name}.bias", f"{path}/bias", (outputs,), target),
+    )
+
+
+def layer_norm(name: str, path: str, width: int) -> tuple[Entry, Entry]:
+    """Return weight and bias of a layer norm."""
+    return (
+        reshaped(f"{name}.weight", f"{path}/scale", (width,), (width,)),
+        reshaped(f"{name}.bias", f"{path}/bias", (width,), (width,)),
+    )
+
+
+def patch_embedding(name: str, path: str, config: VitConfig) -> tuple[Entry, Entry]:
+    """Return a convolution whose stride is its kernel, which is a product over the voxels of a patch."""
+    spatial = len(config.patch_size)
+    voxels = math.prod(config.patch_size) * config.channels
+    shape = (config.width, config.channels, *config.patch_size)
+    axes = (*range(2, spatial + 2), 1, 0)
+    return (
+        Entry(f"{name}.weight", f"{path}/kernel", shape, axes, (voxels, config.width)),
+        reshaped(f"{name}.bias", f"{path}/bias", (config.width,), (config.width,)),
+    )
+
+
+def blocks(name: str, path: str, depth: int, config: BlockConfig) -> list[Entry]:
+    """Return a column of timm's transformer blocks (rows of qkv: queries, keys, values; heads contiguous)."""
+    entries: list[Entry] = []
+    width, split = config.width, (3, config.heads, config.width // config.heads)
+    for number in range(depth):
+        theirs, ours = f"{name}.{number}", f"{path}/layer_{number}"
+        entries += layer_norm(f"{theirs}.norm1", f"{ours}/norm1", width)
+        entries += linear(f"{theirs}.attn.qkv", f"{ours}/attention/qkv", width, 3 * width, split)
+        entries += linear(f"{theirs}.attn.proj", f"{ours}/attention/out", width, width)
+        entries += layer_norm(f"{theirs}.norm2", f"{ours}/norm2", width)
+        entries += linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/fc1", width, config.hidden)
+        entries += linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc2", config.hidden, width)
+    return entries
+
+
+def to_parameter(entry: Entry, tensor: Shaped[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+    """Change the layout of a tensor into the parameter's."""
+    moved = np.transpose(tensor, entry.axes).reshape(entry.target)
+    return np.ascontiguousarray(moved, dtype=np.float32)
+
+
+def to_tensor(entry: Entry, parameter: Any) -> Float32[np.ndarray, "..."]:
+    """Change the layout of a parameter into the tensor's."""
+    moved = np.asarray(parameter, np.float32).reshape([entry.shape[axis] for axis in entry.axes])
+    return np.ascontiguousarray(np.transpose(moved, np.argsort(entry.axes)))
+
+
+def collect(where: str, entries: Sequence[Entry], tensors: Mapping[str, Any]) -> Collected:
+    """Make parameters of the tensors of a file.
+
+    A part of `OPTIONAL` that is not wholly there is left out, and told.
+
+    Raises:
+        InputError: A tensor that is needed is missing, has another shape, is not of real numbers or not finite.
+    """
+    missing = [entry for entry in entries if entry.name not in tensors]
+    needed = [entry.name for entry in missing if entry.part not in OPTIONAL]
+    if needed:
+        parts = sorted({entry.part for entry in missing if entry.part not in OPTIONAL})
+        total = sum(entry.part in parts for entry in entries)
+        expected = f"all {total} tensors of the {' and the '.join(parts)}"
+        raise InputError(where, expected, f"no {listed(needed)}", "give the whole file, as it was published")
+    absent = {entry.part for entry in missing}
+    params: Params = {}
+    used, wide = [], []
+    for entry in entries:
+        if entry.part in absent:
+            continue
+        tensor = np.asarray(tensors[entry.name])
+        _check(where, entry, tensor)
+        if tensor.dtype.itemsize > 4:
+            wide.append(entry.name)
+        put(params, entry.path, to_parameter(entry, tensor))
+        used.append(entry.name)
+    known = set(used)
+    notes = (f"{len(wide)} tensors of float64 were rounded to float32",) if wide else ()
+    left_over = tuple(name for name in tensors if name not in known)
+    return Collected(params, tuple(used), left_over, tuple(entry.name for entry in missing), notes)
+
+
+def cube_root(where: str, name: str, count: int) -> int:
+    """Return the edge of a cube of patches, or of voxels in a patch.
+
+    Raises:
+        InputError: When there is none.
+    """
+    edge = round(max(count, 0) ** (1 / 3))
+    if edge < 1 or edge**3 != count:
+        raise InputError(where, f"a cube number in '{name}', n x n x n", count, "only cubes were published")
+    return edge
+
+
+def put(tree: Params, path: str, leaf: Any) -> None:
+    """Set a leaf of a nested dict, making the dicts above it."""
+    *parents, last = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Return names in a line, cut after some."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _check(where: str, entry: Entry, tensor: Shaped[np.ndarray, "..."]) -> None:
+    if tensor.shape != entry.shape:
+        raise InputError(where, f"'{entry.name}' of shape {entry.shape}", f"{tensor.shape}")
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise InputError(where, f"'{entry.name}' of floating-point numbers", f"{tensor.dtype}")
+    if not np.isfinite(tensor.astype(np.float32, copy=False)).all():
+        raise InputError(where, f"finite numbers in '{entry.name}'", "NaN or Inf", "copy the file again")

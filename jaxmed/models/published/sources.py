@@ -1,0 +1,211 @@
+"""Where tensors lie: published files, folders of own runs, and the Orbax checkpoints of runs.
+
+Each becomes names and arrays, and what the place says about them. In published files the names are those of the
+original code; in own files they are the paths of parameters.
+"""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import Shaped
+
+from jaxmed.arrays.trees import named_leaves
+from jaxmed.config import read_record, to_record
+from jaxmed.errors import InputError
+from jaxmed.files import require_file
+from jaxmed.io import pickles, safetensors
+from jaxmed.models.heads import ClassifierConfig, HeadConfig
+from jaxmed.models.parameters import load_parameters
+from jaxmed.models.published.names import cube_root, listed, put
+from jaxmed.models.vit import VitConfig
+
+WRAPPERS = ("model", "model_state", "state_dict", "model_state_dict")
+PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of wrapping modules, of torch.compile
+PICKLED = (".pth", ".pt", ".bin")
+# Under this name a safetensors file that this package wrote says, in JSON, what shapes do not.
+RECORD = "jaxmed_record"
+
+
+class Source(NamedTuple):
+    """Tensors and what is known of them.
+
+    Attributes:
+        where: The file or folder, for messages.
+        tensors: By name.
+        record: "family", "kind", "config", "preprocess", "task", "licence" and "extras", as far as the place says them.
+        is_own: Whether names are the paths of parameters.
+    """
+
+    where: str
+    tensors: dict[str, Shaped[np.ndarray, "..."]]
+    record: dict[str, Any]
+    is_own: bool
+
+
+def read_source(path: Path) -> Source:
+    """Read a file or a folder of any supported kind.
+
+    Raises:
+        InputError: It is missing, damaged, or of another kind.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        if path.name == "parameters.safetensors" and (path.parent / "record.json").exists():
+            return _read_own(path.parent)
+        tensors = safetensors.read(path)
+        return Source(str(path), _strip(path, tensors), _read_metadata(path), is_own=False)
+    if suffix in PICKLED:
+        return Source(str(path), _strip(path, _unwrap(path, pickles.read_checkpoint(path))), {}, is_own=False)
+    require_file(path, "weights")
+    expected = f"weights as .safetensors, {', '.join(PICKLED)}, or a folder of a run"
+    raise InputError(path, expected, f"the suffix '{path.suffix}'", "check the path")
+
+
+def _read_folder(path: Path) -> Source:
+    for folder in (path, path / "outputs" / "model"):
+        if (folder / "record.json").exists():
+            return _read_own(folder)
+    for folder in (path, path / "state"):
+        if step := _newest_step(folder):
+            return _read_state(step)
+    if (path / "config.json").exists():
+        advice = f"continue the run, or give {path / 'checkpoints' / 'state'} for its last checkpoint"
+        raise InputError(path, "a finished run with outputs/model", "none", advice)
+    expected = "a run, its outputs/model, or a checkpoint of it"
+    raise InputError(path, expected, "none of them in this folder", "check the path, or name the file itself")
+
+
+def _read_own(folder: Path) -> Source:
+    params, record = load_parameters(folder)
+    return Source(str(folder), named_leaves(params), record, is_own=True)
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    text = safetensors.read_metadata(path).get(RECORD)
+    if text is None:
+        return {}
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise InputError(path, f"metadata '{RECORD}' in JSON", str(error), "export it again") from error
+    if not isinstance(record, dict):
+        raise InputError(path, f"metadata '{RECORD}' as a JSON object", type(record).__name__, "export it again")
+    return record
+
+
+def _unwrap(path: Path, content: Any) -> dict[str, Any]:
+    """Return the dict of tensors inside a checkpoint."""
+    while isinstance(content, dict) and not _arrays(content):
+        wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
+        if wrapper is None:
+            break
+        content = content[wrapper]
+    if not isinstance(content, dict):
+        raise InputError(path, "a dict of tensors", f"a {type(content).__name__}", "save the state dict")
+    if not _arrays(content):
+        expected = f"tensors by name, or a dict of them under {', '.join(WRAPPERS)}"
+        raise InputError(path, expected, f"the keys {listed(map(str, content)) or '(none)'}", "save the state dict")
+    return {str(name): value for name, value in content.items()}
+
+
+def _arrays(content: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, np.ndarray) for value in content.values())
+
+
+def _strip(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    stripped: dict[str, Any] = {}
+    for full, value in tensors.items():
+        name = full
+        while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+            name = name.removeprefix(prefix)
+        if name in stripped:
+            raise InputError(path, "one tensor of each name", f"'{name}' twice, with and without a prefix")
+        stripped[name] = np.asarray(value)
+    return stripped
+
+
+def _newest_step(folder: Path) -> Path | None:
+    """Return the folder of a checkpoint's step: this one, or the newest below."""
+    if (folder / "record" / "metadata").exists() and (folder / "state").is_dir():
+        return folder
+    steps = [step for step in folder.iterdir() if re.fullmatch(r"\d+", step.name)] if folder.is_dir() else []
+    steps = [step for step in steps if (step / "record" / "metadata").exists()]
+    return max(steps, key=lambda step: int(step.name), default=None)
+
+
+def _read_state(step: Path) -> Source:
+    """Read the parameters of a train state, alone: without moments they are a third of it."""
+    stored = read_record(step / "record" / "metadata")
+    arrays, sums, run = stored.get("arrays"), stored.get("checksums"), stored.get("run")
+    if not isinstance(arrays, dict) or not isinstance(sums, dict) or not isinstance(run, dict):
+        raise InputError(step, "a checkpoint of a run", "a record without arrays, checksums and run")
+    wanted = {name: value for name, value in arrays.items() if name.startswith("params/")}
+    item: dict[str, Any] = {}
+    for name, (shape, kind) in wanted.items():
+        put(item, name, jax.ShapeDtypeStruct(tuple(shape), kind))
+    tensors = named_leaves(_restore(step, item)) if item else {}
+    for name, array in tensors.items():
+        # The same sum of words as `train.checkpoint` stores.
+        if int(np.ascontiguousarray(array).view(np.uint32).sum(dtype=np.uint32)) != sums.get(name):
+            raise InputError(step, "a good checkpoint", f"other bits of {name} than were saved", "take another step")
+    tensors = {name.removeprefix("params/"): array for name, array in tensors.items()}
+    return Source(str(step), tensors, _run_record(str(step), run, tensors), is_own=True)
+
+
+def _restore(step: Path, item: dict[str, Any]) -> dict[str, Any]:
+    # Orbax repeats on stderr, in paragraphs and from several threads, what becomes one line here.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    arguments = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(step.absolute() / "state", args=arguments)
+    except Exception as error:  # Orbax and TensorStore raise plain Exception for truncated chunks
+        found = f"a damaged one ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        raise InputError(step, "a checkpoint that can be read", found, "take another step") from error
+    finally:
+        sys.unraisablehook = hook
+
+
+def _run_record(where: str, run: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run's configuration says about its parameters."""
+    settings = run.get("config") or {}
+    kind = "classifier" if any(name.startswith("head/") for name in tensors) else "mae"
+    known = {"family": run.get("system"), "kind": kind, "preprocess": settings.get("preprocess")}
+    if kind == "classifier":
+        known["config"] = to_record(_infer_classifier(where, tensors))
+    elif "model" in settings:
+        known["config"] = settings["model"]
+    return known
+
+
+def _infer_classifier(where: str, tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> ClassifierConfig:
+    """Return the sizes of a classifier from the shapes of its parameters: patches and their grid are cubes."""
+    try:
+        blocks = {name.split("/")[2] for name in tensors if name.startswith("encoder/blocks/")}
+        width, _, heads, _ = tensors["encoder/blocks/layer_0/attention/qkv/kernel"].shape
+        patch = cube_root(where, "encoder/patch_embed/kernel", len(tensors["encoder/patch_embed/kernel"]))
+        grid = cube_root(where, "encoder/position", len(tensors["encoder/position"]) - 1)
+        hidden = tensors["encoder/blocks/layer_0/mlp/fc1/bias"].size
+        outputs = tensors["head/linear/bias"].size
+    except KeyError as error:
+        raise InputError(where, "a checkpoint of a classifier", f"no parameter {error}", "check the path") from error
+    pool = "class"
+    if "head/norm/scale" in tensors:
+        pool = "concat" if tensors["head/norm/scale"].size == 2 * width else "mean"
+    inner = tensors["head/hidden/bias"].size if "head/hidden/bias" in tensors else 0
+    encoder = VitConfig(
+        (grid * patch,) * 3, (patch,) * 3, 1, width, len(blocks), heads, hidden, final_norm=pool == "class"
+    )
+    return ClassifierConfig(encoder, HeadConfig(outputs, pool, inner))

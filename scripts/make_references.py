@@ -1,0 +1,70 @@
+"""Write tests/references: small weights under published key names, and what PyTorch makes of them.
+
+Needs PyTorch: scripts/test --peers installs it. The models are those of tests/support/torch_*.py, with random weights.
+The references stay as they are while this script does; run it again after a change: python scripts/make_references.py
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+import torch_tangerine as tangerine  # noqa: E402
+
+from jaxmed.io import safetensors  # noqa: E402
+
+FOLDER = ROOT / "tests" / "references"
+
+
+def main() -> None:
+    """Write every reference."""
+    torch.set_num_threads(1)
+    FOLDER.mkdir(exist_ok=True)
+    for seed, (name, sizes) in enumerate((("28", tangerine.MAE_28), ("24", tangerine.MAE_24))):
+        write_tangerine_mae(name, sizes, seed)
+    sizes = tangerine.MAE_24
+    write_tangerine_classifier("linear", tangerine.Classifier(sizes, 3), 2)
+    write_tangerine_classifier("mlp", tangerine.Classifier(sizes, 2, hidden=6), 3)
+    write_tangerine_classifier("class", tangerine.Classifier(sizes, 4, pooling=False), 4)
+
+
+def write_tangerine_mae(name: str, sizes: tangerine.Sizes, seed: int) -> None:
+    """Write a masked autoencoder as its authors save it, and its outputs on two images."""
+    model = tangerine.randomise(tangerine.Mae(sizes), seed)
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand((2, 1, *(sizes.image,) * 3), generator=generator)
+    noise = torch.rand((2, sizes.grid**3), generator=generator)
+    with torch.no_grad():
+        tokens, mask, prediction, loss = model(image, noise)
+    arguments = argparse.Namespace(model="mae_vit_large_patch16", batch_size=14)
+    saved = {"model": model.state_dict(), "epoch": 399, "scaler": {"scale": 65536.0}, "args": arguments}
+    torch.save(saved, FOLDER / f"tangerine_mae_{name}.pth")
+    write_outputs(f"tangerine_mae_{name}", image=image, noise=noise, tokens=tokens, mask=mask, prediction=prediction,
+                  loss=loss)  # fmt: skip
+
+
+def write_tangerine_classifier(name: str, model: tangerine.Classifier, seed: int) -> None:
+    """Write a classifier as safetensors, and its outputs on two images in evaluation mode."""
+    tangerine.randomise(model, seed)
+    image = torch.rand((2, 1, *(model.sizes.image,) * 3), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        features, logits = model(image)
+    tensors = {key: value.numpy() for key, value in model.state_dict().items()}
+    safetensors.write(FOLDER / f"tangerine_{name}.safetensors", tensors)
+    write_outputs(f"tangerine_{name}", image=image, features=features, logits=logits)
+
+
+def write_outputs(name: str, **tensors: torch.Tensor) -> None:
+    """Write what goes into a model and what comes out, channels last as this package has them."""
+    arrays = {key: value.numpy() for key, value in tensors.items()}
+    arrays["image"] = np.moveaxis(arrays["image"], 1, -1)
+    np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main()
