@@ -44,11 +44,13 @@ class HeadConfig:
         pool: "concat" (class token and mean of the patch tokens) or "mean", both with a layer norm of their own;
             "class" takes the class token after the encoder's final norm.
         hidden: Width of a hidden layer with leaky ReLU and BatchNorm; 0 for a linear head.
+        norm: Whether "concat" and "mean" have their layer norm; a logistic probe stands on the features as they are.
     """
 
     outputs: int = 1
     pool: Literal["concat", "mean", "class"] = "concat"
     hidden: int = 0
+    norm: bool = True
 
     def __post_init__(self) -> None:
         if self.outputs < 1 or self.hidden < 0:
@@ -88,12 +90,13 @@ class Head(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        if config.pool != "class":
+        if config.pool != "class" and config.norm:
             self.norm = LayerNorm(1e-6)
         if config.hidden:
             self.hidden = Linear(config.hidden)
             self.batch_norm = BatchNorm()
-        self.linear = Linear(config.outputs, kernel_init=nn.initializers.truncated_normal(2e-5))
+        # PyTorch truncates at 2, not at two deviations: nothing is cut.
+        self.linear = Linear(config.outputs, kernel_init=nn.initializers.normal(2e-5))
 
     def __call__(
         self, tokens: Float[Array, "batch token width"], *, training: bool = False
@@ -110,7 +113,8 @@ class Head(nn.Module):
         pooled = pool_tokens(tokens)
         if self.config.pool == "class":
             return pooled.class_token
-        return self.norm(pooled.concat if self.config.pool == "concat" else pooled.pooled)
+        features = pooled.concat if self.config.pool == "concat" else pooled.pooled
+        return self.norm(features) if self.config.norm else features
 
 
 @dataclasses.dataclass(frozen=True)

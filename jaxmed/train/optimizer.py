@@ -90,17 +90,33 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """
 
     def rate(step: Any) -> Any:
-        step = jnp.asarray(step, jnp.float32)
-        warm = config.peak_lr * step / max(config.warmup_steps, 1)
-        if config.decay == "constant":
-            after = jnp.float32(config.peak_lr)
-        else:
-            progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
-            cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-            after = config.end_lr + (config.peak_lr - config.end_lr) * cosine
-        return jnp.where(step < config.warmup_steps, warm, after)
+        return rate_at(step, config.peak_lr, config.end_lr, config.warmup_steps, steps, config.decay)
 
     return rate
+
+
+def rate_at(
+    step: Any, peak: Any, end: Any, warmup: Any, steps: Any, decay: Literal["cosine", "constant"] = "cosine"
+) -> Any:
+    """Return the rate of `learning_rate` after some steps; all numbers may be arrays, so that one program serves many.
+
+    Args:
+        step: Steps done.
+        peak: Rate after warm-up.
+        end: Rate at the last step.
+        warmup: Steps of warm-up.
+        steps: Length of the run.
+        decay: How the rate falls.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    warm = peak * step / jnp.maximum(warmup, 1)
+    if decay == "constant":
+        after = jnp.asarray(peak, jnp.float32)
+    else:
+        progress = (step - warmup) / jnp.maximum(steps - warmup, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        after = end + (peak - end) * cosine
+    return jnp.where(step < warmup, warm, after)
 
 
 def decay_mask(params: Params, no_decay: tuple[str, ...], stacked: tuple[str, ...] = ()) -> Any:
