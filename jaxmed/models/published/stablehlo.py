@@ -132,7 +132,9 @@ def load_stablehlo(path: str | Path) -> ExportedClassifier:
         exported = jax.export.deserialize(bytearray(content))
     except ValueError as error:  # of a version that this jax no longer, or not yet, understands
         written = (record.get("versions") or {}).get("jax")
-        raise InputError(path, "a program that this jax reads", f"one of jax {written} ({error})", "export anew") from error
+        raise InputError(
+            path, "a program that this jax reads", f"one of jax {written} ({error})", "export anew"
+        ) from error
     preprocess = from_record(Preprocess, record.get("preprocess"), str(sidecar))
     task = from_record(Task, record.get("task"), str(sidecar))
     return ExportedClassifier(exported.call, preprocess, task, record)

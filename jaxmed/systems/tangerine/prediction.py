@@ -57,9 +57,7 @@ class Explained(NamedTuple):
     maps: Float[Array, "batch map d h w"]
 
 
-def predict(
-    published: Published, volume: Volume | str | Path | Shaped[Any, "..."], maps: Maps = "top"
-) -> Prediction:
+def predict(published: Published, volume: Volume | str | Path | Shaped[Any, "..."], maps: Maps = "top") -> Prediction:
     """Return the probabilities of one scan or of a batch of prepared cubes, and maps of what raised them.
 
     Args:
@@ -89,9 +87,13 @@ def require_classifier(published: Published, where: object = "published") -> tup
     Raises:
         InputError: They have none.
     """
-    if not isinstance(published.config, ClassifierConfig) or published.task is None:
+    if not isinstance(published.config, ClassifierConfig):
         advice = "adapt it on labels first: jaxmed tangerine adapt"
-        raise InputError(where, "weights of a classifier or regressor", f"a model of kind {published.report.kind}", advice)
+        raise InputError(where, "weights of a classifier or regressor", "a masked autoencoder", advice)
+    if published.task is None:
+        outputs = published.config.head.outputs
+        advice = "give --task.kind and --task.names (in Python: load_published(path, task=Task(...)))"
+        raise InputError(where, "weights that say what their outputs mean", f"{outputs} without a meaning", advice)
     return published.config, published.task
 
 
@@ -130,9 +132,7 @@ def explain(
     return Explained(predict_values(logits, task), mapped.T, jnp.moveaxis(grids, 0, 1))
 
 
-def spread(
-    patches: Float[np.ndarray, "d h w"], size: tuple[int, int, int]
-) -> Float32[np.ndarray, "d2 h2 w2"]:
+def spread(patches: Float[np.ndarray, "d h w"], size: tuple[int, int, int]) -> Float32[np.ndarray, "d2 h2 w2"]:
     """Interpolate a map on the patch grid to the cube, linearly between the centres of the patches."""
     return resize(Volume.make(patches.astype(np.float32), np.eye(4)), size, order=1).array.astype(np.float32)
 
@@ -143,4 +143,3 @@ def to_grid(patches: Float[np.ndarray, "d h w"], preprocess: Preprocess, grid: G
     if grid is None:
         return Volume.make(cube, np.eye(4))
     return preprocess.inverse_map(cube, empty_volume(grid))
-

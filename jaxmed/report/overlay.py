@@ -1,0 +1,110 @@
+"""Slices of a scan with a map on top, such as what moved a classifier."""
+
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float32
+from matplotlib.figure import Figure as Canvas
+
+from jaxmed.arrays.grid import reorient
+from jaxmed.report.drawing import both_themes
+from jaxmed.report.mapgrid import MapGrid, draw_color_bar, show_slice
+from jaxmed.report.page import Figure
+from jaxmed.report.slices import EDGES, PLANES, choose_axis, choose_slices, slice_image, slice_spacing
+from jaxmed.report.themes import Theme
+from jaxmed.volume import Volume
+
+# A picture in the page has fewer pixels than this along a side.
+LARGEST = 256
+HEAT = "inferno"
+
+
+class Slices(NamedTuple):
+    """A few slices of a scan and of a map on its grid, turned as a radiologist holds them.
+
+    Attributes:
+        image: The scan.
+        overlay: The map.
+        index: Slice numbers along the axis that is cut across, in RAS+ order.
+        spacing: Height of a row and width of a column, in mm.
+        axis: 0 sagittal, 1 coronal, 2 axial.
+        largest: The map's largest value in the whole volume.
+    """
+
+    image: Float32[np.ndarray, "slice row column"]
+    overlay: Float32[np.ndarray, "slice row column"]
+    index: tuple[int, ...]
+    spacing: tuple[float, float]
+    axis: int
+    largest: float
+
+
+def cut_slices(scan: Volume, overlay: Volume, num_slices: int = 5) -> Slices:
+    """Choose evenly spread slices of a scan, the one with the map's largest value among them.
+
+    Args:
+        scan: Any orientation.
+        overlay: A map on the same grid.
+        num_slices: Most slices.
+    """
+    scan, overlay = reorient(scan, "RAS"), reorient(overlay, "RAS")
+    x, y, z = scan.array.shape[:3]
+    axis = choose_axis((x, y, z))
+    spread = choose_slices(np.ones(scan.array.shape, bool), axis, num_slices)
+    peak = int(np.unravel_index(overlay.array.argmax(), overlay.array.shape)[axis])
+    nearest = min(spread, key=lambda index: abs(index - peak))
+    index = tuple(sorted({peak if i == nearest else i for i in spread})) if overlay.array.any() else spread
+    step = -(-max(n for i, n in enumerate(scan.array.shape[:3]) if i != axis) // LARGEST)
+    images = [
+        np.stack([slice_image(volume.array, axis, i)[::step, ::step] for i in index]).astype(np.float32)
+        for volume in (scan, overlay)
+    ]
+    row, column = slice_spacing(scan.spacing, axis)
+    largest = float(overlay.array.max())
+    return Slices(images[0], images[1], index, (row * step, column * step), axis, largest)
+
+
+def overlay_slices(
+    slices: Slices, *, caption: str, limits: tuple[float, float], names: tuple[str, str], unit: str, alt: str = ""
+) -> Figure:
+    """Draw a row of slices, and below it the same slices under the map: clear where it is 0, opaque at its largest.
+
+    Args:
+        slices: From `cut_slices`.
+        caption: Text under the figure.
+        limits: Grey values of the scan that are black and white.
+        names: Of the two rows.
+        unit: Of the scan's values.
+        alt: Description of the picture; empty for one made from the names.
+    """
+    count, rows, columns = slices.image.shape
+    size = (columns * slices.spacing[1], rows * slices.spacing[0])
+    largest = slices.largest or 1.0
+    # show_slice takes the spacing of a volume and the axis it is cut across.
+    spacing = tuple(np.insert([slices.spacing[1], slices.spacing[0]], slices.axis, 1.0).tolist())
+
+    def draw(theme: Theme) -> Canvas:
+        grid = MapGrid.make(2, [count], size)
+        canvas = Canvas(figsize=(grid.width, grid.height))
+        colors = matplotlib.colormaps[HEAT]
+        for place, index in enumerate(slices.index):
+            edges = EDGES[slices.axis] if place == 0 else ("", "")
+            grid.write_heading(canvas, theme, place, f"{PLANES[slices.axis]} {index}", edges)
+            image, overlay = slices.image[place].astype(np.float64), slices.overlay[place] / largest
+            for row in (0, 1):
+                ax = grid.axes(canvas, row, place)
+                show_slice(ax, image, "gray", limits, spacing, slices.axis)
+                if row:
+                    heat = colors(np.clip(overlay, 0, 1))
+                    heat[..., 3] = 0.75 * np.clip(overlay, 0, 1) ** 0.75
+                    ax.imshow(heat, aspect=slices.spacing[0] / slices.spacing[1], interpolation="bilinear")
+        grid.write_label(canvas, theme, 0, names[0], [unit])
+        grid.write_label(canvas, theme, 1, names[1], ["relative to its", "largest value"])
+        draw_color_bar(grid.bar_axes(canvas, 0, 0), "gray", limits, slices.image.reshape(-1).astype(np.float64))
+        draw_color_bar(grid.bar_axes(canvas, 1, 0), HEAT, (0.0, 1.0), np.zeros(1))
+        return canvas
+
+    positions = ", ".join(str(index) for index in slices.index)
+    alt = alt or f"{PLANES[slices.axis].capitalize()} slices {positions} of {names[0]}, and with {names[1]} on top."
+    return both_themes(draw, "png", caption, alt)

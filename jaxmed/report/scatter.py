@@ -1,0 +1,54 @@
+"""Points in a plane, coloured by group."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float64
+from matplotlib.figure import Figure as Canvas
+
+from jaxmed.report.drawing import FULL_WIDTH, both_themes, short_label
+from jaxmed.report.page import Figure
+from jaxmed.report.themes import Theme
+
+# Beyond this many points a picture of pixels is smaller than one of outlines.
+MOST_OUTLINES = 2000
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def scatter(
+    groups: Mapping[str, Float64[np.ndarray, "point 2"]], *, xlabel: str, ylabel: str, caption: str, alt: str = ""
+) -> Figure:
+    """Draw points, one colour per group; a second round of colours has another mark.
+
+    Args:
+        groups: Coordinates by group; all finite.
+        xlabel: Name and unit of the first coordinate.
+        ylabel: Name and unit of the second.
+        caption: Text under the figure.
+        alt: Description of the picture; empty for one made from the numbers of points.
+    """
+    number = sum(len(points) for points in groups.values())
+    size = 6.0 if number <= 300 else 3.0
+
+    def draw(theme: Theme) -> Canvas:
+        canvas = Canvas(figsize=(FULL_WIDTH, 4.6), layout="constrained")
+        ax = canvas.add_subplot()
+        for place, (name, points) in enumerate(groups.items()):
+            color = theme.cycle[place % len(theme.cycle)]
+            marker = MARKERS[place // len(theme.cycle) % len(MARKERS)]
+            label = f"{short_label(name, 30)} ({len(points)})"
+            ax.plot(
+                points[:, 0], points[:, 1], marker, markersize=size, color=color, alpha=0.75, markeredgewidth=0,
+                label=label,
+            )  # fmt: skip
+        ax.set_xlabel(short_label(xlabel))
+        ax.set_title(short_label(ylabel), loc="left", color=theme.muted, size=9, pad=10)
+        ax.margins(0.06)
+        ax.grid(True, axis="both")
+        if len(groups) > 1:
+            ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0.0)
+        return canvas
+
+    said = ", ".join(f"{len(points)} of {name}" for name, points in groups.items())
+    alt = alt or f"{ylabel} against {xlabel}: {said}."
+    return both_themes(draw, "svg" if number <= MOST_OUTLINES else "png", caption, alt)

@@ -1,0 +1,246 @@
+"""A model over many scans: read ahead, compute in batches of one shape, keep what is done, go on past broken files."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from jaxmed.arrays.trees import named_leaves
+from jaxmed.arrays.types import Params
+from jaxmed.config import read_record
+from jaxmed.errors import InputError
+from jaxmed.files import atomic_path, make_folder, write_json
+from jaxmed.io.tables import write_table
+from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.vit import SHARDING_RULES
+from jaxmed.systems.tangerine.inputs import Record, Scan, read_scan
+from jaxmed.train.log import Log
+from jaxmed.train.mesh import MeshConfig, layout, make_mesh, shard_batch
+from jaxmed.train.run_folder import RunFolder
+
+Arrays: TypeAlias = dict[str, Shaped[np.ndarray, "..."]]
+FAILED = "failed.csv"
+FAILED_COLUMNS = ("path", "id", "reason")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """How scans go through a model.
+
+    Attributes:
+        size: Scans of a batch, over all devices.
+        threads: Threads that read and prepare scans; each holds one scan in memory.
+    """
+
+    size: int = 4
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.threads < 1:
+            raise ValueError(f"size, threads: expected 1 or more each, found {self.size, self.threads}")
+
+
+class Outcome(NamedTuple):
+    """What became of a scan.
+
+    Attributes:
+        record: Which.
+        warnings: What was unexpected about it.
+        reason: Why it failed; empty when it did not.
+        arrays: What was kept of it; empty when it failed.
+    """
+
+    record: Record
+    warnings: tuple[str, ...]
+    reason: str
+    arrays: Arrays
+
+
+class Job(NamedTuple):
+    """What a job does with scans.
+
+    Attributes:
+        compute: Parameters and a batch of cubes to arrays with the batch first; jitted.
+        finish: Writes what belongs to one scan, given its arrays, and returns what to keep and further warnings.
+        preprocess: A file to a cube.
+    """
+
+    compute: Callable[[Params, Any], dict[str, Any]]
+    finish: Callable[[Record, Scan, Arrays], tuple[Arrays, tuple[str, ...]]]
+    preprocess: Preprocess
+
+
+def run_job(
+    job: Job,
+    params: Params,
+    records: list[Record],
+    config: BatchConfig,
+    mesh: MeshConfig,
+    folder: RunFolder,
+    log: Log,
+    label: str,
+) -> list[Outcome]:
+    """Take every record through the model; an interrupted job goes on after its last whole batch.
+
+    Batches are made of neighbours in the list, whatever was done before, so that a job in two parts gives the numbers
+    of a job in one.
+
+    Returns:
+        One outcome per record, in their order.
+
+    Raises:
+        InputError: The place cannot be written, or holds what was made of other scans or weights.
+    """
+    parts = folder.checkpoints / "batches"
+    claim_checkpoints(folder.checkpoints / "job.json", params, records)
+    make_folder(parts)
+    devices = make_mesh(mesh)
+    if jax.process_count() > 1:
+        raise InputError(
+            "mesh.distributed", "one process", jax.process_count(), "give each process a manifest of its own"
+        )
+    placed = jax.device_put(params, layout(params, devices, SHARDING_RULES))
+    chunks = [records[start : start + config.size] for start in range(0, len(records), config.size)]
+    stored = [parts / f"{number:06d}.npz" for number in range(len(chunks))]
+    todo = [number for number, path in enumerate(stored) if not path.exists()]
+    done = len(records) - sum(len(chunks[number]) for number in todo)
+    if done:
+        log.say(f"Continuing after {done:,} scans of an interrupted run.")
+    failed = 0
+    reads = read_ahead([chunks[number] for number in todo], partial(read_or_reason, preprocess=job.preprocess), config)
+    with log.progress(label, len(records), "scans", done) as update:
+        for count, (number, scans) in enumerate(zip(todo, reads, strict=True), 1):
+            if folder.options.profile and count == 1:
+                jax.profiler.start_trace(folder.path / "profile")
+            outcomes = _run_chunk(job, placed, chunks[number], scans, config.size, devices)
+            _store(stored[number], outcomes)
+            for outcome in outcomes:
+                _tell(outcome, log)
+            failed += sum(bool(outcome.reason) for outcome in outcomes)
+            done += len(outcomes)
+            log.metrics(done, {"scans": done, "failed": failed})
+            update(done)
+            if folder.options.profile and count == min(folder.options.profile, len(todo)):
+                jax.profiler.stop_trace()
+    return [outcome for path, chunk in zip(stored, chunks, strict=True) for outcome in _restore(path, chunk)]
+
+
+def read_ahead(
+    chunks: list[list[Record]], read: Callable[[Path], Scan | str], config: BatchConfig
+) -> Iterator[list[Scan | str]]:
+    """Yield the scans of each chunk, while threads read the next one."""
+    pool = ThreadPoolExecutor(config.threads)
+    try:
+        waiting: list[list[Future[Scan | str]]] = []
+        for chunk in [*chunks, []]:
+            waiting.append([pool.submit(read, record.path) for record in chunk])
+            if len(waiting) > 1:
+                yield [future.result() for future in waiting.pop(0)]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_or_reason(path: Path, preprocess: Preprocess) -> Scan | str:
+    """Read a scan, or say why it cannot be."""
+    try:
+        return read_scan(path, preprocess)
+    except InputError as error:
+        return str(error)
+    except (OSError, MemoryError) as error:
+        return f"{path}: {type(error).__name__}: {error}"
+
+
+def write_failed(path: Path, outcomes: list[Outcome]) -> int:
+    """List the scans that failed, with reasons; no file where none did. Returns their number."""
+    failed = [outcome for outcome in outcomes if outcome.reason]
+    if failed:
+        rows = [{"path": o.record.path, "id": o.record.identity, "reason": o.reason} for o in failed]
+        write_table(path, FAILED_COLUMNS, rows)
+    return len(failed)
+
+
+def clear_checkpoints(folder: RunFolder) -> None:
+    """Delete what an interrupted job would have continued from."""
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+
+
+def claim_checkpoints(path: Path, params: Params, records: list[Record]) -> None:
+    """Record what a job is made of, or refuse what was made of other weights or files.
+
+    Raises:
+        InputError: The checkpoints belong to another job.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, leaf in named_leaves(params).items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    for record in records:
+        status = record.path.stat() if record.path.exists() else None
+        digest.update(repr((record, status and (status.st_size, status.st_mtime_ns))).encode())
+    own = {"digest": digest.hexdigest()}
+    if path.exists() and read_record(path) != own:
+        raise InputError(path, "batches of these weights and scans", "those of others", "start anew with --no-resume")
+    write_json(path, own)
+
+
+def _run_chunk(
+    job: Job, params: Params, chunk: list[Record], scans: list[Scan | str], size: int, mesh: jax.sharding.Mesh
+) -> list[Outcome]:
+    good = [scan for scan in scans if isinstance(scan, Scan)]
+    rows: dict[str, Any] = {}
+    if good:
+        # Short batches are filled up: one shape is one compilation.
+        cubes = np.stack([good[min(place, len(good) - 1)].cube for place in range(size)])
+        rows = jax.device_get(job.compute(params, shard_batch({"cubes": cubes}, mesh)["cubes"]))
+    outcomes, place = [], 0
+    for record, scan in zip(chunk, scans, strict=True):
+        if isinstance(scan, str):
+            outcomes.append(Outcome(record, (), scan, {}))
+            continue
+        arrays = {name: np.asarray(values[place]) for name, values in rows.items()}
+        place += 1
+        bad = [name for name, values in arrays.items() if not np.isfinite(values).all()]
+        if bad:
+            reason = str(InputError(record.path, f"finite {bad[0]} from the model", "NaN or Inf", "check the weights"))
+            outcomes.append(Outcome(record, scan.warnings, reason, {}))
+            continue
+        kept, further = job.finish(record, scan, arrays)
+        outcomes.append(Outcome(record, (*scan.warnings, *further), "", kept))
+    return outcomes
+
+
+def _tell(outcome: Outcome, log: Log) -> None:
+    for warning in outcome.warnings:
+        log.say(f"Warning: {outcome.record.identity}: {warning}")
+    if outcome.reason:
+        log.say(f"Failed: {outcome.reason}")
+
+
+def _store(path: Path, outcomes: list[Outcome]) -> None:
+    arrays = {f"{place}/{name}": array for place, o in enumerate(outcomes) for name, array in o.arrays.items()}
+    text = json.dumps([{"warnings": list(o.warnings), "reason": o.reason} for o in outcomes])
+    with atomic_path(path) as temporary:
+        np.savez(temporary, outcomes=np.array(text), **arrays)
+
+
+def _restore(path: Path, chunk: list[Record]) -> list[Outcome]:
+    with np.load(path, allow_pickle=False) as stored:
+        told = json.loads(str(stored["outcomes"]))
+        arrays: list[Arrays] = [{} for _ in chunk]
+        for name in stored:
+            place, _, rest = name.partition("/")
+            if rest:
+                arrays[int(place)][rest] = stored[name]
+    return [
+        Outcome(record, tuple(one["warnings"]), one["reason"], kept)
+        for record, one, kept in zip(chunk, told, arrays, strict=True)
+    ]

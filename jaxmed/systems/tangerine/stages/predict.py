@@ -1,0 +1,372 @@
+"""TANGERINE predict: probabilities, and a map of what moved them, on the grid of each scan."""
+
+import dataclasses
+import re
+import shlex
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxmed.arrays.types import Params
+from jaxmed.config import to_record
+from jaxmed.errors import InputError
+from jaxmed.files import atomic_path, write_json
+from jaxmed.io import dicom, nifti
+from jaxmed.io.tables import write_table
+from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
+from jaxmed.models.published.load import load_published
+from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.vit import VitConfig
+from jaxmed.nn.model import make_model
+from jaxmed.recipes.probe import fit_probe
+from jaxmed.report.overlay import cut_slices
+from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
+from jaxmed.systems.tangerine.batch_job import (
+    Arrays,
+    BatchConfig,
+    Job,
+    Outcome,
+    clear_checkpoints,
+    run_job,
+    write_failed,
+)
+from jaxmed.systems.tangerine.embedding import features, with_dtype
+from jaxmed.systems.tangerine.inputs import CUBES, FrameConfig, Record, Scan, find_records, read_scan
+from jaxmed.systems.tangerine.predict_page import write_page
+from jaxmed.systems.tangerine.prediction import Maps, explain, require_classifier, to_grid
+from jaxmed.systems.tangerine.scores import read_targets, score_rows
+from jaxmed.systems.tangerine.stages.embed import DataConfig, licence_note
+from jaxmed.train.checkpoint import export_parameters
+from jaxmed.train.log import Log
+from jaxmed.train.mesh import MeshConfig
+from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.versions import software_versions
+from jaxmed.volume import Volume
+
+MAP_DEFINITION = (
+    "Grad-CAM (arXiv:1610.02391): where the patch tokens, as the last block reads them after its first layer norm, "
+    "raise the output; each channel weighted by the mean of the output's gradient over the patches, negative sums 0, "
+    "interpolated linearly to the grid of the scan"
+)
+# Of the embedded chests: enough to fit a probe, few enough for seconds.
+EMBEDDED_EDGE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What the outputs of a head mean, for files that do not say it, such as those of the original code.
+
+    Attributes:
+        kind: "weights" takes what is stored with the weights. "binary" has one logit, "multiclass" one per class,
+            "multilabel" one per label, each its own sigmoid; "regression" values as they come.
+        names: Of the outputs, in order; of a binary task the positive class.
+    """
+
+    kind: Literal["weights", "binary", "multiclass", "multilabel", "regression"] = "weights"
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.kind == "weights") != (not self.names):
+            raise ValueError(f"names: expected names beside a kind, and only there, found {self.names or 'none'}")
+        self.task  # noqa: B018  refuses several names of a binary task
+
+    @property
+    def task(self) -> Task | None:
+        """The task, where it is set."""
+        if self.kind == "weights":
+            return None
+        number = len(self.names) if self.kind == "regression" else 0
+        return Task(self.kind, self.names, (0.0,) * number, (1.0,) * number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Predictions of an adapted classifier or regressor.
+
+    Attributes:
+        data: Scans listed in a table; where it has labels, predictions are scored. Of embedded chests the test split
+            is predicted.
+        input: A file, a DICOM folder, or a folder of such, instead of a table.
+        weights: An adapted classifier or regressor, such as RUN/outputs/model of jaxmed tangerine adapt.
+        task: What the weights' outputs mean, where their file does not say it.
+        maps: Which outputs get a map per scan: "top" the one with the highest score, "all" each, "none" none.
+        threshold: Probability from which a binary label counts as predicted.
+        shown: Scans whose map the report shows.
+        preprocess: How the files' axes lie, where it is not as the weights expect.
+        batch: Scans at a time, and threads that read them.
+        mesh: The devices; by default one.
+        dtype: Of the matrix products.
+        seed: Of intervals and of embedded chests.
+    """
+
+    data: DataConfig = DataConfig()
+    input: Path | None = None
+    weights: Path | None = None
+    task: TaskConfig = TaskConfig()
+    maps: Maps = "top"
+    threshold: float = 0.5
+    shown: int = 4
+    preprocess: FrameConfig = FrameConfig()
+    batch: BatchConfig = BatchConfig()
+    mesh: MeshConfig = MeshConfig(data=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: expected a probability between 0 and 1, found {self.threshold:g}")
+        if self.shown < 0:
+            raise ValueError(f"shown: expected 0 or more, found {self.shown}")
+
+
+def paper() -> Config:
+    """A map of the predicted class of every scan, in bfloat16 on all devices."""
+    return Config(batch=BatchConfig(16, 8), mesh=MeshConfig(), dtype="bfloat16")
+
+
+def smoke() -> Config:
+    """Embedded chests, and a tiny classifier of emphysema made on the spot, in seconds."""
+    return Config(data=DataConfig(embedded=60, split="test"), shown=3)
+
+
+def run(config: Config, folder: RunFolder) -> int:
+    """Read and check, predict every scan, write tables, maps and report. Returns 1 when scans failed."""
+    began = time.monotonic()
+    notes: list[str] = []
+    is_embedded = config.data.embedded > 0
+    if is_embedded:
+        config, notes = make_embedded(config, folder)
+    records = find_records(config.data.manifest, config.input, config.data.split)
+    if config.weights is None:
+        raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
+    published = load_published(config.weights, task=config.task.task)
+    model, task = require_classifier(published, config.weights)
+    targets = read_targets([record.row for record in records], task) if config.data.manifest else None
+    preprocess = config.preprocess.apply(published.preprocess)
+    if len(records) == 1:
+        read_scan(records[0].path, preprocess)  # a single broken file is a mistake, not a failure among many
+    if not is_embedded:
+        start(folder)
+    log = Log(folder.path, folder.options.quiet)
+    notes.append(licence_note(published))
+    for note in notes:
+        log.say(f"Note: {note}")
+    ready = time.monotonic()
+    compute = partial(_compute, with_dtype(model, config.dtype), task, config.maps)
+    finish = partial(write_maps, folder.outputs / "maps", task, preprocess)
+    outcomes = run_job(
+        Job(compute, finish, preprocess),
+        published.params,
+        records,
+        config.batch,
+        config.mesh,
+        folder,
+        log,
+        "Predicting",
+    )
+    computed = time.monotonic()
+    done = [outcome for outcome in outcomes if not outcome.reason]
+    write_predictions(folder.outputs / "predictions.csv", done, task, config.threshold)
+    previews = write_previews(folder.outputs / "previews", done[: config.shown], config.maps, preprocess)
+    scores, further = score(outcomes, targets, task, config)
+    for note in further:
+        log.say(f"Note: {note}")
+    failed = write_failed(folder.outputs / "failed.csv", outcomes)
+    summary = {
+        "scans": len(done),
+        "failed": failed,
+        "task": to_record(task),
+        "maps": config.maps,
+        "threshold": config.threshold,
+        "limits": [preprocess.low, preprocess.high],
+        "scores": scores,
+        "previews": previews,
+        "notes": notes + further,
+        "warnings": [[o.record.identity, warning] for o in outcomes for warning in o.warnings],
+        "device": jax.devices()[0].device_kind,
+        "command": f"jaxmed tangerine predict --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
+        "seconds": {"read and check": ready - began, "predict and map, compilation included": computed - ready},
+    }
+    write_json(folder.outputs / "summary.json", summary)
+    clear_checkpoints(folder)
+    write_page(folder.path)
+    return 1 if failed else 0
+
+
+report = write_page
+
+
+def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
+    """Write phantom chests and, where no weights are given, make a tiny classifier from their training split."""
+    if config.data.manifest or config.input:
+        raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
+    published = None if config.weights is None else load_published(config.weights)
+    shape = (EMBEDDED_EDGE,) * 3 if published is None else published.preprocess.size
+    start(folder)
+    manifest = write_chest_cohort(
+        folder.path / "inputs", config.seed, config.data.embedded, shape, finding="emphysema", fractions=(0.4, 0.2, 0.4)
+    )
+    config = dataclasses.replace(config, data=DataConfig(manifest=manifest, split=config.data.split))
+    if published is not None:
+        return config, []
+    place = folder.path / "inputs" / "model"
+    make_classifier(place, manifest, config.seed)
+    note = (
+        "Chests are phantoms. The model is a tiny encoder with random weights under a logistic probe, fitted for this "
+        "run to the training chests (emphysema or not)."
+    )
+    return dataclasses.replace(config, weights=place), [note]
+
+
+def make_classifier(place: Path, manifest: Path, seed: int) -> None:
+    """Fit a logistic probe to the features of an encoder with random weights, and export both as a classifier."""
+    model = ClassifierConfig(
+        VitConfig((EMBEDDED_EDGE,) * 3, (4, 4, 4), width=48, depth=1, heads=2, hidden=96, final_norm=False),
+        HeadConfig(norm=False),
+    )
+    preprocess = Preprocess((EMBEDDED_EDGE,) * 3)
+    params = make_model(Classifier(model)).init(jax.random.key(seed), np.zeros((1, *preprocess.size, 1), np.float32))
+    found: dict[str, tuple[Any, Any]] = {}
+    for split in ("train", "validation"):
+        records = find_records(manifest, None, split)
+        cubes = np.stack([read_scan(record.path, preprocess).cube for record in records])
+        labels = np.array([[float(record.row["label"])] for record in records])
+        found[split] = (np.asarray(features(model, params, cubes)["concat"]), labels)
+    probe = fit_probe("binary", *found["train"], *found["validation"], np.ones(1))
+    params["head"]["linear"] = {"kernel": probe.kernel, "bias": probe.bias}
+    record = {
+        "family": "tangerine", "kind": "classifier", "config": to_record(model), "preprocess": to_record(preprocess),
+        "task": to_record(Task("binary", ("emphysema",))),
+    }  # fmt: skip
+    export_parameters(place, params, record)
+
+
+def write_maps(
+    folder: Path, task: Task, preprocess: Preprocess, record: Record, scan: Scan, arrays: Arrays
+) -> tuple[Arrays, tuple[str, ...]]:
+    """Write the maps of one scan on its own grid, each with a sidecar; return its values and what was mapped."""
+    warnings = []
+    reference = record.path if record.path.name.lower().endswith(nifti.SUFFIXES) else None
+    for output, patches in zip(arrays["mapped"].tolist(), arrays["maps"], strict=True):
+        name = task.names[output]
+        volume = to_grid(patches, preprocess, scan.grid)
+        stem = folder / map_stem(record.identity, name)
+        nifti.write(stem.with_name(stem.name + ".nii.gz"), volume, reference=reference)
+        if not patches.any():
+            warnings.append(f"the map of '{name}' is 0 everywhere: no patch raises it")
+        sidecar = {
+            "definition": MAP_DEFINITION,
+            "unit": f"mean contribution of a patch to the {'value' if task.kind == 'regression' else 'logit'}, first order",
+            "output": name,
+            "value": float(arrays["values"][output]),
+            "largest": float(volume.array.max()),
+            "input": str(record.path),
+            "frame": "the model's own axes (slice, row, column)" if scan.grid is None else "the scan's own grid",
+            "constants": {"preprocess": to_record(preprocess), "patch_grid": list(patches.shape)},
+            "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
+        }
+        write_json(stem.with_name(stem.name + ".json"), sidecar)
+    return {"values": arrays["values"], "mapped": arrays["mapped"]}, tuple(warnings)
+
+
+def map_stem(identity: str, name: str) -> str:
+    """Return the name of a map's file, without suffix."""
+    return f"{identity}__{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name) or 'output'}"
+
+
+def write_predictions(path: Path, done: list[Outcome], task: Task, threshold: float) -> None:
+    """Write a row per scan: where it came from, a column per output, and what that predicts."""
+    further = list(dict.fromkeys(name for outcome in done for name in outcome.record.row if name != "path"))
+    prefix = "value" if task.kind == "regression" else "probability"
+    outputs = [f"{prefix}_{name}" for name in task.names]
+    further = [name for name in further if name not in ("id", "warnings", "predicted", *outputs)]
+    rows = []
+    for outcome in done:
+        values = outcome.arrays["values"]
+        row: dict[str, object] = {"path": outcome.record.path, "id": outcome.record.identity}
+        row |= {name: outcome.record.row.get(name, "") for name in further}
+        row |= {name: f"{value:.9g}" for name, value in zip(outputs, values.tolist(), strict=True)}
+        row["predicted"] = predicted(values, task, threshold)
+        row["warnings"] = "; ".join(outcome.warnings)
+        rows.append(row)
+    write_table(path, ["path", "id", *further, *outputs, "predicted", "warnings"], rows)
+
+
+def predicted(values: np.ndarray, task: Task, threshold: float) -> str:
+    """Put a prediction into a word: 1 or 0, a class, the labels at or above the threshold, or the values."""
+    match task.kind:
+        case "binary":
+            return str(int(values[0] >= threshold))
+        case "multiclass":
+            return task.names[int(values.argmax())]
+        case "multilabel":
+            return "; ".join(name for name, value in zip(task.names, values, strict=True) if value >= threshold)
+    return "; ".join(f"{value:.6g}" for value in values)
+
+
+def score(
+    outcomes: list[Outcome], targets: np.ndarray | None, task: Task, config: Config
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Score predictions against the manifest's labels, each split on its own; where that cannot be, say why."""
+    if targets is None:
+        return [], []
+    rows, notes = [], []
+    splits = [outcome.record.row.get("split", "") for outcome in outcomes]
+    for split in dict.fromkeys(splits):
+        chosen = [n for n, outcome in enumerate(outcomes) if splits[n] == split and not outcome.reason]
+        subjects = np.array([outcomes[n].record.row.get("subject") or outcomes[n].record.identity for n in chosen])
+        name = f"split {split}" if split else "all scans"
+        try:
+            values = np.array([outcomes[n].arrays["values"] for n in chosen], np.float64).reshape(-1, len(task.names))
+            found = score_rows(targets[chosen], values, task, subjects, config.threshold, config.seed)
+        except InputError as error:
+            notes.append(f"Predictions of {name} were not scored: {error}")
+            continue
+        rows += [{"rows": name, "scans": len(chosen), "measure": m, **i._asdict()} for m, i in found.items()]
+    if any(split == "train" for split in splits):
+        notes.append("The split train may be what the weights were adapted to: its scores say nothing about new scans.")
+    return rows, notes
+
+
+def write_previews(folder: Path, done: list[Outcome], maps: Maps, preprocess: Preprocess) -> list[dict[str, Any]]:
+    """Keep a few slices of the first scans and of their first map, for the report."""
+    if maps == "none":
+        return []
+    previews = []
+    for outcome in done:
+        task_output = int(outcome.arrays["mapped"][0])
+        stem = next((folder.parent / "maps").glob(f"{_escape(outcome.record.identity)}__*.nii.gz"), None)
+        if stem is None:
+            continue
+        overlay, scan = nifti.read(stem), read_volume(outcome.record.path, preprocess)
+        if outcome.record.path.suffix.lower() in CUBES:  # slice, row, column: turned to lie as one reads
+            overlay = Volume.make(np.ascontiguousarray(overlay.array.transpose(2, 1, 0)), np.eye(4))
+        slices = cut_slices(scan, overlay)
+        name = f"{outcome.record.identity}.npz"
+        with atomic_path(folder / name) as temporary:
+            np.savez_compressed(temporary, **slices._asdict())
+        previews.append(
+            {"file": name, "id": outcome.record.identity, "output": task_output,
+             "values": [float(value) for value in outcome.arrays["values"]]}
+        )  # fmt: skip
+    return previews
+
+
+def read_volume(path: Path, preprocess: Preprocess) -> Volume:
+    """Read a scan to look at; a prepared cube as the HU that it stands for, turned to lie as one reads."""
+    if path.suffix.lower() in CUBES:
+        cube = read_scan(path, preprocess).cube[..., 0] * (preprocess.high - preprocess.low) + preprocess.low
+        return Volume.make(np.ascontiguousarray(cube.transpose(2, 1, 0)), np.eye(4))
+    return nifti.read(path) if path.name.lower().endswith(nifti.SUFFIXES) else dicom.read_series(path)
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([\[\]*?])", r"[\1]", name)
+
+
+def _compute(config: ClassifierConfig, task: Task, maps: Maps, params: Params, cubes: Any) -> dict[str, Any]:
+    return explain(config, task, maps, params, cubes)._asdict()
