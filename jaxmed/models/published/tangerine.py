@@ -139,7 +139,7 @@ def _decoder(config: MaeConfig) -> list[Entry]:
 
 def _head(config: HeadConfig, width: int) -> list[Entry]:
     features = 2 * width if config.pool == "concat" else width
-    found = [] if config.pool == "class" else [*layer_norm("fc_norm", "head/norm", features)]
+    found = [] if config.pool == "class" or not config.norm else [*layer_norm("fc_norm", "head/norm", features)]
     if not config.hidden:
         return [*found, *linear("head", "head/linear", features, config.outputs)]
     size = (config.hidden,)
@@ -206,5 +206,5 @@ def _heads(where: str, width: int, told: int | None, published: Mapping[int, int
     heads = published.get(width) if told is None else told
     if heads is None:
         expected = f"a published width ({', '.join(map(str, published))}), whose number of heads is known"
-        raise InputError(where, expected, width, f"shapes do not tell heads: give --{option} N")
+        raise InputError(where, expected, width, f"shapes do not tell heads: jaxmed weights import --{option} N")
     return heads
