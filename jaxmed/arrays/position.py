@@ -85,10 +85,12 @@ def resize_table(
     Half-pixel centres and no smoothing, as PyTorch's `interpolate(mode="trilinear", align_corners=False)`.
 
     Raises:
-        ValueError: When the table has not the rows that `old` says.
+        ValueError: When the table has not the rows that `old` says, or the grids differ in their number of axes.
     """
     rows = num_prefix + int(np.prod(old))
-    if table.shape[0] != rows or len(old) != len(new):
+    if len(old) != len(new):
+        raise ValueError(f"new: expected {len(old)} axes as in {old}, got {new}")
+    if table.shape[0] != rows:
         raise ValueError(f"table: expected {rows} rows for a grid {old}, got {table.shape[0]}")
     if old == new:
         return table

@@ -51,7 +51,12 @@ def _products(qkv: Float[Array, "batch token 3 head depth"]) -> Float[Array, "ba
 
 def _dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:
     axes = (((left_axis,), (right_axis,)), ((0,), (0,)))
-    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(left, right, axes, preferred_element_type=_wide(left.dtype))
+
+
+def _wide(dtype: Any) -> Any:
+    """Return the type of sums: float32, or float64 where the inputs are (tests)."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 @jax.custom_vjp
@@ -67,7 +72,7 @@ def _mix_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[ja
 def _mix_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     query, key, value, weights = saved
     by_weight = _dot(gradient, value, 2, 2)
-    wide = weights.astype(jnp.float32)
+    wide = weights.astype(_wide(weights.dtype))
     by_score = (wide * (by_weight - jnp.sum(by_weight * wide, axis=-1, keepdims=True))).astype(value.dtype)
     found = (_dot(by_score, key, 2, 1), _dot(by_score, query, 1, 1), _dot(weights, gradient, 1, 1))
     return tuple(part.astype(value.dtype) for part in found)  # pyright: ignore[reportReturnType]

@@ -7,8 +7,8 @@ import pytest
 from toy_stage import Config, run
 
 from jaxmed.io.tables import read_table
+from jaxmed.models.parameters import load_parameters
 from jaxmed.recipes.study import Outcome, make_cells, run_study
-from jaxmed.train.checkpoint import load_parameters
 from jaxmed.train.run_folder import RunOptions, open_run
 
 

@@ -1,0 +1,170 @@
+"""Heads: pooling, their kinds, BatchNorm's moments, and what outputs mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from jaxmed.models.heads import (
+    BatchNorm,
+    Classifier,
+    ClassifierConfig,
+    Head,
+    HeadConfig,
+    Task,
+    fold_moments,
+    pool_tokens,
+    predict_values,
+)
+from jaxmed.models.vit import Vit, VitConfig
+from jaxmed.nn.model import make_model
+
+pytestmark = pytest.mark.core
+TOKENS = jax.random.normal(jax.random.key(1), (5, 9, 6))
+
+
+def make(config):
+    model = make_model(Head(config))
+    fresh = model.init(jax.random.key(0), TOKENS)
+    noise = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: leaf + 0.3 * np.abs(noise.standard_normal(leaf.shape)).astype("f"), fresh)
+
+
+def norm(x, params):
+    x = np.asarray(x, np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return x * np.asarray(params["scale"]) + np.asarray(params["bias"])
+
+
+def test_pooled_feature_does_not_depend_on_the_order_of_patches():
+    order = np.concatenate([[0], 1 + np.random.default_rng(0).permutation(8)])
+    pooled, turned = pool_tokens(TOKENS), pool_tokens(TOKENS[:, order])
+    np.testing.assert_allclose(turned.concat, pooled.concat, atol=1e-6)
+    np.testing.assert_array_equal(pooled.class_token, TOKENS[:, 0])
+    np.testing.assert_allclose(pooled.pooled, np.asarray(TOKENS)[:, 1:].mean(axis=1), atol=1e-6)
+    assert pooled.concat.shape == (5, 12)
+
+
+@pytest.mark.parametrize(("pool", "width"), [("concat", 12), ("mean", 6), ("class", 6)])
+def test_linear_heads(pool, width):
+    model, params = make(HeadConfig(outputs=3, pool=pool))
+    logits, moments = model.apply(params, TOKENS)
+    pooled = pool_tokens(TOKENS)
+    features = {"concat": pooled.concat, "mean": pooled.pooled, "class": pooled.class_token}[pool]
+    features = features if pool == "class" else norm(features, params["norm"])
+    assert params["linear"]["kernel"].shape == (width, 3) and moments == {}
+    np.testing.assert_allclose(logits, features @ params["linear"]["kernel"] + params["linear"]["bias"], atol=1e-5)
+    np.testing.assert_allclose(model.apply(params, TOKENS, method="features"), features, atol=1e-5)
+
+
+def test_published_head_with_a_hidden_layer():
+    model, params = make(HeadConfig(outputs=2, hidden=7))
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    x = norm(pool_tokens(TOKENS).concat, p["norm"]) @ p["hidden"]["kernel"] + p["hidden"]["bias"]
+    x = np.where(x > 0, x, 0.01 * x)
+    batch = p["batch_norm"]
+    stored = (x - batch["mean"]) / np.sqrt(batch["var"] + 1e-5) * batch["scale"] + batch["bias"]
+    logits, moments = model.apply(params, TOKENS)
+    assert moments == {}
+    np.testing.assert_allclose(logits, stored @ p["linear"]["kernel"] + p["linear"]["bias"], atol=1e-5)
+    own = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * batch["scale"] + batch["bias"]
+    logits, moments = model.apply(params, TOKENS, training=True)
+    np.testing.assert_allclose(logits, own @ p["linear"]["kernel"] + p["linear"]["bias"], atol=3e-5)
+    np.testing.assert_allclose(moments["mean"], x.mean(0), atol=1e-5)
+    np.testing.assert_allclose(moments["var"], x.var(0, ddof=1), rtol=1e-4)
+
+
+def test_moments_move_a_tenth_of_the_way():
+    stored = {"scale": jnp.ones(2), "mean": jnp.array([0.0, 1.0]), "var": jnp.array([1.0, 2.0])}
+    batch = {"mean": jnp.array([10.0, 1.0]), "var": jnp.array([2.0, 2.0])}
+    folded = fold_moments(stored, batch)
+    np.testing.assert_allclose(folded["mean"], [1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(folded["var"], [1.1, 2.0], rtol=1e-6)
+    assert folded["scale"] is stored["scale"]
+    assert fold_moments(stored, {}) == stored
+
+
+def test_a_batch_of_one_has_finite_moments():
+    model = make_model(BatchNorm())
+    x = jnp.array([[1.0, 2.0]])
+    output, moments = model.apply(model.init(jax.random.key(0), x), x, True)
+    assert bool(jnp.isfinite(output).all()) and moments["var"].tolist() == [0.0, 0.0]
+
+
+def test_head_starts_near_zero_as_published():
+    model = make_model(Head(HeadConfig(outputs=64)))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 3, 256)))
+    assert float(params["linear"]["kernel"].std()) == pytest.approx(2e-5, rel=0.02)
+    assert not params["linear"]["bias"].any()
+
+
+def test_classifier_is_encoder_then_head():
+    encoder = VitConfig((8, 8, 8), (4, 4, 4), width=16, depth=1, heads=2, hidden=24, final_norm=False)
+    config = ClassifierConfig(encoder, HeadConfig(outputs=2))
+    model = make_model(Classifier(config))
+    image = jax.random.normal(jax.random.key(0), (2, 8, 8, 8, 1))
+    params = jax.jit(model.init)(jax.random.key(0), image)
+    assert "norm" not in params["encoder"] and set(params["head"]) == {"norm", "linear"}
+    params["head"]["linear"]["kernel"] = jax.random.normal(jax.random.key(3), (32, 2))
+
+    @jax.jit
+    def run(params):
+        call = lambda name, *inputs: model.apply(params, *inputs, method=name)  # noqa: E731
+        tokens = make_model(Vit(encoder)).apply(params["encoder"], image)
+        expected, _ = make_model(Head(config.head)).apply(params["head"], tokens)
+        features = call("features", image) @ params["head"]["linear"]["kernel"]
+        seen = (call("__call__", image)[0], features, call("from_last", *call("before_last", image)))
+        return (expected, *seen), (tokens, call("tokens", image))
+
+    for one, *others in run(params):
+        for other in others:
+            np.testing.assert_allclose(other, one, atol=1e-5)
+
+
+def test_outputs_become_probabilities_or_values():
+    logits = jnp.array([[0.0, 2.0], [-1.0, 1.0]])
+    np.testing.assert_allclose(
+        predict_values(logits, Task("multilabel", ("a", "b"))), scipy.special.expit(logits), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        predict_values(logits, Task("multiclass", ("a", "b"))), scipy.special.softmax(logits, -1), rtol=1e-6
+    )
+    task = Task("regression", ("fev1", "age"), (2.0, 60.0), (0.5, 10.0))
+    np.testing.assert_allclose(predict_values(logits, task), [[2.0, 80.0], [1.5, 70.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HeadConfig(outputs=0), "outputs"),
+        (lambda: ClassifierConfig(VitConfig(final_norm=True)), "head.pool"),
+        (lambda: ClassifierConfig(VitConfig(final_norm=False), HeadConfig(pool="class")), "head.pool"),
+        (lambda: Task("binary", ("a", "b")), "names"),
+        (lambda: Task("regression", ("a",), (1.0,)), "mean, deviation"),
+    ],
+)
+def test_settings_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.peers
+def test_batch_norm_equals_pytorch():
+    import torch
+
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32) * 3 + 1
+    peer = torch.nn.BatchNorm1d(4)
+    model = make_model(BatchNorm())
+    params = model.init(jax.random.key(0), jnp.asarray(x))
+    for _ in range(3):
+        expected = peer(torch.from_numpy(x)).detach().numpy()
+        found, moments = model.apply(params, jnp.asarray(x), True)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        params = fold_moments(params, moments)
+    np.testing.assert_allclose(params["mean"], peer.running_mean.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(params["var"], peer.running_var.numpy(), rtol=1e-6)
+    peer.eval()
+    np.testing.assert_allclose(
+        model.apply(params, jnp.asarray(x))[0], peer(torch.from_numpy(x)).detach().numpy(), atol=1e-6
+    )
