@@ -220,7 +220,7 @@ def _spline_resize(
 
 
 def _apply(
-    array: Shaped[np.ndarray, "x y z"], weights: list[Float64[np.ndarray, "new old"]]
+    array: Shaped[np.ndarray, "x y z"], weights: list[Float64[np.ndarray, "_ _"]]
 ) -> Float32[np.ndarray, "x2 y2 z2"]:
     """Multiply every axis by its matrix, in float32: 512 x 512 x 300 to 256^3 is 70 GFLOP of BLAS."""
     # Axes by their step in memory, so that every product reads its rows in place.
