@@ -8,6 +8,7 @@ code 2.
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib
 import io
 import os
@@ -40,6 +41,7 @@ SYSTEMS = {
     "noddi": "tissue microstructure from diffusion MRI (arXiv:2507.12632)",
 }
 COMMANDS = {
+    "weights": "jaxmed weights       published weights: list, show, import, export",
     "report": "jaxmed report RUN    write the page of a finished run again",
     "doctor": "jaxmed doctor        versions, devices, memory, and what is missing",
 }
@@ -88,6 +90,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _doctor(rest)
     if first == "report":
         return _report(rest)
+    if first == "weights":
+        return _weights(rest)
     if first not in SYSTEMS:
         known = [*SYSTEMS, *COMMANDS]
         raise InputError(first, "a system or a command", "an unknown word", nearest(first, known))
@@ -140,13 +144,13 @@ def parse_stage(module: ModuleType, program: str, arguments: list[str]) -> tuple
     Raises:
         InputError: An option is unknown or a value refused.
     """
-    import tyro
-
     from jaxmed.train.run_folder import RunOptions
 
     arguments, preset = _take(arguments, "--preset")
     arguments, stored = _take(arguments, "--config")
     default = _default(module, program, preset, stored)
+    import tyro
+
     # tyro reads the fields of both records as if they stood in one, without a prefix.
     flat = tyro.conf.arg(name="")
     kind = dataclasses.make_dataclass(
@@ -157,10 +161,22 @@ def parse_stage(module: ModuleType, program: str, arguments: list[str]) -> tuple
         ],
         frozen=True,
     )
+    parsed = _parse(kind, program, arguments, _describe(module))
+    return resolve_paths(parsed.config), parsed.run
+
+
+def _parse(kind: Any, program: str, arguments: list[str], description: str | None = None) -> Any:
+    """Let tyro parse words into a dataclass, or into a call of a function.
+
+    Raises:
+        InputError: An option is unknown or a value refused.
+    """
+    import tyro
+
     screen, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
-            parsed = tyro.cli(kind, prog=program, args=arguments, description=_describe(module))
+            return tyro.cli(kind, prog=program, args=arguments, description=description)
     except SystemExit as error:
         if error.code in (0, None):
             print(screen.getvalue(), end="")
@@ -168,7 +184,6 @@ def parse_stage(module: ModuleType, program: str, arguments: list[str]) -> tuple
         raise parse_error(errors.getvalue() or screen.getvalue(), program) from error
     except ValueError as error:  # a configuration's own check
         raise parse_error(f"Error parsing config: {error}", program) from error
-    return resolve_paths(parsed.config), parsed.run
 
 
 def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:
@@ -216,11 +231,13 @@ def _describe(module: ModuleType) -> str:
 
 
 def parse_error(screen: str, program: str) -> InputError:
-    """Turn what tyro prints in a box into one error."""
+    """Turn what tyro prints in a box, or between rules of dashes where there is no UTF-8, into one error."""
     lines = [line.strip(" │") for line in screen.splitlines() if line.startswith("│")]
-    lines = lines or screen.split("\n")
-    rule = next((index for index, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-    text, hints = " ".join(lines[:rule]), lines[rule + 1 :]
+    lines = lines or [line.strip() for line in screen.splitlines() if line.strip()]
+    if len(lines) > 2 and set(lines[1]) == {"-"}:
+        lines = lines[2:]  # without the title
+    rule = next((index for index, line in enumerate(lines) if set(line) in ({"─"}, {"-"})), len(lines))
+    text, hints = " ".join(" ".join(lines[:rule]).split()), lines[rule + 1 :]
     advice = f"see {program} --help"
     if match := re.match(r"Unrecognized options: (.*)", text):
         close = next((line.split(",")[0].split()[0] for line in hints if line.startswith("--")), None)
@@ -232,14 +249,43 @@ def parse_error(screen: str, program: str) -> InputError:
         return InputError(match[1], "a whole number", match[2], advice)
     if match := re.match(r"Error parsing ([^:]*): could not convert string to float: (.*)", text):
         return InputError(match[1], "a number", match[2], advice)
+    if match := re.match(r"Error parsing ([^:]*): no type matching (\S+) could be instantiated from (.*?)\. Got", text):
+        return InputError(match[1], match[2].replace("{None}|", "None or "), match[3].strip("[]'"), advice)
+    if match := re.match(r"invalid choice '(.*)' for argument '([^']*)'\. Expected one of \((.*)\)\.", text):
+        # tyro's own order of the choices changes from run to run.
+        choices = sorted(choice.strip(" '") for choice in match[3].split(","))
+        return InputError(match[2], f"one of {', '.join(choices)}", match[1], advice)
     if match := re.match(r"Error parsing ([^:]*): (.*)", text):
         return InputError(match[1], "a valid value", match[2], advice)
     if match := re.match(r"Missing value for argument '([^']*)'. Expected (.*?)\.?$", text):
         return InputError(match[1], match[2], "fewer", advice)
+    if text.startswith("Missing from") and rule > 1:
+        return InputError(lines[1].split()[0], "a value", "nothing", advice)
     if "equired" in text:
         names = re.findall(r"--[a-z][\w.-]*", " ".join(lines))
         return InputError(names[0] if names else "arguments", "a value", "nothing", advice)
     return InputError("arguments", "valid options", text, advice)
+
+
+def _weights(arguments: list[str]) -> int:
+    from jaxmed import weights
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(weights.__doc__)
+        return 0
+    name, rest = arguments[0], [word for word in arguments[1:] if word != "--debug"]
+    if name not in weights.COMMANDS:
+        raise InputError(f"weights {name}", "a command", "an unknown word", nearest(name, weights.COMMANDS))
+    function = weights.COMMANDS[name]
+
+    # Parsed apart from the work, whose output is not to be caught.
+    @functools.wraps(function)
+    def call(*values: Any, **options: Any) -> tuple[Any, Any]:
+        return values, options
+
+    values, options = _parse(call, f"jaxmed weights {name}", rest)
+    function(*values, **options)
+    return 0
 
 
 def _report(arguments: list[str]) -> int:

@@ -1,0 +1,256 @@
+"""jaxmed weights: published and own weights, from one kind of file to another.
+
+  jaxmed weights list                    families, where each file is had, licence, expected keys
+  jaxmed weights show PATH               what a file holds: family, sizes, tensors, preprocessing, licence, leftovers
+  jaxmed weights import FILE --out DIR   a published file as a folder that every --weights takes
+  jaxmed weights export DIR --out FILE   .safetensors with the original key names, or .stablehlo, which runs anywhere
+
+FILE is .safetensors, or a PyTorch checkpoint (.pth, .pt, .bin): of these no code is run, and PyTorch is not needed.
+PATH and DIR may besides be a run, its outputs/model, or its checkpoints/state. Nothing is downloaded: you accept an
+archive's terms there. Importing is not needed before use (--weights takes the file itself); it checks the file once,
+and keeps what shapes do not tell, such as heads of other sizes than the published ones, or the names of the outputs.
+"""
+
+import dataclasses
+import os
+import shutil
+import textwrap
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jaxmed.errors import InputError
+from jaxmed.files import make_folder
+
+if TYPE_CHECKING:  # jax is imported on use: help and mistakes answer at once
+    from jaxmed.models.heads import Task
+    from jaxmed.models.published.load import Published
+
+OWN_FILES = ("parameters.safetensors", "record.json")
+
+
+def import_weights(
+    file: Path,
+    /,
+    *,
+    out: Path,
+    family: str = "auto",
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    task: Literal["binary", "multiclass", "multilabel", "regression"] | None = None,
+    names: tuple[str, ...] = (),
+    mean: tuple[float, ...] = (),
+    deviation: tuple[float, ...] = (),
+    overwrite: bool = False,
+) -> None:
+    """Turn a published file into a folder that every --weights takes, and say what became of its tensors.
+
+    The folder holds parameters.safetensors, named and laid out as this package has them, and record.json: sizes,
+    preprocessing, licence. An encoder that is not wholly in the file is an error; whatever else is missing or left over
+    is listed.
+
+    Example: jaxmed weights import mae_pretrained.pth --out weights/tangerine
+
+    Args:
+        file: The file: .safetensors, .pth, .pt or .bin.
+        out: Folder to write.
+        family: Whose weights they are, see jaxmed weights list; auto looks at the names of the tensors.
+        heads: Attention heads of the encoder, for widths that were not published: shapes do not tell them.
+        decoder_heads: Attention heads of the decoder, likewise.
+        task: What a classifier's outputs mean; a published file does not say it, and predict needs it.
+        names: Of the outputs: classes, labels or targets; of a binary task the positive class.
+        mean: Of a regression's training targets, one per output.
+        deviation: Their standard deviation, likewise.
+        overwrite: Replace weights that the folder holds.
+    """
+    from jaxmed.models.published.load import load_published, published_record
+    from jaxmed.train.checkpoint import export_parameters
+
+    _check_folder(out, overwrite)
+    published = load_published(
+        file, family, heads=heads, decoder_heads=decoder_heads, task=_make_task(task, names, mean, deviation)
+    )
+    make_folder(out.absolute().parent)
+    temporary = out.absolute().with_name(f".{uuid.uuid4().hex[:12]}-{out.absolute().name}")
+    try:
+        make_folder(temporary)
+        export_parameters(temporary, published.params, published_record(published))
+        make_folder(out)
+        for name in OWN_FILES:
+            os.replace(temporary / name, out / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(describe(published, file))
+    print(f"\nWritten: {out}")
+
+
+def export_weights(
+    source: Path,
+    /,
+    *,
+    out: Path,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write weights for others: with the key names of the original code, or as a program that runs by itself.
+
+    The original PyTorch code loads the .safetensors file; every tensor that was imported is in it, bit for bit. A
+    .stablehlo file holds a classifier with its parameters and runs on CPU, GPU and TPU wherever jax is, and in other
+    StableHLO runtimes.
+
+    Example: jaxmed weights export runs/task/outputs/model --out task.safetensors
+
+    Args:
+        source: A run, its outputs/model, its checkpoints/state, an imported folder, or a file.
+        out: File to write: .safetensors or .stablehlo.
+        heads: Attention heads of the encoder, where a file's width was not published.
+        decoder_heads: Attention heads of the decoder, likewise.
+        overwrite: Replace the file.
+    """
+    from jaxmed.models.published.load import export_published, load_published
+
+    if out.suffix not in (".safetensors", ".stablehlo"):
+        raise InputError("--out", "a name ending in .safetensors or .stablehlo", out, "the suffix decides the format")
+    if out.exists() and not overwrite:
+        raise InputError(out, "a new file", "one that exists", "choose another --out, or replace it with --overwrite")
+    published = load_published(source, heads=heads, decoder_heads=decoder_heads)
+    if out.suffix == ".stablehlo":
+        from jaxmed.models.published.stablehlo import export_stablehlo
+
+        export_stablehlo(published, out)
+    else:
+        export_published(published, out)
+    print(describe(published, source))
+    print(f"\nWritten: {out}")
+
+
+def show_weights(
+    path: Path, /, *, family: str = "auto", heads: int | None = None, decoder_heads: int | None = None
+) -> None:
+    """Say what a file or folder holds: family, sizes, tensors, preprocessing, licence, what is left over or missing.
+
+    Example: jaxmed weights show mae_pretrained.pth
+
+    Args:
+        path: Weights of any kind that --weights takes.
+        family: Whose weights they are; auto looks at the names of the tensors.
+        heads: Attention heads of the encoder, where a file's width was not published.
+        decoder_heads: Attention heads of the decoder, likewise.
+    """
+    from jaxmed.models.published.load import load_published
+
+    print(describe(load_published(path, family, heads=heads, decoder_heads=decoder_heads), path))
+
+
+def list_families() -> None:
+    """List the families of published weights: where each file is had, its licence, the keys that are expected."""
+    from jaxmed.models.published.load import FAMILIES
+
+    for module in FAMILIES:
+        print(f"{module.NAME}: {module.TITLE}")
+        for name, text in (("where", module.WHERE), ("licence", module.LICENCE), ("keys", module.KEYS)):
+            print(_field(name, text))
+    print("\nNothing is downloaded: get the file there, then  jaxmed weights show FILE")
+
+
+COMMANDS = {"import": import_weights, "export": export_weights, "show": show_weights, "list": list_families}
+
+
+def describe(published: "Published", path: Path) -> str:
+    """Return what `jaxmed weights show` prints."""
+    import jax
+
+    from jaxmed.models.heads import ClassifierConfig
+
+    report, config, params = published.report, published.config, published.params
+    encoder, counts = config.encoder, {}
+    for part, tree in params.items():
+        counts[part] = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    tables = sum(tree["position"].size for tree in params.values() if "position" in tree)
+    fields = [
+        ("family", report.family),
+        ("kind", _kind(published)),
+        ("input", f"{_times(encoder.image_size)} voxels, {encoder.channels} channel, in patches of "
+                  f"{_times(encoder.patch_size)}: {encoder.num_tokens:,} tokens"),
+        ("encoder", f"width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, hidden {encoder.hidden}"),
+    ]  # fmt: skip
+    if isinstance(config, ClassifierConfig):
+        head = config.head
+        inner = f", hidden layer of {head.hidden} with BatchNorm" if head.hidden else ""
+        fields.append(("head", f"{head.outputs} outputs on '{head.pool}' features{inner}"))
+        told = "not told: give --task and --names when importing"
+        task = told if published.task is None else f"{published.task.kind}: {', '.join(published.task.names)}"
+        fields.append(("task", task))
+    elif "decoder" in params:
+        fields.append(("decoder", f"width {config.decoder_width}, depth {config.decoder_depth}, "
+                                  f"heads {config.decoder_heads}, hidden {config.decoder_hidden}"))  # fmt: skip
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    fields += [
+        ("parameters", f"{sum(counts.values()):,} ({parts}), of them {tables:,} in constant position tables"),
+        ("preprocess", _preprocessing(published)),
+        ("licence", report.licence),
+        ("used", f"{len(report.used)} tensors"),
+        ("left over", _names(report.left_over)),
+        ("missing", _names(report.missing)),
+        *(("note", note) for note in report.notes),
+    ]
+    return "\n".join([str(path), *(_field(name, text) for name, text in fields)])
+
+
+def _kind(published: "Published") -> str:
+    if published.report.kind == "classifier":
+        return "classifier"
+    if "decoder" in published.params:
+        return "mae: masked autoencoder, encoder and decoder"
+    return "mae: its encoder alone, for embed and adapt; pretrain needs the decoder too"
+
+
+def _preprocessing(published: "Published") -> str:
+    settings = dataclasses.asdict(published.preprocess)
+    return ", ".join(f"{name} {_times(value) if name == 'size' else value}" for name, value in settings.items())
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return f"{len(names)}: {', '.join(names)}" if names else "none"
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _field(name: str, text: str) -> str:
+    indent = " " * 14
+    return textwrap.fill(
+        text, 110, initial_indent=f"  {name:<12}", subsequent_indent=indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _make_task(
+    kind: Literal["binary", "multiclass", "multilabel", "regression"] | None,
+    names: tuple[str, ...],
+    mean: tuple[float, ...],
+    deviation: tuple[float, ...],
+) -> "Task | None":
+    from jaxmed.models.heads import Task
+
+    if kind is None:
+        if names or mean or deviation:
+            raise InputError("--task", "a task beside --names, --mean and --deviation", "none", "give --task too")
+        return None
+    try:
+        return Task(kind, names, mean, deviation)
+    except ValueError as error:
+        raise InputError("--task", "one name per output, and of a regression mean and deviation", error) from error
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(out, "a folder for the weights", "a file", "choose another --out")
+    held = sorted(item.name for item in out.iterdir()) if out.is_dir() else []
+    if foreign := [name for name in held if name not in OWN_FILES]:
+        raise InputError(out, "a new or empty folder", f"one holding {foreign[0]}", "choose another --out")
+    if held and not overwrite:
+        advice = "choose another --out, or replace them with --overwrite"
+        raise InputError(out, "a new or empty folder", "one holding weights", advice)
