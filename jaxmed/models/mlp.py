@@ -42,21 +42,25 @@ class MlpConfig:
 
 
 class Mlp(nn.Module):
-    """Measurements to `outputs` numbers; layers are called layer_0, layer_1, ... and head."""
+    """Measurements to `outputs` free numbers, before the head's bound; layers are layer_0, layer_1, ... and head."""
 
     config: MlpConfig
     outputs: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch measurement"]) -> Float[Array, "*batch parameter"]:
+    def __call__(self, x: Float[Array, "*batch measurement"]) -> Float[Array, "*batch output"]:
         config = self.config
         width = x.shape[-1] if config.width == "M" else config.width
         activate = {"elu": nn.elu, "relu": nn.relu}[config.activation]
         for number in range(config.depth):
             # He's scale: rectifiers and ELU halve the variance that Lecun's would keep.
             x = activate(nn.Dense(width, kernel_init=nn.initializers.he_normal(), name=f"layer_{number}")(x))
-        x = nn.Dense(self.outputs, name="head")(x)
-        return nn.sigmoid(x) if config.head == "sigmoid" else jax.numpy.abs(x)
+        return nn.Dense(self.outputs, name="head")(x)
+
+
+def to_unit(config: MlpConfig, raw: Float[Array, "*batch parameter"]) -> Float[Array, "*batch parameter"]:
+    """Apply the head: outputs of `Mlp` to positions in each parameter's range."""
+    return nn.sigmoid(raw) if config.head == "sigmoid" else jax.numpy.abs(raw)
 
 
 def layers(params: Params) -> list[tuple[jax.Array, jax.Array]]:

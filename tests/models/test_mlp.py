@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.models.mlp import Mlp, MlpConfig, layers
+from jaxmed.models.mlp import Mlp, MlpConfig, layers, to_unit
 from jaxmed.nn.model import make_model
 
 pytestmark = pytest.mark.core
@@ -20,7 +20,8 @@ def test_layers_have_the_width_that_was_asked_for(key, width, expected):
 
 @pytest.mark.parametrize(("activation", "head"), [("elu", "sigmoid"), ("relu", "abs")])
 def test_the_network_is_what_its_layers_say(key, activation, head):
-    model = make_model(Mlp(MlpConfig(depth=2, width=5, activation=activation, head=head), 2))
+    config = MlpConfig(depth=2, width=5, activation=activation, head=head)
+    model = make_model(Mlp(config, 2))
     x = jax.random.normal(key, (11, 4))
     params = model.init(key, x)
     value = np.asarray(x, np.float64)
@@ -30,7 +31,7 @@ def test_the_network_is_what_its_layers_say(key, activation, head):
         value = np.where(value > 0, value, np.expm1(value) if activation == "elu" else 0)
     value = value @ kernel + bias
     value = 1 / (1 + np.exp(-value)) if head == "sigmoid" else np.abs(value)
-    np.testing.assert_allclose(model.apply(params, x), value, atol=1e-6)
+    np.testing.assert_allclose(to_unit(config, model.apply(params, x)), value, atol=1e-6)
 
 
 def test_impossible_shapes_are_refused():

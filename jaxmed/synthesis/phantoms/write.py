@@ -24,10 +24,19 @@ class DiffusionFiles(NamedTuple):
     truth: Path
 
 
+WHITE_MATTER = 850.0
+"""Unweighted signal of the slab's white matter, by which its noise is told."""
+
+
 def write_diffusion_slab(
-    folder: Path, seed: int, shape: tuple[int, int, int], snr: float, spacing: float = 2.0
+    folder: Path,
+    seed: int,
+    shape: tuple[int, int, int],
+    snr: float,
+    spacing: float = 2.0,
+    protocol: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> DiffusionFiles:
-    """Simulate a two-shell scan of a brain slab and write it.
+    """Simulate a scan of a brain slab and write it.
 
     Args:
         folder: Gets dwi.nii.gz, dwi.bval, dwi.bvec, mask.nii.gz and truth/{ndi,odi,fwf}.nii.gz.
@@ -35,21 +44,29 @@ def write_diffusion_slab(
         shape: Voxels along x, y and z.
         snr: Of white matter at b = 0; Rician.
         spacing: Voxel edge in mm.
+        protocol: b-values in s/mm^2 and directions; None takes the two-shell protocol.
     """
     anatomy_key, noise_key = jax.random.split(jax.random.key(seed))
     phantom = make_slab(anatomy_key, shape)
-    bvals, bvecs = two_shell_protocol()
+    bvals, bvecs = protocol or two_shell_protocol()
+    order = noddi.order_for(bvals)
 
     @jax.jit
     def scan(key, phantom):
-        clean = noddi.signal(phantom.ndi, phantom.odi, phantom.fwf, phantom.direction, bvals, bvecs)
-        return add_rician_noise(key, clean * phantom.s0[..., None], 850.0 / snr)
+        clean = noddi.signal(phantom.ndi, phantom.odi, phantom.fwf, phantom.direction, bvals, bvecs, order=order)
+        return add_rician_noise(key, clean * phantom.s0[..., None], WHITE_MATTER / snr)
+
+    array = np.empty((*shape, len(bvals)), np.float32)
+    for z in range(shape[2]):
+        # Slice by slice: the model of a whole brain at once would hold gigabytes of Legendre terms.
+        plane = jax.tree.map(lambda leaf, z=z: leaf[:, :, z : z + 1], phantom)
+        array[:, :, z : z + 1] = scan(jax.random.fold_in(noise_key, z), plane)
 
     # Stored right to left, as most scanners do: the array's x runs against the world's, so FSL's frame is the array's.
     affine = np.diag([-spacing, spacing, spacing, 1.0])
     affine[:3, 3] = -affine[:3, :3] @ (np.array(shape) - 1) / 2
     files = DiffusionFiles(*(folder / name for name in ("dwi.nii.gz", "dwi.bval", "dwi.bvec", "mask.nii.gz", "truth")))
-    nifti.write(files.dwi, Volume.make(np.asarray(scan(noise_key, phantom)), affine))
+    nifti.write(files.dwi, Volume.make(array, affine))
     nifti.write(files.mask, Volume.make(np.asarray(phantom.mask, np.uint8), affine))
     write_gradients(files.bvals, files.bvecs, bvals, bvecs)
     for name in ("ndi", "odi", "fwf"):

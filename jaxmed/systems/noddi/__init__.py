@@ -16,6 +16,16 @@ Out: maps on the grid of the scan, none with a unit, all in [0, 1]:
 Stages:
   1. jaxmed noddi fit --dwi dwi.nii.gz --bvals dwi.bval --bvecs dwi.bvec --mask mask.nii.gz --out RUN
      maximum-likelihood maps and a report.
+  2. jaxmed noddi train --bvals dwi.bval --bvecs dwi.bvec --out NET
+     a network for this protocol, trained on signals simulated on the device.
+  3. jaxmed noddi predict --weights NET --dwi dwi.nii.gz --bvals dwi.bval --bvecs dwi.bvec --mask mask.nii.gz --out RUN
+     its maps, a brain in seconds; with --dicom-source FOLDER as DICOM too.
+  4. jaxmed noddi export --weights NET --out RUN
+     the network as ONNX, checked against ONNX Runtime; scripts/noddi_onnx.py runs it without jax.
+  5. jaxmed noddi evaluate --weights NET_MLE NET_GT --out RUN
+     bias, spread and error over the parameter range, beside the fit and the Cramer-Rao bound.
+  6. jaxmed noddi simulate --out RUN
+     a scan with known microstructure, of your protocol or an embedded one.
 
 Try it without data:  jaxmed noddi fit --preset smoke --out runs/noddi
 From Python:          from jaxmed.systems import noddi; maps = noddi.fit(signals, bvals, bvecs)
@@ -29,6 +39,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxmed.systems.noddi.fitting import fit as fit
+    from jaxmed.systems.noddi.training import train as train
 
 
 def __getattr__(name: str) -> object:
@@ -37,4 +48,8 @@ def __getattr__(name: str) -> object:
         from jaxmed.systems.noddi.fitting import fit
 
         return fit
+    if name == "train":
+        from jaxmed.systems.noddi.training import train
+
+        return train
     raise AttributeError(name)

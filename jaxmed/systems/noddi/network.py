@@ -1,0 +1,335 @@
+"""A trained network: what it computes, which protocol it belongs to, and its place on disk.
+
+A network is trained for one gradient table in one order. The table travels with the weights, and another table is
+refused: the same numbers in another order give maps that look like maps.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32
+
+from jaxmed.arrays.types import Params
+from jaxmed.config import from_record, to_record
+from jaxmed.errors import InputError
+from jaxmed.models.mlp import Mlp, MlpConfig, layers, to_unit
+from jaxmed.models.parameters import load_parameters
+from jaxmed.nn.model import make_model
+from jaxmed.physics.microstructure import MicrostructureModel, Parameter, ball_and_stick_model, noddi_model
+from jaxmed.physics.noddi import Tissue, order_for
+from jaxmed.train.checkpoint import export_parameters
+
+BVAL_TOLERANCE = 0.01
+"""b-values may differ by this share: 1 % of b = 3000 changes a signal by less than its noise."""
+COSINE_TOLERANCE = 0.01
+"""Cosines between directions may differ by this: tables are written with 4 to 8 digits."""
+CHUNK = 16384
+"""Voxels of one compiled call: activations of 256 numbers stay in 16 MB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """Which forward model makes the signals.
+
+    Attributes:
+        kind: NODDI, or one stick in a ball (stick fraction and diffusivity).
+        tissue: Diffusivities that NODDI fixes.
+        extra_cellular: NODDI's space outside neurites, see `jaxmed.physics.noddi.signal`.
+        dot: Add NODDI's compartment of water that does not move, for fixed tissue.
+    """
+
+    kind: Literal["noddi", "ball-and-stick"] = "noddi"
+    tissue: Tissue = dataclasses.field(default_factory=Tissue)
+    extra_cellular: Literal["averaged_tensor", "convolved"] = "averaged_tensor"
+    dot: bool = False
+
+    def build(self, bvals: np.ndarray) -> MicrostructureModel:
+        """Return the model, exact enough for these b-values."""
+        if self.kind == "ball-and-stick":
+            return ball_and_stick_model()
+        return noddi_model(self.tissue, order_for(bvals), self.extra_cellular, self.dot)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The gradient table of a network, in its order.
+
+    Attributes:
+        bvals: b-values in s/mm^2.
+        bvecs: Unit directions; zero where unweighted.
+        b0_threshold: Rows up to this b-value are unweighted: their mean divides the others.
+    """
+
+    bvals: tuple[float, ...]
+    bvecs: tuple[tuple[float, float, float], ...]
+    b0_threshold: float = 50.0
+
+    @classmethod
+    def make(cls, bvals: np.ndarray, bvecs: np.ndarray, b0_threshold: float) -> "Table":
+        """Keep what matters of a table.
+
+        Raises:
+            ValueError: Shapes disagree, or nothing or everything is unweighted.
+        """
+        if bvecs.shape != (len(bvals), 3):
+            raise ValueError(f"bvecs: expected {len(bvals)} directions, one per b-value, found shape {bvecs.shape}")
+        is_b0 = np.asarray(bvals) <= b0_threshold
+        if not is_b0.any():
+            raise ValueError(f"bvals: expected a row at b <= {b0_threshold:g} s/mm^2, found none")
+        if is_b0.all():
+            raise ValueError(f"bvals: expected rows above b = {b0_threshold:g} s/mm^2, found none")
+        directions = np.where(is_b0[:, None], 0.0, np.asarray(bvecs, float)) + 0.0
+        rows = tuple((float(x), float(y), float(z)) for x, y, z in directions)
+        return cls(tuple(float(bval) for bval in bvals), rows, float(b0_threshold))
+
+    @property
+    def is_b0(self) -> Bool[np.ndarray, " image"]:
+        """Which rows are unweighted."""
+        return np.array(self.bvals) <= self.b0_threshold
+
+    @property
+    def hash(self) -> str:
+        """Name of the table: SHA-256 of threshold, b-values (0.1 s/mm^2) and directions (4 digits), in order."""
+        rows = [
+            f"{bval:.1f} " + " ".join(f"{round(component, 4) + 0.0:.4f}" for component in bvec)
+            for bval, bvec in zip(self.bvals, self.bvecs, strict=True)
+        ]
+        return hashlib.sha256("\n".join([f"{self.b0_threshold:g}", *rows]).encode()).hexdigest()
+
+    def difference(self, other: "Table") -> tuple[str, str] | None:
+        """Say where another table is not this one: (here, there), or None.
+
+        A rotation of all directions together makes no difference: networks are trained on fibres of every direction,
+        and a tilted slab is scanned with a rotated table. Nor does the sign of a direction.
+        """
+        if len(self.bvals) != len(other.bvals):
+            return f"{len(self.bvals)} images", f"{len(other.bvals)}"
+        if self.b0_threshold != other.b0_threshold and (self.is_b0 != other.is_b0).any():
+            return f"a b = 0 threshold of {self.b0_threshold:g} s/mm^2", f"{other.b0_threshold:g}"
+        mine, theirs = np.array(self.bvals), np.array(other.bvals)
+        wrong = np.flatnonzero(
+            (self.is_b0 != other.is_b0) | (~self.is_b0 & (np.abs(mine - theirs) > BVAL_TOLERANCE * mine))
+        )
+        if len(wrong):
+            row = wrong[0]
+            return f"b = {mine[row]:g} s/mm^2 in place {row + 1}", f"b = {theirs[row]:g}"
+        cosines = [np.abs(np.array(table.bvecs) @ np.array(table.bvecs).T) for table in (self, other)]
+        error = np.abs(cosines[0] - cosines[1])
+        if error.max() > COSINE_TOLERANCE:
+            row = int(error.max(axis=1).argmax())
+            return "its directions in its order", f"another direction about place {row + 1}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One map of a network.
+
+    Attributes:
+        name: Of the file.
+        definition: In one line.
+        unit: "1" for a fraction.
+        bounds: Values at the two ends of the head's range.
+    """
+
+    name: str
+    definition: str
+    unit: str
+    bounds: tuple[float, float]
+
+    @classmethod
+    def make(cls, parameter: Parameter) -> "Output":
+        """Describe a model's parameter."""
+        return cls(parameter.name, parameter.definition, parameter.unit, parameter.bounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """All of a network but its parameters; stands in record.json beside them.
+
+    Attributes:
+        shape: Of the network.
+        outputs: Its maps, in order.
+        table: The protocol that it belongs to.
+        forward: The model that made its training signals.
+        labels: What it was trained on, such as "mle".
+        snr: Range of signal-to-noise ratios in training.
+    """
+
+    shape: MlpConfig
+    outputs: tuple[Output, ...]
+    table: Table
+    forward: ForwardConfig
+    labels: str
+    snr: tuple[float, float]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the maps."""
+        return tuple(output.name for output in self.outputs)
+
+
+class Network(NamedTuple):
+    """A network and what it is.
+
+    Attributes:
+        params: Of `jaxmed.models.mlp.Mlp`.
+        description: Shape, outputs and protocol.
+    """
+
+    params: Params
+    description: Description
+
+
+def normalise(
+    signals: Float[Array, "*batch image"], is_b0: Bool[np.ndarray, " image"]
+) -> tuple[Float[Array, "*batch weighted"], Bool[Array, "*batch"]]:
+    """Divide weighted signals by the mean of the unweighted ones, noise and all: the same in training and on a scan.
+
+    Returns:
+        What enters a network, and whether there was unweighted signal to divide by.
+    """
+    mean = jnp.mean(signals[..., np.flatnonzero(is_b0)], axis=-1)
+    has_signal = mean > 0
+    divided = signals[..., np.flatnonzero(~is_b0)] / jnp.where(has_signal, mean, 1.0)[..., None]
+    return divided, has_signal
+
+
+def ranges(outputs: Sequence[Output]) -> tuple[Float32[np.ndarray, " output"], Float32[np.ndarray, " output"]]:
+    """Return the lower end and the width of each output's range."""
+    low, high = np.array([output.bounds for output in outputs], np.float32).T
+    return low, high - low
+
+
+@functools.partial(jax.jit, static_argnums=1)  # jitted here so that repeated calls of `predict` compile once
+def _predict_chunk(params: Params, description: Description, signals: jax.Array) -> jax.Array:
+    inputs, has_signal = normalise(signals, description.table.is_b0)
+    low, span = ranges(description.outputs)
+    raw = make_model(Mlp(description.shape, len(description.outputs))).apply(params, inputs)
+    return jnp.where(has_signal[:, None], low + span * to_unit(description.shape, raw), 0.0)
+
+
+def predict(network: Network, signals: Float[np.ndarray | Array, "voxel image"]) -> Float32[np.ndarray, "voxel output"]:
+    """Estimate the parameters of many voxels.
+
+    Args:
+        network: Of this protocol: the caller has checked it, see `require_table`.
+        signals: Magnitudes, not normalised.
+
+    Returns:
+        One column per output; 0 where there is no unweighted signal.
+    """
+    count = len(signals)
+    size = min(CHUNK, max(128, count))
+    params = jax.device_put(network.params)
+    parts = []
+    for start in range(0, count, size):
+        block = np.asarray(signals[start : start + size], np.float32)
+        # Padding every chunk to one size keeps one compiled program.
+        block = np.pad(block, ((0, size - len(block)), (0, 0)))
+        parts.append(_predict_chunk(params, network.description, block))
+    found = [np.asarray(part) for part in parts]
+    return np.concatenate(found)[:count] if found else np.zeros((0, len(network.description.outputs)), np.float32)
+
+
+def require_table(expected: Table, found: Table, where: object) -> None:
+    """Refuse a scan of another protocol.
+
+    Raises:
+        InputError: The tables differ.
+    """
+    if expected.hash == found.hash:
+        return
+    difference = expected.difference(found)
+    if difference is not None:
+        here, there = difference
+        raise InputError(
+            where,
+            f"the protocol of the network ({expected.hash[:12]}), with {here}",
+            f"{there} ({found.hash[:12]})",
+            "train a network for this protocol with jaxmed noddi train",
+        )
+
+
+def save(folder: Path, network: Network) -> None:
+    """Write a network: parameters.safetensors and record.json."""
+    record = {"family": "noddi", "kind": "mlp", "protocol": network.description.table.hash}
+    export_parameters(folder, network.params, record | {"config": to_record(network.description)})
+
+
+def load(path: Path) -> Network:
+    """Read a network that `save` wrote.
+
+    Args:
+        path: Its folder, or the folder of the run that trained it.
+
+    Raises:
+        InputError: There is none, or it was changed.
+    """
+    run = path / "outputs" / "model"
+    folder = run if run.is_dir() else path
+    if not (folder / "record.json").exists():
+        raise InputError(path, "a network of jaxmed noddi train", "no record.json there", "name its run folder")
+    params, record = load_parameters(folder)
+    if (record.get("family"), record.get("kind")) != ("noddi", "mlp"):
+        found = f"family {record.get('family')}, kind {record.get('kind')}"
+        raise InputError(folder, "a network of jaxmed noddi train", found)
+    description = from_record(Description, record.get("config"), str(folder / "record.json"))
+    if description.table.hash != record.get("protocol"):
+        raise InputError(folder / "record.json", "the table that its hash names", "another", "export the network again")
+    _check_shapes(folder, params, description)
+    return Network(params, description)
+
+
+def _check_shapes(folder: Path, params: Params, description: Description) -> None:
+    expected = jax.eval_shape(
+        make_model(Mlp(description.shape, len(description.outputs))).init,
+        jax.random.key(0),
+        jnp.zeros((1, int((~description.table.is_b0).sum()))),
+    )
+    found = jax.tree.map(np.shape, params)
+    wanted = jax.tree.map(np.shape, expected)
+    if found != wanted:
+        raise InputError(folder, f"parameters of shapes {wanted}", f"{found}", "the files belong to two networks")
+
+
+def graph_metadata(description: Description, software: str) -> dict[str, str]:
+    """Return what an exported network says about itself: strings, lists and tables as JSON."""
+    table = description.table
+    return {
+        "format": "jaxmed-noddi-1",
+        "protocol_hash": table.hash,
+        "bvals": json.dumps(table.bvals),
+        "bvecs": json.dumps(table.bvecs),
+        "b0_threshold": json.dumps(table.b0_threshold),
+        "parameters": json.dumps(description.names),
+        "definitions": json.dumps([output.definition for output in description.outputs]),
+        "units": json.dumps([output.unit for output in description.outputs]),
+        "bounds": json.dumps([output.bounds for output in description.outputs]),
+        "constants": json.dumps(constants(description)),
+        "software": software,
+    }
+
+
+def constants(description: Description) -> dict[str, Any]:
+    """Return the constants that the maps rest on, for sidecars."""
+    forward = description.forward
+    found: dict[str, Any] = {"model": forward.kind, "labels": description.labels, "training_snr": description.snr}
+    if forward.kind == "noddi":
+        found["parallel_diffusivity_um2_per_ms"] = forward.tissue.parallel_diffusivity
+        found["free_diffusivity_um2_per_ms"] = forward.tissue.free_diffusivity
+        found["extra_cellular"] = forward.extra_cellular
+    return found | {"protocol": description.table.hash}
+
+
+def network_layers(network: Network) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return kernels and biases on the host."""
+    return [(np.asarray(kernel), np.asarray(bias)) for kernel, bias in layers(network.params)]

@@ -1,0 +1,297 @@
+"""Train networks that map the signals of one protocol to microstructure, on signals simulated here.
+
+Any `MicrostructureModel` serves. Signals and labels are made on the device, in blocks, from a key; nothing is read. The
+kind of label is what arXiv:2507.12632 compares:
+
+    gt    the parameters that made a signal: low spread, but estimates shrink to the middle of the training range
+    mle   maximum-likelihood estimates from the noisy signal: little bias, spread and agreement of a fit
+    self  none: the network's parameters and direction must reproduce the signal
+
+Sources: arXiv:2507.12632 (two networks that differ in their labels alone); the sister study on training labels
+(truth-started fits as labels, restarts of which the best is kept, self-supervision).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key
+
+from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.models.mlp import Mlp, MlpConfig, to_unit
+from jaxmed.nn.model import make_model
+from jaxmed.physics.microstructure import MicrostructureModel, Simulated, simulate
+from jaxmed.systems.noddi.labels import LabelStart, fit_labels
+from jaxmed.systems.noddi.network import Description, ForwardConfig, Network, Output, Table, normalise, ranges
+from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
+
+Labels = Literal["gt", "mle", "self"]
+BLOCK = 8192
+"""Voxels simulated at once: the forward model holds measurement x degree numbers of each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained; defaults are for an accelerator.
+
+    Attributes:
+        forward: Forward model that makes the signals.
+        labels: What the network learns: "mle" (fits of the noisy signals), "gt" (the parameters that made them) or
+            "self" (no labels: reproduce the signal).
+        start: Where the fits of "mle" begin: "grid", as on a scan, or "truth", as in the sister study.
+        network: Its shape.
+        optimizer: AdamW with a cosine.
+        signals: Simulated voxels to train on.
+        held_out: Further ones that choose the best restart.
+        epochs: Passes over the signals.
+        batch_size: Signals per step.
+        restarts: Networks trained side by side from different parameters; the best on held-out signals is kept.
+        snr: Range of signal-to-noise ratios at b = 0, drawn uniformly.
+        b0_threshold: b-values up to this, in s/mm^2, are unweighted.
+    """
+
+    forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
+    labels: Labels = "mle"
+    start: LabelStart = "grid"
+    network: MlpConfig = dataclasses.field(default_factory=MlpConfig)
+    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-3, weight_decay=1e-4)
+    signals: int = 1_000_000
+    held_out: int = 20_000
+    epochs: int = 50
+    batch_size: int = 4096
+    restarts: int = 4
+    snr: tuple[float, float] = (10.0, 50.0)
+    b0_threshold: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name in ("signals", "held_out", "epochs", "batch_size", "restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+        if self.batch_size > self.signals:
+            raise ValueError(f"batch_size: expected at most {self.signals} signals, found {self.batch_size}")
+        if not 0 < self.snr[0] <= self.snr[1]:
+            raise ValueError(f"snr: expected two ratios above 0 in rising order, found {self.snr}")
+        if self.b0_threshold < 0:
+            raise ValueError(f"b0_threshold: expected 0 or more, found {self.b0_threshold:g}")
+
+
+class Pool(NamedTuple):
+    """Simulated signals, ready for a network.
+
+    Attributes:
+        inputs: Weighted signals over the mean unweighted one.
+        targets: Labels as positions in each parameter's range; the true ones in self-supervision, which does not see
+            them.
+        weights: Of each label's error: 0 where the signal does not depend on the parameter.
+        sigma: Noise relative to the mean unweighted signal.
+    """
+
+    inputs: Float[Array, "voxel weighted"]
+    targets: Float[Array, "voxel parameter"]
+    weights: Float[Array, "voxel parameter"]
+    sigma: Float[Array, " voxel"]
+
+
+class State(NamedTuple):
+    """Training between two epochs.
+
+    Attributes:
+        epoch: Epochs done.
+        params: Of all restarts, along a new first axis.
+        opt_state: The optimizer's.
+        key: Root key of the order of signals.
+        losses: Of each epoch done: mean over its steps, and on held-out signals; per restart.
+    """
+
+    epoch: Array
+    params: Params
+    opt_state: optax.OptState
+    key: KeyArray
+    losses: Float[Array, "epoch 2 restart"]
+
+
+class Trained(NamedTuple):
+    """What training returns.
+
+    Attributes:
+        network: The best restart.
+        losses: Of each epoch: training and held-out, per restart.
+        best: Which restart it is.
+    """
+
+    network: Network
+    losses: Float[np.ndarray, "epoch 2 restart"]
+    best: int
+
+
+def train(
+    key: Key[Array, ""],
+    bvals: Float[np.ndarray, " image"],
+    bvecs: Float[np.ndarray, "image 3"],
+    config: TrainConfig = TrainConfig(),
+    *,
+    model: MicrostructureModel | None = None,
+    restore: Callable[[State], State] | None = None,
+    on_epoch: Callable[[State], None] | None = None,
+    on_block: Callable[[int], None] | None = None,
+) -> Trained:
+    """Train a network for one protocol.
+
+    Args:
+        key: Consumed: draws signals, parameters of the network and order.
+        bvals: b-values in s/mm^2, in the order of the scan.
+        bvecs: Unit directions.
+        config: Labels, shape, length.
+        model: Another forward model than `config.forward`; then only this session knows what it was.
+        restore: Called with the first state; returns it, or one of an interrupted run.
+        on_epoch: Called with the state after each epoch.
+        on_block: Called with the number of signals simulated and labelled so far.
+
+    Returns:
+        The network that was best on held-out signals, and the learning curves.
+
+    Raises:
+        ValueError: The table does not fit, or a loss is not finite.
+    """
+    table = Table.make(bvals, bvecs, config.b0_threshold)
+    model = config.forward.build(np.asarray(bvals)) if model is None else model
+    pool_key, held_out_key, train_key = jax.random.split(key, 3)
+    pool = make_pool(pool_key, model, table, config, config.signals, on_block)
+    held_out = make_pool(held_out_key, model, table, config, config.held_out)
+    optimizer = make_optimizer(config.optimizer, config.epochs * (config.signals // config.batch_size))
+    state = start_training(train_key, model, config, optimizer, pool.inputs.shape[1])
+    state = state if restore is None else restore(state)
+    loss = functools.partial(_loss, model, table, config)
+    run_epoch = jax.jit(functools.partial(_run_epoch, loss, optimizer, config.batch_size))
+    while int(state.epoch) < config.epochs:
+        state = run_epoch(state, pool, held_out)
+        newest = np.asarray(state.losses[int(state.epoch) - 1])
+        if not np.isfinite(newest).all():
+            raise ValueError(f"loss: expected finite numbers, found {newest.tolist()} in epoch {int(state.epoch)}")
+        if on_epoch is not None:
+            on_epoch(state)
+    losses = np.asarray(state.losses)
+    best = int(losses[-1, 1].argmin())
+    description = Description(
+        config.network,
+        tuple(Output.make(parameter) for parameter in model.parameters),
+        table,
+        config.forward,
+        config.labels if config.labels != "mle" else f"mle ({config.start} start)",
+        config.snr,
+    )
+    return Trained(Network(_take(state.params, best, len(model.parameters)), description), losses, best)
+
+
+def make_pool(
+    key: KeyArray,
+    model: MicrostructureModel,
+    table: Table,
+    config: TrainConfig,
+    count: int,
+    on_block: Callable[[int], None] | None = None,
+) -> Pool:
+    """Simulate signals and label them, block by block, on the device."""
+    parts = []
+    # Compiled once per model and protocol: a block costs milliseconds, its tracing a second.
+    draw = jax.jit(functools.partial(_draw, model, table, config.snr, min(BLOCK, count)))
+    for start in range(0, count, BLOCK):
+        block = draw(jax.random.fold_in(key, start))
+        labels = block.parameters
+        if config.labels == "mle":
+            labels = fit_labels(block, model, table, config.start)
+        parts.append(_prepare(model, table, block, labels))
+        if on_block is not None:
+            on_block(min(start + BLOCK, count))
+    return Pool(*(jnp.concatenate(rows)[:count] for rows in zip(*parts, strict=True)))
+
+
+def _draw(model: MicrostructureModel, table: Table, snr: tuple[float, float], count: int, key: KeyArray) -> Simulated:
+    return simulate(key, model, count, np.array(table.bvals), np.array(table.bvecs), snr)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prepare(model: MicrostructureModel, table: Table, block: Simulated, labels: jax.Array) -> Pool:
+    inputs, _ = normalise(block.signals, table.is_b0)
+    low, span = ranges([Output.make(parameter) for parameter in model.parameters])
+    b0 = jnp.mean(block.signals[:, np.flatnonzero(table.is_b0)], axis=1)
+    return Pool(inputs, (labels - low) / span, model.relevance(labels), block.sigma / b0)
+
+
+def start_training(
+    key: KeyArray, model: MicrostructureModel, config: TrainConfig, optimizer: optax.GradientTransformation, width: int
+) -> State:
+    """Draw the parameters of every restart."""
+    init_key, root_key = jax.random.split(key)
+    # Self-supervision needs a fibre direction to make a signal of: three outputs that are dropped afterwards.
+    outputs = len(model.parameters) + (3 if config.labels == "self" else 0)
+    init = make_model(Mlp(config.network, outputs)).init
+    params = jax.vmap(lambda key: init(key, jnp.zeros((1, width))))(jax.random.split(init_key, config.restarts))
+    losses = jnp.zeros((config.epochs, 2, config.restarts))
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), root_key, losses)
+
+
+def _take(params: Params, restart: int, outputs: int) -> Params:
+    taken = jax.tree.map(lambda leaf: np.asarray(leaf[restart]), params)
+    taken["head"] = {name: leaf[..., :outputs] for name, leaf in taken["head"].items()}
+    return taken
+
+
+def _run_epoch(
+    loss: Callable[[Params, Pool], jax.Array],
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    state: State,
+    pool: Pool,
+    held_out: Pool,
+) -> State:
+    """Pass over all signals once, in an order of its own; those that fill no batch wait for another epoch."""
+    count = len(pool.inputs)
+    order = jax.random.permutation(jax.random.fold_in(state.key, state.epoch), count)
+    batches = order[: count // batch_size * batch_size].reshape(-1, batch_size)
+    all_losses = jax.vmap(loss, in_axes=(0, None))
+
+    def step(carry, rows):
+        params, opt_state = carry
+        batch = jax.tree.map(lambda leaf: leaf[rows], pool)
+
+        def total(params):
+            # Restarts share no parameter: the gradient of the sum is each one's own.
+            losses = all_losses(params, batch)
+            return losses.sum(), losses
+
+        gradient, losses = jax.grad(total, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        moved: Any = optax.apply_updates(params, updates)
+        return (moved, opt_state), losses
+
+    (params, opt_state), losses = jax.lax.scan(step, (state.params, state.opt_state), batches)
+    # One restart after the other: activations of all held-out signals at once are large enough.
+    final = jax.lax.map(lambda one: loss(one, held_out), params)
+    told = state.losses.at[state.epoch].set(jnp.stack([losses.mean(axis=0), final]))
+    return State(state.epoch + 1, params, opt_state, state.key, told)
+
+
+def _loss(model: MicrostructureModel, table: Table, config: TrainConfig, params: Params, batch: Pool) -> jax.Array:
+    """Return the mean squared error of one network on a batch, of labels or of signals."""
+    number = len(model.parameters)
+    outputs = number + (3 if config.labels == "self" else 0)
+    raw = make_model(Mlp(config.network, outputs)).apply(params, batch.inputs)
+    unit = to_unit(config.network, raw[..., :number])
+    if config.labels != "self":
+        # Positions in the range are what errors are compared by: each parameter's scale is its range.
+        return jnp.mean(batch.weights * (unit - batch.targets) ** 2)
+    low, span = ranges([Output.make(parameter) for parameter in model.parameters])
+    direction = raw[..., number:]
+    direction = direction / jnp.sqrt(jnp.sum(direction**2, axis=-1, keepdims=True) + 1e-12)
+    weighted = np.flatnonzero(~table.is_b0)
+    bvals, bvecs = np.array(table.bvals)[weighted], np.array(table.bvecs)[weighted]
+    predicted = model.signal(low + span * unit, direction, bvals, bvecs)
+    # A magnitude's mean is near sqrt(s^2 + sigma^2): without it the noise floor would be read as slow diffusion.
+    expected = jnp.sqrt(predicted**2 + batch.sigma[:, None] ** 2)
+    return jnp.mean((expected - batch.inputs) ** 2)
