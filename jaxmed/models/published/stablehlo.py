@@ -1,8 +1,8 @@
 """A classifier as StableHLO: one file with parameters inside, which runs without this package.
 
-The file is what `jax.export` writes: `jax.export.deserialize(bytes).call(cubes)` runs it on CPU, NVIDIA GPU and TPU, for
-any batch size, and its `mlir_module_serialized` is portable StableHLO for other runtimes. It takes prepared cubes; the
-JSON file of the same name beside it says how to prepare them, and what the outputs are.
+The file is what `jax.export` writes: `jax.export.deserialize(bytes).call(cubes)` runs it on CPU, NVIDIA GPU and TPU,
+for any batch size, and its `mlir_module_serialized` is portable StableHLO for other runtimes. It takes prepared cubes;
+the JSON file of the same name beside it says how to prepare them, and what the outputs are.
 
 Source: https://docs.jax.dev/en/latest/export/export.html (compatibility: six months backwards and forwards).
 """

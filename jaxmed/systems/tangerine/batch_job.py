@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Shaped
 
 from jaxmed.arrays.trees import named_leaves
@@ -84,7 +85,7 @@ def run_job(
     params: Params,
     records: list[Record],
     config: BatchConfig,
-    mesh: MeshConfig,
+    mesh: Mesh,
     folder: RunFolder,
     log: Log,
     label: str,
@@ -103,12 +104,7 @@ def run_job(
     parts = folder.checkpoints / "batches"
     claim_checkpoints(folder.checkpoints / "job.json", params, records)
     make_folder(parts)
-    devices = make_mesh(mesh)
-    if jax.process_count() > 1:
-        raise InputError(
-            "mesh.distributed", "one process", jax.process_count(), "give each process a manifest of its own"
-        )
-    placed = jax.device_put(params, layout(params, devices, SHARDING_RULES))
+    placed = jax.device_put(params, layout(params, mesh, SHARDING_RULES))
     chunks = [records[start : start + config.size] for start in range(0, len(records), config.size)]
     stored = [parts / f"{number:06d}.npz" for number in range(len(chunks))]
     todo = [number for number, path in enumerate(stored) if not path.exists()]
@@ -121,7 +117,7 @@ def run_job(
         for count, (number, scans) in enumerate(zip(todo, reads, strict=True), 1):
             if folder.options.profile and count == 1:
                 jax.profiler.start_trace(folder.path / "profile")
-            outcomes = _run_chunk(job, placed, chunks[number], scans, config.size, devices)
+            outcomes = _run_chunk(job, placed, chunks[number], scans, config.size, mesh)
             _store(stored[number], outcomes)
             for outcome in outcomes:
                 _tell(outcome, log)
@@ -132,6 +128,22 @@ def run_job(
             if folder.options.profile and count == min(folder.options.profile, len(todo)):
                 jax.profiler.stop_trace()
     return [outcome for path, chunk in zip(stored, chunks, strict=True) for outcome in _restore(path, chunk)]
+
+
+def lay_out(config: BatchConfig, mesh: MeshConfig) -> Mesh:
+    """Lay out the devices of a job.
+
+    Raises:
+        InputError: They do not suffice, the batch does not divide over them, or they belong to several processes.
+    """
+    devices = make_mesh(mesh)
+    if jax.process_count() > 1:
+        advice = "give each process a manifest of its own"
+        raise InputError("mesh.distributed", "one process", jax.process_count(), advice)
+    if config.size % devices.shape["data"]:
+        expected = f"a multiple of the {devices.shape['data']} devices along data"
+        raise InputError("batch.size", expected, config.size, "change it, or --mesh.data")
+    return devices
 
 
 def read_ahead(
@@ -193,7 +205,7 @@ def claim_checkpoints(path: Path, params: Params, records: list[Record]) -> None
 
 
 def _run_chunk(
-    job: Job, params: Params, chunk: list[Record], scans: list[Scan | str], size: int, mesh: jax.sharding.Mesh
+    job: Job, params: Params, chunk: list[Record], scans: list[Scan | str], size: int, mesh: Mesh
 ) -> list[Outcome]:
     good = [scan for scan in scans if isinstance(scan, Scan)]
     rows: dict[str, Any] = {}
@@ -229,7 +241,7 @@ def _store(path: Path, outcomes: list[Outcome]) -> None:
     arrays = {f"{place}/{name}": array for place, o in enumerate(outcomes) for name, array in o.arrays.items()}
     text = json.dumps([{"warnings": list(o.warnings), "reason": o.reason} for o in outcomes])
     with atomic_path(path) as temporary:
-        np.savez(temporary, outcomes=np.array(text), **arrays)
+        np.savez(temporary, **{"outcomes": np.array(text), **arrays})  # pyright: ignore
 
 
 def _restore(path: Path, chunk: list[Record]) -> list[Outcome]:

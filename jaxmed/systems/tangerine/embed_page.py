@@ -93,7 +93,7 @@ def group_points(places: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray
     words = sorted(set(labels.tolist()))
     if len(words) > MOST_GROUPS or words == [""]:
         return {"scans": places}
-    return {(word or "no label"): places[labels == word] for word in words}
+    return {(f"label {word}" if word else "no label"): places[labels == word] for word in words}
 
 
 def _neighbours_section(table: Rows, summary: dict[str, Any]) -> Section:

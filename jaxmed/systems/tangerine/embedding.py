@@ -54,7 +54,8 @@ def embed(
         kind: Which features; see the top of this file for what a masked autoencoder's mean.
 
     Returns:
-        One row of features, or one per cube of a batch: 1024 numbers ("class", "pooled") or 2048 of the published model.
+        One row of features, or one per cube of a batch; of the published model 1024 numbers ("class", "pooled") or
+        2048 each.
 
     Raises:
         InputError: The scan cannot be read or used; what is merely unexpected about it is a warning.

@@ -36,7 +36,7 @@ class Neighbours(NamedTuple):
 
 
 def principal_plane(features: Float[np.ndarray, "scan feature"]) -> Plane:
-    """Project centred features onto their two directions of largest variance; the sign makes the largest entry positive.
+    """Project centred features onto their two directions of largest variance; the farthest scan is on the right.
 
     Raises:
         ValueError: There are fewer than two scans.

@@ -24,6 +24,7 @@ from jaxmed.systems.tangerine.batch_job import (
     Job,
     Outcome,
     clear_checkpoints,
+    lay_out,
     run_job,
     write_failed,
 )
@@ -107,6 +108,7 @@ def run(config: Config, folder: RunFolder) -> int:
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
     published = load_published(config.weights)
     preprocess = config.preprocess.apply(published.preprocess)
+    mesh = lay_out(config.batch, config.mesh)
     if len(records) == 1:
         read_scan(records[0].path, preprocess)  # a single broken file is a mistake, not a failure among many
     if not is_embedded:
@@ -118,7 +120,7 @@ def run(config: Config, folder: RunFolder) -> int:
     model, params = encoder_with_head(published.config, published.params)
     ready = time.monotonic()
     job = Job(partial(features, with_dtype(model, config.dtype)), partial(_keep, config.kinds), preprocess)
-    outcomes = run_job(job, params, records, config.batch, config.mesh, folder, log, "Embedding")
+    outcomes = run_job(job, params, records, config.batch, mesh, folder, log, "Embedding")
     computed = time.monotonic()
     done = [outcome for outcome in outcomes if not outcome.reason]
     write_embeddings(folder.outputs, done, config.kinds, published)
@@ -176,7 +178,7 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
 
 def licence_note(published: Published) -> str:
     """Say whose weights these are, and what their licence allows."""
-    return f"Weights: {published.report.family}, {published.report.kind}. {published.report.licence}"
+    return f"Weights: {published.report.family}, {published.report.kind}. Licence: {published.report.licence}."
 
 
 def kind_notes(published: Published, kinds: tuple[Kind, ...]) -> list[str]:

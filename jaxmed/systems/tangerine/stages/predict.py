@@ -24,6 +24,7 @@ from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.recipes.probe import fit_probe
 from jaxmed.report.overlay import cut_slices
+from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.batch_job import (
     Arrays,
@@ -31,6 +32,7 @@ from jaxmed.systems.tangerine.batch_job import (
     Job,
     Outcome,
     clear_checkpoints,
+    lay_out,
     run_job,
     write_failed,
 )
@@ -53,7 +55,7 @@ MAP_DEFINITION = (
     "interpolated linearly to the grid of the scan"
 )
 # Of the embedded chests: enough to fit a probe, few enough for seconds.
-EMBEDDED_EDGE = 32
+EMBEDDED_SHAPE = (32, 32, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,7 @@ def run(config: Config, folder: RunFolder) -> int:
     model, task = require_classifier(published, config.weights)
     targets = read_targets([record.row for record in records], task) if config.data.manifest else None
     preprocess = config.preprocess.apply(published.preprocess)
+    mesh = lay_out(config.batch, config.mesh)
     if len(records) == 1:
         read_scan(records[0].path, preprocess)  # a single broken file is a mistake, not a failure among many
     if not is_embedded:
@@ -163,7 +166,7 @@ def run(config: Config, folder: RunFolder) -> int:
         published.params,
         records,
         config.batch,
-        config.mesh,
+        mesh,
         folder,
         log,
         "Predicting",
@@ -205,11 +208,12 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
     if config.data.manifest or config.input:
         raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
     published = None if config.weights is None else load_published(config.weights)
-    shape = (EMBEDDED_EDGE,) * 3 if published is None else published.preprocess.size
+    shape = EMBEDDED_SHAPE if published is None else published.preprocess.size
     start(folder)
     manifest = write_chest_cohort(
-        folder.path / "inputs", config.seed, config.data.embedded, shape, finding="emphysema", fractions=(0.4, 0.2, 0.4)
-    )
+        folder.path / "inputs", config.seed, config.data.embedded, shape, ChestConfig(severity=(0.7, 1.0)),
+        finding="emphysema", fractions=(0.5, 0.2, 0.3),
+    )  # fmt: skip
     config = dataclasses.replace(config, data=DataConfig(manifest=manifest, split=config.data.split))
     if published is not None:
         return config, []
@@ -225,11 +229,12 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
 def make_classifier(place: Path, manifest: Path, seed: int) -> None:
     """Fit a logistic probe to the features of an encoder with random weights, and export both as a classifier."""
     model = ClassifierConfig(
-        VitConfig((EMBEDDED_EDGE,) * 3, (4, 4, 4), width=48, depth=1, heads=2, hidden=96, final_norm=False),
+        VitConfig(EMBEDDED_SHAPE, (4, 4, 4), width=48, depth=1, heads=2, hidden=96, final_norm=False),
         HeadConfig(norm=False),
     )
-    preprocess = Preprocess((EMBEDDED_EDGE,) * 3)
-    params = make_model(Classifier(model)).init(jax.random.key(seed), np.zeros((1, *preprocess.size, 1), np.float32))
+    preprocess = Preprocess(EMBEDDED_SHAPE)
+    image = np.zeros((1, *preprocess.size, 1), np.float32)
+    params = jax.jit(make_model(Classifier(model)).init)(jax.random.key(seed), image)
     found: dict[str, tuple[Any, Any]] = {}
     for split in ("train", "validation"):
         records = find_records(manifest, None, split)
@@ -260,7 +265,7 @@ def write_maps(
             warnings.append(f"the map of '{name}' is 0 everywhere: no patch raises it")
         sidecar = {
             "definition": MAP_DEFINITION,
-            "unit": f"mean contribution of a patch to the {'value' if task.kind == 'regression' else 'logit'}, first order",
+            "unit": f"{'standard deviations' if task.kind == 'regression' else 'logits'} a patch, first order",
             "output": name,
             "value": float(arrays["values"][output]),
             "largest": float(volume.array.max()),
