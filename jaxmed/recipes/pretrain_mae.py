@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.masking import Masking, draw_noise, restore_order, take_tokens
@@ -15,12 +16,13 @@ from jaxmed.arrays.patches import patchify, unpatchify
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.data.loader import LoaderConfig, Transform, evaluation_batches, make_loader
 from jaxmed.data.records import Source
+from jaxmed.errors import InputError
 from jaxmed.models.mae import FROZEN, SHARDING_RULES, Mae, MaeConfig
 from jaxmed.nn.model import Model, make_model
 from jaxmed.objectives.masked import masked_loss, masked_targets
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
-from jaxmed.train.mesh import MeshConfig, data_share, make_mesh, shard_batch
+from jaxmed.train.mesh import MeshConfig, data_share, layout, make_mesh, shard_batch
 from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.train.state import TrainState, create_state
@@ -32,6 +34,9 @@ Augment = Callable[[KeyArray, Float[Array, "..."]], Float[Array, "..."]]
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     """A pre-training run.
+
+    Deviation: the class token and the mask token are vectors here, so weight decay leaves them alone; in the released
+    code they carry two axes of length 1 and are decayed.
 
     Attributes:
         model: The masked autoencoder.
@@ -62,9 +67,10 @@ class Reconstruction(NamedTuple):
     Attributes:
         image: The image, [*space, channel].
         seen: The same with hidden patches 0.
-        completed: The same with hidden patches as predicted.
-        error: Mean squared error over hidden voxels.
-        variance: Variance of hidden voxels: the error of the best constant.
+        completed: The same with hidden patches as predicted; where targets are normalised, each with the mean and
+            deviation of the patch that it stands for, which the model does not predict.
+        error: Mean squared error over hidden targets.
+        variance: Variance of hidden targets: the error of the best constant.
     """
 
     image: Float[np.ndarray, "..."]
@@ -116,13 +122,14 @@ def pretrain(
     """
     config = in_steps(config, len(source))
     mesh = make_mesh(config.mesh)
+    check_fit(config, mesh)
     model = make_model(Mae(config.model))
     settings = dataclasses.replace(config.optimizer, frozen=(*config.optimizer.frozen, *FROZEN))
     optimizer = make_optimizer(settings, config.loop.steps)
-    state = create_state(
-        jax.random.key(config.seed), partial(_initialise, model, config.model, start), optimizer, mesh,
-        rules=SHARDING_RULES,
-    )  # fmt: skip
+    # Given parameters are an argument: closed over, they would be constants of the program.
+    given = () if start is None else (start,)
+    init = partial(_initialise, model, config.model)
+    state = create_state(jax.random.key(config.seed), init, optimizer, mesh, *given, rules=SHARDING_RULES)
     step = make_train_step(
         partial(_loss, model, config.model, augment),
         optimizer,
@@ -133,38 +140,63 @@ def pretrain(
     )
     reading = dataclasses.replace(config.loader, seed=config.seed)
     batches = make_loader(source, transform, reading, *data_share(mesh))
-    smaller = dataclasses.replace(
-        reading, batch_size=max(reading.batch_size // config.accumulation, mesh.shape["data"])
-    )
-    score = jax.jit(partial(score_batch, model, config.model))
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        if held_out is None:
-            return {}
-        total = np.zeros(3)
-        for batch in evaluation_batches(held_out, transform, smaller, *data_share(mesh)):
-            total += np.asarray(score(state.params, jax.random.key(config.seed), shard_batch(batch, mesh)))
-        return {"error": total[0] / total[2], "explained": 1 - total[0] / total[1]}
-
-    state = fit(
-        config.loop, state, step, batches, mesh=mesh, folder=folder, log=log,
-        evaluate=None if held_out is None else evaluate,
-    )  # fmt: skip
-    shown = (
-        []
-        if held_out is None
-        else [transform(held_out[i], np.random.default_rng(0)) for i in range(min(3, len(held_out)))]
-    )
-    key = jax.random.key(config.seed)
-    return state.params, [reconstruct(model, config.model, state.params, key, fields["image"]) for fields in shown]
+    evaluate = None if held_out is None else _make_evaluation(config, model, mesh, held_out, transform)
+    state = fit(config.loop, state, step, batches, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
+    pictures = []
+    for number in range(0 if held_out is None else min(3, len(held_out))):
+        fields = transform(held_out[number], np.random.default_rng(0))  # pyright: ignore[reportOptionalSubscript]
+        key = _mask_key(config.seed, number)
+        pictures.append(reconstruct(model, config.model, state.params, key, fields["image"]))
+    return state.params, pictures
 
 
-def _initialise(model: Model, config: MaeConfig, start: Params | None, key: KeyArray) -> Params:
+def check_fit(config: PretrainConfig, mesh: Mesh) -> None:
+    """Check that the batch and the model divide over the devices, before anything is written.
+
+    Raises:
+        InputError: They do not.
+    """
+    size, parts, devices = config.loader.batch_size, config.accumulation, mesh.shape["data"]
+    if parts < 1 or size % (parts * devices):
+        expected = f"a multiple of {max(parts, 1)} parts (accumulation) x {devices} devices (mesh.data)"
+        raise InputError("loader.batch_size", expected, size, "change the batch size, --accumulation or --mesh.data")
+    shapes = jax.eval_shape(partial(_initialise, make_model(Mae(config.model)), config.model), jax.random.key(0))
+    try:
+        layout(shapes, mesh, SHARDING_RULES)
+    except ValueError as error:
+        expected = "a number of devices that divides heads and hidden widths"
+        raise InputError("mesh.model", expected, f"{mesh.shape['model']} ({error})", "change --mesh.model") from error
+
+
+def _initialise(model: Model, config: MaeConfig, key: KeyArray, start: Params | None = None) -> Params:
     if start is not None:
         return jax.tree.map(jnp.asarray, start)
     encoder = config.encoder
     image = jnp.zeros((1, *encoder.image_size, encoder.channels))
     return model.init(key, image, jnp.zeros((1, encoder.num_tokens)))
+
+
+def _make_evaluation(
+    config: PretrainConfig, model: Model, mesh: Mesh, held_out: Source, transform: Transform
+) -> Callable[[TrainState], dict[str, float]]:
+    """Return the error on held-out records, and the share of the targets' variance that it leaves explained."""
+    size = config.loader.batch_size // config.accumulation
+    reading = dataclasses.replace(config.loader, batch_size=size)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    score = jax.jit(partial(score_batch, model, config.model, config.seed), out_shardings=everywhere)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        total = np.zeros(3)
+        for batch in evaluation_batches(held_out, transform, reading, *data_share(mesh)):
+            total += np.asarray(score(state.params, shard_batch(batch, mesh)))
+        return {"error": total[0] / total[2], "explained": 1 - total[0] / total[1]}
+
+    return evaluate
+
+
+def _mask_key(seed: int, record: Any) -> KeyArray:
+    """Return the key of a held-out record's mask, which is the same in every evaluation and in its picture."""
+    return jax.random.fold_in(jax.random.key(seed), record)
 
 
 def _loss(
@@ -181,10 +213,18 @@ def _loss(
 
 
 def score_batch(
-    model: Model, config: MaeConfig, params: Params, key: KeyArray, batch: dict[str, Array]
+    model: Model, config: MaeConfig, seed: int, params: Params, batch: Mapping[str, Array]
 ) -> Float[Array, " 3"]:
-    """Return sums of error, target variance and weight; each record's mask depends on its number alone."""
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(batch["record"], 0))
+    """Return sums over the records of a batch: error, variance of the targets, and weight.
+
+    Args:
+        model: Of `models.mae.Mae`.
+        config: Its configuration.
+        seed: Of the masks; each record's depends on the seed and its number alone.
+        params: Its parameters.
+        batch: "image", "record" and "weight" of `data.loader.evaluation_batches`.
+    """
+    keys = jax.vmap(partial(_mask_key, seed))(jnp.maximum(batch["record"], 0))
     image, weight = batch["image"], batch["weight"]
     output = model.apply(params, image, draw_noise(keys, config.encoder.num_tokens))
     target = masked_targets(image, output.masking, config)
@@ -199,27 +239,30 @@ def reconstruct(
 
     Args:
         model: Of `models.mae.Mae`.
-        config: Its configuration; targets must not be normalised.
+        config: Its configuration.
         params: Its parameters.
         key: Of the mask.
         image: [*image_size, channels].
     """
-    encoder = config.encoder
-
-    def run(params: Params, key: KeyArray, image: Array) -> Any:
-        output = model.apply(params, image[None], draw_noise(key[None], encoder.num_tokens))
-        patches = patchify(image[None], encoder.patch_size)
-        masking: Masking = output.masking
-        kept = take_tokens(patches, masking.kept)
-        hidden = take_tokens(patches, masking.hidden)
-
-        def picture(guess: Array) -> Array:
-            tokens = restore_order(jnp.concatenate([kept, guess], axis=1), masking)
-            return unpatchify(tokens, encoder.grid, encoder.patch_size)[0]
-
-        error = jnp.mean(jnp.square(output.prediction - hidden))
-        return picture(jnp.zeros_like(hidden)), picture(output.prediction), error, jnp.var(hidden)
-
-    # Once per picture: not worth keeping, but several times quicker than operation by operation.
-    seen, completed, error, variance = jax.jit(run)(params, key, jnp.asarray(image))
+    seen, completed, error, variance = _complete(model, config, params, key, jnp.asarray(image))
     return Reconstruction(np.asarray(image), np.asarray(seen), np.asarray(completed), float(error), float(variance))
+
+
+# Compiled here, because a recipe shows several pictures, and operation by operation each takes seconds.
+@partial(jax.jit, static_argnums=(0, 1))
+def _complete(model: Model, config: MaeConfig, params: Params, key: KeyArray, image: Array) -> tuple[Array, ...]:
+    encoder = config.encoder
+    output = model.apply(params, image[None], draw_noise(key[None], encoder.num_tokens))
+    patches = patchify(image[None], encoder.patch_size)
+    masking: Masking = output.masking
+    kept, hidden = take_tokens(patches, masking.kept), take_tokens(patches, masking.hidden)
+    target, guess = masked_targets(image[None], masking, config), output.prediction
+    error, variance = jnp.mean(jnp.square(guess - target)), jnp.var(target)
+    if config.norm_target:
+        guess = guess * jnp.sqrt(hidden.var(-1, keepdims=True, ddof=1) + 1e-6) + hidden.mean(-1, keepdims=True)
+
+    def picture(unseen: Array) -> Array:
+        tokens = restore_order(jnp.concatenate([kept, unseen], axis=1), masking)
+        return unpatchify(tokens, encoder.grid, encoder.patch_size)[0]
+
+    return picture(jnp.zeros_like(hidden)), picture(guess), error, variance

@@ -23,7 +23,7 @@ from jaxmed.arrays.grid import orientation
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
 from jaxmed.io import dicom, nifti
-from jaxmed.volume import Volume
+from jaxmed.volume import Grid, Volume
 
 # What each axis of the cube should run along: D, H, W.
 ANATOMY = (("superior-inferior", "SI"), ("anterior-posterior", "AP"), ("left-right", "LR"))
@@ -116,7 +116,10 @@ class Preprocess:
 
     def check_orientation(self, volume: Volume) -> list[str]:
         """Warn when D, H, W do not run superior-inferior, anterior-posterior, left-right: a cube hides such errors."""
-        codes = orientation(volume.affine)
+        return self.check_axes(orientation(volume.affine))
+
+    def check_axes(self, codes: str) -> list[str]:
+        """Do what `check_orientation` does, given where the stored axes point, such as "RAS"."""
         warnings = []
         for axis, (stored, (name, letters)) in enumerate(zip(self._permutation, ANATOMY, strict=True)):
             if codes[stored] not in letters:
@@ -126,6 +129,17 @@ class Preprocess:
                     f"expected {name}; use axis_order='{_best_order(codes)}' unless the weights were trained this way"
                 )
         return warnings
+
+    def cube_affine(self, grid: Grid) -> Float64[np.ndarray, "4 4"]:
+        """Return the affine of the cube made from a scan: where each of its voxels stands in the scan's world.
+
+        Args:
+            grid: Of the scan, in stored axes.
+        """
+        affine = grid.affine.copy()
+        for axis, stored in enumerate(self._permutation):
+            affine[:, axis] = grid.affine[:, stored] * (grid.shape[stored] / self.size[axis])
+        return affine
 
     def check_values(self, volume: Volume) -> list[str]:
         """Warn when the values cannot be HU: a chest CT holds air, at about -1000."""
@@ -261,7 +275,9 @@ def _spline_weights(old: int, new: int, edge: Literal["clamp", "zero"]) -> Float
         (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6,
         t**3 / 6,
     )
-    weights = sum(tap[:, None] * basis[_mirror(first + step, old)] for step, tap in zip((-1, 0, 1, 2), taps))
+    weights = np.zeros((new, old))
+    for step, tap in zip((-1, 0, 1, 2), taps, strict=True):
+        weights += tap[:, None] * basis[_mirror(first + step, old)]
     if edge == "zero":
         weights[is_outside] = 0.0
     return weights

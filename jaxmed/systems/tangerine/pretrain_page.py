@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.arrays.grid import reorient
 from jaxmed.config import read_record
 from jaxmed.io import nifti
 from jaxmed.report.figures import MapStyle, curves, slice_maps
@@ -69,21 +70,32 @@ def _curves_section(lines: list[dict[str, float]], summary: dict[str, Any]) -> S
 def _pictures_section(folder: Path, summary: dict[str, Any]) -> list[Section]:
     if not summary["errors"]:
         return []
+    scale = summary["window"][1] - summary["window"][0]
     blocks: list[Any] = []
     for number, found in enumerate(summary["errors"]):
         names = {"Input": "image", "Seen": "seen", "Completed": "completed"}
         volumes = {
-            label: nifti.read(folder / "outputs" / f"held_out_{number}_{name}.nii.gz").array
+            label: reorient(nifti.read(folder / "outputs" / f"held_out_{number}_{name}.nii.gz"))
             for label, name in names.items()
         }
-        # The model's axes are slice, row from the back of the table, column: turned, so that slices lie as one reads.
-        turned = {label: np.ascontiguousarray(array.transpose(2, 1, 0)) for label, array in volumes.items()}
-        caption = f"Held-out volume {number + 1}: error {found['error']:.4f}, variance {found['variance']:.4f}."
-        blocks.append(
-            slice_maps(turned, (1.0, 1.0, 1.0), caption=caption, styles=dict.fromkeys(names, STYLE), num_slices=4)
+        spacing = volumes["Input"].spacing
+        caption = (
+            f"Held-out volume {number + 1}, on the model's grid: the input, what the encoder sees of it, and the input "
+            f"with hidden patches as predicted. Root mean square error {scale * found['error'] ** 0.5:.0f} HU."
         )
-    rows = [(i + 1, e["error"], e["variance"], 1 - e["error"] / e["variance"]) for i, e in enumerate(summary["errors"])]
-    blocks.append(Table(("Volume", "Error", "Variance", "Explained"), rows, "Hidden voxels of held-out volumes."))
+        arrays = {label: volume.array for label, volume in volumes.items()}
+        x, y, z = map(float, spacing)
+        blocks.append(slice_maps(arrays, (x, y, z), caption=caption, styles=dict.fromkeys(names, STYLE), num_slices=4))
+    rows = [
+        (i + 1, e["error"], e["variance"], 1 - e["error"] / e["variance"], scale * e["error"] ** 0.5)
+        for i, e in enumerate(summary["errors"])
+    ]
+    columns = ("Volume", "Error", "Variance", "Explained", "Root mean square error (HU)")
+    caption = (
+        "Hidden voxels of held-out volumes, intensities in [0, 1]. Variance is the error of the best constant; "
+        "explained is 1 - error / variance."
+    )
+    blocks.append(Table(columns, rows, caption))
     return [Section("What the model completes", blocks)]
 
 

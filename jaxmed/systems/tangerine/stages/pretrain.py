@@ -4,15 +4,14 @@ import dataclasses
 import shlex
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float64
 
-from jaxmed.arrays.position import resize_table
+from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import to_record
 from jaxmed.data.augment import draw_flips, flip
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import SubsetSource
@@ -21,21 +20,35 @@ from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.io.tables import Table, resolve_paths
 from jaxmed.models.mae import Mae, MaeConfig
-from jaxmed.models.published.load import load_published
+from jaxmed.models.published.load import (
+    OWN_LICENCE,
+    ImportReport,
+    Published,
+    load_published,
+    published_record,
+    resize_positions,
+)
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
-from jaxmed.recipes.pretrain_mae import PretrainConfig, Reconstruction, pretrain
+from jaxmed.recipes.pretrain_mae import PretrainConfig, Reconstruction, check_fit, pretrain
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
+from jaxmed.systems.tangerine.checking import check_volumes
+from jaxmed.systems.tangerine.inputs import CUBES, find_scans, read_scan
 from jaxmed.systems.tangerine.pretrain_page import write_page
-from jaxmed.systems.tangerine.records import Prepared, find_volumes, read_manifest, split_unlabelled, volume_source
+from jaxmed.systems.tangerine.records import Prepared, read_manifest, split_unlabelled, volume_source
 from jaxmed.train.checkpoint import compare_arrays, export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
-from jaxmed.train.mesh import MeshConfig
+from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
+
+# Axes of the cube where a volume comes without a place in the world: slices from foot to head, rows from front to back,
+# columns from right to left, as axial slices are stored.
+AXIAL = np.array([[0.0, 0.0, -1.0, 0.0], [0.0, -1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +56,12 @@ class DataConfig:
     """Which volumes are trained on.
 
     Attributes:
-        manifest: CSV with the column path (NIfTI in HU, or .npz with an array "volume" in [0, 1]); optionally subject
-            and split (train, validation, test). Only train is trained on; validation tells the reconstruction error.
-        validation: Share of subjects held out where the manifest has no column split.
+        manifest: CSV with the column path (NIfTI in HU, a DICOM folder, or .npz with an array "volume" in [0, 1]);
+            optionally subject and split (train, validation, test). Only train is trained on; validation tells the
+            reconstruction error; test is left alone.
+        validation: Share of subjects held out where there is no column split.
+        check: Volumes read from end to end before training starts, evenly spread; of the others only the headers are.
+            One that turns out broken later stops the run and is named.
         cache: Folder in which prepared volumes are kept (float16, 34 MB each at 256^3), so that later epochs and runs
             read them in place. Empty prepares them anew in every epoch.
         embedded: Generate this many phantom chests instead of reading files.
@@ -53,12 +69,15 @@ class DataConfig:
 
     manifest: Path | None = None
     validation: float = 0.05
+    check: int = 64
     cache: Path | None = None
     embedded: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation: expected a share in [0, 1), found {self.validation:g}")
+        if self.check < 0 or self.embedded < 0:
+            raise ValueError(f"check, embedded: expected 0 or more, found {self.check, self.embedded}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +86,10 @@ class Config:
 
     Attributes:
         data: Volumes listed in a table.
-        input: A folder of volumes instead of a table.
-        weights: Published or own weights to start from; random where empty.
-        preprocess: From a file to the model's input; its size is always the model's.
-        model: The masked autoencoder.
+        input: A file, a DICOM folder, or a folder of such, instead of a table.
+        weights: Published or own weights of a masked autoencoder to start from; random where empty.
+        preprocess: From a file to the model's input; its size is always that of the model's image.
+        model: The masked autoencoder; its dtype is set by --dtype.
         optimizer: AdamW with a cosine.
         epochs: Passes over the training volumes; 0 leaves the length to loop.steps.
         warmup_epochs: Epochs over which the learning rate rises from 0.
@@ -102,8 +121,12 @@ class Config:
     def __post_init__(self) -> None:
         if len(self.model.encoder.image_size) != 3:
             raise ValueError(f"model.encoder.image_size: expected 3 axes, found {self.model.encoder.image_size}")
+        if self.model.encoder.dtype not in ("float32", self.dtype):
+            raise ValueError(f"model.encoder.dtype: expected to be left to --dtype, found {self.model.encoder.dtype}")
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"flip_probability: expected a probability, found {self.flip_probability:g}")
+        if min(self.epochs, self.warmup_epochs) < 0:
+            raise ValueError(f"epochs, warmup_epochs: expected 0 or more, found {self.epochs, self.warmup_epochs}")
 
 
 def small_model(edge: int, patch: int, width: int, depth: int) -> MaeConfig:
@@ -150,51 +173,58 @@ def smoke() -> Config:
     )
 
 
+class Volumes(NamedTuple):
+    """The volumes of a run.
+
+    Attributes:
+        paths: Files, or folders of DICOM slices: those to train on first, then those held out.
+        num_training: How many are trained on.
+        notes: What is unexpected about them.
+    """
+
+    paths: tuple[Path, ...]
+    num_training: int
+    notes: list[str]
+
+
 def run(config: Config, folder: RunFolder) -> None:
     """Read and check the volumes, train, export the model, write the report."""
     began = time.monotonic()
-    model = dataclasses.replace(config.model, encoder=dataclasses.replace(config.model.encoder, dtype=config.dtype))
-    x, y, z = model.encoder.image_size
-    preprocess = dataclasses.replace(config.preprocess, size=(x, y, z))
-    weights = None if config.weights is None else read_start(config.weights, model)
+    settings, preprocess = resolve(config)
+    check_fit(settings, make_mesh(settings.mesh))
+    published = None if config.weights is None else read_start(config.weights, settings.model)
     if config.data.embedded:
-        if config.data.manifest or config.input:
-            raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
-        start(folder)
-        manifest = write_chest_cohort(folder.path / "inputs", config.seed, config.data.embedded, (x, y, z))
-        paths, splits = read_paths(dataclasses.replace(config, data=DataConfig(manifest=manifest)))
+        volumes = make_embedded(config, folder, preprocess)
     else:
-        paths, splits = read_paths(config)
+        volumes = find_volumes(config, preprocess)
         start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, jax.process_index() == 0)
-    source = volume_source(paths, preprocess, config.data.cache)
-    rows = {name: np.flatnonzero(np.array(splits) == name) for name in ("train", "validation")}
-    for path in (paths[index] for index in rows["train"][:1]):
-        notes = orientation_notes(path, preprocess)
+    notes = [*volumes.notes, *start_notes(published, preprocess)]
     for note in notes:
         log.say(f"Note: {note}")
-    held_out = SubsetSource(source, rows["validation"]) if len(rows["validation"]) else None
-    log.say(f"{len(rows['train']):,} volumes to train on, {len(rows['validation']):,} held out.")
-    settings = PretrainConfig(
-        model, config.optimizer, config.loop, config.loader, config.mesh, config.epochs, config.warmup_epochs,
-        config.accumulation, config.seed,
-    )  # fmt: skip
+    counts = {"train": volumes.num_training, "validation": len(volumes.paths) - volumes.num_training}
+    log.say(f"{counts['train']:,} volumes to train on, {counts['validation']:,} held out.")
+    if config.data.cache is not None:
+        log.say(f"Preparing volumes in {config.data.cache}; those that are there already stay.")
+    source = volume_source(volumes.paths, preprocess, config.data.cache)
+    rows = np.arange(len(volumes.paths))
+    held_out = SubsetSource(source, rows[volumes.num_training :]) if counts["validation"] else None
 
     def augment(key: KeyArray, image: Float[Array, "..."]) -> Float[Array, "..."]:
         return flip(image, draw_flips(key, 3, (1, 2), config.flip_probability))
 
     ready = time.monotonic()
     params, pictures = pretrain(
-        settings, SubsetSource(source, rows["train"]), held_out, Prepared(preprocess),
-        folder=folder, log=log, augment=augment, start=weights,
+        settings, SubsetSource(source, rows[: volumes.num_training]), held_out, Prepared(preprocess),
+        folder=folder, log=log, augment=augment, start=None if published is None else published.params,
     )  # fmt: skip
     trained = time.monotonic()
-    record = {"family": "tangerine", "kind": "mae", "config": to_record(model), "preprocess": to_record(preprocess)}
-    export_parameters(folder.outputs / "model", params, record)
-    write_pictures(folder.outputs, pictures)
+    export_parameters(folder.outputs / "model", params, model_record(settings.model, params, preprocess, published))
+    write_pictures(folder.outputs, pictures, volumes.paths[volumes.num_training :], preprocess)
     summary = {
-        "volumes": {name: len(index) for name, index in rows.items()},
+        "volumes": counts,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "window": [preprocess.low, preprocess.high],
         "errors": [{"error": picture.error, "variance": picture.variance} for picture in pictures],
         "notes": notes,
         "device": jax.devices()[0].device_kind,
@@ -208,72 +238,130 @@ def run(config: Config, folder: RunFolder) -> None:
 report = write_page
 
 
-def read_paths(config: Config) -> tuple[tuple[Path, ...], list[str]]:
-    """Return the volumes of a run and the split of each.
+def resolve(config: Config) -> tuple[PretrainConfig, Preprocess]:
+    """Return the settings of the recipe, and the preprocessing at the size of the model's image."""
+    encoder = dataclasses.replace(config.model.encoder, dtype=config.dtype)
+    model = dataclasses.replace(config.model, encoder=encoder)
+    x, y, z = encoder.image_size
+    settings = PretrainConfig(
+        model, config.optimizer, config.loop, config.loader, config.mesh, config.epochs, config.warmup_epochs,
+        config.accumulation, config.seed,
+    )  # fmt: skip
+    return settings, dataclasses.replace(config.preprocess, size=(x, y, z))
+
+
+def make_embedded(config: Config, folder: RunFolder, preprocess: Preprocess) -> Volumes:
+    """Write phantom chests, a fifth of them held out: half with a nodule, a third with each other finding."""
+    if config.data.manifest or config.input:
+        raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
+    start(folder)
+    manifest = write_chest_cohort(
+        folder.path / "inputs", config.seed, config.data.embedded, preprocess.size,
+        distractors=1 / 3, fractions=(0.8, 0.2, 0.0),
+    )  # fmt: skip
+    return find_volumes(dataclasses.replace(config, data=DataConfig(manifest=manifest)), preprocess)
+
+
+def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
+    """List the volumes of a run, and look at them.
 
     Raises:
-        InputError: When there are none, some are missing, or no split is to be trained on.
+        InputError: There are none, some are missing or broken, or none is to be trained on.
     """
-    if (config.data.manifest is None) == (config.input is None):
-        found = "neither" if config.input is None else "both"
+    manifest, place = config.data.manifest, config.input
+    if (manifest is None) == (place is None):
+        found = "neither" if place is None else "both"
         raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
-    if config.input is not None:
-        paths = find_volumes(config.input)
-        table = Table(config.input, ("path",), tuple({"path": str(path)} for path in paths), tuple(range(len(paths))))
+    if manifest is not None:
+        table = read_manifest(manifest)
+        paths = resolve_paths(table)
     else:
-        assert config.data.manifest is not None
-        table = read_manifest(config.data.manifest)
-        paths = tuple(resolve_paths(table))
-    splits = split_unlabelled(table, config.data.validation, config.seed)
+        assert place is not None
+        paths = list(find_scans(place))
+        table = Table(place, ("path",), tuple({"path": str(path)} for path in paths), tuple(range(len(paths))))
+    splits = np.array(split_unlabelled(table, config.data.validation, config.seed))
     if "train" not in splits:
         raise InputError(table.path, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
-    return paths, splits
+    training, held_out = ([paths[row] for row in np.flatnonzero(splits == name)] for name in ("train", "validation"))
+    chosen = (*training, *held_out)
+    notes = check_volumes(chosen, preprocess, config.data.check, config.loader.num_threads)
+    return Volumes(chosen, len(training), notes)
 
 
-def orientation_notes(path: Path, preprocess: Preprocess) -> list[str]:
-    """Say what is unexpected about the axes of a NIfTI file."""
-    if not path.name.lower().endswith(nifti.SUFFIXES):
-        return []
-    return [f"{path.name}: {note}" for note in preprocess.check_orientation(nifti.read(path))]
-
-
-def read_start(path: Path, model: MaeConfig) -> Params:
+def read_start(path: Path, model: MaeConfig) -> Published:
     """Read weights to start from, positions resized to the model's grid.
 
     Raises:
-        InputError: When they are no masked autoencoder of these sizes.
+        InputError: They are no masked autoencoder of these sizes.
     """
     published = load_published(path)
-    if "decoder" not in published.params:
-        raise InputError(path, "a masked autoencoder with its decoder", "an encoder with a head")
-    params: Any = jax.tree.map(lambda leaf: leaf, published.params)
-    old, new = published.config.encoder.grid, model.encoder.grid
-    for part in ("encoder", "decoder"):
-        params[part]["position"] = resize_table(params[part]["position"], old, new)
+    if not isinstance(published.config, MaeConfig) or "decoder" not in published.params:
+        advice = "leave --weights out to start from random ones"
+        raise InputError(path, "a masked autoencoder with its decoder", "an encoder without it", advice)
+    published = resize_positions(published, model.encoder.image_size)
     image = jax.ShapeDtypeStruct((1, *model.encoder.image_size, model.encoder.channels), np.float32)
     noise = jax.ShapeDtypeStruct((1, model.encoder.num_tokens), np.float32)
     expected = jax.eval_shape(make_model(Mae(model)).init, jax.random.key(0), image, noise)
-    compare_arrays(_shapes(expected), _shapes(params), str(path))
-    return params
+    compare_arrays(_shapes(expected), _shapes(published.params), str(path))
+    for name in ("sigmoid", "norm_target"):
+        if getattr(published.config, name) != getattr(model, name):
+            found = f"{name} {getattr(published.config, name)}"
+            raise InputError(path, f"weights trained with {name} {getattr(model, name)}", found, f"set --model.{name}")
+    return published
 
 
-def _shapes(tree: Any) -> dict[str, Any]:
-    from jaxmed.arrays.trees import named_leaves
+def start_notes(published: Published | None, preprocess: Preprocess) -> list[str]:
+    """Say whose weights training starts from, and how their input differed."""
+    if published is None:
+        return []
+    notes = [f"Starting from weights of {published.report.family}. Licence: {published.report.licence}."]
+    differing = [
+        f"{field.name} {getattr(published.preprocess, field.name)}, here {getattr(preprocess, field.name)}"
+        for field in dataclasses.fields(preprocess)
+        if getattr(published.preprocess, field.name) != getattr(preprocess, field.name)
+    ]
+    return notes + [f"The weights to start from were trained with other input: {'; '.join(differing)}."] * bool(
+        differing
+    )
 
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
+
+def model_record(model: MaeConfig, params: Params, preprocess: Preprocess, origin: Published | None) -> dict[str, Any]:
+    """Return what `load_published` has to know about exported parameters; a licence is handed on."""
+    licence = OWN_LICENCE if origin is None else origin.report.licence
+    report = ImportReport("tangerine", "mae", (), (), (), licence)
+    return published_record(Published(make_model(Mae(model)), params, preprocess, model, report))
 
 
-def write_pictures(folder: Path, pictures: list[Reconstruction]) -> None:
-    """Write held-out volumes and their completion on the model's grid, as NIfTI with sidecars."""
+def write_pictures(
+    folder: Path, pictures: list[Reconstruction], paths: tuple[Path, ...], preprocess: Preprocess
+) -> None:
+    """Write held-out volumes and their completion on the model's grid, in the scan's world, with sidecars."""
     kinds = {
-        "image": "the model's input: HU from -1200 to 800 as 0 to 1",
+        "image": "the model's input",
         "seen": "the input with hidden patches 0",
         "completed": "the input with hidden patches as predicted",
     }
-    for number, picture in enumerate(pictures):
+    for number, (picture, path) in enumerate(zip(pictures, paths, strict=False)):
+        affine = AXIAL if path.suffix.lower() in CUBES else find_affine(path, preprocess)
         for name, definition in kinds.items():
-            array = getattr(picture, name)[..., 0]
-            stem = folder / f"held_out_{number}_{name}"
-            nifti.write(stem.with_suffix(".nii.gz"), Volume.make(array, np.eye(4)))
-            sidecar = {"definition": definition, "unit": "1", "frame": "the model's own axes (slice, row, column)"}
-            write_json(stem.with_suffix(".json"), sidecar)
+            stem = f"held_out_{number}_{name}"
+            nifti.write(folder / f"{stem}.nii.gz", Volume.make(getattr(picture, name)[..., 0], affine))
+            sidecar = {
+                "definition": definition,
+                "unit": "1",
+                "constants": {"HU that is 0": preprocess.low, "HU that is 1": preprocess.high},
+                "source": str(path),
+                "axes": "slice, row, column of the model; the affine leads to the scan's world",
+                "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
+            }
+            write_json(folder / f"{stem}.json", sidecar)
+
+
+def find_affine(path: Path, preprocess: Preprocess) -> Float64[np.ndarray, "4 4"]:
+    """Return where the voxels of a scan's cube stand."""
+    grid = read_scan(path, preprocess).grid
+    return AXIAL if grid is None else preprocess.cube_affine(grid)
+
+
+def _shapes(tree: Any) -> dict[str, Any]:
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
