@@ -20,7 +20,9 @@ from tiny_tangerine import (
 )
 
 from jaxmed.cli import main
+from jaxmed.errors import InputError
 from jaxmed.io import nifti
+from jaxmed.models.heads import Task
 from jaxmed.models.published.load import load_published
 from jaxmed.systems import tangerine
 from jaxmed.systems.tangerine import batch_job
@@ -159,6 +161,14 @@ def test_labels_are_read_by_task():
     np.testing.assert_array_equal(read_targets(rows, VALUES), [[61], [nan], [50.5]])
     assert read_targets(rows, LABELS) is None and read_targets([{"path": "x"}], BINARY) is None
     np.testing.assert_array_equal(read_targets([{"label": "nodule"}, {"label": "0"}], BINARY), [[1], [0]])
+    words = [{"finding": "benign"}, {"finding": "nodule"}, {"finding": ""}]
+    np.testing.assert_array_equal(read_targets(words, BINARY, ("finding",)), [[0], [1], [nan]])
+    grades = Task("multiclass", ("0", "1", "2"))
+    np.testing.assert_array_equal(read_targets([{"label": "2.0"}, {"label": "0"}], grades), [[2], [0]])
+    with pytest.raises(InputError, match="column finding: expected 0, 1 or 'nodule', found 'benign'"):
+        read_targets([*words, {"finding": "unclear"}], BINARY, ("finding",))
+    with pytest.raises(InputError, match="label.columns: expected columns of the manifest, finding, found 'lable'"):
+        read_targets(words, BINARY, ("lable",))
 
 
 def test_one_class_only_is_said_and_does_not_stop_the_predictions(weights, scans, tmp_path):

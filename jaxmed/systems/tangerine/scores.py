@@ -1,5 +1,6 @@
 """Predictions against the labels of a manifest, where it has them."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,22 +18,37 @@ SHOWN = {
 }
 
 
-def read_targets(rows: list[dict[str, str]], task: Task) -> Float[np.ndarray, "row column"] | None:
+def read_targets(
+    rows: list[dict[str, str]], task: Task, columns: tuple[str, ...] = ()
+) -> Float[np.ndarray, "row column"] | None:
     """Return what the manifest says of each row: 0 or 1 per label, a class number, or values; NaN where empty.
 
-    A binary task and a regression of one target read the column of their name, or else "label"; a multi-class task
-    reads "label", which holds names of classes; other tasks read a column per name.
+    Args:
+        rows: Of the manifest.
+        task: What the outputs mean. Of a binary task whose name is a word, one other word stands for 0.
+        columns: Where the labels are: one for a multi-class task, else one per output. Where empty, those of the
+            outputs' names; "label" for a multi-class task, and where a single output has no column of its name.
 
     Returns:
-        None where the columns are not there.
+        None where there are no such columns and none were asked for.
 
     Raises:
-        InputError: A cell is not a label of this task.
+        InputError: A column that was asked for is not there, or a cell is not a label of this task.
     """
-    columns = [_column(rows, task, name) for name in (("label",) if task.kind == "multiclass" else task.names)]
-    if any(column is None for column in columns):
+    number = 1 if task.kind == "multiclass" else len(task.names)
+    if columns and len(columns) != number:
+        raise InputError("label.columns", f"{number}, for {', '.join(task.names)}", f"{', '.join(columns)}")
+    present = rows[0] if rows else {}
+    found = columns or (("label",) if task.kind == "multiclass" else task.names)
+    if not columns and number == 1 and found[0] not in present:
+        found = ("label",)
+    missing = [name for name in found if name not in present]
+    if missing and columns:
+        raise InputError("label.columns", f"columns of the manifest, {', '.join(present)}", f"'{missing[0]}'")
+    if missing:
         return None
-    return np.array([[_value(row[str(c)], str(c), task, n) for n, c in enumerate(columns)] for row in rows], np.float64)
+    values = [_read_column([row[column] for row in rows], column, task, place) for place, column in enumerate(found)]
+    return np.array(values, np.float64).T
 
 
 def score_rows(
@@ -68,30 +84,36 @@ def score_rows(
     return found
 
 
-def _column(rows: list[dict[str, str]], task: Task, name: str) -> str | None:
-    for candidate in (name, "label") if len(task.names) == 1 else (name,):
-        if rows and candidate in rows[0]:
-            return candidate
-    return None
+def _read_column(cells: list[str], column: str, task: Task, place: int) -> list[float]:
+    name = task.names[place]
+    # A word that stands for the negative class: what is neither the positive one nor a number.
+    others = {cell for cell in cells if cell.lower() not in MISSING and cell != name and _number(cell) is None}
+    negative = next(iter(others)) if task.kind == "binary" and len(others) == 1 else None
+    values = []
+    for cell in cells:
+        number = _number(cell)
+        plain = str(int(number)) if number is not None and number == int(number) else cell
+        if cell.lower() in MISSING:
+            values.append(math.nan)
+        elif task.kind == "multiclass" and (cell in task.names or plain in task.names):
+            values.append(float(task.names.index(cell if cell in task.names else plain)))
+        elif task.kind == "regression" and number is not None:
+            values.append(number)
+        elif task.kind in ("binary", "multilabel") and (cell in (name, negative) or number in (0.0, 1.0)):
+            values.append(float(cell == name) if number is None else number)
+        else:
+            kinds = {"multiclass": f"one of {', '.join(task.names)}", "regression": "a number"}
+            expected = kinds.get(task.kind, f"0, 1 or '{name}'")
+            raise InputError(f"column {column}", expected, f"'{cell}'", "or leave the cell empty")
+    return values
 
 
-def _value(cell: str, column: str, task: Task, place: int) -> float:
-    if cell.lower() in MISSING:
-        return float("nan")
-    if task.kind == "multiclass":
-        if cell in task.names:
-            return float(task.names.index(cell))
-        raise InputError(f"column {column}", f"one of {', '.join(task.names)}", f"'{cell}'")
-    if task.kind != "regression" and cell == task.names[place]:
-        return 1.0
+def _number(cell: str) -> float | None:
     try:
         value = float(cell)
     except ValueError:
-        value = float("nan")
-    if not np.isfinite(value) or (task.kind != "regression" and value not in (0.0, 1.0)):
-        expected = "a number" if task.kind == "regression" else f"0, 1 or '{task.names[place]}'"
-        raise InputError(f"column {column}", expected, f"'{cell}'")
-    return value
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _regression(

@@ -86,6 +86,18 @@ class TaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelConfig:
+    """Where a manifest holds the truth, to score predictions.
+
+    Attributes:
+        columns: One for a multi-class task, else one per output, in their order. Where empty, those of the outputs'
+            names, or label; without such columns nothing is scored.
+    """
+
+    columns: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Predictions of an adapted classifier or regressor.
 
@@ -95,6 +107,7 @@ class Config:
         input: A file, a DICOM folder, or a folder of such, instead of a table.
         weights: An adapted classifier or regressor, such as RUN/outputs/model of jaxmed tangerine adapt.
         task: What the weights' outputs mean, where their file does not say it.
+        label: Columns of the manifest with the truth.
         maps: Which outputs get a map per scan: "top" the one with the highest score, "all" each, "none" none.
         threshold: Probability from which a binary label counts as predicted.
         shown: Scans whose map the report shows.
@@ -109,6 +122,7 @@ class Config:
     input: Path | None = None
     weights: Path | None = None
     task: TaskConfig = TaskConfig()
+    label: LabelConfig = LabelConfig()
     maps: Maps = "top"
     threshold: float = 0.5
     shown: int = 4
@@ -147,7 +161,7 @@ def run(config: Config, folder: RunFolder) -> int:
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
     published = load_published(config.weights, task=config.task.task)
     model, task = require_classifier(published, config.weights)
-    targets = read_targets([record.row for record in records], task) if config.data.manifest else None
+    targets = read_targets([r.row for r in records], task, config.label.columns) if config.data.manifest else None
     preprocess = config.preprocess.apply(published.preprocess)
     mesh = lay_out(config.batch, config.mesh)
     if len(records) == 1:
