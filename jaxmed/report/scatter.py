@@ -1,6 +1,6 @@
 """Points in a plane, coloured by group."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float64
@@ -16,7 +16,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def scatter(
-    groups: Mapping[str, Float64[np.ndarray, "point 2"]], *, xlabel: str, ylabel: str, caption: str, alt: str = ""
+    groups: Mapping[str, Float64[np.ndarray, "point 2"]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    caption: str,
+    names: Mapping[str, Sequence[str]] | None = None,
+    alt: str = "",
 ) -> Figure:
     """Draw points, one colour per group; a second round of colours has another mark.
 
@@ -25,6 +31,7 @@ def scatter(
         xlabel: Name and unit of the first coordinate.
         ylabel: Name and unit of the second.
         caption: Text under the figure.
+        names: Of the points of each group, to write beside a few of them.
         alt: Description of the picture; empty for one made from the numbers of points.
     """
     number = sum(len(points) for points in groups.values())
@@ -41,6 +48,9 @@ def scatter(
                 points[:, 0], points[:, 1], marker, markersize=size, color=color, alpha=0.75, markeredgewidth=0,
                 label=label,
             )  # fmt: skip
+            for text, (x, y) in zip((names or {}).get(name, ()), points, strict=False):
+                style = {"textcoords": "offset points", "xytext": (5, 3), "color": theme.muted, "size": 7.5}
+                ax.annotate(short_label(text, 24), (x, y), **style)
         ax.set_xlabel(short_label(xlabel))
         ax.set_title(short_label(ylabel), loc="left", color=theme.muted, size=9, pad=10)
         ax.margins(0.06)

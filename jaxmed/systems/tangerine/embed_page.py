@@ -15,6 +15,7 @@ from jaxmed.systems.tangerine.feature_space import DUPLICATE
 
 SHOWN = 20  # rows of a table
 MOST_GROUPS = 12
+MOST_NAMES = 16  # written beside the points of the picture
 
 
 def write_page(folder: Path) -> None:
@@ -75,6 +76,8 @@ def _plane_section(table: Rows, summary: dict[str, Any]) -> Section:
     places = np.array([table.floats("first"), table.floats("second")], np.float64).T
     labels = np.array(table.column("label"))
     groups = group_points(places, labels)
+    ids = group_points(np.array(table.column("id")), labels) if len(labels) <= MOST_NAMES else {}
+    names = {name: texts.tolist() for name, texts in ids.items()}
     first, second = summary["explained"]
     caption = (
         f"Every scan by its {summary['kind']} features, on the plane of their largest spread (principal components of "
@@ -84,7 +87,7 @@ def _plane_section(table: Rows, summary: dict[str, Any]) -> Section:
         caption += " Coloured by label."
     return Section(
         "Scans side by side",
-        [scatter(groups, xlabel="first component", ylabel="second component", caption=caption)],
+        [scatter(groups, xlabel="first component", ylabel="second component", caption=caption, names=names)],
     )
 
 

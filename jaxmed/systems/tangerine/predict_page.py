@@ -9,9 +9,11 @@ from jaxmed.config import from_record, read_record
 from jaxmed.io.tables import Table as Rows
 from jaxmed.io.tables import read_table
 from jaxmed.models.heads import Task
+from jaxmed.models.published.preprocess import WARMEST_AIR
 from jaxmed.report.figures import histograms
 from jaxmed.report.overlay import Slices, overlay_slices
 from jaxmed.report.page import Note, Section, Table, Text, write_report
+from jaxmed.report.slices import display_range
 from jaxmed.systems.tangerine.embed_page import SHOWN, troubles
 
 FEWEST_FOR_HISTOGRAM = 8
@@ -107,8 +109,12 @@ def _maps_section(folder: Path, task: Task, summary: dict[str, Any]) -> list[Sec
         caption = f"{preview['id']}: {name}, {unit} {preview['values'][preview['output']]:.3g}."
         if not slices.largest:
             caption += " The map is 0 everywhere: no patch raises this output."
+        # What is no CT in HU, and was warned of, would be all white in the window of the model.
+        is_hu = float(slices.image.min()) < WARMEST_AIR
+        limits = (low, high) if is_hu else display_range(slices.image.reshape(-1).astype(np.float64))
+        unit_shown = "HU" if is_hu else "as stored"
         blocks.append(
-            overlay_slices(slices, caption=caption, limits=(low, high), names=("Scan", "With map"), unit="HU")
+            overlay_slices(slices, caption=caption, limits=limits, names=("Scan", "With map"), unit=unit_shown)
         )
     if not blocks:
         return []
