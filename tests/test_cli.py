@@ -69,6 +69,27 @@ def test_an_error_that_the_parser_words_anew_still_ends_in_one_line():
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (["Unrecognized options: --head, 2", "-", "Perhaps you meant:", "--heads INT"],
+         "--head, 2: expected a known option, found an unknown one; did you mean '--heads'?"),
+        (["Missing from jaxmed x y:", "PATH", "A file. (required)", "-", "For full helptext"],
+         "PATH: expected a value, found nothing; see jaxmed x y --help"),
+        (["Error parsing --n: no type matching {None}|INT could be instantiated from", "['k'].", "", "Got errors:"],
+         "--n: expected None or INT, found k; see jaxmed x y --help"),
+        (["invalid choice 'z' for argument '--kind'. Expected one of ('b',", "'a').", "-"],
+         "--kind: expected one of a, b, found z; see jaxmed x y --help"),
+    ],
+)  # fmt: skip
+def test_both_styles_of_the_parser_end_in_the_same_line(text, told):
+    """A box where the terminal has UTF-8, rules of dashes elsewhere."""
+    box = ["╭─ Title ──╮", *(f"│ {'─' * 9 if line == '-' else line} │" for line in text), "╰──────────╯"]
+    plain = [" Title  ", " -------- ", *(f"  {'-' * 9 if line == '-' else line}  " for line in text)]
+    assert str(parse_error("\n".join(box), "jaxmed x y")) == told
+    assert str(parse_error("\n".join(plain), "jaxmed x y")) == told
+
+
 def test_version_and_doctor(capsys):
     assert main(["--version"]) == 0
     assert main(["doctor"]) == 0

@@ -306,6 +306,20 @@ def test_a_file_without_its_whole_decoder_is_an_encoder(tmp_path, lost):
     assert set(load_published(tmp_path / "again.safetensors").params) == {"encoder"}
 
 
+@pytest.mark.slow
+def test_full_size_round_trip_is_exact(tmp_path):
+    """The published ViT-L with its decoder, 1.3 GB, without any hint."""
+    values = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
+    entries = tangerine.entries(TANGERINE_LARGE)
+    safetensors.write(tmp_path / "a.safetensors", {entry.name: np.resize(values, entry.shape) for entry in entries})
+    published = load_published(tmp_path / "a.safetensors")
+    assert published.config == TANGERINE_LARGE and published.report.notes == ()
+    export_published(published, tmp_path / "b.safetensors")
+    original, again = (safetensors.read(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert set(original) == set(again)
+    assert all(np.array_equal(again[name], array) for name, array in original.items())
+
+
 # Live parity: models written from the specification in tests/support/torch_tangerine.py.
 
 
