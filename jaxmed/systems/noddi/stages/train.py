@@ -149,6 +149,7 @@ def train_in_folder(
 
         def restore(state: State) -> State:
             nonlocal update_epochs
+            labelling.close()  # a terminal has room for one bar
             found = checkpoints.restore(state)
             log.rewind(0 if found is None else found.step)
             if found is not None:
@@ -170,8 +171,9 @@ def train_in_folder(
                 checkpoints.save(epoch, state)
                 last_save = time.monotonic()
 
-        labelling = bars.enter_context(log.progress("Simulating and labelling", config.signals, "signals"))
-        return train(key, bvals, bvecs, config, restore=restore, on_epoch=on_epoch, on_block=labelling)
+        labelling = bars.enter_context(contextlib.ExitStack())
+        on_block = labelling.enter_context(log.progress("Simulating and labelling", config.signals, "signals"))
+        return train(key, bvals, bvecs, config, restore=restore, on_epoch=on_epoch, on_block=on_block)
 
 
 def write_validation(path: Path, key: jax.Array, network: Network) -> None:
