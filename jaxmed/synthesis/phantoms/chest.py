@@ -1,9 +1,9 @@
 """A chest CT with known findings: a pure function of a key.
 
-Body, lungs, heart, diaphragm, spine, ribs and branching vessels, drawn anew for every subject, with up to three
-findings: a solid nodule, emphysema of the upper lungs, and a reticular pattern at the bases. Shares of voxels are soft
-at every border (partial volume), so the shape may be small. Lung size and density vary between subjects by more than a
-finding changes the mean, so that a model has to see the finding.
+Body, lungs, heart, diaphragm, spine, ribs and branching vessels, drawn anew for every subject, with up to four
+findings: a solid nodule, emphysema of the upper lungs, a reticular pattern at the bases, and fluid behind one lung.
+Shares of voxels are soft at every border (partial volume), so the shape may be small. Lung size and density vary
+between subjects by more than a finding changes the mean, so that a model has to see the finding.
 
 Source: stand-in for low-dose chest CT, jaxmed; mean attenuations of air, lung, soft tissue and bone are textbook
 values, and -970 HU lies below the -950 HU that counts as emphysema on inspiratory CT.
@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxmed.errors import InputError
 
-FINDINGS = ("nodule", "emphysema", "reticular")
+FINDINGS = ("nodule", "emphysema", "reticular", "effusion")
 AIR, LUNG, SOFT, BONE = -1000.0, -850.0, 40.0, 350.0  # HU
-NODULE, EMPHYSEMA, RETICULUM = 30.0, -970.0, -350.0  # HU of a voxel that is wholly one of them
+NODULE, EMPHYSEMA, RETICULUM, FLUID = 30.0, -970.0, -350.0, 10.0  # HU of a voxel that is wholly one of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ChestConfig:
         nodule_radius: Radius in mm of nodules of severity 0 and 1.
         emphysema_share: Share of the upper lungs that is emphysema at severity 0 and 1.
         reticular_share: Weight of the network at severity 0 and 1.
+        effusion_depth: Largest depth of the fluid in mm, at the base, at severity 0 and 1; subjects lie on their backs.
     """
 
     field_of_view: tuple[float, float, float] = (320.0, 320.0, 320.0)
@@ -47,6 +48,7 @@ class ChestConfig:
     nodule_radius: tuple[float, float] = (8.0, 15.0)
     emphysema_share: tuple[float, float] = (0.15, 0.4)
     reticular_share: tuple[float, float] = (0.35, 0.8)
+    effusion_depth: tuple[float, float] = (30.0, 70.0)
 
     def __post_init__(self) -> None:
         if min(self.field_of_view) <= 0:
@@ -56,8 +58,9 @@ class ChestConfig:
             raise ValueError(f"noise, lung_density_range, num_vessels: expected 0 or more, found {found}")
         if not 0 <= self.severity[0] <= self.severity[1] <= 1:
             raise ValueError(f"severity: expected a range within [0, 1], found {self.severity}")
-        if min(self.nodule_radius) <= 0:
-            raise ValueError(f"nodule_radius: expected mm above 0, found {self.nodule_radius}")
+        for name in ("nodule_radius", "effusion_depth"):
+            if min(getattr(self, name)) <= 0:
+                raise ValueError(f"{name}: expected mm above 0, found {getattr(self, name)}")
         for name in ("emphysema_share", "reticular_share"):
             share = getattr(self, name)
             if not 0 < min(share) <= max(share) < 1:
@@ -137,7 +140,10 @@ def make_chest(
     array = _blend(array, SOFT, vessels * lung)
     shares, severity = _draw_findings(finding_key, points, lungs, lung, shape, config, width)
     shares = shares * flags[:, None, None, None]
-    for level, share in zip((EMPHYSEMA, RETICULUM, NODULE), (shares[1], shares[2], shares[0]), strict=True):
+    nodule, emphysema, reticular, effusion = shares
+    for level, share in (
+        (EMPHYSEMA, emphysema), (RETICULUM, reticular), (NODULE, nodule), (FLUID, effusion)
+    ):  # fmt: skip
         array = _blend(array, level, share)
     noise = config.noise * _scanner_noise(noise_key, shape)
     return ChestPhantom(array + noise, lung > 0.5, shares > 0, flags, severity)
@@ -252,15 +258,11 @@ def _draw_vessels(key, points, lungs, num_vessels, width):
 
 def _draw_findings(key, points, lungs, lung, shape, config, width):
     """Return the share of each of FINDINGS in every voxel, and their severities."""
-    severity_key, nodule_key, emphysema_key, reticular_key = jax.random.split(key, 4)
+    severity_key, nodule_key, emphysema_key, reticular_key, effusion_key = jax.random.split(key, 5)
     low, high = config.severity
     severity = jax.random.uniform(severity_key, (len(FINDINGS),), minval=low, maxval=high)
-    radius, amount, weight = (
-        _blend(*limits, level)
-        for limits, level in zip(
-            (config.nodule_radius, config.emphysema_share, config.reticular_share), severity, strict=True
-        )
-    )
+    ranges = (config.nodule_radius, config.emphysema_share, config.reticular_share, config.effusion_depth)
+    radius, amount, weight, depth = (_blend(*limits, level) for limits, level in zip(ranges, severity, strict=True))
     # The solid lung (no border) is what the textures may fill: they never reach the wall.
     solid = jnp.clip(2 * lung - 1, 0.0, 1.0)
     nodule = _nodule(nodule_key, points, lungs, radius, width) * solid
@@ -272,7 +274,8 @@ def _draw_findings(key, points, lungs, lung, shape, config, width):
     nets = [jnp.abs(_smooth_field(k, shape, config.field_of_view, 11.0)) for k in (first, second)]
     walls = jnp.clip(1.3 - 3.0 * jnp.minimum(*nets), 0.0, 1.0)
     lower = jnp.clip((-5 - points[2]) / 25, 0.0, 1.0)
-    return jnp.stack([nodule, emphysema, weight * walls * lower * solid]), severity
+    fluid = _fluid(effusion_key, points, lungs, depth, width) * solid
+    return jnp.stack([nodule, emphysema, weight * walls * lower * solid, fluid]), severity
 
 
 def _nodule(key, points, lungs, radius, width):
@@ -283,6 +286,16 @@ def _nodule(key, points, lungs, radius, width):
     center = lungs.rotation[side] @ (unit * lungs.radius[side]) + lungs.center[side]
     gap = sum((p - c) ** 2 for p, c in zip(points, center, strict=True))
     return _inside(jnp.sqrt(gap) - radius, width)
+
+
+def _fluid(key, points, lungs, depth, width):
+    """Return the share of a crescent along the back of one lung, deepest at its base and nothing near its apex."""
+    side = jax.random.bernoulli(key).astype(int)
+    x, y, z = points
+    back = lungs.center[side, 1] - lungs.radius[side, 1]
+    top = lungs.center[side, 2] + 0.5 * lungs.radius[side, 2]
+    level = depth * jnp.clip((top - z) / (1.2 * lungs.radius[side, 2]), 0.0, 1.0)
+    return _inside(y - back - level, width) * jnp.where((x > 0) == (side == 1), 1.0, 0.0)
 
 
 def _random_in_ball(key, shape):

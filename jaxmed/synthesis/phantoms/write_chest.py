@@ -34,7 +34,7 @@ def write_chest_cohort(
     shape: tuple[int, int, int] = (64, 64, 64),
     config: ChestConfig = ChestConfig(),
     *,
-    finding: Literal["nodule", "emphysema", "reticular"] = "nodule",
+    finding: Literal["nodule", "emphysema", "reticular", "effusion"] = "nodule",
     distractors: float = 0.0,
     fractions: tuple[float, float, float] = (0.6, 0.2, 0.2),
 ) -> Path:
@@ -55,7 +55,7 @@ def write_chest_cohort(
 
     Returns:
         The manifest, with the columns path (relative to it), subject, label (1 with the finding), split, and 0 or 1
-        under nodule, emphysema and reticular.
+        under nodule, emphysema, reticular and effusion.
 
     Raises:
         InputError: A setting is impossible, or the folder holds a cohort of other settings.
