@@ -80,8 +80,9 @@ def _pictures_section(folder: Path, summary: dict[str, Any]) -> list[Section]:
         }
         spacing = volumes["Input"].spacing
         caption = (
-            f"Held-out volume {number + 1}, on the model's grid: the input, what the encoder sees of it, and the input "
-            f"with hidden patches as predicted. Root mean square error {scale * found['error'] ** 0.5:.0f} HU."
+            f"Held-out volume {number + 1}, on the model's grid: the input, what the encoder sees of it (hidden "
+            "patches black), and the input with hidden patches as predicted. Root mean square error "
+            f"{scale * found['error'] ** 0.5:.0f} HU."
         )
         arrays = {label: volume.array for label, volume in volumes.items()}
         x, y, z = map(float, spacing)

@@ -1,0 +1,384 @@
+"""From a CT to TANGERINE's cube and back: the grid, the window, the axes, and what is refused."""
+
+import pickle
+
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from jaxmed.errors import InputError
+from jaxmed.io import nifti
+from jaxmed.models.published.preprocess import Preprocess, _spline_resize, _spline_weights, load_input
+from jaxmed.volume import Volume
+
+pytestmark = pytest.mark.core
+# RAS+ of an axial scan: z upwards. Stored axes x, y, z are left-right, back-front, foot-head.
+AXIAL = np.diag([2.0, 2.0, 3.0, 1.0])
+
+
+def volume(array, affine=AXIAL):
+    return Volume.make(np.asarray(array, np.float32), affine)
+
+
+def noise(shape, seed=0):
+    return 300 * np.random.default_rng(seed).standard_normal(shape).astype(np.float32) - 400
+
+
+# Resampling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edge", ["clamp", "zero"])
+@pytest.mark.parametrize(("old", "new"), [(20, 8), (8, 15), (8, 8), (1, 1), (2, 3)])
+def test_a_constant_stays_constant(old, new, edge):
+    # No axis grows to twice its size, so nothing lies outside.
+    found = _spline_resize(np.full((old, 5, 3), -700.0, np.float32), (new, 4, 4), edge)
+    np.testing.assert_allclose(found, -700.0, rtol=1e-6)
+
+
+def test_a_linear_ramp_is_reproduced_in_the_interior():
+    places = np.stack(np.meshgrid(*[np.arange(n) for n in (24, 30, 20)], indexing="ij"))
+    ramp = 10.0 * places[0] - 7.0 * places[1] + 3.0 * places[2] - 500
+    cube = Preprocess(size=(25, 16, 18)).resample(volume(ramp))
+    d, h, w = (np.arange(n) * o / n for n, o in ((25, 20), (16, 30), (18, 24)))
+    expected = 10.0 * w - 7.0 * h[:, None] + 3.0 * d[:, None, None] - 500
+    # The mirrored ends ring by a quarter each voxel: after six of them less than 0.01 HU is left.
+    inside = np.ix_(*[(x > 6) & (x < o - 7) for x, o in ((d, 20), (h, 30), (w, 24))])
+    assert expected[inside].size > 200
+    np.testing.assert_allclose(cube[inside], expected[inside], atol=0.02)
+
+
+@pytest.mark.parametrize("size", [(7, 9, 5), (12, 6, 10), (16, 10, 10)])
+def test_resampling_is_scipys_cubic_spline_at_the_corner_aligned_places(size):
+    array = noise((8, 9, 10))
+    cube = Preprocess(size=size).resample(volume(array))
+    places = np.meshgrid(*[np.arange(n) * o / n for n, o in zip(size, (10, 9, 8), strict=True)], indexing="ij")
+    # Beyond the field of view, half a voxel past the last centre, the last voxel is repeated.
+    places = [np.where(p >= o - 0.5, o - 1, p) for p, o in zip(places, (10, 9, 8), strict=True)]
+    expected = scipy.ndimage.map_coordinates(array.T.astype(np.float64), places, order=3, mode="mirror")
+    np.testing.assert_allclose(cube, expected, rtol=0, atol=2e-3)
+
+
+def test_the_same_size_changes_nothing():
+    array = noise((6, 5, 4))
+    np.testing.assert_array_equal(Preprocess(size=(4, 5, 6)).resample(volume(array)), array.T)
+
+
+@pytest.mark.parametrize(("old", "new", "outside"), [(8, 15, 0), (8, 16, 1), (8, 24, 1), (8, 40, 2), (8, 64, 4)])
+def test_upsampling_by_two_or_more_reaches_beyond_the_field_of_view(old, new, outside):
+    """The last place is old - old/new, and the field of view ends at old - 1/2."""
+    clamped, zeroed = (_spline_weights(old, new, edge) for edge in ("clamp", "zero"))
+    last = np.zeros(old)
+    last[-1] = 1
+    np.testing.assert_array_equal(clamped[: new - outside], zeroed[: new - outside])
+    for row in range(new - outside, new):
+        np.testing.assert_allclose(clamped[row], last, atol=1e-12)
+        np.testing.assert_array_equal(zeroed[row], 0)
+    if outside < new:
+        assert np.abs(zeroed[new - outside - 1]).sum() > 0.9
+    array = np.full((old, 4, 4), -1000.0, np.float32)
+    array[0] = -900
+    cubes = {edge: Preprocess(size=(4, 4, new), edge=edge).resample(volume(array)) for edge in ("clamp", "zero")}
+    assert (cubes["zero"] == 0).sum() == 16 * outside
+    np.testing.assert_allclose(cubes["clamp"][..., new - outside :], -1000.0, atol=0.5)
+
+
+# The window ----------------------------------------------------------------------------------------------------------
+
+
+def test_hounsfield_units_become_0_to_1():
+    values = np.array([-3000.0, -1200.0, -200.0, 800.0, 3000.0])
+    array = np.zeros((5, 2, 2), np.float32) + values[:, None, None]
+    cube = Preprocess(size=(2, 2, 5))(volume(array))
+    assert cube.shape == (2, 2, 5, 1) and cube.dtype == np.float32
+    np.testing.assert_allclose(cube[0, 0, :, 0], [0.0, 0.0, 0.5, 1.0, 1.0], atol=1e-7)
+
+
+def test_overshoot_of_the_spline_is_clipped_after_resampling():
+    array = np.full((16, 4, 4), -1200.0, np.float32)
+    array[8:] = 800.0
+    preprocess = Preprocess(size=(4, 4, 24))
+    raw, cube = preprocess.resample(volume(array)), preprocess(volume(array))
+    assert raw.min() < -1250 and raw.max() > 850
+    assert cube.min() == 0.0 and cube.max() == 1.0
+    np.testing.assert_allclose(cube[..., 0], np.clip((raw + 1200) / 2000, 0, 1), atol=1e-6)
+
+
+# Axes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["zyx", "xyz", "zxy", "yzx", "yxz", "xzy"])
+def test_axis_orders(order):
+    array = noise((4, 5, 6))
+    shape = tuple(array.shape["xyz".index(letter)] for letter in order)
+    found = Preprocess(size=shape, axis_order=order).resample(volume(array))
+    np.testing.assert_array_equal(found, np.einsum(f"xyz->{order}", array))
+
+
+def test_a_nifti_file_is_read_as_simpleitk_reads_it(tmp_path):
+    array = noise((4, 5, 6)).round()
+    nifti.write(tmp_path / "scan.nii.gz", volume(array))
+    found = Preprocess(size=(6, 5, 4)).resample(tmp_path / "scan.nii.gz")
+    np.testing.assert_array_equal(found, array.transpose(2, 1, 0))
+
+
+def test_a_dicom_folder_is_read(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    stored = np.random.default_rng(0).integers(0, 2000, (5, 4, 6)).astype("<i2")
+    for index, image in enumerate(stored):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+        meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        data = pydicom.Dataset()
+        data.file_meta = meta
+        data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        data.SeriesInstanceUID, data.Modality = "1.2.3", "CT"
+        data.Rows, data.Columns = image.shape
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
+        data.PixelData = image.tobytes()
+        data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 2.5 * index], [1, 0, 0, 0, 1, 0]
+        data.PixelSpacing, data.SliceThickness = [0.7, 0.7], 2.5
+        data.RescaleSlope, data.RescaleIntercept = 1, -1024
+        data.save_as(tmp_path / f"{9 - index}.dcm", enforce_file_format=True)
+    preprocess = Preprocess(size=(5, 4, 6))
+    np.testing.assert_array_equal(preprocess.resample(tmp_path), stored - 1024.0)  # slices from foot to head
+    np.testing.assert_array_equal(load_input(tmp_path, preprocess), preprocess(tmp_path))
+
+
+def test_axes_of_another_order_are_told():
+    preprocess = Preprocess()
+    assert preprocess.check_orientation(volume(noise((4, 4, 4)))) == []
+    assert preprocess.check_orientation(volume(noise((4, 4, 4)), np.diag([-1.0, -1.0, 1.0, 1.0]))) == []
+    coronal = AXIAL[:, [0, 2, 1, 3]]  # stored axes: left-right, foot-head, back-front
+    found = preprocess.check_orientation(volume(noise((4, 4, 4)), coronal))
+    assert len(found) == 2
+    assert "axis D of the cube runs anterior-posterior (stored axis z of RSA)" in found[0]
+    assert "axis H of the cube runs superior-inferior" in found[1] and "axis_order='yzx'" in found[1]
+    assert Preprocess(axis_order="yzx").check_orientation(volume(noise((4, 4, 4)), coronal)) == []
+
+
+def test_values_that_cannot_be_hounsfield_units_are_told():
+    assert Preprocess().check(volume(noise((8, 8, 8)))) == []
+    found = Preprocess().check_values(volume(np.abs(noise((4, 4, 4)))))
+    assert len(found) == 1 and "do not look like CT in HU" in found[0]
+
+
+# The way back --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["zyx", "yzx"])
+def test_inverse_map_puts_a_map_where_it_belongs_on_odd_grids(order):
+    shape = (31, 27, 23)
+    scan = volume(noise(shape))
+    preprocess = Preprocess(size=(16, 20, 24), axis_order=order)
+    # A function of the place in the scan, linear along each axis, sampled on the cube: the way back is exact up to the
+    # last voxels, which lie beyond the cube's last centre.
+    axes = [np.arange(n) * shape["xyz".index(a)] / n for n, a in zip(preprocess.size, order, strict=True)]
+    slopes = dict(zip("xyz", (1.0, -2.0, 0.5), strict=True))
+    cube = sum(
+        slopes[a] * axis.reshape([-1 if place == i else 1 for i in range(3)])
+        for place, (a, axis) in enumerate(zip(order, axes, strict=True))
+    )
+    found = preprocess.inverse_map(np.asarray(cube, np.float32), scan)
+    x, y, z = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
+    expected = 1.0 * x - 2.0 * y + 0.5 * z
+    inside = np.ix_(*[np.arange(n) <= axes[order.index(a)][-1] for n, a in zip(shape, "xyz", strict=True)])
+    assert found.array.shape == shape and found.array.dtype == np.float32
+    np.testing.assert_allclose(found.array[inside], expected[inside], atol=2e-4)
+    np.testing.assert_array_equal(found.affine, scan.affine)
+    with pytest.raises(InputError, match=r"cube: expected a map of shape \(16, 20, 24\), found \(4, 4, 4\)"):
+        preprocess.inverse_map(np.zeros((4, 4, 4), np.float32), scan)
+
+
+def test_a_smooth_scan_survives_the_way_to_the_cube_and_back():
+    x, y, z = np.meshgrid(*[np.linspace(0, 2, n) for n in (33, 29, 25)], indexing="ij")
+    scan = volume(500 * np.sin(x) * np.cos(y) - 300 * z)
+    preprocess = Preprocess(size=(32, 32, 32))
+    back = preprocess.inverse_map(preprocess.resample(scan), scan)
+    np.testing.assert_allclose(back.array[2:-2, 2:-2, 2:-2], scan.array[2:-2, 2:-2, 2:-2], atol=1.0)
+
+
+def test_the_affine_of_a_cube_leads_to_the_scans_world():
+    affine = np.array([[0.0, 2.0, 0.0, -40.0], [-1.5, 0.0, 0.0, 70.0], [0.0, 0.0, 3.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
+    scan = volume(noise((20, 10, 8)), affine)
+    preprocess = Preprocess(size=(16, 20, 10))
+    cube = preprocess.cube_affine(scan.grid)
+    # Cube voxel (d, h, w) samples stored index (w * 20/10, h * 10/20, d * 8/16).
+    for d, h, w in ((0, 0, 0), (4, 6, 5), (15, 19, 9)):
+        np.testing.assert_allclose(cube @ [d, h, w, 1], affine @ [w * 2.0, h * 0.5, d * 0.5, 1], atol=1e-12)
+
+
+# Files and mistakes --------------------------------------------------------------------------------------------------
+
+
+def test_prepared_cubes_are_read_as_they_are(tmp_path):
+    cube = np.random.default_rng(0).random((6, 5, 4)).astype(np.float32)
+    preprocess = Preprocess(size=(6, 5, 4))
+    np.savez(tmp_path / "a.npz", volume=cube)
+    np.save(tmp_path / "b.npy", cube[None, ..., None])
+    np.savez_compressed(tmp_path / "c.npz", volume=cube.astype(np.float16))
+    for name, tolerance in (("a.npz", 0), ("b.npy", 0), ("c.npz", 3e-4)):
+        found = load_input(tmp_path / name, preprocess)
+        assert found.shape == (6, 5, 4, 1) and found.dtype == np.float32
+        np.testing.assert_allclose(found[..., 0], cube, atol=tolerance)
+    smaller = load_input(tmp_path / "a.npz", Preprocess(size=(3, 5, 4)))
+    assert smaller.shape == (3, 5, 4, 1) and 0 <= smaller.min() and smaller.max() <= 1
+
+
+def write_cube(name, change):
+    def write(folder):
+        cube = change(np.random.default_rng(0).random((6, 5, 4)))
+        if name.endswith(".npz"):
+            np.savez(folder / name, volume=cube)
+        else:
+            np.save(folder / name, cube, allow_pickle=True)
+        return folder / name
+
+    return write
+
+
+def cut(folder):
+    path = write_cube("a.npz", lambda cube: cube)(folder)
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+def other_name(folder):
+    np.savez(folder / "a.npz", scan=np.zeros((2, 2, 2)))
+    return folder / "a.npz"
+
+
+def poked(value):
+    def change(cube):
+        cube = cube.astype(np.float32)
+        cube[1, 2, 3] = value
+        return cube
+
+    return change
+
+
+def scan_file(change):
+    def write(folder):
+        nifti.write(folder / "a.nii.gz", change(noise((6, 5, 4))), allow_nonfinite=True)
+        return folder / "a.nii.gz"
+
+    return write
+
+
+MISTAKES = {
+    "missing": (lambda folder: folder / "none.npz", "a NumPy file, found no such file"),
+    "cut": (cut, "a NumPy file of numbers, found a damaged one"),
+    "not NumPy": (lambda f: (f / "a.npy").write_bytes(b"hello" * 9) and f / "a.npy", "a NumPy file of numbers"),
+    "another name": (other_name, "an array named 'volume', found scan; save it with np.savez"),
+    "objects": (write_cube("a.npy", lambda cube: np.array([{}, None])), "found a damaged one or one of objects"),
+    "text": (write_cube("a.npy", lambda cube: np.array(["a"])), "real numbers, found <U1"),
+    "complex": (write_cube("a.npz", lambda cube: cube + 1j), "real numbers, found complex128"),
+    "two volumes": (write_cube("a.npz", lambda cube: np.stack([cube, cube])), r"a 3D volume, found shape (2, 6, 5, 4)"),
+    "flat": (write_cube("a.npz", lambda cube: cube[0]), "a 3D volume, found shape (5, 4)"),
+    "empty": (write_cube("a.npz", lambda cube: cube[:0]), "a 3D volume, found shape (0, 5, 4)"),
+    "in HU": (write_cube("a.npz", lambda cube: 2000 * cube - 1200), "values normalised to [0, 1], found [-11"),
+    "NaN": (write_cube("a.npz", poked(np.nan)), "finite voxels, found 1 NaN or Inf of 120"),
+    "Inf": (write_cube("a.npz", poked(-np.inf)), "finite voxels, found 1 NaN or Inf of 120"),
+    "constant": (write_cube("a.npz", np.zeros_like), "an image with contrast, found a constant volume, 0 everywhere"),
+    "NaN in a scan": (scan_file(lambda array: volume(poked(np.nan)(array))), "NaN or Inf voxels of 120"),
+    "constant scan": (scan_file(lambda array: volume(np.full_like(array, -5))), "a constant volume, -5 everywhere"),
+    "4D scan": (scan_file(lambda array: volume(np.stack([array, array], -1))), "3D data"),
+    "no image": (lambda f: (f / "a.nii.gz").write_bytes(b"hello" * 99) and f / "a.nii.gz", "a.nii.gz: expected"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_with_the_file(mistake, tmp_path):
+    make, message = MISTAKES[mistake]
+    path = make(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load_input(path, Preprocess(size=(4, 4, 4)))
+    assert path.name in str(caught.value) and message in str(caught.value)
+
+
+def test_a_volume_in_memory_is_checked_too():
+    for array in (np.full((4, 4, 4), 7.0), np.where(np.arange(64).reshape(4, 4, 4) == 5, np.nan, 1.0)):
+        with pytest.raises(InputError, match="volume: expected"):
+            Preprocess()(volume(array))
+    with pytest.raises(InputError, match=r"volume: expected a 3D volume, found shape \(4, 4, 4, 2\)"):
+        Preprocess()(volume(noise((4, 4, 4, 2))))
+
+
+@pytest.mark.parametrize("settings", [{"size": (0, 4, 4)}, {"axis_order": "zyy"}, {"low": 900.0}, {"edge": "mirror"}])
+def test_settings_are_checked(settings, monkeypatch):
+    with pytest.raises(Exception, match=next(iter(settings))):  # beartype refuses words that are no Literal
+        Preprocess(**settings)
+
+
+def test_it_travels_to_worker_processes():
+    preprocess = Preprocess(size=(4, 5, 6), edge="zero")
+    assert pickle.loads(pickle.dumps(preprocess)) == preprocess
+
+
+# Against SimpleITK ---------------------------------------------------------------------------------------------------
+
+
+def simpleitk_cube(array, affine, size, kind):
+    """The original: new spacing size * spacing / 256, same origin and direction, cubic B-spline, else 0 HU."""
+    import SimpleITK as sitk
+
+    image = sitk.Cast(sitk.GetImageFromArray(np.ascontiguousarray(array.T)), kind)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    x, y, z = size[::-1]
+    resample = sitk.ResampleImageFilter()
+    resample.SetSize((x, y, z))
+    resample.SetOutputSpacing([n * s / m for n, s, m in zip(image.GetSize(), spacing, (x, y, z), strict=True)])
+    resample.SetOutputOrigin(image.GetOrigin())
+    resample.SetOutputDirection(image.GetDirection())
+    resample.SetInterpolator(sitk.sitkBSpline)
+    resample.SetDefaultPixelValue(0)
+    return sitk.GetArrayFromImage(resample.Execute(image)).astype(np.float64)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((40, 36, 30), (24, 28, 20)),  # shrinks
+        ((20, 21, 22), (33, 32, 31)),  # grows by less than two
+        ((16, 15, 8), (16, 30, 32)),  # stays, twice exactly, twice exactly
+        ((9, 8, 7), (35, 24, 27)),  # grows by more than two
+    ],
+)
+def test_resampling_equals_simpleitk(shape, size):
+    import SimpleITK as sitk
+
+    array = noise(shape).round()
+    expected = simpleitk_cube(array, AXIAL, size, sitk.sitkFloat64)
+    found = Preprocess(size=size, edge="zero").resample(volume(array))
+    # Over the whole cube, edge included; SimpleITK's zeros are exactly ours.
+    np.testing.assert_array_equal(found == 0, expected == 0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.01)
+    clamped = Preprocess(size=size).resample(volume(array))
+    np.testing.assert_allclose(clamped[expected != 0], expected[expected != 0], rtol=0, atol=0.01)
+
+
+REAL = {
+    "thorax": "chest_ct_heart/ct_thorax_crop.nii.gz",
+    "abdomen": "abdomen_ct/ct_abdomen_pelvis_3mm.nii.gz",
+    "pelvis": "sts_mr_pet_ct/STS_002/ct_image.nii.gz",
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("edge", [96, 160])
+def test_real_scans_equal_simpleitk_within_one_hounsfield_unit(name, edge, shared_data):
+    import SimpleITK as sitk
+
+    scan = nifti.read(shared_data / REAL[name])
+    found = Preprocess(size=(edge,) * 3, edge="zero").resample(scan)
+    difference = np.abs(found - simpleitk_cube(scan.array, scan.affine, (edge,) * 3, sitk.sitkFloat64))
+    print(f"{name} to {edge}^3: largest difference {difference.max():.4f} HU")
+    assert difference.max() < 0.02
+    # Files of int16 stay int16 in SimpleITK, which cuts the fraction off towards 0.
+    whole = simpleitk_cube(scan.array, scan.affine, (edge,) * 3, sitk.sitkInt16)
+    assert np.abs(found - whole).max() < 1.02
+    assert np.mean(np.trunc(found) == whole) > 0.999
