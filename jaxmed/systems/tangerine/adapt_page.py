@@ -1,0 +1,254 @@
+"""The report of an adaptation, made from what it left in its folder."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmed.config import from_record, read_record
+from jaxmed.errors import InputError
+from jaxmed.io.tables import Table as Rows
+from jaxmed.io.tables import read_table
+from jaxmed.metrics.classification import operating_curve, reliability_curve
+from jaxmed.models.heads import Task
+from jaxmed.report.figures import Bar, agreement, bars, curves
+from jaxmed.report.page import Note, Section, Table, Text, write_report
+from jaxmed.systems.tangerine.pretrain_page import series
+from jaxmed.systems.tangerine.scores import MISSING
+from jaxmed.train.log import read_metrics
+
+GROUPS = {
+    "seen": "distribution seen in pre-training",
+    "unseen": "distribution not seen in pre-training",
+    "other": "other centre, seen in neither stage",
+}
+MEASURES = {
+    "binary": ("auroc", "aupr", "accuracy", "f1", "sensitivity", "specificity", "brier", "ece_equal_width", "loss"),
+    "multiclass": ("auroc_macro", "auroc", "aupr_macro", "aupr", "accuracy", "f1_macro", "f1", "brier",
+                   "ece_equal_width", "loss"),
+    "multilabel": ("auroc_macro", "auroc", "aupr_macro", "aupr", "accuracy", "f1", "brier", "ece_equal_width", "loss"),
+    "regression": ("r2", "mae", "mse", "loss"),
+}  # fmt: skip
+HEADLINE = {"binary": "auroc", "multiclass": "auroc_macro", "multilabel": "auroc_macro", "regression": "r2"}
+SPELT = {"auroc": "AUROC", "aupr": "AUPRC", "f1": "F1", "r2": "R2", "mse": "MSE", "mae": "MAE", "ece": "ECE"}
+MOST_CURVES = 12
+FEWEST_FOR_CALIBRATION = 20
+
+
+def write_page(folder: Path) -> None:
+    """Write report.html of a run folder from its config.json, metrics.jsonl and outputs/."""
+    record = read_record(folder / "config.json")
+    summary = read_record(folder / "outputs" / "summary.json")
+    task = from_record(Task, summary["task"], str(folder / "outputs" / "summary.json"))
+    scores = read_table(folder / "outputs" / "metrics.csv")
+    how = {"full": "Fine-tuned from", "frozen": "A head trained on", "logistic": "A linear probe on"}[summary["mode"]]
+    number = summary["records"]["train"]
+    write_report(
+        folder / "report.html",
+        title="TANGERINE adapted",
+        subtitle=f"{how} {summary['start']}: {', '.join(task.names)} ({task.kind}), {number:,} training scans",
+        summary=_tiles(scores, task, summary),
+        sections=[
+            _scores_section(scores, task, summary),
+            *_prediction_sections(folder, task, summary),
+            *_training_section(folder, summary),
+            *_probe_section(folder),
+            *_failed_section(folder, summary),
+            _reading_section(task, summary),
+        ],
+        config=record["config"],
+        timing=[(name, seconds, "") for name, seconds in summary["seconds"].items()],
+        software=record["versions"] | {"device": summary["device"]},
+        command=summary["command"],
+    )
+
+
+def spell(measure: str) -> str:
+    """Return the name of a measure for reading."""
+    return " ".join(SPELT.get(part, part) for part in measure.split("_"))
+
+
+def _tiles(scores: Rows, task: Task, summary: dict[str, Any]) -> list[tuple[str, object, str]]:
+    tiles: list[tuple[str, object, str]] = []
+    for one in summary["sets"]:
+        row = _find(scores, one["name"], HEADLINE[task.kind])
+        if row is not None:
+            low, high = float(row["low"]), float(row["high"])
+            text = f"{one['name']}, 95 % interval {low:.2f} to {high:.2f}"
+            tiles.append((spell(row["measure"]), round(float(row["estimate"]), 3), text))
+    tiles.append(("Parameters", summary["parameters"], f"selected after step {summary['step']:,}"))
+    return tiles[:6]
+
+
+def _find(scores: Rows, name: str, measure: str) -> dict[str, str] | None:
+    return next((row for row in scores.rows if row["set"] == name and row["measure"] == measure), None)
+
+
+def _scores_section(scores: Rows, task: Task, summary: dict[str, Any]) -> Section:
+    blocks: list[Any] = [Note(text) for text in summary["notes"]]
+    headline = HEADLINE[task.kind]
+    kinds = (headline, headline.removesuffix("_macro"))
+    shown = [row for row in scores.rows if row["measure"] in kinds]
+    if shown:
+        rows = [
+            Bar(f"{row['set']}{_about(row, task)}", *(float(row[name]) for name in ("estimate", "low", "high")),
+                group=GROUPS[row["group"]])
+            for group in GROUPS for row in shown if row["group"] == group
+        ]  # fmt: skip
+        caption = f"{spell(headline.removesuffix('_macro'))} of every set with its 95 % interval."
+        blocks.append(bars(rows, xlabel=spell(headline.removesuffix("_macro")), caption=caption))
+    order = {name: place for place, name in enumerate(MEASURES[task.kind])}
+    for group, words in GROUPS.items():
+        rows = [row for row in scores.rows if row["group"] == group and row["measure"] in order]
+        names = list(dict.fromkeys(row["set"] for row in rows))
+        rows.sort(key=lambda row: (names.index(row["set"]), order[row["measure"]]))
+        if rows:
+            cells = [
+                (row["set"], spell(row["measure"]), row["label"], float(row["estimate"]), float(row["low"]),
+                 float(row["high"]), int(row["records"]), int(row["subjects"]))
+                for row in rows
+            ]  # fmt: skip
+            columns = ("Set", "Measure", "Of", "Estimate", "Low", "High", "Scans", "Subjects")
+            blocks.append(Table(columns, cells, f"{words[0].upper()}{words[1:]}."))
+    return Section("How well it does", blocks)
+
+
+def _about(row: dict[str, str], task: Task) -> str:
+    return "" if row["label"] == "all" or len(task.names) == 1 else f", {row['label']}"
+
+
+def _prediction_sections(folder: Path, task: Task, summary: dict[str, Any]) -> list[Section]:
+    path = folder / "outputs" / "predictions.csv"
+    names = [one["name"] for one in summary["sets"] if one["records"]]
+    if not names:
+        return []
+    table = read_table(path)
+    if task.kind == "regression":
+        return [_agreement_section(table, task, names)]
+    chance = np.array([0.0, 1.0])
+    roc: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    calibration: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name in names:
+        rows = [row for row in table.rows if row["set"] == name]
+        for number, label in enumerate(task.names):
+            truth, values = _column(rows, task, number)
+            title = name if len(task.names) == 1 else f"{name}, {label}"
+            try:
+                curve = operating_curve(truth, values)
+            except InputError:  # one class only: the scores say so
+                continue
+            roc[title] = (1 - curve.specificity, curve.sensitivity)
+            if len(truth) >= FEWEST_FOR_CALIBRATION:
+                bins = reliability_curve(truth, values, num_bins=8, binning="equal_mass")
+                calibration[title] = (bins.confidence, bins.frequency)
+    sections = []
+    if roc:
+        shown = dict(list(roc.items())[:MOST_CURVES]) | {"chance": (chance, chance)}
+        caption = "Sensitivity over 1 - specificity; of several classes, each against the rest."
+        sections.append(
+            Section("ROC", [curves(shown, xlabel="1 - specificity", ylabel="sensitivity", caption=caption)])
+        )
+    if calibration:
+        shown = dict(list(calibration.items())[:MOST_CURVES]) | {"perfect": (chance, chance)}
+        caption = "How often it was true over how probable it was called, in eight groups of equal size."
+        figure = curves(shown, xlabel="predicted probability", ylabel="observed frequency", caption=caption)
+        sections.append(Section("Calibration", [figure]))
+    return sections
+
+
+def _column(rows: list[dict[str, str]], task: Task, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return who has a label, and the probability of it, where it is known."""
+    label = task.names[number]
+    column = "label" if f"label_{label}" not in rows[0] else f"label_{label}"
+    known = [row for row in rows if row[column].lower() not in MISSING]
+    truth = [_is_positive(row[column], label, task) for row in known]
+    return np.array(truth, np.int64), np.array([float(row[f"probability_{label}"]) for row in known], np.float64)
+
+
+def _is_positive(cell: str, label: str, task: Task) -> bool:
+    if cell == label:
+        return True
+    try:
+        value = float(cell)
+    except ValueError:
+        return False
+    if task.kind == "multiclass":
+        return label == str(int(value)) if value == int(value) else False
+    return value == 1
+
+
+def _agreement_section(table: Rows, task: Task, names: list[str]) -> Section:
+    blocks: list[Any] = []
+    for name in names:
+        rows = [row for row in table.rows if row["set"] == name]
+        truth, estimate = {}, {}
+        for label in task.names:
+            column = "label" if f"label_{label}" not in table.columns else f"label_{label}"
+            known = [row for row in rows if row[column].lower() not in MISSING]
+            truth[label] = np.array([float(row[column]) for row in known], np.float64)
+            estimate[label] = np.array([float(row[f"value_{label}"]) for row in known], np.float64)
+        blocks.append(
+            agreement(truth, estimate, caption=f"{name}: predicted over true value, in the unit of the labels.")
+        )
+    return Section("Predicted and true", blocks)
+
+
+def _training_section(folder: Path, summary: dict[str, Any]) -> list[Section]:
+    lines = read_metrics(folder)
+    if summary["mode"] == "logistic" or not lines:
+        return []
+    shown = {"training": series(lines, "loss"), "validation": series(lines, "evaluation/loss")}
+    caption = f"Loss. Kept: step {summary['step']:,}, of the best validation {summary['select']}."
+    blocks: list[Any] = [curves(shown, xlabel="step", ylabel="loss", caption=caption)]
+    areas = series(lines, "evaluation/auroc")
+    if len(areas[0]):
+        text = "AUROC of the validation scans; of several classes or labels, the mean."
+        blocks.append(curves({"validation": areas}, xlabel="step", ylabel="AUROC", caption=text))
+    text = "Learning rate of the head; the rate of each layer before it is smaller by the layer decay."
+    rate = {"rate": series(lines, "learning_rate")}
+    blocks.append(curves(rate, xlabel="step", ylabel="learning rate", caption=text))
+    return [Section("Training", blocks)]
+
+
+def _probe_section(folder: Path) -> list[Section]:
+    path = folder / "outputs" / "probe.csv"
+    if not path.exists():
+        return []
+    table = read_table(path)
+    lines = {}
+    for label in dict.fromkeys(table.column("label")):
+        rows = [row for row in table.rows if row["label"] == label]
+        strengths, losses = (np.array([float(row[n]) for row in rows]) for n in ("strength", "validation_loss"))
+        lines[label] = (np.log10(strengths), losses)
+    chosen = [(row["label"], float(row["strength"]), float(row["validation_loss"])) for row in table.rows
+              if row["chosen"] == "1"]  # fmt: skip
+    caption = "Loss of the validation scans over the weight C of the training loss beside the L2 penalty."
+    blocks = [
+        curves(lines, xlabel="log10 C", ylabel="validation loss", caption=caption),
+        Table(("Label", "C", "Validation loss"), chosen, "The strengths that were kept."),
+    ]
+    return [Section("Strength of the probe", blocks)]
+
+
+def _failed_section(folder: Path, summary: dict[str, Any]) -> list[Section]:
+    number = sum(one["failed"] for one in summary["sets"])
+    if not number:
+        return []
+    rows = [(row["set"], row["reason"]) for row in read_table(folder / "outputs" / "failed.csv").rows[:20]]
+    text = f"{number:,} scans could not be read and were not scored; outputs/failed.csv lists them all."
+    return [Section("Failed", [Note(text, "warning"), Table(("Set", "Reason"), rows)])]
+
+
+def _reading_section(task: Task, summary: dict[str, Any]) -> Section:
+    text = [
+        "Intervals are the middle 95 % of 2000 bootstrap resamples of subjects; they do not hold what another training "
+        "run or another choice of subjects to train on would change. The validation set selected the model, so its "
+        "scores are too good; the test set and other centres tell what to expect.",
+    ]
+    if task.kind in ("binary", "multilabel"):
+        text.append(
+            f"Accuracy, F1, sensitivity and specificity count a probability of {summary['threshold']:g} and above as "
+            "predicted. Class weights move probabilities: look at the calibration before using them."
+        )
+    text.append("Model: TANGERINE, arXiv:2507.01881. For research only, not for diagnosis.")
+    return Section("How to read this", [Text(text)])

@@ -1,0 +1,563 @@
+"""TANGERINE adapt: fine-tune or probe a pre-trained model on labelled scans, and score it here and elsewhere."""
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxmed.arrays.types import Params
+from jaxmed.config import to_record
+from jaxmed.data.loader import LoaderConfig
+from jaxmed.data.records import SubsetSource
+from jaxmed.errors import InputError
+from jaxmed.files import write_json
+from jaxmed.io.tables import Table, read_table, write_table
+from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task, predict_values
+from jaxmed.models.published.load import OWN_LICENCE, Published, load_published, resize_positions
+from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.vit import VitConfig
+from jaxmed.recipes.adapt import AdaptConfig, Adapted, adapt, score, take_encoder
+from jaxmed.synthesis.phantoms.chest import ChestConfig
+from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
+from jaxmed.systems.tangerine.adapt_page import write_page
+from jaxmed.systems.tangerine.adapt_scores import Score, score_set
+from jaxmed.systems.tangerine.augmentation import Augmentation
+from jaxmed.systems.tangerine.checking import check_volumes
+from jaxmed.systems.tangerine.inputs import FrameConfig
+from jaxmed.systems.tangerine.labels import (
+    Cohort,
+    External,
+    ForgivingSource,
+    LabelConfig,
+    LabelledSource,
+    Meaning,
+    balanced_weights,
+    check_classes,
+    find_meaning,
+    find_splits,
+    parse_externals,
+    read_cohort,
+    read_labelled,
+    subjects_of,
+    write_splits,
+)
+from jaxmed.systems.tangerine.records import Prepared, volume_source
+from jaxmed.systems.tangerine.stages import pretrain
+from jaxmed.systems.tangerine.stages.embed import licence_note
+from jaxmed.train.checkpoint import export_parameters
+from jaxmed.train.log import Log
+from jaxmed.train.loop import LoopConfig
+from jaxmed.train.mesh import MeshConfig
+from jaxmed.train.optimizer import OptimizerConfig
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+
+FAILED_COLUMNS = ("path", "set", "reason")
+METRIC_COLUMNS = ("set", "group", "label", "measure", "estimate", "low", "high", "undefined", "records", "subjects")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which scans are learnt from, and which are scored.
+
+    Attributes:
+        manifest: CSV with the columns path (NIfTI in HU, a DICOM folder, or .npz with an array "volume" in [0, 1]),
+            the label columns, and optionally subject and split (train, validation, test).
+        fractions: Shares of subjects in train, validation and test, where there is no column split.
+        group: Whether pre-training saw scans of this distribution, without labels: "seen" or "unseen".
+        external: Further sets, scored and never trained on, as NAME=CSV or NAME:GROUP=CSV; GROUP is "seen", "unseen"
+            or "other" (another centre, in neither stage), which is the default.
+        cache: Folder in which prepared volumes of the manifest are kept (float16, 34 MB each at 256^3). Empty prepares
+            them anew in every epoch.
+        check: Training and validation scans that are read from end to end before the run, evenly spread; of the
+            others only the headers are.
+        embedded: Generate this many phantom chests, and a set of another scanner, instead of reading files.
+    """
+
+    manifest: Path | None = None
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    group: Literal["seen", "unseen"] = "unseen"
+    external: tuple[str, ...] = ()
+    cache: Path | None = None
+    check: int = 16
+    embedded: int = 0
+
+    def __post_init__(self) -> None:
+        # The tables' places are part of words, so nobody else makes them absolute.
+        words = [word.partition("=") for word in self.external]
+        whole = tuple(f"{name}{mark}{Path(path).expanduser().absolute() if path else ''}" for name, mark, path in words)
+        object.__setattr__(self, "external", whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Adaptation of TANGERINE to labels; defaults are the released code's fine-tuning.
+
+    Attributes:
+        data: Labelled scans.
+        label: What is learnt.
+        weights: Published or own weights to start from: a masked autoencoder, or a classifier, whose encoder is taken.
+            Empty trains from scratch.
+        image_size: Voxels of the cube along slices, rows and columns; 0 0 0 takes the weights' (256 from scratch).
+            Positions are interpolated to another size.
+        encoder: Sizes from scratch; of the weights' encoder otherwise, of which only drop_path_rate, remat, scan and
+            attention are taken from here.
+        pool: What the head stands on: "concat" (class token and mean of the patch tokens) or "mean", each under a layer
+            norm, or "class" (the class token after the encoder's final norm).
+        hidden: Width of a hidden layer with leaky ReLU and BatchNorm in the head, 64 in the released code; 0 for none.
+        preprocess: How the files' axes lie, where it is not as the weights expect.
+        mode: "full" trains everything; "frozen" the head alone; "logistic" fits an L2 logistic regression (ridge for
+            regression) to standardised features.
+        optimizer: AdamW with a cosine, and rates that fall towards the first layers.
+        epochs: Passes over the training scans; 0 leaves the length to loop.steps.
+        warmup_epochs: Epochs over which the learning rate rises from 0.
+        evaluate_epochs: Epochs between evaluations on validation scans.
+        select: Which evaluation's parameters are kept: of lowest validation loss, or of highest AUROC.
+        accumulation: Parts in which a batch is processed: the same numbers with less memory.
+        token_keep: Share of the patch tokens that a training step looks at: less memory and time. Scoring sees all.
+        smoothing: Label smoothing of a multi-class task.
+        class_weights: Factors on the loss of each label's positives, or of each class, in the order of the report;
+            empty for ones.
+        balance: Find these factors from the training labels instead, so that classes count alike.
+        augmentation: What happens to training volumes.
+        threshold: Probability from which a binary label counts as predicted, in accuracy, F1 and their like.
+        loader: Batch size (over all devices, all parts) and reading.
+        loop: Intervals of lines and saves; patience.
+        mesh: The devices.
+        dtype: Of the matrix products.
+        seed: Of splits, parameters, augmentation, order and intervals.
+    """
+
+    data: DataConfig = DataConfig()
+    label: LabelConfig = LabelConfig()
+    weights: Path | None = None
+    image_size: tuple[int, int, int] = (0, 0, 0)
+    encoder: VitConfig = VitConfig()
+    pool: Literal["concat", "mean", "class"] = "concat"
+    hidden: int = 0
+    preprocess: FrameConfig = FrameConfig()
+    mode: Literal["full", "frozen", "logistic"] = "full"
+    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, end_lr=1e-6, weight_decay=0.05, layer_decay=0.75)
+    epochs: float = 200
+    warmup_epochs: float = 5
+    evaluate_epochs: float = 1
+    select: Literal["loss", "auroc"] = "loss"
+    accumulation: int = 4
+    token_keep: float = 1.0
+    smoothing: float = 0.1
+    class_weights: tuple[float, ...] = ()
+    balance: bool = False
+    augmentation: Augmentation = Augmentation()
+    threshold: float = 0.5
+    loader: LoaderConfig = LoaderConfig(batch_size=12, num_threads=4)
+    loop: LoopConfig = LoopConfig(log_every=10, save_every=100)
+    mesh: MeshConfig = MeshConfig(data=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 5
+
+    def __post_init__(self) -> None:
+        if len(self.encoder.image_size) != 3:
+            raise ValueError(f"encoder.image_size: expected 3 axes, found {self.encoder.image_size}")
+        if min(self.image_size) < 0 or (any(self.image_size) and not all(self.image_size)):
+            raise ValueError(f"image_size: expected three sizes above 0, or 0 0 0, found {self.image_size}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: expected a probability between 0 and 1, found {self.threshold:g}")
+        if self.balance and self.class_weights:
+            raise ValueError("class_weights: expected none beside balance, found some")
+        self.recipe(())  # refuses what the recipe does
+
+    def recipe(self, weights: tuple[float, ...]) -> AdaptConfig:
+        """Return what the recipe needs to know."""
+        return AdaptConfig(
+            self.mode, self.optimizer, self.loop, self.loader, self.mesh, self.epochs, self.warmup_epochs,
+            self.evaluate_epochs, self.select, self.accumulation, self.token_keep, self.smoothing, weights, self.seed,
+        )  # fmt: skip
+
+
+def paper() -> Config:
+    """ViT-L at 256^3, batch 3 x 4, 200 epochs, bfloat16: for your scans and the published weights."""
+    return Config(encoder=dataclasses.replace(VitConfig(), remat=True, scan=True), dtype="bfloat16")
+
+
+def laptop() -> Config:
+    """A small model, pre-trained and adapted on 300 embedded chests of 64^3, in minutes."""
+    return dataclasses.replace(
+        smoke(), data=DataConfig(embedded=300), image_size=(64, 64, 64), hidden=64, epochs=20, evaluate_epochs=1
+    )
+
+
+def smoke() -> Config:
+    """A tiny model, pre-trained and adapted on embedded chests, in seconds."""
+    # A few dozen steps: the head with BatchNorm learns in these, a linear one would need hundreds.
+    return Config(
+        data=DataConfig(embedded=150),
+        image_size=(32, 32, 32),
+        hidden=16,
+        optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=1e-5, weight_decay=0.05, layer_decay=0.75),
+        epochs=24,
+        warmup_epochs=1,
+        evaluate_epochs=4,
+        select="auroc",
+        loader=LoaderConfig(batch_size=15),
+        accumulation=1,
+    )
+
+
+class Scans(NamedTuple):
+    """Everything labelled that a run knows, checked.
+
+    Attributes:
+        table: The manifest.
+        cohort: Its scans.
+        meaning: What the labels mean.
+        externals: Further sets and their scans.
+        notes: What a user should know about them.
+    """
+
+    table: Table
+    cohort: Cohort
+    meaning: Meaning
+    externals: list[tuple[External, Cohort]]
+    notes: list[str]
+
+
+class Start(NamedTuple):
+    """Where training starts.
+
+    Attributes:
+        model: The classifier to train.
+        params: {"encoder": ...}; None from scratch.
+        preprocess: A file to a cube.
+        licence: Of the weights.
+        notes: What a user should know about them.
+    """
+
+    model: ClassifierConfig
+    params: Params | None
+    preprocess: Preprocess
+    licence: str
+    notes: list[str]
+
+
+class Scored(NamedTuple):
+    """A set that was scored.
+
+    Attributes:
+        name: "validation", "test" or an external set's.
+        group: One of `labels.GROUPS`.
+        cohort: Its scans that could be read.
+        logits: Of these.
+        scores: How well it went.
+        failed: Files that could not be read, and why.
+    """
+
+    name: str
+    group: str
+    cohort: Cohort
+    logits: Float[np.ndarray, "record output"]
+    scores: list[Score]
+    failed: list[tuple[Path, str]]
+
+
+def run(config: Config, folder: RunFolder) -> int:
+    """Read and check, adapt, score every set, export the model, write the report. Returns 1 when scans failed."""
+    began = time.monotonic()
+    is_embedded, notes = config.data.embedded > 0, []
+    if is_embedded:
+        config, notes = make_embedded(config, folder)
+    scans = read_scans(config)
+    first = read_start(config, scans.meaning.task)
+    # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
+    learnt = [path for path, split in zip(scans.cohort.paths, scans.cohort.splits, strict=True) if split != "test"]
+    unexpected = check_volumes(learnt, first.preprocess, config.data.check, config.loader.num_threads)
+    if not is_embedded:
+        start(folder)
+    log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, jax.process_index() == 0)
+    notes += [*scans.notes, *first.notes, *unexpected]
+    for note in notes:
+        log.say(f"Note: {note}")
+    write_splits(folder.outputs / "splits.csv", scans.table, scans.cohort.splits.tolist())
+    weights = config.class_weights
+    if config.balance:
+        weights = balanced_weights(scans.cohort.targets[scans.cohort.splits == "train"], scans.meaning.task)
+    recipe = config.recipe(weights)
+    ready = time.monotonic()
+    adapted = train_model(config, recipe, scans, first, folder, log)
+    trained = time.monotonic()
+    write_model(folder.outputs / "model", adapted, first, scans.meaning.task)
+    sets = [
+        score_cohort(config, recipe, adapted, first.preprocess, scans.meaning.task, *named, log)
+        for named in named_sets(config, scans)
+    ]
+    scored = time.monotonic()
+    notes += [f"{one.name}: {note}" for one, further in sets for note in further]
+    failed = write_tables(folder.outputs, [one for one, _ in sets], adapted, scans.meaning.task)
+    splits = scans.cohort.splits
+    summary = {
+        "task": to_record(scans.meaning.task),
+        "mode": config.mode,
+        "start": "random weights" if first.params is None else "pre-trained weights",
+        "records": {split: int((splits == split).sum()) for split in ("train", "validation", "test")},
+        "sets": [{"name": one.name, "group": one.group, "records": len(one.logits), "failed": len(one.failed)}
+                 for one, _ in sets],
+        "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(adapted.params)),
+        "step": adapted.step,
+        "select": config.select,
+        "class_weights": list(weights),
+        "threshold": config.threshold,
+        "notes": notes,
+        "device": jax.devices()[0].device_kind,
+        "command": f"jaxmed tangerine adapt --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
+        "seconds": {"read and check": ready - began, "adapt, compilation included": trained - ready,
+                    "score, with intervals": scored - trained},
+    }  # fmt: skip
+    write_json(folder.outputs / "summary.json", summary)
+    write_page(folder.path)
+    return 1 if failed else 0
+
+
+report = write_page
+
+
+# Before training -----------------------------------------------------------------------------------------------------
+
+
+def read_scans(config: Config) -> Scans:
+    """Read and check the tables.
+
+    Raises:
+        InputError: For whatever a user can have wrong in them.
+    """
+    if config.data.manifest is None:
+        raise InputError("data.manifest", "a table of labelled scans", "nothing", "or try --preset smoke")
+    externals = parse_externals(config.data.external)
+    table = read_labelled(config.data.manifest, config.label)
+    splits = find_splits(table, config.label, config.data.fractions, config.seed)
+    meaning = find_meaning(table, config.label, splits)
+    task = meaning.task
+    cohort = read_cohort(table, config.label, meaning, splits)
+    check_classes(cohort, task, table.path, config.select == "auroc")
+    if config.select == "auroc" and task.kind == "regression":
+        raise InputError("select", "loss, for a regression", "auroc")
+    notes = [f"The labels are {task.kind}: {', '.join(task.names)}."]
+    if task.kind == "binary" and task.names != config.label.columns:
+        notes[0] += " --label.positive chooses another positive class."
+    if "subject" not in table.columns:
+        notes.append("Without a column 'subject' every scan counts as a subject of its own.")
+    if "test" not in splits:
+        notes.append("No scan of the manifest has the split 'test': only external sets tell of new scans.")
+    others = []
+    known = set(subjects_of(table)) if "subject" in table.columns else set()
+    for external in externals:
+        other = read_labelled(external.path, config.label)
+        words = [external.name] * len(other)
+        others.append((external, read_cohort(other, config.label, meaning, words, may_miss=True)))
+        both = sorted(known & set(subjects_of(other)))
+        if both:
+            notes.append(
+                f"{external.name} has subjects of the same name as the manifest ({', '.join(both[:3])}): if they are "
+                "the same people, its scores are too good."
+            )
+    return Scans(table, cohort, meaning, others, notes)
+
+
+def read_start(config: Config, task: Task) -> Start:
+    """Read the weights, at the size that is wanted, and decide the classifier.
+
+    Raises:
+        InputError: They are of another model.
+    """
+    head = HeadConfig(len(task.names), config.pool, config.hidden)
+    size = config.image_size if any(config.image_size) else None
+    if config.weights is None:
+        encoder = dataclasses.replace(
+            config.encoder, image_size=size or config.encoder.image_size, final_norm=config.pool == "class",
+            dtype=config.dtype,
+        )  # fmt: skip
+        x, y, z = encoder.image_size
+        preprocess = config.preprocess.apply(Preprocess((x, y, z)))
+        note = "No weights were given: the model starts from random ones, as the baseline from scratch."
+        return Start(ClassifierConfig(encoder, head), None, preprocess, OWN_LICENCE, [note])
+    published = load_published(config.weights)
+    notes = [licence_note(published), *published.report.notes]
+    if len(published.config.encoder.image_size) != 3:
+        raise InputError(config.weights, "an encoder of volumes", "one of images")
+    if size is not None and size != published.config.encoder.image_size:
+        old = " x ".join(map(str, published.config.encoder.image_size))
+        published = resize_positions(published, size)
+        notes.append(f"The weights are for {old}: positions were interpolated to {' x '.join(map(str, size))}.")
+    if published.report.kind == "classifier":
+        notes.append("The weights are a classifier's: its encoder is taken, its head is drawn anew.")
+    model = ClassifierConfig(_encoder_of(config, published), head)
+    params = take_encoder(published.params, model.encoder, str(config.weights))
+    return Start(model, params, config.preprocess.apply(published.preprocess), published.report.licence, notes)
+
+
+def _encoder_of(config: Config, published: Published) -> VitConfig:
+    ours = config.encoder
+    return dataclasses.replace(
+        published.config.encoder, final_norm=config.pool == "class", dtype=config.dtype, remat=ours.remat,
+        scan=ours.scan, attention=ours.attention, drop_path_rate=ours.drop_path_rate,
+    )  # fmt: skip
+
+
+def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
+    """Write phantom chests and those of another scanner and, without weights, pre-train a small model on the first."""
+    if config.data.manifest or config.data.external:
+        raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
+    published = None if config.weights is None else load_published(config.weights)
+    size = config.image_size if any(config.image_size) else (32, 32, 32)
+    if published is not None:
+        size = published.preprocess.size
+    start(folder)
+    log = Log(folder.path, folder.options.quiet)
+    finding: Literal["effusion"] = "effusion"
+    chests = ChestConfig(severity=(0.7, 1.0))
+    manifest = write_chest_cohort(
+        folder.path / "inputs", config.seed, config.data.embedded, size, chests, finding=finding,
+        fractions=(0.5, 0.2, 0.3),
+    )  # fmt: skip
+    scanner = dataclasses.replace(chests, noise=40.0, field_of_view=(350.0, 350.0, 330.0))
+    other = write_chest_cohort(
+        folder.path / "inputs" / "elsewhere", config.seed + 1, max(config.data.embedded // 4, 8), size, scanner,
+        finding=finding, fractions=(0.0, 0.0, 1.0),
+    )  # fmt: skip
+    rows = [{**row, "subject": f"elsewhere_{row['subject']}"} for row in read_table(other).rows]
+    write_table(other, list(rows[0]), rows)
+    data = DataConfig(manifest, group="seen", external=(f"elsewhere:other={other}",))
+    config = dataclasses.replace(config, data=data)
+    if published is not None:
+        return config, ["Chests are phantoms; the label is effusion."]
+    is_large = max(size) > 32
+    settings = dataclasses.replace(
+        pretrain.laptop() if is_large else pretrain.smoke(), data=pretrain.DataConfig(validation=0.0),
+        input=manifest.parent / "scans", seed=config.seed, epochs=6,
+    )  # fmt: skip
+    nested = open_run("tangerine", "pretrain", settings, RunOptions(folder.path / "inputs" / "pretrain", quiet=True))
+    if nested.status != "complete":
+        log.say("Pre-training a small model on the embedded chests first, without their labels.")
+        pretrain.run(settings, nested)
+    note = "Chests are phantoms, the label is effusion, and the model was pre-trained on these chests without labels."
+    return dataclasses.replace(config, weights=nested.outputs / "model"), [note]
+
+
+# Training and scoring ------------------------------------------------------------------------------------------------
+
+
+def train_model(
+    config: Config, recipe: AdaptConfig, scans: Scans, first: Start, folder: RunFolder, log: Log
+) -> Adapted:
+    """Adapt on the manifest's training scans, select on its validation scans."""
+    cohort = scans.cohort
+    rows = {split: np.flatnonzero(cohort.splits == split) for split in ("train", "validation")}
+    # Packing reads every scan once: those of the test split may be broken, and are read later.
+    needed = np.sort(np.concatenate(list(rows.values())))
+    paths = tuple(cohort.paths[row] for row in needed)
+    source = LabelledSource(volume_source(paths, first.preprocess, config.data.cache), cohort.targets[needed])
+    train, validation = (SubsetSource(source, np.searchsorted(needed, rows[s])) for s in ("train", "validation"))
+    log.say(f"{len(train):,} scans to train on, {len(validation):,} to select on.")
+    return adapt(
+        recipe, first.model, scans.meaning.task, train, validation, Prepared(first.preprocess),
+        folder=folder, log=log, augment=config.augmentation if config.augmentation.is_on else None, start=first.params,
+    )  # fmt: skip
+
+
+def named_sets(config: Config, scans: Scans) -> list[tuple[str, str, Cohort]]:
+    """Return name, group and scans of everything that is scored."""
+    found = []
+    for split in ("validation", "test"):
+        rows = np.flatnonzero(scans.cohort.splits == split)
+        if len(rows):
+            found.append((split, config.data.group, take(scans.cohort, rows)))
+    return found + [(external.name, external.group, cohort) for external, cohort in scans.externals]
+
+
+def take(cohort: Cohort, rows: np.ndarray) -> Cohort:
+    """Return some scans of a cohort."""
+    return Cohort(
+        tuple(cohort.paths[row] for row in rows),
+        cohort.subjects[rows],
+        cohort.splits[rows],
+        cohort.targets[rows],
+        tuple(cohort.cells[row] for row in rows),
+    )
+
+
+def score_cohort(
+    config: Config,
+    recipe: AdaptConfig,
+    adapted: Adapted,
+    preprocess: Preprocess,
+    task: Task,
+    name: str,
+    group: str,
+    cohort: Cohort,
+    log: Log,
+) -> tuple[Scored, list[str]]:
+    """Predict a set and score it; files that cannot be read are left out and told."""
+    log.say(f"Scoring {len(cohort.paths):,} scans of {name}.")
+    source = ForgivingSource(volume_source(cohort.paths, preprocess), (*preprocess.size, 1))
+    # Reasons are noted where records are read, which has to be this process.
+    reading = dataclasses.replace(recipe, loader=dataclasses.replace(recipe.loader, num_workers=0))
+    logits = score(reading, adapted.config, adapted.params, source, Prepared(preprocess))
+    failed = [(cohort.paths[row], reason) for row, reason in sorted(source.reasons.items())]
+    for _, reason in failed:
+        log.say(f"Failed: {reason}")
+    kept = np.array([row for row in range(len(cohort.paths)) if row not in source.reasons], np.int64)
+    read, notes = take(cohort, kept), []
+    scores: list[Score] = []
+    if len(kept):
+        scores, notes = score_set(
+            task, read.targets, logits[kept], read.subjects, seed=config.seed, threshold=config.threshold
+        )
+    return Scored(name, group, read, logits[kept], scores, failed), notes
+
+
+# Outputs -------------------------------------------------------------------------------------------------------------
+
+
+def write_model(folder: Path, adapted: Adapted, first: Start, task: Task) -> None:
+    """Export the adapted model for predict and embed."""
+    record = {
+        "family": "tangerine",
+        "kind": "classifier",
+        "config": to_record(adapted.config),
+        "preprocess": to_record(first.preprocess),
+        "licence": first.licence,
+        "task": to_record(task),
+    }
+    export_parameters(folder, adapted.params, record)
+
+
+def write_tables(folder: Path, sets: list[Scored], adapted: Adapted, task: Task) -> int:
+    """Write predictions, metrics, choices of a probe, and what failed. Returns the number of failed scans."""
+    prefix = "value" if task.kind == "regression" else "probability"
+    labels = (
+        ["label"] if len(task.names) == 1 or task.kind == "multiclass" else [f"label_{name}" for name in task.names]
+    )
+    outputs = [f"{prefix}_{name}" for name in task.names]
+    rows: list[dict[str, Any]] = []
+    for one in sets:
+        values = np.asarray(predict_values(jax.numpy.asarray(one.logits), task))
+        for number, path in enumerate(one.cohort.paths):
+            row = {"path": path, "subject": one.cohort.subjects[number], "set": one.name, "group": one.group}
+            row |= dict(zip(labels, one.cohort.cells[number], strict=True))
+            rows.append(row | {name: f"{value:.9g}" for name, value in zip(outputs, values[number], strict=True)})
+    write_table(folder / "predictions.csv", ["path", "subject", "set", "group", *labels, *outputs], rows)
+    metrics = [
+        {"set": one.name, "group": one.group, "label": found.label, "measure": found.measure,
+         "estimate": found.interval.estimate, "low": found.interval.low, "high": found.interval.high,
+         "undefined": found.interval.num_undefined, "records": found.records, "subjects": found.subjects}
+        for one in sets for found in one.scores
+    ]  # fmt: skip
+    write_table(folder / "metrics.csv", METRIC_COLUMNS, metrics)
+    if adapted.choices:
+        write_table(folder / "probe.csv", list(adapted.choices[0]), adapted.choices)
+    failed = [{"path": path, "set": one.name, "reason": reason} for one in sets for path, reason in one.failed]
+    if failed:
+        write_table(folder / "failed.csv", FAILED_COLUMNS, failed)
+    return len(failed)
