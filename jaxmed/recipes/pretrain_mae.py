@@ -142,11 +142,14 @@ def pretrain(
     batches = make_loader(source, transform, reading, *data_share(mesh))
     evaluate = None if held_out is None else _make_evaluation(config, model, mesh, held_out, transform)
     state = fit(config.loop, state, step, batches, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
+    # Pictures are looked at by every process, which may hold only a part of the parameters.
+    whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    params = whole(state.params) if held_out is not None and jax.process_count() > 1 else state.params
     pictures = []
     for number in range(0 if held_out is None else min(3, len(held_out))):
         fields = transform(held_out[number], np.random.default_rng(0))  # pyright: ignore[reportOptionalSubscript]
         key = _mask_key(config.seed, number)
-        pictures.append(reconstruct(model, config.model, state.params, key, fields["image"]))
+        pictures.append(reconstruct(model, config.model, params, key, fields["image"]))
     return state.params, pictures
 
 

@@ -1,6 +1,7 @@
 """Pre-training: it learns, frozen tables stay, a batch in parts is the batch, a stopped run continues."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jaxmed.errors import InputError
 from jaxmed.models.mae import Mae, MaeConfig
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
-from jaxmed.recipes.pretrain_mae import PretrainConfig, check_fit, in_steps, pretrain, reconstruct
+from jaxmed.objectives.masked import masked_loss
+from jaxmed.recipes.pretrain_mae import PretrainConfig, _loss, check_fit, in_steps, pretrain, reconstruct
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig, make_mesh
@@ -106,20 +108,21 @@ def test_eight_devices_give_the_run_of_one(short, tmp_path):
     assert_same(eight, short[0], 1e-6)
 
 
-def test_augmentation_draws_anew_for_every_image(short, tmp_path):
-    seen = []
+def test_every_image_is_augmented_and_masked_by_a_key_of_its_own(short):
+    """The loss is that of images augmented beforehand."""
+    model, images = make_model(Mae(MODEL)), jnp.asarray(balls(8, 5))
+    keys = jax.random.split(jax.random.key(4), 8)
 
     def turn(key, image):
-        is_turned = jax.random.bernoulli(key)
-        jax.debug.callback(lambda flag: seen.append(bool(flag)), is_turned)
-        return jnp.where(is_turned, image[::-1], image)
+        return jnp.where(jax.random.bernoulli(key), image[::-1], image)
 
-    turned, _, _ = train(CONFIG, tmp_path / "turned", augment=turn)
-    jax.effects_barrier()
-    assert len(seen) == 32 and 5 < sum(seen) < 27  # 4 steps of 8 images
-    assert any(
-        not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(short[0]), jax.tree.leaves(turned), strict=True)
-    )
+    pairs = jax.vmap(jax.random.split)(keys)
+    is_turned = [bool(jax.random.bernoulli(key)) for key in pairs[:, 0]]
+    assert 0 < sum(is_turned) < 8
+    turned = jnp.stack([image[::-1] if flag else image for image, flag in zip(images, is_turned, strict=True)])
+    expected, _ = jax.jit(partial(masked_loss, model, MODEL))(short[0], pairs[:, 1], {"image": turned})
+    found, _ = jax.jit(partial(_loss, model, MODEL, turn))(short[0], keys, {"image": images})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_training_starts_from_given_parameters(short, tmp_path):
