@@ -21,7 +21,7 @@ from jaxmed.data.records import ArraySource, Source
 from jaxmed.errors import InputError
 from jaxmed.metrics.classification import auroc
 from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig, Task, pool_tokens
-from jaxmed.models.vit import Vit, VitConfig
+from jaxmed.models.vit import SHARDING_RULES, Vit, VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.objectives.supervised import task_losses
 from jaxmed.recipes.adapt_program import Augment, Plan, make_program, make_span
@@ -29,7 +29,7 @@ from jaxmed.recipes.probe import fit_probe
 from jaxmed.train.checkpoint import compare_arrays
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit, restore_best
-from jaxmed.train.mesh import MeshConfig, data_share, make_mesh, shard_batch
+from jaxmed.train.mesh import MeshConfig, data_share, layout, make_mesh, shard_batch
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.train.state import TrainState
@@ -150,8 +150,7 @@ def adapt(
         start: {"encoder": ...}, from `take_encoder` or an earlier run, and optionally {"head": ...}; what is not there
             is drawn.
     """
-    if model.head.outputs != len(task.names):
-        raise InputError("model.head.outputs", f"one per name of the task, {len(task.names)}", model.head.outputs)
+    check_run(config, model, task)
     config = in_steps(config, len(train))
     labelled = Labelled(transform, task, loss_weights(config, task))
     if config.mode == "full" or (config.mode == "frozen" and (augment is not None or config.token_keep < 1)):
@@ -165,6 +164,28 @@ def adapt(
     head = {} if start is None or "head" not in start else {"head": start["head"]}
     found = _train(config, model, task, pairs, others, pass_on, folder, log, None, head)
     return found._replace(params={"encoder": encoder, **found.params})
+
+
+def check_run(config: AdaptConfig, model: ClassifierConfig, task: Task) -> None:
+    """Check that head and weights fit the task, and batch and model the devices, before anything is written.
+
+    Raises:
+        InputError: They do not.
+    """
+    if model.head.outputs != len(task.names):
+        raise InputError("model.head.outputs", f"one per name of the task, {len(task.names)}", model.head.outputs)
+    loss_weights(config, task)
+    mesh = make_mesh(config.mesh)
+    size, parts, devices = config.loader.batch_size, config.accumulation, mesh.shape["data"]
+    if config.mode != "logistic" and size % (parts * devices):
+        expected = f"a multiple of {parts} parts (accumulation) x {devices} devices (mesh.data)"
+        raise InputError("loader.batch_size", expected, size, "change the batch size, --accumulation or --mesh.data")
+    image = jax.ShapeDtypeStruct((1, *model.encoder.image_size, model.encoder.channels), np.float32)
+    try:
+        layout(jax.eval_shape(make_model(Classifier(model)).init, jax.random.key(0), image), mesh, SHARDING_RULES)
+    except ValueError as error:
+        expected = "a number of devices that divides heads and hidden widths"
+        raise InputError("mesh.model", expected, f"{mesh.shape['model']} ({error})", "change --mesh.model") from error
 
 
 def score(

@@ -1,5 +1,6 @@
 """The report of an adaptation, made from what it left in its folder."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def write_page(folder: Path) -> None:
     record = read_record(folder / "config.json")
     summary = read_record(folder / "outputs" / "summary.json")
     task = from_record(Task, summary["task"], str(folder / "outputs" / "summary.json"))
-    scores = read_table(folder / "outputs" / "metrics.csv")
+    scores = read_rows(folder / "outputs" / "metrics.csv")
     how = {"full": "Fine-tuned from", "frozen": "A head trained on", "logistic": "A linear probe on"}[summary["mode"]]
     number = summary["records"]["train"]
     write_report(
@@ -63,35 +64,41 @@ def write_page(folder: Path) -> None:
     )
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a table of our own, which may be empty."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def spell(measure: str) -> str:
     """Return the name of a measure for reading."""
     return " ".join(SPELT.get(part, part) for part in measure.split("_"))
 
 
-def _tiles(scores: Rows, task: Task, summary: dict[str, Any]) -> list[tuple[str, object, str]]:
+def _tiles(scores: list[dict[str, str]], task: Task, summary: dict[str, Any]) -> list[tuple[str, object, str]]:
     tiles: list[tuple[str, object, str]] = []
     for one in summary["sets"]:
         row = _find(scores, one["name"], HEADLINE[task.kind])
         if row is not None:
-            low, high = float(row["low"]), float(row["high"])
-            text = f"{one['name']}, 95 % interval {low:.2f} to {high:.2f}"
+            low, high = _number(row["low"]), _number(row["high"])
+            text = f"{one['name']}, 95 % interval {low:.2f} to {high:.2f}" if low == low else one["name"]
             tiles.append((spell(row["measure"]), round(float(row["estimate"]), 3), text))
     tiles.append(("Parameters", summary["parameters"], f"selected after step {summary['step']:,}"))
     return tiles[:6]
 
 
-def _find(scores: Rows, name: str, measure: str) -> dict[str, str] | None:
-    return next((row for row in scores.rows if row["set"] == name and row["measure"] == measure), None)
+def _find(scores: list[dict[str, str]], name: str, measure: str) -> dict[str, str] | None:
+    return next((row for row in scores if row["set"] == name and row["measure"] == measure), None)
 
 
-def _scores_section(scores: Rows, task: Task, summary: dict[str, Any]) -> Section:
+def _scores_section(scores: list[dict[str, str]], task: Task, summary: dict[str, Any]) -> Section:
     blocks: list[Any] = [Note(text) for text in summary["notes"]]
     headline = HEADLINE[task.kind]
     kinds = (headline, headline.removesuffix("_macro"))
-    shown = [row for row in scores.rows if row["measure"] in kinds]
+    shown = [row for row in scores if row["measure"] in kinds]
     if shown:
         rows = [
-            Bar(f"{row['set']}{_about(row, task)}", *(float(row[name]) for name in ("estimate", "low", "high")),
+            Bar(f"{row['set']}{_about(row, task)}", *(_number(row[name]) for name in ("estimate", "low", "high")),
                 group=GROUPS[row["group"]])
             for group in GROUPS for row in shown if row["group"] == group
         ]  # fmt: skip
@@ -99,18 +106,22 @@ def _scores_section(scores: Rows, task: Task, summary: dict[str, Any]) -> Sectio
         blocks.append(bars(rows, xlabel=spell(headline.removesuffix("_macro")), caption=caption))
     order = {name: place for place, name in enumerate(MEASURES[task.kind])}
     for group, words in GROUPS.items():
-        rows = [row for row in scores.rows if row["group"] == group and row["measure"] in order]
+        rows = [row for row in scores if row["group"] == group and row["measure"] in order]
         names = list(dict.fromkeys(row["set"] for row in rows))
         rows.sort(key=lambda row: (names.index(row["set"]), order[row["measure"]]))
         if rows:
             cells = [
-                (row["set"], spell(row["measure"]), row["label"], float(row["estimate"]), float(row["low"]),
-                 float(row["high"]), int(row["records"]), int(row["subjects"]))
+                (row["set"], spell(row["measure"]), row["label"], float(row["estimate"]), _number(row["low"]),
+                 _number(row["high"]), int(row["records"]), int(row["subjects"]))
                 for row in rows
             ]  # fmt: skip
             columns = ("Set", "Measure", "Of", "Estimate", "Low", "High", "Scans", "Subjects")
             blocks.append(Table(columns, cells, f"{words[0].upper()}{words[1:]}."))
     return Section("How well it does", blocks)
+
+
+def _number(cell: str) -> float:
+    return float(cell) if cell else float("nan")
 
 
 def _about(row: dict[str, str], task: Task) -> str:

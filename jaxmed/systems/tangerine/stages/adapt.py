@@ -1,6 +1,7 @@
 """TANGERINE adapt: fine-tune or probe a pre-trained model on labelled scans, and score it here and elsewhere."""
 
 import dataclasses
+import math
 import shlex
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task, predict_valu
 from jaxmed.models.published.load import OWN_LICENCE, Published, load_published, resize_positions
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import VitConfig
-from jaxmed.recipes.adapt import AdaptConfig, Adapted, adapt, score, take_encoder
+from jaxmed.recipes.adapt import AdaptConfig, Adapted, adapt, check_run, score, take_encoder
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.adapt_page import write_page
@@ -271,6 +272,11 @@ def run(config: Config, folder: RunFolder) -> int:
         config, notes = make_embedded(config, folder)
     scans = read_scans(config)
     first = read_start(config, scans.meaning.task)
+    weights = config.class_weights
+    if config.balance:
+        weights = balanced_weights(scans.cohort.targets[scans.cohort.splits == "train"], scans.meaning.task)
+    recipe = config.recipe(weights)
+    check_run(recipe, first.model, scans.meaning.task)
     # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
     learnt = [path for path, split in zip(scans.cohort.paths, scans.cohort.splits, strict=True) if split != "test"]
     unexpected = check_volumes(learnt, first.preprocess, config.data.check, config.loader.num_threads)
@@ -281,10 +287,6 @@ def run(config: Config, folder: RunFolder) -> int:
     for note in notes:
         log.say(f"Note: {note}")
     write_splits(folder.outputs / "splits.csv", scans.table, scans.cohort.splits.tolist())
-    weights = config.class_weights
-    if config.balance:
-        weights = balanced_weights(scans.cohort.targets[scans.cohort.splits == "train"], scans.meaning.task)
-    recipe = config.recipe(weights)
     ready = time.monotonic()
     adapted = train_model(config, recipe, scans, first, folder, log)
     trained = time.monotonic()
@@ -550,7 +552,7 @@ def write_tables(folder: Path, sets: list[Scored], adapted: Adapted, task: Task)
     write_table(folder / "predictions.csv", ["path", "subject", "set", "group", *labels, *outputs], rows)
     metrics = [
         {"set": one.name, "group": one.group, "label": found.label, "measure": found.measure,
-         "estimate": found.interval.estimate, "low": found.interval.low, "high": found.interval.high,
+         "estimate": found.interval.estimate, "low": _finite(found.interval.low), "high": _finite(found.interval.high),
          "undefined": found.interval.num_undefined, "records": found.records, "subjects": found.subjects}
         for one in sets for found in one.scores
     ]  # fmt: skip
@@ -561,3 +563,7 @@ def write_tables(folder: Path, sets: list[Scored], adapted: Adapted, task: Task)
     if failed:
         write_table(folder / "failed.csv", FAILED_COLUMNS, failed)
     return len(failed)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,412 @@
+"""`jaxmed tangerine adapt` from tables to a model that predicts, on embedded chests and small cubes, and mistakes."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_tangerine import BINARY, classifier, export, masked_autoencoder
+
+from jaxmed.cli import main
+from jaxmed.io import nifti
+from jaxmed.io.tables import read_table
+from jaxmed.metrics.classification import auroc
+from jaxmed.models.heads import Task
+from jaxmed.models.published.load import load_published
+from jaxmed.systems.tangerine.adapt_scores import score_set
+from jaxmed.systems.tangerine.augmentation import Augmentation, change_contrast, smooth
+from jaxmed.systems.tangerine.labels import (
+    LabelConfig,
+    balanced_weights,
+    find_meaning,
+    find_splits,
+    parse_externals,
+    read_labelled,
+    read_targets,
+)
+from jaxmed.systems.tangerine.stages import adapt as stage
+from jaxmed.volume import Volume
+
+AXIAL = np.diag([-2.0, -2.0, 3.0, 1.0])
+COLUMNS = "path,subject,label,split,other,size,grade"
+
+
+def write_set(folder, number, seed=0, splits=("train", "train", "validation", "test")):
+    """Write scans of 16^3, bright in a corner where the label is 1, and a table of every kind of label."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [COLUMNS]
+    for index in range(number):
+        label, other = index // len(splits) % 2, index // len(splits) // 2 % 2
+        array = generator.normal(-800, 60, (16, 16, 16))
+        array[:8, :8, :8] += 700 * label
+        array[8:] -= 150 * other
+        nifti.write(folder / f"{index}.nii.gz", Volume.make(array.astype(np.int16), AXIAL))
+        known = "" if index % 5 == 0 else other
+        grade = ("none", "one", "two", "two")[label + 2 * other]
+        rows.append(
+            f"{index}.nii.gz,s{seed}_{index},{label},{splits[index % len(splits)]},{known},{20 + 3 * label},{grade}"
+        )
+    (folder / "scans.csv").write_text("\n".join(rows) + "\n")
+    return folder / "scans.csv"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_set(folder / "here", 48)
+    write_set(folder / "there", 16, 1, ("test",))
+    export(masked_autoencoder(), folder / "mae")
+    return folder
+
+
+SHORT = ["--optimizer.peak-lr", "3e-3", "--loader.batch-size", "8", "--accumulation", "1", "--evaluate-epochs", "5"]
+SHORT += ["--warmup-epochs", "1", "--quiet"]
+
+
+def run(data, out, *options, manifest="here"):
+    words = ["--data.manifest", str(data / manifest / "scans.csv"), "--weights", str(data / "mae")]
+    return main(["tangerine", "adapt", *words, *SHORT, "--out", str(out), *options])
+
+
+def metrics(out):
+    return {
+        (row["set"], row["label"], row["measure"]): float(row["estimate"])
+        for row in read_table(out / "outputs" / "metrics.csv").rows
+    }
+
+
+@pytest.fixture(scope="module")
+def full(data, tmp_path_factory):
+    """One fine-tuning, with an external set of which one file is broken and one missing."""
+    shutil.copytree(data / "there", data / "broken")
+    (data / "broken" / "3.nii.gz").write_bytes(b"no image")
+    (data / "broken" / "5.nii.gz").unlink()
+    out = tmp_path_factory.mktemp("runs") / "full"
+    sets = [f"there={data / 'there' / 'scans.csv'}", f"broken:unseen={data / 'broken' / 'scans.csv'}"]
+    options = ["--hidden", "8", "--epochs", "15", "--token-keep", "0.75", "--data.external", *sets]
+    assert run(data, out, *options, "--data.group", "seen") == 1
+    return out
+
+
+def test_fine_tuning_beats_chance_here_and_elsewhere(full):
+    found = metrics(full)
+    for name in ("test", "there", "broken"):
+        assert found[name, "label", "auroc"] > 0.9
+        assert {"accuracy", "f1", "aupr", "ece_equal_width", "brier"} <= {m for s, _, m in found if s == name}
+    groups = {row["set"]: row["group"] for row in read_table(full / "outputs" / "metrics.csv").rows}
+    assert groups == {"validation": "seen", "test": "seen", "there": "other", "broken": "unseen"}
+    table = read_table(full / "outputs" / "predictions.csv")
+    chosen = [row for row in table.rows if row["set"] == "there"]
+    labels, probabilities = (np.array([float(row[name]) for row in chosen]) for name in ("label", "probability_label"))
+    assert auroc(labels.astype(int), probabilities) == pytest.approx(found["there", "label", "auroc"])
+
+
+def test_broken_files_are_left_out_and_told(full):
+    failed = {row["path"].rsplit("/", 1)[1]: row for row in read_table(full / "outputs" / "failed.csv").rows}
+    assert failed.keys() == {"3.nii.gz", "5.nii.gz"} and {row["set"] for row in failed.values()} == {"broken"}
+    assert "no such file" in failed["5.nii.gz"]["reason"]
+    assert len([row for row in read_table(full / "outputs" / "predictions.csv").rows if row["set"] == "broken"]) == 14
+    page = (full / "report.html").read_text()
+    assert "other centre, seen in neither stage" in page and "ROC" in page and "could not be read" in page
+
+
+def test_the_exported_model_predicts_what_the_run_did(full, data, tmp_path):
+    published = load_published(full / "outputs" / "model")
+    assert published.task == Task("binary", ("label",)) and published.config.head.hidden == 8
+    words = ["--data.manifest", str(data / "there" / "scans.csv"), "--weights", str(full / "outputs" / "model")]
+    assert main(["tangerine", "predict", *words, "--maps", "none", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    ours = {r["path"]: float(r["probability_label"]) for r in read_table(full / "outputs" / "predictions.csv").rows}
+    for row in read_table(tmp_path / "run" / "outputs" / "predictions.csv").rows:
+        assert float(row["probability_label"]) == pytest.approx(ours[row["path"]], abs=1e-6)
+
+
+def test_a_killed_run_continues_to_the_same_predictions(full, data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    options = json.loads((full / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    arguments = ["tangerine", "adapt", "--config", str(tmp_path / "config.json"), "--out", str(out), "--quiet"]
+
+    def die(*arguments, **options):
+        raise KeyboardInterrupt
+
+    real = stage.score_set
+    monkeypatch.setattr(stage, "score_set", die)
+    assert main(arguments) == 130
+    monkeypatch.setattr(stage, "score_set", real)
+    assert main(arguments) == 1
+    assert "Continuing after step" in (out / "log.txt").read_text()
+    for name in ("predictions.csv", "metrics.csv"):
+        assert (out / "outputs" / name).read_text() == (full / "outputs" / name).read_text()
+
+
+TASKS = {
+    "multiclass": (["--label.columns", "grade"], ("none", "one", "two")),
+    "multilabel": (["--label.columns", "label", "other"], ("label", "other")),
+    "regression": (["--label.columns", "size", "--label.kind", "regression"], ("size",)),
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_probe_of_every_kind_of_label(kind, data, tmp_path):
+    words, names = TASKS[kind]
+    out = tmp_path / "run"
+    assert run(data, out, "--mode", "logistic", *words, "--balance" if kind != "regression" else "--no-balance") == 0
+    assert load_published(out / "outputs" / "model").task.names == names
+    found = metrics(out)
+    if kind == "regression":
+        assert found["test", "size", "r2"] > 0.5 and found["test", "size", "mae"] < 1.5
+    else:
+        assert found["test", "all", "auroc_macro"] > 0.8 and {m for _, label, m in found if label == names[1]}
+    assert "Strength of the probe" in (out / "report.html").read_text()
+    assert read_table(out / "outputs" / "probe.csv").column("chosen").count("1") == (2 if kind == "multilabel" else 1)
+
+
+@pytest.mark.slow
+def test_smoke_run_beats_chance(tmp_path):
+    out = tmp_path / "smoke"
+    assert main(["tangerine", "adapt", "--preset", "smoke", "--out", str(out), "--quiet"]) == 0
+    found = metrics(out)
+    assert found["test", "label", "auroc"] > 0.8 and found["elsewhere", "label", "auroc"] > 0.8
+
+
+def test_positions_are_resized_and_it_is_said(data, tmp_path):
+    out = tmp_path / "run"
+    assert run(data, out, "--mode", "logistic", "--image-size", "24", "16", "16") == 0
+    assert "positions were interpolated to 24 x 16 x 16" in (out / "log.txt").read_text()
+    assert load_published(out / "outputs" / "model").config.encoder.image_size == (24, 16, 16)
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+def meaning_of(tmp_path, cells, **config):
+    rows = [f"{i}.nii,{i},{cell},{'train' if i else 'validation'}" for i, cell in enumerate([cells[0], *cells])]
+    (tmp_path / "t.csv").write_text("\n".join(["path,subject,label,split", *rows]) + "\n")
+    settings = LabelConfig(**config)
+    table = read_labelled(tmp_path / "t.csv", settings)
+    meaning = find_meaning(table, settings, table.column("split"))
+    return meaning.task, read_targets(table, settings, meaning)[1:, 0].tolist()
+
+
+@pytest.mark.core
+def test_the_kind_of_a_label_is_found(tmp_path):
+    assert meaning_of(tmp_path, ["0", "1", "1.0"]) == (Task("binary", ("label",)), [0, 1, 1])
+    assert meaning_of(tmp_path, ["sick", "well", "sick"]) == (Task("binary", ("well",)), [0, 1, 0])
+    assert meaning_of(tmp_path, ["sick", "well"], positive="sick") == (Task("binary", ("sick",)), [1, 0])
+    task, targets = meaning_of(tmp_path, ["10", "9", "2", "10"])
+    assert (task.kind, task.names, targets) == ("multiclass", ("2", "9", "10"), [2, 1, 0, 2])
+    task, targets = meaning_of(tmp_path, ["1.5", "2.5", "4.5"])
+    assert task.kind == "regression" and targets == [1.5, 2.5, 4.5]
+    np.testing.assert_allclose([task.mean[0], task.deviation[0]], [np.mean(targets), np.std(targets)])
+    assert meaning_of(tmp_path, ["0", "1"], kind="multiclass")[0].names == ("0", "1")
+
+
+@pytest.mark.core
+def test_balanced_weights():
+    classes = np.array([[0], [0], [0], [1], [2], [2]], np.float32)
+    assert balanced_weights(classes, Task("multiclass", ("a", "b", "c"))) == pytest.approx((6 / 9, 2.0, 1.0))
+    labels = np.array([[0, 1], [0, np.nan], [1, 0], [0, 1]], np.float32)
+    assert balanced_weights(labels, Task("multilabel", ("a", "b"))) == (3.0, 0.5)
+
+
+@pytest.mark.core
+def test_externals_have_a_name_and_a_group(tmp_path):
+    found = parse_externals((f"a={tmp_path}/x=1.csv", "b:seen=b.csv"))
+    assert [(e.name, e.group, e.path.name) for e in found] == [("a", "other", "x=1.csv"), ("b", "seen", "b.csv")]
+
+
+def test_splits_are_drawn_by_subject_where_there_are_none(tmp_path):
+    rows = [f"{i}.nii,s{i // 2},{i // 2 % 2}" for i in range(80)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,subject,label", *rows]) + "\n")
+    table = read_labelled(tmp_path / "t.csv", LabelConfig())
+    splits = np.array(find_splits(table, LabelConfig(), (0.7, 0.15, 0.15), 0))
+    assert [(splits == name).sum() for name in ("train", "validation", "test")] == [56, 12, 12]
+    assert (splits[::2] == splits[1::2]).all()
+
+
+# Scores and augmentation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.core
+def test_scores_of_several_classes_are_those_of_scikit_learn():
+    from sklearn.metrics import average_precision_score, f1_score, log_loss, roc_auc_score
+
+    generator = np.random.default_rng(0)
+    classes = np.arange(60) % 3
+    logits = (np.eye(3)[classes] + generator.normal(size=(60, 3))).astype(np.float32)
+    task = Task("multiclass", ("a", "b", "c"))
+    scores, notes = score_set(task, classes[:, None].astype(np.float32), logits, np.arange(60) // 2, seed=0)
+    found = {(s.label, s.measure): s.interval for s in scores}
+    odds = np.exp(logits.astype(np.float64))
+    odds /= odds.sum(1, keepdims=True)
+    assert not notes and {s.subjects for s in scores} == {30}
+    assert found["all", "loss"].estimate == pytest.approx(log_loss(classes, odds), rel=1e-5)
+    assert found["all", "auroc_macro"].estimate == pytest.approx(
+        roc_auc_score(classes, odds, multi_class="ovr"), rel=1e-6
+    )
+    for number, name in enumerate("abc"):
+        truth = classes == number
+        assert found[name, "auroc"].estimate == pytest.approx(roc_auc_score(truth, odds[:, number]))
+        assert found[name, "aupr"].estimate == pytest.approx(average_precision_score(truth, odds[:, number]))
+        assert found[name, "f1"].estimate == pytest.approx(f1_score(truth, odds.argmax(1) == number))
+        assert found[name, "auroc"].low < found[name, "auroc"].estimate < found[name, "auroc"].high
+
+
+@pytest.mark.core
+def test_scores_of_values_and_of_too_few():
+    task = Task("regression", ("size",), (10.0,), (2.0,))
+    targets = np.array([[8.0], [10.0], [12.0], [14.0], [np.nan]], np.float32)
+    logits = np.array([[-1.0], [0.5], [1.0], [1.0], [3.0]], np.float32)  # 8, 11, 12, 12
+    scores, _ = score_set(task, targets, logits, np.arange(5), seed=0)
+    found = {s.measure: s.interval.estimate for s in scores}
+    assert (found["mse"], found["mae"], found["r2"]) == pytest.approx((1.25, 0.75, 1 - 1.25 / 5))
+    assert next(s for s in scores if s.measure == "mse").records == 4
+    # One subject has no interval, one class no AUROC: told, not hidden.
+    labels = np.array([[0.0], [1.0], [1.0]], np.float32)
+    scores, notes = score_set(BINARY, labels, labels, np.zeros(3), seed=0)
+    assert {s.measure: s.interval.estimate for s in scores}["auroc"] == 1.0 and "two" in " ".join(notes)
+    assert all(np.isnan(s.interval.low) for s in scores)
+    scores, notes = score_set(BINARY, labels[1:], labels[1:], np.arange(2), seed=0)
+    assert [s.measure for s in scores] == ["loss"] and "nodule" in notes[0]
+
+
+@pytest.mark.core
+def test_smoothing_has_the_integrated_gaussian_along_each_axis():
+    from math import erf, sqrt
+
+    image = jnp.zeros((17, 17, 17, 1)).at[8, 8, 8, 0].set(1.0)
+    sigmas = (0.5, 0.75, 1.0)
+    found = np.asarray(smooth(image, jnp.array(sigmas)))[..., 0]
+    lines = [
+        [0.5 * (erf((k + 0.5) / (s * sqrt(2))) - erf((k - 0.5) / (s * sqrt(2)))) for k in range(-4, 5)] for s in sigmas
+    ]
+    np.testing.assert_allclose(found[4:13, 4:13, 4:13], np.einsum("i,j,k->ijk", *lines), atol=1e-7)
+    np.testing.assert_allclose(smooth(jnp.full((9, 9, 9, 1), 0.3), jnp.array(sigmas)), 0.3, atol=1e-5)
+
+
+@pytest.mark.core
+def test_augmentation_happens_as_often_and_as_much_as_the_paper_says(key):
+    image = jax.random.uniform(key, (4, 4, 4, 1)) * 0.5 + 0.2
+    keys = jax.random.split(key, 4000)
+    off = {"noise_probability": 0.0, "smooth_probability": 0.0, "gamma_probability": 0.0}
+    for name, share in (("noise_probability", 0.1), ("smooth_probability", 0.2), ("gamma_probability", 0.15)):
+        only = Augmentation(**(off | {name: share}))
+        found = np.asarray(jax.jit(jax.vmap(only, (0, None)))(keys, image))
+        is_changed = np.abs(found - image).max(axis=(1, 2, 3, 4)) > 0
+        assert abs(is_changed.mean() - share) < 0.02  # three standard errors of 4000 draws
+        changed = found[is_changed]
+        if name == "noise_probability":
+            spread = np.asarray((changed - image).std(axis=(1, 2, 3, 4)))
+            assert abs(spread.mean() - 0.05) < 0.005 and spread.max() < 0.14  # even in [0, 0.1], of 64 voxels
+        if name == "gamma_probability":
+            np.testing.assert_allclose(changed.min(axis=(1, 2, 3, 4)), image.min(), atol=1e-6)
+            np.testing.assert_allclose(changed.max(axis=(1, 2, 3, 4)), image.max(), atol=1e-6)
+    np.testing.assert_allclose(
+        change_contrast(jnp.array([0.1, 0.3, 0.5]).reshape(3, 1, 1, 1), jnp.float32(1.25)).ravel(),
+        [0.1, 0.1 + 0.4 * 0.5**1.25, 0.5],
+        atol=1e-6,
+    )
+    np.testing.assert_array_equal(Augmentation(**off)(key, image), image)
+
+
+@pytest.mark.peers
+def test_smoothing_and_contrast_are_those_of_monai():
+    import torch
+    from monai.transforms import AdjustContrast, GaussianSmooth
+
+    image = np.random.default_rng(0).random((1, 20, 20, 20)).astype(np.float32)
+    ours = np.asarray(smooth(jnp.asarray(image[0, ..., None]), jnp.array([0.5, 0.8, 1.0])))[..., 0]
+    theirs = GaussianSmooth(sigma=(0.5, 0.8, 1.0), approx="erf")(torch.tensor(image)).numpy()[0]
+    inside = (slice(4, -4),) * 3  # the edges differ: see the deviation
+    np.testing.assert_allclose(ours[inside], theirs[inside], atol=2e-4)
+    ours = np.asarray(change_contrast(jnp.asarray(image[0, ..., None]), jnp.float32(0.8)))[..., 0]
+    np.testing.assert_allclose(ours, AdjustContrast(gamma=0.8)(torch.tensor(image)).numpy()[0], atol=1e-5)
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+
+def edit(change):
+    def apply(folder):
+        lines = (folder / "here" / "scans.csv").read_text().splitlines()
+        (folder / "here" / "scans.csv").write_text("\n".join(change(lines)) + "\n")
+
+    return apply
+
+
+def cell(line, column, value):
+    def change(lines):
+        cells = lines[line].split(",")
+        cells[COLUMNS.split(",").index(column)] = value
+        return [*lines[:line], ",".join(cells), *lines[line + 1 :]]
+
+    return edit(change)
+
+
+def column_of(column, value):
+    def change(lines):
+        place = COLUMNS.split(",").index(column)
+        rows = [line.split(",") for line in lines]
+        return [",".join([*row[:place], value if n else row[place], *row[place + 1 :]]) for n, row in enumerate(rows)]
+
+    return edit(change)
+
+
+MISTAKES = {
+    "empty manifest": (edit(lambda lines: lines[:1]), [], "at least one record"),
+    "unknown column": (None, ["--label.columns", "lable"], "did you mean 'label'?"),
+    "missing label": (cell(3, "label", ""), [], "line 4: expected a label under 'label', found none"),
+    "one class": (column_of("label", "1"), [], "two or more classes under 'label' in the training records"),
+    "a class of another word": (cell(4, "label", "7"), [], "line 5: expected one of 0, 1 under 'label'"),
+    "unknown split": (cell(3, "split", "trian"), [], "one of train, validation, test under 'split', found 'trian'"),
+    "subject in two splits": (cell(1, "subject", "s0_2"), [], "every subject in one split, found 's0_2' in"),
+    "file in two splits": (cell(1, "path", "2.nii.gz"), [], "every subject in one split, found '2.nii.gz' in"),
+    "nothing to select on": (column_of("split", "train"), [], "records with split 'validation'"),
+    "missing file": (lambda folder: (folder / "here" / "0.nii.gz").unlink(), [], "1 of 48 missing"),
+    "broken training file": (
+        lambda folder: (folder / "here" / "0.nii.gz").write_bytes(b"no image"), [], "0.nii.gz: expected"
+    ),
+    "weights of another model": (
+        lambda folder: shutil.copy(folder / "here" / "0.nii.gz", folder / "mae" / "parameters.safetensors"), [], "mae"
+    ),
+    "half a weight": (
+        lambda folder: (folder / "mae" / "record.json").unlink(), [], "mae"
+    ),
+    "no manifest": (None, ["--data.manifest", "nowhere.csv"], "nowhere.csv: expected a CSV file, found no such file"),
+    "external without name": (None, ["--data.external", "there.csv"], "NAME=CSV or NAME:GROUP=CSV"),
+    "external of another group": (None, ["--data.external", "a:new=there.csv"], "a group of seen, unseen, other"),
+    "external named test": (None, ["--data.external", "test=there.csv"], "'test' again"),
+    "external table missing": (None, ["--data.external", "a=nowhere.csv"], "nowhere.csv"),
+    "batch in parts": (None, ["--accumulation", "3"], "loader.batch_size: expected a multiple of 3 parts"),
+    "wrong size": (None, ["--image-size", "17", "16", "16"], "image size"),
+    "weights for classes": (None, ["--class-weights", "1", "2"], "expected one per output, 1 (label), found 2"),
+    "auroc of a regression": (
+        None, ["--label.columns", "size", "--label.kind", "regression", "--select", "auroc"], "select: expected loss"
+    ),
+    "words for numbers": (None, ["--label.columns", "grade", "--label.kind", "regression"], "a number under 'grade'"),
+    "three classes for two": (None, ["--label.columns", "grade", "--label.kind", "binary"], "--label.kind multiclass"),
+    "refused share": (None, ["--token-keep", "0"], "token_keep"),
+    "class head without norm": (None, ["--weights", "CLASSIFIER", "--pool", "class"], "norm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_nothing_is_written(mistake, data, tmp_path, capsys):
+    break_it, options, expected = MISTAKES[mistake]
+    folder = data
+    if break_it is not None:
+        folder = tmp_path / "data"
+        shutil.copytree(data / "here", folder / "here")
+        shutil.copytree(data / "mae", folder / "mae")
+        break_it(folder)
+    if "CLASSIFIER" in options:
+        export(classifier(BINARY), tmp_path / "classifier")
+        options = [str(tmp_path / "classifier") if word == "CLASSIFIER" else word for word in options]
+    assert run(folder, tmp_path / "run", *options) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("jaxmed: ") and "Traceback" not in error, error
+    assert ": expected " in error and ", found " in error and expected in error, error
+    assert not (tmp_path / "run").exists()
