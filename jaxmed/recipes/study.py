@@ -303,7 +303,16 @@ def _failure_path(folder: Path, cell: Cell) -> Path:
 
 
 def _digest(record: object) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_canonical(record), sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _canonical(record: Any) -> Any:
+    """Write equal numbers alike: 4 epochs of a preset come back from config.json as 4.0."""
+    if isinstance(record, dict):
+        return {name: _canonical(value) for name, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [_canonical(value) for value in record]
+    return int(record) if isinstance(record, float) and record.is_integer() else record
 
 
 def _first_difference(found: Any, wanted: Any, path: str = "") -> str:

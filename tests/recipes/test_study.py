@@ -101,6 +101,17 @@ def test_results_of_another_configuration_are_refused(tmp_path):
 
 
 @pytest.mark.core
+def test_equal_numbers_are_one_configuration(tmp_path):
+    cells = make_cells({"arm": ("a",), "seed": (0,)})
+    run_study(cells, auroc_of_a, tmp_path, {"epochs": 4, "rates": [0.5, 1]})
+    assert run_study(cells, auroc_of_a, tmp_path, {"epochs": 4.0, "rates": [0.5, 1.0]}).num_skipped == 1
+
+
+def auroc_of_a(cell):
+    return {"auroc": 0.5}
+
+
+@pytest.mark.core
 def test_a_damaged_result_is_named(tmp_path):
     cells = make_cells({"seed": (0, 1)})
     run_study(cells, lambda cell: {"x": 1.0}, tmp_path, None)
