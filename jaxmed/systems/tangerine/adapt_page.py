@@ -209,7 +209,7 @@ def _training_section(folder: Path, summary: dict[str, Any]) -> list[Section]:
     if summary["mode"] == "logistic" or not lines:
         return []
     shown = {"training": series(lines, "loss"), "validation": series(lines, "evaluation/loss")}
-    caption = f"Loss. Kept: step {summary['step']:,}, of the best validation {summary['select']}."
+    caption = f"Loss. Kept: step {summary['step']:,}, of the best validation {spell(summary['select'])}."
     blocks: list[Any] = [curves(shown, xlabel="step", ylabel="loss", caption=caption)]
     areas = series(lines, "evaluation/auroc")
     if len(areas[0]):

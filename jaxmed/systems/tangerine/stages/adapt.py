@@ -193,16 +193,15 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """A tiny model, pre-trained and adapted on embedded chests, in seconds."""
-    # A few dozen steps: the head with BatchNorm learns in these, a linear one would need hundreds.
+    # A hundred steps: the head with BatchNorm learns in these, a linear one would need many more.
     return Config(
         data=DataConfig(embedded=150),
         image_size=(32, 32, 32),
         hidden=16,
-        optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=1e-5, weight_decay=0.05, layer_decay=0.75),
-        epochs=24,
+        optimizer=OptimizerConfig(peak_lr=2e-3, end_lr=1e-5, weight_decay=0.05, layer_decay=0.75),
+        epochs=32,
         warmup_epochs=1,
         evaluate_epochs=4,
-        select="auroc",
         loader=LoaderConfig(batch_size=15),
         accumulation=1,
     )
