@@ -182,7 +182,7 @@ def _initialise(model: Model, config: MaeConfig, key: KeyArray, start: Params | 
 def _make_evaluation(
     config: PretrainConfig, model: Model, mesh: Mesh, held_out: Source, transform: Transform
 ) -> Callable[[TrainState], dict[str, float]]:
-    """Return the error on held-out records, and the share of the targets' variance that it leaves explained."""
+    """Return the error on held-out records, the variance of the targets, and the share of it that is explained."""
     size = config.loader.batch_size // config.accumulation
     reading = dataclasses.replace(config.loader, batch_size=size)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -192,7 +192,8 @@ def _make_evaluation(
         total = np.zeros(3)
         for batch in evaluation_batches(held_out, transform, reading, *data_share(mesh)):
             total += np.asarray(score(state.params, shard_batch(batch, mesh)))
-        return {"error": total[0] / total[2], "explained": 1 - total[0] / total[1]}
+        error, variance = total[:2] / total[2]
+        return {"error": error, "variance": variance, "explained": 1 - error / variance}
 
     return evaluate
 

@@ -55,11 +55,16 @@ def _tiles(summary: dict[str, Any], lines: list[dict[str, float]]) -> list[tuple
 def _curves_section(lines: list[dict[str, float]], summary: dict[str, Any]) -> Section:
     blocks: list[Any] = [Note(text, "warning") for text in summary["notes"]]
     shown = {"training": series(lines, "loss")}
+    shown["constant, training"] = series(lines, "target_variance")
     if len(series(lines, "evaluation/error")[0]) > 1:
         shown["held out"] = series(lines, "evaluation/error")
-    shown["a constant (variance of the targets)"] = series(lines, "target_variance")
-    caption = "Mean squared error of hidden voxels, intensities in [0, 1] (1 is 2000 HU), and the error of a constant."
-    blocks.append(curves(shown, xlabel="step", ylabel="error", log=True, caption=caption))
+        shown["constant, held out"] = series(lines, "evaluation/variance")
+    low, high = summary["window"]
+    caption = (
+        f"Mean squared error of hidden voxels, intensities in [0, 1] ({low:g} to {high:g} HU), and that of the best "
+        "constant: the variance of the hidden voxels."
+    )
+    blocks.append(curves(shown, xlabel="step", ylabel="error", caption=caption))
     blocks.append(
         curves({"rate": series(lines, "learning_rate")}, xlabel="step", ylabel="learning rate",
                caption="Learning rate: warm-up, then half a cosine.")
