@@ -132,10 +132,10 @@ def test_a_killed_run_continues_to_the_same_predictions(full, data, tmp_path, mo
     def die(*arguments, **options):
         raise KeyboardInterrupt
 
-    real = stage.score_set
-    monkeypatch.setattr(stage, "score_set", die)
+    real = stage.score_cohort
+    monkeypatch.setattr(stage, "score_cohort", die)
     assert main(arguments) == 130
-    monkeypatch.setattr(stage, "score_set", real)
+    monkeypatch.setattr(stage, "score_cohort", real)
     assert main(arguments) == 1
     assert "Continuing after step" in (out / "log.txt").read_text()
     for name in ("predictions.csv", "metrics.csv"):

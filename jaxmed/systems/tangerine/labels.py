@@ -273,6 +273,17 @@ def read_cohort(
     return Cohort(tuple(paths), np.array(subjects_of(table)), np.array(splits), targets, cells)
 
 
+def take(cohort: Cohort, rows: np.ndarray) -> Cohort:
+    """Return some scans of a cohort."""
+    return Cohort(
+        tuple(cohort.paths[row] for row in rows),
+        cohort.subjects[rows],
+        cohort.splits[rows],
+        cohort.targets[rows],
+        tuple(cohort.cells[row] for row in rows),
+    )
+
+
 def subjects_of(table: Table) -> list[str]:
     """Return whose scan each record is: its own column, or the file itself."""
     return table.column("subject") if "subject" in table.columns else table.column("path")

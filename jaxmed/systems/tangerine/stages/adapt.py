@@ -1,15 +1,13 @@
 """TANGERINE adapt: fine-tune or probe a pre-trained model on labelled scans, and score it here and elsewhere."""
 
 import dataclasses
-import math
 import shlex
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import to_record
@@ -18,22 +16,21 @@ from jaxmed.data.records import SubsetSource
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io.tables import Table, read_table, write_table
-from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task, predict_values
+from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task
 from jaxmed.models.published.load import OWN_LICENCE, Published, load_published, resize_positions
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import VitConfig
-from jaxmed.recipes.adapt import AdaptConfig, Adapted, adapt, check_run, score, take_encoder
+from jaxmed.recipes.adapt import AdaptConfig, Adapted, adapt, check_run, take_encoder
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.adapt_page import write_page
-from jaxmed.systems.tangerine.adapt_scores import Score, score_set
+from jaxmed.systems.tangerine.adapt_results import score_cohort, write_tables
 from jaxmed.systems.tangerine.augmentation import Augmentation
 from jaxmed.systems.tangerine.checking import check_volumes
 from jaxmed.systems.tangerine.inputs import FrameConfig
 from jaxmed.systems.tangerine.labels import (
     Cohort,
     External,
-    ForgivingSource,
     LabelConfig,
     LabelledSource,
     Meaning,
@@ -45,6 +42,7 @@ from jaxmed.systems.tangerine.labels import (
     read_cohort,
     read_labelled,
     subjects_of,
+    take,
     write_splits,
 )
 from jaxmed.systems.tangerine.records import Prepared, volume_source
@@ -56,9 +54,6 @@ from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
-
-FAILED_COLUMNS = ("path", "set", "reason")
-METRIC_COLUMNS = ("set", "group", "label", "measure", "estimate", "low", "high", "undefined", "records", "subjects")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,26 +238,6 @@ class Start(NamedTuple):
     notes: list[str]
 
 
-class Scored(NamedTuple):
-    """A set that was scored.
-
-    Attributes:
-        name: "validation", "test" or an external set's.
-        group: One of `labels.GROUPS`.
-        cohort: Its scans that could be read.
-        logits: Of these.
-        scores: How well it went.
-        failed: Files that could not be read, and why.
-    """
-
-    name: str
-    group: str
-    cohort: Cohort
-    logits: Float[np.ndarray, "record output"]
-    scores: list[Score]
-    failed: list[tuple[Path, str]]
-
-
 def run(config: Config, folder: RunFolder) -> int:
     """Read and check, adapt, score every set, export the model, write the report. Returns 1 when scans failed."""
     began = time.monotonic()
@@ -291,7 +266,7 @@ def run(config: Config, folder: RunFolder) -> int:
     trained = time.monotonic()
     write_model(folder.outputs / "model", adapted, first, scans.meaning.task)
     sets = [
-        score_cohort(config, recipe, adapted, first.preprocess, scans.meaning.task, *named, log)
+        score_cohort(recipe, adapted, first.preprocess, scans.meaning.task, *named, config.threshold, log)
         for named in named_sets(config, scans)
     ]
     scored = time.monotonic()
@@ -477,47 +452,6 @@ def named_sets(config: Config, scans: Scans) -> list[tuple[str, str, Cohort]]:
     return found + [(external.name, external.group, cohort) for external, cohort in scans.externals]
 
 
-def take(cohort: Cohort, rows: np.ndarray) -> Cohort:
-    """Return some scans of a cohort."""
-    return Cohort(
-        tuple(cohort.paths[row] for row in rows),
-        cohort.subjects[rows],
-        cohort.splits[rows],
-        cohort.targets[rows],
-        tuple(cohort.cells[row] for row in rows),
-    )
-
-
-def score_cohort(
-    config: Config,
-    recipe: AdaptConfig,
-    adapted: Adapted,
-    preprocess: Preprocess,
-    task: Task,
-    name: str,
-    group: str,
-    cohort: Cohort,
-    log: Log,
-) -> tuple[Scored, list[str]]:
-    """Predict a set and score it; files that cannot be read are left out and told."""
-    log.say(f"Scoring {len(cohort.paths):,} scans of {name}.")
-    source = ForgivingSource(volume_source(cohort.paths, preprocess), (*preprocess.size, 1))
-    # Reasons are noted where records are read, which has to be this process.
-    reading = dataclasses.replace(recipe, loader=dataclasses.replace(recipe.loader, num_workers=0))
-    logits = score(reading, adapted.config, adapted.params, source, Prepared(preprocess))
-    failed = [(cohort.paths[row], reason) for row, reason in sorted(source.reasons.items())]
-    for _, reason in failed:
-        log.say(f"Failed: {reason}")
-    kept = np.array([row for row in range(len(cohort.paths)) if row not in source.reasons], np.int64)
-    read, notes = take(cohort, kept), []
-    scores: list[Score] = []
-    if len(kept):
-        scores, notes = score_set(
-            task, read.targets, logits[kept], read.subjects, seed=config.seed, threshold=config.threshold
-        )
-    return Scored(name, group, read, logits[kept], scores, failed), notes
-
-
 # Outputs -------------------------------------------------------------------------------------------------------------
 
 
@@ -532,37 +466,3 @@ def write_model(folder: Path, adapted: Adapted, first: Start, task: Task) -> Non
         "task": to_record(task),
     }
     export_parameters(folder, adapted.params, record)
-
-
-def write_tables(folder: Path, sets: list[Scored], adapted: Adapted, task: Task) -> int:
-    """Write predictions, metrics, choices of a probe, and what failed. Returns the number of failed scans."""
-    prefix = "value" if task.kind == "regression" else "probability"
-    labels = (
-        ["label"] if len(task.names) == 1 or task.kind == "multiclass" else [f"label_{name}" for name in task.names]
-    )
-    outputs = [f"{prefix}_{name}" for name in task.names]
-    rows: list[dict[str, Any]] = []
-    for one in sets:
-        values = np.asarray(predict_values(jax.numpy.asarray(one.logits), task))
-        for number, path in enumerate(one.cohort.paths):
-            row = {"path": path, "subject": one.cohort.subjects[number], "set": one.name, "group": one.group}
-            row |= dict(zip(labels, one.cohort.cells[number], strict=True))
-            rows.append(row | {name: f"{value:.9g}" for name, value in zip(outputs, values[number], strict=True)})
-    write_table(folder / "predictions.csv", ["path", "subject", "set", "group", *labels, *outputs], rows)
-    metrics = [
-        {"set": one.name, "group": one.group, "label": found.label, "measure": found.measure,
-         "estimate": found.interval.estimate, "low": _finite(found.interval.low), "high": _finite(found.interval.high),
-         "undefined": found.interval.num_undefined, "records": found.records, "subjects": found.subjects}
-        for one in sets for found in one.scores
-    ]  # fmt: skip
-    write_table(folder / "metrics.csv", METRIC_COLUMNS, metrics)
-    if adapted.choices:
-        write_table(folder / "probe.csv", list(adapted.choices[0]), adapted.choices)
-    failed = [{"path": path, "set": one.name, "reason": reason} for one in sets for path, reason in one.failed]
-    if failed:
-        write_table(folder / "failed.csv", FAILED_COLUMNS, failed)
-    return len(failed)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
