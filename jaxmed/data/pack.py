@@ -26,6 +26,7 @@ from jaxtyping import Shaped
 from jaxmed.data.records import FileSource
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, require_file, write_json
+from jaxmed.io.numpy_files import map_array
 from jaxmed.volume import Volume
 
 INDEX, VALUES, VERSION = "pack.json", "values.npz", 1
@@ -225,7 +226,7 @@ def _stored(array: Shaped[np.ndarray, "..."], dtype: str, where: str) -> Shaped[
 def _mapped(folder: Path, entry: Mapping[str, Any]) -> Volume | Shaped[np.ndarray, "..."]:
     path = require_file(folder / entry["file"], "a packed record")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = map_array(path)
     except (ValueError, OSError, EOFError) as error:
         raise InputError(path, "a whole .npy file", error, "run the packing again") from error
     if list(array.shape) != entry["shape"] or array.dtype.name != entry["dtype"]:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, require_file
+from jaxmed.io.numpy_files import array_names, read_array, read_member
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 ARRAY_SUFFIXES = (".npy", ".npz")
@@ -154,17 +155,15 @@ def _pixels(picture: Image.Image, is_tiff: bool) -> Shaped[np.ndarray, "..."]:
 
 def _read_array(path: Path, key: str | None) -> Shaped[np.ndarray, "..."]:
     try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return content
-        with content:
-            names = content.files
-            if key is None and len(names) == 1:
-                key = names[0]
-            if key not in names:
-                found = f"the arrays {', '.join(names) or '(none)'}"
-                raise InputError(path, f"array '{key}'" if key else "one array", found, "name one")
-            return content[key]
+        if not zipfile.is_zipfile(path):
+            return read_array(path)
+        names = array_names(path)
+        if key is None and len(names) == 1:
+            key = names[0]
+        if key not in names:
+            found = f"the arrays {', '.join(names) or '(none)'}"
+            raise InputError(path, f"array '{key}'" if key else "one array", found, "name one")
+        return read_member(path, key)
     except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise

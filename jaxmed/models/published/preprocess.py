@@ -14,6 +14,7 @@ that voxels differ by up to 1 HU (0.0005 of the window). In floating point both 
 
 import dataclasses
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from jaxmed.arrays.grid import orientation
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
 from jaxmed.io import dicom, nifti
+from jaxmed.io.numpy_files import array_names, read_array, read_member
 from jaxmed.volume import Grid, Volume
 
 # What each axis of the cube should run along: D, H, W.
@@ -193,18 +195,16 @@ def _read(path: Path) -> Volume:
 def _load_cube(path: Path) -> Shaped[np.ndarray, "..."]:
     require_file(path, "a NumPy file")
     try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            cube = content
+        if not zipfile.is_zipfile(path):
+            cube = read_array(path)
+        elif "volume" in (names := array_names(path)):
+            cube = read_member(path, "volume")
         else:
-            with content:
-                if "volume" not in content:
-                    advice = "save it with np.savez(path, volume=cube)"
-                    raise InputError(path, "an array named 'volume'", ", ".join(content) or "none", advice)
-                cube = content["volume"]
+            advice = "save it with np.savez(path, volume=cube)"
+            raise InputError(path, "an array named 'volume'", ", ".join(names) or "none", advice)
     except InputError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(path, "a NumPy file of numbers", f"a damaged one or one of objects ({error})") from error
     if cube.dtype.kind not in "biuf":
         raise InputError(path, "real numbers", f"{cube.dtype}")

@@ -1,0 +1,81 @@
+"""Arrays in .npy and .npz files, read by several threads at once.
+
+NumPy has Python parse the header of a file, and Python up to 3.12 counts the depth of that parser for all threads
+together. jax runs Python code in the garbage collector, where another thread may take over: about one read in a few
+thousand then ends in a SystemError. Here headers are parsed one at a time; voxels are read side by side.
+"""
+
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+_one_header = threading.Lock()
+# By the version of the format; version 3 is for structured types alone.
+_HEADERS: dict[tuple[int, int], Callable] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def map_array(path: Path) -> Shaped[np.ndarray, "..."]:
+    """Map the array of a .npy file into memory, read-only.
+
+    Raises:
+        ValueError: It is damaged, or holds Python objects.
+        OSError: It cannot be read.
+    """
+    with _one_header:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def read_array(path: Path) -> Shaped[np.ndarray, "..."]:
+    """Read the array of a .npy file.
+
+    Raises:
+        ValueError: It is damaged, or holds Python objects.
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        return _read(file)
+
+
+def array_names(path: Path) -> list[str]:
+    """Return the names of the arrays in a .npz file.
+
+    Raises:
+        zipfile.BadZipFile: It is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def read_member(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
+    """Read one array of a .npz file.
+
+    Raises:
+        KeyError: There is no such array.
+        ValueError: It is damaged, or holds Python objects.
+        zipfile.BadZipFile: The archive is damaged.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        return _read(file)
+
+
+def _read(file) -> Shaped[np.ndarray, "..."]:
+    with _one_header:
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"an array in version {version} of the format")
+        shape, is_column_major, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects (pickled)")
+    count = int(np.prod(shape, dtype=object)) if shape else 1
+    content = file.read(count * dtype.itemsize)
+    if len(content) < count * dtype.itemsize:
+        raise ValueError(f"{len(content)} bytes of {count * dtype.itemsize}")
+    array = np.frombuffer(content, dtype, count)
+    return array.reshape(shape[::-1]).T if is_column_major else array.reshape(shape)

@@ -1,0 +1,78 @@
+"""NumPy files: what was saved comes back, from many threads at once."""
+
+import gc
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from jaxmed.io.numpy_files import array_names, map_array, read_array, read_member
+
+pytestmark = pytest.mark.core
+ARRAYS = {
+    "plain": np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float16),
+    "column_major": np.asfortranarray(np.arange(24.0).reshape(2, 3, 4)),
+    "big_endian": np.arange(6, dtype=">i4").reshape(2, 3),
+    "number": np.float64(2.5),
+    "empty": np.zeros((0, 3), np.float32),
+    "flags": np.array([True, False]),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_what_was_saved_comes_back(name, tmp_path):
+    np.save(tmp_path / "a.npy", ARRAYS[name])
+    np.savez_compressed(tmp_path / "a.npz", **ARRAYS)
+    assert array_names(tmp_path / "a.npz") == list(ARRAYS)
+    for found in (read_array(tmp_path / "a.npy"), read_member(tmp_path / "a.npz", name)):
+        np.testing.assert_array_equal(found, ARRAYS[name])
+        assert found.dtype == np.asarray(ARRAYS[name]).dtype and found.shape == np.shape(ARRAYS[name])
+
+
+def test_a_mapped_array_is_read_only(tmp_path):
+    np.save(tmp_path / "a.npy", ARRAYS["plain"])
+    mapped = map_array(tmp_path / "a.npy")
+    np.testing.assert_array_equal(mapped, ARRAYS["plain"])
+    with pytest.raises(ValueError, match="read-only"):
+        mapped[0] = 1
+
+
+def test_damaged_files_are_refused(tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{}, None]), allow_pickle=True)
+    np.savez(tmp_path / "a.npz", a=ARRAYS["plain"])
+    (tmp_path / "text.npy").write_bytes(b"hello world" * 9)
+    np.save(tmp_path / "cut.npy", ARRAYS["plain"])
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-1])
+    for name, message in (("objects", "objects"), ("text", "magic"), ("cut", "119 bytes of 120")):
+        with pytest.raises(ValueError, match=message):
+            read_array(tmp_path / f"{name}.npy")
+    with pytest.raises(KeyError):
+        read_member(tmp_path / "a.npz", "b")
+    (tmp_path / "a.npz").write_bytes(b"no archive")
+    with pytest.raises(zipfile.BadZipFile):
+        array_names(tmp_path / "a.npz")
+
+
+def test_threads_do_not_disturb_each_other(tmp_path):
+    """With np.load alone, this ends in a SystemError of Python's parser in most runs (up to Python 3.12)."""
+    np.save(tmp_path / "a.npy", ARRAYS["plain"])
+    np.savez(tmp_path / "a.npz", a=ARRAYS["plain"])
+
+    def yield_to_others(phase, info):
+        time.sleep(0)
+
+    def read(number):
+        array = map_array(tmp_path / "a.npy") if number % 2 else read_member(tmp_path / "a.npz", "a")
+        return np.array_equal(array, ARRAYS["plain"])
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(yield_to_others)
+    gc.set_threshold(50)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(read, range(2000)))
+    finally:
+        gc.callbacks.remove(yield_to_others)
+        gc.set_threshold(*threshold)
