@@ -88,7 +88,7 @@ class Size:
 
 SIZES = {
     "smoke": Size(60, 20, 40, 12, 2, 200, 4),
-    "cpu": Size(600, 300, 4500, 300, 5, 0, 24),
+    "cpu": Size(600, 300, 4500, 200, 5, 0, 24),
 }
 
 
@@ -267,7 +267,7 @@ def fine_tune(
     optimizer = OptimizerConfig(
         peak_lr=1e-3, end_lr=1e-5, weight_decay=0.05, layer_decay=0.75, warmup_steps=size.steps // 20
     )
-    every = max(size.steps // 20, 1)
+    every = max(size.steps // 10, 1)
     loop = LoopConfig(size.steps, log_every=every, save_every=0, evaluate_every=every)
     config = AdaptConfig(
         "full", optimizer, loop, LoaderConfig(16), MeshConfig(data=1), evaluate_epochs=0, select="auroc", seed=seed

@@ -61,6 +61,8 @@ class Config(adapt_stage.Config):
         super().__post_init__()
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError(f"fractions: expected shares above 0 and up to 1, found {self.fractions}")
+        if self.mode == "logistic":
+            raise ValueError("mode: expected full or frozen, which learn step by step, found logistic")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected 1 or more, found {self.seeds}")
         if not 0 <= self.process < self.processes:
