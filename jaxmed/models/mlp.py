@@ -9,6 +9,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import Params
@@ -63,7 +64,7 @@ def to_unit(config: MlpConfig, raw: Float[Array, "*batch parameter"]) -> Float[A
     return nn.sigmoid(raw) if config.head == "sigmoid" else jax.numpy.abs(raw)
 
 
-def layers(params: Params) -> list[tuple[jax.Array, jax.Array]]:
+def layers(params: Params) -> list[tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]]:
     """Return kernel (input x output) and bias of every layer in order, the head last."""
     names = [f"layer_{number}" for number in range(len(params) - 1)] + ["head"]
     return [(params[name]["kernel"], params[name]["bias"]) for name in names]

@@ -19,7 +19,7 @@ def write_page(folder: Path) -> None:
             ("Largest difference", float(f"{summary['largest_difference']:.2g}"), "to jax, share of each range"),
             ("Rows", summary["rows"], "compared"),
             ("ONNX Runtime", round(summary["rates"]["ONNX Runtime"]), "voxels a second on this machine"),
-            ("Protocol", summary["protocol"][:12], "start of its hash, in the file's metadata"),
+            ("Protocol", summary["protocol"][:8], "start of its hash, in the file's metadata"),
         ],
         sections=[_outputs_section(summary), _use_section(summary)],
         config=record["config"],

@@ -39,8 +39,8 @@ def _tiles(summary: dict[str, Any], lines: list[dict[str, float]]) -> list[tuple
     return [
         ("Epochs", len(lines), f"restart {summary['best'] + 1} was best"),
         ("Held-out loss", float(f"{summary['held_out_loss']:.3g}"), "mean squared error, share of each range"),
-        ("Labels", summary["labels"], "what the network learned"),
-        ("Protocol", summary["protocol"][:12], "start of its hash; other tables are refused"),
+        ("Labels", summary["labels"].split()[0].upper(), "what the network learned"),
+        ("Protocol", summary["protocol"][:8], "start of its hash; other tables are refused"),
     ]
 
 
@@ -54,7 +54,10 @@ def _curves_section(summary: dict[str, Any], lines: list[dict[str, float]]) -> S
     what = "the reproduced signals" if summary["labels"] == "self" else "the labels, each as a share of its range"
     caption = f"Mean squared error of {what}, of the restart that was best in each epoch. Labels from fits hold the "
     caption += "fits' own spread, which no network can predict wholly: the curve does not reach 0."
-    blocks.append(curves(shown, xlabel="epoch", ylabel="loss", log=True, caption=caption))
+    losses = np.concatenate([values for _, values in shown.values()])
+    # Within a decade a logarithmic axis has no room for numbers.
+    log = bool(losses.max() > 10 * losses.min())
+    blocks.append(curves(shown, xlabel="epoch", ylabel="loss", log=log, caption=caption))
     return Section("Training", blocks)
 
 

@@ -96,6 +96,7 @@ def run(config: Config, folder: RunFolder) -> None:
     save(folder.outputs / "model", trained.network)
     write_validation(folder.outputs / "validation.npz", validation_key, trained.network)
     description = trained.network.description
+    log.say(f"Restart {trained.best + 1} was best, with a held-out loss of {trained.losses[-1, 1, trained.best]:.5f}.")
     summary = {
         "protocol": description.table.hash,
         "images": len(bvals),
