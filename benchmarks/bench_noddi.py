@@ -38,7 +38,8 @@ from timing import (
 
 from jaxmed.physics.acquisition import add_rician_noise, two_shell_protocol
 from jaxmed.physics.noddi import order_for, signal
-from jaxmed.systems.noddi.fitting import GRID_KAPPA, GRID_NDI, Maps, fit
+from jaxmed.systems.noddi.fitting import Maps, fit
+from jaxmed.systems.noddi.protocol import GRID_KAPPA, GRID_NDI
 
 SNR = 30.0
 S0 = 1000.0

@@ -149,3 +149,12 @@ def to_world(
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     flip = np.array([-1.0 if np.linalg.det(affine[:3, :3]) > 0 else 1.0, 1.0, 1.0])
     return directions @ (axes * flip).T
+
+
+def from_world(
+    directions: Float[np.ndarray, "*batch 3"], affine: Float[np.ndarray, "4 4"]
+) -> Float[np.ndarray, "*batch 3"]:
+    """Rotate directions from RAS+ world axes to FSL's frame: the inverse of `to_world`, for orthogonal axes."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    flip = np.array([-1.0 if np.linalg.det(affine[:3, :3]) > 0 else 1.0, 1.0, 1.0])
+    return directions @ (axes * flip)

@@ -20,7 +20,6 @@ vectors in the frame of the gradient table. mu and -mu are the same fibre.
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -191,20 +190,3 @@ def unit_quadrature(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
 def order_for(bvals: np.ndarray) -> int:
     """Return the expansion order a protocol needs: 16, or 24 where b exceeds 5000 s/mm^2."""
     return 24 if np.max(bvals) > 5000 else 16
-
-
-def log_rician(
-    measured: Float[Array, "*batch"],
-    predicted: Float[Array, "*batch"],
-    sigma: Float[Array, "*#batch"],
-) -> Float[Array, "*batch"]:
-    """Return the log density of a Rician magnitude.
-
-    log I0 is computed as log(i0e(z)) + z, finite for every z; I0 itself overflows beyond z = 90 in float32.
-
-    Source: Gudbjartsson and Patz, MRM 1995, equation 1.
-    """
-    z = measured * predicted / sigma**2
-    gaussian = -((measured - predicted) ** 2) / (2 * sigma**2)
-    # The exponent -(m^2 + s^2) / 2 sigma^2 + z is gaussian: cancelling by hand keeps float32 exact at high SNR.
-    return jnp.log(measured / sigma**2) + gaussian + jnp.log(jax.scipy.special.i0e(z))

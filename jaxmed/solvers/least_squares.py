@@ -4,8 +4,17 @@ Problems lie along the last axis, so that every operation is one vector instruct
 few unknowns are unrolled: on a CPU batched LAPACK calls on 5 x 5 matrices cost more than the models they serve.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+Point: TypeAlias = Any
+"""Pytree of arrays with the problems last: where many fits are."""
+MAX_DAMPING = 1e8
+"""Beyond it a step is below the precision of its unknowns: the point is as good as float32 can tell."""
 
 
 def solve_positive(
@@ -60,3 +69,130 @@ def weighted_linear(
     diagonal = jnp.einsum("iip->ip", normal)
     normal = normal + ridge * jnp.eye(size)[:, :, None] * jnp.mean(diagonal, axis=0)
     return solve_positive(normal, design.T @ (weights * values))
+
+
+def invert_positive(matrix: Float[Array, "unknown unknown problem"]) -> Float[Array, "unknown unknown problem"]:
+    """Invert symmetric positive definite matrices, column by column; see `solve_positive`."""
+    size = matrix.shape[0]
+    unit = jnp.eye(size, dtype=matrix.dtype)[:, :, None] * jnp.ones_like(matrix[0, 0])
+    return jnp.stack([solve_positive(matrix, unit[column]) for column in range(size)], axis=1)
+
+
+class Evaluation(NamedTuple):
+    """A cost and its quadratic model at a point.
+
+    Attributes:
+        cost: What is minimised.
+        normal: Positive semi-definite approximation of the second derivatives.
+        gradient: Derivative of the cost by the unknowns.
+    """
+
+    cost: Float[Array, " problem"]
+    normal: Float[Array, "unknown unknown problem"]
+    gradient: Float[Array, "unknown problem"]
+
+
+class LmState(NamedTuple):
+    """Levenberg-Marquardt state of many problems.
+
+    Attributes:
+        point: Accepted points.
+        at: Evaluation there; an infinite cost says that none was made yet, and the first step makes it.
+        damping: Relative to the diagonal of the normal matrix.
+        growth: What damping is multiplied by when the next step fails.
+        iterations: Steps tried.
+        done: Whether a tolerance was met; a problem that is done does not move.
+    """
+
+    point: Point
+    at: Evaluation
+    damping: Float[Array, " problem"]
+    growth: Float[Array, " problem"]
+    iterations: Float[Array, " problem"]
+    done: Bool[Array, " problem"]
+
+
+class Surface(NamedTuple):
+    """The problem: a cost over a space that need not be flat, with bounds.
+
+    Attributes:
+        evaluate: point -> Evaluation.
+        move: (point, update) -> the point an update leads to, and the part of the update that bounds allowed.
+        blocked: (point, gradient) -> unknowns at a bound that the cost would push further.
+    """
+
+    evaluate: Callable[[Point], Evaluation]
+    move: Callable[[Point, Float[Array, "unknown problem"]], tuple[Point, Float[Array, "unknown problem"]]]
+    blocked: Callable[[Point, Float[Array, "unknown problem"]], Bool[Array, "unknown problem"]]
+
+
+def lm_init(surface: Surface, point: Point, damping: float = 1e-2) -> LmState:
+    """Start Levenberg-Marquardt at a point, which costs nothing: the first step evaluates it."""
+    shapes = jax.eval_shape(surface.evaluate, point)
+    cost, normal, gradient = (jnp.zeros(part.shape, part.dtype) for part in shapes)
+    return LmState(point, Evaluation(cost + jnp.inf, normal, gradient), cost + damping, cost + 2.0, cost, cost > 0)
+
+
+def lm_step(surface: Surface, state: LmState, tolerance: float) -> LmState:
+    """Try one damped step in every problem; keep it where the cost falls.
+
+    A problem is done when the step that the quadratic model would take undamped promises to lower the cost by less
+    than a fraction: unlike a difference of two costs the promise keeps its digits in float32.
+
+    Args:
+        surface: What is minimised.
+        state: Where the problems are.
+        tolerance: That fraction.
+
+    Source: Nielsen, IMM-REP-1999-05 (damping by the ratio of gained to promised); Bertsekas, SIAM J. Control
+    Optim. 1982 (unknowns at a bound leave the system while the gradient holds them there).
+    """
+    cost, normal, gradient = state.at
+    blocked = surface.blocked(state.point, gradient)
+    free = ~blocked
+    gradient = jnp.where(free, gradient, 0.0)
+    normal = jnp.where(free[:, None] & free[None], normal, 0.0)
+    diagonal = jnp.einsum("iip->ip", normal)
+    # The floor keeps the system solvable where an unknown has no effect.
+    extra = state.damping * diagonal + 1e-7 * jnp.max(diagonal, axis=0) + 1e-12 + blocked
+    eye = jnp.eye(len(gradient))[:, :, None]
+    update = solve_positive(normal + eye * extra, -gradient)
+    candidate, update = surface.move(state.point, update)
+    at = surface.evaluate(candidate)
+    promised = -jnp.sum(update * (gradient + 0.5 * jnp.einsum("ijp,jp->ip", normal, update)), axis=0)
+    fresh = jnp.isinf(cost)
+    better = (at.cost < cost) & ((promised > 0) | fresh)  # False for NaN
+    # A damped step promises about 1 / (1 + damping) of what the undamped one would.
+    small = ~fresh & (jnp.abs(promised) * (1 + state.damping) <= tolerance * jnp.abs(cost))
+    stuck = ~better & (state.damping >= MAX_DAMPING)
+    gain = (cost - at.cost) / jnp.maximum(promised, 1e-30)
+    eased = state.damping * jnp.maximum(0.1, 1 - (2 * jnp.clip(gain, 0.0, 2.0) - 1) ** 3)
+    damping = jnp.clip(jnp.where(better, eased, state.damping * state.growth), 1e-7, 10 * MAX_DAMPING)
+    damping = jnp.where(fresh, state.damping, damping)
+    accept = better & ~state.done
+
+    def choose(new, old):
+        return jnp.where(accept, new, old)
+
+    return LmState(
+        point=jax.tree.map(choose, candidate, state.point),
+        at=jax.tree.map(choose, at, state.at),
+        damping=jnp.where(state.done, state.damping, damping),
+        growth=jnp.where(state.done, state.growth, jnp.where(better, 2.0, 2 * state.growth)),
+        iterations=state.iterations + ~(state.done | fresh),
+        done=state.done | small | stuck,
+    )
+
+
+def lm_run(surface: Surface, state: LmState, tolerance: float, num_steps: int) -> LmState:
+    """Take up to `num_steps` more steps, fewer where every problem is done."""
+
+    def unfinished(carry):
+        step, state = carry
+        return (step < num_steps) & ~jnp.all(state.done)
+
+    def advance(carry):
+        step, state = carry
+        return step + 1, lm_step(surface, state, tolerance)
+
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]

@@ -150,19 +150,6 @@ def test_dispersion_index_inverts_concentration(double):
     np.testing.assert_allclose(noddi.kappa_to_odi(noddi.odi_to_kappa(odi)), odi, rtol=1e-12)
 
 
-@pytest.mark.parametrize("z", [1e-3, 1.0, 700.0, 1e4, 1e8])
-def test_rician_density_is_finite_with_its_gradient(z):
-    sigma = jnp.float32(1 / np.sqrt(z))
-    value, slope = jax.value_and_grad(lambda s: noddi.log_rician(jnp.float32(1.0), s, sigma))(jnp.float32(1.0))
-    assert np.isfinite(value) and np.isfinite(slope)
-
-
-def test_rician_density_integrates_to_one(double):
-    m = jnp.linspace(1e-6, 3.0, 200_001)
-    density = jnp.exp(noddi.log_rician(m, jnp.full_like(m, 0.4), jnp.full_like(m, 0.2)))
-    np.testing.assert_allclose(jnp.trapezoid(density, m), 1.0, atol=1e-6)
-
-
 def test_unphysical_diffusivity_is_refused():
     with pytest.raises(ValueError, match="parallel_diffusivity: expected 0.05 to 10"):
         noddi.Tissue(parallel_diffusivity=1.7e-3)

@@ -11,12 +11,18 @@ from jaxmed.report.figures import MapStyle, agreement, histograms, map_compariso
 from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.volume import Volume
 
-LABELS = {"ndi": "NDI", "odi": "ODI", "fwf": "FWF", "residual": "Residual"}
-STYLES = {
-    "NDI": MapStyle(colormap="viridis", limits=(0.0, 1.0)),
-    "ODI": MapStyle(colormap="viridis", limits=(0.0, 1.0)),
-    "FWF": MapStyle(colormap="viridis", limits=(0.0, 1.0)),
-    "Residual": MapStyle(colormap="magma", unit="of S0"),
+LABELS = {"ndi": "NDI", "odi": "ODI", "fwf": "FWF", "dot": "Dot"}
+LABELS |= {"stick_fraction": "Stick fraction", "diffusivity": "Diffusivity"}
+WHERE_TISSUE = ("NDI", "ODI")
+"""Maps that mean something only where there is tissue."""
+FLAG_WORDS = {
+    "not_converged": "Tolerance not met within the iterations",
+    "at_bound": "A parameter on a bound of its range",
+    "ndi_undefined": "NDI undefined: nearly pure free water, or an error as wide as not knowing it",
+    "odi_undefined": "ODI undefined: an error as wide as not knowing it",
+    "direction_undefined": "Direction undefined: a cone of uncertainty above 45 degrees",
+    "no_unweighted_signal": "No unweighted signal: not fitted",
+    "not_finite": "NaN or Inf in the scan: not fitted",
 }
 
 
@@ -24,16 +30,31 @@ def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
     summary = read_record(folder / "outputs" / "summary.json")
-    maps = {label: _read(folder / "outputs" / f"{name}.nii.gz") for name, label in LABELS.items()}
+    names = {name: LABELS[name] for name in summary["parameters"]}
+    read = {name: _read(folder / "outputs" / f"{name}.nii.gz") for name in [*names, "residual"]}
+    maps = {label: read[name] for name, label in (names | {"residual": "Residual"}).items()}
+    errors = {label: _read(folder / "outputs" / f"{name}_error.nii.gz") for name, label in names.items()}
+    errors["Direction"] = _read(folder / "outputs" / "direction_error.nii.gz")
     mask = _read(folder / "outputs" / "s0.nii.gz").array > 0
-    defined = mask & (maps["FWF"].array < 0.9)
-    sections = [_maps_section(maps, mask, defined, summary)]
+    defined = mask & (maps["FWF"].array < 0.9) if "FWF" in maps else mask
+    where = {label: defined if label in WHERE_TISSUE else mask for label in [*maps, "Direction"]}
+    units = {LABELS[name]: "" if unit == "1" else unit for name, unit in summary["parameters"].items()}
+    styles = {
+        label: MapStyle(unit=unit, limits=None if unit else (0.0, 1.0), colormap="viridis")
+        for label, unit in units.items()
+    }
+    styles["Residual"] = MapStyle(colormap="magma", unit="of S0")
+    sections = [_maps_section(maps, styles, mask, where, summary)]
     if summary["truth"]:
-        sections.append(_truth_section(maps, mask, defined, folder / summary["truth"]))
-    sections += [_data_section(summary), _reading_section()]
+        sections.append(_truth_section(maps, styles, mask, where, folder / summary["truth"], names))
+    sections += [
+        _errors_section(errors, units, mask, where, summary),
+        _data_section(summary),
+        _reading_section(summary),
+    ]
     write_report(
         folder / "report.html",
-        title="NODDI maps",
+        title="NODDI maps" if summary["model"] == "noddi" else "Ball and stick maps",
         subtitle=_subtitle(record, summary),
         summary=_tiles(summary),
         sections=sections,
@@ -58,40 +79,34 @@ def _subtitle(record: dict, summary: dict) -> str:
 
 def _tiles(summary: dict) -> list[tuple[str, object, str]]:
     medians = {name: round(value, 3) for name, value in summary["medians"].items()}
-    tiles: list[tuple[str, object, str]] = [
-        ("Voxels", summary["voxels"], f"{summary['converged']:.1%} converged"),
-        ("FWF", medians["fwf"], "median free water fraction"),
-    ]
-    if "ndi" in medians:
-        tiles += [
-            ("NDI", medians["ndi"], "median neurite density, where FWF < 0.9"),
-            ("ODI", medians["odi"], "median orientation dispersion, where FWF < 0.9"),
-        ]
+    tiles: list[tuple[str, object, str]] = [("Voxels", summary["voxels"], f"{summary['converged']:.1%} converged")]
+    for name, unit in summary["parameters"].items():
+        if name in medians:
+            label = LABELS[name]
+            said = "median" if unit == "1" else f"median, {unit}"
+            said += ", where FWF < 0.9" if label in WHERE_TISSUE else ""
+            tiles.append((label, medians[name], f"{said}; standard error {medians[name + '_error']:.3f}"))
     return [*tiles, ("Residual", medians["residual"], "median NRMSE, relative to S0")]
 
 
-def _maps_section(maps: dict[str, Volume], mask: np.ndarray, defined: np.ndarray, summary: dict) -> Section:
-    spacing = maps["NDI"].spacing
+def _maps_section(maps, styles, mask: np.ndarray, where: dict[str, np.ndarray], summary: dict) -> Section:
+    spacing = maps["Residual"].spacing
     notes = [Note(text, "warning" if _is_warning(text) else "info") for text in summary["notes"]]
     figure = slice_maps(
         {label: volume.array for label, volume in maps.items()},
         spacing,
-        caption="Neurite density, orientation dispersion, free water fraction, and root mean squared residual "
-        "relative to the unweighted signal.",
-        styles=STYLES,
+        caption="Fitted parameters, and root mean squared residual relative to the unweighted signal.",
+        styles=styles,
         mask=mask,
     )
     blocks = [*notes, figure]
-    if defined.any():
-        values = {label: maps[label].array[defined] for label in ("NDI", "ODI")}
-        values |= {label: maps[label].array[mask] for label in ("FWF", "Residual")}
-        blocks.append(
-            histograms(
-                values,
-                caption="Distribution over fitted voxels; NDI and ODI where the free water fraction is below 0.9, "
-                "because tissue that is not there has no neurites.",
-            )
-        )
+    values = {label: volume.array[where[label]] for label, volume in maps.items()}
+    if all(value.size for value in values.values()):
+        caption = "Distribution over fitted voxels"
+        if "FWF" in maps:
+            caption += "; NDI and ODI where the free water fraction is below 0.9, because tissue that is not there has "
+            caption += "no neurites"
+        blocks.append(histograms(values, caption=f"{caption}.", units={name: s.unit for name, s in styles.items()}))
     return Section("Maps", blocks)
 
 
@@ -99,10 +114,10 @@ def _is_warning(text: str) -> bool:
     return any(word in text for word in ("cannot", "more than diffusion allows", "negative"))
 
 
-def _truth_section(maps: dict[str, Volume], mask: np.ndarray, defined: np.ndarray, folder: Path) -> Section:
-    truth = {label: _read(folder / f"{name}.nii.gz").array for name, label in LABELS.items() if name != "residual"}
+def _truth_section(maps, styles, mask, where: dict[str, np.ndarray], folder: Path, names: dict[str, str]) -> Section:
+    truth = {label: _read(folder / f"{name}.nii.gz").array for name, label in names.items()}
     estimate = {label: maps[label].array for label in truth}
-    where = {"NDI": defined, "ODI": defined, "FWF": mask}
+    where = {label: where[label] for label in truth}
     rows = []
     for label, inside in where.items():
         error = estimate[label][inside] - truth[label][inside]
@@ -116,9 +131,9 @@ def _truth_section(maps: dict[str, Volume], mask: np.ndarray, defined: np.ndarra
             map_comparison(
                 truth,
                 estimate,
-                maps["NDI"].spacing,
+                maps["Residual"].spacing,
                 caption="Truth, estimate and their difference in one slice.",
-                styles=STYLES,
+                styles=styles,
                 mask=mask,
             ),
             agreement(
@@ -135,6 +150,33 @@ def _truth_section(maps: dict[str, Volume], mask: np.ndarray, defined: np.ndarra
     )
 
 
+def _errors_section(errors, units, mask: np.ndarray, where: dict[str, np.ndarray], summary: dict) -> Section:
+    spacing = errors["Direction"].spacing
+    styles = {label: MapStyle(colormap="magma", unit=unit) for label, unit in units.items()}
+    styles["Direction"] = MapStyle(colormap="magma", unit="degrees", limits=(0.0, 60.0))
+    flagged = [(FLAG_WORDS[name], count) for name, count in summary["flags"].items() if count]
+    known = "the given or estimated noise" if summary["sigma"] else "the residuals"
+    blocks: list = [
+        Text(
+            [
+                f"Standard errors from the curvature of the likelihood at its maximum and {known}: how far another "
+                "scan of the same voxel would move each value. Where one is as wide as the range, the data say "
+                "nothing about it.",
+            ]
+        ),
+        slice_maps(
+            {label: volume.array for label, volume in errors.items()},
+            spacing,
+            caption="Standard error of each parameter, and of the direction as the angle of its cone of uncertainty.",
+            styles=styles,
+            mask=mask,
+        ),
+    ]
+    if flagged:
+        blocks.append(Table(("Flag", "Voxels"), flagged, "Bits of map 'flags' that are set somewhere in the mask."))
+    return Section("How sure the maps are", blocks)
+
+
 def _data_section(summary: dict) -> Section:
     rows = [(round(shell["bval"]), shell["images"], shell["signal"]) for shell in summary["shells"]]
     return Section(
@@ -149,19 +191,21 @@ def _data_section(summary: dict) -> Section:
     )
 
 
-def _reading_section() -> Section:
-    return Section(
-        "How to read this",
-        [
-            Text(
-                [
-                    "NDI is the share of tissue water inside neurites, ODI how far their directions spread (0 "
-                    "parallel, 1 isotropic), FWF the share of free water. All three rest on fixed diffusivities (see "
-                    "the configuration): another choice changes all maps.",
-                    "A high residual marks voxels that the model does not describe: motion, artefacts, crossing tissue "
-                    "types, or pathology. Where FWF is near 1, NDI and ODI mean nothing.",
-                    "Model: Zhang et al., NeuroImage 2012. For research only, not for diagnosis.",
-                ]
-            )
-        ],
+def _reading_section(summary: dict) -> Section:
+    if summary["model"] != "noddi":
+        meaning = (
+            "Stick fraction is the share of water that moves along one direction only, diffusivity its speed along it "
+            "and that of the rest in every direction. Model: Behrens et al., Magn. Reson. Med. 2003."
+        )
+    else:
+        meaning = (
+            "NDI is the share of tissue water inside neurites, ODI how far their directions spread (0 parallel, 1 "
+            "isotropic), FWF the share of free water. All three rest on fixed diffusivities (see the configuration): "
+            "another choice changes all maps. Where FWF is near 1, NDI and ODI mean nothing; where NDI is near 0, ODI "
+            "means nothing. Model: Zhang et al., NeuroImage 2012."
+        )
+    residual = (
+        "A high residual marks voxels that the model does not describe: motion, artefacts, crossing tissue types, or "
+        "pathology. For research only, not for diagnosis."
     )
+    return Section("How to read this", [Text([meaning, residual])])

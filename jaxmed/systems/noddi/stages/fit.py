@@ -1,24 +1,26 @@
-"""Stage `jaxmed noddi fit`: NODDI maps of a diffusion scan by maximum likelihood."""
+"""Stage `jaxmed noddi fit`: maps of a diffusion scan by maximum likelihood."""
 
 import dataclasses
 import hashlib
 import shlex
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import numpy as np
 
-from jaxmed.arrays.foreground import find_foreground
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, write_json
-from jaxmed.io import nifti
-from jaxmed.io.gradients import GradientTable, read_gradients, to_world
-from jaxmed.physics.acquisition import estimate_sigma, find_shells
+from jaxmed.physics.acquisition import find_shells
+from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
-from jaxmed.systems.noddi.fitting import FitConfig, Maps, fit
+from jaxmed.systems.noddi import reading
+from jaxmed.systems.noddi.fitting import FLAGS, Estimates, estimate
+from jaxmed.systems.noddi.options import FitConfig
 from jaxmed.systems.noddi.page import write_page
+from jaxmed.systems.noddi.reading import Scan
+from jaxmed.systems.noddi.writing import write_maps
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.volume import Volume
@@ -28,20 +30,27 @@ SECONDS_BETWEEN_SAVES = 20.0
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fit NODDI to a diffusion scan.
+    """Fit NODDI, or a stick in a ball, to a diffusion scan.
 
     Attributes:
-        dwi: Diffusion scan, a 4D NIfTI file; magnitudes in any unit, images of one scan in one scaling.
-        bvals: FSL text file of b-values in s/mm^2, one per image.
-        bvecs: FSL text file of unit gradient directions, 3 x N or N x 3.
+        dwi: Diffusion scan: a 4D NIfTI file, or a folder of DICOM files whose headers hold the gradients. Magnitudes in
+            any unit, images of one scan in one scaling.
+        bvals: FSL text file of b-values in s/mm^2, one per image; not with DICOM.
+        bvecs: FSL text file of unit gradient directions, 3 x N or N x 3; not with DICOM.
         mask: NIfTI file on the grid of the scan, fitted where it is not 0. Without it: the largest connected region
             whose mean unweighted signal exceeds a tenth of its 98th percentile.
+        grad_dev: Gradient nonlinearity as the Human Connectome Project stores it: a NIfTI file of nine images on the
+            grid of the scan, the deviations of each voxel's gradients column by column.
+        series: SeriesInstanceUID to read from a DICOM folder of several series.
         sigma: Noise of each receiver channel, in the unit of the scan. Without it: estimated from the unweighted images
             where there are three or more.
         noise: Likelihood. "auto" is Rician where sigma is known or can be estimated, else Gaussian. Gaussian fits put
             the noise floor into the maps: ndi comes out too high.
         allow_single_shell: Fit although only one shell is weighted. Its maps are not NODDI: see the error message.
-        fit: Model constants and tolerances.
+        scale_series: Divide every run of images by the brightness of its own unweighted images, where series that were
+            scaled apart have been joined.
+        modulated: Write ndi (1 - fwf) and odi (1 - fwf) too.
+        fit: Model, its constants and tolerances.
         embedded_shape: Voxels (x, y, z) of the embedded brain slab to simulate and fit in place of files.
         embedded_snr: Signal-to-noise ratio of the embedded slab, white matter, unweighted.
         seed: Of the embedded slab; a fit itself draws nothing.
@@ -51,9 +60,13 @@ class Config:
     bvals: Path | None = None
     bvecs: Path | None = None
     mask: Path | None = None
+    grad_dev: Path | None = None
+    series: str | None = None
     sigma: float | None = None
     noise: Literal["auto", "rician", "gaussian"] = "auto"
     allow_single_shell: bool = False
+    scale_series: bool = False
+    modulated: bool = False
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
     embedded_shape: tuple[int, int, int] | None = None
     embedded_snr: float = 30.0
@@ -83,16 +96,6 @@ def laptop() -> Config:
     return Config(embedded_shape=(96, 112, 8))
 
 
-class Scan(NamedTuple):
-    """A checked diffusion scan, ready to fit."""
-
-    dwi: Volume
-    gradients: GradientTable
-    mask: np.ndarray
-    sigma: float | None
-    notes: list[str]
-
-
 def run(config: Config, folder: RunFolder) -> None:
     """Read and check a scan, fit it, write maps and the report."""
     began = time.monotonic()
@@ -112,12 +115,13 @@ def run(config: Config, folder: RunFolder) -> None:
     for note in scan.notes:
         log.say(f"Note: {note}")
     read_seconds = time.monotonic() - began
-    maps, fit_seconds = _fit(config, scan, folder, log)
-    notes = scan.notes + describe_maps(maps, scan, config)
+    model = config.fit.build_model()
+    rows, fit_seconds = _fit(config, scan, folder, log)
+    notes = scan.notes + describe_maps(rows, model, scan, config)
     for note in notes[len(scan.notes) :]:
         log.say(f"Note: {note}")
-    write_maps(folder.outputs, maps, scan, config)
-    summary = summarise(maps, scan, config, notes, truth) | {
+    write_maps(folder.outputs, rows, model, scan, config.fit, modulated=config.modulated)
+    summary = summarise(rows, model, scan, config, notes, truth) | {
         "command": f"jaxmed noddi fit --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "device": jax.devices()[0].device_kind,
         "seconds": {"read and check": read_seconds, "fit, compilation included": fit_seconds},
@@ -136,110 +140,52 @@ def read_scan(config: Config) -> Scan:
     Raises:
         InputError: For whatever a user can have wrong in these files.
     """
-    dwi_path, bvals_path, bvecs_path = (_require(getattr(config, name), name) for name in ("dwi", "bvals", "bvecs"))
-    threshold = config.fit.b0_threshold
-    shape = nifti.describe(dwi_path)["shape"]
-    num_images = shape[3] if isinstance(shape, tuple) and len(shape) == 4 else None
-    gradients = read_gradients(bvals_path, bvecs_path, b0_threshold=threshold, num_images=num_images)
-    _check_protocol(gradients, bvals_path, config)
-    dwi = nifti.read(dwi_path, dimensions=(4,), allow_constant=False)
-    notes = list(gradients.notes)
-    is_b0 = gradients.bvals <= threshold
-    b0 = dwi.array[..., is_b0].mean(axis=-1)
-    mask = _read_mask(config, dwi, b0, notes)
-    empty = int((mask & (b0 <= 0)).sum())
-    if empty == mask.sum():
-        raise InputError(dwi_path, "unweighted signal inside the mask", "none above 0", "check the mask")
-    if empty:
-        notes.append(f"{empty:,} voxels inside the mask have no unweighted signal; their maps are 0.")
-    if (dwi.array[mask] < 0).any():
-        notes.append("The scan holds negative values: magnitudes are expected. They were fitted as they are.")
-    sigma = _choose_sigma(config, dwi.array[mask][:, is_b0], notes)
-    return Scan(dwi, gradients, mask, sigma, notes)
-
-
-def _require(path: Path | None, name: str) -> Path:
-    if path is None:
-        raise InputError(name, "a file", "nothing", f"give --{name} FILE, or try --preset smoke")
-    return path
-
-
-def _check_protocol(gradients: GradientTable, path: Path, config: Config) -> None:
-    threshold = config.fit.b0_threshold
-    shells = find_shells(gradients.bvals, threshold)
-    if shells[0].bval > threshold:
-        raise InputError(
-            path,
-            f"an unweighted image (b <= {threshold:g} s/mm^2)",
-            f"a smallest b-value of {gradients.bvals.min():g}",
-            "raise --fit.b0-threshold if these images are meant as b = 0",
-        )
-    weighted = shells[1:]
-    directions = gradients.bvecs[gradients.bvals > threshold]
-    if len(weighted) < 2 and not config.allow_single_shell:
-        raise InputError(
-            path,
-            "two or more weighted shells",
-            f"one at b = {weighted[0].bval:.0f} s/mm^2",
-            "one shell cannot tell neurite density from free water, so its maps mean nothing; "
-            "--allow-single-shell fits it anyway",
-        )
-    if np.linalg.matrix_rank(directions.T @ directions, tol=1e-3) < 3 or len(directions) < 6:
-        raise InputError(
-            path, "six or more weighted images in different directions", f"{len(directions)} on a plane or line"
-        )
-
-
-def _read_mask(config: Config, dwi: Volume, b0: np.ndarray, notes: list[str]) -> np.ndarray:
-    if config.mask is None:
-        mask = find_foreground(b0)
-        notes.append(f"No mask was given: {int(mask.sum()):,} voxels of bright unweighted signal were fitted.")
-        return mask
-    volume = nifti.read(config.mask, dimensions=(3,))
-    nifti.require_same_grid(volume, dwi, str(config.mask), str(config.dwi))
-    mask = volume.array != 0
-    if not mask.any():
-        raise InputError(config.mask, "a mask with voxels inside", "zeros only", "check the mask")
-    return mask
-
-
-def _choose_sigma(config: Config, b0: np.ndarray, notes: list[str]) -> float | None:
-    if config.noise == "gaussian":
-        return None
-    if config.sigma is not None:
-        return config.sigma
-    if b0.shape[1] >= 3:
-        sigma = estimate_sigma(b0)
-        if sigma > 0:
-            notes.append(f"Noise was estimated from {b0.shape[1]} unweighted images: sigma = {sigma:.4g}.")
-            return sigma
-    if config.noise == "rician":
-        raise InputError(
-            "sigma", "a noise level for the Rician likelihood", f"{b0.shape[1]} unweighted image(s)", "give --sigma"
-        )
-    notes.append(
-        f"With {b0.shape[1]} unweighted image(s) the noise is not known: squares were minimised. "
-        "Give --sigma for the Rician likelihood."
+    if config.dwi is None:
+        raise InputError("dwi", "a file", "nothing", "give --dwi FILE, or try --preset smoke")
+    path, threshold = config.dwi, config.fit.b0_threshold
+    dwi, gradients, notes = reading.read_dwi(
+        path,
+        config.bvals,
+        config.bvecs,
+        threshold,
+        allow_single_shell=config.allow_single_shell,
+        series=config.series,
     )
-    return None
+    is_b0 = gradients.bvals <= threshold
+    mask = reading.read_mask(config.mask, dwi, path, dwi.array[..., is_b0].mean(axis=-1), notes)
+    signals = dwi.array[mask]
+    reading.check_voxels(signals, is_b0, path, notes)
+    scales = reading.check_series(signals, is_b0, config.scale_series, notes)
+    if scales is not None:
+        dwi = Volume.make(dwi.array / scales.astype(np.float32), dwi.affine)
+        signals = dwi.array[mask]
+    sigma = reading.choose_sigma(config.noise, config.sigma, signals[:, is_b0], notes)
+    gradient_map = None
+    if config.grad_dev is not None:
+        gradient_map = reading.read_gradient_map(config.grad_dev, dwi, path)
+        length = np.linalg.norm(gradient_map[mask], axis=-2)
+        notes.append(
+            f"Gradients vary over space: lengths from {length.min():.3f} to {length.max():.3f} of the table's."
+        )
+    return Scan(path, dwi, gradients, mask, sigma, gradient_map, notes)
 
 
-def _fit(config: Config, scan: Scan, folder: RunFolder, log: Log) -> tuple[Maps, float]:
+def _fit(config: Config, scan: Scan, folder: RunFolder, log: Log) -> tuple[Estimates, float]:
     """Fit all voxels, continuing from and saving to RUN/checkpoints."""
     saved = folder.checkpoints / "fit.npz"
     digest = hashlib.sha256(np.ascontiguousarray(scan.dwi.array[scan.mask]).data).hexdigest()
     finished = _restore(saved, digest)
-    total, done = int(scan.mask.sum()), 0 if finished is None else len(finished.ndi)
+    total, done = int(scan.mask.sum()), 0 if finished is None else len(finished.fitted)
     if done:
         log.say(f"Continuing after {done:,} voxels of an interrupted run.")
     last_save = began = time.monotonic()
-    chunks = 0
+    blocks = 0
     with log.progress("Fitting", total, "voxels", done) as update:
 
-        def on_chunk(count: int, total: int, rows: Maps) -> None:
-            nonlocal last_save, chunks
-            chunks += 1
-            if chunks == folder.options.profile:
+        def on_block(count: int, total: int, rows: Estimates) -> None:
+            nonlocal last_save, blocks
+            blocks += 1
+            if blocks == folder.options.profile:
                 jax.profiler.stop_trace()
             update(count)
             if time.monotonic() - last_save > SECONDS_BETWEEN_SAVES and count < total:
@@ -248,135 +194,103 @@ def _fit(config: Config, scan: Scan, folder: RunFolder, log: Log) -> tuple[Maps,
 
         if folder.options.profile:
             jax.profiler.start_trace(folder.path / "profile")
-        maps = fit(
+        rows = estimate(
             scan.dwi.array,
             scan.gradients.bvals,
             scan.gradients.bvecs,
             scan.mask,
             sigma=scan.sigma,
+            gradient_map=scan.gradient_map,
             config=config.fit,
             finished=finished,
-            on_chunk=on_chunk,
+            on_block=on_block,
         )
-        if chunks < folder.options.profile:
+        if blocks < folder.options.profile:
             jax.profiler.stop_trace()
-    return maps, time.monotonic() - began
+    return rows, time.monotonic() - began
 
 
-def _save(path: Path, digest: str, rows: Maps) -> None:
+def _save(path: Path, digest: str, rows: Estimates) -> None:
     with atomic_path(path) as temporary:
         np.savez(temporary, digest=np.array(digest), **rows._asdict())
 
 
-def _restore(path: Path, digest: str) -> Maps | None:
+def _restore(path: Path, digest: str) -> Estimates | None:
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as stored:
         if str(stored["digest"]) != digest:
             raise InputError(path, "rows of this scan", "rows of another", "start anew with --no-resume")
-        return Maps(*(stored[name] for name in Maps._fields))
+        return Estimates(*(stored[name] for name in Estimates._fields))
 
 
-def describe_maps(maps: Maps, scan: Scan, config: Config) -> list[str]:
+def describe_maps(rows: Estimates, model: MicrostructureModel, scan: Scan, config: Config) -> list[str]:
     """Say what a reader of the maps must know and could not see in them."""
     notes = []
-    fitted = maps.fitted
-    if len(find_shells(scan.gradients.bvals, config.fit.b0_threshold)) < 3:
+    fitted, threshold, tissue = rows.fitted, config.fit.b0_threshold, config.fit.tissue
+    is_noddi = config.fit.model == "noddi"
+    if is_noddi and len(find_shells(scan.gradients.bvals, threshold)) < 3:
         notes.append("Only one shell is weighted: neurite density and free water cannot be told apart.")
-    diffusivity = float(np.median(maps.mean_diffusivity[fitted]))
-    anisotropy = float(np.median(maps.fractional_anisotropy[fitted]))
-    free = config.fit.tissue.free_diffusivity
-    if anisotropy < 0.1 and diffusivity > 1.5:
+    diffusivity = float(np.median(rows.mean_diffusivity[fitted]))
+    anisotropy = float(np.median(rows.fractional_anisotropy[fitted]))
+    free = tissue.free_diffusivity
+    if is_noddi and anisotropy < 0.1 and diffusivity > 1.5:
         text = f"This is free water: diffusion is isotropic (median anisotropy {anisotropy:.3f}) and fast "
         text += f"(median diffusivity {diffusivity:.2f} um^2/ms). "
         if abs(diffusivity - free) > 0.15 * free:
             text += f"The model's free water has {free:g} um^2/ms, as at body temperature, so the free water fraction "
             text += f"cannot reach 1; give --fit.tissue.free-diffusivity {diffusivity:.2f} if this is a phantom."
         notes.append(text.strip())
-    wet = float(np.mean(maps.fwf[fitted] > 0.9))
-    if wet > 0.005:
-        notes.append(f"{wet:.0%} of voxels are nearly pure free water (fwf above 0.9): their ndi and odi mean nothing.")
-    unfinished = int((fitted & ~maps.converged).sum())
-    if unfinished:
-        notes.append(
-            f"{unfinished:,} of {int(fitted.sum()):,} voxels did not meet the tolerance in "
-            f"{config.fit.max_iterations} iterations; map 'converged' shows them."
-        )
-    for shell in find_shells(scan.gradients.bvals, config.fit.b0_threshold)[1:]:
-        level = _mean_attenuation(scan, maps, shell.rows)
-        if level > 1.0:
-            notes.append(
-                f"At b = {shell.bval:.0f} the mean signal is {level:.2f} of the unweighted one, "
-                "more than diffusion allows: "
-                "were the images scaled apart?"
-            )
+    notes += _flag_notes(rows, config)
+    signals, s0 = scan.dwi.array[fitted], rows.s0[fitted]
+    return notes + reading.attenuation_notes(signals, s0, scan.gradients.bvals, threshold, max(free, diffusivity))
+
+
+def _flag_notes(rows: Estimates, config: Config) -> list[str]:
+    count = int(rows.fitted.sum())
+    said = {
+        "ndi_undefined": "ndi means nothing (nearly pure free water, or a standard error as wide as not knowing it)",
+        "odi_undefined": "odi means nothing (few neurites, or too much noise)",
+        "direction_undefined": "the direction means nothing (a cone of uncertainty above 45 degrees)",
+        "not_converged": f"the tolerance was not met in {config.fit.max_iterations} iterations",
+    }
+    notes = []
+    for flag, meaning in said.items():
+        flagged = int((rows.fitted & (rows.flags & FLAGS[flag] > 0)).sum())
+        if flagged > 0.005 * count:
+            notes.append(f"In {flagged:,} of {count:,} voxels {meaning}; map 'flags' shows them.")
     return notes
 
 
-def _mean_attenuation(scan: Scan, maps: Maps, rows: tuple[int, ...]) -> float:
-    inside = scan.dwi.array[maps.fitted]
-    return float(np.mean(inside[:, list(rows)].mean(axis=1) / maps.s0[maps.fitted]))
-
-
-MAP_DEFINITIONS = {
-    "ndi": ("neurite density index: share of tissue water inside neurites; undefined where fwf is near 1", "1"),
-    "odi": ("orientation dispersion index, (2 / pi) atan(1 / kappa)", "1"),
-    "fwf": ("free water fraction", "1"),
-    "direction": ("mean fibre direction, unit vector in RAS+ world axes, sign arbitrary", "1"),
-    "s0": ("mean unweighted signal", "unit of the scan"),
-    "residual": ("root mean squared residual over all images divided by s0", "1"),
-    "mean_diffusivity": ("mean diffusivity of the tensor that starts the fit", "um^2/ms"),
-    "fractional_anisotropy": ("fractional anisotropy of the tensor that starts the fit", "1"),
-    "converged": ("1 where the fit met its tolerance", "1"),
-}
-
-
-def write_maps(folder: Path, maps: Maps, scan: Scan, config: Config) -> None:
-    """Write every map as NIfTI on the grid of the scan, each with a JSON sidecar."""
-    constants = {
-        "parallel_diffusivity_um2_per_ms": config.fit.tissue.parallel_diffusivity,
-        "free_diffusivity_um2_per_ms": config.fit.tissue.free_diffusivity,
-        "likelihood": "gaussian" if scan.sigma is None else "rician",
-        "sigma": scan.sigma,
-    }
-    for name, (definition, unit) in MAP_DEFINITIONS.items():
-        array = getattr(maps, name)
-        if name == "direction":
-            array = to_world(array, scan.dwi.affine)
-        array = array.astype(np.uint8 if array.dtype == bool else np.float32)
-        nifti.write(folder / f"{name}.nii.gz", Volume.make(array, scan.dwi.affine), reference=config.dwi)
-        write_json(
-            folder / f"{name}.json",
-            {"definition": definition, "unit": unit, "constants": constants, "software": _software()},
-        )
-
-
-def _software() -> str:
-    from jaxmed.versions import software_versions
-
-    return f"jaxmed {software_versions().get('jaxmed', 'unknown')}"
-
-
-def summarise(maps: Maps, scan: Scan, config: Config, notes: list[str], truth: Path | None) -> dict:
+def summarise(
+    rows: Estimates, model: MicrostructureModel, scan: Scan, config: Config, notes: list[str], truth: Path | None
+) -> dict:
     """Collect the numbers of the report."""
-    fitted = maps.fitted
-    defined = fitted & (maps.fwf < 0.9)
-    medians = {
-        "ndi": _median(maps.ndi[defined]),
-        "odi": _median(maps.odi[defined]),
-        "fwf": _median(maps.fwf[fitted]),
-        "residual": _median(maps.residual[fitted]),
-        "mean_diffusivity": _median(maps.mean_diffusivity[fitted]),
-        "fractional_anisotropy": _median(maps.fractional_anisotropy[fitted]),
-    }
+    fitted = rows.fitted
+    values = {name: rows.values[..., index] for index, name in enumerate(model.names)}
+    errors = {name: rows.errors[..., index] for index, name in enumerate(model.names)}
+    defined = fitted & (values["fwf"] < 0.9) if "fwf" in values else fitted
+    where = {name: defined if name in ("ndi", "odi") else fitted for name in values}
+    medians = {name: _median(value[where[name]]) for name, value in values.items()}
+    medians |= {f"{name}_error": _median(error[where[name]]) for name, error in errors.items()}
+    for name in ("residual", "mean_diffusivity", "fractional_anisotropy"):
+        medians[name] = _median(getattr(rows, name)[fitted])
+    signals, s0 = scan.dwi.array[fitted], rows.s0[fitted]
     shells = [
-        {"bval": shell.bval, "images": len(shell.rows), "signal": _mean_attenuation(scan, maps, shell.rows)}
+        {
+            "bval": shell.bval,
+            "images": len(shell.rows),
+            "signal": reading.mean_attenuation(signals, s0, shell.rows),
+        }
         for shell in find_shells(scan.gradients.bvals, config.fit.b0_threshold)
     ]
     return {
+        "model": config.fit.model,
+        "parameters": {parameter.name: parameter.unit for parameter in model.parameters},
         "voxels": int(fitted.sum()),
         "images": len(scan.gradients.bvals),
-        "converged": float(np.mean(maps.converged[fitted])),
+        "converged": float(np.mean(rows.flags[fitted] & FLAGS["not_converged"] == 0)),
+        "flags": {name: int((rows.flags[scan.mask] & bit > 0).sum()) for name, bit in FLAGS.items()},
         "likelihood": "Gaussian" if scan.sigma is None else "Rician",
         "sigma": scan.sigma,
         "medians": {name: value for name, value in medians.items() if value is not None},
