@@ -148,6 +148,25 @@ def test_maps_lie_on_the_grid_of_the_scan_and_say_what_they_are(places, predicte
         assert sidecar["unit"] == "1" and sidecar["software"].startswith("jaxmed")
 
 
+def test_voxels_of_nan_are_left_out_and_said(places, predicted, tmp_path):
+    scan = shutil.copytree(places / "sim" / "outputs", tmp_path / "scan")
+
+    def poke(array):
+        array[6, 7, 1, 20] = np.nan
+        array[0, 0, 0] = np.inf  # outside the mask
+        return array
+
+    rewrite(scan / "dwi.nii.gz", poke)
+    assert run("predict", "--weights", places / "net", *scan_words(scan), "--out", tmp_path / "maps") == 0
+    outputs = tmp_path / "maps" / "outputs"
+    expected = read_map(predicted / "outputs", "fwf")
+    expected[6, 7, 1] = 0
+    np.testing.assert_array_equal(read_map(outputs, "fwf"), expected)
+    assert read_map(outputs, "mask")[6, 7, 1] == 0
+    notes = json.loads((outputs / "summary.json").read_text())["notes"]
+    assert notes == ["1 voxels hold NaN or Inf; their maps are 0, and map 'mask' leaves them out."]
+
+
 def test_dicom_maps_agree_with_nifti_in_the_world(places, predicted):
     stack = read_stack(places / "sim" / "outputs" / "dicom")
     for name in MAPS:
@@ -246,8 +265,8 @@ def rewrite(path, change):
     nifti.write(path, Volume.make(change(volume.array.copy()), volume.affine), allow_nonfinite=True)
 
 
-def poke(array):
-    array[1, 1, 1] = np.nan
+def fill_with_nan(array):
+    array[3:] = np.nan
     return array
 
 
@@ -264,7 +283,7 @@ PREDICT_MISTAKES = {
         "dwi.nii.gz: expected",
     ),
     "three dimensions": (lambda p: shutil.copy(p / "mask.nii.gz", p / "dwi.nii.gz"), "4D data"),
-    "not a number": (lambda p: rewrite(p / "dwi.nii.gz", poke), "NaN"),
+    "not a number": (lambda p: rewrite(p / "dwi.nii.gz", fill_with_nan), "NaN"),
     "all zero": (lambda p: rewrite(p / "dwi.nii.gz", np.zeros_like), "constant"),
     "mask of another shape": (lambda p: rewrite(p / "mask.nii.gz", lambda a: a[:-1]), "mask.nii.gz: expected"),
     "empty mask": (lambda p: rewrite(p / "mask.nii.gz", np.zeros_like), "zeros only"),

@@ -3,8 +3,7 @@
 An estimator is a function of `Simulated` voxels; networks and fits are scored on the same noise. Beside them stands the
 Cramer-Rao bound of the Rician likelihood: no unbiased estimator has a smaller spread, and a biased one may.
 
-Source: the sister study on training labels (a 10 x 10 x 10 grid, 500 repetitions); Karlsen et al., Magn. Reson. Med.
-1999 (Fisher information of Rician magnitudes).
+Source: the sister study on training labels (a 10 x 10 x 10 grid, 500 repetitions).
 """
 
 import functools
@@ -15,13 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from jaxtyping import Array, Float, Key
 
 from jaxmed.physics.acquisition import add_rician_noise
 from jaxmed.physics.microstructure import MicrostructureModel, Simulated, draw_directions
+from jaxmed.systems.noddi.information import cramer_rao
 from jaxmed.systems.noddi.labels import LabelStart, fit_labels
-from jaxmed.systems.noddi.network import Network, Table, predict
+from jaxmed.systems.noddi.network import ForwardConfig, Network, Table, predict
 
 Estimator = Callable[[Simulated], np.ndarray]
 BLOCK = 8192
@@ -59,9 +58,10 @@ def network_estimator(network: Network) -> Estimator:
     return lambda voxels: predict(network, voxels.signals)
 
 
-def fit_estimator(model: MicrostructureModel, table: Table, start: LabelStart = "grid") -> Estimator:
+def fit_estimator(forward: ForwardConfig, table: Table, start: LabelStart = "grid") -> Estimator:
     """Return the maximum-likelihood fit, told the true noise level, as an estimator."""
-    return lambda voxels: np.asarray(fit_labels(voxels, model, table, start))
+    model = forward.build(np.array(table.bvals))
+    return lambda voxels: np.asarray(fit_labels(voxels, model, table, start, forward))
 
 
 def estimate(
@@ -133,14 +133,14 @@ def correlation(
     return found
 
 
-def cramer_rao(
+def average_bound(
     key: Key[Array, ""],
     model: MicrostructureModel,
     table: Table,
     grid: Float[np.ndarray, "point parameter"],
     snr: float,
 ) -> Float[np.ndarray, "point parameter"]:
-    """Return the smallest standard deviation of an unbiased estimator, averaged over fibre directions.
+    """Return the smallest standard deviation of an unbiased estimator, root mean square over fibre directions.
 
     Direction and unweighted signal are unknown too, as for a fit.
 
@@ -151,55 +151,10 @@ def cramer_rao(
         grid: True parameters, inside their ranges.
         snr: Signal-to-noise ratio at b = 0.
     """
-    bvals, bvecs = np.array(table.bvals), np.array(table.bvecs)
-    number = len(model.parameters)
-
-    def signal(unknown, direction):
-        tangents = jnp.linalg.svd(direction[None])[2][1:]
-        moved = direction + unknown[number : number + 2] @ tangents
-        return unknown[-1] * model.signal(unknown[:number], moved / jnp.linalg.norm(moved), bvals, bvecs)
-
-    @jax.jit
-    def differentiate(parameters, direction):
-        unknown = jnp.concatenate([parameters, jnp.zeros(2), jnp.ones(1)])
-        return signal(unknown, direction), jax.jacfwd(signal)(unknown, direction)
-
-    over_grid = jax.jit(jax.vmap(differentiate))
-    variance = np.zeros((len(grid), number))
-    for direction_key in jax.random.split(key, BOUND_DIRECTIONS):
-        clean, jacobian = over_grid(jnp.asarray(grid, jnp.float32), draw_directions(direction_key, len(grid)))
-        weight = rician_information(np.asarray(clean, np.float64) * snr) * snr**2
-        rows = np.asarray(jacobian, np.float64)
-        fisher = np.einsum("vmi,vm,vmj->vij", rows, weight, rows)
-        variance += np.linalg.inv(fisher)[:, range(number), range(number)] / BOUND_DIRECTIONS
-    return np.sqrt(variance)
-
-
-def rician_information(signal: Float[np.ndarray, "*batch"]) -> Float[np.ndarray, "*batch"]:
-    """Return the Fisher information that one Rician magnitude holds about its noise-free signal.
-
-    Args:
-        signal: Noise-free signal over sigma.
-
-    Returns:
-        In units of 1 / sigma^2: 0 at no signal, 1 where the noise is Gaussian. Tabulated by quadrature.
-    """
-    at, information = _information_table()
-    return np.interp(signal, at, information)
-
-
-@functools.lru_cache
-def _information_table() -> tuple[np.ndarray, np.ndarray]:
-    signal = np.linspace(0.0, 60.0, 3001)
-    nodes, weights = np.polynomial.legendre.leggauss(128)
-    # A Rician magnitude lies within 9 sigma of its signal, for all that double precision can see.
-    low, high = np.maximum(signal - 9, 0.0), signal + 9
-    magnitude = low[:, None] + (high - low)[:, None] * (nodes + 1) / 2
-    z = magnitude * signal[:, None]
-    density = magnitude * np.exp(-((magnitude - signal[:, None]) ** 2) / 2) * scipy.special.i0e(z)
-    ratio = scipy.special.i1e(z) / scipy.special.i0e(z)
-    score = magnitude * ratio - signal[:, None]
-    return signal, ((high - low) / 2) * ((density * score**2) @ weights)
+    truth = np.repeat(grid, BOUND_DIRECTIONS, axis=0)
+    direction = np.asarray(draw_directions(key, len(truth)))
+    bound = cramer_rao(model, truth, direction, np.array(table.bvals), np.array(table.bvecs), 1 / snr, s0_known=False)
+    return np.sqrt((bound.errors**2).reshape(len(grid), BOUND_DIRECTIONS, -1).mean(axis=1))
 
 
 def summarise(scores: Scores, weight: Float[np.ndarray, "point parameter"]) -> list[dict[str, float]]:

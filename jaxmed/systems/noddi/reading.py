@@ -145,7 +145,7 @@ def read_mask(path: Path | None, dwi: Volume, dwi_path: Path, b0: np.ndarray, no
     """
     if path is None:
         mask = find_foreground(np.nan_to_num(b0, posinf=0.0, neginf=0.0))
-        notes.append(f"No mask was given: {int(mask.sum()):,} voxels of bright unweighted signal were fitted.")
+        notes.append(f"No mask was given: {int(mask.sum()):,} voxels of bright unweighted signal were taken.")
         return mask
     volume = nifti.read(path, dimensions=(3,))
     nifti.require_same_grid(volume, dwi, str(path), str(dwi_path))

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from jaxmed.arrays.foreground import find_foreground
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.gradients import GradientTable, read_gradients
 from jaxmed.systems.noddi.network import Table, require_table
+from jaxmed.systems.noddi.reading import read_mask
 from jaxmed.volume import Volume
 
 
@@ -19,7 +19,7 @@ class Signals(NamedTuple):
 
     Attributes:
         dwi: The 4D scan.
-        mask: Voxels inside.
+        mask: Voxels inside whose values are all finite.
         signals: Magnitudes of those voxels.
         notes: What a reader of the maps should know, one sentence each.
     """
@@ -84,10 +84,11 @@ def read_signals(dwi: Path | None, bvals: Path | None, bvecs: Path | None, mask:
     num_images = shape[3] if isinstance(shape, tuple) and len(shape) == 4 else None
     gradients = read_table(bvals, bvecs, table.b0_threshold, num_images)
     require_table(table, Table.make(gradients.bvals, gradients.bvecs, table.b0_threshold), bvals)
-    volume = nifti.read(dwi, dimensions=(4,), allow_constant=False)
+    volume = nifti.read(dwi, dimensions=(4,), allow_constant=False, allow_nonfinite=True)
     notes = list(gradients.notes)
     b0 = volume.array[..., np.flatnonzero(table.is_b0)].mean(axis=-1)
-    inside = _read_mask(mask, volume, dwi, b0, notes)
+    inside = read_mask(mask, volume, dwi, b0, notes)
+    inside = _only_finite(inside, volume, dwi, notes)
     signals = volume.array[inside]
     empty = int((b0[inside] <= 0).sum())
     if empty == len(signals):
@@ -100,14 +101,15 @@ def read_signals(dwi: Path | None, bvals: Path | None, bvecs: Path | None, mask:
     return Signals(volume, inside, signals, notes)
 
 
-def _read_mask(path: Path | None, dwi: Volume, dwi_path: Path, b0: np.ndarray, notes: list[str]) -> np.ndarray:
-    if path is None:
-        mask = find_foreground(b0)
-        notes.append(f"No mask was given: {int(mask.sum()):,} voxels of bright unweighted signal were taken.")
-        return mask
-    volume = nifti.read(path, dimensions=(3,))
-    nifti.require_same_grid(volume, dwi, str(path), str(dwi_path))
-    mask = volume.array != 0
-    if not mask.any():
-        raise InputError(path, "a mask with voxels inside", "zeros only", "check the mask")
-    return mask
+def _only_finite(inside: np.ndarray, dwi: Volume, path: Path, notes: list[str]) -> np.ndarray:
+    finite = np.asarray(np.isfinite(dwi.array[inside]).all(axis=1))
+    bad = int((~finite).sum())
+    if bad > len(finite) / 2:
+        found = f"NaN or Inf in {bad:,} of {len(finite):,}"
+        raise InputError(path, "finite voxels inside the mask", found, "mask or repair them first")
+    if not bad:
+        return inside
+    notes.append(f"{bad:,} voxels hold NaN or Inf; their maps are 0, and map 'mask' leaves them out.")
+    kept = inside.copy()
+    kept[inside] = finite
+    return kept

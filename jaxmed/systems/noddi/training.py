@@ -5,7 +5,7 @@ kind of label is what arXiv:2507.12632 compares:
 
     gt    the parameters that made a signal: low spread, but estimates shrink to the middle of the training range
     mle   maximum-likelihood estimates from the noisy signal: little bias, spread and agreement of a fit
-    self  none: the network's parameters and direction must reproduce the signal
+    self  none: the network's parameters must reproduce the signal along the direction of the diffusion tensor
 
 Sources: arXiv:2507.12632 (two networks that differ in their labels alone); the sister study on training labels
 (truth-started fits as labels, restarts of which the best is kept, self-supervision).
@@ -26,7 +26,7 @@ from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.models.mlp import Mlp, MlpConfig, to_unit
 from jaxmed.nn.model import make_model
 from jaxmed.physics.microstructure import MicrostructureModel, Simulated, simulate
-from jaxmed.systems.noddi.labels import LabelStart, fit_labels
+from jaxmed.systems.noddi.labels import LabelStart, fit_labels, tensor_direction
 from jaxmed.systems.noddi.network import Description, ForwardConfig, Network, Output, Table, normalise, ranges
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
 
@@ -88,12 +88,14 @@ class Pool(NamedTuple):
         targets: Labels as positions in each parameter's range; the true ones in self-supervision, which does not see
             them.
         weights: Of each label's error: 0 where the signal does not depend on the parameter.
+        direction: Of the fibre, as the diffusion tensor tells it; zero unless signals are to be reproduced.
         sigma: Noise relative to the mean unweighted signal.
     """
 
     inputs: Float[Array, "voxel weighted"]
     targets: Float[Array, "voxel parameter"]
     weights: Float[Array, "voxel parameter"]
+    direction: Float[Array, "voxel 3"]
     sigma: Float[Array, " voxel"]
 
 
@@ -159,10 +161,10 @@ def train(
         ValueError: The table does not fit, or a loss is not finite.
     """
     table = Table.make(bvals, bvecs, config.b0_threshold)
-    model = config.forward.build(np.asarray(bvals)) if model is None else model
     pool_key, held_out_key, train_key = jax.random.split(key, 3)
-    pool = make_pool(pool_key, model, table, config, config.signals, on_block)
-    held_out = make_pool(held_out_key, model, table, config, config.held_out)
+    pool = make_pool(pool_key, table, config, config.signals, model, on_block)
+    held_out = make_pool(held_out_key, table, config, config.held_out, model)
+    model = config.forward.build(np.asarray(bvals)) if model is None else model
     optimizer = make_optimizer(config.optimizer, config.epochs * (config.signals // config.batch_size))
     state = start_training(train_key, model, config, optimizer, pool.inputs.shape[1])
     state = state if restore is None else restore(state)
@@ -177,6 +179,7 @@ def train(
             on_epoch(state)
     losses = np.asarray(state.losses)
     best = int(losses[-1, 1].argmin())
+    params = jax.tree.map(lambda leaf: np.asarray(leaf[best]), state.params)
     description = Description(
         config.network,
         tuple(Output.make(parameter) for parameter in model.parameters),
@@ -185,27 +188,33 @@ def train(
         config.labels if config.labels != "mle" else f"mle ({config.start} start)",
         config.snr,
     )
-    return Trained(Network(_take(state.params, best, len(model.parameters)), description), losses, best)
+    return Trained(Network(params, description), losses, best)
 
 
 def make_pool(
     key: KeyArray,
-    model: MicrostructureModel,
     table: Table,
     config: TrainConfig,
     count: int,
+    model: MicrostructureModel | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> Pool:
-    """Simulate signals and label them, block by block, on the device."""
+    """Simulate signals and label them, block by block, on the device; see `train`."""
     parts = []
+    forward = config.forward if model is None else None
+    model = config.forward.build(np.array(table.bvals)) if model is None else model
     # Compiled once per model and protocol: a block costs milliseconds, its tracing a second.
     draw = jax.jit(functools.partial(_draw, model, table, config.snr, min(BLOCK, count)))
     for start in range(0, count, BLOCK):
         block = draw(jax.random.fold_in(key, start))
         labels = block.parameters
         if config.labels == "mle":
-            labels = fit_labels(block, model, table, config.start)
-        parts.append(_prepare(model, table, block, labels))
+            labels = fit_labels(block, model, table, config.start, forward)
+        direction = jnp.zeros_like(block.direction)
+        if config.labels == "self":
+            # A network cannot say a direction: it would have to jump where mu and -mu, one fibre, change places.
+            direction = tensor_direction(block, table)
+        parts.append(_prepare(model, table, block, labels, direction))
         if on_block is not None:
             on_block(min(start + BLOCK, count))
     return Pool(*(jnp.concatenate(rows)[:count] for rows in zip(*parts, strict=True)))
@@ -216,11 +225,13 @@ def _draw(model: MicrostructureModel, table: Table, snr: tuple[float, float], co
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prepare(model: MicrostructureModel, table: Table, block: Simulated, labels: jax.Array) -> Pool:
+def _prepare(
+    model: MicrostructureModel, table: Table, block: Simulated, labels: jax.Array, direction: jax.Array
+) -> Pool:
     inputs, _ = normalise(block.signals, table.is_b0)
     low, span = ranges([Output.make(parameter) for parameter in model.parameters])
     b0 = jnp.mean(block.signals[:, np.flatnonzero(table.is_b0)], axis=1)
-    return Pool(inputs, (labels - low) / span, model.relevance(labels), block.sigma / b0)
+    return Pool(inputs, (labels - low) / span, model.relevance(labels), direction, block.sigma / b0)
 
 
 def start_training(
@@ -228,18 +239,10 @@ def start_training(
 ) -> State:
     """Draw the parameters of every restart."""
     init_key, root_key = jax.random.split(key)
-    # Self-supervision needs a fibre direction to make a signal of: three outputs that are dropped afterwards.
-    outputs = len(model.parameters) + (3 if config.labels == "self" else 0)
-    init = make_model(Mlp(config.network, outputs)).init
+    init = make_model(Mlp(config.network, len(model.parameters))).init
     params = jax.vmap(lambda key: init(key, jnp.zeros((1, width))))(jax.random.split(init_key, config.restarts))
     losses = jnp.zeros((config.epochs, 2, config.restarts))
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), root_key, losses)
-
-
-def _take(params: Params, restart: int, outputs: int) -> Params:
-    taken = jax.tree.map(lambda leaf: np.asarray(leaf[restart]), params)
-    taken["head"] = {name: leaf[..., :outputs] for name, leaf in taken["head"].items()}
-    return taken
 
 
 def _run_epoch(
@@ -279,19 +282,15 @@ def _run_epoch(
 
 def _loss(model: MicrostructureModel, table: Table, config: TrainConfig, params: Params, batch: Pool) -> jax.Array:
     """Return the mean squared error of one network on a batch, of labels or of signals."""
-    number = len(model.parameters)
-    outputs = number + (3 if config.labels == "self" else 0)
-    raw = make_model(Mlp(config.network, outputs)).apply(params, batch.inputs)
-    unit = to_unit(config.network, raw[..., :number])
+    raw = make_model(Mlp(config.network, len(model.parameters))).apply(params, batch.inputs)
+    unit = to_unit(config.network, raw)
     if config.labels != "self":
         # Positions in the range are what errors are compared by: each parameter's scale is its range.
         return jnp.mean(batch.weights * (unit - batch.targets) ** 2)
     low, span = ranges([Output.make(parameter) for parameter in model.parameters])
-    direction = raw[..., number:]
-    direction = direction / jnp.sqrt(jnp.sum(direction**2, axis=-1, keepdims=True) + 1e-12)
     weighted = np.flatnonzero(~table.is_b0)
     bvals, bvecs = np.array(table.bvals)[weighted], np.array(table.bvecs)[weighted]
-    predicted = model.signal(low + span * unit, direction, bvals, bvecs)
+    predicted = model.signal(low + span * unit, batch.direction, bvals, bvecs)
     # A magnitude's mean is near sqrt(s^2 + sigma^2): without it the noise floor would be read as slow diffusion.
     expected = jnp.sqrt(predicted**2 + batch.sigma[:, None] ** 2)
     return jnp.mean((expected - batch.inputs) ** 2)

@@ -21,8 +21,8 @@ from jaxmed.systems.noddi.evaluate_page import write_page
 from jaxmed.systems.noddi.evaluation import (
     Estimator,
     Scores,
+    average_bound,
     correlation,
-    cramer_rao,
     estimate,
     fit_estimator,
     make_grid,
@@ -111,7 +111,7 @@ def run(config: Config, folder: RunFolder) -> None:
     model = forward.build(np.array(table.bvals))
     estimators: dict[str, Estimator] = {}
     if config.fit:
-        estimators["MLE"] = fit_estimator(model, table)
+        estimators["MLE"] = fit_estimator(forward, table)
     estimators |= {name: network_estimator(one) for name, one in zip(names_of(networks), networks, strict=True)}
     grid = make_grid(model, config.points)
     weight = np.asarray(model.relevance(jnp.asarray(grid, jnp.float32)))
@@ -205,7 +205,7 @@ def estimate_all(
                 snr,
                 on_block=lambda done, before=number * each: update(before + done),
             )
-            bounds[snr] = cramer_rao(direction_key, model, table, grid, snr)
+            bounds[snr] = average_bound(direction_key, model, table, grid, snr)
     return estimates, bounds
 
 
