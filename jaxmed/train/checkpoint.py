@@ -25,7 +25,6 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmed.arrays.trees import named_leaves
-from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import WRITE_ADVICE, make_folder, write_json
 from jaxmed.io import safetensors

@@ -262,7 +262,9 @@ def _draw_findings(key, points, lungs, lung, shape, config, width):
     low, high = config.severity
     severity = jax.random.uniform(severity_key, (len(FINDINGS),), minval=low, maxval=high)
     ranges = (config.nodule_radius, config.emphysema_share, config.reticular_share, config.effusion_depth)
-    radius, amount, weight, depth = (_blend(*limits, level) for limits, level in zip(ranges, severity, strict=True))
+    radius, amount, weight, depth = (
+        _blend(mild, severe, level) for (mild, severe), level in zip(ranges, severity, strict=True)
+    )
     # The solid lung (no border) is what the textures may fill: they never reach the wall.
     solid = jnp.clip(2 * lung - 1, 0.0, 1.0)
     nodule = _nodule(nodule_key, points, lungs, radius, width) * solid
