@@ -44,8 +44,8 @@ FLAG_DEFINITIONS = {
     "not_converged": "the tolerance was not met within the iterations",
     "at_bound": "a parameter lies on a bound of its range",
     "ndi_undefined": "free water fraction above 0.9, or a standard error of ndi as wide as not knowing it",
-    "odi_undefined": "a standard error of odi as wide as not knowing it",
-    "direction_undefined": "a cone of uncertainty wider than 45 degrees",
+    "odi_undefined": "a standard error of odi as wide as not knowing it, or ndi below two of its own",
+    "direction_undefined": "a cone of uncertainty wider than 45 degrees, or ndi below two of its standard errors",
     "no_unweighted_signal": "mean unweighted signal not above 0; not fitted",
     "not_finite": "NaN or Inf in the input; not fitted",
 }
@@ -54,6 +54,8 @@ UNKNOWN = 12**-0.5
 WET = 0.9
 """Free water fraction above which there is too little tissue to describe."""
 WIDEST_CONE = 45.0
+DETECTED = 2.0
+"""Standard errors that ndi must exceed, or there may be no neurites to have a direction: noise alone makes some."""
 
 
 class Estimates(NamedTuple):
@@ -347,10 +349,12 @@ def _finish(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels,
 def _flags(model: MicrostructureModel, done, optimum, values):
     bits = jnp.where(done, 0, FLAGS["not_converged"])
     bits += jnp.where(optimum.at_bound > 0, FLAGS["at_bound"], 0)
-    bits += jnp.where(optimum.direction_error > WIDEST_CONE, FLAGS["direction_undefined"], 0)
+    no_direction = optimum.direction_error > WIDEST_CONE
     if "odi" in model.names:
-        unknown = dict(zip(model.names, optimum.errors > UNKNOWN, strict=False))
-        fwf = values[model.names.index("fwf")]
-        bits += jnp.where(unknown["ndi"] | (fwf > WET), FLAGS["ndi_undefined"], 0)
-        bits += jnp.where(unknown["odi"], FLAGS["odi_undefined"], 0)
+        value, error = (dict(zip(model.names, part, strict=False)) for part in (values, optimum.errors))
+        bare = value["ndi"] < DETECTED * error["ndi"]
+        no_direction |= bare
+        bits += jnp.where((error["ndi"] > UNKNOWN) | (value["fwf"] > WET), FLAGS["ndi_undefined"], 0)
+        bits += jnp.where((error["odi"] > UNKNOWN) | bare, FLAGS["odi_undefined"], 0)
+    bits += jnp.where(no_direction, FLAGS["direction_undefined"], 0)
     return bits.astype(jnp.uint8)
