@@ -89,9 +89,9 @@ def read(
             "resample it onto an orthogonal grid first",
         )
     array = _voxels(path, found, np.dtype(dtype))
-    if not allow_nonfinite and array.dtype.kind == "f":
+    if array.dtype.kind == "f":
         bad = array.size - int(np.isfinite(array).sum())
-        if bad:
+        if bad and (not allow_nonfinite or bad == array.size):
             found_ = f"{bad} NaN or Inf voxels of {array.size}"
             raise InputError(path, "finite voxels", found_, "mask or repair them first")
     if not allow_constant and array.min() == array.max():
