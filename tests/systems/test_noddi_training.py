@@ -81,7 +81,7 @@ def test_a_restart_does_not_depend_on_its_neighbours(tiny):
 
 
 def test_self_supervision_reproduces_signals_about_as_well_as_the_truth_does():
-    config = dataclasses.replace(STICK, labels="self", restarts=1, snr=(30.0, 30.0))
+    config = dataclasses.replace(STICK, labels="self", restarts=1, snr=(30.0, 30.0), epochs=2 * STICK.epochs)
     trained = noddi.train(jax.random.key(0), BVALS, BVECS, config)
     voxels = simulate(jax.random.key(2), ball_and_stick_model(), 2000, BVALS, BVECS, (30.0, 30.0))
     clean = ball_and_stick_model().signal(voxels.parameters, voxels.direction, BVALS, BVECS)
