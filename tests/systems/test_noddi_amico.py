@@ -15,7 +15,8 @@ from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import draw_directions
 from jaxmed.systems import noddi
 
-pytestmark = pytest.mark.peers
+# dipy warns of its own bases, which AMICO chooses.
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")]
 
 BVALS, BVECS = two_shell_protocol()
 # AMICO's atoms, from its documentation of the dictionary.
