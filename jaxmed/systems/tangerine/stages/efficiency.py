@@ -205,7 +205,7 @@ def write_results(folder: Path, results: Any, metric: str, summary: dict[str, An
     sign = -1 if metric == "loss" else 1
     known = {arm for arm, _ in table}
     enough = None
-    if known == set(ARMS):
+    if known == set(ARMS) and 1.0 in summary["fractions"]:
         enough = smallest_matching({key: sign * mean for key, mean in table.items()}, *ARMS)
     summary["smallest_matching_fraction"] = enough
     name = "AUROC" if metric == "auroc" else "Loss"
