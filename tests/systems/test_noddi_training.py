@@ -41,6 +41,8 @@ TINY = TrainConfig(
     batch_size=64,
     restarts=2,
 )
+FIT_CHUNK = 2048
+"""Voxels of a fit's chunk on CPU: tests that fit as many share its compilation."""
 STICK = dataclasses.replace(TINY, forward=ForwardConfig("ball-and-stick"))
 
 
@@ -126,7 +128,7 @@ def test_impossible_settings_are_refused(change, message):
 @pytest.mark.parametrize("is_named", [True, False], ids=["named", "of the caller"])
 def test_labels_of_clean_signals_are_the_truth(start, is_named):
     model = ball_and_stick_model()
-    voxels = simulate(jax.random.key(0), model, 500, BVALS, BVECS, (1e5, 1e5))
+    voxels = simulate(jax.random.key(0), model, FIT_CHUNK, BVALS, BVECS, (1e5, 1e5))
     # Without a stick its direction is lost, and without a ball little tells the diffusivity.
     inside = np.asarray((voxels.parameters[:, 0] > 0.1) & (voxels.parameters[:, 0] < 0.95))
     forward = ForwardConfig("ball-and-stick") if is_named else None
@@ -187,10 +189,12 @@ def test_true_labels_shrink_estimates_and_fitted_labels_agree_with_fits():
     The stick's fraction is left out: there the fit itself is biased, taking noise for a stick.
     """
     config = TrainConfig(
-        network=MlpConfig(width=48), optimizer=OptimizerConfig(peak_lr=3e-3, weight_decay=1e-4), signals=16384,
-        held_out=1024, epochs=25, batch_size=128, restarts=1, snr=(8.0, 8.0),
+        network=MlpConfig(width=48), optimizer=OptimizerConfig(peak_lr=3e-3, weight_decay=1e-4), signals=8192,
+        held_out=1024, epochs=25, batch_size=64, restarts=1, snr=(8.0, 8.0),
     )  # fmt: skip
-    grid, weight, found = compare_labels(ForwardConfig("ball-and-stick"), config, BVALS, BVECS, 8.0, 5, 40)
+    grid, weight, found = compare_labels(
+        ForwardConfig("ball-and-stick"), config, BVALS, BVECS, 8.0, 5, FIT_CHUNK // 25 + 1
+    )
     check_labels(grid, weight, found, (1,))
 
 
@@ -198,7 +202,9 @@ def test_fits_reach_the_bound_and_the_bound_falls_with_the_noise():
     """Item i.7, mid-range and in seconds: the spread of fits within 20 % of the Cramer-Rao bound."""
     forward = ForwardConfig("ball-and-stick")
     model, grid = forward.build(BVALS), np.array([[0.4, 1.0], [0.6, 1.5]])
-    found = estimate(jax.random.key(0), model, TABLE, {"fit": fit_estimator(forward, TABLE)}, grid, 400, 30.0)
+    found = estimate(
+        jax.random.key(0), model, TABLE, {"fit": fit_estimator(forward, TABLE)}, grid, FIT_CHUNK // 2, 30.0
+    )
     bound = average_bound(jax.random.key(1), model, TABLE, grid, 30.0)
     np.testing.assert_allclose(score(found["fit"], grid).sd, bound, rtol=0.2)
     assert (average_bound(jax.random.key(1), model, TABLE, grid, 60.0) < 0.55 * bound).all()

@@ -87,15 +87,13 @@ def estimate(
         on_block: Called with the voxels done so far.
     """
     truth = np.repeat(grid, repeats, axis=0)
-    bvals, bvecs = np.array(table.bvals), np.array(table.bvecs)
-    measure = jax.jit(functools.partial(_measure, model, bvals, bvecs, snr))
     found: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
     size = min(BLOCK, len(truth))
     for start in range(0, len(truth), size):
         block = truth[start : start + size]
         # The last block is filled up: one compiled program for all.
         padded = np.concatenate([block, np.repeat(block[-1:], size - len(block), axis=0)])
-        voxels = measure(jax.random.fold_in(key, start), padded.astype(np.float32))
+        voxels = _measure(model, table, jax.random.fold_in(key, start), padded.astype(np.float32), 1 / snr)
         for name, estimator in estimators.items():
             found[name].append(np.asarray(estimator(voxels))[: len(block)])
         if on_block is not None:
@@ -104,11 +102,12 @@ def estimate(
     return {name: np.concatenate(parts).reshape(shape) for name, parts in found.items()}
 
 
-def _measure(model, bvals, bvecs, snr, key, parameters) -> Simulated:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(model: MicrostructureModel, table: Table, key, parameters, noise) -> Simulated:
     direction_key, noise_key = jax.random.split(key)
     direction = draw_directions(direction_key, len(parameters))
-    sigma = jnp.full(len(parameters), 1 / snr)
-    clean = model.signal(parameters, direction, bvals, bvecs)
+    sigma = jnp.full(len(parameters), noise)
+    clean = model.signal(parameters, direction, np.array(table.bvals), np.array(table.bvecs))
     return Simulated(add_rician_noise(noise_key, clean, sigma[:, None]), parameters, direction, sigma)
 
 

@@ -165,13 +165,10 @@ def train(
     pool = make_pool(pool_key, table, config, config.signals, model, on_block)
     held_out = make_pool(held_out_key, table, config, config.held_out, model)
     model = config.forward.build(np.asarray(bvals)) if model is None else model
-    optimizer = make_optimizer(config.optimizer, config.epochs * (config.signals // config.batch_size))
-    state = start_training(train_key, model, config, optimizer, pool.inputs.shape[1])
+    state = start_training(train_key, model, config, pool.inputs.shape[1])
     state = state if restore is None else restore(state)
-    loss = functools.partial(_loss, model, table, config)
-    run_epoch = jax.jit(functools.partial(_run_epoch, loss, optimizer, config.batch_size))
     while int(state.epoch) < config.epochs:
-        state = run_epoch(state, pool, held_out)
+        state = _run_epoch(model, table, config, state, pool, held_out)
         newest = np.asarray(state.losses[int(state.epoch) - 1])
         if not np.isfinite(newest).all():
             raise ValueError(f"loss: expected finite numbers, found {newest.tolist()} in epoch {int(state.epoch)}")
@@ -203,10 +200,10 @@ def make_pool(
     parts = []
     forward = config.forward if model is None else None
     model = config.forward.build(np.array(table.bvals)) if model is None else model
-    # Compiled once per model and protocol: a block costs milliseconds, its tracing a second.
-    draw = jax.jit(functools.partial(_draw, model, table, config.snr, min(BLOCK, count)))
-    for start in range(0, count, BLOCK):
-        block = draw(jax.random.fold_in(key, start))
+    # One size for every pool of a run, whatever its count, so that one compiled program makes them all.
+    size = min(BLOCK, config.signals)
+    for start in range(0, count, size):
+        block = _draw(model, table, config.snr, size, jax.random.fold_in(key, start))
         labels = block.parameters
         if config.labels == "mle":
             labels = fit_labels(block, model, table, config.start, forward)
@@ -216,10 +213,11 @@ def make_pool(
             direction = tensor_direction(block, table)
         parts.append(_prepare(model, table, block, labels, direction))
         if on_block is not None:
-            on_block(min(start + BLOCK, count))
+            on_block(min(start + size, count))
     return Pool(*(jnp.concatenate(rows)[:count] for rows in zip(*parts, strict=True)))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # a block costs milliseconds, its compilation seconds
 def _draw(model: MicrostructureModel, table: Table, snr: tuple[float, float], count: int, key: KeyArray) -> Simulated:
     return simulate(key, model, count, np.array(table.bvals), np.array(table.bvecs), snr)
 
@@ -234,27 +232,26 @@ def _prepare(
     return Pool(inputs, (labels - low) / span, model.relevance(labels), direction, block.sigma / b0)
 
 
-def start_training(
-    key: KeyArray, model: MicrostructureModel, config: TrainConfig, optimizer: optax.GradientTransformation, width: int
-) -> State:
+def start_training(key: KeyArray, model: MicrostructureModel, config: TrainConfig, width: int) -> State:
     """Draw the parameters of every restart."""
     init_key, root_key = jax.random.split(key)
     init = make_model(Mlp(config.network, len(model.parameters))).init
     params = jax.vmap(lambda key: init(key, jnp.zeros((1, width))))(jax.random.split(init_key, config.restarts))
     losses = jnp.zeros((config.epochs, 2, config.restarts))
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), root_key, losses)
+    return State(jnp.zeros((), jnp.int32), params, _optimizer(config).init(params), root_key, losses)
 
 
+def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    return make_optimizer(config.optimizer, config.epochs * (config.signals // config.batch_size))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # jitted here so that a second training compiles nothing
 def _run_epoch(
-    loss: Callable[[Params, Pool], jax.Array],
-    optimizer: optax.GradientTransformation,
-    batch_size: int,
-    state: State,
-    pool: Pool,
-    held_out: Pool,
+    model: MicrostructureModel, table: Table, config: TrainConfig, state: State, pool: Pool, held_out: Pool
 ) -> State:
     """Pass over all signals once, in an order of its own; those that fill no batch wait for another epoch."""
-    count = len(pool.inputs)
+    loss, optimizer = functools.partial(_loss, model, table, config), _optimizer(config)
+    count, batch_size = len(pool.inputs), config.batch_size
     order = jax.random.permutation(jax.random.fold_in(state.key, state.epoch), count)
     batches = order[: count // batch_size * batch_size].reshape(-1, batch_size)
     all_losses = jax.vmap(loss, in_axes=(0, None))
