@@ -31,9 +31,8 @@ import numpy as np
 import tyro
 
 from jaxmed.files import write_json, write_text
-from jaxmed.io import nifti
-from jaxmed.io.dicom import read_series
-from jaxmed.io.parametric_map import new_stack, on_stack
+from jaxmed.io.dicom import read_series, read_stack
+from jaxmed.io.parametric_map import Quantity, new_stack, on_stack, write_mr_images
 from jaxmed.metrics.statistics import Interval, bootstrap, mean_interval, weighted_mean
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import two_shell_protocol
@@ -52,6 +51,7 @@ from jaxmed.systems.noddi.network import ForwardConfig, Network, predict
 from jaxmed.systems.noddi.scan import read_signals
 from jaxmed.systems.noddi.training import TrainConfig
 from jaxmed.versions import software_versions
+from jaxmed.volume import Volume
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("ndi", "odi", "fwf")
@@ -208,12 +208,15 @@ def write_and_read(network: Network, values: np.ndarray, scan: Any, folder: Path
     outputs = network.description.outputs
     maps = make_maps(values, scan.mask, outputs)
     x, y, z = scan.mask.shape
-    stack = new_stack((x, y, z), scan.dwi.affine, "simulated")
+    b0 = Volume.make(scan.dwi.array[..., 0], scan.dwi.affine)
+    quantity = Quantity("b = 0", "simulated unweighted signal")
+    write_mr_images(folder / "source", b0, new_stack((x, y, z), b0.affine, "simulated"), quantity, stored_per_unit=1)
+    stack = read_stack(folder / "source")
     write_dicom(folder, maps, outputs, scan.dwi.affine, stack, "parametric-map")
     errors, distances = [], []
     for name, array in maps.items():
         found = read_series(folder / f"{name}.dcm")
-        expected = on_stack(nifti.Volume.make(array, scan.dwi.affine), stack)
+        expected = on_stack(Volume.make(array, scan.dwi.affine), stack)
         errors.append(float(np.abs(found.array.transpose(2, 1, 0) - expected).max()))
         corners = np.array([[0, 0, 0, 1], [x - 1, y - 1, z - 1, 1]]).T
         distances.append(float(np.abs((found.affine - stack.affine) @ corners).max()))
