@@ -59,7 +59,7 @@ def test_a_file_needs_no_more_than_opset_13(tmp_path):
     assert [(item.domain, item.version) for item in model.opset_import] == [("", 13)]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "voxel"
     kinds = {node.op_type for node in model.graph.node}
-    assert kinds == {"Gather", "ReduceMean", "Greater", "Where", "Div", "Gemm", "Elu", "Sigmoid", "Mul", "Add"}
+    assert kinds == {"Gather", "ReduceMean", "Greater", "Where", "Div", "Cast", "Gemm", "Elu", "Sigmoid", "Mul", "Add"}
 
 
 def test_files_that_are_no_network_are_refused(tmp_path):

@@ -16,7 +16,11 @@ def write_page(folder: Path) -> None:
         title="A network as ONNX",
         subtitle=f"outputs/network.onnx, {summary['bytes'] / 1024:.0f} kB, for scans of {summary['images']} images",
         summary=[
-            ("Largest difference", float(f"{summary['largest_difference']:.2g}"), "to jax, share of each range"),
+            (
+                "Largest difference",
+                float(f"{summary['largest_difference']:.2g}"),
+                "to jax, share of each range",
+            ),
             ("Rows", summary["rows"], "compared"),
             ("ONNX Runtime", round(summary["rates"]["ONNX Runtime"]), "voxels a second on this machine"),
             ("Protocol", summary["protocol"][:8], "start of its hash, in the file's metadata"),
@@ -35,7 +39,10 @@ def _outputs_section(summary: dict[str, Any]) -> Section:
          summary["differences"][output["name"]])
         for output in summary["outputs"]
     ]  # fmt: skip
-    caption = "Columns of the output. Difference: the largest between ONNX Runtime and jax, as a share of the range."
+    caption = (
+        "Columns of the output. Difference: the largest between ONNX Runtime and jax in double precision, as a share "
+    )
+    caption += f"of the range; jax in single precision, as predict runs it, is {summary['single_precision']:.1e} away."
     return Section(
         "What it computes", [Table(("Output", "Definition", "Unit", "Lowest", "Highest", "Difference"), rows, caption)]
     )

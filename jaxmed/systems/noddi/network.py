@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Float64
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
@@ -213,7 +213,9 @@ def ranges(outputs: Sequence[Output]) -> tuple[Float32[np.ndarray, " output"], F
 def _predict_chunk(params: Params, description: Description, signals: jax.Array) -> jax.Array:
     inputs, has_signal = normalise(signals, description.table.is_b0)
     low, span = ranges(description.outputs)
-    raw = make_model(Mlp(description.shape, len(description.outputs))).apply(params, inputs)
+    # Accelerators would otherwise multiply with 10 bits.
+    with jax.default_matmul_precision("highest"):
+        raw = make_model(Mlp(description.shape, len(description.outputs))).apply(params, inputs)
     return jnp.where(has_signal[:, None], low + span * to_unit(description.shape, raw), 0.0)
 
 
@@ -238,6 +240,18 @@ def predict(network: Network, signals: Float[np.ndarray | Array, "voxel image"])
         parts.append(_predict_chunk(params, network.description, block))
     found = [np.asarray(part) for part in parts]
     return np.concatenate(found)[:count] if found else np.zeros((0, len(network.description.outputs)), np.float32)
+
+
+def predict_exactly(
+    network: Network, signals: Float[np.ndarray | Array, "voxel image"]
+) -> Float64[np.ndarray, "voxel output"]:
+    """Estimate in double precision, one block after the other: what other runtimes are checked against."""
+    parts = []
+    with jax.enable_x64(True):
+        for start in range(0, len(signals), CHUNK):
+            block = np.asarray(signals[start : start + CHUNK], np.float64)
+            parts.append(np.asarray(_predict_chunk(network.params, network.description, block), np.float64))
+    return np.concatenate(parts)
 
 
 def require_table(expected: Table, found: Table, where: object) -> None:
