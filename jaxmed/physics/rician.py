@@ -6,11 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jax.scipy.special import i0e, i1e
 from jaxtyping import Array, Float
-
-TABLE_END = 16.0
-"""Signal-to-noise ratio beyond which the information's asymptote 1 - 1 / (2 snr^2) is exact to 1e-5."""
 
 
 def log_rician(
@@ -43,40 +39,93 @@ def cost_and_target(
         predicted: Noise-free signals.
         precision: 1 / sigma^2.
     """
-    z = measured * predicted * precision
-    scaled = i0e(z)
-    cost = 0.5 * precision * (predicted - measured) ** 2 - jnp.log(scaled)
-    return cost, measured * (i1e(z) / scaled)
+    log_scaled, ratio = log_i0e_and_ratio(measured * predicted * precision)
+    return 0.5 * precision * (predicted - measured) ** 2 - log_scaled, measured * ratio
+
+
+# By powers of (z / 3.75)^2 for z up to 3.75: I0, and I1 / z.
+_NEAR_I0 = (1.0, 3.5156229, 3.0899424, 1.2067492, 0.2659732, 0.0360768, 0.0045813)
+_NEAR_I1 = (0.5, 0.87890594, 0.51498869, 0.15084934, 0.02658733, 0.00301532, 0.00032411)
+# By powers of 3.75 / z beyond: sqrt(z) exp(-z) times I0, and I1.
+_FAR_I0 = (
+    0.39894228,
+    0.01328592,
+    0.00225319,
+    -0.00157565,
+    0.00916281,
+    -0.02057706,
+    0.02635537,
+    -0.01647633,
+    0.00392377,
+)
+_FAR_I1 = (
+    0.39894228,
+    -0.03988024,
+    -0.00362018,
+    0.00163801,
+    -0.01031555,
+    0.02282967,
+    -0.02895312,
+    0.01787654,
+    -0.00420059,
+)
+
+
+def log_i0e_and_ratio(z: Float[Array, "*batch"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """Return log(I0(z) exp(-|z|)) and I1(z) / I0(z) together, to 1e-6: a third of the time of both functions apart.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 9.8.1 to 9.8.4.
+    """
+    size = jnp.abs(z)
+    is_near = size < 3.75
+    near, far = jnp.minimum(size / 3.75, 1.0) ** 2, 3.75 / jnp.maximum(size, 3.75)
+    i0 = jnp.where(is_near, _polynomial(_NEAR_I0, near), _polynomial(_FAR_I0, far))
+    i1 = jnp.where(is_near, size * _polynomial(_NEAR_I1, near), _polynomial(_FAR_I1, far))
+    # One logarithm: of I0, or of its far form over sqrt(z).
+    inside = jnp.where(is_near, i0, i0 * jax.lax.rsqrt(jnp.maximum(size, 3.75)))
+    return jnp.log(inside) - jnp.where(is_near, size, 0.0), jnp.sign(z) * i1 / i0
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+    value = coefficients[-1] + 0 * x
+    for coefficient in coefficients[-2::-1]:
+        value = value * x + coefficient
+    return value
 
 
 def information(snr: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """Return the Fisher information about the noise-free signal, times sigma^2: 1 at high snr, snr^2 near 0.
 
-    Interpolated in a table, to 1e-4 of its value.
+    With t = snr^2 / (1 + snr^2), which has the same limits, it is t times a polynomial in t that stays between 1 and
+    1.07; exact to 2e-4 of its value.
     """
-    knots, ratios = _information_table()
-    rising = jnp.interp(snr, knots, ratios) * (snr**2 / (1 + snr**2))
-    return jnp.where(snr < TABLE_END, rising, 1 - 0.5 / jnp.maximum(snr, 1.0) ** 2)
+    t = snr**2 / (1 + snr**2)
+    return t * _polynomial(_information_polynomial(), 2 * t - 1)
 
 
 @functools.lru_cache
-def _information_table() -> tuple[np.ndarray, np.ndarray]:
-    """Return signal-to-noise ratios, and the information over snr^2 / (1 + snr^2), which is near 1 everywhere."""
-    knots = np.linspace(0.0, TABLE_END, 257)
-    ratios = [integrate_information(snr) * (1 + snr**2) / snr**2 for snr in knots[1:]]
-    return knots, np.array([1.0, *ratios])
+def _information_polynomial() -> tuple[float, ...]:
+    """Fit the ratio at Chebyshev nodes of t up to a signal-to-noise ratio of 40, powers of 2 t - 1."""
+    t = (np.cos(np.pi * (np.arange(200) + 0.5) / 200) + 1) / 2
+    snr = np.minimum(np.sqrt(t / (1 - t)), 40.0)
+    t = snr**2 / (1 + snr**2)
+    ratio = integrate_information(snr) / t
+    series = np.polynomial.chebyshev.chebfit(2 * t - 1, ratio, 8)
+    return tuple(np.polynomial.chebyshev.cheb2poly(series).tolist())
 
 
-def integrate_information(snr: float) -> float:
+def integrate_information(snr: Float[np.ndarray, "*batch"]) -> Float[np.ndarray, "*batch"]:
     """Integrate the Fisher information E[(m I1 / I0)^2] / sigma^2 - snr^2 over the density, in float64.
 
     Source: the score of a Rician is (m I1(z) / I0(z) - s) / sigma^2; its variance is the information.
     """
     nodes, weights = np.polynomial.legendre.leggauss(200)
-    low, high = max(0.0, snr - 10.0), snr + 10.0
+    snr = snr[..., None]
+    # A magnitude lies within 10 sigma of its signal, for all that double precision can see.
+    low, high = np.maximum(snr - 10.0, 0.0), snr + 10.0
     m = low + (high - low) * (nodes + 1) / 2
     z = m * snr
     scaled = scipy.special.i0e(z)
     density = m * np.exp(-((m - snr) ** 2) / 2) * scaled
     score = m * scipy.special.i1e(z) / scaled - snr
-    return float(np.sum(weights * (high - low) / 2 * density * score**2))
+    return np.sum(weights * (high - low) / 2 * density * score**2, axis=-1)

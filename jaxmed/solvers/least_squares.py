@@ -156,8 +156,9 @@ def lm_step(surface: Surface, state: LmState, tolerance: float) -> LmState:
     # The floor keeps the system solvable where an unknown has no effect.
     extra = state.damping * diagonal + 1e-7 * jnp.max(diagonal, axis=0) + 1e-12 + blocked
     eye = jnp.eye(len(gradient))[:, :, None]
-    update = solve_positive(normal + eye * extra, -gradient)
-    candidate, update = surface.move(state.point, update)
+    # The barriers keep XLA from solving the system anew in every row that the moved point enters.
+    update = jax.lax.optimization_barrier(solve_positive(normal + eye * extra, -gradient))
+    candidate, update = jax.lax.optimization_barrier(surface.move(state.point, update))
     at = surface.evaluate(candidate)
     promised = -jnp.sum(update * (gradient + 0.5 * jnp.einsum("ijp,jp->ip", normal, update)), axis=0)
     fresh = jnp.isinf(cost)

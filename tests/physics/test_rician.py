@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from jaxmed.physics import rician
 from jaxmed.physics.acquisition import add_rician_noise
@@ -30,13 +31,21 @@ def test_density_integrates_to_one(double):
     np.testing.assert_allclose(jnp.trapezoid(density, m), 1.0, atol=1e-6)
 
 
+def test_bessel_functions_equal_scipys():
+    z = np.concatenate([np.linspace(0, 20, 4001), np.geomspace(20, 1e8, 500), [-1.0, -30.0]]).astype(np.float32)
+    log_scaled, ratio = rician.log_i0e_and_ratio(jnp.asarray(z))
+    exact = z.astype(np.float64)
+    np.testing.assert_allclose(log_scaled, np.log(scipy.special.i0e(exact)), atol=1e-6, rtol=2e-7)
+    np.testing.assert_allclose(ratio, scipy.special.i1e(exact) / scipy.special.i0e(exact), atol=1e-6)
+
+
 @pytest.mark.parametrize("snr", [0.1, 1.0, 3.0, 30.0, 1000.0])
 def test_target_gives_the_gradient_of_the_cost(double, snr):
     measured, sigma = jnp.array([0.3, 1.0, 1.4]), jnp.array(1 / snr)
     predicted = jnp.array([0.4, 0.9, 1.2])
     slope = jax.grad(lambda s: -rician.log_rician(measured, s, sigma).sum())(predicted)
     _, target = rician.cost_and_target(measured, predicted, 1 / sigma**2)
-    np.testing.assert_allclose((predicted - target) / sigma**2, slope, rtol=1e-9, atol=1e-9 * snr**2)
+    np.testing.assert_allclose((predicted - target) / sigma**2, slope, atol=1e-6 * snr**2)
 
 
 def test_cost_differs_from_the_log_density_by_a_constant(double):
@@ -44,16 +53,16 @@ def test_cost_differs_from_the_log_density_by_a_constant(double):
     predicted = jnp.linspace(0.0, 2.0, 9)
     cost, _ = rician.cost_and_target(measured, predicted, 1 / sigma**2)
     spread = cost + rician.log_rician(measured, predicted, sigma)
-    np.testing.assert_allclose(spread, spread[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(spread, spread[0], rtol=0, atol=1e-6)
 
 
 def test_information_has_its_known_limits():
-    assert rician.integrate_information(0.0) == pytest.approx(0.0, abs=1e-12)
-    assert rician.integrate_information(0.05) == pytest.approx(0.05**2, rel=5e-3)
-    assert rician.integrate_information(16.0) == pytest.approx(1 - 0.5 / 16**2, abs=2e-5)
-    snr = jnp.array([0.03, 0.4, 1.0, 2.2, 7.7, 15.99, 16.01, 50.0])
-    expected = [rician.integrate_information(float(value)) for value in snr]
-    np.testing.assert_allclose(rician.information(snr), expected, rtol=5e-4)
+    limits = rician.integrate_information(np.array([0.0, 0.05, 16.0]))
+    np.testing.assert_allclose(limits, [0.0, 0.05**2, 1 - 0.5 / 16**2], rtol=5e-3, atol=2e-5 * 0.05**2)
+    assert limits[2] == pytest.approx(1 - 0.5 / 16**2, abs=2e-5)
+    snr = np.array([0.03, 0.4, 1.0, 2.2, 7.7, 15.99, 16.01, 50.0])
+    found = rician.information(jnp.asarray(snr, jnp.float32))
+    np.testing.assert_allclose(found, rician.integrate_information(snr), rtol=2e-4)
 
 
 @pytest.mark.parametrize("snr", [0.7, 2.0])

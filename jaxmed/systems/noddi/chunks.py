@@ -19,6 +19,8 @@ from jaxmed.systems.noddi.derivatives import Point
 
 BLOCK_CHUNKS = 16
 """Chunks among which stragglers are gathered; a fit can be interrupted between blocks."""
+TAIL_SHARE = 8
+"""A chunk of this share of the size takes the last stragglers."""
 
 
 class Voxels(NamedTuple):
@@ -46,11 +48,13 @@ class Climb(NamedTuple):
         state: Of the solver.
         other: A second start.
         tries_other: Whether it is worth a climb.
+        tensor: What the maps want of the start: mean diffusivity and anisotropy.
     """
 
     state: LmState
     other: Point
     tries_other: Array | np.ndarray
+    tensor: Array | np.ndarray
 
 
 class Programs(NamedTuple):
@@ -93,14 +97,13 @@ def run_blocks(
 
 def _run_block(programs, voxels, index, size, max_iterations, damping, pool):
     climb = _map(lambda part, _: programs.begin(part), voxels, index, None, np.arange(len(index)), size, pool)
-    climb = _until_done(programs, voxels, index, climb, size, max_iterations, pool)
+    # Second starts climb beside the first ones, as if they were voxels of their own.
     again = np.flatnonzero(climb.tries_other)
-    if len(again):
-        second = _until_done(
-            programs, voxels, index[again], _restart(_take(climb, again), damping), size, max_iterations, pool
-        )
-        won = second.state.at.cost < climb.state.at.cost[again]
-        climb = _scatter(climb, _take(second, np.flatnonzero(won)), again[won])
+    both = _join([climb, _restart(_take(climb, again), damping)])
+    both = _until_done(programs, voxels, np.concatenate([index, index[again]]), both, size, max_iterations, pool)
+    climb, second = _take(both, slice(0, len(index))), _take(both, slice(len(index), None))
+    won = second.state.at.cost < climb.state.at.cost[again]
+    climb = _scatter(climb, _take(second, np.flatnonzero(won)), again[won])
     rows = _map(programs.finish, voxels, index, climb, np.arange(len(index)), size, pool)
     return jax.tree.map(lambda leaf: np.ascontiguousarray(np.moveaxis(leaf, -1, 0)), rows)
 
@@ -121,7 +124,9 @@ def _until_done(programs, voxels, index, climb, size, max_iterations, pool):
         active = np.flatnonzero(~climb.state.done & (climb.state.iterations < max_iterations))
         if not len(active):
             return climb
-        climb = _scatter(climb, _map(programs.advance, voxels, index, climb, active, size, pool), active)
+        # The last stragglers of a large chunk fill a small one.
+        fitting = size // TAIL_SHARE if size >= 1024 and len(active) <= size // TAIL_SHARE else size
+        climb = _scatter(climb, _map(programs.advance, voxels, index, climb, active, fitting, pool), active)
 
 
 def _map(program, voxels, index, climb, chosen, size, pool):
@@ -133,7 +138,10 @@ def _map(program, voxels, index, climb, chosen, size, pool):
         result = program(voxels.take(index[filled]), None if climb is None else _take(climb, filled))
         return _take(jax.device_get(result), slice(0, len(places)))
 
-    parts = list(pool.map(call, range(0, len(chosen), size)))
+    return _join(list(pool.map(call, range(0, len(chosen), size))))
+
+
+def _join(parts):
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)
 
 

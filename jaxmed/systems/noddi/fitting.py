@@ -310,7 +310,8 @@ def _begin(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels) 
     state = lm_init(surface, starts.best, config.damping)
     state = state._replace(done=~data.fitted)
     margin = config.restart_margin * starts.squares
-    return Climb(state, starts.other, data.fitted & (starts.gap < margin))
+    summary = jnp.stack([tensor.mean_diffusivity, tensor.fractional_anisotropy])
+    return Climb(state, starts.other, data.fitted & (starts.gap < margin), summary)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -325,7 +326,6 @@ def _finish(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels,
     point, number = climb.state.point, len(model.parameters)
     known = data.precision if noise == "rician" else None
     optimum = describe_optimum(forward, noise, data.rows, known, point)
-    tensor = fit_tensor(protocol, data.everything)
     rows: dict[str, Any] = dict(
         values=point.values[:number],
         errors=optimum.errors[:number],
@@ -333,8 +333,8 @@ def _finish(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels,
         direction_error=optimum.direction_error,
         s0=data.s0 * (point.values[-1] if config.s0 == "free" else 1.0),
         residual=optimum.residual / (point.values[-1] if config.s0 == "free" else 1.0),
-        mean_diffusivity=tensor.mean_diffusivity,
-        fractional_anisotropy=tensor.fractional_anisotropy,
+        mean_diffusivity=climb.tensor[0],
+        fractional_anisotropy=climb.tensor[1],
         iterations=climb.state.iterations.astype(jnp.int32),
         flags=_flags(model, climb.state.done, optimum, point.values),
         fitted=data.fitted,
