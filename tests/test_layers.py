@@ -33,6 +33,7 @@ HOMES = {
     "highdicom": {"io/parametric_map.py"},
     "matplotlib": {"report"},
     "tyro": {"cli.py"},
+    "blackjax": {"systems/noddi/posterior.py"},
     "torch": set(),
 }
 

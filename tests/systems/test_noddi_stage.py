@@ -11,8 +11,11 @@ import pytest
 
 from jaxmed.cli import main
 from jaxmed.io import nifti
+from jaxmed.io.gradients import read_gradients, to_world
+from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
 from jaxmed.systems.noddi import chunks
+from jaxmed.systems.noddi.fitting import FLAGS
 from jaxmed.systems.noddi.stages import fit as stage
 from jaxmed.volume import Volume
 
@@ -180,6 +183,14 @@ MISTAKES = {
         lambda s: (s / "dwi.bval").write_text(" ".join(["700"] * 39 + ["2000"] * 60)),
         "dwi.bv",
     ),
+    "unweighted as at 7T": (
+        lambda s: (s / "dwi.bval").write_text(" ".join(["60"] * 9 + ["700"] * 30 + ["2000"] * 60)),
+        "expected",
+    ),
+    "negative b-value": (
+        lambda s: (s / "dwi.bval").write_text(" ".join(["-5"] * 9 + ["700"] * 30 + ["2000"] * 60)),
+        "b-values of 0 or more",
+    ),
     "one shell": (
         lambda s: (s / "dwi.bval").write_text(" ".join(["0"] * 9 + ["1000"] * 90)),
         "--allow-single-shell",
@@ -258,6 +269,181 @@ def test_no_space_left_ends_in_one_line(scan):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "enough space to write, found no space left on device" in done.stderr.splitlines()[-1]
+
+
+# What a scan may have and still be fitted ----------------------------------------------------------------------------
+
+
+def fit_scan(scan, out, *options):
+    """Fit a scan and return its notes."""
+    assert main([*arguments(scan, out), "--quiet", *options]) == 0
+    return json.loads((out / "outputs" / "summary.json").read_text())["notes"]
+
+
+def test_voxels_of_nan_are_flagged_and_never_reach_a_map(scan, tmp_path):
+    rewrite(scan / "dwi.nii.gz", poke(np.nan))
+    rewrite(scan / "mask.nii.gz", poke(1))
+    notes = fit_scan(scan, tmp_path / "run", "--modulated")
+    assert any(note.startswith("1 voxels hold NaN or Inf") for note in notes)
+    flags = read_map(tmp_path / "run", "flags")
+    assert flags[1, 1, 1] == FLAGS["not_finite"] and (flags == FLAGS["not_finite"]).sum() == 1
+    for path in (tmp_path / "run" / "outputs").glob("*.nii.gz"):
+        array = nifti.read(path).array  # refuses NaN
+        assert not np.any(array[1, 1, 1]) or path.name == "flags.nii.gz", path.name
+    bits = json.loads((tmp_path / "run" / "outputs" / "flags.json").read_text())["bits"]
+    assert bits["64"].startswith("not_finite") and len(bits) == len(FLAGS)
+    ndi, fwf = read_map(tmp_path / "run", "ndi"), read_map(tmp_path / "run", "fwf")
+    np.testing.assert_allclose(read_map(tmp_path / "run", "ndi_modulated"), ndi * (1 - fwf), atol=1e-6)
+
+
+def test_voxels_without_unweighted_signal_are_flagged(scan, tmp_path):
+    rewrite(scan / "mask.nii.gz", poke(1))
+    rewrite(scan / "dwi.nii.gz", lambda a: poke(np.where(np.arange(99) < 9, 0.0, 1.0))(a))
+    notes = fit_scan(scan, tmp_path / "run")
+    assert any("have no unweighted signal" in note for note in notes)
+    assert read_map(tmp_path / "run", "flags")[1, 1, 1] == FLAGS["no_unweighted_signal"]
+
+
+def test_b_values_that_vary_within_a_shell_are_said_and_fitted_each(scan, tmp_path):
+    bvals = np.loadtxt(scan / "dwi.bval")
+    (scan / "dwi.bval").write_text(" ".join(f"{b + (i % 3 - 1) * 5 * (b > 0):g}" for i, b in enumerate(bvals)))
+    notes = fit_scan(scan, tmp_path / "run")
+    assert any("6 different b-values make 2 shell(s) (706 to 716, 2850 to 2860 s/mm^2)" in note for note in notes)
+    truth = nifti.read(scan / "truth" / "ndi.nii.gz").array
+    tissue = (read_map(tmp_path / "run", "fwf") < 0.5) & (read_map(tmp_path / "run", "s0") > 0)
+    assert np.median(np.abs(read_map(tmp_path / "run", "ndi") - truth)[tissue]) < 0.05
+
+
+def test_series_scaled_apart_are_found_and_can_be_brought_together(scan, tmp_path):
+    """The last 60 images get a b = 0 image of their own and half the brightness, as a second series would have."""
+    bvals = np.loadtxt(scan / "dwi.bval")
+    order = [*range(8), *range(9, 39), 8, *range(39, 99)]
+    scale = np.where(np.arange(99) >= 38, 0.5, 1.0)
+    rewrite(scan / "dwi.nii.gz", lambda a: (a[..., order] * scale).astype(np.float32))
+    (scan / "dwi.bval").write_text(" ".join(f"{b:g}" for b in bvals[order]))
+    np.savetxt(scan / "dwi.bvec", np.loadtxt(scan / "dwi.bvec")[:, order])
+    notes = fit_scan(scan, tmp_path / "apart")
+    assert any("those of image 39 on have 0.5" in note and "--scale-series" in note for note in notes)
+    together = fit_scan(scan, tmp_path / "together", "--scale-series")
+    assert any("every series was divided by its own" in note for note in together)
+    truth = nifti.read(scan / "truth" / "ndi.nii.gz").array
+    tissue = (read_map(tmp_path / "together", "fwf") < 0.5) & (read_map(tmp_path / "together", "s0") > 0)
+    errors = {
+        name: np.median(np.abs(read_map(tmp_path / name, "ndi") - truth)[tissue]) for name in ("apart", "together")
+    }
+    assert errors["together"] < 0.05 and errors["apart"] > 2 * errors["together"]
+
+
+def write_deviations(scan, array):
+    nifti.write(scan / "grad_dev.nii.gz", Volume.make(array.astype(np.float32), nifti.read(scan / "dwi.nii.gz").affine))
+
+
+def test_gradient_nonlinearity_changes_b_and_directions_voxel_by_voxel(scan, tmp_path):
+    """A gradient 10 % too strong makes b 21 % too large; told so, the fit finds what it finds without."""
+    deviations = np.zeros((8, 9, 2, 9))
+    deviations[..., [0, 4, 8]] = 0.1
+    write_deviations(scan, deviations)
+    fit_scan(scan, tmp_path / "plain")
+    bvals = np.loadtxt(scan / "dwi.bval")
+    (scan / "dwi.bval").write_text(" ".join(f"{b / 1.21:.6f}" for b in bvals))
+    notes = fit_scan(scan, tmp_path / "told", "--grad-dev", str(scan / "grad_dev.nii.gz"))
+    assert any("lengths from 1.100 to 1.100" in note for note in notes)
+    sure = (read_map(tmp_path / "plain", "fwf") < 0.5) & (read_map(tmp_path / "plain", "s0") > 0)
+    for name in ("ndi", "odi", "fwf"):
+        first, second = (read_map(tmp_path / run, name)[sure] for run in ("plain", "told"))
+        assert np.median(np.abs(first - second)) < 2e-3, name
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [(np.zeros((8, 9, 2, 3)), "nine images"), (np.ones((8, 9, 2, 9)), "deviations below 0.5")],
+)
+def test_wrong_deviations_are_refused(scan, tmp_path, capsys, array, expected):
+    write_deviations(scan, array)
+    assert main([*arguments(scan, tmp_path / "run"), "--grad-dev", str(scan / "grad_dev.nii.gz")]) == 2
+    assert expected in only_line(capsys)
+
+
+def test_another_model_goes_the_same_way(scan, tmp_path):
+    fit_scan(scan, tmp_path / "run", "--fit.model", "ball-and-stick")
+    fraction, diffusivity = (read_map(tmp_path / "run", name) for name in ("stick_fraction", "diffusivity"))
+    inside = read_map(tmp_path / "run", "s0") > 0
+    assert 0.1 < np.median(fraction[inside]) < 0.9 and 0.5 < np.median(diffusivity[inside]) < 3.0
+    assert not (tmp_path / "run" / "outputs" / "ndi.nii.gz").exists()
+    assert "Ball and stick maps" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_dicom_folder_gives_the_maps_of_its_nifti_twin(tmp_path):
+    pytest.importorskip("pydicom")
+    protocol = two_shell_protocol(3, ((8, 711.0), (8, 2855.0)))
+    write_diffusion_slab(tmp_path / "scan", seed=0, shape=(8, 9, 2), snr=30.0, protocol=protocol)
+    write_dicom(tmp_path / "scan", tmp_path / "dicom")
+    folder = tmp_path / "scan"
+    tables = ["--bvals", str(folder / "dwi.bval"), "--bvecs", str(folder / "dwi.bvec")]
+    for name, words in {"nifti": [str(folder / "dwi.nii.gz"), *tables], "dicom": [str(tmp_path / "dicom")]}.items():
+        assert main(["noddi", "fit", "--dwi", *words, "--out", str(tmp_path / "runs" / name), "--quiet"]) == 0
+    # DICOM's slices are stacked along the normal of rows and columns, which points down here.
+    first, second = (
+        {
+            name: read_map(tmp_path / "runs" / run, name)[:, :, ::step]
+            for name in ("s0", "fwf", "ndi", "odi", "direction")
+        }
+        for run, step in (("nifti", 1), ("dicom", -1))
+    )
+    sure = (first["fwf"] < 0.5) & (first["s0"] > 0)
+    np.testing.assert_array_equal(first["s0"] > 0, second["s0"] > 0)
+    for name in ("ndi", "odi", "fwf"):  # apart by rounding to whole numbers in the DICOM files
+        assert np.median(np.abs(first[name] - second[name])[sure]) < 2e-3, name
+    assert np.median(np.abs(np.sum(first["direction"] * second["direction"], axis=-1))[sure]) > 0.9999
+
+
+def write_dicom(scan, folder):
+    """Write a scan as one file per slice, with directions in the patient's frame."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    folder.mkdir()
+    volume = nifti.read(scan / "dwi.nii.gz")
+    table = read_gradients(scan / "dwi.bval", scan / "dwi.bvec")
+    patient = to_world(table.bvecs, volume.affine) * [-1, -1, 1]
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine
+    axes, series = lps[:3, :3] / np.linalg.norm(lps[:3, :3], axis=0), generate_uid()
+    for image in range(volume.array.shape[3]):
+        for z in range(volume.array.shape[2]):
+            pixels = np.round(volume.array[:, :, z, image].T).astype(np.uint16)
+            data = Dataset()
+            data.file_meta = FileMetaDataset()
+            data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
+            data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+            data.SeriesInstanceUID, data.Modality, data.InstanceNumber = series, "MR", image * 2 + z + 1
+            data.Rows, data.Columns = pixels.shape
+            data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+            data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
+            data.PixelData = pixels.tobytes()
+            data.ImagePositionPatient = (lps @ [0, 0, z, 1])[:3].tolist()
+            data.ImageOrientationPatient = [*axes[:, 0].tolist(), *axes[:, 1].tolist()]
+            data.PixelSpacing, data.SliceThickness = [2.0, 2.0], 2.0
+            data.DiffusionBValue = float(table.bvals[image])
+            if table.bvals[image]:
+                data.DiffusionGradientOrientation = patient[image].tolist()
+            data.save_as(folder / f"{image:03d}_{z}.dcm", enforce_file_format=True)
+
+
+@pytest.mark.slow
+def test_posterior_maps_stand_beside_the_fit(scan, tmp_path):
+    pytest.importorskip("blackjax")
+    fit_scan(scan, tmp_path / "run", "--posterior-samples", "100", "--fit.model", "ball-and-stick")
+    inside = read_map(tmp_path / "run", "s0") > 0
+    mean, value = (read_map(tmp_path / "run", name)[inside] for name in ("diffusivity_mean", "diffusivity"))
+    error, spread = (read_map(tmp_path / "run", name)[inside] for name in ("diffusivity_error", "diffusivity_sd"))
+    assert np.median(np.abs(mean - value) / spread) < 1.0 and 0.6 < np.median(spread / error) < 1.6
+
+
+def test_a_posterior_needs_a_noise_level(scan, tmp_path, capsys):
+    pytest.importorskip("blackjax")
+    assert main([*arguments(scan, tmp_path / "run"), "--posterior-samples", "9", "--noise", "gaussian"]) == 2
+    assert "posterior_samples: expected a Rician noise level" in only_line(capsys)
 
 
 # Real data -----------------------------------------------------------------------------------------------------------

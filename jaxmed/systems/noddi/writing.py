@@ -11,6 +11,7 @@ from jaxmed.io.gradients import to_world
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.systems.noddi.fitting import FLAG_DEFINITIONS, FLAGS, Estimates
 from jaxmed.systems.noddi.options import FitConfig
+from jaxmed.systems.noddi.posterior import Posterior
 from jaxmed.systems.noddi.reading import Scan
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
@@ -27,7 +28,14 @@ DEFINITIONS = {
 
 
 def write_maps(
-    folder: Path, rows: Estimates, model: MicrostructureModel, scan: Scan, fit: FitConfig, *, modulated: bool
+    folder: Path,
+    rows: Estimates,
+    model: MicrostructureModel,
+    scan: Scan,
+    fit: FitConfig,
+    *,
+    modulated: bool,
+    posterior: Posterior | None = None,
 ) -> None:
     """Write every map.
 
@@ -38,8 +46,10 @@ def write_maps(
         scan: Grid, noise level.
         fit: Constants, for the sidecars.
         modulated: Write ndi (1 - fwf) and odi (1 - fwf) too.
+        posterior: Of the fitted voxels, in order.
     """
-    for name, (array, definition, unit) in collect_maps(rows, model, modulated).items():
+    maps = collect_maps(rows, model, modulated) | _posterior_maps(posterior, rows, model)
+    for name, (array, definition, unit) in maps.items():
         if name == "direction":
             array = to_world(array, scan.dwi.affine)
         array = array if array.dtype == np.uint8 else array.astype(np.float32)
@@ -76,6 +86,27 @@ def collect_maps(
             where = np.where(rows.fitted, maps[name][0] * tissue, 0.0)
             maps[f"{name}_modulated"] = (where, f"{name} times (1 - fwf): {name} weighted by its tissue", "1")
     return maps
+
+
+def _posterior_maps(
+    posterior: Posterior | None, rows: Estimates, model: MicrostructureModel
+) -> dict[str, tuple[np.ndarray, str, str]]:
+    if posterior is None:
+        return {}
+    said = "over a flat prior on every parameter and on the direction"
+
+    def full(row):
+        array = np.zeros(rows.fitted.shape, np.float32)
+        array[rows.fitted] = row
+        return array
+
+    maps = {}
+    for index, parameter in enumerate(model.parameters):
+        name, unit = parameter.name, parameter.unit
+        maps[f"{name}_mean"] = (full(posterior.mean[:, index]), f"posterior mean of {name} {said}", unit)
+        maps[f"{name}_sd"] = (full(posterior.sd[:, index]), f"posterior standard deviation of {name} {said}", unit)
+    definition = "mean acceptance rate of the Markov chain; far below 0.5 it did not move well"
+    return maps | {"posterior_acceptance": (full(posterior.acceptance), definition, "1")}
 
 
 def constants(model: MicrostructureModel, scan: Scan, fit: FitConfig) -> dict[str, Any]:
