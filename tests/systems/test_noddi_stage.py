@@ -185,7 +185,7 @@ MISTAKES = {
     ),
     "unweighted as at 7T": (
         lambda s: (s / "dwi.bval").write_text(" ".join(["60"] * 9 + ["700"] * 30 + ["2000"] * 60)),
-        "expected",
+        "dwi.bv",
     ),
     "negative b-value": (
         lambda s: (s / "dwi.bval").write_text(" ".join(["-5"] * 9 + ["700"] * 30 + ["2000"] * 60)),

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jaxmed.physics.microstructure import MicrostructureModel
+from jaxmed.physics.noddi import Tissue
 from jaxmed.solvers.least_squares import lm_init, lm_run
 from jaxmed.systems.noddi import chunks
 from jaxmed.systems.noddi.chunks import Climb, Programs, Voxels
@@ -253,8 +254,11 @@ def _scatter(row: np.ndarray, inside: np.ndarray) -> np.ndarray:
 def make_programs(bvals: np.ndarray, bvecs: np.ndarray, noise: Noise, config: FitConfig, varies: bool) -> Programs:
     """Bind the compiled steps to one protocol; two protocols of the same shells share their compilation."""
     protocol = prepare(bvals, bvecs, config, varies=varies)
-    # What only the host reads must not make another program.
-    config = dataclasses.replace(config, chunk_size=None, max_iterations=1)
+    # What only the host reads, and what the tables hold already, must not make another program.
+    tissue = config.tissue if varies else Tissue()
+    config = dataclasses.replace(
+        config, chunk_size=None, max_iterations=1, b0_threshold=50.0, order=None, tissue=tissue
+    )
     return Programs(
         begin=functools.partial(_begin, protocol, noise, config),
         advance=functools.partial(_advance, protocol, noise, config),

@@ -19,8 +19,8 @@ FLAG_WORDS = {
     "not_converged": "Tolerance not met within the iterations",
     "at_bound": "A parameter on a bound of its range",
     "ndi_undefined": "NDI undefined: nearly pure free water, or an error as wide as not knowing it",
-    "odi_undefined": "ODI undefined: an error as wide as not knowing it",
-    "direction_undefined": "Direction undefined: a cone of uncertainty above 45 degrees",
+    "odi_undefined": "ODI undefined: an error as wide as not knowing it, or no detectable neurites",
+    "direction_undefined": "Direction undefined: a cone of uncertainty above 45 degrees, or no detectable neurites",
     "no_unweighted_signal": "No unweighted signal: not fitted",
     "not_finite": "NaN or Inf in the scan: not fitted",
 }

@@ -21,7 +21,9 @@ from jaxmed.volume import Volume
 SERIES_TOLERANCE = 0.15
 """Unweighted images of one scan differ by less than this in their median; drift is a few percent."""
 HCP_THRESHOLD = 100.0
-"""Human Connectome 7T scans call b = 55 to 65 unweighted."""
+"""What Human Connectome 7T scans want, whose unweighted images have b = 55 to 65."""
+NEARLY_UNWEIGHTED = 70.0
+"""Above it an image is weighted, if weakly."""
 MAX_LENGTH_CHANGE = 0.5
 """Of a gradient by nonlinearity: coils reach 0.1 to 0.2 at the edge of a head."""
 
@@ -94,7 +96,7 @@ def _protocol_notes(bvals: np.ndarray, b0_threshold: float) -> list[str]:
             f"{len(weighted)} different b-values make {len(shells)} shell(s) ({ranges} s/mm^2): shells are for checks "
             "and tables, every image was fitted at its own b-value."
         )
-    nearly = (bvals > b0_threshold) & (bvals <= HCP_THRESHOLD)
+    nearly = (bvals > b0_threshold) & (bvals <= NEARLY_UNWEIGHTED)
     if nearly.any():
         notes.append(
             f"{int(nearly.sum())} image(s) at b = {bvals[nearly].min():g} to {bvals[nearly].max():g} count as "

@@ -285,7 +285,7 @@ def _flag_notes(rows: Estimates, config: Config) -> list[str]:
     said = {
         "ndi_undefined": "ndi means nothing (nearly pure free water, or a standard error as wide as not knowing it)",
         "odi_undefined": "odi means nothing (few neurites, or too much noise)",
-        "direction_undefined": "the direction means nothing (a cone of uncertainty above 45 degrees)",
+        "direction_undefined": "the direction means nothing (a cone of uncertainty above 45 degrees, or no neurites)",
         "not_converged": f"the tolerance was not met in {config.fit.max_iterations} iterations",
     }
     notes = []
