@@ -2,9 +2,10 @@
 
 All start from signals in host memory and end with maps in host memory. Voxels cover the whole
 parameter range uniformly, with Rician noise at SNR 30, and the error beside each time is the error
-against the known parameters: over all voxels, where tissue fills more than half of the voxel, and
-(`_known`) where the Cramer-Rao bound of the parameter is below 0.1, beside that bound: elsewhere the
-data say little, and an estimator shows its prior. jaxmed is measured twice, with least squares (what
+against the known parameters: over all voxels, where tissue fills more than half of the voxel, in the
+range of healthy tissue (`_healthy`: NDI .3 to .8, ODI below .7, FWF below .3), and (`_known`) where the
+Cramer-Rao bound of the parameter is below 0.1, beside that bound: elsewhere the data say little, and an
+estimator shows its prior. jaxmed is measured twice, with least squares (what
 AMICO minimises) and with the Rician likelihood. AMICO runs as its authors run it (files, scheme, 500
 directions, its default solver, one thread per pinned core, always on the CPU); its `compile_s` is the
 generation and loading of its kernels, which it needs once per protocol. A noise-free run of AMICO
@@ -170,10 +171,12 @@ def errors(maps: Any, voxels: Voxels) -> dict[str, float]:
 
     Returns:
         Over all voxels; as `_tissue` where the true FWF is below one half: NDI and ODI mean nothing in
-        free water, and there their errors say more about the prior than the fit; as `_known` where
-        the bound is below 0.1, with the root mean square of that bound as `_bound`.
+        free water, and there their errors say more about the prior than the fit; as `_healthy` in the
+        range of healthy tissue; as `_known` where the bound is below 0.1, with the root mean square of
+        that bound as `_bound`.
     """
     tissue = voxels.fwf < 0.5
+    healthy = (voxels.ndi > 0.3) & (voxels.ndi < 0.8) & (voxels.odi < 0.7) & (voxels.fwf < 0.3)
     found = {}
     for index, name in enumerate(("ndi", "odi", "fwf")):
         error = np.asarray(getattr(maps, name), np.float64) - getattr(voxels, name)
@@ -182,6 +185,8 @@ def errors(maps: Any, voxels: Voxels) -> dict[str, float]:
         found[name] = _rms(error)
         found[f"{name}_tissue"] = _rms(error[tissue])
         found[f"{name}_tissue_bias"] = float(error[tissue].mean())
+        found[f"{name}_healthy"] = _rms(error[healthy])
+        found[f"{name}_healthy_bias"] = float(error[healthy].mean())
         found[f"{name}_known"] = _rms(error[known])
         found[f"{name}_known_bias"] = float(error[known].mean())
         found[f"{name}_bound"] = _rms(bound[known])

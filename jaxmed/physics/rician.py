@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from jax.scipy.special import i0e, i1e
 from jaxtyping import Array, Float
 
 
@@ -72,10 +73,16 @@ _FAR_I1 = (
 
 
 def log_i0e_and_ratio(z: Float[Array, "*batch"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """Return log(I0(z) exp(-|z|)) and I1(z) / I0(z) together, to 1e-6: a third of the time of both functions apart.
+    """Return log(I0(z) exp(-|z|)) and I1(z) / I0(z) together.
+
+    In single precision by polynomials that are exact to 1e-6 and take a third of the time of both functions apart; in
+    double precision, where such an error would show, by the functions themselves.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 9.8.1 to 9.8.4.
     """
+    if z.dtype == jnp.float64:
+        scaled = i0e(z)
+        return jnp.log(scaled), i1e(z) / scaled
     size = jnp.abs(z)
     is_near = size < 3.75
     near, far = jnp.minimum(size / 3.75, 1.0) ** 2, 3.75 / jnp.maximum(size, 3.75)
