@@ -1,6 +1,6 @@
 """Diffusion priors: schedules, denoisers, samplers, likelihoods, and posterior sampling with a measurement.
 
-The samplers' file is `samplers.py` and not `sample.py`, so that `diffusion.sample` is the function and never the module.
+The samplers stand in `samplers.py`, so that `diffusion.sample` is the function and never a module.
 """
 
 from typing import TYPE_CHECKING

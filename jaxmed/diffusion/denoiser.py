@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
 from jaxmed.arrays.types import Params, Scalar
-from jaxmed.diffusion.schedule import Edm, Schedule, Times, Ve, spread
+from jaxmed.diffusion.schedule import Edm, Schedule, Ve, spread
 
 Prediction: TypeAlias = Literal["epsilon", "x0", "v", "score", "edm"]
 
@@ -44,13 +44,13 @@ class Preconditioning(NamedTuple):
         weight: Of the squared error of the network's output.
     """
 
-    skip: Times
-    out: Times
-    scale: Times
-    time: Times
-    clean: Times
-    noise: Times
-    weight: Times
+    skip: Float[Array, "..."]
+    out: Float[Array, "..."]
+    scale: Float[Array, "..."]
+    time: Float[Array, "..."]
+    clean: Float[Array, "..."]
+    noise: Float[Array, "..."]
+    weight: Float[Array, "..."]
 
 
 def precondition(schedule: Schedule, prediction: Prediction, t: Num[Array, "..."]) -> Preconditioning:

@@ -7,14 +7,15 @@ float64 answers on the host, where samplers make their tables; jax arrays get an
 
 import dataclasses
 import functools
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num
 
-Times: TypeAlias = Num[Array | np.ndarray, "..."]
+# Numbers of any shape; what goes in on one side, host or device, comes out there.
+Times = TypeVar("Times", Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
