@@ -21,7 +21,7 @@ from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.schedule import Schedule, VpContinuous, VpDiscrete
 
 VP_LARGEST_RATIO = 80.0
-"""sigma / alpha where EDM's grid begins on VP schedules: a cosine chain ends at 20,000, most of it without any image."""
+"""sigma / alpha where EDM's grid begins on VP schedules: a cosine chain ends at 20,000, where no image is left."""
 
 
 @dataclasses.dataclass(frozen=True)
