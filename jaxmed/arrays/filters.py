@@ -88,7 +88,12 @@ def blur_matrix(
 ) -> Float[Array, "size size"]:
     """Return the matrix of `gaussian_blur` along an axis of `size` samples; rows are results."""
     weights = gaussian_weights(sigma, radius, cutoff)
-    return correlate(jnp.eye(size, dtype=weights.dtype), weights, 0, mode)
+    # Row i holds the taps around sample i of the padded line; padding is a matrix too, known beforehand.
+    tap = np.arange(size + 2 * radius) - np.arange(size)[:, None]
+    is_tap = (tap >= 0) & (tap <= 2 * radius)
+    taps = jnp.where(is_tap, weights[np.clip(tap, 0, 2 * radius)], 0.0)
+    padding = _pad(np.eye(size, dtype=np.float32), radius, 0, mode)
+    return jnp.dot(taps, padding, precision=jax.lax.Precision.HIGHEST)
 
 
 def linear_matrix(
@@ -214,7 +219,9 @@ def finite_difference(image: Float[Array, "..."], axis: int, kind: Difference = 
             return jnp.concatenate([first, 0.5 * inner, last], axis)
 
 
-def _pad(image: Float[Array, "..."], radius: int, axis: int, mode: Mode) -> Float[Array, "..."]:
+def _pad(
+    image: Float[Array, "..."] | Float[np.ndarray, "..."], radius: int, axis: int, mode: Mode
+) -> Float[Array, "..."]:
     if mode == "reflect" and radius >= image.shape[axis]:
         raise ValueError(f"image: expected more than {radius} samples along axis {axis}, found {image.shape[axis]}")
     widths = [(0, 0)] * image.ndim
