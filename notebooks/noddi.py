@@ -16,7 +16,8 @@
 #
 # A voxel of brain holds water inside neurites, water around them, and free water. NODDI tells the three apart from how
 # the signal falls with diffusion weighting, in many directions. This notebook looks at the model, fits it to a
-# simulated brain slab whose truth is known, and shows why the noise must be modelled too.
+# simulated brain slab whose truth is known, shows why the noise must be modelled too, and trains networks that give
+# the fit's answer in a fraction of its time.
 
 # %%
 import jax
@@ -24,10 +25,13 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics import noddi as model
 from jaxmed.physics.acquisition import add_rician_noise, two_shell_protocol
 from jaxmed.synthesis.phantoms.diffusion import make_slab
 from jaxmed.systems import noddi
+from jaxmed.systems.noddi.network import predict
+from jaxmed.systems.noddi.training import TrainConfig
 
 # %% [markdown]
 # ## The model
@@ -104,6 +108,34 @@ for fitted, label in ((squares, "least squares"), (maps, "Rician likelihood")):
 ax.axvline(0, color="k", lw=0.8)
 ax.set(xlabel="NDI, fit minus truth", ylabel="voxels")
 ax.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## Networks, and what they are taught
+#
+# A network maps signals to parameters at once. Trained on the parameters that made the signals (NN_GT) it answers with
+# what is likely on average where the data say little; trained on fits of the noisy signals (NN_MLE) it answers as a fit
+# would. Both here are small and trained for seconds; `jaxmed noddi train` makes the real ones.
+
+# %%
+networks = {
+    name: noddi.train(
+        jax.random.key(2),
+        bvals,
+        bvecs,
+        TrainConfig(labels=labels, network=MlpConfig(width=64), signals=8192, epochs=20, batch_size=128, restarts=1),
+    ).network
+    for name, labels in (("NN_MLE", "mle"), ("NN_GT", "gt"))
+}
+voxels = noisy[mask]
+estimates = {name: predict(network, voxels) for name, network in networks.items()}
+fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
+for ax, (name, found) in zip(axes, estimates.items(), strict=True):
+    ax.plot(maps.odi[mask], found[:, 1], ".", ms=2, alpha=0.4)
+    ax.plot([0, 1], [0, 1], "k", lw=0.8)
+    difference = np.abs(found[:, 1] - maps.odi[mask])[np.asarray(slab.fwf)[mask] < 0.5].mean()
+    ax.set(title=f"{name}: {difference:.3f} from the fit in tissue", xlabel="ODI, fit", aspect="equal")
+axes[0].set_ylabel("ODI, network")
 plt.show()
 
 # %% [markdown]
