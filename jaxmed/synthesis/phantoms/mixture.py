@@ -106,7 +106,7 @@ def posterior(
         measurement: y.
         noise_std: Standard deviation of the white noise in y, positive.
 
-    Source: specification of DynamicDPS, section (i) 6; Bishop, Pattern Recognition and Machine Learning, section 2.3.3.
+    Source: Bishop, Pattern Recognition and Machine Learning, section 2.3.3.
     """
 
     def condition(log_weight, mean, covariance):
