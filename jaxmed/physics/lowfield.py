@@ -1,0 +1,340 @@
+"""From a high-field brain image to a low-field one: contrast, resolution and noise.
+
+Two deterministic generations of the authors of DynamicDPS (`LOWFIELD2025`, `LOWFIELD2026`), whose power of contrast and
+width of blur can be fitted to a pair of scans, and a simulator that draws the contrast of each tissue at random.
+Images lie in [0, 2] with background 0; the grid of the low-field image is that of the high-field one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxmed.arrays.filters import Mode, Width, along, blur_matrix, linear_matrix
+from jaxmed.arrays.types import KeyArray, Scalar
+from jaxmed.physics.operators import LinearOperator, resize_matrix, separable
+
+
+@dataclasses.dataclass(frozen=True)
+class LowField:
+    """Contrast by a power, then a resize there and back, then a blur, then noise.
+
+    Attributes:
+        gamma: Power of the intensities.
+        scale: Ratio of low-field to high-field voxel size, for all axes or one per axis; 1 leaves an axis alone.
+        antialias: Average over the larger voxel when shrinking. The authors' code leaves it to its library's version.
+        sigma: Standard deviation of the blur in voxels, for all axes or one per axis.
+        radius: Last tap of the blur to either side.
+        padding: What the blur sees outside the image.
+        noise: Standard deviation of the Gaussian noise added to a simulated measurement.
+        floor: Intensity below which the power is replaced; see `contrast`.
+
+    Source: github.com/edshkim98/DynamicDPS, the operators of July 2025 and of 2026-04-29.
+    """
+
+    gamma: float = 0.4
+    scale: float | tuple[float, ...] = 4.0
+    antialias: bool = True
+    sigma: float | tuple[float, ...] = 1.0
+    radius: int = 5
+    padding: Mode = "reflect"
+    noise: float = 1e-3
+    floor: float = 1e-3
+
+    def __post_init__(self):
+        """Refuse what no scanner does."""
+        if not self.gamma > 0:
+            raise ValueError(f"gamma: expected a positive power, got {self.gamma}")
+        if not all(scale >= 1 for scale in _as_tuple(self.scale)):
+            raise ValueError(f"scale: expected 1 or more on every axis, got {self.scale}")
+        if not all(sigma >= 0 for sigma in _as_tuple(self.sigma)):
+            raise ValueError(f"sigma: expected 0 or more on every axis, got {self.sigma}")
+        if self.radius < 1:
+            raise ValueError(f"radius: expected 1 or more, got {self.radius}")
+        if not self.noise >= 0:
+            raise ValueError(f"noise: expected 0 or more, got {self.noise}")
+        if not 0 < self.floor < 1:
+            raise ValueError(f"floor: expected a number in (0, 1), got {self.floor}")
+
+
+def make_operator(shape: tuple[int, ...], config: LowField) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
+    """Return the differentiable function from a high-field image to its noise-free low-field one.
+
+    Args:
+        shape: Axes of space, 2 or 3; an image may have channels after them.
+        config: The acquisition.
+    """
+    linear = linear_part(shape, config)
+
+    def operator(image: Float[Array, "..."]) -> Float[Array, "..."]:
+        return linear(contrast(image, config.gamma, config.floor))
+
+    return operator
+
+
+def linear_part(shape: tuple[int, ...], config: LowField, relative_cutoff: float = 1e-2) -> LinearOperator:
+    """Return what follows the contrast: resize there and back, blur.
+
+    Args:
+        shape: Axes of space.
+        config: The acquisition.
+        relative_cutoff: Of the pseudo-inverse, see `operators.separable`.
+    """
+    sigmas = _per_axis(config.sigma, len(shape), "sigma")
+    return separable(_matrices(shape, sigmas, config), relative_cutoff)
+
+
+def simulate(
+    key: KeyArray, image: Float[Array, "..."], shape: tuple[int, ...], config: LowField
+) -> Float[Array, "..."]:
+    """Measure an image with noise."""
+    measurement = make_operator(shape, config)(image)
+    return measurement + config.noise * jax.random.normal(key, measurement.shape, measurement.dtype)
+
+
+def contrast(image: Float[Array, "..."], gamma: Width, floor: float = 1e-3) -> Float[Array, "..."]:
+    """Raise intensities to a power, with a gradient that stays finite in the background.
+
+    Below `floor` a power under 1 is replaced by the parabola through 0 that meets it in value and slope: where gamma is
+    0.4 the slope at 0 is 101 instead of infinite. Negative intensities count as 0.
+
+    Args:
+        image: Intensities, background 0.
+        gamma: The power.
+        floor: Where the parabola ends.
+
+    Deviation: the authors take (x + 1e-7)^gamma, whose slope of 6e3 at 0 lets background voxels rule the gradient.
+    """
+    x = jnp.maximum(image, 0.0)
+    u = x / floor
+    parabola = floor**gamma * u * ((2 - gamma) - (1 - gamma) * u)
+    is_replaced = (x < floor) & (gamma <= 1)
+    # The branch not taken must have a finite slope too.
+    power = jnp.maximum(x, jnp.where(is_replaced, floor, 1e-12)) ** gamma
+    return jnp.where(is_replaced, parabola, power)
+
+
+class Fit(NamedTuple):
+    """A fitted acquisition.
+
+    Attributes:
+        gamma: Power of contrast.
+        sigma: Standard deviation of the blur, in voxels, the same on every axis that is blurred.
+        loss: Mean squared error of the best step, of which gamma and sigma are.
+        steps: Steps taken.
+    """
+
+    gamma: Scalar
+    sigma: Scalar
+    loss: Scalar
+    steps: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How gamma and sigma are fitted.
+
+    Attributes:
+        learning_rate: Of AdamW.
+        weight_decay: Of AdamW.
+        max_steps: At most so many.
+        patience: Stop after so many steps without a better loss.
+        gamma_range: Held inside.
+        sigma_range: Held inside, in voxels.
+
+    Source: github.com/edshkim98/DynamicDPS, fit_A of 2026-04-29.
+    """
+
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-3
+    max_steps: int = 1000
+    patience: int = 100
+    gamma_range: tuple[float, float] = (0.3, 3.0)
+    sigma_range: tuple[float, float] = (0.1, 5.0)
+
+    def __post_init__(self):
+        """Refuse rates that do not learn."""
+        for name in ("learning_rate", "max_steps", "patience"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("gamma_range", "sigma_range"):
+            low, high = getattr(self, name)
+            if not 0 < low < high:
+                raise ValueError(f"{name}: expected 0 < low < high, got {low}, {high}")
+
+
+class _FitState(NamedTuple):
+    point: Float[Array, "2"]
+    optimizer: optax.OptState
+    best: Fit
+    stale: Int[Array, ""]
+
+
+def fit(
+    high: Float[Array, "batch ..."],
+    low: Float[Array, "batch ..."],
+    shape: tuple[int, ...],
+    config: LowField,
+    options: FitConfig = FitConfig(),
+) -> Fit:
+    """Fit the power of contrast and the width of the blur to pairs of images.
+
+    Args:
+        high: High-field images, or estimates of them.
+        low: Their low-field images, on the same grid.
+        shape: Axes of space.
+        config: Everything but gamma and sigma; its sigma is 0 on axes that stay unblurred.
+        options: Of the optimiser.
+
+    Returns:
+        The best point met, from a start at (1, 1).
+    """
+    is_blurred = [sigma > 0 for sigma in _per_axis(config.sigma, len(shape), "sigma")]
+    optimizer = optax.adamw(options.learning_rate, weight_decay=options.weight_decay)
+
+    def loss(point: Float[Array, "2"]) -> Scalar:
+        gamma, sigma = point
+        sigmas = [sigma if blurred else 0.0 for blurred in is_blurred]
+        predicted = contrast(high, gamma, config.floor)
+        for axis, matrix in enumerate(_matrices(shape, sigmas, config)):
+            predicted = predicted if matrix is None else along(jnp.asarray(matrix, high.dtype), predicted, axis + 1)
+        return jnp.mean((predicted - low) ** 2)
+
+    def body(state: _FitState) -> _FitState:
+        value, gradient = jax.value_and_grad(loss)(state.point)
+        steps = state.best.steps + 1
+        is_better = value < state.best.loss
+        here = Fit(state.point[0], state.point[1], value, steps)
+        best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), here, state.best)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.point)
+        point = jnp.clip(jnp.asarray(optax.apply_updates(state.point, updates)), *bounds)
+        return _FitState(point, moments, best._replace(steps=steps), jnp.where(is_better, 0, state.stale + 1))
+
+    bounds = jnp.asarray([options.gamma_range, options.sigma_range], high.dtype).T
+    one, point = jnp.ones((), high.dtype), jnp.ones(2, high.dtype)
+    zero = jnp.zeros((), jnp.int32)
+    start = _FitState(point, optimizer.init(point), Fit(one, one, one * jnp.inf, zero), zero)
+    end = jax.lax.while_loop(
+        lambda state: (state.best.steps < options.max_steps) & (state.stale < options.patience), body, start
+    )
+    return end.best
+
+
+@dataclasses.dataclass(frozen=True)
+class StochasticLowField:
+    """A simulator whose contrast is drawn anew for every image.
+
+    Each tissue's mean signal-to-noise ratio is drawn from a normal distribution; variation within a tissue scales with
+    its mean. Slices are then averaged over a Gaussian profile, thinned out, and noise is added to the magnitude.
+
+    Attributes:
+        snr_mean: Mean signal-to-noise ratio of white matter, grey matter and cerebrospinal fluid.
+        snr_std: Standard deviation of each.
+        snr_correlation: Between any two tissues: scanners are good or bad for all of them.
+        factor: High-field slices per low-field slice.
+        gap: Fraction of a slice's distance that is not excited.
+        axis: Axis of space across the slices.
+        interpolate: Return to the high-field grid by linear interpolation; else return the thick slices.
+
+    Source: after Lin et al., Medical Image Analysis 2023 (stochastic image quality transfer). The numbers are ours.
+    """
+
+    snr_mean: tuple[float, float, float] = (57.0, 48.0, 30.0)
+    snr_std: tuple[float, float, float] = (8.0, 8.0, 8.0)
+    snr_correlation: float = 0.7
+    factor: int = 4
+    gap: float = 0.2
+    axis: int = -1
+    interpolate: bool = True
+
+    def __post_init__(self):
+        """Refuse distributions that are none."""
+        if min(self.snr_mean) <= 0 or min(self.snr_std) < 0:
+            raise ValueError(f"snr_mean, snr_std: expected positive, got {self.snr_mean}, {self.snr_std}")
+        if not 0 <= self.snr_correlation < 1:
+            raise ValueError(f"snr_correlation: expected a number in [0, 1), got {self.snr_correlation}")
+        if self.factor < 1 or not 0 <= self.gap < 1:
+            raise ValueError(f"factor, gap: expected 1 or more, and [0, 1), got {self.factor}, {self.gap}")
+
+
+def draw_lowfield(
+    key: KeyArray,
+    image: Float[Array, "*space"],
+    tissues: Float[Array, "3 ..."],
+    config: StochasticLowField,
+) -> Float[Array, "..."]:
+    """Draw a low-field image.
+
+    Args:
+        key: Consumed.
+        image: High-field image in [0, 2].
+        tissues: Fractions of white matter, grey matter and cerebrospinal fluid in each voxel, in [0, 1]; what is none
+            of them gives no signal.
+        config: The distribution.
+
+    Returns:
+        Magnitudes in units of the mean signal-to-noise ratio of white matter: about 1 there, whatever was drawn.
+    """
+    contrast_key, real_key, imaginary_key = jax.random.split(key, 3)
+    mean, std = jnp.asarray(config.snr_mean), jnp.asarray(config.snr_std)
+    shared, own = jnp.split(jax.random.normal(contrast_key, (4,)), [1])
+    z = jnp.sqrt(config.snr_correlation) * shared + jnp.sqrt(1 - config.snr_correlation) * own
+    # Signal-to-noise ratios are positive: what a normal distribution gives below 1 is noise.
+    snr = jnp.maximum(mean + std * z, 1.0)
+    axes = tuple(range(1, tissues.ndim))
+    present = jnp.sum(tissues * image, axes) / jnp.maximum(jnp.sum(tissues, axes), 1e-6)
+    ratio = snr / jnp.maximum(present, 1e-6)
+    signal = image * jnp.tensordot(ratio, tissues, 1)
+    axis = config.axis % image.ndim
+    signal = along(_slices(image.shape[axis], config), signal, axis)
+    real = signal + jax.random.normal(real_key, signal.shape)
+    magnitude = jnp.hypot(real, jax.random.normal(imaginary_key, signal.shape))
+    if config.interpolate:
+        places = (jnp.arange(image.shape[axis]) + 0.5) / config.factor - 0.5
+        magnitude = along(linear_matrix(places, signal.shape[axis], signal.shape[axis]), magnitude, axis)
+    return magnitude / config.snr_mean[0]
+
+
+def _slices(size: int, config: StochasticLowField) -> Float[Array, "slice size"]:
+    """Return the profiles of all slices; their full width at half maximum is a slice's thickness."""
+    centres = (np.arange(max(size // config.factor, 1)) + 0.5) * config.factor - 0.5
+    sigma = config.factor * (1 - config.gap) / np.sqrt(8 * np.log(2))
+    weights = np.exp(-0.5 * ((centres[:, None] - np.arange(size)) / sigma) ** 2)
+    return jnp.asarray(weights / weights.sum(axis=1, keepdims=True), jnp.float32)
+
+
+def _matrices(
+    shape: tuple[int, ...], sigmas: Sequence[Width], config: LowField
+) -> list[Float[Array, "_ _"] | Float[np.ndarray, "_ _"] | None]:
+    """Return the resize and the blur of each axis as one matrix."""
+    matrices = []
+    for size, scale, sigma in zip(shape, _per_axis(config.scale, len(shape), "scale"), sigmas, strict=True):
+        matrix = None
+        if scale != 1:
+            small = int(size // scale)
+            matrix = resize_matrix(small, size, config.antialias) @ resize_matrix(size, small, config.antialias)
+        if not isinstance(sigma, float) or sigma > 0:
+            blur = blur_matrix(size, sigma, min(config.radius, size - 1), config.padding)
+            matrix = blur if matrix is None else jnp.matmul(blur, matrix, precision=jax.lax.Precision.HIGHEST)
+        matrices.append(matrix)
+    return matrices
+
+
+def _as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _per_axis(value: float | tuple[float, ...], num_axes: int, name: str) -> list[float]:
+    values = _as_tuple(value) * (1 if isinstance(value, tuple) else num_axes)
+    if len(values) != num_axes:
+        raise ValueError(f"{name}: expected one value or {num_axes}, got {len(values)}")
+    return [float(v) for v in values]
+
+
+LOWFIELD2025 = LowField()
+LOWFIELD2026 = LowField(gamma=1.0, scale=1.43, sigma=2.0, radius=10, padding="zero", noise=0.0)
