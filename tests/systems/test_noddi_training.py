@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.models.mlp import MlpConfig
+from jaxmed.models.mlp import Mlp, MlpConfig
+from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import ball_and_stick_model, noddi_model, simulate
 from jaxmed.physics.rician import log_rician
@@ -60,6 +61,15 @@ def test_a_network_beats_the_mean_of_the_truth(tiny, key):
         assert np.sqrt(np.mean(error**2)) < 0.6 * truth[tissue, column].std()
     assert tiny.losses[-1, 1].max() < tiny.losses[0, 1].min()
     assert tiny.network.description.labels == "gt" and tiny.network.description.table == TABLE
+
+
+def test_folding_the_spread_into_a_network_keeps_its_answer(key):
+    model = make_model(Mlp(MlpConfig(width=24), 3))
+    params = model.init(key, jnp.zeros((1, 20)))
+    inputs = jax.random.uniform(key, (50, 20))
+    spread = training.Spread(inputs.mean(0), inputs.std(0))
+    expected = model.apply(params, (inputs - spread.centre) / spread.scale)
+    np.testing.assert_allclose(model.apply(training.on_raw_inputs(params, spread), inputs), expected, atol=2e-5)
 
 
 def test_the_best_restart_is_kept(tiny):

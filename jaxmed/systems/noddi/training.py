@@ -99,6 +99,18 @@ class Pool(NamedTuple):
     sigma: Float[Array, " voxel"]
 
 
+class Spread(NamedTuple):
+    """Mean and standard deviation of each input over the training signals.
+
+    Attributes:
+        centre: Mean.
+        scale: Standard deviation.
+    """
+
+    centre: Float[Array, " weighted"]
+    scale: Float[Array, " weighted"]
+
+
 class State(NamedTuple):
     """Training between two epochs.
 
@@ -165,10 +177,11 @@ def train(
     pool = make_pool(pool_key, table, config, config.signals, model, on_block)
     held_out = make_pool(held_out_key, table, config, config.held_out, model)
     model = config.forward.build(np.asarray(bvals)) if model is None else model
+    spread = measure_spread(pool)
     state = start_training(train_key, model, config, pool.inputs.shape[1])
     state = state if restore is None else restore(state)
     while int(state.epoch) < config.epochs:
-        state = _run_epoch(model, table, config, state, pool, held_out)
+        state = _run_epoch(model, table, config, state, pool, held_out, spread)
         newest = np.asarray(state.losses[int(state.epoch) - 1])
         if not np.isfinite(newest).all():
             raise ValueError(f"loss: expected finite numbers, found {newest.tolist()} in epoch {int(state.epoch)}")
@@ -176,7 +189,7 @@ def train(
             on_epoch(state)
     losses = np.asarray(state.losses)
     best = int(losses[-1, 1].argmin())
-    params = jax.tree.map(lambda leaf: np.asarray(leaf[best]), state.params)
+    params = on_raw_inputs(jax.tree.map(lambda leaf: np.asarray(leaf[best]), state.params), spread)
     description = Description(
         config.network,
         tuple(Output.make(parameter) for parameter in model.parameters),
@@ -232,6 +245,23 @@ def _prepare(
     return Pool(inputs, (labels - low) / span, model.relevance(labels), direction, block.sigma / b0)
 
 
+def measure_spread(pool: Pool) -> Spread:
+    """Measure what centres and scales the inputs while a network learns.
+
+    Signals share their mean and most of their variation; on centred inputs a network is better after ten epochs than
+    after forty on raw ones.
+    """
+    return Spread(jnp.mean(pool.inputs, axis=0), jnp.maximum(jnp.std(pool.inputs, axis=0), 1e-3))
+
+
+def on_raw_inputs(params: Params, spread: Spread) -> Params:
+    """Fold centre and scale into the first layer: the network takes signals over the unweighted one, as they are."""
+    first = params["layer_0"]
+    kernel = np.asarray(first["kernel"], np.float64) / np.asarray(spread.scale)[:, None]
+    bias = np.asarray(first["bias"], np.float64) - np.asarray(spread.centre) @ kernel
+    return {**params, "layer_0": {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}}
+
+
 def start_training(key: KeyArray, model: MicrostructureModel, config: TrainConfig, width: int) -> State:
     """Draw the parameters of every restart."""
     init_key, root_key = jax.random.split(key)
@@ -247,10 +277,16 @@ def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # jitted here so that a second training compiles nothing
 def _run_epoch(
-    model: MicrostructureModel, table: Table, config: TrainConfig, state: State, pool: Pool, held_out: Pool
+    model: MicrostructureModel,
+    table: Table,
+    config: TrainConfig,
+    state: State,
+    pool: Pool,
+    held_out: Pool,
+    spread: Spread,
 ) -> State:
     """Pass over all signals once, in an order of its own; those that fill no batch wait for another epoch."""
-    loss, optimizer = functools.partial(_loss, model, table, config), _optimizer(config)
+    loss, optimizer = functools.partial(_loss, model, table, config, spread), _optimizer(config)
     count, batch_size = len(pool.inputs), config.batch_size
     order = jax.random.permutation(jax.random.fold_in(state.key, state.epoch), count)
     batches = order[: count // batch_size * batch_size].reshape(-1, batch_size)
@@ -277,9 +313,12 @@ def _run_epoch(
     return State(state.epoch + 1, params, opt_state, state.key, told)
 
 
-def _loss(model: MicrostructureModel, table: Table, config: TrainConfig, params: Params, batch: Pool) -> jax.Array:
+def _loss(
+    model: MicrostructureModel, table: Table, config: TrainConfig, spread: Spread, params: Params, batch: Pool
+) -> jax.Array:
     """Return the mean squared error of one network on a batch, of labels or of signals."""
-    raw = make_model(Mlp(config.network, len(model.parameters))).apply(params, batch.inputs)
+    inputs = (batch.inputs - spread.centre) / spread.scale
+    raw = make_model(Mlp(config.network, len(model.parameters))).apply(params, inputs)
     unit = to_unit(config.network, raw)
     if config.labels != "self":
         # Positions in the range are what errors are compared by: each parameter's scale is its range.
