@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
+import torch_guided as guided  # noqa: E402
 import torch_tangerine as tangerine  # noqa: E402
 
 from jaxmed.io import safetensors  # noqa: E402
@@ -31,6 +32,8 @@ def main() -> None:
     write_tangerine_classifier("linear", tangerine.Classifier(sizes, 3), 2)
     write_tangerine_classifier("mlp", tangerine.Classifier(sizes, 2, hidden=6), 3)
     write_tangerine_classifier("class", tangerine.Classifier(sizes, 4, pooling=False), 4)
+    write_guided("plain", guided.PLAIN)
+    write_guided("released", guided.RELEASED)
 
 
 def write_tangerine_mae(name: str, sizes: tangerine.Sizes, seed: int) -> None:
@@ -57,6 +60,17 @@ def write_tangerine_classifier(name: str, model: tangerine.Classifier, seed: int
     tensors = {key: value.numpy() for key, value in model.state_dict().items()}
     safetensors.write(FOLDER / f"tangerine_{name}.safetensors", tensors)
     write_outputs(f"tangerine_{name}", image=image, features=features, logits=logits)
+
+
+def write_guided(name: str, sizes: guided.Sizes) -> None:
+    """Write what every part of a U-Net returns; its weights are drawn from their names, and not stored."""
+    model = guided.fill(guided.Unet(sizes))
+    image = torch.rand((2, sizes.channels, *(8,) * sizes.dimensions), generator=torch.Generator().manual_seed(0))
+    time = torch.tensor([3.0, 721.0])
+    with torch.no_grad():
+        output, trace = model(image, time)
+    channels_last = {key: value.movedim(1, -1) for key, value in trace.items()}
+    write_outputs(f"guided_{name}", image=image, time=time, output=output.movedim(1, -1), **channels_last)
 
 
 def write_outputs(name: str, **tensors: torch.Tensor) -> None:

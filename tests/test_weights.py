@@ -48,7 +48,8 @@ def test_help_needs_no_jax():
 def test_list_says_where_the_licence_and_the_keys(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0
-    for word in ("tangerine", "mae_pretrained.pth", "18835750", "CC-BY-NC 4.0", "decoder_pos_embed", "fc_norm"):
+    tangerine = ("tangerine", "mae_pretrained.pth", "18835750", "CC-BY-NC 4.0", "decoder_pos_embed", "fc_norm")
+    for word in (*tangerine, "guided_diffusion", "256x256_diffusion_uncond.pt", "MIT", "time_embed"):
         assert word in out
 
 
@@ -127,7 +128,7 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path):
         (["show", MAE, "--heads", "x"], "jaxmed: --heads: expected None or INT, found x"),
         (["show", MAE, "--haeds", "2"], "found an unknown one; did you mean '--heads'?"),
         (["show", MAE], "shapes do not tell heads: jaxmed weights import --heads N"),
-        (["show", MAE, "--family", "tangerin"], "jaxmed: family: expected auto or one of tangerine, found tangerin"),
+        (["show", MAE, "--family", "tangerin"], "jaxmed: family: expected auto or one of tangerine, guided_diffusion, found tangerin"),
         (["export", MAE, "--out", "a.onnx"], "a name ending in .safetensors or .stablehlo, found a.onnx"),
         (["import", MAE, "--out", MAE, *HEADS], "expected a folder for the weights, found a file"),
         (["import", MAE, "--out", "x", *HEADS, "--names", "a"], "give --task too"),

@@ -53,7 +53,8 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*window, x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         convolve = conv3d if x.ndim == 5 else conv2d
-        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
+        y = convolve(x.astype(self.dtype), jnp.asarray(kernel, self.dtype), self.stride)
+        return y + bias.astype(self.dtype)
 
 
 def conv2d(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,15 +24,23 @@ from jaxmed.errors import InputError
 from jaxmed.io import safetensors
 from jaxmed.models.heads import Classifier, ClassifierConfig, Task
 from jaxmed.models.mae import Mae, MaeConfig
-from jaxmed.models.published import tangerine
+from jaxmed.models.published import guided_diffusion, tangerine
+from jaxmed.models.published.image_preprocess import ImagePreprocess
 from jaxmed.models.published.names import collect, listed, to_tensor
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.published.sources import RECORD, Source, read_source
+from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.models.vit import Vit, VitConfig
 from jaxmed.nn.model import Model, make_model
 
-FAMILIES: tuple[ModuleType, ...] = (tangerine,)
-CONFIGS = {"mae": MaeConfig, "classifier": ClassifierConfig}
+FAMILIES: tuple[ModuleType, ...] = (tangerine, guided_diffusion)
+PublishedConfig: TypeAlias = MaeConfig | ClassifierConfig | GuidedUnetConfig
+CONFIGS: dict[str, type[PublishedConfig]] = {
+    "mae": MaeConfig,
+    "classifier": ClassifierConfig,
+    "denoiser": GuidedUnetConfig,
+    "enhancer": GuidedUnetConfig,
+}
 OWN_LICENCE = "made by an own run; where that started from published weights, their licence holds"
 
 
@@ -41,8 +49,9 @@ class ImportReport(NamedTuple):
 
     Attributes:
         family: Whose weights these are, such as "tangerine".
-        kind: "mae" or "classifier". A masked autoencoder without its whole decoder has the parameters of the encoder
-            alone; `missing` names what was looked for.
+        kind: "mae", "classifier", "denoiser" (a diffusion network) or "enhancer" (one without time). A masked
+            autoencoder without its whole decoder has the parameters of the encoder alone; `missing` names what was
+            looked for.
         used: Tensors that became parameters.
         left_over: Tensors of the file that have no place in the model.
         missing: Tensors of the decoder that the file does not hold; all others are needed.
@@ -65,10 +74,10 @@ class Published:
 
     Attributes:
         model: `model.apply(params, ...)` runs it: `models.mae.Mae`, or its encoder where the decoder is missing
-            (image to tokens), or `models.heads.Classifier`.
-        params: Its parameters, float32: {"encoder": ..., "decoder": ...}, {"encoder": ...} or {"encoder": ...,
-            "head": ...}.
-        preprocess: A file or volume to the model's input.
+            (image to tokens), or `models.heads.Classifier`, or `models.unet_guided.GuidedUnet`.
+        params: Its parameters, float32: {"encoder": ..., "decoder": ...}, {"encoder": ...}, {"encoder": ...,
+            "head": ...}, or the parts of a U-Net.
+        preprocess: A file or volume to the model's input; an array, for a U-Net.
         config: The model's sizes.
         report: Where the weights came from.
         task: What the outputs mean, of a classifier; None where nobody has said.
@@ -77,8 +86,8 @@ class Published:
 
     model: Model
     params: Params
-    preprocess: Preprocess
-    config: MaeConfig | ClassifierConfig
+    preprocess: Preprocess | ImagePreprocess
+    config: PublishedConfig
     report: ImportReport
     task: Task | None = None
     extras: Mapping[str, Integer[np.ndarray, ""]] = dataclasses.field(default_factory=dict)
@@ -117,7 +126,7 @@ def load_published(
     extras |= {name: np.asarray(count, np.int64) for name, count in source.record.get("extras", {}).items()}
     report = ImportReport(
         module.NAME,
-        "classifier" if isinstance(config, ClassifierConfig) else "mae",
+        _kind(config),
         found.used,
         tuple(name for name in found.left_over if name not in counters),
         found.missing,
@@ -143,7 +152,9 @@ def export_published(published: Published, path: str | Path) -> None:
     tensors: dict[str, Any] = {entry.name: to_tensor(entry, leaves[entry.path]) for entry in entries}
     record = published_record(published)
     metadata = {"format": "pt", "family": module.NAME, "kind": published.report.kind}
-    metadata |= {"heads": str(published.config.encoder.heads), "licence": published.report.licence}
+    config = published.config
+    heads = config.heads if isinstance(config, GuidedUnetConfig) else config.encoder.heads
+    metadata |= {"heads": str(heads), "licence": published.report.licence}
     metadata[RECORD] = json.dumps({name: value for name, value in record.items() if name != "extras"})
     safetensors.write(path, tensors | dict(published.extras), metadata)
 
@@ -174,6 +185,8 @@ def resize_positions(published: Published, image_size: tuple[int, ...]) -> Publi
     Raises:
         InputError: The size does not divide into patches.
     """
+    if isinstance(published.config, GuidedUnetConfig):
+        raise InputError("image size", "a model with a table of positions", "a U-Net", "it takes any size as it is")
     old = published.config.encoder
     if tuple(image_size) == old.image_size:
         return published
@@ -221,9 +234,7 @@ def _named_family(name: str) -> ModuleType:
     return names[name]
 
 
-def _find_config(
-    source: Source, module: ModuleType, heads: int | None, decoder_heads: int | None
-) -> MaeConfig | ClassifierConfig:
+def _find_config(source: Source, module: ModuleType, heads: int | None, decoder_heads: int | None) -> PublishedConfig:
     """Return the sizes that the place says, or else those that the shapes tell."""
     record = source.record
     if record.get("config") is None:
@@ -234,36 +245,46 @@ def _find_config(
     if kind is None:
         raise InputError(source.where, f"a record of kind {' or '.join(CONFIGS)}", f"kind {record.get('kind')}")
     config = from_record(kind, record["config"], source.where)
-    known = (config.encoder.heads, config.decoder_heads if isinstance(config, MaeConfig) else None)
+    encoder_heads = config.heads if isinstance(config, GuidedUnetConfig) else config.encoder.heads
+    known = (encoder_heads, config.decoder_heads if isinstance(config, MaeConfig) else None)
     for name, told, stored in zip(("heads", "decoder-heads"), (heads, decoder_heads), known, strict=True):
         if told not in (None, stored):
             raise InputError(name, f"{stored}, as {source.where} says", told, f"leave --{name} out")
     return config
 
 
-def _find_task(source: Source, config: MaeConfig | ClassifierConfig, task: Task | None) -> Task | None:
+def _find_task(source: Source, config: PublishedConfig, task: Task | None) -> Task | None:
     if task is None and source.record.get("task") is not None:
         task = from_record(Task, source.record["task"], source.where)
     if task is None:
         return None
     if not isinstance(config, ClassifierConfig):
-        raise InputError(source.where, "a classifier, which has a task", "a masked autoencoder", "leave the task out")
+        found = "a U-Net" if isinstance(config, GuidedUnetConfig) else "a masked autoencoder"
+        raise InputError(source.where, "a classifier, which has a task", found, "leave the task out")
     if len(task.names) != config.head.outputs:
         expected = f"a task with {config.head.outputs} names, one per output"
         raise InputError(source.where, expected, ", ".join(task.names))
     return task
 
 
-def _find_preprocess(source: Source, module: ModuleType, config: MaeConfig | ClassifierConfig) -> Preprocess:
-    """Return what the place says, or else what the family expects; its size is always the model's."""
-    expected: Preprocess = module.preprocess(config)
+def _find_preprocess(source: Source, module: ModuleType, config: PublishedConfig) -> Preprocess | ImagePreprocess:
+    """Return what the place says, or else what the family expects; a transformer's size is always the model's."""
+    expected: Preprocess | ImagePreprocess = module.preprocess(config)
     if source.record.get("preprocess") is None:
         return expected
-    told = from_record(Preprocess, source.record["preprocess"], source.where)
-    return dataclasses.replace(told, size=expected.size)
+    told = from_record(type(expected), source.record["preprocess"], source.where)
+    return told if isinstance(told, ImagePreprocess) else dataclasses.replace(told, size=expected.size)
 
 
-def _make_model(config: MaeConfig | ClassifierConfig, params: Params) -> Model:
+def _kind(config: PublishedConfig) -> str:
+    if isinstance(config, GuidedUnetConfig):
+        return "denoiser" if config.with_time else "enhancer"
+    return "classifier" if isinstance(config, ClassifierConfig) else "mae"
+
+
+def _make_model(config: PublishedConfig, params: Params) -> Model:
+    if isinstance(config, GuidedUnetConfig):
+        return make_model(GuidedUnet(config))
     if isinstance(config, ClassifierConfig):
         return make_model(Classifier(config))
     return make_model(Mae(config)) if "decoder" in params else _encoder_model(config.encoder)

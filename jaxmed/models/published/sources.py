@@ -181,6 +181,9 @@ def _restore(step: Path, item: dict[str, Any]) -> dict[str, Any]:
 def _run_record(where: str, run: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run's configuration says about its parameters."""
     settings = run.get("config") or {}
+    if "stem/kernel" in tensors:  # a U-Net
+        kind = "denoiser" if "time/fc1/kernel" in tensors else "enhancer"
+        return {"family": "guided_diffusion", "kind": kind, "config": settings.get("model")}
     kind = "classifier" if any(name.startswith("head/") for name in tensors) else "mae"
     known = {"family": run.get("system"), "kind": kind, "preprocess": settings.get("preprocess")}
     if kind == "classifier":

@@ -235,7 +235,7 @@ def test_weights_of_another_model_or_family_are_named(tmp_path):
     flat = {entry.name: np.zeros(entry.shape, np.float32) for entry in tangerine.entries(config)}
     safetensors.write(tmp_path / "flat.safetensors", flat)
     found = line(load_published, tmp_path / "flat.safetensors")
-    assert "a known family (tangerine), found tensors such as" in found
+    assert "a known family (tangerine, guided_diffusion), found tensors such as" in found
     found = line(load_published, tmp_path / "flat.safetensors", "tangerine")
     assert "'patch_embed.proj.weight' of 5 dimensions, found shape (24, 3, 4, 4)" in found
     safetensors.write(tmp_path / "resnet.safetensors", {"conv1.weight": np.zeros((4, 3, 7, 7), np.float32)})
@@ -267,7 +267,7 @@ def write_old_checkpoint(path, content):
         (lambda record, tensors: tensors.update({"encoder/norm/scale": np.ones(23, np.float32)}),
          "'encoder/norm/scale' of shape (24,), found (23,)"),
         (lambda record, tensors: record.pop("config"), "a record with the model's sizes"),
-        (lambda record, tensors: record.update(family="noddi"), "weights of tangerine, found weights of noddi"),
+        (lambda record, tensors: record.update(family="noddi"), "tangerine, guided_diffusion, found weights of noddi"),
         (lambda record, tensors: record.update(kind="unet"), "kind unet"),
         (lambda record, tensors: record["config"].update(decoder_widht=3), "did you mean 'decoder_width'?"),
         (lambda record, tensors: record.update(task={"kind": "binary", "names": ["a"]}), "a classifier, which has"),
