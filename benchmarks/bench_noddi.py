@@ -1,4 +1,4 @@
-"""Fit NODDI to a simulated two-shell acquisition: row `noddi_fit`, peer AMICO.
+"""Fit NODDI to a simulated two-shell acquisition: row `noddi_fit`, peers AMICO and dmipy-fit.
 
 All start from signals in host memory and end with maps in host memory. Voxels cover the whole
 parameter range uniformly, with Rician noise at SNR 30, and the error beside each time is the error
@@ -8,7 +8,9 @@ Cramer-Rao bound of the parameter is below 0.1, beside that bound: elsewhere the
 estimator shows its prior. jaxmed is measured twice, with least squares (what
 AMICO minimises) and with the Rician likelihood. AMICO runs as its authors run it (files, scheme, 500
 directions, its default solver, one thread per pinned core, always on the CPU); its `compile_s` is the
-generation and loading of its kernels, which it needs once per protocol. A noise-free run of AMICO
+generation and loading of its kernels, which it needs once per protocol. dmipy-fit (its documentation's
+NODDI-Watson, its default optimiser, one process per core) takes so long that it gets 200 voxels, and jaxmed
+the same 200 in a row of their own; the set-up of its grid is inside its time. A noise-free run of AMICO
 recovers mid-range parameters to 0.006 here, so its files, axes and units are as it expects them.
 """
 
@@ -18,6 +20,7 @@ import os
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +31,8 @@ import numpy as np
 from timing import (
     Conditions,
     Measurement,
+    Peak,
+    Row,
     alternate,
     describe_cpu,
     emit,
@@ -48,6 +53,7 @@ from jaxmed.systems.noddi.protocol import GRID_DEGREE, GRID_KAPPA, GRID_NDI, NUM
 
 SNR = 30.0
 S0 = 1000.0
+DMIPY_VOXELS = 200
 KNOWN = 0.1
 """Cramer-Rao bound below which a parameter counts as known by the data."""
 
@@ -124,6 +130,8 @@ def main() -> None:
         )
         workload = f"{len(voxels.ndi)} voxels x {len(bvals)} rows, SNR {SNR:.0f}, {likelihood}"
         rows += make_rows("noddi_fit", workload, {"jaxmed": ours, **peers}, conditions, peak)
+    if config.peer and config.size != "smoke":
+        rows += against_dmipy(voxels, bvals, bvecs, conditions, peak)
     emit(rows, config.json)
 
 
@@ -226,8 +234,8 @@ def count_flops(maps: Maps, bvals: np.ndarray) -> float:
     return evaluations * evaluation + len(maps.iterations) * (grid + tensor)
 
 
-class AmicoMaps(NamedTuple):
-    """AMICO's maps under jaxmed's names, each (voxel,)."""
+class PeerMaps(NamedTuple):
+    """A peer's maps under jaxmed's names, each (voxel,)."""
 
     ndi: np.ndarray
     odi: np.ndarray
@@ -241,7 +249,7 @@ def amico_fit(
     bvals: np.ndarray,
     bvecs: np.ndarray,
     conditions: Conditions,
-) -> Iterator[tuple[float, Callable[[], AmicoMaps]]]:
+) -> Iterator[tuple[float, Callable[[], PeerMaps]]]:
     """Set AMICO up on files in a temporary folder.
 
     Args:
@@ -280,18 +288,84 @@ def amico_fit(
             evaluation.generate_kernels(regenerate=True)
             evaluation.load_kernels()
 
-        def call() -> AmicoMaps:
+        def call() -> PeerMaps:
             with contextlib.redirect_stdout(sys.stderr):
                 evaluation.fit()
             results, model = evaluation.RESULTS, evaluation.model
             assert results is not None and model is not None  # AMICO declares them as None.
             maps = results["MAPs"]
             order = [model.maps_name.index(name) for name in ("NDI", "ODI", "FWF")]
-            return AmicoMaps(*(maps[..., index].ravel() for index in order))
+            return PeerMaps(*(maps[..., index].ravel() for index in order))
 
         seconds = first_call(prepare_kernels)
         with contextlib.redirect_stdout(sys.__stdout__):
             yield seconds, call
+
+
+def against_dmipy(
+    voxels: Voxels, bvals: np.ndarray, bvecs: np.ndarray, conditions: Conditions, peak: Peak
+) -> list[Row]:
+    """Fit the first voxels with both; dmipy-fit minimises squares."""
+    some = voxels._make(part[:DMIPY_VOXELS] for part in voxels)
+    ours = functools.partial(fit, some.signals, bvals, bvecs)
+    first = first_call(ours)
+    functions = {"jaxmed": ours, "dmipy-fit": dmipy_fit(some.signals, bvals, bvecs, conditions)}
+    seconds = alternate(functions, 2)
+    measurements = {
+        "jaxmed": Measurement(
+            seconds["jaxmed"],
+            compile_s=max(0.0, first - statistics.median(seconds["jaxmed"])),
+            accuracy=errors(ours(), some),
+        ),
+        "dmipy-fit": Measurement(
+            seconds["dmipy-fit"],
+            accuracy=errors(functions["dmipy-fit"](), some),
+            versions=versions("dmipy-fit"),
+            device=describe_cpu(conditions.cores),
+        ),
+    }
+    return make_rows(
+        "noddi_fit", f"{DMIPY_VOXELS} voxels x {len(bvals)} rows, SNR {SNR:.0f}, least squares", measurements,
+        conditions, peak,
+    )  # fmt: skip
+
+
+def dmipy_fit(
+    signals: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray, conditions: Conditions
+) -> Callable[[], PeerMaps]:
+    """Put NODDI-Watson together as dmipy's documentation does, and return a call of its fit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from dmipy_fit.core.acquisition_scheme import acquisition_scheme_from_bvalues
+        from dmipy_fit.core.modeling_framework import MultiCompartmentModel
+        from dmipy_fit.distributions.distribute_models import SD1WatsonDistributed
+        from dmipy_fit.signal_models.cylinder_models import C1Stick
+        from dmipy_fit.signal_models.gaussian_models import G1Ball, G2Zeppelin
+
+        directions = np.where(bvals[:, None] > 0, bvecs, [1.0, 0.0, 0.0])
+        # Its units are SI; pulse durations do not matter to these compartments.
+        scheme = acquisition_scheme_from_bvalues(bvals * 1e6, directions, 0.0129, 0.0218)
+        bundle = SD1WatsonDistributed(models=[C1Stick(), G2Zeppelin()])
+        bundle.set_tortuous_parameter("G2Zeppelin_1_lambda_perp", "C1Stick_1_lambda_par", "partial_volume_0")
+        bundle.set_equal_parameter("G2Zeppelin_1_lambda_par", "C1Stick_1_lambda_par")
+        bundle.set_fixed_parameter("G2Zeppelin_1_lambda_par", 1.7e-9)
+        model = MultiCompartmentModel(models=[G1Ball(), bundle])
+        model.set_fixed_parameter("G1Ball_1_lambda_iso", 3e-9)
+
+    def call() -> PeerMaps:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fitted = model.fit(
+                scheme,
+                signals.astype(np.float64),
+                use_parallel_processing=True,
+                number_of_processors=len(conditions.cores),
+            ).fitted_parameters
+        bundle = "SD1WatsonDistributed_1_"
+        names = (f"{bundle}partial_volume_0", f"{bundle}SD1Watson_1_odi", "partial_volume_0")
+        return PeerMaps(*(np.asarray(fitted[name]).ravel() for name in names))
+
+    return call
 
 
 if __name__ == "__main__":
