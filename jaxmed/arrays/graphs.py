@@ -1,0 +1,194 @@
+"""Weighted, undirected graphs: adjacency matrices, Laplacians, thresholds, and jraph graphs for sparse work."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+import scipy.sparse
+from jaxtyping import Array, Float, Int
+
+LaplacianKind = Literal["combinatorial", "random_walk", "symmetric"]
+Scaling = Literal["none", "max", "mean_strength", "spectral"]
+DEGREE_FLOOR = 1e-12
+"""Added to node strengths before dividing, so that a node without edges has a row of zeros and not NaN."""
+
+
+class Edges(NamedTuple):
+    """The edges of an undirected graph, each once.
+
+    Attributes:
+        senders: One end; the smaller index.
+        receivers: The other end.
+        weights: Above 0.
+    """
+
+    senders: Int[np.ndarray, " edge"]
+    receivers: Int[np.ndarray, " edge"]
+    weights: Float[np.ndarray, " edge"]
+
+
+# --- On the host: from files to a clean matrix ------------------------------------------------
+
+
+def symmetrise(matrix: Float[np.ndarray, "node node"]) -> Float[np.ndarray, "node node"]:
+    """Return the mean of a matrix and its transpose, without self-connections."""
+    symmetric = (matrix + matrix.T) / 2
+    np.fill_diagonal(symmetric, 0.0)
+    return symmetric
+
+
+def keep_strongest(adjacency: Float[np.ndarray, "node node"], fraction: float) -> Float[np.ndarray, "node node"]:
+    """Keep the strongest share of all possible edges; ties at the threshold stay.
+
+    Args:
+        adjacency: Symmetric, not negative.
+        fraction: Of n (n - 1) / 2 edges, above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: expected a number above 0 and at most 1, got {fraction}")
+    upper = adjacency[np.triu_indices(len(adjacency), 1)]
+    keep = max(1, round(fraction * len(upper)))
+    threshold = np.sort(upper)[-keep]
+    return np.where(adjacency >= max(threshold, np.finfo(adjacency.dtype).tiny), adjacency, 0.0)
+
+
+def rescale(adjacency: Float[np.ndarray, "node node"], scaling: Scaling) -> Float[np.ndarray, "node node"]:
+    """Divide a matrix by one number.
+
+    Args:
+        adjacency: Symmetric, not negative, with an edge.
+        scaling: By nothing, the largest weight, the mean strength of nodes, or the largest eigenvalue.
+    """
+    match scaling:
+        case "none":
+            return adjacency
+        case "max":
+            return adjacency / adjacency.max()
+        case "mean_strength":
+            return adjacency / adjacency.sum(axis=1).mean()
+        case "spectral":
+            return adjacency / np.linalg.eigvalsh(adjacency)[-1]
+    raise ValueError(f"scaling: expected none, max, mean_strength or spectral, got {scaling!r}")
+
+
+def components(adjacency: Float[np.ndarray, "node node"]) -> Int[np.ndarray, " node"]:
+    """Number the connected components; a node's value is the smallest index in its component."""
+    _, labels = scipy.sparse.csgraph.connected_components(scipy.sparse.csr_array(adjacency > 0), directed=False)
+    first = {label: node for node, label in reversed(list(enumerate(labels)))}
+    return np.array([first[label] for label in labels])
+
+
+def edges_of(adjacency: Float[np.ndarray, "node node"]) -> Edges:
+    """List the edges of a symmetric matrix."""
+    senders, receivers = np.nonzero(np.triu(adjacency, 1))
+    return Edges(senders.astype(np.int32), receivers.astype(np.int32), adjacency[senders, receivers])
+
+
+def matrix_of(edges: Edges, num_nodes: int) -> Float[np.ndarray, "node node"]:
+    """Return the symmetric matrix of an edge list; edges named twice add up."""
+    adjacency = np.zeros((num_nodes, num_nodes))
+    np.add.at(adjacency, (edges.senders, edges.receivers), edges.weights)
+    return adjacency + adjacency.T
+
+
+# --- On the device ----------------------------------------------------------------------------
+
+
+def laplacian(adjacency: Float[Array, "node node"], kind: LaplacianKind) -> Float[Array, "node node"]:
+    """Return the Laplacian of a symmetric adjacency matrix.
+
+    Args:
+        adjacency: Symmetric, not negative, zero diagonal.
+        kind: "combinatorial" D - A keeps the sum of what diffuses; "random_walk" D^-1 (D - A) keeps its sum weighted
+            by node strength; "symmetric" D^-1/2 (D - A) D^-1/2.
+    """
+    strength = jnp.sum(adjacency, axis=-1)
+    plain = jnp.diag(strength) - adjacency
+    match kind:
+        case "combinatorial":
+            return plain
+        case "random_walk":
+            return plain / (strength + DEGREE_FLOOR)[:, None]
+        case "symmetric":
+            root = 1 / jnp.sqrt(strength + DEGREE_FLOOR)
+            return root[:, None] * plain * root
+    raise ValueError(f"kind: expected combinatorial, random_walk or symmetric, got {kind!r}")
+
+
+def symmetric_normalised(adjacency: Float[Array, "node node"]) -> Float[Array, "node node"]:
+    """Return D^-1/2 (A + I) D^-1/2 with the strengths of A + I, the matrix of a graph convolution.
+
+    Source: Kipf and Welling, arXiv:1609.02907, equation 2.
+    """
+    looped = adjacency + jnp.eye(adjacency.shape[-1], dtype=adjacency.dtype)
+    root = jax.lax.rsqrt(jnp.sum(looped, axis=-1))
+    return root[:, None] * looped * root
+
+
+def make_graph(adjacency: Float[np.ndarray, "node node"]) -> jraph.GraphsTuple:
+    """Turn a symmetric matrix into a jraph graph with both directions of every edge.
+
+    Returns:
+        One graph: `edges` holds weights, (edge,), `nodes` is None. Receivers are in order, so that sums over a node's
+        edges run over neighbouring memory.
+    """
+    receivers, senders = np.nonzero(adjacency)
+    return jraph.GraphsTuple(
+        nodes=None,
+        edges=jnp.asarray(adjacency[receivers, senders], jnp.float32),
+        senders=jnp.asarray(senders, jnp.int32),
+        receivers=jnp.asarray(receivers, jnp.int32),
+        n_node=jnp.array([len(adjacency)]),
+        n_edge=jnp.array([len(senders)]),
+        globals=None,
+    )
+
+
+def batch_graphs(adjacencies: Sequence[Float[np.ndarray, "_node _node"]]) -> jraph.GraphsTuple:
+    """Put subject-specific graphs into one, padded to sizes that few batches share.
+
+    Nodes and edges are rounded up to the next power of two, one more graph holds the padding.
+    """
+    graph = jraph.batch([make_graph(adjacency) for adjacency in adjacencies])
+    num_nodes, num_edges = int(graph.n_node.sum()) + 1, int(graph.n_edge.sum())
+    return jraph.pad_with_graphs(
+        graph, _power_of_two(num_nodes), max(1, _power_of_two(num_edges)), len(adjacencies) + 1
+    )
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
+def strengths(graph: jraph.GraphsTuple, num_nodes: int) -> Float[Array, " node"]:
+    """Sum the weights at each node."""
+    return jax.ops.segment_sum(graph.edges, graph.receivers, num_nodes, indices_are_sorted=False)
+
+
+def apply_laplacian(
+    graph: jraph.GraphsTuple, values: Float[Array, " node"], kind: LaplacianKind = "random_walk"
+) -> Float[Array, " node"]:
+    """Multiply by the Laplacian edge by edge, for graphs too large for a matrix.
+
+    Args:
+        graph: From `make_graph` or `batch_graphs`.
+        values: One per node, padding included.
+        kind: See `laplacian`.
+    """
+    num_nodes = len(values)
+    strength = strengths(graph, num_nodes)
+    root = 1 / jnp.sqrt(strength + DEGREE_FLOOR)
+    given = values * root if kind == "symmetric" else values
+    flow = graph.edges * (given[graph.receivers] - given[graph.senders])
+    total = jax.ops.segment_sum(flow, graph.receivers, num_nodes)
+    match kind:
+        case "combinatorial":
+            return total
+        case "random_walk":
+            return total / (strength + DEGREE_FLOOR)
+        case "symmetric":
+            return root * total
+    raise ValueError(f"kind: expected combinatorial, random_walk or symmetric, got {kind!r}")
