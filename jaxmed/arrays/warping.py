@@ -10,6 +10,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from jaxmed.arrays.filters import finite_difference
+
 
 def identity_grid(shape: tuple[int, ...]) -> Float[Array, "*space axis"]:
     """Return each voxel's own coordinates."""
@@ -89,7 +91,7 @@ def compose(first: Float[Array, "*space axis"], second: Float[Array, "*space axi
 def jacobian_determinant(displacement: Float[Array, "*space axis"]) -> Float[Array, "*space"]:
     """Return the local change of volume of x -> x + displacement(x), by central differences."""
     ndim = displacement.shape[-1]
-    columns = [jnp.gradient(displacement, axis=axis) for axis in range(ndim)]
+    columns = [finite_difference(displacement, axis, "central") for axis in range(ndim)]
     return jnp.linalg.det(jnp.stack(columns, -1) + jnp.eye(ndim))
 
 
@@ -102,7 +104,7 @@ def _linear(voxels, places, sizes, strides):
     shares = [place - low for place, low in zip(places, lows, strict=True)]
     total = jnp.zeros((), voxels.dtype)
     for corner in itertools.product((0, 1), repeat=len(places)):
-        index, weight = 0, 1.0
+        index, weight = 0, jnp.ones(())
         for step, low, share, size, stride in zip(corner, lows, shares, sizes, strides, strict=True):
             index = index + jnp.minimum(low + step, size - 1) * stride
             weight = weight * (share if step else 1 - share)

@@ -87,15 +87,15 @@ def test_the_score_sees_a_lesion_where_the_mean_error_does_not():
     """Equal PSNR by construction: a blob of one sign against faint noise everywhere."""
     lesion = TRUTH + 0.4 * blob((20, 28), 3).astype(np.float32)
     noise = RNG.normal(size=TRUTH.shape)
-    noise = TRUTH + noise * np.sqrt(((lesion - TRUTH) ** 2).sum() / (noise**2).sum())
-    assert psnr(TRUTH, lesion, 2.0) == pytest.approx(psnr(TRUTH, noise, 2.0))
+    noise = (TRUTH + noise * np.sqrt(((lesion - TRUTH) ** 2).sum() / (noise**2).sum())).astype(np.float32)
+    assert psnr(TRUTH, lesion, 2.0) == pytest.approx(psnr(TRUTH, noise, 2.0), abs=1e-4)
     assert score(TRUTH, TRUTH) == pytest.approx(0.0, abs=1e-5)
     smooth = {
         name: float(score(low_pass_of(TRUTH), low_pass_of(image)))
-        for name, image in (("lesion", lesion), ("dimmed", 0.95 * TRUTH))
+        for name, image in (("lesion", lesion), ("dimmed", np.float32(0.95) * TRUTH))
     }
     assert smooth["lesion"] > 3 * smooth["dimmed"]
-    strong, weak = (float(score(TRUTH, TRUTH + size * blob((20, 28), 3))) for size in (0.4, 0.1))
+    strong, weak = (float(score(TRUTH, TRUTH + np.float32(size) * blob((20, 28), 3))) for size in (0.4, 0.1))
     assert 0 < weak < strong <= 2
 
 
