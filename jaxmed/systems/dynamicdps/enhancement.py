@@ -1,0 +1,186 @@
+"""Enhancement on arrays: estimates, measurements and an operator in, refined images and their record out."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.diffusion.denoiser import Denoiser
+from jaxmed.diffusion.posterior.ccdf import Ccdf, ccdf
+from jaxmed.diffusion.posterior.dps import Dps, dps
+from jaxmed.diffusion.posterior.dynamicdps import DynamicDps, dynamicdps
+from jaxmed.diffusion.posterior.info import Info
+
+Method: TypeAlias = DynamicDps | Dps | Ccdf
+Operator: TypeAlias = Callable[[Float[Array, "..."]], Float[Array, "..."]]
+
+
+def enhance(
+    key: KeyArray,
+    denoiser: Denoiser,
+    measurement: Float[Array, "batch ..."],
+    operator: Any,
+    initial: Float[Array, "batch ..."],
+    config: Method = DynamicDps(),
+    indices: Int[Array, " batch"] | None = None,
+) -> tuple[Float[Array, "batch ..."], Info]:
+    """Refine the images of any conditional model by a diffusion prior and the measurement.
+
+    Args:
+        key: Consumed.
+        denoiser: The prior.
+        measurement: y.
+        operator: From one image to its measurement: any differentiable function (`Ccdf` wants a `LinearOperator`).
+        initial: The conditional model's images.
+        config: Method and its settings.
+        indices: Numbers of the samples, which name their random numbers; 0 to batch - 1 when absent.
+
+    Returns:
+        The images, and the record of the run.
+    """
+    match config:
+        case DynamicDps():
+            return dynamicdps(key, denoiser, measurement, operator, initial, config, indices)
+        case Dps():
+            # Without the estimate: pure noise.
+            return dps(key, denoiser, measurement, operator, jnp.zeros_like(initial), config, indices)
+        case Ccdf():
+            return ccdf(key, denoiser, measurement, operator, initial, config, indices)
+
+
+class Samples(NamedTuple):
+    """Posterior samples of many images, reduced.
+
+    Attributes:
+        mean: Over the samples of each image.
+        std: Standard deviation over them; 0 for a single one.
+        residual: |y - A(x)| of the mean.
+        initial_residual: |y - A(x)| of the estimate.
+        start_time: Where each sample entered the chain.
+        evaluations: Forward and backward passes of the network per sample.
+        curve: Residual of the denoised image at each number of steps left, 0 first, averaged over the samples that
+            were there; NaN where none was.
+        step_sizes: Mean of the step sizes there.
+        flags: Verdicts of all line searches: how often each status came.
+    """
+
+    mean: Float32[np.ndarray, "image ..."]
+    std: Float32[np.ndarray, "image ..."]
+    residual: Float32[np.ndarray, " image"]
+    initial_residual: Float32[np.ndarray, " image"]
+    start_time: Int[np.ndarray, "image sample"]
+    evaluations: Int[np.ndarray, "image sample"]
+    curve: Float32[np.ndarray, " step"]
+    step_sizes: Float32[np.ndarray, " step"]
+    flags: Int[np.ndarray, " status"]
+
+
+NUM_STATUS = 6
+
+
+class Program(NamedTuple):
+    """What is compiled once and called for every batch.
+
+    Attributes:
+        run: (params, key, measurement, initial, indices) -> (image, Info).
+        residual: (measurement, image) -> |y - A(x)| of each.
+        batch_size: Samples of a call.
+    """
+
+    run: Callable[..., tuple[Array, Info]]
+    residual: Callable[..., Array]
+    batch_size: int
+
+
+def make_program(prior: Callable[[Params], Denoiser], operator: Operator, config: Method, batch_size: int) -> Program:
+    """Compile-once form of `enhance`: parameters are an argument, not constants of the program.
+
+    Args:
+        prior: Denoiser of given parameters.
+        operator: Of one image.
+        config: Method and its settings.
+        batch_size: Samples at a time.
+    """
+
+    @jax.jit
+    def run(params: Params, key: KeyArray, measurement: Array, initial: Array, indices: Array) -> tuple[Array, Info]:
+        return enhance(key, prior(params), measurement, operator, initial, config, indices)
+
+    @jax.jit
+    @partial(jax.vmap)
+    def residual(measurement: Array, image: Array) -> Array:
+        return jnp.linalg.norm((measurement - operator(image)).ravel())
+
+    return Program(run, residual, batch_size)
+
+
+def draw_samples(
+    program: Program,
+    params: Params,
+    key: KeyArray,
+    measurement: Float32[np.ndarray, "image ..."],
+    initial: Float32[np.ndarray, "image ..."],
+    num_samples: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Samples:
+    """Draw posterior samples of many images, a batch at a time.
+
+    Sample k of image i has the random numbers of i num_samples + k, whatever the batch.
+
+    Args:
+        program: Of `make_program`.
+        params: Of the prior.
+        key: Consumed.
+        measurement: y of each image.
+        initial: Estimate of each.
+        num_samples: Per image.
+        progress: Told how many samples are done.
+    """
+    total, size = len(measurement) * num_samples, program.batch_size
+    images, infos = [], []
+    for first in range(0, total, size):
+        # The last batch repeats its last sample: one shape is one compilation.
+        indices = np.minimum(np.arange(first, first + size), total - 1)
+        places = indices // num_samples
+        found = program.run(params, key, measurement[places], initial[places], indices)
+        image, info = jax.device_get(found)
+        count = min(size, total - first)
+        images.append(image[:count])
+        infos.append(Info(*(part[..., :count] for part in info)))
+        if progress is not None:
+            progress(first + count)
+    grouped = np.concatenate(images).reshape(len(measurement), num_samples, *measurement.shape[1:])
+    mean = grouped.mean(1, dtype=np.float64).astype(np.float32)
+    info = Info(*(np.concatenate([getattr(one, name) for one in infos], axis=-1) for name in Info._fields))
+    return Samples(
+        mean=mean,
+        std=grouped.std(1, dtype=np.float64).astype(np.float32),
+        residual=_batched(program, measurement, mean),
+        initial_residual=_batched(program, measurement, initial),
+        start_time=info.start_time.reshape(-1, num_samples),
+        evaluations=info.evaluations.reshape(-1, num_samples),
+        curve=_mean_over(info.residuals, np.isfinite(info.residuals))[::-1],
+        step_sizes=_mean_over(info.step_sizes, np.isfinite(info.residuals))[::-1],
+        flags=np.bincount(info.flags[np.isfinite(info.residuals)].ravel(), minlength=NUM_STATUS),
+    )
+
+
+def _batched(program: Program, measurement: np.ndarray, image: np.ndarray) -> Float32[np.ndarray, " image"]:
+    size = program.batch_size
+    found = []
+    for first in range(0, len(image), size):
+        places = np.minimum(np.arange(first, first + size), len(image) - 1)
+        found.append(np.asarray(program.residual(measurement[places], image[places]))[: len(image) - first])
+    return np.concatenate(found).astype(np.float32)
+
+
+def _mean_over(values: np.ndarray, counts: np.ndarray) -> Float32[np.ndarray, " step"]:
+    """Average each row over the samples that count."""
+    number = counts.sum(axis=1)
+    total = np.where(counts, values, 0.0).sum(axis=1, dtype=np.float64)
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan).astype(np.float32)

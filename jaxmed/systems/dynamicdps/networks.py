@@ -1,0 +1,113 @@
+"""Trained networks of this system on disk: parameters, and the frame in which they see scans."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxmed.arrays.types import Params
+from jaxmed.config import from_record, read_record, to_record
+from jaxmed.diffusion.denoiser import Denoiser, make_denoiser
+from jaxmed.diffusion.schedule import VpDiscrete
+from jaxmed.errors import InputError
+from jaxmed.models.published import guided_diffusion
+from jaxmed.models.published.image_preprocess import ImagePreprocess
+from jaxmed.models.published.load import Published, load_published
+from jaxmed.models.unet_guided import GuidedUnetConfig
+from jaxmed.nn.model import Model
+from jaxmed.systems.dynamicdps.reading import TOP, FrameConfig
+from jaxmed.train.checkpoint import export_parameters
+
+FRAME = "frame"
+
+
+class Network(NamedTuple):
+    """A trained network.
+
+    Attributes:
+        model: `model.apply(params, x, t)` for a prior, without t for an enhancer.
+        params: Its parameters.
+        frame: How scans become its images.
+        config: Its sizes.
+        path: Where it was read.
+        licence: What may be done with it.
+    """
+
+    model: Model
+    params: Params
+    frame: FrameConfig
+    config: GuidedUnetConfig
+    path: Path
+    licence: str
+
+
+def write_network(folder: Path, params: Params, config: GuidedUnetConfig, frame: FrameConfig, **further: Any) -> None:
+    """Write a network for other stages and for `load_published`.
+
+    Args:
+        folder: outputs/model of a run.
+        params: Of the network.
+        config: Its sizes.
+        frame: How scans become its images.
+        **further: What else stands in the record.
+    """
+    high = frame.high or ImagePreprocess().high
+    record = {
+        "family": guided_diffusion.NAME,
+        "kind": "denoiser" if config.with_time else "enhancer",
+        "config": to_record(config),
+        "preprocess": to_record(ImagePreprocess(frame.size, config.channels, high=high, top=TOP)),
+        FRAME: to_record(frame),
+    }
+    export_parameters(folder, params, record | further)
+
+
+def load_prior(path: Path) -> Network:
+    """Read a diffusion prior: a run of train-prior, or published weights.
+
+    Raises:
+        InputError: The place cannot be read, or holds another network.
+    """
+    return _load(path, "denoiser", "a diffusion prior", "give a run of train-prior")
+
+
+def load_initial(path: Path) -> Network:
+    """Read a conditional network: a run of train-initial.
+
+    Raises:
+        InputError: The place cannot be read, or holds another network.
+    """
+    return _load(path, "enhancer", "a conditional network", "give a run of train-initial")
+
+
+def make_prior(network: Network, params: Params) -> Denoiser:
+    """Return the denoiser of a prior, its images held in [0, 2].
+
+    Args:
+        network: Model and sizes.
+        params: Its parameters, or what stands for them while a program is traced.
+    """
+    return make_denoiser(partial(network.model.apply, params), VpDiscrete(), "epsilon", clip=(0.0, TOP))
+
+
+def _load(path: Path, kind: str, expected: str, advice: str) -> Network:
+    published = load_published(path)
+    config = published.config
+    if published.report.kind != kind or not isinstance(config, GuidedUnetConfig):
+        raise InputError(path, expected, f"a {published.report.kind} of {published.report.family}", advice)
+    if config.channels != 1 or config.outputs != 1 or config.learn_sigma:
+        found = f"{config.channels} in and {config.outputs * (1 + config.learn_sigma)} out"
+        raise InputError(path, f"{expected} of one channel", found, advice)
+    return Network(published.model, published.params, _frame(path, published), config, path, published.report.licence)
+
+
+def _frame(path: Path, published: Published) -> FrameConfig:
+    """Return the frame beside own weights; published ones are fed as their authors fed them."""
+    for place in (path, path / "outputs" / "model"):
+        if (place / "record.json").exists():
+            record = read_record(place / "record.json")
+            if FRAME in record:
+                return from_record(FrameConfig, record[FRAME], str(place / "record.json"))
+    preprocess = published.preprocess
+    assert isinstance(preprocess, ImagePreprocess)
+    return dataclasses.replace(FrameConfig(), size=preprocess.size, high=preprocess.high)
