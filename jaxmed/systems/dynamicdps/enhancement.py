@@ -142,7 +142,8 @@ def draw_samples(
         progress: Told how many samples are done.
     """
     total, size = len(measurement) * num_samples, program.batch_size
-    images, infos = [], []
+    images: list[Any] = []
+    infos: list[dict[str, Any]] = []
     for first in range(0, total, size):
         # The last batch repeats its last sample: one shape is one compilation.
         indices = np.minimum(np.arange(first, first + size), total - 1)
@@ -151,22 +152,23 @@ def draw_samples(
         image, info = jax.device_get(found)
         count = min(size, total - first)
         images.append(image[:count])
-        infos.append(Info(*(part[..., :count] for part in info)))
+        infos.append({name: part[..., :count] for name, part in info._asdict().items()})
         if progress is not None:
             progress(first + count)
     grouped = np.concatenate(images).reshape(len(measurement), num_samples, *measurement.shape[1:])
     mean = grouped.mean(1, dtype=np.float64).astype(np.float32)
-    info = Info(*(np.concatenate([getattr(one, name) for one in infos], axis=-1) for name in Info._fields))
+    info = {name: np.concatenate([one[name] for one in infos], axis=-1) for name in infos[0]}
+    was_there = np.isfinite(info["residuals"])
     return Samples(
         mean=mean,
         std=grouped.std(1, dtype=np.float64).astype(np.float32),
         residual=_batched(program, measurement, mean),
         initial_residual=_batched(program, measurement, initial),
-        start_time=info.start_time.reshape(-1, num_samples),
-        evaluations=info.evaluations.reshape(-1, num_samples),
-        curve=_mean_over(info.residuals, np.isfinite(info.residuals))[::-1],
-        step_sizes=_mean_over(info.step_sizes, np.isfinite(info.residuals))[::-1],
-        flags=np.bincount(info.flags[np.isfinite(info.residuals)].ravel(), minlength=NUM_STATUS),
+        start_time=info["start_time"].reshape(-1, num_samples),
+        evaluations=info["evaluations"].reshape(-1, num_samples),
+        curve=_mean_over(info["residuals"], was_there)[::-1],
+        step_sizes=_mean_over(info["step_sizes"], was_there)[::-1],
+        flags=np.bincount(info["flags"][was_there], minlength=NUM_STATUS),
     )
 
 
