@@ -1,0 +1,28 @@
+"""DynamicDPS: enhance a low-field scan without inventing anatomy.
+
+Paper: Kim et al., "Tackling Hallucination from Conditional Models for Medical Image Reconstruction with DynamicDPS",
+arXiv:2503.01075, MICCAI 2025.
+
+A conditional network makes a sharp image of a poor one, and may invent structure. DynamicDPS takes that image as a
+start: it adds noise up to a time chosen per image by how badly it fits the measurement, and comes back with a diffusion
+prior, held to the measurement at every step by a step length that a Wolfe line search finds. Neither network is
+trained for the scanner at hand.
+
+In:  a low-field or low-resolution brain MRI (NIfTI, or a 2D picture); a prior, a conditional network or the result of
+     any other tool, and a description of the scanner (contrast, resolution, noise).
+Out: the enhanced image on the scan's grid and in its unit, a map of its uncertainty, residuals, tissue volumes.
+
+Stages:
+  1. jaxmed dynamicdps train-prior --input SCANS --data.labels LABELMAPS --out runs/prior
+     a diffusion prior of slices, or of patches of volumes; contrasts are drawn from label maps too.
+  2. jaxmed dynamicdps train-initial --input SCANS --out runs/initial
+     a conditional network, trained on pairs that the low-field simulator makes.
+
+Images of the networks lie in [0, 2], background 0. Scans are turned to RAS+ and scaled by a percentile of the head; the
+scale and the grid are kept, and results go back to both. Subjects are split, never slices.
+
+Try it without data:  jaxmed dynamicdps train-prior --preset smoke --out runs/prior
+
+What was read where: the body of the paper was not at hand; what is done is that of the authors' public code, and every
+default that it does not tell is marked as a deviation where it stands.
+"""

@@ -1,0 +1,290 @@
+"""What a network of this system is trained on: scans and label maps, split by subject, cut into images in memory."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from jaxmed.arrays.types import KeyArray
+from jaxmed.data.splits import SPLITS, split_subjects
+from jaxmed.data.transforms import random_crop
+from jaxmed.errors import InputError
+from jaxmed.io import nifti
+from jaxmed.io.tables import Table, read_table, require_disjoint_subjects, resolve_paths
+from jaxmed.systems.dynamicdps.reading import (
+    FrameConfig,
+    cut_images,
+    find_files,
+    head_of,
+    read_labels,
+    read_scan,
+    simplify_labels,
+)
+from jaxmed.systems.dynamicdps.synthetic import SyntheticConfig, draw_image
+
+Kind = Literal["image", "labels"]
+KINDS = ("image", "labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which scans are trained on.
+
+    Attributes:
+        manifest: CSV with the column path (NIfTI, PNG, JPEG, TIFF, .npy); optionally subject, split (train, validation,
+            test; only train is trained on, validation tells the loss, test is left alone) and kind (image, or labels: a
+            label map in FreeSurfer's numbering, from which contrasts are drawn).
+        labels: Besides, or instead: a label map, or a folder of them, each a subject of its own.
+        validation: Share of subjects held out where there is no column split.
+        slices: First and last slice, as shares of the head's extent.
+        every: Take every so-manieth slice.
+        patches: Patches of a volume in an epoch, for networks in 3D.
+        embedded: Generate this many phantom brains instead of reading files.
+    """
+
+    manifest: Path | None = None
+    labels: Path | None = None
+    validation: float = 0.1
+    slices: tuple[float, float] = (0.05, 0.95)
+    every: int = 1
+    patches: int = 32
+    embedded: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation: expected a share in [0, 1), found {self.validation:g}")
+        if not 0 <= self.slices[0] < self.slices[1] <= 1:
+            raise ValueError(f"slices: expected two shares in order, found {self.slices}")
+        if min(self.every, self.patches) < 1 or self.embedded < 0:
+            found = self.every, self.patches, self.embedded
+            raise ValueError(f"every, patches, embedded: expected 1, 1 and 0 or more, found {found}")
+
+
+class Listed(NamedTuple):
+    """The files of a run.
+
+    Attributes:
+        paths: One per record.
+        kinds: "image" or "labels".
+        splits: "train", "validation" or "test".
+    """
+
+    paths: tuple[Path, ...]
+    kinds: tuple[str, ...]
+    splits: tuple[str, ...]
+
+    def count(self, split: str, kind: str) -> int:
+        """Return the number of files of a kind in a split."""
+        return sum(one == (split, kind) for one in zip(self.splits, self.kinds, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ImageSource:
+    """Slices, or volumes to cut patches from, in memory.
+
+    Attributes:
+        images: Each as float16 in [0, 2], or as uint8 labels.
+        names: Where each comes from.
+        patches: How often each counts in an epoch.
+    """
+
+    images: Sequence[Shaped[np.ndarray, "..."]]
+    names: Sequence[str]
+    patches: int = 1
+
+    def __len__(self) -> int:
+        """Return the number of records of an epoch."""
+        return len(self.images) * self.patches
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a record's voxels, and whether they are labels."""
+        image = self.images[index // self.patches]
+        return {"voxels": image, "is_labels": np.bool_(image.dtype == np.uint8)}
+
+    def name(self, index: int) -> str:
+        """Return the file, and the slice."""
+        return self.names[index // self.patches]
+
+    def __repr__(self) -> str:
+        """Return the numbers and the files."""
+        return f"ImageSource({len(self.images)} images x {self.patches}; {', '.join(dict.fromkeys(self.names))[:200]})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A record's fields to one image of the network's size: volumes give a random patch."""
+
+    size: tuple[int, ...]
+
+    def __call__(self, fields: Mapping[str, Any], generator: np.random.Generator) -> dict[str, Any]:
+        """Return the voxels as float32."""
+        voxels = fields["voxels"]
+        if voxels.shape != self.size:
+            voxels = random_crop({"voxels": voxels}, self.size, generator)["voxels"]
+        return {"voxels": np.asarray(voxels, np.float32), "is_labels": fields["is_labels"]}
+
+
+def list_files(data: DataConfig, place: Path | None, seed: int) -> Listed:
+    """List the files of a run.
+
+    Args:
+        data: Tables and folders.
+        place: A scan, or a folder of scans, instead of a manifest.
+        seed: Of the draw of held-out subjects.
+
+    Raises:
+        InputError: There are none, some are missing, or none is to be trained on.
+    """
+    if data.manifest is not None and place is not None:
+        raise InputError("data.manifest, input", "one of them", "both", "drop one")
+    if data.manifest is None and place is None and data.labels is None:
+        raise InputError("data.manifest, input, data.labels", "at least one of them", "none", "or try --preset smoke")
+    paths: list[Path] = []
+    kinds: list[str] = []
+    splits: list[str] = []
+    if data.manifest is not None:
+        table = read_table(data.manifest, required=("path",), optional=("subject", "split", "kind"))
+        paths, kinds, splits = resolve_paths(table), kinds_of(table), splits_of(table, data.validation, seed)
+    loose = [(path, "image") for path in (() if place is None else find_files(place))]
+    loose += [(path, "labels") for path in (() if data.labels is None else find_files(data.labels))]
+    # Drawn apart, so that both kinds are held out where there are two or more of each.
+    for kind in KINDS:
+        found = [path for path, other in loose if other == kind]
+        paths += found
+        kinds += [kind] * len(found)
+        splits += _draw([str(path) for path in found], data.validation, seed)
+    if "train" not in splits:
+        raise InputError(data.manifest, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
+    return Listed(tuple(paths), tuple(kinds), tuple(splits))
+
+
+def kinds_of(table: Table) -> list[str]:
+    """Return what each row of a manifest is; "image" where the column kind is missing or empty."""
+    if "kind" not in table.columns:
+        return ["image"] * len(table)
+    for cell, line in zip(table.column("kind"), table.lines, strict=True):
+        if cell not in ("", *KINDS):
+            raise table.wrong(line, f"one of {', '.join(KINDS)} under 'kind'", f"'{cell}'")
+    return [cell or "image" for cell in table.column("kind")]
+
+
+def splits_of(table: Table, share: float, seed: int) -> list[str]:
+    """Return "train", "validation" or "test" per row: the table's own, or a draw of whole subjects.
+
+    Raises:
+        InputError: A split has another name, or the same subject (or file) stands in two splits.
+    """
+    if "split" not in table.columns:
+        return _draw([row.get("subject") or row["path"] for row in table.rows], share, seed)
+    for cell, line in zip(table.column("split"), table.lines, strict=True):
+        if cell not in SPLITS:
+            raise table.wrong(line, f"one of {', '.join(SPLITS)} under 'split'", f"'{cell}'")
+    require_disjoint_subjects(table, "path")
+    if "subject" in table.columns:
+        require_disjoint_subjects(table)
+    return table.column("split")
+
+
+def read_images(listed: Listed, split: str, data: DataConfig, frame: FrameConfig, threads: int) -> ImageSource | None:
+    """Read every file of a split and cut it.
+
+    Args:
+        listed: The files.
+        split: Which of them.
+        data: Which slices.
+        frame: Size, axis, voxel size and scale.
+        threads: That read.
+
+    Returns:
+        The images; None where the split is empty.
+
+    Raises:
+        InputError: A file is broken (where several are, the first three are named), or shows no head.
+    """
+    files = [(p, k) for p, k, s in zip(listed.paths, listed.kinds, listed.splits, strict=True) if s == split]
+    if not files:
+        return None
+
+    def read(file: tuple[Path, str]) -> Shaped[np.ndarray, "image ..."] | InputError:
+        try:
+            return _cut_file(*file, data, frame)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(read, files))
+    broken = [error for error in found if isinstance(error, InputError)]
+    if len(broken) == 1:
+        raise broken[0]
+    if broken:
+        told = "; ".join(map(str, broken[:3])) + ("; ..." if len(broken) > 3 else "")
+        expected, advice = "files that can be trained on", "repair them, or leave them out of the manifest"
+        raise InputError("scans", expected, f"{len(broken)} of {len(files)} broken: {told}", advice)
+    images = [image for stack in found if not isinstance(stack, InputError) for image in stack]
+    names = [
+        str(path) for (path, _), stack in zip(files, found, strict=True) if not isinstance(stack, InputError)
+        for _ in stack
+    ]  # fmt: skip
+    return ImageSource(images, names, 1 if frame.is_sliced else data.patches)
+
+
+def make_image(
+    key: KeyArray,
+    fields: Mapping[str, Array],
+    config: SyntheticConfig,
+    axis: int | None,
+    flip: float | Float[Array, ""],
+) -> Float[Array, "*space channel"]:
+    """Return one training image in [0, 2], the channel last: the scan, or a contrast drawn from its labels.
+
+    Args:
+        key: Consumed.
+        fields: "voxels" and "is_labels" of one record.
+        config: Of drawn contrasts.
+        axis: Axis of the image that runs from left to right; None where none does.
+        flip: Probability that left and right are exchanged.
+    """
+    draw_key, flip_key = jax.random.split(key)
+    voxels = fields["voxels"]
+    drawn = draw_image(draw_key, voxels.astype(jnp.int32), config)
+    image = jnp.where(fields["is_labels"], drawn, voxels)
+    if axis is not None:
+        image = jnp.where(jax.random.bernoulli(flip_key, flip), jnp.flip(image, axis), image)
+    return image[..., None]
+
+
+def _draw(subjects: list[str], share: float, seed: int) -> list[str]:
+    if not share or len(set(subjects)) < 2:
+        return ["train"] * len(subjects)
+    return split_subjects(subjects, (1 - share, share, 0.0), seed)
+
+
+def _cut_file(path: Path, kind: str, data: DataConfig, frame: FrameConfig) -> Shaped[np.ndarray, "image ..."]:
+    if kind == "labels":
+        if not path.name.lower().endswith(nifti.SUFFIXES):
+            raise InputError(path, "a label map as NIfTI", f"the suffix '{path.suffix}'")
+        array = simplify_labels(read_labels(path, frame).array).astype(np.uint8)
+        head = array > 0
+    else:
+        array = read_scan(path, frame).volume.array.astype(np.float16)
+        head = head_of(array.astype(np.float32))
+    if not head.any():
+        raise InputError(path, "a head", "background alone", "check the file")
+    if not frame.is_sliced:
+        # Patches are drawn from the head, with a quarter of a patch around it.
+        bounds = [np.flatnonzero(head.any(axis=tuple(o for o in range(3) if o != axis))) for axis in range(3)]
+        box = tuple(
+            slice(max(0, places[0] - size // 4), places[-1] + 1 + size // 4)
+            for places, size in zip(bounds, frame.size, strict=True)
+        )
+        return array[box][None]
+    images, placement = cut_images(array, frame, head)
+    present = np.flatnonzero(head.any(axis=tuple(axis for axis in range(3) if axis != placement.axis)))
+    low, high = (round(present[0] + share * (present[-1] - present[0])) for share in data.slices)
+    return images[low : high + 1 : data.every]

@@ -1,0 +1,98 @@
+"""Images of contrasts that no scanner took, drawn from label maps: how a broad prior is had from few subjects.
+
+The labels are deformed, every structure gets an intensity, and texture, partial volume at borders and a bias field are
+added. Half of the images keep the order of a T1-weighted scan (fluid dark, grey matter between, white matter bright),
+the others take any contrast.
+
+Source: the generator of BrainFM (arXiv:2509.00549) and SynthSeg, `synthesis/`; the two kinds of contrast, the blur and
+the scale to [0, 2] are ours.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmed.arrays.filters import gaussian_blur
+from jaxmed.arrays.types import KeyArray
+from jaxmed.arrays.warping import sample
+from jaxmed.synthesis.bias_field import BiasFieldConfig, apply_bias, draw_log_bias
+from jaxmed.synthesis.contrast import NUM_LABELS, Contrast, ContrastConfig, apply_gamma, draw_contrast, render
+from jaxmed.synthesis.control_grid import Range
+from jaxmed.synthesis.deformation import DeformationConfig, draw_deformation
+
+FULL = 255.0  # of the generator's scale, which becomes 2
+FLUID = (4, 5, 14, 15, 24, 31, 72)
+WHITE = (2, 7, 16, 28, 77, 85)
+DEEP = (10, 11, 12, 13, 26)  # grey matter with myelin: between cortex and white matter
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+    """How images are drawn from label maps.
+
+    Attributes:
+        t1_probability: That a contrast has the order of a T1-weighted scan.
+        spread: Standard deviation within a structure, on a scale of 0 to 255.
+        blur: Standard deviation of the blur that mixes structures at their borders, in voxels.
+        gamma: Standard deviation of the logarithm of a random exponent.
+        bias: The gain of the coil.
+        deformation: Of the labels.
+    """
+
+    t1_probability: float = 0.5
+    spread: Range = (2.0, 12.0)
+    blur: Range = (0.4, 0.8)
+    gamma: float = 0.1
+    bias: BiasFieldConfig = BiasFieldConfig(std=(0.0, 0.15))
+    deformation: DeformationConfig = DeformationConfig(rotation=10.0, shear=0.05, scaling=0.1, amplitude=2.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t1_probability <= 1:
+            raise ValueError(f"t1_probability: expected a probability, found {self.t1_probability:g}")
+        for name in ("spread", "blur"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high:
+                raise ValueError(f"{name}: expected a range from 0 on, found {(low, high)}")
+        if self.gamma < 0:
+            raise ValueError(f"gamma: expected 0 or more, found {self.gamma:g}")
+
+
+def draw_image(
+    key: KeyArray, labels: Int[Array, "*space"], config: SyntheticConfig = SyntheticConfig()
+) -> Float[Array, "*space"]:
+    """Draw an image in [0, 2].
+
+    Args:
+        key: Consumed.
+        labels: Structures, both sides with one label (`reading.simplify_labels`); 2 or 3 axes; 0 stays dark.
+        config: Ranges.
+    """
+    place_key, kind_key, contrast_key, noise_key, blur_key, bias_key, gamma_key = jax.random.split(key, 7)
+    places, _ = draw_deformation(place_key, labels.shape, labels.shape, config.deformation)
+    moved = sample(labels[..., None], places, order=0)[..., 0]
+    any_key, t1_key = jax.random.split(contrast_key)
+    drawn = draw_contrast(any_key, ContrastConfig(std=config.spread, background_probability=1.0, partial_volume=False))
+    is_t1 = jax.random.bernoulli(kind_key, config.t1_probability)
+    mean = jnp.where(is_t1, draw_t1_means(t1_key), drawn.mean)
+    image = render(noise_key, moved, Contrast(mean, drawn.std.at[0].set(0.0)))
+    low, high = config.blur
+    sigma = jax.random.uniform(blur_key, (), minval=low, maxval=high)
+    image = gaussian_blur(image, sigma, max(1, round(3 * high)))
+    image = apply_gamma(gamma_key, image, config.gamma)
+    image = apply_bias(image, draw_log_bias(bias_key, labels.shape, config.bias))
+    return jnp.clip(image * (2.0 / FULL), 0.0, 2.0)
+
+
+def draw_t1_means(key: KeyArray) -> Float[Array, "256"]:
+    """Draw the mean of every label in the order of a T1-weighted scan, on a scale of 0 to 255."""
+    fluid_key, grey_key, white_key, deep_key, own_key = jax.random.split(key, 5)
+    fluid = jax.random.uniform(fluid_key, minval=15.0, maxval=60.0)
+    grey = jax.random.uniform(grey_key, minval=85.0, maxval=135.0)
+    white = jax.random.uniform(white_key, minval=160.0, maxval=215.0)
+    deep = grey + (white - grey) * jax.random.uniform(deep_key, minval=0.1, maxval=0.6)
+    mean = jnp.full(NUM_LABELS, grey).at[jnp.array(FLUID)].set(fluid)
+    mean = mean.at[jnp.array(WHITE)].set(white).at[jnp.array(DEEP)].set(deep)
+    mean = mean + 3.0 * jax.random.normal(own_key, (NUM_LABELS,))
+    return jnp.maximum(mean, 0.0).at[0].set(0.0)

@@ -1,0 +1,127 @@
+"""Training of image-to-image networks: it learns, the average is handed on, a stopped run continues."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.data.loader import LoaderConfig
+from jaxmed.data.records import ArraySource
+from jaxmed.diffusion.denoiser import denoising_loss
+from jaxmed.diffusion.schedule import VpDiscrete
+from jaxmed.errors import InputError
+from jaxmed.models.unet_guided import GuidedUnetConfig
+from jaxmed.recipes.denoiser import DenoiserConfig, _initialise, check_fit, ramped_decay, train_denoiser
+from jaxmed.train.log import Log
+from jaxmed.train.loop import LoopConfig
+from jaxmed.train.mesh import MeshConfig, make_mesh
+from jaxmed.train.optimizer import OptimizerConfig
+from jaxmed.train.run_folder import RunOptions, open_run, start
+
+CONFIG = DenoiserConfig(
+    GuidedUnetConfig(width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=2, groups=4),
+    OptimizerConfig(peak_lr=3e-3, decay="constant", weight_decay=0.0, eps=1e-5),
+    LoopConfig(steps=100, log_every=1, save_every=50),
+    LoaderConfig(batch_size=8),
+    MeshConfig(data=1),
+    ema_decay=0.95,
+)
+
+
+def loss(apply, params, keys, batch):
+    return denoising_loss(apply, VpDiscrete(), params, keys, batch)
+
+
+def images(number, seed):
+    """Flat squares of random brightness: all there is to learn is one number per image."""
+    level = np.random.default_rng(seed).uniform(0.2, 1.8, (number, 1, 1, 1))
+    return np.broadcast_to(level, (number, 8, 8, 1)).astype(np.float32)
+
+
+def flip(key, fields):
+    return {"image": jnp.where(jax.random.bernoulli(key), fields["image"][::-1], fields["image"])}
+
+
+def take(fields, generator):
+    return {"image": np.asarray(fields["image"])}
+
+
+def train(config, path, with_held_out=False):
+    folder = open_run("dynamicdps", "train-prior", None, RunOptions(path, quiet=True))
+    if not folder.checkpoints.exists():
+        start(folder)
+    log = Log(folder.path, quiet=True)
+    source, held_out = ArraySource({"image": images(32, 0)}), ArraySource({"image": images(10, 1)})
+    _, params = train_denoiser(
+        config, loss, source, held_out if with_held_out else None, take, flip, size=(8, 8), folder=folder, log=log
+    )
+    return params, log.read_metrics()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A hundred steps, saved in the middle."""
+    path = tmp_path_factory.mktemp("run") / "run"
+    return path, *train(CONFIG, path, with_held_out=True)
+
+
+def assert_same(one, other, tolerance):
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=tolerance)
+
+
+def losses(lines):
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_it_learns_to_tell_noise_from_image(run):
+    lines = run[2]
+    # A network that knows nothing predicts no noise: its loss is 1.
+    assert 0.8 < losses(lines)[0] < 1.2 and lines[-1]["evaluation/loss"] < 0.5
+    assert lines[-1]["evaluation/image_error"] > 0
+
+
+def test_a_stopped_run_continues_to_the_same_numbers(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "state" / "100")
+    params, lines = train(CONFIG, tmp_path / "run")
+    assert_same(params, run[1], 0)
+    assert losses(lines) == losses(run[2]) and len(losses(lines)) == 100
+
+
+def test_parts_and_devices_give_the_same_run(run, tmp_path):
+    config = dataclasses.replace(
+        CONFIG, accumulation=2, mesh=MeshConfig(data=2, model=2), loop=LoopConfig(steps=4, log_every=1, save_every=0)
+    )
+    _, lines = train(config, tmp_path / "run")
+    np.testing.assert_allclose(losses(lines), losses(run[2])[:4], rtol=1e-5)
+
+
+@pytest.mark.core
+def test_given_parameters_are_the_start():
+    given = {"head": {"kernel": np.ones(3, np.float32)}}
+    assert_same(_initialise(CONFIG.model, (8, 8), jax.random.key(0), given), given, 0)
+
+
+@pytest.mark.core
+def test_the_average_forgets_its_start():
+    np.testing.assert_allclose([ramped_decay(0.9999, step) for step in (0, 90, 10**6)], [0.1, 0.91, 0.9999], rtol=1e-6)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("changes", "size", "words"),
+    [
+        ({}, (8, 8, 8), "size: expected 2 numbers"),
+        ({"model": dataclasses.replace(CONFIG.model, multipliers=(1, 2, 2))}, (8, 6), "size: expected multiples of 4"),
+        ({"loader": LoaderConfig(batch_size=3), "accumulation": 2}, (8, 8), "loader.batch_size: expected a multiple"),
+        ({"mesh": MeshConfig(data=1, model=4)}, (8, 8), "mesh.model: expected a number of devices that divides"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_written(changes, size, words):
+    config = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(InputError, match=words):
+        check_fit(config, make_mesh(config.mesh), size)

@@ -1,0 +1,160 @@
+"""Scans to images in [0, 2] and back: nothing is lost, nothing is turned."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxmed.arrays.grid import reorient
+from jaxmed.errors import InputError
+from jaxmed.io import nifti
+from jaxmed.io.images import write_png
+from jaxmed.systems.dynamicdps.reading import (
+    FrameConfig,
+    cut_images,
+    find_files,
+    head_of,
+    paste_images,
+    read_labels,
+    read_scan,
+    restore_scan,
+    simplify_labels,
+    to_picture,
+)
+from jaxmed.volume import Volume
+
+pytestmark = pytest.mark.core
+
+
+def head(shape=(12, 15, 9), centre=(0.5, 0.6, 0.5)):
+    """A bright ball of 400 with a spot of 700 in a background of 0."""
+    places = np.meshgrid(*[np.arange(n) / n - c for n, c in zip(shape, centre, strict=True)], indexing="ij")
+    array = np.where(np.sqrt(sum(place**2 for place in places)) < 0.3, 400.0, 0.0)
+    array[tuple(int(n * c) for n, c in zip(shape, centre, strict=True))] = 700
+    return array.astype(np.float32)
+
+
+def write(path, array, codes="LPS", spacing=2.0):
+    """Store a volume along other axes than RAS."""
+    volume = reorient(Volume.make(array, np.diag([spacing, spacing, spacing, 1.0])), codes)
+    nifti.write(path, volume)
+    return path
+
+
+@pytest.mark.parametrize("frame", [FrameConfig((8, 16)), FrameConfig((16, 6), "sagittal"), FrameConfig((8, 8, 16))])
+def test_images_go_back_to_where_they_were_cut(frame, tmp_path):
+    array, frame = head(), dataclasses.replace(frame, percentile=100.0)
+    scan = read_scan(write(tmp_path / "a.nii.gz", array, "SAL"), frame)
+    images, placement = cut_images(scan.volume.array, frame, head_of(scan.volume.array))
+    assert images.shape == ({"axial": 9, "sagittal": 12}[frame.axis] if frame.is_sliced else 1, *frame.size)
+    back = paste_images(images, placement, np.zeros_like(scan.volume.array))
+    stored = restore_scan(paste_images(images, placement, scan.volume.array), scan)
+    np.testing.assert_allclose(stored.array, nifti.read(tmp_path / "a.nii.gz").array, rtol=1e-5)
+    np.testing.assert_array_equal(stored.affine, nifti.read(tmp_path / "a.nii.gz").affine)
+    changed = paste_images(images + 1, placement, scan.volume.array)
+    is_inside = changed != scan.volume.array
+    np.testing.assert_array_equal(back[is_inside], scan.volume.array[is_inside])
+    assert is_inside.sum() == np.prod([min(a, b) for a, b in zip(frame.size, lengths(frame), strict=True)]) * len(
+        images
+    )
+
+
+def lengths(frame):
+    shape = (12, 15, 9)
+    return [n for axis, n in enumerate(shape) if not frame.is_sliced or axis != {"axial": 2, "sagittal": 0}[frame.axis]]
+
+
+def test_the_percentile_of_the_head_becomes_the_reference_and_the_unit_does_not_count(tmp_path):
+    frame = FrameConfig((8, 8), percentile=50.0, reference=1.25)
+    one = read_scan(write(tmp_path / "a.nii", head()), frame)
+    ten = read_scan(write(tmp_path / "b.nii", 10 * head()), frame)
+    assert one.volume.array.max() == 2.0 and np.unique(one.volume.array).tolist() == [0.0, 1.25, 2.0]
+    np.testing.assert_allclose(ten.volume.array, one.volume.array, rtol=1e-6)
+    assert one.high == pytest.approx(640) and ten.high == pytest.approx(6400)
+    fixed = read_scan(tmp_path / "a.nii", FrameConfig((8, 8), high=4096.0))
+    assert fixed.volume.array.max() == pytest.approx(700 / 2048) and fixed.high == 4096
+
+
+def test_images_stand_about_the_head_and_not_about_the_field_of_view():
+    array = np.zeros((20, 12, 4), np.float32)
+    array[12:18, 2:6] = 1
+    images, placement = cut_images(array, FrameConfig((8, 6)), array > 0)
+    assert placement.starts == (11, 1) and images[:, 1:7, 1:5].min() == 1 and images.sum() == array.sum()
+    # Towards the edge the window stops rather than show nothing.
+    array[:] = 0
+    array[18:, :3] = 1
+    assert cut_images(array, FrameConfig((8, 6)), array > 0)[1].starts == (12, 0)
+
+
+def test_a_new_voxel_size_is_taken_within_slices_and_undone(tmp_path):
+    frame = FrameConfig((8, 8), spacing=4.0)
+    smooth = np.hypot(*np.meshgrid(np.linspace(-1, 1, 24), np.linspace(-1, 1, 20), indexing="ij"))
+    array = np.repeat((np.cos(smooth) * 100)[:, :, None], 5, axis=2).astype(np.float32)
+    scan = read_scan(write(tmp_path / "a.nii", array, "RAS"), frame)
+    assert scan.volume.array.shape == (12, 10, 5) and scan.volume.spacing == (4.0, 4.0, 2.0)
+    back = restore_scan(scan.volume.array, scan)
+    assert back.array.shape == (24, 20, 5)
+    np.testing.assert_allclose(back.array[4:-4, 4:-4], array[4:-4, 4:-4], rtol=0.02)
+    whole = read_scan(tmp_path / "a.nii", FrameConfig((8, 8, 8), spacing=4.0))
+    assert whole.volume.array.shape == (12, 10, 2)
+
+
+def test_a_picture_is_a_plane_and_becomes_the_same_picture(tmp_path):
+    picture = np.zeros((6, 10), np.float32)
+    picture[1, 7], picture[2:5, 2:6] = 1.0, 0.4
+    write_png(tmp_path / "a.png", picture)
+    scan = read_scan(tmp_path / "a.png", FrameConfig((16, 8)))
+    # x runs along the columns and y from the last row up: the picture as it is seen.
+    assert scan.is_picture and scan.volume.array.shape == (10, 6, 1) and scan.volume.array[7, 4, 0] == 2.0
+    np.testing.assert_allclose(
+        to_picture(restore_scan(scan.volume.array, scan)), np.minimum(picture, scan.high), atol=0.01
+    )
+
+
+def test_labels_keep_their_values_and_both_sides_become_one(tmp_path):
+    labels = np.zeros((6, 4, 4), np.int16)
+    labels[:2], labels[2:4], labels[4] = 2, 41, 502
+    nifti.write(tmp_path / "a.nii.gz", Volume.make(labels, np.eye(4)))
+    found = read_labels(tmp_path / "a.nii.gz", FrameConfig((4, 4)))
+    np.testing.assert_array_equal(found.array, labels)
+    assert set(np.unique(read_labels(tmp_path / "a.nii.gz", FrameConfig((4, 4), spacing=2.0)).array)) <= {0, 2, 41, 502}
+    np.testing.assert_array_equal(simplify_labels(found.array)[:, 0, 0], [2, 2, 2, 2, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((4, 4, 4)), "an image with contrast, found a constant volume, all zero"),
+        (np.full((4, 4, 4), np.nan), "finite voxels"),
+        (-head(), "a scan with positive intensities"),
+    ],
+)
+def test_scans_without_an_image_are_refused(array, words, tmp_path):
+    nifti.write(tmp_path / "a.nii", Volume.make(array.astype(np.float32), np.eye(4)), allow_nonfinite=True)
+    with pytest.raises(InputError, match=words):
+        read_scan(tmp_path / "a.nii", FrameConfig((4, 4)))
+
+
+def test_colour_series_and_empty_folders_are_refused(tmp_path):
+    colour = np.random.default_rng(0).random((4, 4, 3)).astype(np.float32)
+    write_png(tmp_path / "a.png", colour)
+    with pytest.raises(InputError, match=r"a grey 2D image, found shape \(4, 4, 3\)"):
+        read_scan(tmp_path / "a.png", FrameConfig((4, 4)))
+    write_png(tmp_path / "b.png", np.repeat(colour[..., :1], 3, axis=2))
+    assert read_scan(tmp_path / "b.png", FrameConfig((4, 4))).volume.array.shape == (4, 4, 1)
+    nifti.write(tmp_path / "c.nii", Volume.make(np.ones((2, 2, 2, 3), np.float32), np.eye(4)))
+    with pytest.raises(InputError, match="3D data, found 4D"):
+        read_scan(tmp_path / "c.nii", FrameConfig((4, 4)))
+    (tmp_path / "empty").mkdir()
+    for place in ("empty", "nowhere"):
+        with pytest.raises(InputError, match=place):
+            find_files(tmp_path / place)
+    assert [path.name for path in find_files(tmp_path)] == ["a.png", "b.png", "c.nii"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"size": (4,)}, {"spacing": -1.0}, {"percentile": 0.0}, {"reference": 2.5}, {"high": -1.0}]
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        FrameConfig(**settings)

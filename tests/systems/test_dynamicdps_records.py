@@ -1,0 +1,159 @@
+"""Training images of DynamicDPS: who is held out, which slices, what is drawn from labels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.errors import InputError
+from jaxmed.io import nifti
+from jaxmed.io.tables import read_table, write_table
+from jaxmed.synthesis.deformation import DeformationConfig
+from jaxmed.systems.dynamicdps.reading import FrameConfig, simplify_labels
+from jaxmed.systems.dynamicdps.records import (
+    Cut,
+    DataConfig,
+    ImageSource,
+    list_files,
+    make_image,
+    read_images,
+    splits_of,
+)
+from jaxmed.systems.dynamicdps.synthetic import DEEP, FLUID, WHITE, SyntheticConfig, draw_image, draw_t1_means
+from jaxmed.volume import Volume
+
+pytestmark = pytest.mark.core
+
+FRAME = FrameConfig((16, 16))
+
+
+def labelled(shape=(20, 18, 10)):
+    """Fluid around grey matter around white matter, and skin around all."""
+    places = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    radius = np.sqrt(sum(place**2 for place in places))
+    labels = np.select([radius < 0.4, radius < 0.6, radius < 0.75, radius < 0.85], [41, 3, 24, 508], 0)
+    return labels.astype(np.int16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for name in "abcd":
+        image = (labelled() > 0) * generator.uniform(50, 90, (20, 18, 10))
+        nifti.write(tmp_path / "scans" / f"{name}.nii.gz", Volume.make(image.astype(np.float32), np.eye(4)))
+    for name in "xy":
+        nifti.write(tmp_path / "labels" / f"{name}.nii.gz", Volume.make(labelled(), np.eye(4)))
+    return tmp_path
+
+
+def manifest(folder, rows, columns=("path", "subject", "split", "kind")):
+    write_table(folder / "table.csv", columns, [dict(zip(columns, row, strict=True)) for row in rows])
+    return folder / "table.csv"
+
+
+def test_files_of_folders_are_held_out_by_kind(folder):
+    listed = list_files(DataConfig(labels=folder / "labels", validation=0.25), folder / "scans", 0)
+    assert len(listed.paths) == 6
+    assert [listed.count("train", kind) for kind in ("image", "labels")] == [3, 1]
+    assert [listed.count("validation", kind) for kind in ("image", "labels")] == [1, 1]
+    assert listed == list_files(DataConfig(labels=folder / "labels", validation=0.25), folder / "scans", 0)
+
+
+def test_subjects_stay_together_and_a_column_decides(folder):
+    rows = [(f"scans/{name}.nii.gz", subject) for name, subject in zip("abcd", "ppqr", strict=True)]
+    table = read_table(manifest(folder, rows, ("path", "subject")))
+    for seed in range(5):
+        splits = splits_of(table, 0.34, seed)
+        assert splits[0] == splits[1] and splits.count("validation") in (1, 2)
+    rows = [
+        ("scans/a.nii.gz", "p", "train", ""),
+        ("scans/b.nii.gz", "q", "test", "image"),
+        ("labels/x.nii.gz", "r", "validation", "labels"),
+    ]
+    table = manifest(folder, rows)
+    listed = list_files(DataConfig(manifest=table), None, 0)
+    assert listed.kinds == ("image", "image", "labels") and listed.splits == ("train", "test", "validation")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([("scans/a.nii.gz", "p", "train", ""), ("scans/b.nii.gz", "p", "test", "")], "every subject in one split"),
+        ([("scans/a.nii.gz", "p", "trian", "")], "one of train, validation, test under 'split'"),
+        ([("scans/a.nii.gz", "p", "train", "mask")], "one of image, labels under 'kind'"),
+        ([("scans/a.nii.gz", "p", "test", "")], "rows with split 'train', found only test"),
+        ([("scans/zz.nii.gz", "p", "train", "")], "1 of 1 missing"),
+    ],
+)
+def test_wrong_tables_are_refused(rows, words, folder):
+    with pytest.raises(InputError, match=words):
+        list_files(DataConfig(manifest=manifest(folder, rows)), None, 0)
+
+
+def test_slices_run_over_the_head_and_labels_lose_skin_and_side(folder):
+    data = DataConfig(labels=folder / "labels", validation=0.0, slices=(0.2, 0.8), every=2)
+    source = read_images(list_files(data, folder / "scans", 0), "train", data, FRAME, 2)
+    # The head spans slices 1 to 8, without its skin 2 to 7: from 2.4 to 6.6, and from 3 to 6, every other.
+    assert [source.names.count(str(folder / "scans" / f"{name}.nii.gz")) for name in "abcd"] == [3] * 4
+    assert [source.names.count(str(folder / "labels" / f"{name}.nii.gz")) for name in "xy"] == [2] * 2
+    first, last = source[0], source[len(source) - 1]
+    assert first["voxels"].dtype == np.float16 and first["voxels"].shape == (16, 16) and not first["is_labels"]
+    assert last["is_labels"] and set(np.unique(last["voxels"])) == {0, 2, 3, 24}
+    assert read_images(list_files(data, folder / "scans", 0), "validation", data, FRAME, 1) is None
+
+
+def test_volumes_give_patches_of_the_head(folder):
+    data, frame = DataConfig(validation=0.0, patches=5), FrameConfig((4, 4, 4))
+    source = read_images(list_files(data, folder / "scans", 0), "train", data, frame, 1)
+    assert len(source) == 20 and source.name(7).endswith("b.nii.gz")
+    assert all(image.shape < (20, 18, 10) for image in source.images)
+    patches = [Cut((4, 4, 4))(source[0], np.random.default_rng(seed))["voxels"] for seed in range(3)]
+    assert all(patch.shape == (4, 4, 4) and patch.dtype == np.float32 for patch in patches)
+    assert (patches[0] != patches[1]).any()
+
+
+def test_broken_files_are_told_at_once(folder):
+    for name in "ab":
+        (folder / "scans" / f"{name}.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"2 of 4 broken: .*a.nii.gz.*; .*b.nii.gz"):
+        read_images(list_files(DataConfig(validation=0.0), folder / "scans", 0), "train", DataConfig(), FRAME, 2)
+    nifti.write(folder / "labels" / "y.nii.gz", Volume.make(np.full((4, 4, 4), 502, np.int16), np.eye(4)))
+    with pytest.raises(InputError, match="y.nii.gz"):
+        data = DataConfig(labels=folder / "labels" / "y.nii.gz")
+        read_images(list_files(data, None, 0), "train", data, FRAME, 1)
+
+
+def test_a_training_image_is_the_scan_or_drawn_from_labels():
+    voxels = jnp.asarray(simplify_labels(labelled()[:, :, 5]), jnp.float32)
+    make = jax.jit(lambda key, is_labels, flip: make_image(
+        key, {"voxels": voxels, "is_labels": is_labels}, SyntheticConfig(), 0, flip))  # fmt: skip
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(make(key, jnp.bool_(False), 0.0)[..., 0], voxels)
+    np.testing.assert_array_equal(make(key, jnp.bool_(False), 1.0)[..., 0], voxels[::-1])
+    drawn = make(key, jnp.bool_(True), 0.0)
+    assert drawn.shape == (20, 18, 1) and 0 <= float(drawn.min()) and float(drawn.max()) <= 2
+    assert float(jnp.abs(drawn - make(jax.random.key(4), jnp.bool_(True), 0.0)).mean()) > 0.02
+
+
+def test_drawn_images_are_dark_outside_and_of_t1_order_where_asked():
+    labels = jnp.asarray(simplify_labels(labelled()[:, :, 5]))
+    still = SyntheticConfig(
+        1.0,
+        (1.0, 2.0),
+        (0.0, 0.0),
+        0.0,
+        deformation=DeformationConfig(0.0, 0.0, 0.0, amplitude=0.0),
+    )
+    images = jax.jit(jax.vmap(lambda key: draw_image(key, labels, still)))(jax.random.split(jax.random.key(0), 4))
+    for image in images:
+        fluid, grey, white = (float(image[labels == label].mean()) for label in (24, 3, 2))
+        assert 0 < fluid < grey < white < 2
+        np.testing.assert_array_equal(image[labels == 0], 0)
+    means = jax.vmap(draw_t1_means)(jax.random.split(jax.random.key(1), 50))
+    fluid, deep, white = (np.asarray(means)[:, list(group)].mean(1) for group in (FLUID, DEEP, WHITE))
+    assert (fluid < np.asarray(means)[:, 3]).all() and (deep < white).all() and not np.asarray(means)[:, 0].any()
+
+
+def test_sources_tell_themselves_apart():
+    one, other = (ImageSource([np.zeros((2, 2), np.uint8)] * n, [f"{n}.nii"] * n) for n in (1, 2))
+    assert repr(one) != repr(other) and len(other) == 2
