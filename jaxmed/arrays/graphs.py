@@ -128,6 +128,56 @@ def symmetric_normalised(adjacency: Float[Array, "node node"]) -> Float[Array, "
     return root[:, None] * looped * root
 
 
+class GraphOperators(NamedTuple):
+    """A graph as networks and equations use it; arrays only, so that graphs of one size are vmapped.
+
+    Attributes:
+        adjacency: Symmetric, not negative, zero diagonal.
+        laplacian: Of the kind chosen.
+        propagation: D^-1/2 (A + I) D^-1/2.
+        senders: One end of every undirected edge, padded with 0.
+        receivers: The other end; equal to the sender on padding.
+        weights: Of edges, 0 on padding.
+    """
+
+    adjacency: Float[Array, "*batch node node"]
+    laplacian: Float[Array, "*batch node node"]
+    propagation: Float[Array, "*batch node node"]
+    senders: Int[Array, "*batch edge"]
+    receivers: Int[Array, "*batch edge"]
+    weights: Float[Array, "*batch edge"]
+
+
+def graph_operators(
+    adjacency: Float[np.ndarray, "node node"], kind: LaplacianKind = "random_walk", num_edges: int | None = None
+) -> GraphOperators:
+    """Build the operators of one graph.
+
+    Args:
+        adjacency: Symmetric, not negative, zero diagonal.
+        kind: See `laplacian`.
+        num_edges: Undirected edges to pad to; None for those there are.
+    """
+    edges = edges_of(adjacency)
+    padding = (num_edges or len(edges.weights)) - len(edges.weights)
+    if padding < 0:
+        raise ValueError(f"num_edges: expected at least {len(edges.weights)}, got {num_edges}")
+    matrix = jnp.asarray(adjacency)
+    senders, receivers, weights = (jnp.asarray(np.pad(column, (0, padding))) for column in edges)
+    return GraphOperators(
+        matrix, laplacian(matrix, kind), symmetric_normalised(matrix), senders, receivers, weights.astype(matrix.dtype)
+    )
+
+
+def stack_graphs(
+    adjacencies: Sequence[Float[np.ndarray, "node node"]], kind: LaplacianKind = "random_walk"
+) -> GraphOperators:
+    """Stack the operators of subject-specific graphs on the same nodes, edges padded to the longest list."""
+    longest = max(len(edges_of(adjacency).weights) for adjacency in adjacencies)
+    graphs = [graph_operators(adjacency, kind, longest) for adjacency in adjacencies]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *graphs)
+
+
 def make_graph(adjacency: Float[np.ndarray, "node node"]) -> jraph.GraphsTuple:
     """Turn a symmetric matrix into a jraph graph with both directions of every edge.
 
@@ -165,7 +215,7 @@ def _power_of_two(count: int) -> int:
 
 def strengths(graph: jraph.GraphsTuple, num_nodes: int) -> Float[Array, " node"]:
     """Sum the weights at each node."""
-    return jax.ops.segment_sum(graph.edges, graph.receivers, num_nodes, indices_are_sorted=False)
+    return jax.ops.segment_sum(graph.edges, graph.receivers, num_nodes)
 
 
 def apply_laplacian(

@@ -1,0 +1,112 @@
+"""Graphs: Laplacians and what they conserve, thresholds, components, edge lists, and edge by edge as by matrix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.arrays import graphs
+
+pytestmark = pytest.mark.core
+
+PATH = np.array([[0, 1, 0, 0], [1, 0, 2, 0], [0, 2, 0, 1], [0, 0, 1, 0]], np.float32)
+KINDS = ("combinatorial", "random_walk", "symmetric")
+
+
+def random_adjacency(seed, nodes=12, density=0.4):
+    rng = np.random.default_rng(seed)
+    weights = np.triu(rng.lognormal(size=(nodes, nodes)) * (rng.random((nodes, nodes)) < density), 1)
+    return (weights + weights.T).astype(np.float32)
+
+
+def test_laplacians_of_a_path_are_those_written_by_hand():
+    np.testing.assert_array_equal(
+        graphs.laplacian(jnp.asarray(PATH), "combinatorial"),
+        [[1, -1, 0, 0], [-1, 3, -2, 0], [0, -2, 3, -1], [0, 0, -1, 1]],
+    )
+    np.testing.assert_allclose(
+        graphs.laplacian(jnp.asarray(PATH), "random_walk"),
+        [[1, -1, 0, 0], [-1 / 3, 1, -2 / 3, 0], [0, -2 / 3, 1, -1 / 3], [0, 0, -1, 1]],
+        atol=1e-7,
+    )
+
+
+def test_laplacians_conserve_what_they_say():
+    adjacency = jnp.asarray(random_adjacency(0))
+    strength = adjacency.sum(axis=1)
+    np.testing.assert_allclose(graphs.laplacian(adjacency, "combinatorial").sum(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(strength @ graphs.laplacian(adjacency, "random_walk"), 0, atol=1e-5)
+    np.testing.assert_allclose(graphs.laplacian(adjacency, "symmetric") @ jnp.sqrt(strength), 0, atol=1e-5)
+    values = np.linalg.eigvalsh(graphs.laplacian(adjacency, "symmetric"))
+    assert values.min() > -1e-5 and values.max() < 2 + 1e-5
+
+
+def test_a_node_without_edges_has_a_row_of_zeros():
+    adjacency = PATH.copy()
+    adjacency[3] = adjacency[:, 3] = 0
+    for kind in KINDS:
+        assert (np.asarray(graphs.laplacian(jnp.asarray(adjacency), kind))[3] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edge_by_edge_is_the_matrix_on_batches_with_padding_too(kind):
+    adjacencies = [random_adjacency(seed) for seed in (1, 2)]
+    values = np.random.default_rng(3).normal(size=(2, 12)).astype(np.float32)
+    batch = graphs.batch_graphs(adjacencies)
+    padded = np.zeros(int(batch.n_node.sum()), np.float32)
+    padded[:24] = values.ravel()
+    found = graphs.apply_laplacian(batch, jnp.asarray(padded), kind)
+    for index, adjacency in enumerate(adjacencies):
+        expected = graphs.laplacian(jnp.asarray(adjacency), kind) @ values[index]
+        np.testing.assert_allclose(found[12 * index : 12 * index + 12], expected, atol=2e-5)
+    np.testing.assert_array_equal(found[24:], 0)
+
+
+def test_the_matrix_of_a_convolution_has_largest_eigenvalue_one():
+    values = np.linalg.eigvalsh(graphs.symmetric_normalised(jnp.asarray(random_adjacency(4))))
+    np.testing.assert_allclose(values.max(), 1, atol=1e-6)
+
+
+def test_edges_and_matrix_are_each_others_inverse():
+    edges = graphs.edges_of(PATH)
+    assert (edges.senders < edges.receivers).all() and len(edges.weights) == 3
+    np.testing.assert_array_equal(graphs.matrix_of(edges, 4), PATH)
+    doubled = graphs.Edges(*(np.concatenate([column, column]) for column in edges))
+    np.testing.assert_array_equal(graphs.matrix_of(doubled, 4), 2 * PATH)
+
+
+def test_thresholds_keep_the_strongest_share_and_ties():
+    adjacency = random_adjacency(5, density=1.0)
+    kept = graphs.keep_strongest(adjacency, 0.25)
+    assert np.count_nonzero(np.triu(kept)) == round(0.25 * 66)
+    assert kept[kept > 0].min() >= adjacency[(kept == 0) & ~np.eye(12, dtype=bool)].max()
+    np.testing.assert_array_equal(kept, kept.T)
+    assert np.count_nonzero(graphs.keep_strongest(PATH, 1 / 3)) == 6  # the two ties of weight 1 beside the strongest
+    with pytest.raises(ValueError, match="fraction"):
+        graphs.keep_strongest(PATH, 0.0)
+
+
+def test_rescaling_and_symmetrising():
+    assert graphs.rescale(PATH, "max").max() == 1
+    assert graphs.rescale(PATH, "mean_strength").sum(axis=1).mean() == pytest.approx(1)
+    assert np.linalg.eigvalsh(graphs.rescale(PATH, "spectral"))[-1] == pytest.approx(1)
+    np.testing.assert_array_equal(graphs.rescale(PATH, "none"), PATH)
+    lopsided = np.triu(PATH) * 2 + np.eye(4, dtype=np.float32)
+    np.testing.assert_array_equal(graphs.symmetrise(lopsided), PATH)
+
+
+def test_components_are_named_by_their_first_node():
+    adjacency = np.zeros((5, 5))
+    adjacency[0, 3] = adjacency[3, 0] = adjacency[1, 4] = adjacency[4, 1] = 1
+    np.testing.assert_array_equal(graphs.components(adjacency), [0, 1, 2, 0, 1])
+
+
+def test_stacked_graphs_pad_their_edges_with_nothing():
+    stacked = graphs.stack_graphs([PATH, random_adjacency(6, 4, 1.0)])
+    assert stacked.weights.shape == (2, 6)
+    np.testing.assert_array_equal(stacked.weights[0, 3:], 0)
+    np.testing.assert_array_equal(stacked.senders[0, 3:], stacked.receivers[0, 3:])
+    single = graphs.graph_operators(PATH)
+    jax.tree.map(np.testing.assert_array_equal, stacked.laplacian[0], single.laplacian)
+    with pytest.raises(ValueError, match="num_edges"):
+        graphs.graph_operators(PATH, num_edges=2)
