@@ -49,17 +49,17 @@ class LowField:
     def __post_init__(self):
         """Refuse what no scanner does."""
         if not self.gamma > 0:
-            raise ValueError(f"gamma: expected a positive power, got {self.gamma}")
+            raise ValueError(f"gamma: expected a positive power, found {self.gamma}")
         if not all(scale >= 1 for scale in _as_tuple(self.scale)):
-            raise ValueError(f"scale: expected 1 or more on every axis, got {self.scale}")
+            raise ValueError(f"scale: expected 1 or more on every axis, found {self.scale}")
         if not all(sigma >= 0 for sigma in _as_tuple(self.sigma)):
-            raise ValueError(f"sigma: expected 0 or more on every axis, got {self.sigma}")
+            raise ValueError(f"sigma: expected 0 or more on every axis, found {self.sigma}")
         if self.radius < 1:
-            raise ValueError(f"radius: expected 1 or more, got {self.radius}")
+            raise ValueError(f"radius: expected 1 or more, found {self.radius}")
         if not self.noise >= 0:
-            raise ValueError(f"noise: expected 0 or more, got {self.noise}")
+            raise ValueError(f"noise: expected 0 or more, found {self.noise}")
         if not 0 < self.floor < 1:
-            raise ValueError(f"floor: expected a number in (0, 1), got {self.floor}")
+            raise ValueError(f"floor: expected a number in (0, 1), found {self.floor}")
 
 
 def make_operator(shape: tuple[int, ...], config: LowField) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
@@ -86,7 +86,9 @@ def linear_part(shape: tuple[int, ...], config: LowField, relative_cutoff: float
         relative_cutoff: Of the pseudo-inverse, see `operators.separable`.
     """
     sigmas = _per_axis(config.sigma, len(shape), "sigma")
-    return separable(_matrices(shape, sigmas, config), relative_cutoff)
+    # Nothing of it depends on data: inside a traced function too it is computed at once, for the pseudo-inverse.
+    with jax.ensure_compile_time_eval():
+        return separable(_matrices(shape, sigmas, config), relative_cutoff)
 
 
 def simulate(
@@ -161,11 +163,11 @@ class FitConfig:
         """Refuse rates that do not learn."""
         for name in ("learning_rate", "max_steps", "patience"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a positive number, found {getattr(self, name)}")
         for name in ("gamma_range", "sigma_range"):
             low, high = getattr(self, name)
             if not 0 < low < high:
-                raise ValueError(f"{name}: expected 0 < low < high, got {low}, {high}")
+                raise ValueError(f"{name}: expected 0 < low < high, found {low}, {high}")
 
 
 class _FitState(NamedTuple):
@@ -255,11 +257,11 @@ class StochasticLowField:
     def __post_init__(self):
         """Refuse distributions that are none."""
         if min(self.snr_mean) <= 0 or min(self.snr_std) < 0:
-            raise ValueError(f"snr_mean, snr_std: expected positive, got {self.snr_mean}, {self.snr_std}")
+            raise ValueError(f"snr_mean, snr_std: expected positive, found {self.snr_mean}, {self.snr_std}")
         if not 0 <= self.snr_correlation < 1:
-            raise ValueError(f"snr_correlation: expected a number in [0, 1), got {self.snr_correlation}")
+            raise ValueError(f"snr_correlation: expected a number in [0, 1), found {self.snr_correlation}")
         if self.factor < 1 or not 0 <= self.gap < 1:
-            raise ValueError(f"factor, gap: expected 1 or more, and [0, 1), got {self.factor}, {self.gap}")
+            raise ValueError(f"factor, gap: expected 1 or more, and [0, 1), found {self.factor}, {self.gap}")
 
 
 def draw_lowfield(
@@ -332,7 +334,7 @@ def _as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
 def _per_axis(value: float | tuple[float, ...], num_axes: int, name: str) -> list[float]:
     values = _as_tuple(value) * (1 if isinstance(value, tuple) else num_axes)
     if len(values) != num_axes:
-        raise ValueError(f"{name}: expected one value or {num_axes}, got {len(values)}")
+        raise ValueError(f"{name}: expected one value or {num_axes}, found {len(values)}")
     return [float(v) for v in values]
 
 

@@ -32,7 +32,7 @@ class Ccdf:
     def __post_init__(self):
         """Refuse to start before the end."""
         if self.start < 0:
-            raise ValueError(f"start: expected 0 or more, got {self.start}")
+            raise ValueError(f"start: expected 0 or more, found {self.start}")
 
 
 def ccdf(
@@ -67,7 +67,7 @@ def ccdf(
     measurement_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2**31 - 1)
     chain = make_chain(denoiser.schedule, config.sampler, initial.dtype)
     if config.start >= len(chain.time):
-        raise ValueError(f"start: expected less than the chain's {len(chain.time)} steps, got {config.start}")
+        raise ValueError(f"start: expected less than the chain's {len(chain.time)} steps, found {config.start}")
     # The levels at which steps end: entry n ends where n - 1 begins, and 0 at the image.
     alpha, sigma = jnp.append(1.0, chain.alpha[:-1]), jnp.append(0.0, chain.sigma[:-1])
     start = jnp.full(batch, config.start, jnp.int32)

@@ -35,7 +35,7 @@ class Dps:
     def __post_init__(self):
         """Refuse to climb."""
         if not self.scale >= 0:
-            raise ValueError(f"scale: expected 0 or more, got {self.scale}")
+            raise ValueError(f"scale: expected 0 or more, found {self.scale}")
 
 
 def dps(

@@ -71,15 +71,15 @@ class DynamicDps:
         """Refuse steps that go nowhere."""
         if self.search_every < 1 or self.search_above < 0:
             found = f"{self.search_every}, {self.search_above}"
-            raise ValueError(f"search_every, search_above: expected 1 or more and 0 or more, got {found}")
+            raise ValueError(f"search_every, search_above: expected 1 or more and 0 or more, found {found}")
         if not self.first_step >= 0 or (self.low_step is not None and not self.low_step >= 0):
-            raise ValueError(f"first_step, low_step: expected 0 or more, got {self.first_step}, {self.low_step}")
+            raise ValueError(f"first_step, low_step: expected 0 or more, found {self.first_step}, {self.low_step}")
         if not 0 < self.step_range[0] <= self.step_range[1]:
-            raise ValueError(f"step_range: expected 0 < low <= high, got {self.step_range}")
+            raise ValueError(f"step_range: expected 0 < low <= high, found {self.step_range}")
         if self.noise_std is not None and not self.noise_std >= 0:
-            raise ValueError(f"noise_std: expected 0 or more, got {self.noise_std}")
+            raise ValueError(f"noise_std: expected 0 or more, found {self.noise_std}")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise ValueError(f"clip: expected low < high, got {self.clip}")
+            raise ValueError(f"clip: expected low < high, found {self.clip}")
 
 
 class _Problem(NamedTuple):
@@ -182,7 +182,9 @@ def residuals(
 def _check_start(start: StartTime, num_steps: int) -> None:
     last = start.fixed + 1 if start.rule == "fixed" else len(start.means) * start.steps_per_bin
     if last > num_steps:
-        raise ValueError(f"start: expected at most the {num_steps} steps of the chain, got a rule that reaches {last}")
+        raise ValueError(
+            f"start: expected at most the {num_steps} steps of the chain, found a rule that reaches {last}"
+        )
 
 
 def _begin(problem: _Problem, initial: Float[Array, "batch ..."]) -> _State:

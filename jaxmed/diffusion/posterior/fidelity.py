@@ -53,12 +53,12 @@ class Fidelity:
         """Refuse terms that cannot be computed."""
         for name in ("edge_weight", "similarity_weight"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
         for name in ("factor", "window_sigma"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a positive number, found {getattr(self, name)}")
         if self.window % 2 == 0 or not 1 <= self.window <= self.patch:
-            raise ValueError(f"window: expected an odd number up to the patch of {self.patch}, got {self.window}")
+            raise ValueError(f"window: expected an odd number up to the patch of {self.patch}, found {self.window}")
 
 
 def fidelity(
@@ -110,7 +110,7 @@ def patch_similarity(
     shape = first.shape[:-1]
     edges = tuple(min(size, config.patch) for size in shape)
     if min(edges) < config.window:
-        raise ValueError(f"image for similarity: expected {config.window} voxels or more on every axis, got {shape}")
+        raise ValueError(f"image for similarity: expected {config.window} voxels or more on every axis, found {shape}")
     first, second = _cut(first, edges), _cut(second, edges)
     matrices = [_window_matrix(edge, config) for edge in edges]
 

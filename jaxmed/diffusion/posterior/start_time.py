@@ -51,12 +51,12 @@ class StartTime:
     def __post_init__(self):
         """Refuse a bank that cannot be read."""
         if not self.means or not all(math.isfinite(mean) and mean > 0 for mean in self.means):
-            raise ValueError(f"means: expected one or more positive numbers, got {self.means}")
+            raise ValueError(f"means: expected one or more positive numbers, found {self.means}")
         for name in ("tau", "scale", "steps_per_bin"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a positive number, found {getattr(self, name)}")
         if self.fixed < 0:
-            raise ValueError(f"fixed: expected 0 or more, got {self.fixed}")
+            raise ValueError(f"fixed: expected 0 or more, found {self.fixed}")
 
 
 def choose_start(residual: Float[Array, " batch"], config: StartTime) -> Int[Array, " batch"]:
@@ -89,9 +89,9 @@ def bin_means(bank: Real[np.ndarray, "run step"], num_bins: int = 20) -> Float64
     """
     num_steps = bank.shape[1]
     if num_steps % num_bins:
-        raise ValueError(f"num_bins: expected a divisor of the bank's {num_steps} steps, got {num_bins}")
+        raise ValueError(f"num_bins: expected a divisor of the bank's {num_steps} steps, found {num_bins}")
     if not np.isfinite(bank).all():
-        raise ValueError("bank: expected finite residuals of whole runs, got some that are not")
+        raise ValueError("bank: expected finite residuals of whole runs, found some that are not")
     return bank.astype(np.float64).mean(axis=0).reshape(num_bins, -1).mean(axis=1)
 
 
@@ -125,9 +125,9 @@ def calibrate(
         tau: The power where the scale is chosen.
     """
     if not residuals.size or not np.isfinite(residuals).all() or not (residuals > 0).all():
-        raise ValueError("residuals: expected one or more positive numbers, got others")
+        raise ValueError("residuals: expected one or more positive numbers, found others")
     if not 0 < share <= 1 or not 0 < tau < 1:
-        raise ValueError(f"share, tau: expected numbers in (0, 1] and (0, 1), got {share}, {tau}")
+        raise ValueError(f"share, tau: expected numbers in (0, 1] and (0, 1), found {share}, {tau}")
     # A hair above, so that rounding in single precision leaves the quantile inside.
     residual, first = float(np.quantile(residuals, share, method="higher")) * (1 + 1e-5), float(means[0])
     if residual <= first:

@@ -1,0 +1,123 @@
+"""What a user chooses about a refinement, and what a calibration hands on."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from jaxmed.config import from_record, read_record
+from jaxmed.diffusion.posterior import dynamicdps
+from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
+from jaxmed.diffusion.posterior.fidelity import PLAIN
+from jaxmed.diffusion.posterior.start_time import StartTime
+from jaxmed.diffusion.samplers import Ancestral
+from jaxmed.errors import InputError
+from jaxmed.physics.lowfield import LowField
+from jaxmed.solvers.line_search import Wolfe
+
+CALIBRATION = "calibration.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """What `calibrate` found for one prior and one acquisition.
+
+    Attributes:
+        start: Bank and compression for `start_time.choose_start`.
+        acquisition: From high field to low field, gamma and sigma as fitted where there were pairs.
+        steps: Steps of the chain that the bank was recorded on.
+        prior: Digest of the prior's parameters: a bank is that of one prior.
+    """
+
+    start: StartTime
+    acquisition: LowField
+    steps: int
+    prior: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """How estimates are refined.
+
+    Attributes:
+        preset: strict: bracketing and zoom under the strong Wolfe conditions. repo2026 and repo2025: the authors' code.
+            fixed: one step size for all steps.
+        start: bank: by the residual, from a calibration. fixed: always `fixed_start`.
+        fixed_start: Steps after the first: 49 of 1000 are 5 %.
+        max_trials: Evaluations of one line search, at most.
+        step: Step size before the first search; of preset fixed always.
+        noise: Standard deviation of the measurement's noise, in [0, 2]: a sample stops once it fits as well as that
+            allows. 0 walks to the end.
+        steps: Steps of the whole chain; 0 takes the calibration's, or all.
+        plain: Compare by the residual alone, without edges and structural similarity.
+    """
+
+    preset: Literal["strict", "repo2026", "repo2025", "fixed"] = "strict"
+    start: Literal["bank", "fixed"] = "bank"
+    fixed_start: int = 49
+    max_trials: int = 6
+    step: float = 1.0
+    noise: float = 0.0
+    steps: int = 0
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fixed_start < 0 or self.steps < 0:
+            found = self.fixed_start, self.steps
+            raise ValueError(f"fixed_start, steps: expected 0 or more, found {found}")
+        if self.max_trials < 2:
+            raise ValueError(f"max_trials: expected 2 or more, found {self.max_trials}")
+        if not self.step > 0 or not self.noise >= 0:
+            raise ValueError(f"step, noise: expected above 0, and 0 or more, found {self.step:g}, {self.noise:g}")
+
+    def build(self, calibrated: Calibrated | None) -> DynamicDps:
+        """Return the method's own settings.
+
+        Raises:
+            InputError: A bank is wanted and there is none, or it belongs to another chain.
+        """
+        base = {
+            "strict": dynamicdps.STRICT,
+            "repo2026": dynamicdps.REPO2026,
+            "repo2025": dynamicdps.REPO2025,
+            "fixed": dynamicdps.FIXED,
+        }[self.preset]
+        steps = self.steps or (calibrated.steps if calibrated else 0)
+        if self.start == "fixed":
+            start = StartTime(rule="fixed", fixed=self.fixed_start)
+        elif calibrated is None:
+            advice = "give a run of calibrate, or --method.start fixed"
+            raise InputError("calibration", "the bank that chooses starts", "nothing", advice)
+        else:
+            if calibrated.steps != steps:
+                found = f"one of {calibrated.steps or 'all'}"
+                raise InputError("calibration", f"a bank of {steps} steps", found, "leave --method.steps out")
+            rule = "repo" if self.preset.startswith("repo") else "monotone"
+            start = dataclasses.replace(calibrated.start, rule=rule)
+        if steps and self.start == "fixed" and self.fixed_start >= steps:
+            raise InputError("method.fixed-start", f"less than the {steps} steps of the chain", self.fixed_start)
+        search = base.search
+        if search is not None:
+            search = dataclasses.replace(search, max_evaluations=self.max_trials)
+        if isinstance(search, Wolfe):
+            search = dataclasses.replace(search, max_step=max(search.max_step, self.step))
+        return dataclasses.replace(
+            base,
+            start=start,
+            sampler=Ancestral(num_steps=steps or None),
+            search=search,
+            first_step=self.step,
+            noise_std=self.noise or None,
+            fidelity=PLAIN if self.plain else base.fidelity,
+        )
+
+
+def read_calibration(place: Path) -> Calibrated:
+    """Read what a run of calibrate left.
+
+    Raises:
+        InputError: There is none, or it is damaged.
+    """
+    for path in (place / "outputs" / CALIBRATION, place / CALIBRATION, place):
+        if path.is_file():
+            return from_record(Calibrated, read_record(path), str(path))
+    raise InputError(place, f"a run of calibrate, with outputs/{CALIBRATION}", "none", "check the path")

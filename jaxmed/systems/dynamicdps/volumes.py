@@ -1,0 +1,150 @@
+"""A scan through an enhancement of slices or volumes: cut into tiles of the prior's size, refined, blended back."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from jaxmed.arrays.tiles import TileConfig, blend, cut
+from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.systems.dynamicdps.enhancement import Program, Samples, draw_samples
+from jaxmed.systems.dynamicdps.reading import AXES, FrameConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TilingConfig:
+    """How images larger than the prior's are handled.
+
+    Attributes:
+        overlap: Share of a tile that its neighbour has too.
+        least_head: Tiles with a smaller share of head are left as they are.
+    """
+
+    overlap: float = 0.5
+    least_head: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1 or not 0 <= self.least_head < 1:
+            raise ValueError(f"overlap, least_head: expected [0, 1) both, found {self.overlap:g}, {self.least_head:g}")
+
+
+class Tiles(NamedTuple):
+    """A volume in tiles.
+
+    Attributes:
+        measurement: Of the tiles that hold head, (tile, *size, 1).
+        initial: The same of the estimate.
+        kept: Which of all tiles those are.
+        blend: All tiles to the volume they were cut from.
+        all_initial: Estimate in all tiles.
+    """
+
+    measurement: Float32[np.ndarray, "tile ..."]
+    initial: Float32[np.ndarray, "tile ..."]
+    kept: Bool[np.ndarray, " all"]
+    blend: Callable[[np.ndarray], np.ndarray]
+    all_initial: Float32[np.ndarray, "all ..."]
+
+
+def cut_tiles(
+    measurement: Float32[np.ndarray, "x y z"],
+    initial: Float32[np.ndarray, "x y z"],
+    head: Bool[np.ndarray, "x y z"],
+    frame: FrameConfig,
+    config: TilingConfig,
+) -> Tiles:
+    """Cut slices, or the volume, into tiles of the prior's size; what is smaller is extended by zeros.
+
+    Args:
+        measurement: In [0, 2], RAS+.
+        initial: The estimate, on its grid.
+        head: Where there is something to refine.
+        frame: Size and axis of the prior's images.
+        config: Overlap.
+    """
+    axis = AXES[frame.axis] if frame.is_sliced else None
+    tiles = TileConfig(frame.size, config.overlap)
+    first, padding, shape = _to_images(measurement, axis, frame.size)
+    inner = first.shape[1:]
+    cut_all = jax.jit(jax.vmap(lambda image: cut(image[..., None], tiles)))
+
+    def tiled(volume: np.ndarray) -> np.ndarray:
+        images, _, _ = _to_images(volume, axis, frame.size)
+        found = np.asarray(cut_all(images.astype(np.float32)))
+        return found.reshape(-1, *frame.size, 1)
+
+    def untile(values: np.ndarray) -> np.ndarray:
+        grouped = values.reshape(len(first), -1, *frame.size, 1)
+        joined = np.asarray(jax.jit(jax.vmap(partial(blend, shape=inner, config=tiles)))(grouped))[..., 0]
+        images = joined[(slice(None), *(slice(low, low + n) for (low, _), n in zip(padding, shape, strict=True)))]
+        return images[0] if axis is None else np.moveaxis(images, 0, axis)
+
+    share = tiled(head).reshape(-1, int(np.prod(frame.size))).mean(1)
+    kept = share > config.least_head
+    all_initial = tiled(initial)
+    return Tiles(tiled(measurement)[kept], all_initial[kept], kept, untile, all_initial)
+
+
+class Refined(NamedTuple):
+    """A refined volume.
+
+    Attributes:
+        image: Mean of the samples, in [0, 2].
+        uncertainty: Standard deviation of the samples.
+        samples: Record of all tiles; None where no tile held any head.
+    """
+
+    image: Float32[np.ndarray, "x y z"]
+    uncertainty: Float32[np.ndarray, "x y z"]
+    samples: Samples | None
+
+
+def refine(
+    program: Program,
+    params: Params,
+    key: KeyArray,
+    tiles: Tiles,
+    num_samples: int,
+    progress: Callable[[int], None] | None = None,
+) -> Refined:
+    """Refine the tiles of a volume and blend them.
+
+    Tiles over one voxel are samples of their own: blending averages them, and the standard deviations too.
+    """
+    image, std = tiles.all_initial.copy(), np.zeros_like(tiles.all_initial)
+    samples = None
+    if tiles.kept.any():
+        samples = draw_samples(program, params, key, tiles.measurement, tiles.initial, num_samples, progress)
+        image[tiles.kept], std[tiles.kept] = samples.mean, samples.std
+    return Refined(tiles.blend(image), tiles.blend(std), samples)
+
+
+def apply_network(
+    apply: Callable[..., Any], params: Params, tiles: Tiles, batch_size: int
+) -> Float32[np.ndarray, "x y z"]:
+    """Return the estimate of a conditional network, tile by tile; where no tile holds head, the measurement."""
+    program = jax.jit(lambda params, x: jnp.clip(apply(params, x), 0.0, 2.0))
+    images = tiles.all_initial.copy()
+    found = []
+    for first in range(0, len(tiles.measurement), batch_size):
+        places = np.minimum(np.arange(first, first + batch_size), len(tiles.measurement) - 1)
+        batch = np.asarray(program(params, tiles.measurement[places]))
+        found.append(batch[: len(tiles.measurement) - first])
+    if found:
+        images[tiles.kept] = np.concatenate(found)
+    return tiles.blend(images)
+
+
+def _to_images(
+    volume: np.ndarray, axis: int | None, size: tuple[int, ...]
+) -> tuple[np.ndarray, list[tuple[int, int]], tuple[int, ...]]:
+    """Return slices, or the volume, at least as large as a tile; the widths added, and the shape before."""
+    images = volume[None] if axis is None else np.moveaxis(volume, axis, 0)
+    missing = [max(tile - n, 0) for tile, n in zip(size, images.shape[1:], strict=True)]
+    widths = [(lack // 2, lack - lack // 2) for lack in missing]
+    return np.pad(images, [(0, 0), *widths]), widths, images.shape[1:]
