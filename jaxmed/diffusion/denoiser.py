@@ -63,7 +63,7 @@ def precondition(schedule: Schedule, prediction: Prediction, t: Num[Array, "..."
         t: Times.
 
     Source: EDM, arXiv:2206.00364, table 1, whose weights are all 1 on F; progressive distillation, arXiv:2202.00512,
-        appendix D (v); score SDE, arXiv:2011.13456, equation 7 (the score's loss weighted by sigma^2).
+        section 4 (v); score SDE, arXiv:2011.13456, equation 7 (the score's loss weighted by sigma^2).
     """
     alpha, sigma, time = schedule.alpha(t), schedule.sigma(t), schedule.network_time(t)
     zero, one = jnp.zeros_like(sigma), jnp.ones_like(sigma)

@@ -107,7 +107,7 @@ class VpContinuous:
         train_time_min: Least time drawn for training.
         network_steps: M: the network is told (M - 1) t.
 
-    Source: score SDE, arXiv:2011.13456, equation 33; EDM, arXiv:2206.00364, table 1 for M and the least times.
+    Source: score SDE, arXiv:2011.13456, appendix C; EDM, arXiv:2206.00364, table 1 for M and the least times.
     """
 
     beta_min: float = 0.1
@@ -165,7 +165,7 @@ class Ve:
         sigma_min: Least noise, in units of the image.
         sigma_max: Most noise.
 
-    Source: score SDE, arXiv:2011.13456, equation 31; EDM, arXiv:2206.00364, table 1.
+    Source: score SDE, arXiv:2011.13456, appendix C; EDM, arXiv:2206.00364, table 1.
     """
 
     sigma_min: float = 0.02

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.schedule import Schedule
-from jaxmed.synthesis.phantoms.mixture import Mixture, denoise, make_mixture
+from jaxmed.synthesis.phantoms.mixture import Mixture, covariance_matrices, denoise, make_mixture
 
 
 def random_mixture(seed: int, modes: int, dim: int, spread: float = 1.0) -> Mixture:
@@ -34,3 +34,15 @@ def oracle(mixture: Mixture, schedule: Schedule) -> Denoiser:
 def times(schedule: Schedule, count: int) -> jax.Array:
     """Times all over a schedule's range."""
     return jnp.asarray(schedule.times(count))
+
+
+def gaussian_mean(prior: Mixture, x: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
+    """E[x_0 | x_t] of a prior with one mode, rows of x, by solving with its covariance in NumPy."""
+    mean, covariance = np.asarray(prior.means[0]), np.asarray(covariance_matrices(prior)[0])
+    total = alpha**2 * covariance + sigma**2 * np.eye(len(mean))
+    return mean + alpha * (x - alpha * mean) @ np.linalg.solve(total, covariance)
+
+
+MATRIX = np.array([[1.0, 0.5, 0.0], [0.0, 0.3, -0.8]])
+"""A linear measurement of three numbers."""
+MEASUREMENT = np.array([0.8, -0.5])
