@@ -91,6 +91,13 @@ def linear_part(shape: tuple[int, ...], config: LowField, relative_cutoff: float
         return separable(_matrices(shape, sigmas, config), relative_cutoff)
 
 
+def axis_matrices(shape: tuple[int, ...], config: LowField) -> list[Float[np.ndarray, "_ _"] | None]:
+    """Return the matrix of each axis that `linear_part` multiplies by, such as for `posterior.ddrm`; None for none."""
+    with jax.ensure_compile_time_eval():
+        found = _matrices(shape, _per_axis(config.sigma, len(shape), "sigma"), config)
+        return [None if matrix is None else np.asarray(matrix, np.float64) for matrix in found]
+
+
 def simulate(
     key: KeyArray, image: Float[Array, "..."], shape: tuple[int, ...], config: LowField
 ) -> Float[Array, "..."]:

@@ -1,0 +1,190 @@
+"""A task in which a conditional model learns to hallucinate: phantom brains whose lesions follow a bright cue.
+
+Where the conditional model is trained, a lesion lies beside every bright spot in the cortex and nowhere else. In the
+images of the prior, lesions and bright spots come independently of each other. Cases to be tested have the bright spot
+and no lesion: what a model draws there it has not from the measurement. All three are drawn by keys, so that there is
+no end of them.
+
+Source: the specification is ours; the paper's own test images are not public.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.data.records import ArraySource
+from jaxmed.diffusion.denoiser import Denoiser, denoising_loss, make_denoiser
+from jaxmed.diffusion.schedule import VpDiscrete
+from jaxmed.metrics.hallucination import lesion_contrast
+from jaxmed.models.unet_guided import GuidedUnetConfig
+from jaxmed.nn.model import Model
+from jaxmed.physics.lowfield import LowField, make_operator, simulate
+from jaxmed.recipes.denoiser import DenoiserConfig, train_denoiser
+from jaxmed.synthesis.phantoms.brain import BrainConfig, draw_brain, make_brain
+from jaxmed.train.log import Log
+from jaxmed.train.run_folder import RunFolder
+
+RECORDS = 4096
+"""Length of an epoch; images are drawn anew whenever a record comes, so it only paces the loop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortcutConfig:
+    """The task.
+
+    Attributes:
+        size: Voxels along x and y.
+        brain: Anatomy and contrast. Its probability of a lesion is the prior's; of a cue, the prior's too.
+        acquisition: From image to measurement.
+    """
+
+    size: tuple[int, int] = (64, 64)
+    brain: BrainConfig = BrainConfig(
+        intensity=(0.35, 0.9, 1.3, 0.3, 0.8), lesion_probability=0.2, cue_probability=0.3, texture=0.02
+    )
+    acquisition: LowField = LowField(gamma=1.0, scale=2.0, sigma=1.0, noise=0.05)
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 16:
+            raise ValueError(f"size: expected two numbers of 16 or more, found {self.size}")
+
+    @property
+    def operator(self) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
+        """Noise-free measurement of one image, (x, y, channel)."""
+        return make_operator(self.size, self.acquisition)
+
+
+SMALL = ShortcutConfig(
+    size=(32, 32),
+    brain=dataclasses.replace(ShortcutConfig().brain, lesion_radius=(13.0, 18.0), cue_radius=8.0, anatomy_spread=0.05),
+)
+"""Larger lesions in fewer voxels: networks for it train in minutes on a processor."""
+
+
+class Case(NamedTuple):
+    """A test case: cue, no lesion.
+
+    Attributes:
+        image: The truth, (x, y, 1).
+        measurement: On the same grid.
+        labels: Tissues, as in `synthesis.phantoms.brain.LABELS`.
+        brain: Not background.
+        lesion: Where the cue suggests a lesion.
+        around: White matter around that place.
+    """
+
+    image: Float[Array, "*batch x y 1"]
+    measurement: Float[Array, "*batch x y 1"]
+    labels: Int[Array, "*batch x y"]
+    brain: Bool[Array, "*batch x y"]
+    lesion: Bool[Array, "*batch x y"]
+    around: Bool[Array, "*batch x y"]
+
+
+def draw_prior_image(key: KeyArray, config: ShortcutConfig) -> Float[Array, "x y 1"]:
+    """Draw an image of the diverse set: lesions and cues, independent of each other."""
+    return draw_brain(key, config.size, config.brain).image[..., None]
+
+
+def draw_pair(key: KeyArray, config: ShortcutConfig) -> tuple[Float[Array, "x y 1"], Float[Array, "x y 1"]]:
+    """Draw image and measurement of the conditional model's set: half with cue and lesion, half with neither."""
+    image_key, noise_key = jax.random.split(key)
+    linked = dataclasses.replace(config.brain, lesion_probability=0.5, lesion_follows_cue=True)
+    image = draw_brain(image_key, config.size, linked).image[..., None]
+    return image, simulate(noise_key, image, config.size, config.acquisition)
+
+
+def draw_case(key: KeyArray, config: ShortcutConfig) -> Case:
+    """Draw a test case."""
+    image_key, noise_key = jax.random.split(key)
+    brain = make_brain(image_key, False, True, config.size, config.brain)
+    image = brain.image[..., None]
+    white = brain.shares[..., 3] > 0.99
+    around = _grow(brain.lesion, 3) & ~_grow(brain.lesion, 1) & white
+    measurement = simulate(noise_key, image, config.size, config.acquisition)
+    return Case(image, measurement, brain.labels, brain.labels > 0, brain.lesion, around)
+
+
+def lesion_error(case: Case, estimate: Float[Array, "x y 1"]) -> Scalar:
+    """Return how far the contrast at the suggested place is from the truth's; of one case."""
+    found, true = (lesion_contrast(image[..., 0], case.lesion, case.around) for image in (estimate, case.image))
+    return jnp.abs(found - true)
+
+
+def train_prior(config: ShortcutConfig, recipe: DenoiserConfig, folder: RunFolder, log: Log) -> tuple[Denoiser, Params]:
+    """Train the diffusion prior on images drawn as it goes, or continue."""
+    schedule = VpDiscrete()
+
+    def prepare(key: KeyArray, fields: Mapping[str, Array]) -> dict[str, Array]:
+        return {"image": draw_prior_image(key, config)}
+
+    def loss(apply: Any, params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> Any:
+        return denoising_loss(apply, schedule, params, keys, batch)
+
+    model, params = _train(config, recipe, loss, prepare, folder, log)
+    return prior_of(model, params), params
+
+
+def prior_of(model: Model, params: Params) -> Denoiser:
+    """Return the prior of trained parameters, its images held in [0, 2]."""
+    return make_denoiser(partial(model.apply, params), VpDiscrete(), "epsilon", clip=(0.0, 2.0))
+
+
+def train_conditional(
+    config: ShortcutConfig, recipe: DenoiserConfig, folder: RunFolder, log: Log
+) -> tuple[Callable[[Float[Array, "batch x y 1"]], Float[Array, "batch x y 1"]], Params]:
+    """Train the model that learns the shortcut by L1, or continue; it maps a batch of measurements to images."""
+
+    def prepare(key: KeyArray, fields: Mapping[str, Array]) -> dict[str, Array]:
+        image, measurement = draw_pair(key, config)
+        return {"image": image, "measurement": measurement}
+
+    def loss(apply: Any, params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> Any:
+        error = jnp.abs(apply(params, batch["measurement"]) - batch["image"]).mean()
+        return error, {}
+
+    model, params = _train(config, recipe, loss, prepare, folder, log)
+    return partial(model.apply, params), params
+
+
+def small_recipe(steps: int, seed: int = 0, *, with_time: bool = True, batch_size: int = 8) -> DenoiserConfig:
+    """Return a recipe whose networks train on a processor in minutes."""
+    from jaxmed.data.loader import LoaderConfig
+    from jaxmed.train.loop import LoopConfig
+    from jaxmed.train.mesh import MeshConfig
+    from jaxmed.train.optimizer import OptimizerConfig
+
+    return DenoiserConfig(
+        GuidedUnetConfig(
+            width=16, multipliers=(1, 2, 2), blocks=1, attention_factors=(4,), groups=8, with_time=with_time
+        ),
+        OptimizerConfig(peak_lr=1e-3, weight_decay=0.0),
+        LoopConfig(steps=steps, log_every=50, save_every=500),
+        LoaderConfig(batch_size=batch_size),
+        MeshConfig(data=1),
+        ema_decay=0.995,
+        seed=seed,
+    )
+
+
+def _train(
+    config: ShortcutConfig, recipe: DenoiserConfig, loss: Any, prepare: Any, folder: RunFolder, log: Log
+) -> tuple[Model, Params]:
+    source = ArraySource({"number": np.arange(RECORDS, dtype=np.int32)})
+    return train_denoiser(
+        recipe, loss, source, None, lambda fields, _: fields, prepare, size=config.size, folder=folder, log=log
+    )
+
+
+def _grow(mask: Bool[Array, "x y"], steps: int) -> Bool[Array, "x y"]:
+    for _ in range(steps):
+        padded = jnp.pad(mask, 1)
+        mask = padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2] | mask
+    return mask
