@@ -19,6 +19,9 @@ SHIPPED_MEANS = (
     *(6.58, 7.10, 7.70, 8.29, 8.96, 9.64, 10.6, 12.0, 15.5, 49.8),
 )
 
+LEAST_TAU = 0.3
+"""A smaller power takes all residuals for about the same."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StartTime:
@@ -115,8 +118,8 @@ def calibrate(
 ) -> Calibration:
     """Choose the compression for which estimates like these start in the first bin.
 
-    With residuals in units in which the first mean exceeds 1 the power alone can do it, and the scale stays 1: tau is
-    the largest up to 1 that does. Otherwise no power can, and the given tau is taken in the unit that can.
+    Where a power alone can do it without pressing everything together, the scale stays 1 as the authors have it: tau is
+    the largest that does, if it is not below `LEAST_TAU`. Otherwise the given tau is taken in the unit that can.
 
     Args:
         residuals: |y - A(initial)| of estimates of the kind that the bank was made for.
@@ -132,7 +135,7 @@ def calibrate(
     residual, first = float(np.quantile(residuals, share, method="higher")) * (1 + 1e-5), float(means[0])
     if residual <= first:
         return Calibration(1.0, 1.0)
-    if first > 1:
+    if first > 1 and math.log(first) >= LEAST_TAU * math.log(residual):
         return Calibration(math.log(first) / math.log(residual), 1.0)
     # scale^(1 - tau) residual^tau = first.
     return Calibration(tau, (first / residual**tau) ** (1 / (1 - tau)))

@@ -15,7 +15,7 @@ from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.dps import Dps, dps
-from jaxmed.diffusion.posterior.start_time import StartTime, bin_means, calibrate
+from jaxmed.diffusion.posterior.start_time import Calibration, StartTime, bin_means, calibrate
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, make_folder
 from jaxmed.physics.lowfield import Fit, FitConfig, LowField, fit, make_operator, simulate
@@ -70,13 +70,17 @@ def record_bank(
 
 
 def make_start(
-    bank: Float32[np.ndarray, "run step"], residuals: Float32[np.ndarray, " image"], num_bins: int, share: float
+    bank: Float32[np.ndarray, "run step"],
+    residuals: Float32[np.ndarray, " image"] | None,
+    num_bins: int,
+    share: float,
 ) -> StartTime:
     """Turn a bank and the residuals of familiar estimates into a rule.
 
     Args:
         bank: Of `record_bank`.
-        residuals: |y - A(initial)| of estimates of which a share is to start in the first bin.
+        residuals: |y - A(initial)| of estimates of which a share is to start in the first bin. Without any the authors'
+            power is taken in units of the first bin's mean.
         num_bins: Of the bank.
         share: That share.
 
@@ -89,7 +93,7 @@ def make_start(
             "scale", "a step with which DPS stays finite", f"{bad} runs that did not", "give a smaller one"
         )
     means = bin_means(bank, num_bins)
-    found = calibrate(residuals, means, share)
+    found = Calibration(0.4, float(means[0])) if residuals is None else calibrate(residuals, means, share)
     return StartTime(
         means=tuple(float(mean) for mean in means),
         tau=found.tau,

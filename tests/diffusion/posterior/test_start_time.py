@@ -62,16 +62,20 @@ def test_banks_are_averaged_over_runs_and_bins():
         bin_means(np.full((1, 20), np.nan))
 
 
-@pytest.mark.parametrize("unit", [1.0, 0.05, 7.0])
-def test_calibration_puts_familiar_estimates_into_the_first_bin(unit):
-    residuals = np.random.default_rng(0).uniform(2.0, 9.0, 200) * unit
-    means = MEANS * unit
+@pytest.mark.parametrize(
+    "unit, offset, is_power", [(1.0, 4.0, True), (0.05, 4.0, False), (7.0, 0.0, True), (1.0, 0.0, False)]
+)
+def test_calibration_puts_familiar_estimates_into_the_first_bin(unit, offset, is_power):
+    residuals = np.random.default_rng(0).uniform(6.0, 13.0, 200) * unit
+    means = (MEANS + offset) * unit
     found = calibrate(residuals, means, share=0.9)
     config = StartTime(means=tuple(means), tau=found.tau, scale=found.scale)
-    is_first = np.asarray(choose_start(jnp.asarray(residuals, jnp.float32), config)) == 49
-    np.testing.assert_allclose(is_first.mean(), 0.9, atol=0.006)
-    # With means above 1 the authors' form is kept: a power alone.
-    assert (found.scale == 1.0) == (means[0] > 1)
+    starts = np.asarray(choose_start(jnp.asarray(residuals * 1.0, jnp.float32), config))
+    np.testing.assert_allclose((starts == 49).mean(), 0.9, atol=0.006)
+    # A power alone where the means are well above 1; residuals ten times as large still tell themselves apart.
+    assert (found.scale == 1.0) == is_power
+    far = np.asarray(choose_start(jnp.asarray([residuals.max() * 10], jnp.float32), config))
+    assert far[0] >= 149
 
 
 def test_estimates_that_fit_already_are_not_compressed():

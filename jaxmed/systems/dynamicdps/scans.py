@@ -1,0 +1,266 @@
+"""One scan from file to refined file: read, estimate, refine, measure tissue, write maps with their sidecars."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from jaxmed.arrays.grid import reorient, resample_to
+from jaxmed.arrays.types import KeyArray
+from jaxmed.config import to_record
+from jaxmed.errors import InputError
+from jaxmed.files import write_json
+from jaxmed.io import nifti
+from jaxmed.io.images import write_png
+from jaxmed.metrics.tissue import TISSUES, fit_tissue, label_volumes, mixture_volumes
+from jaxmed.physics.lowfield import LowField
+from jaxmed.systems.dynamicdps.enhancement import Method, Program, Samples
+from jaxmed.systems.dynamicdps.networks import Network
+from jaxmed.systems.dynamicdps.reading import FrameConfig, Scan, head_of, read_scan, restore_scan, to_picture
+from jaxmed.systems.dynamicdps.volumes import TilingConfig, apply_network, cut_tiles, refine
+from jaxmed.versions import software_versions
+from jaxmed.volume import Volume, require_same_grid
+
+STATUS = ("converged", "at the largest step", "decrease only", "no decrease", "not downhill", "below precision")
+"""What `solvers.line_search` calls 0 to 5."""
+MAPS = {
+    "enhanced": "image refined by the prior and the measurement: mean of the posterior samples",
+    "uncertainty": "standard deviation of the posterior samples; 0 where there is one",
+    "initial": "estimate that was refined",
+    "difference": "enhanced minus input",
+}
+
+
+class Plan(NamedTuple):
+    """What stays the same from scan to scan.
+
+    Attributes:
+        network: The prior.
+        program: Compiled refinement.
+        initial: Conditional network; None where estimates come from files, or are the measurements.
+        frame: How scans become images.
+        tiling: How images larger than the prior's are cut.
+        method: Settings of the refinement.
+        acquisition: Of the operator.
+        num_samples: Posterior samples per image.
+        wants_tissue: Whether tissue volumes are measured.
+    """
+
+    network: Network
+    program: Program
+    initial: Network | None
+    frame: FrameConfig
+    tiling: TilingConfig
+    method: Method
+    acquisition: LowField
+    num_samples: int
+    wants_tissue: bool
+
+
+class Inputs(NamedTuple):
+    """A scan with what belongs to it.
+
+    Attributes:
+        name: Of its results.
+        path: The scan.
+        initial: Estimate by another tool, or None.
+        mask: Brain mask, or None.
+        labels: Label map of the scan, or None.
+    """
+
+    name: str
+    path: Path
+    initial: Path | None = None
+    mask: Path | None = None
+    labels: Path | None = None
+
+
+class Loaded(NamedTuple):
+    """A scan and what belongs to it, on the prior's grid.
+
+    Attributes:
+        scan: The scan.
+        estimate: By another tool, in [0, 2]; None where a network or the scan itself gives it.
+        head: Where to refine.
+        brain: Where to measure tissue.
+        labels: Label map as stored, or None.
+    """
+
+    scan: Scan
+    estimate: Float32[np.ndarray, "x y z"] | None
+    head: Bool[np.ndarray, "x y z"]
+    brain: Bool[np.ndarray, "x y z"]
+    labels: Volume | None
+
+
+def load(inputs: Inputs, frame: FrameConfig) -> Loaded:
+    """Read and check a scan and what belongs to it.
+
+    Raises:
+        InputError: For whatever a user can have wrong in these files.
+    """
+    scan = read_scan(inputs.path, frame)
+    grid = scan.volume.grid
+    estimate = None
+    if inputs.initial is not None:
+        other = read_scan(inputs.initial, frame)
+        moved = resample_to(other.volume, grid, order=1, fill=np.nan).array
+        inside = float(np.isfinite(moved).mean())
+        if inside < 0.5:
+            found = f"one that covers {inside:.0%} of it"
+            raise InputError(inputs.initial, f"an image of the space of {inputs.path}", found, "register it first")
+        # Beyond its field of view the measurement stands in.
+        estimate = np.where(np.isfinite(moved), moved, scan.volume.array).astype(np.float32)
+    head = head_of(scan.volume.array)
+    brain = head
+    if inputs.mask is not None:
+        mask = nifti.read(inputs.mask, dimensions=(3,))
+        require_same_grid(mask.grid, scan.grid, str(inputs.mask), str(inputs.path))
+        binary = Volume.make((mask.array > 0).astype(np.float32), mask.affine)
+        brain = resample_to(reorient(binary), grid, order=1).array > 0.5
+        if not brain.any():
+            raise InputError(inputs.mask, "a mask with voxels", "none", "check the mask")
+        # A mask says what the brain is; what lies outside is not refined.
+        head = brain
+    labels = None
+    if inputs.labels is not None:
+        labels = nifti.read(inputs.labels, dimensions=(3,), dtype=np.int32, allow_constant=False)
+    return Loaded(scan, estimate, head, brain, labels)
+
+
+def process(
+    plan: Plan, inputs: Inputs, key: KeyArray, folder: Path, progress: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Refine a scan and write its maps; return its row of the summary.
+
+    Raises:
+        InputError: For whatever is wrong with the files, or when the result is not finite.
+    """
+    loaded = load(inputs, plan.frame)
+    y = np.asarray(loaded.scan.volume.array, np.float32)
+    estimate = y if loaded.estimate is None else loaded.estimate
+    tiles = cut_tiles(y, estimate, loaded.head, plan.frame, plan.tiling)
+    if not tiles.kept.any():
+        advice = "check the scan, or lower --tiling.least-head"
+        raise InputError(inputs.path, "a head to refine", "none in any image", advice)
+    if plan.initial is not None and loaded.estimate is None:
+        batch = plan.program.batch_size
+        estimate = apply_network(plan.initial.model.apply, plan.initial.params, tiles, batch)
+        tiles = cut_tiles(y, estimate, loaded.head, plan.frame, plan.tiling)
+    refined = refine(plan.program, plan.network.params, key, tiles, plan.num_samples, progress)
+    if not np.isfinite(refined.image).all():
+        raise InputError(inputs.path, "a finite result", "NaN or Inf", "check the weights and the acquisition")
+    assert refined.samples is not None
+    maps = {
+        "enhanced": refined.image,
+        "uncertainty": refined.uncertainty,
+        "initial": estimate.astype(np.float32),
+        "difference": (refined.image - y).astype(np.float32),
+    }
+    write_maps(folder, inputs, loaded.scan, maps, plan)
+    row = describe(refined.samples, inputs, loaded.scan)
+    if plan.wants_tissue:
+        images = {"input": y, "initial": maps["initial"], "enhanced": refined.image}
+        row["volumes_ml"] = tissue_volumes(images, loaded.brain, loaded.scan.volume.spacing)
+    if loaded.labels is not None:
+        row["labels_ml"] = count_labels(loaded.labels)
+    write_json(folder / f"{inputs.name}.json", row)
+    return row
+
+
+def describe(samples: Samples, inputs: Inputs, scan: Scan) -> dict[str, Any]:
+    """Return what happened to a scan's images, ready for JSON."""
+    reached = np.isfinite(samples.curve)
+    steps = np.flatnonzero(reached)
+    return {
+        "name": inputs.name,
+        "path": str(inputs.path),
+        "initial": None if inputs.initial is None else str(inputs.initial),
+        "images": len(samples.mean),
+        "samples": int(samples.start_time.shape[1]),
+        "spacing_mm": list(scan.volume.spacing),
+        "residual": {"initial": _median(samples.initial_residual), "enhanced": _median(samples.residual)},
+        "improved": float(np.mean(samples.residual < samples.initial_residual)),
+        "start": {"lowest": int(samples.start_time.min()), "median": int(np.median(samples.start_time)),
+                  "highest": int(samples.start_time.max())},
+        "evaluations": float(samples.evaluations.mean()),
+        "steps": [int(step) for step in steps],
+        "curve": [float(value) for value in samples.curve[reached]],
+        "step_sizes": [float(value) for value in samples.step_sizes[reached]],
+        "flags": {name: int(count) for name, count in zip(STATUS, samples.flags, strict=True)},
+    }  # fmt: skip
+
+
+def write_maps(
+    folder: Path, inputs: Inputs, scan: Scan, maps: dict[str, Float32[np.ndarray, "x y z"]], plan: Plan
+) -> None:
+    """Write maps on the grid and in the unit of the scan, each with a sidecar."""
+    is_nifti = inputs.path.name.lower().endswith(nifti.SUFFIXES)
+    constants = {
+        "intensity_of_2": scan.high,
+        "method": to_record(plan.method),
+        "acquisition": to_record(plan.acquisition),
+        "samples": plan.num_samples,
+        "prior": str(plan.network.path),
+        "licence": plan.network.licence,
+    }
+    for name, array in maps.items():
+        volume = restore_scan(array, scan)
+        path = folder / f"{inputs.name}_{name}.nii.gz"
+        nifti.write(path, volume, reference=inputs.path if is_nifti else None)
+        if scan.is_picture and name == "enhanced":
+            picture = np.clip(to_picture(Volume.make(array, scan.volume.affine)) / 2 * 255, 0, 255)
+            write_png(folder / f"{inputs.name}_{name}.png", picture.astype(np.uint8))
+        sidecar = {"definition": MAPS[name], "unit": "that of the input"}
+        software = f"jaxmed {software_versions().get('jaxmed', 'unknown')}"
+        write_json(folder / f"{inputs.name}_{name}.json", sidecar | {"constants": constants, "software": software})
+
+
+def tissue_volumes(
+    images: dict[str, Float32[np.ndarray, "x y z"]],
+    brain: Bool[np.ndarray, "x y z"],
+    spacing: tuple[float, float, float],
+) -> dict[str, dict[str, float]]:
+    """Measure CSF, grey and white matter in ml by the same estimator on every image.
+
+    Args:
+        images: By name, on one grid.
+        brain: The voxels that count; the same for all.
+        spacing: In mm.
+    """
+    found = np.nonzero(brain)
+    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in found)
+    mask = jnp.asarray(brain[box])
+    voxel = float(np.prod(spacing)) / 1000
+
+    @jax.jit
+    def measure(image: Any) -> Any:
+        return mixture_volumes(fit_tissue(image, mask), voxel)
+
+    volumes = {name: np.asarray(measure(jnp.asarray(image[box]))) for name, image in images.items()}
+    return {name: dict(zip(TISSUES, map(float, values), strict=True)) for name, values in volumes.items()}
+
+
+def count_labels(labels: Volume) -> dict[str, float]:
+    """Count every structure of a label map, in ml; 0 is background."""
+    values = [int(value) for value in np.unique(labels.array) if value]
+    table = {str(value): (value,) for value in values}
+    return label_volumes(labels.array, table, float(np.prod(labels.spacing)) / 1000)
+
+
+def make_name(path: Path, root: Path) -> str:
+    """Name the results of a file after its place below the input's folder."""
+    relative = path.relative_to(root) if root.is_dir() else Path(path.name)
+    text = "_".join(relative.parts)
+    for suffix in (*nifti.SUFFIXES[::-1], path.suffix):
+        if suffix and text.lower().endswith(suffix):
+            return text[: -len(suffix)]
+    return text
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.median(values))

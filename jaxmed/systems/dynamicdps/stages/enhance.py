@@ -1,0 +1,302 @@
+"""DynamicDPS enhance: refine scans, slice by slice or in 3D, with uncertainty, residuals and tissue volumes."""
+
+import dataclasses
+import shlex
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxmed.config import read_record
+from jaxmed.errors import InputError
+from jaxmed.files import write_json
+from jaxmed.io import nifti
+from jaxmed.io.tables import write_table
+from jaxmed.metrics.tissue import TISSUES
+from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
+from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
+from jaxmed.systems.dynamicdps.calibration import digest_of
+from jaxmed.systems.dynamicdps.enhance_page import write_page
+from jaxmed.systems.dynamicdps.enhancement import make_program
+from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
+from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_calibration
+from jaxmed.systems.dynamicdps.reading import find_files
+from jaxmed.systems.dynamicdps.scans import Inputs, Plan, load, make_name, process
+from jaxmed.systems.dynamicdps.stages import calibrate
+from jaxmed.systems.dynamicdps.stages.calibrate import pair_files
+from jaxmed.systems.dynamicdps.volumes import TilingConfig
+from jaxmed.train.log import Log
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.volume import Volume
+
+FAILED_COLUMNS = ("path", "id", "reason")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Refine scans.
+
+    Attributes:
+        input: A scan (NIfTI, or a grey picture), or a folder of scans.
+        initial: What is refined: a run of train-initial; or the image of any other tool (such as SynthSR) for the scan;
+            or a folder of such images, by the same file names. Without it, the scan itself.
+        weights: The prior: a run of train-prior, or published weights.
+        calibration: A run of calibrate for this prior: bank and acquisition.
+        acquisition: From high field to low field, where there is no calibration.
+        method: How estimates are refined.
+        samples: Posterior samples per image: with two or more there is a map of uncertainty.
+        axis: Slices of a 2D prior; as trained by default.
+        tiling: How images larger than the prior's are cut.
+        mask: Brain mask, or a folder of masks by the same file names: nothing outside changes, and tissue is measured
+            inside. Without it the head is found.
+        labels: Label map of the scan, or a folder of them: its volumes stand beside the measured ones.
+        tissue: Measure CSF, grey and white matter of input, estimate and result (T1-weighted scans).
+        batch_size: Images at a time.
+        embedded: Refine so many phantom brains instead of reading files.
+        seed: Of the samples.
+    """
+
+    input: Path | None = None
+    initial: Path | None = None
+    weights: Path | None = None
+    calibration: Path | None = None
+    acquisition: LowField = LOWFIELD2026
+    method: MethodConfig = MethodConfig()
+    samples: int = 1
+    axis: Literal["", "axial", "coronal", "sagittal"] = ""
+    tiling: TilingConfig = TilingConfig()
+    mask: Path | None = None
+    labels: Path | None = None
+    tissue: bool = True
+    batch_size: int = 8
+    embedded: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch_size < 1 or self.embedded < 0:
+            found = self.samples, self.batch_size, self.embedded
+            raise ValueError(f"samples, batch_size, embedded: expected 1, 1 and 0 or more, found {found}")
+
+
+def paper() -> Config:
+    """One sample, the authors' data term, searches of at most ten trials."""
+    return Config(method=MethodConfig(max_trials=10), batch_size=4)
+
+
+def laptop() -> Config:
+    """Four samples, searches of at most six trials."""
+    return Config(samples=4)
+
+
+def smoke() -> Config:
+    """Embedded phantom brains, a tiny prior and its calibration made on the spot, in seconds."""
+    return Config(samples=2, embedded=2)
+
+
+def run(config: Config, folder: RunFolder) -> int:
+    """Read and check, refine every scan, write maps, tables and the report. Returns 1 when scans failed."""
+    began = time.monotonic()
+    is_embedded = config.embedded > 0
+    if is_embedded:
+        config = make_embedded(config, folder)
+    if config.input is None or config.weights is None:
+        missing = "input" if config.input is None else "weights"
+        raise InputError(missing, "scans and a prior", "nothing", f"give --{missing}, or try --preset smoke")
+    network = load_prior(config.weights)
+    calibrated = None if config.calibration is None else read_calibration(config.calibration)
+    plan = make_plan(config, network, calibrated)
+    inputs = list_inputs(config)
+    if len(inputs) == 1:
+        load(inputs[0], plan.frame)  # a single broken file is a mistake, not a failure among many
+    if not is_embedded:
+        start(folder)
+    log = Log(folder.path, folder.options.quiet)
+    for note in (notes := make_notes(config, plan, calibrated)):
+        log.say(f"Note: {note}")
+    ready = time.monotonic()
+    rows, failed = refine_all(plan, inputs, config.seed, folder, log)
+    computed = time.monotonic()
+    write_tables(folder.outputs, rows, failed)
+    summary: dict[str, Any] = {
+        "scans": rows,
+        "failed": len(failed),
+        "chain": plan_steps(config, calibrated),
+        "prior": str(config.weights),
+        "notes": notes,
+        "device": jax.devices()[0].device_kind,
+        "command": f"jaxmed dynamicdps enhance --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
+        "seconds": {"read and check": ready - began, "refine, compilation included": computed - ready},
+    }
+    write_json(folder.outputs / "summary.json", summary)
+    write_page(folder.path)
+    return 1 if failed else 0
+
+
+report = write_page
+
+
+def make_embedded(config: Config, folder: RunFolder) -> Config:
+    """Write phantom brains as low-field scans, and make a tiny prior and its calibration where none is given."""
+    if config.input is not None:
+        raise InputError("embedded", "no files beside embedded data", config.input, "drop --preset, or --input")
+    start(folder)
+    place = folder.path / "inputs"
+    if config.calibration is None:
+        weights = config.weights or calibrate.train_tiny_prior(folder, config.seed)
+        settings = dataclasses.replace(calibrate.smoke(), weights=weights, seed=config.seed)
+        nested = open_run("dynamicdps", "calibrate", settings, RunOptions(place / "calibration", quiet=True))
+        if nested.status != "complete":
+            Log(folder.path, folder.options.quiet).say("Calibrating it on embedded brains.")
+            calibrate.run(settings, nested)
+        config = dataclasses.replace(config, weights=weights, calibration=nested.path)
+    if config.weights is None or config.calibration is None:
+        raise InputError("weights", "a prior beside the calibration", "nothing", "give both, or neither")
+    acquisition = read_calibration(config.calibration).acquisition
+    size = load_prior(config.weights).frame.size
+    manifest = write_brain_cohort(place / "truth", config.seed + 2, config.embedded, size)
+    make_lowfield(manifest.parent / "scans", place / "scans", acquisition, config.seed, size)
+    return dataclasses.replace(config, input=place / "scans")
+
+
+def make_lowfield(truth: Path, place: Path, acquisition: LowField, seed: int, size: tuple[int, ...]) -> None:
+    """Write the low-field measurement of every phantom, once."""
+    for number, path in enumerate(find_files(truth)):
+        if not (place / path.name).exists():
+            volume = nifti.read(path)
+            image = volume.array.reshape(1, *size, 1)
+            measured = calibrate.measure(jax.random.key(seed + number), image, acquisition)
+            nifti.write(place / path.name, Volume.make(measured.reshape(volume.array.shape), volume.affine))
+
+
+def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -> Plan:
+    """Check the settings against the networks, and prepare the program.
+
+    Raises:
+        InputError: They do not belong together.
+    """
+    frame = network.frame
+    if config.axis:
+        if not frame.is_sliced:
+            raise InputError("axis", "none for a prior in 3D", config.axis, "leave --axis out")
+        frame = dataclasses.replace(frame, axis=config.axis)
+    if calibrated is not None and calibrated.prior != digest_of(network.params):
+        raise InputError("calibration", "one of this prior", "one of another", "calibrate again")
+    acquisition = config.acquisition if calibrated is None else calibrated.acquisition
+    method = config.method.build(calibrated)
+    initial = None
+    if config.initial is not None and is_run(config.initial):
+        initial = load_initial(config.initial)
+        if initial.frame.size != frame.size or initial.frame.spacing != frame.spacing:
+            found = f"{initial.frame.size} at {initial.frame.spacing:g} mm"
+            expected = f"a network of the prior's frame, {frame.size} at {frame.spacing:g} mm"
+            raise InputError(config.initial, expected, found, "train it on the prior's frame")
+    try:
+        operator = make_operator(frame.size, acquisition)
+    except ValueError as error:
+        raise InputError("acquisition", f"one for {len(frame.size)} axes", str(error)) from error
+    program = make_program(partial(make_prior, network), operator, method, config.batch_size)
+    return Plan(network, program, initial, frame, config.tiling, method, acquisition, config.samples, config.tissue)
+
+
+def is_run(place: Path) -> bool:
+    """Tell a run of train-initial from images."""
+    return any((folder / "record.json").exists() for folder in (place, place / "outputs" / "model"))
+
+
+def list_inputs(config: Config) -> list[Inputs]:
+    """Find the scans, and what belongs to each by its name.
+
+    Raises:
+        InputError: There are none, or one has no partner.
+    """
+    assert config.input is not None
+    paths = find_files(config.input)
+
+    def partners(place: Path | None) -> list[Path | None]:
+        if place is None or is_run(place):
+            return [None] * len(paths)
+        if not place.exists():
+            raise InputError(place, "a file or folder", "nothing", "check the path")
+        assert config.input is not None
+        return [*pair_files(paths, config.input, place)]
+
+    places = [partners(place) for place in (config.initial, config.mask, config.labels)]
+    return [Inputs(make_name(path, config.input), path, *others) for path, *others in zip(paths, *places, strict=True)]
+
+
+def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:
+    """Say what a user should know about this run."""
+    notes = [f"Weights: {plan.network.licence}."]
+    if config.initial is None:
+        notes.append("No estimate is given: the scan itself is refined.")
+    if calibrated is None:
+        notes.append("No calibration is given: the acquisition is the one of the settings, not of this scanner.")
+    if config.tissue and config.mask is None:
+        notes.append(
+            "Tissue is measured within the largest bright region; unless skulls are stripped, give a brain mask."
+        )
+    if config.samples == 1:
+        notes.append("One sample: there is no uncertainty to show.")
+    return notes
+
+
+def plan_steps(config: Config, calibrated: Calibrated | None) -> int:
+    """Return the steps of the whole chain, which the start is a part of."""
+    return config.method.steps or (calibrated.steps if calibrated else 0) or 1000
+
+
+def refine_all(
+    plan: Plan, inputs: list[Inputs], seed: int, folder: RunFolder, log: Log
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Refine every scan; one that fails does not stop the others, and one that is done is not done again."""
+    rows, failed = [], []
+    with log.progress("Refining", len(inputs), "scans") as update:
+        for number, one in enumerate(inputs):
+            done = folder.outputs / f"{one.name}.json"
+            try:
+                if done.exists():
+                    rows.append(read_record(done))
+                else:
+                    key = jax.random.fold_in(jax.random.key(seed), number)
+                    rows.append(process(plan, one, key, folder.outputs))
+                residual = rows[-1]["residual"]
+                log.metrics(number, {"residual": residual["enhanced"], "initial_residual": residual["initial"]})
+            except InputError as error:
+                if len(inputs) == 1:
+                    raise
+                failed.append({"path": str(one.path), "id": one.name, "reason": str(error)})
+                log.say(f"Failed: {error}")
+            except MemoryError as error:
+                failed.append({"path": str(one.path), "id": one.name, "reason": f"MemoryError: {error}"})
+                log.say(f"Failed: {one.path}: not enough memory")
+            update(number + 1)
+    return rows, failed
+
+
+def write_tables(folder: Path, rows: list[dict[str, Any]], failed: list[dict[str, str]]) -> None:
+    """Write scans.csv, volumes.csv where tissue was measured, and failed.csv where something failed."""
+    columns = ("id", "images", "initial_residual", "residual", "improved", "start", "evaluations")
+    table = [
+        {
+            "id": row["name"],
+            "images": row["images"],
+            "initial_residual": f"{row['residual']['initial']:.6g}",
+            "residual": f"{row['residual']['enhanced']:.6g}",
+            "improved": f"{row['improved']:.6g}",
+            "start": row["start"]["median"],
+            "evaluations": f"{row['evaluations']:.6g}",
+        }
+        for row in rows
+    ]
+    write_table(folder / "scans.csv", columns, table)
+    volumes = [
+        {"id": row["name"], "image": image, **{name: f"{values[name]:.6g}" for name in TISSUES}}
+        for row in rows
+        for image, values in row.get("volumes_ml", {}).items()
+    ]
+    if volumes:
+        write_table(folder / "volumes.csv", ("id", "image", *TISSUES), volumes)
+    if failed:
+        write_table(folder / "failed.csv", FAILED_COLUMNS, failed)
