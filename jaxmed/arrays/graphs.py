@@ -138,6 +138,8 @@ class GraphOperators(NamedTuple):
         senders: One end of every undirected edge, padded with 0.
         receivers: The other end; equal to the sender on padding.
         weights: Of edges, 0 on padding.
+        regional: A map of regions on [0, 1] that may modulate growth, such as amyloid or the expression of a gene;
+            ones where none is given.
     """
 
     adjacency: Float[Array, "*batch node node"]
@@ -146,10 +148,14 @@ class GraphOperators(NamedTuple):
     senders: Int[Array, "*batch edge"]
     receivers: Int[Array, "*batch edge"]
     weights: Float[Array, "*batch edge"]
+    regional: Float[Array, "*batch node"]
 
 
 def graph_operators(
-    adjacency: Float[np.ndarray, "node node"], kind: LaplacianKind = "random_walk", num_edges: int | None = None
+    adjacency: Float[np.ndarray, "node node"],
+    kind: LaplacianKind = "random_walk",
+    num_edges: int | None = None,
+    regional: Float[np.ndarray, " node"] | None = None,
 ) -> GraphOperators:
     """Build the operators of one graph.
 
@@ -157,6 +163,7 @@ def graph_operators(
         adjacency: Symmetric, not negative, zero diagonal.
         kind: See `laplacian`.
         num_edges: Undirected edges to pad to; None for those there are.
+        regional: See `GraphOperators`.
     """
     edges = edges_of(adjacency)
     padding = (num_edges or len(edges.weights)) - len(edges.weights)
@@ -164,8 +171,15 @@ def graph_operators(
         raise ValueError(f"num_edges: expected at least {len(edges.weights)}, got {num_edges}")
     matrix = jnp.asarray(adjacency)
     senders, receivers, weights = (jnp.asarray(np.pad(column, (0, padding))) for column in edges)
+    modulation = jnp.ones(len(matrix), matrix.dtype) if regional is None else jnp.asarray(regional, matrix.dtype)
     return GraphOperators(
-        matrix, laplacian(matrix, kind), symmetric_normalised(matrix), senders, receivers, weights.astype(matrix.dtype)
+        matrix,
+        laplacian(matrix, kind),
+        symmetric_normalised(matrix),
+        senders,
+        receivers,
+        weights.astype(matrix.dtype),
+        modulation,
     )
 
 
@@ -215,7 +229,8 @@ def _power_of_two(count: int) -> int:
 
 def strengths(graph: jraph.GraphsTuple, num_nodes: int) -> Float[Array, " node"]:
     """Sum the weights at each node."""
-    return jax.ops.segment_sum(graph.edges, graph.receivers, num_nodes)
+    assert graph.receivers is not None  # jraph's types allow a graph without edges
+    return jax.ops.segment_sum(jnp.asarray(graph.edges), graph.receivers, num_nodes)
 
 
 def apply_laplacian(
@@ -228,11 +243,12 @@ def apply_laplacian(
         values: One per node, padding included.
         kind: See `laplacian`.
     """
+    assert graph.senders is not None and graph.receivers is not None
     num_nodes = len(values)
     strength = strengths(graph, num_nodes)
     root = 1 / jnp.sqrt(strength + DEGREE_FLOOR)
     given = values * root if kind == "symmetric" else values
-    flow = graph.edges * (given[graph.receivers] - given[graph.senders])
+    flow = jnp.asarray(graph.edges) * (given[graph.receivers] - given[graph.senders])
     total = jax.ops.segment_sum(flow, graph.receivers, num_nodes)
     match kind:
         case "combinatorial":

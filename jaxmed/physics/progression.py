@@ -10,7 +10,6 @@ toolbox (FKPP with a share of diffusion and regional weights). Agents are in `ja
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 

@@ -15,8 +15,9 @@ class OdeConfig:
     """How an equation is solved.
 
     Attributes:
-        solver: "tsit5" is explicit, of order 5; "heun" explicit, of order 2, for cheap fixed steps; "kvaerno5"
-            implicit, of order 5, for stiff equations; in float32 it needs tolerances of 1e-3.
+        solver: "tsit5" is explicit, of order 5; "dopri5" likewise, as other packages have it; "heun" explicit, of
+            order 2, for cheap fixed steps; "kvaerno5" implicit, of order 5, for stiff equations; in float32 it needs
+            tolerances of 1e-3.
         rtol: Relative tolerance of a step.
         atol: Absolute tolerance, in units of the state.
         step: Length of fixed steps in place of steps by tolerance, in units of time; the same work for every member
@@ -27,7 +28,7 @@ class OdeConfig:
             what comes through `args` and is not exact; "forward" is for jvp.
     """
 
-    solver: Literal["tsit5", "heun", "kvaerno5"] = "tsit5"
+    solver: Literal["tsit5", "dopri5", "heun", "kvaerno5"] = "tsit5"
     rtol: float = 1e-5
     atol: float = 1e-5
     step: float | None = None
@@ -66,7 +67,8 @@ def solve(
     """Solve d state / dt = field(t, state, args).
 
     Args:
-        field: The right-hand side, (t, state, args) -> its derivative; for a batch of equations with their own steps, `vmap` the whole solve.
+        field: The right-hand side, (t, state, args) -> its derivative; for a batch of equations with their own steps,
+            `vmap` the whole solve.
         initial: State at the first time, a pytree of floating arrays.
         times: Where the state is wanted, from the first to the last time; may descend.
         config: Method and tolerances.
@@ -100,11 +102,13 @@ def _solver(config: OdeConfig) -> Any:
     match config.solver:
         case "tsit5":
             return diffrax.Tsit5()
+        case "dopri5":
+            return diffrax.Dopri5()
         case "heun":
             return diffrax.Heun()
         case "kvaerno5":
             return diffrax.Kvaerno5()
-    raise ValueError(f"solver: expected tsit5, heun or kvaerno5, got {config.solver!r}")
+    raise ValueError(f"solver: expected tsit5, dopri5, heun or kvaerno5, got {config.solver!r}")
 
 
 def _adjoint(config: OdeConfig) -> Any:
