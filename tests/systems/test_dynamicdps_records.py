@@ -13,9 +13,9 @@ from jaxmed.systems.dynamicdps.reading import FrameConfig, simplify_labels
 from jaxmed.systems.dynamicdps.records import (
     Cut,
     DataConfig,
+    ImageMaker,
     ImageSource,
     list_files,
-    make_image,
     read_images,
     splits_of,
 )
@@ -125,14 +125,18 @@ def test_broken_files_are_told_at_once(folder):
 
 def test_a_training_image_is_the_scan_or_drawn_from_labels():
     voxels = jnp.asarray(simplify_labels(labelled()[:, :, 5]), jnp.float32)
-    make = jax.jit(lambda key, is_labels, flip: make_image(
-        key, {"voxels": voxels, "is_labels": is_labels}, SyntheticConfig(), 0, flip))  # fmt: skip
     key = jax.random.key(3)
-    np.testing.assert_array_equal(make(key, jnp.bool_(False), 0.0)[..., 0], voxels)
-    np.testing.assert_array_equal(make(key, jnp.bool_(False), 1.0)[..., 0], voxels[::-1])
-    drawn = make(key, jnp.bool_(True), 0.0)
+
+    def make(key, is_labels, flip, synthetic=None):
+        fields = {"voxels": voxels, "is_labels": jnp.bool_(is_labels)}
+        return jax.jit(ImageMaker(synthetic, flip=flip))(key, fields)
+
+    np.testing.assert_array_equal(make(key, False, 0.0)[..., 0], voxels)
+    np.testing.assert_array_equal(make(key, False, 1.0)[..., 0], voxels[::-1])
+    drawn, scan = (make(key, is_labels, 0.0, SyntheticConfig()) for is_labels in (True, False))
+    np.testing.assert_array_equal(scan[..., 0], voxels)
     assert drawn.shape == (20, 18, 1) and 0 <= float(drawn.min()) and float(drawn.max()) <= 2
-    assert float(jnp.abs(drawn - make(jax.random.key(4), jnp.bool_(True), 0.0)).mean()) > 0.02
+    assert float(jnp.abs(drawn[..., 0] - voxels).max()) > 1
 
 
 def test_drawn_images_are_dark_outside_and_of_t1_order_where_asked():
@@ -157,3 +161,17 @@ def test_drawn_images_are_dark_outside_and_of_t1_order_where_asked():
 def test_sources_tell_themselves_apart():
     one, other = (ImageSource([np.zeros((2, 2), np.uint8)] * n, [f"{n}.nii"] * n) for n in (1, 2))
     assert repr(one) != repr(other) and len(other) == 2
+
+
+def test_labels_are_drawn_finer_and_scans_stay_as_they_are(folder):
+    data, frame = DataConfig(labels=folder / "labels", validation=0.0, finer=2), FrameConfig((8, 8), spacing=2.0)
+    source = read_images(list_files(data, folder / "scans", 0), "train", data, frame, 1)
+    cut, make = Cut((8, 8), 2), ImageMaker(None, 2, None)
+    scan, labels = cut(source[3], np.random.default_rng(0)), cut(source[len(source) - 3], np.random.default_rng(0))
+    assert scan["voxels"].shape == labels["voxels"].shape == (16, 16) and labels["is_labels"]
+    np.testing.assert_allclose(make(jax.random.key(0), scan)[..., 0], source[3]["voxels"], rtol=1e-6)
+    # Means of the four labels under each voxel.
+    means = labels["voxels"].reshape(8, 2, 8, 2).mean((1, 3))
+    np.testing.assert_allclose(make(jax.random.key(0), labels)[..., 0], means, rtol=1e-6)
+    with pytest.raises(InputError, match="data.finer: expected 1 where frame.spacing"):
+        read_images(list_files(data, None, 0), "train", data, FrameConfig((8, 8)), 1)

@@ -17,12 +17,31 @@ Stages:
      a diffusion prior of slices, or of patches of volumes; contrasts are drawn from label maps too.
   2. jaxmed dynamicdps train-initial --input SCANS --out runs/initial
      a conditional network, trained on pairs that the low-field simulator makes.
+  3. jaxmed dynamicdps calibrate ...   the bank of residuals, tau, and the scanner's contrast and blur.
+  4. jaxmed dynamicdps enhance ...     refine scans: image, uncertainty, residual curve, tissue volumes.
+  5. jaxmed dynamicdps compare ...     all methods on simulated scans with known truth, with intervals.
 
 Images of the networks lie in [0, 2], background 0. Scans are turned to RAS+ and scaled by a percentile of the head; the
 scale and the grid are kept, and results go back to both. Subjects are split, never slices.
 
 Try it without data:  jaxmed dynamicdps train-prior --preset smoke --out runs/prior
+From Python:          from jaxmed.systems import dynamicdps
+                      image, info = dynamicdps.enhance(key, denoiser, measurement, operator, initial)
 
 What was read where: the body of the paper was not at hand; what is done is that of the authors' public code, and every
 default that it does not tell is marked as a deviation where it stands.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxmed.systems.dynamicdps.enhancement import enhance as enhance
+
+
+def __getattr__(name: str) -> object:
+    """Import a Python call when it is used: `jaxmed dynamicdps` must not wait for jax."""
+    if name == "enhance":
+        from jaxmed.systems.dynamicdps.enhancement import enhance
+
+        return enhance
+    raise AttributeError(name)

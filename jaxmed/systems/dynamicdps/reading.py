@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Shaped
+from scipy import ndimage
 
 from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.grid import reorient, resample, restore
@@ -25,6 +26,7 @@ from jaxmed.volume import Grid, Volume
 SUFFIXES = (*nifti.SUFFIXES, *PICTURE_SUFFIXES, *ARRAY_SUFFIXES)
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 TOP = 2.0
+FLUID, FLUID_DISTANCE = 24, 5.0  # mm
 # Rows of a picture run down and its columns to the right: x and y of a volume of one plane, seen as it is shown.
 PICTURE_AFFINE = np.diag([1.0, -1.0, 1.0, 1.0])
 
@@ -127,13 +129,20 @@ def read_scan(path: Path, frame: FrameConfig) -> Scan:
 
 
 def read_labels(path: Path, frame: FrameConfig) -> Volume:
-    """Read a label map, RAS+, at the frame's voxel size (nearest label), int32.
+    """Read a label map in FreeSurfer's numbering as one brain: RAS+, at the frame's voxel size, int32.
+
+    Both sides have one label (`simplify_labels`), and fluid ends 5 mm outside of the brain: in some maps the label 24
+    fills spaces down to the neck.
 
     Raises:
         InputError: It is no volume of whole numbers, or holds one label only.
     """
     volume = nifti.read(path, dimensions=(3,), dtype=np.int32, allow_constant=False)
-    return _resampled(reorient(volume), frame, order=0)
+    volume = _resampled(reorient(volume), frame, order=0)
+    labels = simplify_labels(volume.array)
+    brain = (labels > 0) & (labels != FLUID)
+    distance = np.asarray(ndimage.distance_transform_edt(~brain, volume.spacing)) if brain.any() else np.inf
+    return Volume.make(np.where(distance <= FLUID_DISTANCE, labels, 0).astype(np.int32), volume.affine)
 
 
 def restore_scan(array: Shaped[np.ndarray, "x y z"], scan: Scan) -> Volume:

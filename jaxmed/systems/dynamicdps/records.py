@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxmed.arrays.filters import downsample
 from jaxmed.arrays.types import KeyArray
 from jaxmed.data.splits import SPLITS, split_subjects
 from jaxmed.data.transforms import random_crop
@@ -24,7 +25,6 @@ from jaxmed.systems.dynamicdps.reading import (
     head_of,
     read_labels,
     read_scan,
-    simplify_labels,
 )
 from jaxmed.systems.dynamicdps.synthetic import SyntheticConfig, draw_image
 
@@ -45,6 +45,8 @@ class DataConfig:
         slices: First and last slice, as shares of the head's extent.
         every: Take every so-manieth slice.
         patches: Patches of a volume in an epoch, for networks in 3D.
+        finer: Label maps are read, and their images drawn, with voxels this many times as small along each axis of an
+            image; means over them make the image, in which structures then mix at their borders as in a scan.
         embedded: Generate this many phantom brains instead of reading files.
     """
 
@@ -54,6 +56,7 @@ class DataConfig:
     slices: tuple[float, float] = (0.05, 0.95)
     every: int = 1
     patches: int = 32
+    finer: int = 1
     embedded: int = 0
 
     def __post_init__(self) -> None:
@@ -61,9 +64,11 @@ class DataConfig:
             raise ValueError(f"validation: expected a share in [0, 1), found {self.validation:g}")
         if not 0 <= self.slices[0] < self.slices[1] <= 1:
             raise ValueError(f"slices: expected two shares in order, found {self.slices}")
-        if min(self.every, self.patches) < 1 or self.embedded < 0:
-            found = self.every, self.patches, self.embedded
-            raise ValueError(f"every, patches, embedded: expected 1, 1 and 0 or more, found {found}")
+        if min(self.every, self.patches, self.finer) < 1:
+            found = self.every, self.patches, self.finer
+            raise ValueError(f"every, patches, finer: expected 1 or more, found {found}")
+        if self.embedded < 0:
+            raise ValueError(f"embedded: expected 0 or more, found {self.embedded}")
 
 
 class Listed(NamedTuple):
@@ -107,8 +112,13 @@ class ImageSource:
         image = self.images[index // self.patches]
         return {"voxels": image, "is_labels": np.bool_(image.dtype == np.uint8)}
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image is to be drawn."""
+        return any(image.dtype == np.uint8 for image in self.images)
+
     def name(self, index: int) -> str:
-        """Return the file, and the slice."""
+        """Return the file."""
         return self.names[index // self.patches]
 
     def __repr__(self) -> str:
@@ -118,15 +128,25 @@ class ImageSource:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A record's fields to one image of the network's size: volumes give a random patch."""
+    """A record's fields to one image of the network's size: volumes give a random patch.
+
+    Attributes:
+        size: Voxels along each axis.
+        finer: Of label maps; scans repeat their voxels, whose mean they are again.
+    """
 
     size: tuple[int, ...]
+    finer: int = 1
 
     def __call__(self, fields: Mapping[str, Any], generator: np.random.Generator) -> dict[str, Any]:
         """Return the voxels as float32."""
         voxels = fields["voxels"]
-        if voxels.shape != self.size:
-            voxels = random_crop({"voxels": voxels}, self.size, generator)["voxels"]
+        size = tuple(length * (self.finer if fields["is_labels"] else 1) for length in self.size)
+        if voxels.shape != size:
+            voxels = random_crop({"voxels": voxels}, size, generator)["voxels"]
+        if self.finer > 1 and not fields["is_labels"]:
+            for axis in range(voxels.ndim):
+                voxels = np.repeat(voxels, self.finer, axis)
         return {"voxels": np.asarray(voxels, np.float32), "is_labels": fields["is_labels"]}
 
 
@@ -234,29 +254,34 @@ def read_images(listed: Listed, split: str, data: DataConfig, frame: FrameConfig
     return ImageSource(images, names, 1 if frame.is_sliced else data.patches)
 
 
-def make_image(
-    key: KeyArray,
-    fields: Mapping[str, Array],
-    config: SyntheticConfig,
-    axis: int | None,
-    flip: float | Float[Array, ""],
-) -> Float[Array, "*space channel"]:
-    """Return one training image in [0, 2], the channel last: the scan, or a contrast drawn from its labels.
+@dataclasses.dataclass(frozen=True)
+class ImageMaker:
+    """A record's voxels to one training image, on the device; called with a key.
 
-    Args:
-        key: Consumed.
-        fields: "voxels" and "is_labels" of one record.
-        config: Of drawn contrasts.
+    Attributes:
+        synthetic: Of contrasts drawn from labels; None where no record holds labels, which spares the drawing.
+        finer: Voxels of a record per voxel of the image, along each axis.
         axis: Axis of the image that runs from left to right; None where none does.
         flip: Probability that left and right are exchanged.
     """
-    draw_key, flip_key = jax.random.split(key)
-    voxels = fields["voxels"]
-    drawn = draw_image(draw_key, voxels.astype(jnp.int32), config)
-    image = jnp.where(fields["is_labels"], drawn, voxels)
-    if axis is not None:
-        image = jnp.where(jax.random.bernoulli(flip_key, flip), jnp.flip(image, axis), image)
-    return image[..., None]
+
+    synthetic: SyntheticConfig | None
+    finer: int = 1
+    axis: int | None = 0
+    flip: float = 0.5
+
+    def __call__(self, key: KeyArray, fields: Mapping[str, Array]) -> Float[Array, "*space channel"]:
+        """Return an image in [0, 2], the channel last: the scan, or a contrast drawn from its labels."""
+        draw_key, flip_key = jax.random.split(key)
+        image = fields["voxels"]
+        if self.synthetic is not None:
+            drawn = draw_image(draw_key, image.astype(jnp.int32), self.synthetic)
+            image = jnp.where(fields["is_labels"], drawn, image)
+        if self.finer > 1:
+            image = downsample(image, self.finer)
+        if self.axis is not None:
+            image = jnp.where(jax.random.bernoulli(flip_key, self.flip), jnp.flip(image, self.axis), image)
+        return image[..., None]
 
 
 def _draw(subjects: list[str], share: float, seed: int) -> list[str]:
@@ -269,7 +294,8 @@ def _cut_file(path: Path, kind: str, data: DataConfig, frame: FrameConfig) -> Sh
     if kind == "labels":
         if not path.name.lower().endswith(nifti.SUFFIXES):
             raise InputError(path, "a label map as NIfTI", f"the suffix '{path.suffix}'")
-        array = simplify_labels(read_labels(path, frame).array).astype(np.uint8)
+        frame = _finer(frame, data.finer)
+        array = read_labels(path, frame).array.astype(np.uint8)
         head = array > 0
     else:
         array = read_scan(path, frame).volume.array.astype(np.float16)
@@ -288,3 +314,13 @@ def _cut_file(path: Path, kind: str, data: DataConfig, frame: FrameConfig) -> Sh
     present = np.flatnonzero(head.any(axis=tuple(axis for axis in range(3) if axis != placement.axis)))
     low, high = (round(present[0] + share * (present[-1] - present[0])) for share in data.slices)
     return images[low : high + 1 : data.every]
+
+
+def _finer(frame: FrameConfig, finer: int) -> FrameConfig:
+    """Return the frame of images that have so many voxels more along each axis."""
+    if finer == 1:
+        return frame
+    if not frame.spacing:
+        raise InputError("data.finer", "1 where frame.spacing is that of the files", finer, "set --frame.spacing")
+    size = tuple(length * finer for length in frame.size)
+    return dataclasses.replace(frame, size=size, spacing=frame.spacing / finer)
