@@ -3,8 +3,9 @@
 Each problem is one search along the negative gradient of the extended Rosenbrock function from a random point, with
 c1 = 1e-4 and c2 = 0.9, in double precision. jaxmed searches all of them in one program with the preset that takes
 SciPy's steps; SciPy's `line_search` takes them one after the other, with its own vectorised function and gradient. Both
-compute value and gradient at the start inside the timed call; jaxmed differentiates along the line only. `same_step` is the share of problems in which
-the steps agree to 1e-8, relative, and `evaluations` their mean number per problem: the work is the same.
+compute value and gradient at the start inside the timed call; jaxmed differentiates along the line only. `same_step` is
+the share of problems in which the steps agree to 1e-8, relative, and `evaluations` their mean number per problem: the
+searches are the same.
 """
 
 import dataclasses
