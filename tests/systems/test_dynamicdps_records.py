@@ -19,7 +19,7 @@ from jaxmed.systems.dynamicdps.records import (
     read_images,
     splits_of,
 )
-from jaxmed.systems.dynamicdps.synthetic import DEEP, FLUID, WHITE, SyntheticConfig, draw_image, draw_t1_means
+from jaxmed.systems.dynamicdps.synthetic import DEEP, FLUID, WHITE, SyntheticConfig, draw_t1_means
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
@@ -123,36 +123,28 @@ def test_broken_files_are_told_at_once(folder):
         read_images(list_files(data, None, 0), "train", data, FRAME, 1)
 
 
-def test_a_training_image_is_the_scan_or_drawn_from_labels():
-    voxels = jnp.asarray(simplify_labels(labelled()[:, :, 5]), jnp.float32)
+def test_left_and_right_are_exchanged_along_x():
+    voxels = jnp.arange(12.0).reshape(4, 3)
+    fields = {"voxels": voxels, "is_labels": jnp.bool_(False)}
     key = jax.random.key(3)
-
-    def make(key, is_labels, flip, synthetic=None):
-        fields = {"voxels": voxels, "is_labels": jnp.bool_(is_labels)}
-        return jax.jit(ImageMaker(synthetic, flip=flip))(key, fields)
-
-    np.testing.assert_array_equal(make(key, False, 0.0)[..., 0], voxels)
-    np.testing.assert_array_equal(make(key, False, 1.0)[..., 0], voxels[::-1])
-    drawn, scan = (make(key, is_labels, 0.0, SyntheticConfig()) for is_labels in (True, False))
-    np.testing.assert_array_equal(scan[..., 0], voxels)
-    assert drawn.shape == (20, 18, 1) and 0 <= float(drawn.min()) and float(drawn.max()) <= 2
-    assert float(jnp.abs(drawn[..., 0] - voxels).max()) > 1
+    np.testing.assert_array_equal(ImageMaker(None, flip=0.0)(key, fields)[..., 0], voxels)
+    np.testing.assert_array_equal(ImageMaker(None, flip=1.0)(key, fields)[..., 0], voxels[::-1])
+    np.testing.assert_array_equal(ImageMaker(None, axis=None, flip=1.0)(key, fields)[..., 0], voxels)
 
 
 def test_drawn_images_are_dark_outside_and_of_t1_order_where_asked():
     labels = jnp.asarray(simplify_labels(labelled()[:, :, 5]))
-    still = SyntheticConfig(
-        1.0,
-        (1.0, 2.0),
-        (0.0, 0.0),
-        0.0,
-        deformation=DeformationConfig(0.0, 0.0, 0.0, amplitude=0.0),
-    )
-    images = jax.jit(jax.vmap(lambda key: draw_image(key, labels, still)))(jax.random.split(jax.random.key(0), 4))
-    for image in images:
+    still = DeformationConfig(0.0, 0.0, 0.0, amplitude=0.0)
+    maker = ImageMaker(SyntheticConfig(1.0, (1.0, 2.0), (0.0, 0.0), 0.0, deformation=still), flip=0.0)
+    keys, kinds = jax.random.split(jax.random.key(0), 4), jnp.array([True, True, True, False])
+    fields = {"voxels": jnp.broadcast_to(labels * 1.0, (4, *labels.shape)), "is_labels": kinds}
+    images = jax.jit(jax.vmap(maker))(keys, fields)[..., 0]
+    for image in images[:3]:
         fluid, grey, white = (float(image[labels == label].mean()) for label in (24, 3, 2))
         assert 0 < fluid < grey < white < 2
         np.testing.assert_array_equal(image[labels == 0], 0)
+    assert float(jnp.abs(images[0] - images[1]).mean()) > 0.02
+    np.testing.assert_array_equal(images[3], labels)  # a scan stays as it is
     means = jax.vmap(draw_t1_means)(jax.random.split(jax.random.key(1), 50))
     fluid, deep, white = (np.asarray(means)[:, list(group)].mean(1) for group in (FLUID, DEEP, WHITE))
     assert (fluid < np.asarray(means)[:, 3]).all() and (deep < white).all() and not np.asarray(means)[:, 0].any()
@@ -167,7 +159,9 @@ def test_labels_are_drawn_finer_and_scans_stay_as_they_are(folder):
     data, frame = DataConfig(labels=folder / "labels", validation=0.0, finer=2), FrameConfig((8, 8), spacing=2.0)
     source = read_images(list_files(data, folder / "scans", 0), "train", data, frame, 1)
     cut, make = Cut((8, 8), 2), ImageMaker(None, 2, None)
-    scan, labels = cut(source[3], np.random.default_rng(0)), cut(source[len(source) - 3], np.random.default_rng(0))
+    scan, labels = (
+        jax.tree.map(jnp.asarray, cut(source[row], np.random.default_rng(0))) for row in (3, len(source) - 3)
+    )
     assert scan["voxels"].shape == labels["voxels"].shape == (16, 16) and labels["is_labels"]
     np.testing.assert_allclose(make(jax.random.key(0), scan)[..., 0], source[3]["voxels"], rtol=1e-6)
     # Means of the four labels under each voxel.
