@@ -155,7 +155,7 @@ def draw_samples(
         infos.append({name: part[..., :count] for name, part in info._asdict().items()})
         if progress is not None:
             progress(first + count)
-    grouped = np.concatenate(images).reshape(len(measurement), num_samples, *measurement.shape[1:])
+    grouped = np.concatenate(images).reshape(len(initial), num_samples, *initial.shape[1:])
     mean = grouped.mean(1, dtype=np.float64).astype(np.float32)
     info = {name: np.concatenate([one[name] for one in infos], axis=-1) for name in infos[0]}
     was_there = np.isfinite(info["residuals"])

@@ -1,0 +1,169 @@
+"""Enhancement of arrays: the Python call, several samples, tiles, and the calibration's parts."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.diffusion.denoiser import Denoiser
+from jaxmed.diffusion.posterior.ccdf import Ccdf
+from jaxmed.diffusion.posterior.dps import Dps
+from jaxmed.diffusion.posterior.dynamicdps import FIXED
+from jaxmed.diffusion.posterior.fidelity import PLAIN
+from jaxmed.diffusion.posterior.start_time import StartTime
+from jaxmed.diffusion.samplers import Ancestral
+from jaxmed.diffusion.schedule import VpDiscrete
+from jaxmed.errors import InputError
+from jaxmed.physics.lowfield import FitConfig, LowField
+from jaxmed.physics.operators import blur
+from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic
+from jaxmed.systems import dynamicdps
+from jaxmed.systems.dynamicdps.calibration import digest_of, fit_acquisition, make_start, measure, record_bank
+from jaxmed.systems.dynamicdps.enhancement import draw_samples, enhance, make_program
+from jaxmed.systems.dynamicdps.reading import FrameConfig
+from jaxmed.systems.dynamicdps.volumes import TilingConfig, apply_network, cut_tiles, refine
+
+pytestmark = pytest.mark.core
+
+SIZE = (8, 8)
+RNG = np.random.default_rng(0)
+CENTRES = jnp.asarray(RNG.uniform(0.5, 1.5, (2, 64)), jnp.float32)
+PARAMS = {"means": CENTRES}
+MIXTURE = make_isotropic(jnp.ones(2), CENTRES, jnp.full(2, 0.1))
+CHAIN = Ancestral(num_steps=20)
+CONFIG = dataclasses.replace(
+    FIXED, start=StartTime(rule="fixed", fixed=4), sampler=CHAIN, fidelity=PLAIN, first_step=0.1
+)
+
+
+def prior(params):
+    """The mixture's denoiser; its means stand for parameters."""
+    schedule = VpDiscrete()
+
+    def apply(x, t):
+        mixture = MIXTURE._replace(means=params["means"])
+        flat = denoise(mixture, x.reshape(len(x), -1), schedule.alpha(t), schedule.sigma(t))
+        return flat.reshape(x.shape)
+
+    return Denoiser(apply, schedule)
+
+
+def measured(image):
+    return jnp.sqrt(jnp.maximum(image, 0.0) + 0.1)[::2]
+
+
+def test_any_differentiable_function_is_an_operator(key):
+    truth = CENTRES[:1].reshape(1, *SIZE, 1)
+    denoiser, y, initial = prior(PARAMS), jax.vmap(measured)(truth), 0.7 * truth + 0.3
+    image, info = dynamicdps.enhance(key, denoiser, y, measured, initial, CONFIG)
+    assert np.linalg.norm(image - truth) < 0.5 * np.linalg.norm(initial - truth)
+    assert info.evaluations[0] == 5
+
+
+def test_the_config_chooses_the_method(key):
+    operator = blur(SIZE, 0.7)
+    x = jnp.asarray(RNG.uniform(0.5, 1.5, (2, *SIZE, 1)), jnp.float32)
+    for config, evaluations in ((CONFIG, 5), (Dps(0.1, CHAIN), 20), (Ccdf(4, CHAIN), 5)):
+        image, info = jax.jit(lambda x, config=config: enhance(key, prior(PARAMS), x, operator, x, config))(x)
+        assert image.shape == x.shape
+        np.testing.assert_array_equal(info.evaluations, evaluations)
+
+
+@pytest.fixture(scope="module")
+def program():
+    return make_program(prior, measured, CONFIG, batch_size=4)
+
+
+def test_samples_do_not_depend_on_the_batches_they_come_in(program, key):
+    initial = RNG.uniform(0.5, 1.5, (3, *SIZE, 1)).astype(np.float32)
+    y = np.asarray(jax.vmap(measured)(initial)) + 0.1
+    seen = []
+    found = draw_samples(program, PARAMS, key, y, initial, num_samples=3, progress=seen.append)
+    assert seen == [4, 8, 9]
+    run = jax.jit(lambda y, x: enhance(key, prior(PARAMS), y, measured, x, CONFIG, jnp.arange(9)))
+    images, info = run(np.repeat(y, 3, 0), np.repeat(initial, 3, 0))
+    grouped = np.asarray(images).reshape(3, 3, *SIZE, 1)
+    np.testing.assert_allclose(found.mean, grouped.mean(1), atol=1e-5)
+    np.testing.assert_allclose(found.std, grouped.std(1), atol=1e-5)
+    assert np.all(found.std.reshape(3, -1).max(1) > 1e-3)
+    np.testing.assert_array_equal(found.evaluations, 5)
+    np.testing.assert_array_equal(np.isfinite(found.curve), np.arange(20) < 5)
+    np.testing.assert_allclose(found.curve[:5], np.asarray(info.residuals)[15:].mean(1)[::-1], rtol=1e-4)
+    assert found.flags[0] == 45 and found.flags.sum() == 45
+    one = draw_samples(program, PARAMS, key, y, initial)
+    np.testing.assert_array_equal(one.std, 0)
+
+
+def test_a_volume_is_refined_slice_by_slice_and_blended(program, key):
+    """20 x 11 slices in tiles of 8 x 8: what no tile with a head covers stays; the rest is the samples' blend."""
+    shape = (20, 5, 11)
+    head = np.zeros(shape, bool)
+    head[4:16, 1:4, 2:9] = True
+    volume = np.where(head, RNG.uniform(0.5, 1.5, shape), 0.0).astype(np.float32)
+    frame = FrameConfig(SIZE, axis="coronal")
+    doubled = make_program(prior, lambda x: 0.5 * x, dataclasses.replace(CONFIG, first_step=0.5), 4)
+    tiles = cut_tiles(volume / 2, volume, head, frame, TilingConfig())
+    assert tiles.measurement.shape[1:] == (*SIZE, 1) and 0 < tiles.kept.sum() < len(tiles.kept)
+    np.testing.assert_allclose(tiles.blend(tiles.all_initial), volume, atol=1e-5)
+    found = refine(doubled, PARAMS, key, tiles, 2)
+    assert found.image.shape == shape
+    for plane in (0, 4):
+        np.testing.assert_allclose(found.image[:, plane], volume[:, plane], atol=1e-5)
+        np.testing.assert_array_equal(found.uncertainty[:, plane], 0)
+    assert found.uncertainty[:, 1:4].max() > 0.01
+    assert np.abs(found.image - volume)[head].mean() > 0.01
+    # A network goes the same way.
+    estimate = apply_network(lambda params, x: x * params["factor"], {"factor": np.float32(2.0)}, tiles, 4)
+    np.testing.assert_allclose(estimate[:, 2][head[:, 2]], np.clip(volume, 0, 2)[:, 2][head[:, 2]], atol=1e-5)
+
+
+def test_small_volumes_are_extended_and_cut_back(key):
+    volume = RNG.uniform(0.5, 1.5, (3, 6, 8)).astype(np.float32)
+    frame = FrameConfig((8, 8, 8))
+    tiles = cut_tiles(volume, volume, np.ones(volume.shape, bool), frame, TilingConfig())
+    assert tiles.measurement.shape == (1, 8, 8, 8, 1)
+    np.testing.assert_allclose(tiles.blend(tiles.all_initial), volume, atol=1e-6)
+
+
+def test_a_bank_continues_after_its_last_batch(tmp_path, key):
+    y = np.asarray(CENTRES)[[0, 1, 0]].reshape(3, *SIZE, 1)
+    run = partial(record_bank, prior, PARAMS, key, y, lambda x: x, Dps(0.05, CHAIN), 2, tmp_path)
+    bank = run()
+    assert bank.shape == (3, 20) and np.isfinite(bank).all()
+    # In pure noise the modes are not told apart yet.
+    assert np.all(bank[:, -1] > bank[:, 0])
+    stored = sorted(tmp_path.iterdir())
+    marked = np.full((2, 20), 7.0, np.float32)
+    np.save(stored[0], marked)
+    stored[1].unlink()
+    again = run()
+    np.testing.assert_array_equal(again[:2], marked)
+    np.testing.assert_allclose(again[2], bank[2], rtol=1e-5)
+
+
+def test_a_rule_follows_from_a_bank():
+    bank = np.tile(np.linspace(2, 40, 20), (2, 1)).astype(np.float32)
+    rule = make_start(bank, np.array([5.0, 6.0], np.float32), 4, 1.0)
+    assert rule.steps_per_bin == 5 and len(rule.means) == 4
+    np.testing.assert_allclose(6.0**rule.tau, rule.means[0], rtol=1e-4)
+    assert make_start(bank, None, 4, 1.0).tau == 0.4
+    with pytest.raises(InputError, match="DPS stays finite"):
+        make_start(bank * np.nan, None, 4, 1.0)
+
+
+def test_measurements_and_their_fit(key):
+    acquisition = LowField(gamma=0.7, scale=2.0, sigma=1.0, radius=3, noise=0.005)
+    images = RNG.uniform(0.2, 1.8, (4, 16, 16, 1)).astype(np.float32)
+    low = measure(key, images, acquisition)
+    start = dataclasses.replace(acquisition, gamma=1.0, sigma=2.0)
+    found = fit_acquisition(images, low, start, FitConfig())
+    np.testing.assert_allclose([found.gamma, found.sigma], [0.7, 1.0], rtol=0.02)
+
+
+def test_a_digest_tells_parameters_apart():
+    params = {"a": {"kernel": np.ones(3, np.float32)}, "b": np.zeros(2, np.float32)}
+    other = {"a": {"kernel": np.ones(3, np.float32)}, "b": np.full(2, 1e-7, np.float32)}
+    assert digest_of(params) == digest_of(dict(reversed(params.items()))) != digest_of(other)
