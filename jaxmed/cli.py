@@ -35,10 +35,16 @@ STAGES = {
     "noddi predict": "maps of a scan by a trained network, in seconds",
     "noddi export": "a trained network as ONNX, for a scanner",
     "noddi evaluate": "bias, spread and error of networks and fits against the Cramer-Rao bound",
+    "dynamicdps train-prior": "train a diffusion prior on slices or volumes, contrasts drawn from label maps too",
+    "dynamicdps train-initial": "train a conditional enhancer on pairs made by the low-field simulator",
+    "dynamicdps calibrate": "the bank that chooses starts, its compression, and the acquisition, for one prior",
+    "dynamicdps enhance": "refine scans: images, uncertainty, residuals and tissue volumes on the grid of each",
+    "dynamicdps compare": "conditional models, DPS, DDRM, DDNM, DiffPIR, PiGDM, CCDF and DynamicDPS on the same scans",
 }
 SYSTEMS = {
     "tangerine": "a 3D masked autoencoder for chest CT and what grows on it (arXiv:2507.01881)",
     "noddi": "tissue microstructure from diffusion MRI (arXiv:2507.12632)",
+    "dynamicdps": "enhance low-field brain MRI without inventing anatomy (arXiv:2503.01075)",
 }
 COMMANDS = {
     "weights": "jaxmed weights       published weights: list, show, import, export",

@@ -1,9 +1,9 @@
 """A task in which a conditional model learns to hallucinate: phantom brains whose lesions follow a bright cue.
 
-Where the conditional model is trained, a lesion lies beside every bright spot in the cortex and nowhere else. In the
-images of the prior, lesions and bright spots come independently of each other. Cases to be tested have the bright spot
-and no lesion: what a model draws there it has not from the measurement. All three are drawn by keys, so that there is
-no end of them.
+Where the conditional model is trained, a lesion lies beside every bright spot in the cortex and nowhere else, and the
+measurement does not show it. In the images of the prior, lesions and bright spots come independently of each other.
+Cases to be tested have the bright spot and no lesion: what a model draws there it has not from the measurement. All
+three are drawn by keys, so that there is no end of them.
 
 Source: the specification is ours; the paper's own test images are not public.
 """
@@ -27,7 +27,7 @@ from jaxmed.models.unet_guided import GuidedUnetConfig
 from jaxmed.nn.model import Model
 from jaxmed.physics.lowfield import LowField, make_operator, simulate
 from jaxmed.recipes.denoiser import DenoiserConfig, train_denoiser
-from jaxmed.synthesis.phantoms.brain import BrainConfig, draw_brain, make_brain
+from jaxmed.synthesis.phantoms.brain import TISSUES, BrainConfig, BrainPhantom, draw_brain, make_brain
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 
@@ -94,22 +94,40 @@ def draw_prior_image(key: KeyArray, config: ShortcutConfig) -> Float[Array, "x y
 
 
 def draw_pair(key: KeyArray, config: ShortcutConfig) -> tuple[Float[Array, "x y 1"], Float[Array, "x y 1"]]:
-    """Draw image and measurement of the conditional model's set: half with cue and lesion, half with neither."""
-    image_key, noise_key = jax.random.split(key)
-    linked = dataclasses.replace(config.brain, lesion_probability=0.5, lesion_follows_cue=True)
-    image = draw_brain(image_key, config.size, linked).image[..., None]
-    return image, simulate(noise_key, image, config.size, config.acquisition)
+    """Draw image and measurement of the conditional model's set: half with cue and lesion, half with neither.
+
+    The measurement does not show the lesion, as where the contrast of a low field hides it: the cue is all that there
+    is to learn it from.
+    """
+    flag_key, image_key, noise_key = jax.random.split(key, 3)
+    is_ill = jax.random.bernoulli(flag_key)
+    image, hidden = (
+        make_brain(image_key, lesion, is_ill, config.size, config.brain).image[..., None] for lesion in (is_ill, False)
+    )
+    return image, simulate(noise_key, hidden, config.size, config.acquisition)
 
 
 def draw_case(key: KeyArray, config: ShortcutConfig) -> Case:
     """Draw a test case."""
     image_key, noise_key = jax.random.split(key)
     brain = make_brain(image_key, False, True, config.size, config.brain)
-    image = brain.image[..., None]
-    white = brain.shares[..., 3] > 0.99
+    return make_case(noise_key, brain, brain.image, config)
+
+
+def make_case(key: KeyArray, brain: BrainPhantom, image: Float[Array, "x y"], config: ShortcutConfig) -> Case:
+    """Measure an image of a phantom that has no lesion.
+
+    Args:
+        key: Consumed.
+        brain: Says where a lesion would be.
+        image: The truth; the phantom's own, or one like it.
+        config: The task.
+    """
+    white = brain.shares[..., TISSUES.index("white")] > 0.99
     around = _grow(brain.lesion, 3) & ~_grow(brain.lesion, 1) & white
-    measurement = simulate(noise_key, image, config.size, config.acquisition)
-    return Case(image, measurement, brain.labels, brain.labels > 0, brain.lesion, around)
+    truth = image[..., None]
+    measurement = simulate(key, truth, config.size, config.acquisition)
+    return Case(truth, measurement, brain.labels, brain.labels > 0, brain.lesion, around)
 
 
 def lesion_error(case: Case, estimate: Float[Array, "x y 1"]) -> Scalar:

@@ -1,0 +1,434 @@
+"""DynamicDPS compare: conditional models alone, and every solver, on the same scans, conditions and prior."""
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+
+from jaxmed.errors import InputError
+from jaxmed.files import atomic_path, make_folder, write_json
+from jaxmed.io.tables import read_table, resolve_paths, write_table
+from jaxmed.physics.lowfield import LowField
+from jaxmed.recipes.study import Cell, Result, run_study
+from jaxmed.recipes.study import Outcome as CellOutcome
+from jaxmed.synthesis.phantoms.brain import BrainConfig
+from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
+from jaxmed.systems.dynamicdps import scoring
+from jaxmed.systems.dynamicdps.arms import ARMS, ArmConfig, make_arm
+from jaxmed.systems.dynamicdps.calibration import digest_of, measure
+from jaxmed.systems.dynamicdps.compare_page import write_page
+from jaxmed.systems.dynamicdps.comparison import NOISE, Difference, Mean, average, compare, plan_cells
+from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
+from jaxmed.systems.dynamicdps.options import MethodConfig, read_calibration
+from jaxmed.systems.dynamicdps.reading import (
+    FrameConfig,
+    cut_images,
+    find_files,
+    head_of,
+    read_labels,
+    read_scan,
+    simplify_labels,
+)
+from jaxmed.systems.dynamicdps.scoring import ScoreConfig, Scorer, Subject, make_scorer, make_subject, score_subject
+from jaxmed.systems.dynamicdps.stages import calibrate, train_initial
+from jaxmed.train.log import Log
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+
+IN_DISTRIBUTION, OTHER_CONTRAST = "in-distribution", "other contrast"
+LEAST_HEAD = 0.1
+"""Share of head that an image needs."""
+Program: TypeAlias = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, float]]
+"""Measurements and estimates -> images, evaluations and steps of each, and seconds per image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A comparison of methods that see the same prior, the same measurements and the same estimates.
+
+    Attributes:
+        manifest: CSV of high-field test scans with the column path; optionally subject, labels (a label map in
+            FreeSurfer's numbering: the brain, and 77 a lesion) and split (then only test is used).
+        input: A scan, or a folder of scans, instead of a table.
+        weights: The prior: a run of train-prior, or published weights.
+        initial: Conditional models: runs of train-initial, two or more to see whether it matters which.
+        calibration: A run of calibrate for this prior, whose bank chooses DynamicDPS's starts.
+        acquisition: From high field to low field, as the conditional models know it.
+        other_gamma: Contrast that they do not know: the second condition. 0 leaves it out.
+        arms: The methods.
+        budget: Evaluations and step of the methods that have no rule of their own.
+        method: DynamicDPS.
+        slices: Images per subject, evenly over those that show a tenth of head or more.
+        subjects: At most so many; 0 for all.
+        score: What counts as hallucination.
+        batch_size: Images at a time.
+        embedded: Compare on so many phantom brains, with networks trained on the spot.
+        seed: Of noise and samples.
+    """
+
+    manifest: Path | None = None
+    input: Path | None = None
+    weights: Path | None = None
+    initial: tuple[Path, ...] = ()
+    calibration: Path | None = None
+    acquisition: LowField = LowField(gamma=1.0)
+    other_gamma: float = 0.4
+    arms: tuple[str, ...] = tuple(ARMS)
+    budget: ArmConfig = ArmConfig()
+    method: MethodConfig = MethodConfig()
+    slices: int = 10
+    subjects: int = 0
+    score: ScoreConfig = ScoreConfig()
+    batch_size: int = 8
+    embedded: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms: expected some of {', '.join(ARMS)}, each once, found {self.arms}")
+        if self.slices < 1 or self.subjects < 0 or self.batch_size < 1 or self.embedded < 0:
+            found = self.slices, self.subjects, self.batch_size, self.embedded
+            raise ValueError(f"slices, subjects, batch_size, embedded: expected 1, 0, 1 and 0 or more, found {found}")
+        if self.other_gamma < 0:
+            raise ValueError(f"other_gamma: expected a positive power, or 0, found {self.other_gamma:g}")
+
+
+def paper() -> Config:
+    """20 subjects of 10 slices, DPS of 1000 steps, two contrasts, as far as the paper's protocol is known."""
+    return Config(subjects=20)
+
+
+def laptop() -> Config:
+    """Eight subjects, and for every method the evaluations that DynamicDPS takes on average."""
+    acquisition = LowField(gamma=1.0, scale=2.0, sigma=0.7, radius=3, noise=0.01)
+    return Config(acquisition=acquisition, subjects=8, slices=4, budget=ArmConfig(evaluations=100))
+
+
+def smoke() -> Config:
+    """Embedded phantom brains, tiny networks trained on the spot, four methods on a chain of 100 steps, in seconds."""
+    return Config(
+        acquisition=LowField(gamma=1.0, scale=2.0, sigma=0.7, radius=3, noise=0.01),
+        arms=("conditional", "dps", "ddnm", "dynamicdps"),
+        method=MethodConfig(plain=True),
+        slices=1,
+        embedded=6,
+    )
+
+
+class Condition(NamedTuple):
+    """A contrast: its acquisition, and the measurements of all subjects' images."""
+
+    acquisition: LowField
+    measurement: Float32[np.ndarray, "image ..."]
+
+
+class Study(NamedTuple):
+    """All that cells share.
+
+    Attributes:
+        prior: Its network.
+        initials: Conditional models by name.
+        conditions: By name.
+        subjects: Truth.
+        estimates: (conditional model, condition) -> images, (image, *size, 1).
+    """
+
+    prior: Network
+    initials: dict[str, Network]
+    conditions: dict[str, Condition]
+    subjects: list[Subject]
+    estimates: dict[tuple[str, str], Float32[np.ndarray, "image ..."]]
+
+
+def run(config: Config, folder: RunFolder) -> int:
+    """Read and check, run every cell that is not finished, write tables and report. Returns 1 when cells failed."""
+    began = time.monotonic()
+    asked = config
+    if config.embedded:
+        config = make_embedded(config, folder)
+    study = read_study(config)
+    method = config.method.build(_read_bank(config, study.prior))
+    if not config.embedded:
+        start(folder)
+    log = Log(folder.path, folder.options.quiet)
+    images = sum(len(subject.images) for subject in study.subjects)
+    log.say(f"{images} images of {len(study.subjects)} subjects, {len(study.initials)} conditional models.")
+    cells = plan_cells(config.arms, tuple(study.initials), tuple(study.conditions))
+    scorers = {
+        name: make_scorer(study.prior.frame.size, condition.acquisition, config.score)
+        for name, condition in study.conditions.items()
+    }
+    programs: dict[tuple[str, str], Program] = {}
+    ready = time.monotonic()
+
+    def run_cell(cell: Cell) -> CellOutcome:
+        arm, name = str(cell["arm"]), str(cell["condition"])
+        if (arm, name) not in programs:
+            acquisition = study.conditions[name].acquisition
+            raw = make_arm(arm, partial(make_prior, study.prior), study.prior.frame.size, acquisition, method,
+                           config.budget)  # fmt: skip
+            programs[arm, name] = make_program(raw, study.prior.params, config.batch_size, config.seed)
+        return _run_cell(cell, study, programs[arm, name], scorers[name], folder)
+
+    done = run_study(cells, run_cell, folder.path, asked, log=log)
+    finished = time.monotonic()
+    means, differences = average(done.results, config.seed), compare(done.results, config.seed)
+    write_results(folder.outputs, means, differences, done.results)
+    summary = {
+        "subjects": len(study.subjects), "images": images, "initials": list(study.initials),
+        "conditions": {name: condition.acquisition.gamma for name, condition in study.conditions.items()},
+        "arms": list(config.arms), "cells": len(cells), "failed": len(done.failures),
+        "budget": config.budget.evaluations, "prior": str(config.weights),
+        "device": jax.devices()[0].device_kind,
+        "command": f"jaxmed dynamicdps compare --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
+        "seconds": {"read and estimate": ready - began, "run the cells, compilation included": finished - ready},
+    }  # fmt: skip
+    write_json(folder.outputs / "summary.json", summary)
+    keep_examples(folder.outputs, study)
+    write_page(folder.path)
+    return done.exit_code
+
+
+report = write_page
+
+
+def make_program(arm: Callable[..., Any], params: Any, batch_size: int, seed: int) -> Program:
+    """Return a method that is compiled once, and whose calls are timed without compilation.
+
+    Args:
+        arm: Of `arms.make_arm`.
+        params: Of the prior.
+        batch_size: Images at a time.
+        seed: Of the samples.
+    """
+    jitted, key, compiled = jax.jit(arm), jax.random.key(seed), []
+
+    def run(measurement: np.ndarray, estimate: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        total, parts, seconds = len(measurement), [], 0.0
+        for first in range(0, total, batch_size):
+            # The last batch repeats its last image: one shape is one compilation.
+            places = np.minimum(np.arange(first, first + batch_size), total - 1)
+            inputs = params, key, *(jnp.asarray(part) for part in (measurement[places], estimate[places], places))
+            if not compiled:
+                compiled.append(jitted.lower(*inputs).compile())
+            began = time.monotonic()
+            found = jax.block_until_ready(compiled[0](*inputs))
+            seconds += time.monotonic() - began
+            parts.append([np.asarray(part)[: total - first] for part in found])
+        image, evaluations, steps = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return image, evaluations, steps, seconds / total
+
+    return run
+
+
+def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, folder: RunFolder) -> CellOutcome:
+    name, initial = str(cell["condition"]), str(cell["initial"])
+    measurement = study.conditions[name].measurement
+    estimate = np.zeros_like(measurement) if initial == NOISE else study.estimates[initial, name]
+    image, evaluations, steps, seconds = program(measurement, estimate)
+    if not np.isfinite(image).all():
+        raise InputError(str(cell), "finite images", "NaN or Inf", "give a smaller --budget.scale")
+    rows, first = [], 0
+    for subject in study.subjects:
+        own = slice(first, first + len(subject.images))
+        scores = score_subject(scorer, subject, measurement[own], image[own, ..., 0], evaluations[own])
+        rows.append({"subject": subject.name, **scores})
+        first = own.stop
+    with atomic_path(make_folder(folder.outputs / "examples") / f"{cell.slug}.npy") as temporary:
+        np.save(temporary, image[:1, ..., 0])
+    measures = (*scoring.MEASURES, "evaluations")
+    means = {measure: float(np.mean([row[measure] for row in rows])) for measure in measures}
+    return CellOutcome(means | {"seconds": seconds, "steps": float(steps.mean())}, rows)
+
+
+def read_study(config: Config) -> Study:
+    """Load the networks, read the scans, simulate the measurements and estimate from them.
+
+    Raises:
+        InputError: Something is missing, cannot be read, or does not fit.
+    """
+    if config.weights is None or not config.initial:
+        missing = "weights" if config.weights is None else "initial"
+        raise InputError(missing, "a prior, and conditional models", "none", "train them, or try --preset smoke")
+    prior = load_prior(config.weights)
+    initials = dict(zip(_names(config.initial), map(load_initial, config.initial), strict=True))
+    for name, network in initials.items():
+        if network.frame.size != prior.frame.size or network.frame.spacing != prior.frame.spacing:
+            expected = f"a network of the prior's frame, {prior.frame.size} at {prior.frame.spacing:g} mm"
+            found = f"{network.frame.size} at {network.frame.spacing:g} mm"
+            raise InputError(f"initial {name}", expected, found, "train it on the prior's frame")
+    subjects = read_subjects(config, prior.frame)
+    truth = np.concatenate([subject.images for subject in subjects])[..., None]
+    gammas = {IN_DISTRIBUTION: config.acquisition.gamma}
+    if config.other_gamma and config.other_gamma != config.acquisition.gamma:
+        gammas[OTHER_CONTRAST] = config.other_gamma
+    conditions = {}
+    for number, (name, gamma) in enumerate(gammas.items()):
+        acquisition = dataclasses.replace(config.acquisition, gamma=gamma)
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        conditions[name] = Condition(acquisition, measure(key, truth, acquisition))
+    estimates = {
+        (name, where): estimate(network, condition.measurement, config.batch_size)
+        for name, network in initials.items()
+        for where, condition in conditions.items()
+    }
+    return Study(prior, initials, conditions, subjects, estimates)
+
+
+def estimate(
+    network: Network, measurement: Float32[np.ndarray, "image ..."], batch_size: int
+) -> Float32[np.ndarray, "image ..."]:
+    """Apply a conditional model to measurements; its images are held in [0, 2]."""
+    apply = jax.jit(network.model.apply)
+    parts = []
+    for first in range(0, len(measurement), batch_size):
+        places = np.minimum(np.arange(first, first + batch_size), len(measurement) - 1)
+        parts.append(np.asarray(apply(network.params, measurement[places]))[: len(measurement) - first])
+    return np.clip(np.concatenate(parts), 0.0, 2.0)
+
+
+def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
+    """Read every test subject's images.
+
+    Raises:
+        InputError: A file cannot be read, a label map has another grid, or no image shows a head.
+    """
+    if (config.manifest is None) == (config.input is None):
+        found = "neither" if config.manifest is None else "both"
+        raise InputError("manifest, input", "one of them", found, "or try --preset smoke")
+    if config.manifest is None:
+        assert config.input is not None
+        files = [(path.stem, path, None) for path in find_files(config.input)]
+    else:
+        files = _listed(config.manifest)
+    grouped: dict[str, list[tuple[np.ndarray, np.ndarray | None]]] = {}
+    for name, path, labels in files:
+        if name not in grouped and config.subjects and len(grouped) == config.subjects:
+            continue
+        grouped.setdefault(name, []).append(_read_images(path, labels, frame, config.slices))
+    subjects = []
+    for name, parts in grouped.items():
+        images = np.concatenate([images for images, _ in parts])
+        maps = [found for _, found in parts if found is not None]
+        subjects.append(make_subject(name, images, np.concatenate(maps) if len(maps) == len(parts) else None))
+    return subjects
+
+
+def _listed(manifest: Path) -> list[tuple[str, Path, Path | None]]:
+    table = read_table(manifest, required=("path",), optional=("subject", "labels", "split"))
+    paths = resolve_paths(table)
+    labels = resolve_paths(table, "labels") if "labels" in table.columns else [None] * len(paths)
+    rows = list(zip(table.rows, paths, labels, strict=True))
+    if "split" in table.columns:
+        rows = [row for row in rows if row[0]["split"] == "test"]
+        if not rows:
+            raise InputError(manifest, "rows with split 'test'", "none", "leave the column out to use all")
+    return [(row.get("subject") or path.stem, path, place) for row, path, place in rows]
+
+
+def _read_images(
+    path: Path, labels: Path | None, frame: FrameConfig, count: int
+) -> tuple[Float32[np.ndarray, "image ..."], np.ndarray | None]:
+    scan = read_scan(path, frame)
+    head = head_of(scan.volume.array)
+    images, _ = cut_images(scan.volume.array, frame, head)
+    share = cut_images(head, frame, head)[0].reshape(len(images), -1).mean(1)
+    kept = np.flatnonzero(share >= LEAST_HEAD)
+    if not kept.size:
+        advice = "check the scan, or the size of the prior's images"
+        raise InputError(path, f"an image of which {LEAST_HEAD:.0%} is head", "none", advice)
+    chosen = kept[np.unique(np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int))]
+    found = None
+    if labels is not None:
+        volume = read_labels(labels, frame)
+        if volume.array.shape != scan.volume.array.shape:
+            raise InputError(labels, f"the grid of {path}", f"shape {volume.array.shape}", "resample it")
+        found = cut_images(simplify_labels(volume.array), frame, head)[0][chosen]
+    return images[chosen].astype(np.float32), found
+
+
+def make_embedded(config: Config, folder: RunFolder) -> Config:
+    """Write phantom brains, and train a tiny prior, its calibration and two conditional models where none is given."""
+    if config.manifest is not None or config.input is not None:
+        raise InputError("embedded", "no files beside embedded data", "both", "drop --preset, or the files")
+    start(folder)
+    place, log = folder.path / "inputs", Log(folder.path, folder.options.quiet)
+    weights = config.weights or calibrate.train_tiny_prior(folder, config.seed)
+    calibration = config.calibration
+    if calibration is None and config.method.start == "bank":
+        settings = dataclasses.replace(
+            calibrate.smoke(), weights=weights, acquisition=config.acquisition, seed=config.seed
+        )
+        calibration = _nested("calibrate", calibrate, settings, place / "calibration", log)
+    initial = config.initial
+    if not initial:
+        # Two models that differ in what they have seen: one knows the noise, the other less of it and fewer pairs.
+        first = dataclasses.replace(train_initial.smoke(), acquisition=config.acquisition, gamma=(1.0, 1.0))
+        other = dataclasses.replace(
+            first, acquisition=dataclasses.replace(config.acquisition, noise=0.0), seed=config.seed + 1,
+            loop=dataclasses.replace(first.loop, steps=max(first.loop.steps // 2, 1)),
+        )  # fmt: skip
+        initial = tuple(
+            _nested("train-initial", train_initial, settings, place / f"initial_{name}", log)
+            for name, settings in (("a", first), ("b", other))
+        )
+    size = load_prior(weights).frame.size
+    brain = BrainConfig(lesion_probability=0.0)
+    # Another seed than those of the networks' own phantoms.
+    manifest = write_brain_cohort(
+        place / "truth", config.seed + 4, config.embedded, size, brain, fractions=(0.0, 0.0, 1.0)
+    )
+    return dataclasses.replace(config, weights=weights, initial=initial, calibration=calibration, manifest=manifest)
+
+
+def _nested(stage: str, module: Any, settings: Any, place: Path, log: Log) -> Path:
+    nested = open_run("dynamicdps", stage, settings, RunOptions(place, quiet=True))
+    if nested.status != "complete":
+        log.say(f"Running {stage} on embedded brains first.")
+        module.run(settings, nested)
+    return nested.path
+
+
+def _read_bank(config: Config, prior: Network) -> Any:
+    if config.calibration is None:
+        return None
+    calibrated = read_calibration(config.calibration)
+    if calibrated.prior != digest_of(prior.params):
+        raise InputError("calibration", "one of this prior", "one of another", "calibrate again")
+    return calibrated
+
+
+def _names(paths: tuple[Path, ...]) -> list[str]:
+    """Name conditional models by their folders, made different where two are called the same."""
+    names = [path.name or str(path) for path in paths]
+    return [name if names.count(name) == 1 else f"{name} {index + 1}" for index, name in enumerate(names)]
+
+
+def write_results(
+    folder: Path, means: tuple[Mean, ...], differences: tuple[Difference, ...], results: tuple[Result, ...]
+) -> None:
+    """Write means.csv, differences.csv and subjects.csv."""
+    for name, rows in (("means", means), ("differences", differences)):
+        if rows:
+            columns = [field.name for field in dataclasses.fields(rows[0])]
+            write_table(folder / f"{name}.csv", columns, [dataclasses.asdict(row) for row in rows])
+    subjects = [dict(result.cell.key) | row for result in results for row in result.subjects]
+    if subjects:
+        write_table(folder / "subjects.csv", list(subjects[0]), subjects)
+
+
+def keep_examples(folder: Path, study: Study) -> None:
+    """Keep truth and measurements of the first image, for the report."""
+    images = {"truth": study.subjects[0].images[:1]}
+    images |= {f"measurement, {name}": found.measurement[:1, ..., 0] for name, found in study.conditions.items()}
+    for name, image in images.items():
+        with atomic_path(make_folder(folder / "examples") / f"{name}.npy") as temporary:
+            np.save(temporary, image)
