@@ -43,7 +43,7 @@ class DataConfig:
         labels: Besides, or instead: a label map, or a folder of them, each a subject of its own.
         validation: Share of subjects held out where there is no column split.
         slices: First and last slice, as shares of the head's extent.
-        every: Take every so-manieth slice.
+        every: Distance of the slices that are taken; 1 takes all.
         patches: Patches of a volume in an epoch, for networks in 3D.
         finer: Label maps are read, and their images drawn, with voxels this many times as small along each axis of an
             image; means over them make the image, in which structures then mix at their borders as in a scan.

@@ -58,16 +58,8 @@ def write_initial_page(folder: Path) -> None:
         _series(lines, shown), xlabel="step", ylabel="mean absolute error", log=True,
         caption="Mean absolute error of the enhanced image, and of the low-field image taken as it is.",
     )  # fmt: skip
-    stacks = {
-        label: nifti.read(folder / "outputs" / f"{name}.nii.gz").array
-        for label, name in (("Truth", "truth"), ("Low field", "measurement"), ("Enhanced", "enhanced"))
-        if (folder / "outputs" / f"{name}.nii.gz").exists()
-    }
-    if not stacks:  # volumes lie in files of their own
-        stacks = {
-            label: nifti.read(folder / "outputs" / f"{name}_0.nii.gz").array
-            for label, name in (("Truth", "truth"), ("Low field", "measurement"), ("Enhanced", "enhanced"))
-        }
+    names = {"Truth": "truth", "Low field": "measurement", "Enhanced": "enhanced"}
+    stacks = {label: _stack(folder, name)[0] for label, name in names.items()}
     picture = slice_maps(
         stacks, ONE_MM, styles=dict.fromkeys(stacks, STYLE),
         caption="Images that were not trained on (where any were held out): truth, simulated low field, and what the "
@@ -147,14 +139,20 @@ def _counts_table(summary: dict[str, Any]) -> Table:
 
 
 def _images(folder: Path, name: str, caption: str) -> Any:
-    stack = folder / "outputs" / f"{name}.nii.gz"
-    if stack.exists():
-        array = nifti.read(stack).array
-        return slice_maps({name.capitalize(): array}, ONE_MM, caption=caption, styles={name.capitalize(): STYLE},
-                          num_slices=array.shape[2])  # fmt: skip
-    files = sorted((folder / "outputs").glob(f"{name}_*.nii.gz"))[:4]
-    maps = {f"{name.capitalize()} {number + 1}": nifti.read(file).array for number, file in enumerate(files)}
-    return slice_maps(maps, ONE_MM, caption=caption, styles=dict.fromkeys(maps, STYLE))
+    stacks = _stack(folder, name)
+    label = name.capitalize()
+    maps = {label: stacks[0]} if len(stacks) == 1 else {f"{label} {i + 1}": array for i, array in enumerate(stacks)}
+    slices = stacks[0].shape[2] if len(stacks) == 1 else 6
+    return slice_maps(maps, ONE_MM, caption=caption, styles=dict.fromkeys(maps, STYLE), num_slices=slices)
+
+
+def _stack(folder: Path, name: str) -> list[np.ndarray]:
+    """Return images that a stage wrote: slices side by side as one array, or the first four volumes."""
+    place = folder / "outputs"
+    if (place / f"{name}.nii.gz").exists():
+        return [nifti.read(place / f"{name}.nii.gz").array]
+    return [nifti.read(place / f"{name}_{number}.nii.gz").array for number in range(4)
+            if (place / f"{name}_{number}.nii.gz").exists()]  # fmt: skip
 
 
 def _reading(text: str) -> Section:

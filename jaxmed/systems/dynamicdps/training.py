@@ -102,13 +102,18 @@ def image_maker(
     return ImageMaker(synthetic if has_labels else None, data.finer, axis, flip)
 
 
-def read_start(path: Path, config: GuidedUnetConfig) -> tuple[Params, str]:
-    """Read parameters to start from, and their licence.
+def read_start(path: Path | None, config: GuidedUnetConfig) -> tuple[Params | None, dict[str, str]]:
+    """Read parameters to start from, and their licence for the record of what is made of them.
+
+    Returns:
+        Parameters and {"licence": ...}; without a path None and nothing.
 
     Raises:
         InputError: They are of another network.
     """
-    published = load_published(path, heads=None)
+    if path is None:
+        return None, {}
+    published = load_published(path)
     found = published.config
     if not isinstance(found, GuidedUnetConfig):
         raise InputError(path, "weights of a U-Net", f"a {published.report.kind}", "leave --weights out")
@@ -116,11 +121,11 @@ def read_start(path: Path, config: GuidedUnetConfig) -> tuple[Params, str]:
     same = dataclasses.replace(
         found, dtype=config.dtype, remat=config.remat, attention=config.attention, dropout=config.dropout
     )
-    if same != config:
-        names = [f.name for f in dataclasses.fields(config) if getattr(same, f.name) != getattr(config, f.name)]
+    names = [f.name for f in dataclasses.fields(config) if getattr(same, f.name) != getattr(config, f.name)]
+    if names:
         expected = f"a network with {names[0]} {getattr(config, names[0])}"
         raise InputError(path, expected, f"{getattr(same, names[0])}", f"set --model.{names[0].replace('_', '-')}")
-    return published.params, published.report.licence
+    return published.params, {"licence": published.report.licence}
 
 
 def write_images(folder: Path, name: str, images: Float32[np.ndarray, "image ..."], definition: str) -> None:

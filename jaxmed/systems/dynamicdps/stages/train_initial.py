@@ -151,7 +151,7 @@ def run(config: Config, folder: RunFolder) -> None:
     began = time.monotonic()
     settings = resolve(config)
     check_fit(settings, make_mesh(settings.mesh), config.frame.size)
-    first, licence = (None, {}) if config.weights is None else _start(config.weights, settings.model)
+    first, licence = read_start(config.weights, settings.model)
     images = read_training_images(
         config.data, config.input, config.frame, folder, config.seed, config.loader.num_threads
     )
@@ -253,8 +253,3 @@ def enhance_examples(
 
 def _mean_psnr(images: Float32[np.ndarray, "image ..."], truth: Float32[np.ndarray, "image ..."]) -> float:
     return float(np.mean([psnr(one, other, TOP) for one, other in zip(images, truth, strict=True)]))
-
-
-def _start(path: Path, model: GuidedUnetConfig) -> tuple[Params, dict[str, str]]:
-    params, licence = read_start(path, model)
-    return params, {"licence": licence}

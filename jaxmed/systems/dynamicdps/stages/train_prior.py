@@ -143,7 +143,7 @@ def run(config: Config, folder: RunFolder) -> None:
     began = time.monotonic()
     settings = resolve(config)
     check_fit(settings, make_mesh(settings.mesh), config.frame.size)
-    first, licence = (None, {}) if config.weights is None else _start(config.weights, settings.model)
+    first, licence = read_start(config.weights, settings.model)
     images = read_training_images(
         config.data, config.input, config.frame, folder, config.seed, config.loader.num_threads
     )
@@ -208,8 +208,3 @@ def example_images(config: Config, images: Images) -> np.ndarray:
         fields = cut(images.training[int(index)], np.random.default_rng(number))
         found.append(np.asarray(make(jax.random.fold_in(jax.random.key(config.seed + 3), number), fields))[..., 0])
     return np.stack(found).astype(np.float32)
-
-
-def _start(path: Path, model: GuidedUnetConfig) -> tuple[Params, dict[str, str]]:
-    params, licence = read_start(path, model)
-    return params, {"licence": licence}
