@@ -29,6 +29,9 @@ Equation = Literal[
     "igndmoe", "ndm", "fkpp", "weighted_fkpp", "grand", "ndcn", "neural_ode_local", "neural_ode_cross_node"
 ]
 EXPERTS = ("mechanistic", "graph diffusion", "local reaction")
+RATE_UNIT = 0.1
+"""Per year: what an output of 1 of a network means. Diseases take decades, and a first step of an optimiser must not
+empty a region."""
 FIRST_DIFFUSIVITY = -6.0
 """Edge diffusivities of the incidence form start at softplus of this, 0.0025 per year: they cannot be zero."""
 
@@ -186,7 +189,8 @@ class ReleasedNormalisation(nn.Module):
 class Mechanism(nn.Module):
     """Diffusion and logistic growth, equation 1; rates are positive through softplus.
 
-    Source: paper; starting values of the release (0.05, 0.05, 1.5). Deviation: the release lets rates be negative.
+    Source: paper; starting values of the release (0.05, 0.05, 1.5). Deviation: the release lets rates be negative; in
+    the mixture negative states do not grow.
     """
 
     config: ProgressionConfig
@@ -214,8 +218,12 @@ class Mechanism(nn.Module):
         if not self._grows():
             return network_diffusion(c, graph.laplacian, diffusion)
         growth, ceiling = nn.softplus(self.growth), self.ceiling()
-        if self.config.equation == "fkpp" or self.config.equation == "igndmoe":
+        if self.config.equation == "fkpp":
             return fkpp(c, graph.laplacian, diffusion, growth, ceiling)
+        if self.config.equation == "igndmoe":
+            # Below 0, where only the other experts can push a region, logistic growth would run to minus infinity in
+            # finite time: there nothing grows.
+            return network_diffusion(c, graph.laplacian, diffusion) + growth * jnp.maximum(c, 0.0) * (ceiling - c)
         # The toolbox's form on c / v: growth and ceiling give its dimensionless equation a unit.
         share, strength = nn.sigmoid(self.share), nn.sigmoid(self.strength)
         rate = weighted_fkpp(c / ceiling, graph.laplacian, share, diffusion, graph.regional, strength)
@@ -280,7 +288,7 @@ class LowRankDiffusion(nn.Module):
         hidden = nn.swish(nn.Dense(self.config.width, name="hidden")(with_time(c, t, self.config.horizon)))
         encode = nn.Dense(size[0] * size[1], name="encode")(hidden).reshape(size)
         decode = nn.Dense(size[0] * size[1], kernel_init=nn.initializers.zeros, name="decode")(hidden).reshape(size)
-        return -decode @ (encode.T @ c)
+        return -RATE_UNIT * decode @ (encode.T @ c)
 
 
 class GraphConvolutions(nn.Module):
@@ -319,7 +327,7 @@ class DenseReaction(nn.Module):
     @nn.compact
     def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
         hidden = nn.swish(nn.Dense(self.config.width, name="hidden")(with_time(c, t, self.config.horizon)))
-        return nn.Dense(len(c), kernel_init=nn.initializers.zeros, name="out")(hidden)
+        return RATE_UNIT * nn.Dense(len(c), kernel_init=nn.initializers.zeros, name="out")(hidden)
 
 
 class PerRegionReaction(nn.Module):
@@ -330,7 +338,7 @@ class PerRegionReaction(nn.Module):
     @nn.compact
     def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
         hidden = nn.swish(nn.Dense(self.config.width, name="hidden")(node_inputs(c, t, self.config.horizon)))
-        return nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
+        return RATE_UNIT * nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
 
 
 class AttentionDiffusion(nn.Module):
@@ -363,7 +371,7 @@ class NeuralDynamics(nn.Module):
     def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
         embedded = nn.tanh(nn.Dense(self.config.latent, name="embed")(node_inputs(c, t, self.config.horizon)))
         hidden = nn.swish(nn.Dense(self.config.latent, name="convolve")(graph.propagation @ embedded))
-        return nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
+        return RATE_UNIT * nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
 
 
 # --- The gate, and what experts share ----------------------------------------------------------
@@ -384,8 +392,8 @@ class StageGate(nn.Module):
     def __call__(self, c: Array, t: Array) -> Array:
         if self.config.gate == "constant":
             return self.param("logits", nn.initializers.zeros, (self.experts,))
-        # Kinks anywhere on the time axis: with biases of 0 every second unit would be dead.
-        first = nn.Dense(4, kernel_init=_uniform(1.0), bias_init=_uniform(1.0), name="time")
+        # Biases above 0: every unit is alive at stage 0. With the usual ones many are dead from there to the horizon.
+        first = nn.Dense(4, kernel_init=_uniform(-1.0, 1.0), bias_init=_uniform(0.0, 1.0), name="time")
         time = nn.relu(first(t[None] / self.config.horizon))
         if self.config.gate == "temporal":
             return nn.Dense(self.experts, kernel_init=nn.initializers.zeros, name="out")(time)
@@ -427,7 +435,7 @@ def inverse_softplus(value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 
 def _decode(x: Array, latent: int) -> Array:
     hidden = nn.swish(nn.Dense(latent, name="decode")(x))
-    return nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
+    return RATE_UNIT * nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
 
 
 def _edge_attention(x: Array, graph: GraphOperators, heads: int, latent: int, start: Callable) -> Array:
@@ -445,8 +453,8 @@ def _positive(value: float) -> Callable[[KeyArray], Array]:
     return lambda key: inverse_softplus(jnp.asarray(value, jnp.float32))
 
 
-def _uniform(limit: float) -> Callable[..., Array]:
+def _uniform(low: float, high: float) -> Callable[..., Array]:
     def draw(key: KeyArray, shape: tuple[int, ...], dtype: type = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
+        return jax.random.uniform(key, shape, dtype, low, high)
 
     return draw

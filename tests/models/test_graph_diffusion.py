@@ -256,8 +256,8 @@ def test_the_same_field_and_weights_give_torchdiffeqs_trajectory(key):
         h = silu(dense(structure["encode_1"], propagation @ x))
         h = torch.tanh(dense(structure["encode_2"], propagation @ h))
         refined = torch.softmax(h @ h.T, dim=-1)
-        f_s = dense(structure["out"], silu(dense(structure["decode"], refined @ h)))[:, 0]
-        f_l = dense(local["out"], silu(dense(local["hidden"], torch.cat([c, t[None] / 30]))))
+        f_s = 0.1 * dense(structure["out"], silu(dense(structure["decode"], refined @ h)))[:, 0]
+        f_l = 0.1 * dense(local["out"], silu(dense(local["hidden"], torch.cat([c, t[None] / 30]))))
         beta = torch.softmax(dense(gate["out"], torch.relu(dense(gate["time"], t[None] / 30))), dim=-1)
         return beta[0] * (-k * matrix @ c + alpha * c * (v - c)) + beta[1] * f_s + beta[2] * f_l
 

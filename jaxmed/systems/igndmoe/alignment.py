@@ -1,0 +1,106 @@
+"""Stage subjects: find where on one trajectory each subject's visits lie, the gaps between them kept.
+
+Squared distances from visits to points of the trajectory need no loop over regions. Every point is a combination z w of
+the states and slopes at two grid points (`solvers.fixed_grid`), so |y - z w|^2 = |y|^2 - 2 w (z y) + w (z z') w, with
+z y of all visits from one matrix product and z z' computed once.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxmed.arrays.visits import Visits
+from jaxmed.solvers.fixed_grid import Trajectory, hermite_weights
+
+GOLDEN = 0.6180339887498949
+
+
+class Alignment(NamedTuple):
+    """Where subjects are.
+
+    Attributes:
+        onsets: Stage at the first visit, in years on the trajectory.
+        errors: Sum of squared errors over a subject's visits and regions.
+        clipped: Whether the best stage lies at an end of the trajectory, so that the true one may be beyond.
+    """
+
+    onsets: Float[Array, " subject"]
+    errors: Float[Array, " subject"]
+    clipped: Bool[Array, " subject"]
+
+
+class Products(NamedTuple):
+    """Inner products that distances are made of.
+
+    Attributes:
+        squares: |y|^2 of every visit.
+        cross: Of visits with states, then slopes, of the grid.
+        gram: Of states and slopes with each other.
+    """
+
+    squares: Float[Array, "subject visit"]
+    cross: Float[Array, "subject visit twice_time"]
+    gram: Float[Array, "twice_time twice_time"]
+
+
+def align(trajectory: Trajectory, visits: Visits, num_stages: int = 512, num_polish: int = 20) -> Alignment:
+    """Give every subject the stage at which the trajectory is nearest to all of its visits.
+
+    Args:
+        trajectory: From stage 0; longer than any subject was followed.
+        visits: Of subjects. One without visits gets stage 0 and no error.
+        num_stages: Of the grid of stages tried.
+        num_polish: Golden-section steps inside the grid's best interval.
+
+    Source: arXiv:2508.07032, the alignment step. Grid, polish and clipping are ours: the paper does not say.
+    """
+    products = _products(trajectory, visits)
+    followed = jnp.max(jnp.where(visits.present, visits.gaps, 0.0), axis=1)
+    last = jnp.maximum(trajectory.times[-1] - followed, 0.0)
+    shares = jnp.linspace(0.0, 1.0, num_stages, dtype=trajectory.times.dtype)
+    # One stage at a time for all subjects: a table of all would not fit a cache.
+    table = jax.lax.map(lambda share: _errors(products, trajectory, visits, share * last), shares)
+    best = jnp.argmin(table, axis=0)
+    step = last / (num_stages - 1)
+    low = jnp.maximum(best - 1, 0) * step
+    high = jnp.minimum(best + 1, num_stages - 1) * step
+
+    def shrink(bracket: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        low, high = bracket
+        first, second = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+        left = _errors(products, trajectory, visits, first) < _errors(products, trajectory, visits, second)
+        return (jnp.where(left, low, first), jnp.where(left, second, high)), None
+
+    (low, high), _ = jax.lax.scan(shrink, (low, high), length=num_polish)
+    onsets = (low + high) / 2
+    # Rounding must not push the last visit off the trajectory.
+    onsets = jnp.clip(onsets, 0.0, last)
+    clipped = (onsets < step / 2) | (onsets > last - step / 2)
+    return Alignment(onsets, _errors(products, trajectory, visits, onsets), clipped)
+
+
+def subject_errors(
+    trajectory: Trajectory, visits: Visits, onsets: Float[Array, " subject"]
+) -> Float[Array, " subject"]:
+    """Sum squared errors over visits and regions at given stages."""
+    return _errors(_products(trajectory, visits), trajectory, visits, onsets)
+
+
+def _products(trajectory: Trajectory, visits: Visits) -> Products:
+    z = jnp.concatenate([trajectory.states, trajectory.slopes])
+    values = jnp.asarray(visits.values)
+    return Products(jnp.sum(values**2, axis=-1), values @ z.T, z @ z.T)
+
+
+def _errors(products: Products, trajectory: Trajectory, visits: Visits, onsets: Array) -> Array:
+    count = len(trajectory.times)
+    weights = hermite_weights(trajectory.times, onsets[:, None] + visits.gaps)
+    pair = weights.left[..., None] + jnp.arange(2)
+    place = jnp.concatenate([pair, pair + count], axis=-1)
+    w = jnp.concatenate([weights.states, weights.slopes], axis=-1)
+    cross = jnp.sum(w * jnp.take_along_axis(products.cross, place, axis=-1), axis=-1)
+    gram = products.gram[place[..., :, None], place[..., None, :]]
+    errors = products.squares - 2 * cross + jnp.einsum("...j,...jk,...k->...", w, gram, w)
+    return jnp.sum(jnp.where(visits.present, jnp.maximum(errors, 0.0), 0.0), axis=1)

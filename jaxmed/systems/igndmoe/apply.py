@@ -1,0 +1,54 @@
+"""What staging and forecasting have in common."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxmed.arrays.graphs import graph_operators
+from jaxmed.errors import InputError
+from jaxmed.models.graph_diffusion import ProgressionConfig
+from jaxmed.systems.igndmoe.fitting import fit
+from jaxmed.systems.igndmoe.job import DataConfig, write_embedded
+from jaxmed.systems.igndmoe.options import FitConfig
+from jaxmed.systems.igndmoe.reading import Cohort, ConnectomeConfig, find_regions, read_cohort, read_connectome
+from jaxmed.systems.igndmoe.results import Course, write_course
+from jaxmed.train.run_folder import RunFolder
+
+
+def check_followed(cohort: Cohort, course: Course, table: Path | None) -> None:
+    """Refuse subjects followed for longer than the course.
+
+    Raises:
+        InputError: One was.
+    """
+    followed, last = np.asarray(cohort.visits.gaps).max(axis=1), float(course.trajectory.times[-1])
+    if followed.max() >= last:
+        name = cohort.subjects[int(followed.argmax())]
+        found = f"subject '{name}' followed for {followed.max():g} years"
+        raise InputError(table or "table", f"subjects followed for less than the course, {last:g} years", found)
+
+
+def embedded_fit(
+    folder: RunFolder, subjects: int, seed: int, given: tuple[Path | None, Path | None]
+) -> tuple[Path, Path]:
+    """Simulate two cohorts of one disease, fit the growth and diffusion of the first; return its run and the second.
+
+    Raises:
+        InputError: Files were given too.
+    """
+    for path in given:
+        if path is not None:
+            raise InputError("data", "no files beside embedded data", path, "drop --preset, or the files")
+    notes: list[str] = []
+    data, _ = write_embedded(DataConfig(embedded=max(subjects, 40)), folder.path / "inputs" / "fitted", seed)
+    connectome = read_connectome(data.connectome, ConnectomeConfig(), notes)
+    cohort = read_cohort(data.table, connectome.regions, "none", notes)
+    config = FitConfig(model=ProgressionConfig(equation="fkpp"), grid_steps=32, stages=64, steps=50, loops=2)
+    fitted = fit(cohort.visits, graph_operators(connectome.adjacency), config, find_regions(data.seeds, connectome))
+    write_course(folder.path / "inputs" / "fitted", fitted, cohort, connectome.regions, config.stages)
+    # The same connectome, so the same disease, with other patients.
+    new, _ = write_embedded(DataConfig(embedded=subjects), folder.path / "inputs" / "new", seed)
+    jax.block_until_ready(fitted.onsets)
+    assert new.table is not None
+    return folder.path / "inputs" / "fitted", new.table

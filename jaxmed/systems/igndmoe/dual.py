@@ -1,0 +1,376 @@
+"""Dual optimisation: fit a trajectory to staged visits, stage the visits on the trajectory, and again.
+
+`init` starts at the mechanistic curve, `step` is one round, both for one run; `jax.vmap` makes them many runs (folds,
+seeds, bootstrap draws), which differ in their keys and in the weights of subjects. Parameters are
+{"field": of the equation, "seed": logit of the seeds' state at stage 0}.
+
+Source: arXiv:2508.07032, section on dual optimisation.
+"""
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.arrays.visits import Visits
+from jaxmed.models.graph_diffusion import ProgressionConfig, Rates, make_progression_model, set_mechanism
+from jaxmed.nn.model import Model
+from jaxmed.physics.progression import fkpp
+from jaxmed.solvers.fixed_grid import Trajectory, solve_fixed
+from jaxmed.systems.igndmoe.alignment import align
+from jaxmed.systems.igndmoe.loss import Terms, data_error, regularisers, summarise_visits
+from jaxmed.systems.igndmoe.options import FitConfig
+
+# The mechanistic start: rates tried, then rounds of steps on log rates with stages updated between them.
+TRIED_DIFFUSION = (0.01, 0.03, 0.1, 0.3, 1.0)
+TRIED_GROWTH = (0.05, 0.1, 0.2, 0.4, 0.8)
+TRIED_SEEDS = (0.1, 0.2, 0.4, 0.6, 0.9)
+START_ROUNDS, START_STEPS, START_RATE = 4, 40, 0.05
+NETWORK, MECHANISM, GATE = "network", "mechanism", "gate"
+
+
+class Problem(NamedTuple):
+    """What is fitted.
+
+    Attributes:
+        visits: Of all subjects.
+        graph: Connectome.
+        seeds: 1 where the disease starts, 0 elsewhere.
+        train: Weight of subjects in the loss.
+        validation: Weight of subjects in early stopping; all 0 for none, then the training error decides.
+    """
+
+    visits: Visits
+    graph: GraphOperators
+    seeds: Float[Array, " region"]
+    train: Float[Array, " subject"]
+    validation: Float[Array, " subject"]
+
+
+class Best(NamedTuple):
+    """The best round so far.
+
+    Attributes:
+        params: Parameters.
+        error: Its validation error, mean square per visit and region.
+    """
+
+    params: Params
+    error: Scalar
+
+
+class DualState(NamedTuple):
+    """What the next round needs.
+
+    Attributes:
+        params: Parameters after the last round.
+        onsets: Stage of every subject, in years.
+        error: Mean squared training error, per visit and region.
+        best: The round that validation prefers.
+        waited: Rounds since then.
+        loop: Rounds done.
+        finished: Whether further rounds change nothing.
+    """
+
+    params: Params
+    onsets: Float[Array, " subject"]
+    error: Scalar
+    best: Best
+    waited: Int[Array, ""]
+    loop: Int[Array, ""]
+    finished: Bool[Array, ""]
+
+
+class Info(NamedTuple):
+    """What a round did.
+
+    Attributes:
+        train: Mean squared training error, per visit and region.
+        validation: The same of validation subjects; of training ones where there are none.
+        norm: Size of neural experts.
+        overlap: How much experts look alike.
+        shift: Mean absolute change of stages, in years.
+        clipped: Subjects at an end of the trajectory.
+        skipped: Gradient steps not taken because a number was not finite.
+    """
+
+    train: Scalar
+    validation: Scalar
+    norm: Scalar
+    overlap: Scalar
+    shift: Scalar
+    clipped: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+def time_grid(config: FitConfig) -> Float[Array, " time"]:
+    """Return the solver's grid from stage 0 to the horizon, in years."""
+    return jnp.linspace(0.0, config.model.horizon, config.grid_steps + 1)
+
+
+def solve_course(
+    model: Model, params: Params, graph: GraphOperators, seeds: Float[Array, " region"], times: Float[Array, " time"]
+) -> Trajectory:
+    """Solve the equation from the seeds."""
+    initial = jax.nn.sigmoid(params["seed"]) * seeds
+
+    def field(t: Array, c: Array, field_params: Params) -> Array:
+        return model.apply(field_params, c, t, graph, initial).total
+
+    return solve_fixed(field, initial, times, params["field"])
+
+
+def rates_along(
+    model: Model, params: Params, graph: GraphOperators, seeds: Float[Array, " region"], course: Trajectory
+) -> Rates:
+    """Return experts and weights at every point of a course."""
+    initial = jax.nn.sigmoid(params["seed"]) * seeds
+    return jax.vmap(lambda c, t: model.apply(params["field"], c, t, graph, initial))(course.states, course.times)
+
+
+def init(key: KeyArray, problem: Problem, config: FitConfig) -> DualState:
+    """Fit the mechanistic expert alone, stage every subject on its curve, and start the equation there.
+
+    Args:
+        key: Of the networks' first weights.
+        problem: Data and graph.
+        config: Recipe.
+    """
+    model, times = make_progression_model(config.model), time_grid(config)
+    rates, onsets = mechanistic_start(problem, config)
+    initial = jax.nn.sigmoid(rates.seed) * problem.seeds
+    field = model.init(key, initial, times[0], problem.graph, initial)
+    params = {"field": _start_field(model, field, rates, problem, initial, config.model), "seed": rates.seed}
+    staged = align(solve_course(model, params, problem.graph, problem.seeds, times), problem.visits, config.stages)
+    # Equations without a mechanistic part start flat, where stages mean nothing: theirs are the mechanistic curve's.
+    is_mechanistic = config.model.equation in ("igndmoe", "ndm", "fkpp", "weighted_fkpp") and not config.model.quirks
+    onsets = staged.onsets if is_mechanistic else onsets
+    train, validation = _mean_errors(problem, staged.errors)
+    return DualState(params, onsets, train, Best(params, validation), jnp.array(0), jnp.array(0), jnp.array(False))
+
+
+def step(state: DualState, problem: Problem, config: FitConfig) -> tuple[DualState, Info]:
+    """Do one round: train at fixed stages, then stage all subjects; a finished run stays as it is."""
+    model, times = make_progression_model(config.model), time_grid(config)
+    params, terms, skipped = _trajectory_step(model, state, problem, times, config)
+    course = solve_course(model, params, problem.graph, problem.seeds, times)
+    staged = align(course, problem.visits, config.stages)
+    train, validation = _mean_errors(problem, staged.errors)
+    # NaN is never better, so a run that breaks ends with its best round.
+    improved = validation < state.best.error
+    waited = jnp.where(improved, 0, state.waited + 1)
+    loop = state.loop + 1
+    settled = jnp.abs(train - state.error) < config.tolerance * state.error
+    finished = settled | (waited >= config.patience) | (loop >= config.loops) | ~jnp.isfinite(train)
+    best = _choose(improved, Best(params, validation), state.best)
+    new = DualState(params, staged.onsets, train, best, waited, loop, finished)
+    info = Info(
+        train,
+        validation,
+        terms.norm,
+        terms.overlap,
+        jnp.mean(jnp.abs(staged.onsets - state.onsets)),
+        jnp.sum(staged.clipped & (problem.train > 0)),
+        skipped,
+    )
+    return _choose(state.finished, state, new), info
+
+
+# --- The mechanistic start --------------------------------------------------------------------
+
+
+class StartRates(NamedTuple):
+    """Rates of the mechanistic curve, per year, and the logit of the seeds' state.
+
+    Attributes:
+        diffusion: k.
+        growth: alpha.
+        ceiling: v.
+        seed: Logit.
+    """
+
+    diffusion: Scalar
+    growth: Scalar
+    ceiling: Scalar
+    seed: Scalar
+
+
+def mechanistic_start(problem: Problem, config: FitConfig) -> tuple[StartRates, Float[Array, " subject"]]:
+    """Fit k, alpha, v and the seeds' state, staging subjects anew between rounds; from the best of a grid of rates."""
+    times, grows = time_grid(config), _grows(config.model)
+
+    def course(logs: Array) -> Trajectory:
+        rates = _from_logs(logs, grows)
+        return solve_fixed(
+            lambda t, c, r: fkpp(c, problem.graph.laplacian, r.diffusion, r.growth, r.ceiling),
+            jax.nn.sigmoid(rates.seed) * problem.seeds,
+            times,
+            rates,
+        )
+
+    def score(logs: Array) -> Array:
+        total = jnp.sum(problem.train * align(course(logs), problem.visits, 64, 0).errors)
+        return jnp.where(jnp.isfinite(total), total, jnp.inf)
+
+    k = jnp.log(jnp.array(TRIED_DIFFUSION))[:, None]
+    if grows:
+        second, seed = jnp.log(jnp.array(TRIED_GROWTH))[None], jnp.full((1, 1), _logit(config.seed_value))
+    else:
+        second, seed = jnp.zeros((1, 1)), jax.vmap(_logit)(jnp.array(TRIED_SEEDS))[None]
+    shape = (len(TRIED_DIFFUSION), max(second.shape[1], seed.shape[1]))
+    tried = jnp.stack([jnp.broadcast_to(part, shape) for part in (k, second, jnp.zeros((1, 1)), seed)], axis=-1)
+    tried = tried.reshape(-1, 4)
+    logs = tried[jnp.argmin(jax.lax.map(score, tried))]
+    onsets = align(course(logs), problem.visits, config.stages).onsets
+    optimizer = optax.adam(START_RATE)
+
+    def one_round(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        logs, onsets = carry
+        quadratic = summarise_visits(times, problem.visits, onsets, problem.train)
+
+        def descend(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], None]:
+            logs, memory = carry
+            gradient = jax.grad(lambda x: data_error(quadratic, course(x)))(logs)
+            updates, memory = optimizer.update(jnp.where(jnp.isfinite(gradient), gradient, 0.0), memory)
+            return (optax.apply_updates(logs, updates), memory), None  # pyright: ignore[reportReturnType]
+
+        (logs, _), _ = jax.lax.scan(descend, (logs, optimizer.init(logs)), length=START_STEPS)
+        return (logs, align(course(logs), problem.visits, config.stages).onsets), None
+
+    (logs, onsets), _ = jax.lax.scan(one_round, (logs, onsets), length=START_ROUNDS)
+    return _from_logs(logs, grows), onsets
+
+
+def _grows(model: ProgressionConfig) -> bool:
+    return not (model.equation == "ndm" or (model.equation == "igndmoe" and not model.reaction))
+
+
+def _from_logs(logs: Array, grows: bool) -> StartRates:
+    growth = jnp.exp(logs[1]) if grows else jnp.zeros(())
+    return StartRates(jnp.exp(logs[0]), growth, jnp.exp(logs[2]), logs[3])
+
+
+def _logit(share: Array | float) -> Array:
+    return jnp.log(share) - jnp.log1p(-jnp.asarray(share))
+
+
+def _start_field(
+    model: Model, field: Params, rates: StartRates, problem: Problem, initial: Array, config: ProgressionConfig
+) -> Params:
+    """Put mechanistic rates into an equation's parameters, so that its first course is the mechanistic one."""
+    k, alpha, v = rates.diffusion, rates.growth, rates.ceiling
+    match config.equation:
+        case "ndm":
+            return set_mechanism(field, k, None, None)
+        case "fkpp":
+            return set_mechanism(field, k, alpha, v)
+        case "weighted_fkpp":
+            # Its share starts at one half: alpha' v (-k' L / 2 + ...) is FKPP at these.
+            return set_mechanism(field, k / (alpha * v), 2 * alpha * v, v)
+        case "igndmoe" if not config.quirks:
+            # The gate's first weight, so that the product with the expert is the fitted rate.
+            weight = model.apply(field, initial, jnp.zeros(()), problem.graph, initial).weights[0]
+            if not config.reaction:
+                return set_mechanism(field, k / weight, None, None)
+            return set_mechanism(field, k / weight, alpha / weight, v)
+    return field
+
+
+# --- The trajectory step ----------------------------------------------------------------------
+
+
+def _trajectory_step(
+    model: Model, state: DualState, problem: Problem, times: Array, config: FitConfig
+) -> tuple[Params, Terms, Array]:
+    quadratic = summarise_visits(times, problem.visits, state.onsets, problem.train)
+    is_mixture = config.model.equation == "igndmoe"
+
+    def loss(params: Params) -> tuple[Array, Terms]:
+        course = solve_course(model, params, problem.graph, problem.seeds, times)
+        norm = overlap = jnp.zeros(())
+        if is_mixture:
+            experts = rates_along(model, params, problem.graph, problem.seeds, course).experts
+            norm, overlap = regularisers(experts, times[1] - times[0])
+        terms = Terms(data_error(quadratic, course), norm, overlap)
+        return terms.data + config.norm_weight * norm + config.overlap_weight * overlap, terms
+
+    optimizer = make_optimizer(config)
+
+    def descend(carry: _Descent, _: None) -> tuple[_Descent, None]:
+        (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(carry.params)
+        leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)]
+        is_finite = jnp.isfinite(value) & jnp.all(jnp.stack(leaves))
+        updates, memory = optimizer.update(gradient, carry.memory, carry.params)
+        moved = jax.tree.map(lambda leaf, update: leaf + carry.scale * update, carry.params, updates)
+        onward = _Descent(moved, carry.params, terms, memory, carry.scale, carry.skipped)
+        # The last step led where the equation cannot be solved: from where it began, on with steps half as long.
+        back = carry._replace(params=carry.solved, scale=carry.scale / 2, skipped=carry.skipped + 1)
+        return _choose(is_finite, onward, back), None
+
+    nothing = Terms(*(jnp.zeros(()) for _ in Terms._fields))
+    memory = optimizer.init(state.params)
+    start = _Descent(state.params, state.params, nothing, memory, jnp.ones(()), jnp.array(0))
+    end, _ = jax.lax.scan(descend, start, length=config.steps)
+    # The last step's own end has not been solved yet.
+    return end.solved, end.terms, end.skipped
+
+
+class _Descent(NamedTuple):
+    """Parameters; the last that could be solved, with their terms; the optimiser's memory; length and failures."""
+
+    params: Params
+    solved: Params
+    terms: Terms
+    memory: Any
+    scale: Scalar
+    skipped: Int[Array, ""]
+
+
+def make_optimizer(config: FitConfig) -> optax.GradientTransformation:
+    """Return AdamW for networks and Adam at higher rates for mechanistic rates and the gate, each with a cosine."""
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        names = [entry.key for entry in path]
+        # Its first layer keeps the networks' rate: faster, its few units die.
+        if "gate" in names and names[-2] != "time":
+            return GATE
+        is_rate = "mechanism" in names or names == ["seed"] or names[-1] in RATES
+        return MECHANISM if is_rate else NETWORK
+
+    def rate(peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, config.steps // 10), config.steps)
+
+    kinds: dict[Hashable, optax.GradientTransformation] = {
+        NETWORK: optax.adamw(rate(config.network_rate), weight_decay=config.weight_decay),
+        MECHANISM: optax.adam(rate(config.mechanism_rate)),
+        GATE: optax.adam(rate(config.gate_rate)),
+    }
+
+    def labels(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.multi_transform(kinds, labels))
+
+
+RATES = ("diffusion", "growth", "ceiling", "share", "strength", "pace", "source")
+"""Names of single numbers with a meaning, wherever an equation keeps them."""
+
+
+def _mean_errors(problem: Problem, errors: Array) -> tuple[Array, Array]:
+    """Return mean squared errors of training and validation subjects, per visit and region."""
+    counts = jnp.sum(problem.visits.present, axis=1) * problem.seeds.shape[0]
+
+    def mean(weights: Array) -> Array:
+        return jnp.sum(weights * errors) / jnp.maximum(jnp.sum(weights * counts), 1.0)
+
+    train = mean(problem.train)
+    return train, jnp.where(jnp.any(problem.validation > 0), mean(problem.validation), train)
+
+
+def _choose(condition: Array, first: Any, second: Any) -> Any:
+    return jax.tree.map(lambda one, other: jnp.where(condition, one, other), first, second)

@@ -1,0 +1,156 @@
+"""Fit a cohort: one run, or folds, seeds and bootstrap draws as one program."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.arrays.types import Params
+from jaxmed.arrays.visits import Visits
+from jaxmed.models.graph_diffusion import make_progression_model
+from jaxmed.solvers.fixed_grid import Trajectory
+from jaxmed.systems.igndmoe import dual
+from jaxmed.systems.igndmoe.alignment import Alignment, align
+from jaxmed.systems.igndmoe.options import FitConfig
+
+
+class Fit(NamedTuple):
+    """A fitted course and where subjects are on it; with a leading axis for many runs.
+
+    Attributes:
+        params: Of the equation and the seeds, of the round that validation preferred.
+        course: States and their slopes from stage 0 to the horizon.
+        experts: Rates of the experts along the course, before their weights.
+        weights: Of the experts along the course.
+        onsets: Stage of each subject's first visit, in years.
+        errors: Sum of squared errors of each subject.
+        clipped: Whether a subject's stage lies at an end of the course.
+        rounds: Rounds done.
+        succeeded: Whether all numbers are finite.
+    """
+
+    params: Params
+    course: Trajectory
+    experts: Float[Array, "*run time expert region"]
+    weights: Float[Array, "*run time expert"]
+    onsets: Float[Array, "*run subject"]
+    errors: Float[Array, "*run subject"]
+    clipped: Bool[Array, "*run subject"]
+    rounds: Int[Array, "*run"]
+    succeeded: Bool[Array, "*run"]
+
+
+Watch = Callable[[dual.DualState, dual.Info], None]
+
+
+def fit(visits: Visits, graph: GraphOperators, config: FitConfig, seeds: tuple[int, ...]) -> Fit:
+    """Fit the course of a disease to the visits of a cohort.
+
+    Args:
+        visits: Regional values on [0, 1] and years since the first visit.
+        graph: Connectome, from `arrays.graphs.graph_operators`.
+        config: Equation and recipe; a share of subjects is kept for early stopping.
+        seeds: Regions where the disease starts.
+    """
+    count = len(visits.present)
+    validation = np.zeros((1, count), np.float32)
+    chosen = np.random.default_rng(config.seed).permutation(count)[: round(config.validation * count)]
+    validation[0, chosen] = 1
+    runs = fit_runs(visits, graph, config, seeds, 1 - validation, validation, np.array([config.seed]))
+    return jax.tree.map(lambda leaf: leaf[0], runs)
+
+
+def fit_runs(
+    visits: Visits,
+    graph: GraphOperators,
+    config: FitConfig,
+    seeds: tuple[int, ...],
+    train: Float[np.ndarray, "run subject"],
+    validation: Float[np.ndarray, "run subject"],
+    run_seeds: Int[np.ndarray, " run"],
+    *,
+    state: dual.DualState | None = None,
+    watch: Watch | None = None,
+) -> Fit:
+    """Fit many runs at once: they share visits and graph and differ in weights of subjects and in seeds.
+
+    Args:
+        visits: Of all subjects.
+        graph: Connectome.
+        config: Equation and recipe.
+        seeds: Regions where the disease starts.
+        train: Weights of subjects in the loss; counts of a bootstrap draw, or 0 and 1.
+        validation: Weights in early stopping.
+        run_seeds: Of the networks.
+        state: Of an interrupted or an earlier run, to go on from.
+        watch: Called after every round with the state to keep and what the round did.
+    """
+    problem = make_problem(visits, graph, seeds, train, validation)
+    start, advance, finish = programs(config)
+    current = start(jax.vmap(jax.random.key)(run_seeds), problem) if state is None else state
+    while not bool(jnp.all(current.finished)):
+        current, info = advance(current, problem)
+        if watch is not None:
+            watch(current, info)
+    return finish(current, problem)
+
+
+def make_problem(
+    visits: Visits,
+    graph: GraphOperators,
+    seeds: tuple[int, ...],
+    train: Float[np.ndarray, "run subject"],
+    validation: Float[np.ndarray, "run subject"],
+) -> dual.Problem:
+    """Put visits, graph and weights on the device.
+
+    Raises:
+        ValueError: There is no seed, or one that is no region.
+    """
+    regions = graph.laplacian.shape[-1]
+    if not seeds or min(seeds) < 0 or max(seeds) >= regions:
+        raise ValueError(f"seeds: expected numbers of regions from 0 to {regions - 1}, got {seeds}")
+    if visits.values.shape[-1] != regions:
+        raise ValueError(f"visits: expected {regions} regions as in the graph, got {visits.values.shape[-1]}")
+    mask = jnp.zeros(regions).at[jnp.array(seeds)].set(1.0)
+    on_device = Visits(*(jnp.asarray(leaf) for leaf in visits))
+    return dual.Problem(on_device, graph, mask, jnp.asarray(train, jnp.float32), jnp.asarray(validation, jnp.float32))
+
+
+# Data and graph are shared; keys and weights of subjects differ.
+_AXES = dual.Problem(visits=None, graph=None, seeds=None, train=0, validation=0)  # pyright: ignore[reportArgumentType]
+
+
+@functools.lru_cache(maxsize=32)
+def programs(config: FitConfig) -> tuple[Callable, Callable, Callable]:
+    """Return start, one round and the result of many runs, compiled once per configuration and shape."""
+    start = jax.jit(jax.vmap(functools.partial(dual.init, config=config), in_axes=(0, _AXES)))
+    advance = jax.jit(jax.vmap(functools.partial(dual.step, config=config), in_axes=(0, _AXES)))
+    finish = jax.jit(jax.vmap(functools.partial(_finish, config=config), in_axes=(0, _AXES)))
+    return start, advance, finish
+
+
+def _finish(state: dual.DualState, problem: dual.Problem, config: FitConfig) -> Fit:
+    model, params = make_progression_model(config.model), state.best.params
+    course = dual.solve_course(model, params, problem.graph, problem.seeds, dual.time_grid(config))
+    rates = dual.rates_along(model, params, problem.graph, problem.seeds, course)
+    staged = align(course, problem.visits, config.stages)
+    succeeded = jnp.all(jnp.isfinite(course.states)) & jnp.all(jnp.isfinite(staged.errors))
+    return Fit(params, course, rates.experts, rates.weights, *staged, state.loop, succeeded)
+
+
+@functools.lru_cache(maxsize=8)
+def stage_program(num_stages: int) -> Callable[[Trajectory, Visits], Alignment]:
+    """Return the alignment of new visits, compiled once per number of stages and shape."""
+    return jax.jit(lambda course, visits: align(course, visits, num_stages))
+
+
+def bootstrap_weights(key: Array, count: int, draws: int) -> Float[np.ndarray, "draw subject"]:
+    """Draw subjects with replacement; return how often each is drawn."""
+    chosen = jax.random.randint(key, (draws, count), 0, count)
+    return np.asarray(jax.vmap(lambda row: jnp.bincount(row, length=count))(chosen), np.float32)

@@ -1,0 +1,1 @@
+"""Stages of the system, one file each."""

@@ -1,0 +1,134 @@
+"""Stage `jaxmed igndmoe forecast`: regional values at later ages, and how good such forecasts were."""
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxmed.arrays.visits import Visits, first_visits
+from jaxmed.files import atomic_path, write_json
+from jaxmed.io.tables import write_table
+from jaxmed.systems.igndmoe.apply import check_followed, embedded_fit
+from jaxmed.systems.igndmoe.apply_page import write_forecast_page as write_page
+from jaxmed.systems.igndmoe.fitting import stage_program
+from jaxmed.systems.igndmoe.measures import predictions, score
+from jaxmed.systems.igndmoe.reading import read_cohort
+from jaxmed.systems.igndmoe.results import predict, read_course
+from jaxmed.train.log import Log
+from jaxmed.train.run_folder import RunFolder, start
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Forecast subjects.
+
+    Attributes:
+        weights: Run folder of `jaxmed igndmoe fit`.
+        table: CSV file with a row per visit: subject, age in years, a column for every region of the fit, in its unit.
+        horizons: Years after the last visit to forecast.
+        embedded: Patients to simulate, with a course fitted to others, in place of files.
+        seed: Of the embedded patients.
+    """
+
+    weights: Path | None = None
+    table: Path | None = None
+    horizons: tuple[float, ...] = (1.0, 2.0, 5.0)
+    embedded: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.horizons or min(self.horizons) <= 0:
+            raise ValueError(f"horizons: expected positive years, found {self.horizons}")
+
+
+def paper() -> Config:
+    """Your subjects on your fit."""
+    return Config()
+
+
+def smoke() -> Config:
+    """Embedded patients on an embedded fit, in seconds."""
+    return Config(embedded=20)
+
+
+def run(config: Config, folder: RunFolder) -> None:
+    """Read, stage with all visits and with the first alone, forecast, write."""
+    began = time.monotonic()
+    notes: list[str] = []
+    if config.embedded is not None:
+        start(folder)
+        weights, table = embedded_fit(folder, config.embedded, config.seed, (config.weights, config.table))
+        config = dataclasses.replace(config, weights=weights, table=table)
+    course = read_course(config.weights)
+    cohort = read_cohort(config.table, course.regions, "minmax", notes, course.scale)
+    check_followed(cohort, course, config.table)
+    if config.embedded is None:
+        start(folder)
+    log = Log(folder.path, folder.options.quiet)
+    program, visits = stage_program(course.stages), cohort.visits
+    staged = program(course.trajectory, visits)
+    onsets = np.asarray(staged.onsets)
+    followed = np.asarray(visits.gaps).max(axis=1)
+    horizons = np.array(config.horizons)
+    gaps = followed[:, None] + horizons
+    beyond = onsets[:, None] + gaps > float(course.trajectory.times[-1])
+    if beyond.any():
+        leaving = int(beyond.any(axis=1).sum())
+        notes.append(f"{leaving} subjects leave the course within the horizons; they stay at its end.")
+    values = predict(course, onsets, gaps)
+    rows = [
+        {"subject": name, "age": float(cohort.ages[i] + gaps[i, j]), "years_ahead": float(horizons[j])}
+        | {"beyond_course": int(beyond[i, j])}
+        | {region: float(value) for region, value in zip(course.regions, values[i, j], strict=True)}
+        for i, name in enumerate(cohort.subjects)
+        for j in range(len(horizons))
+    ]
+    columns = ("subject", "age", "years_ahead", "beyond_course", *course.regions)
+    write_table(folder.outputs / "forecasts.csv", columns, rows)
+    several = np.asarray(visits.present).sum(axis=1) > 1
+    baseline = np.asarray(program(course.trajectory, first_visits(visits)).onsets)
+    # A baseline stage may leave less room than the subject was followed: such visits count at the course's end.
+    scores = {
+        "staged with the first visit": score(course, visits, baseline, several, later=True),
+        "staged with all visits (not a forecast)": score(course, visits, onsets, several, later=True),
+        "no change since the first visit": _unchanged(visits, several),
+    }
+    if not several.any():
+        notes.append("Nobody was seen twice: how good forecasts are cannot be told from this table.")
+    present = np.asarray(visits.present) & several[:, None] & (np.arange(visits.present.shape[1]) > 0)
+    forecast = predictions(course, visits, baseline)[present]
+    with atomic_path(folder.outputs / "later_visits.npz") as temporary:
+        np.savez(temporary, measured=np.asarray(visits.values)[present], forecast=forecast)
+    for note in notes:
+        log.say(f"Note: {note}")
+    summary = {
+        "subjects": len(cohort.subjects),
+        "followed": int(several.sum()),
+        "horizons": list(config.horizons),
+        "scores": scores,
+        "notes": notes,
+        "device": jax.devices()[0].device_kind,
+        "command": f"jaxmed igndmoe forecast --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
+        "seconds": {"read, stage and forecast": time.monotonic() - began},
+    }
+    write_json(folder.outputs / "summary.json", summary)
+    log.metrics(0, {"subjects": len(cohort.subjects), "followed": int(several.sum())})
+    write_page(folder.path)
+
+
+report = write_page
+
+
+def _unchanged(visits: Visits, several: np.ndarray) -> dict[str, float | int | None]:
+    """Score the forecast that nothing changes, which any model must beat."""
+    present = np.asarray(visits.present) & several[:, None] & (np.arange(visits.present.shape[1]) > 0)
+    if not present.any():
+        return {"sse": None, "r": None, "mse": None, "r2": None, "visits": 0}
+    values = np.asarray(visits.values)
+    errors = np.square(values - values[:, :1])[present]
+    return {
+        "sse": float(errors.sum()), "r": None, "mse": float(errors.mean()), "r2": None, "visits": int(present.sum())
+    }  # fmt: skip

@@ -1,0 +1,97 @@
+"""Stage `jaxmed igndmoe simulate`: a cohort with planted mechanisms on a connectome, as CSV files with the truth."""
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxmed.config import to_record
+from jaxmed.files import write_json
+from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
+from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
+from jaxmed.systems.igndmoe.reading import ConnectomeConfig, find_regions, read_connectome
+from jaxmed.systems.igndmoe.simulate_page import write_page
+from jaxmed.train.log import Log
+from jaxmed.train.run_folder import RunFolder, start
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Simulate patients of one disease.
+
+    Attributes:
+        connectome: CSV file of a connectome; without it one is drawn on random points in two hemispheres.
+        graph: What is done to the connectome as read.
+        seeds: Regions where the disease starts; the first of each hemisphere on an embedded connectome.
+        regions: Of the embedded connectome.
+        density: Share of possible edges of the embedded connectome.
+        cohort: Mechanisms and measurements.
+        seed: Of connectome, patients and noise.
+    """
+
+    connectome: Path | None = None
+    graph: ConnectomeConfig = dataclasses.field(default_factory=ConnectomeConfig)
+    seeds: tuple[str, ...] = ()
+    regions: int = 68
+    density: float = 0.25
+    cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.regions < 4:
+            raise ValueError(f"regions: expected 4 or more, found {self.regions}")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density: expected a share above 0 and at most 1, found {self.density:g}")
+
+
+def paper() -> Config:
+    """As many regions and patients as the paper's cohort."""
+    return Config(cohort=CohortConfig(subjects=216))
+
+
+def smoke() -> Config:
+    """Twenty patients and eight regions."""
+    return Config(regions=8, density=0.4, cohort=CohortConfig(subjects=20))
+
+
+def run(config: Config, folder: RunFolder) -> None:
+    """Simulate and write; the files lie in RUN/outputs as `jaxmed igndmoe fit` takes them."""
+    began = time.monotonic()
+    notes: list[str] = []
+    if config.connectome is None:
+        regions = region_names(config.regions)
+        adjacency = random_connectome(config.seed, config.regions, config.density).adjacency
+        seeds = tuple(regions.index(name) for name in config.seeds if name in regions)
+        seeds = seeds or (0, (config.regions + 1) // 2)
+    else:
+        connectome = read_connectome(config.connectome, config.graph, notes)
+        regions, adjacency = connectome.regions, connectome.adjacency
+        seeds = find_regions(config.seeds, connectome)
+    start(folder)
+    log = Log(folder.path, folder.options.quiet)
+    for note in notes:
+        log.say(f"Note: {note}")
+    cohort = simulate_cohort(jax.random.key(config.seed), adjacency, seeds, config.cohort)
+    write_cohort(folder.outputs, config.seed, cohort, adjacency, regions, seeds, to_record(config.cohort))
+    visits = int(cohort.visits.present.sum())
+    log.say(f"{config.cohort.subjects} patients, {visits} visits, {len(regions)} regions, in {folder.outputs}")
+    summary = {
+        "subjects": config.cohort.subjects,
+        "visits": visits,
+        "regions": list(regions),
+        "seeds": [regions[index] for index in seeds],
+        "edges": int(np.count_nonzero(np.triu(adjacency))),
+        "notes": notes,
+        "device": jax.devices()[0].device_kind,
+        "command": f"jaxmed igndmoe simulate --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
+        "seconds": {"simulate and write": time.monotonic() - began},
+    }
+    write_json(folder.outputs / "summary.json", summary)
+    log.metrics(0, {"subjects": config.cohort.subjects, "visits": visits})
+    write_page(folder.path)
+
+
+report = write_page

@@ -1,0 +1,98 @@
+"""Staging and the loss: known stages found again, gaps kept, ends told, and sums by matrices equal to sums by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.arrays.visits import Visits, take_subjects
+from jaxmed.solvers.fixed_grid import interpolate, solve_fixed
+from jaxmed.systems.igndmoe.alignment import align, subject_errors
+from jaxmed.systems.igndmoe.loss import data_error, regularisers, summarise_visits
+
+pytestmark = pytest.mark.core
+
+COURSE = solve_fixed(
+    lambda t, c, _: jnp.array([0.3, 0.2, 0.15]) * c * (1 - c),
+    jnp.array([0.05, 0.03, 0.02]),
+    jnp.linspace(0.0, 30.0, 65),
+)
+GAPS = np.array([[0, 1.1, 2.7], [0, 0, 0], [0, 2.2, 0], [0, 1.5, 4.0]], np.float32)
+PRESENT = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]], bool)
+ONSETS = np.array([3.3, 11.7, 20.2, 7.9], np.float32)
+staged = jax.jit(functools.partial(align, num_stages=256))
+
+
+def seen(onsets):
+    values = interpolate(COURSE, jnp.asarray(onsets)[:, None] + GAPS)
+    return Visits(np.where(PRESENT[..., None], values, 0.0).astype(np.float32), GAPS, PRESENT)
+
+
+def test_noiseless_subjects_get_their_own_stage_back():
+    # Specification, (i) 6: far less than a step of the grid, 0.12 years.
+    found = staged(COURSE, seen(ONSETS))
+    np.testing.assert_allclose(found.onsets, ONSETS, atol=0.01)
+    assert not found.clipped.any() and float(found.errors.max()) < 1e-5
+
+
+def test_the_order_of_subjects_does_not_matter():
+    visits, order = seen(ONSETS), np.array([2, 0, 3, 1])
+    found, shuffled = staged(COURSE, visits), staged(COURSE, take_subjects(visits, order))
+    np.testing.assert_allclose(shuffled.onsets, np.asarray(found.onsets)[order], atol=1e-5)
+
+
+def test_gaps_are_kept_so_the_last_visit_stays_on_the_course():
+    shape = (*PRESENT.shape, 3)
+    found = staged(COURSE, Visits(np.where(PRESENT[..., None], np.ones(shape, np.float32), 0), GAPS, PRESENT))
+    np.testing.assert_allclose(found.onsets + GAPS.max(axis=1), 30.0, atol=0.02)
+    assert found.clipped.all()
+    found = staged(COURSE, Visits(np.zeros(shape, np.float32), GAPS, PRESENT))
+    np.testing.assert_allclose(found.onsets, 0.0, atol=0.02)
+    assert found.clipped.all()
+
+
+def test_errors_are_sums_over_visits_and_regions_without_padding():
+    visits = seen(ONSETS)
+    noisy = visits._replace(values=visits.values + np.random.default_rng(0).normal(0, 0.1, visits.values.shape))
+    noisy = noisy._replace(values=noisy.values.astype(np.float32))
+    at = jnp.asarray(ONSETS + 0.37)
+    direct = np.square(noisy.values - interpolate(COURSE, at[:, None] + GAPS)).sum(axis=-1)
+    found = jax.jit(subject_errors)(COURSE, noisy, at)
+    np.testing.assert_allclose(found, np.where(PRESENT, direct, 0).sum(axis=1), atol=2e-6)
+    best = staged(COURSE, noisy)
+    assert (best.errors <= found + 1e-6).all()
+    # No stage of a fine scan is better.
+    scan = np.stack(
+        [jax.jit(subject_errors)(COURSE, noisy, jnp.full(4, t)) for t in np.linspace(0, 26, 400, dtype="f4")]
+    )
+    assert (np.asarray(best.errors) <= scan.min(axis=0) + 1e-5).all()
+
+
+def test_the_quadratic_form_is_the_weighted_sum_of_squares():
+    visits = seen(ONSETS + 0.5)
+    weights = np.array([1.0, 0.0, 2.0, 1.0], np.float32)
+    quadratic = jax.jit(summarise_visits)(COURSE.times, visits, jnp.asarray(ONSETS), jnp.asarray(weights))
+    errors = jax.jit(subject_errors)(COURSE, visits, jnp.asarray(ONSETS))
+    np.testing.assert_allclose(data_error(quadratic, COURSE), weights @ errors, atol=2e-5)
+    gradient = jax.jit(jax.grad(lambda c: data_error(quadratic, COURSE._replace(states=c))))(COURSE.states)
+
+    def direct(states):
+        predicted = interpolate(COURSE._replace(states=states), jnp.asarray(ONSETS)[:, None] + GAPS)
+        return jnp.sum(weights[:, None, None] * PRESENT[..., None] * (visits.values - predicted) ** 2)
+
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(direct))(COURSE.states), atol=1e-5)
+
+
+def test_regularisers_are_integrals_and_correlations():
+    pattern = np.array([1.0, -1, 1, -1], np.float32)
+    other = np.array([1.0, 1, -1, -1], np.float32)
+    experts = jnp.stack([jnp.stack([pattern, 0.1 * other, 0.2 * pattern])] * 50)
+    norm, overlap = regularisers(experts, jnp.array(0.5))
+    # 25 years: |0.1 other| sqrt(25) + |0.2 pattern| sqrt(25); the first and third alike both ways round.
+    np.testing.assert_allclose(norm, (0.2 + 0.4) * 5, rtol=1e-5)
+    np.testing.assert_allclose(overlap, 2 * 25.0, rtol=1e-5)
+    silent = experts.at[:, 1:].set(0.0)
+    gradient = jax.grad(lambda e: sum(regularisers(e, jnp.array(0.5))))(silent)
+    assert np.isfinite(gradient).all() and np.abs(gradient[:, 1:]).max() == 0

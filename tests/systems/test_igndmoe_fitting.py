@@ -1,0 +1,102 @@
+"""Dual optimisation on simulated cohorts: the mixture beats its first expert, stages come back, runs batch."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from jaxmed.arrays.graphs import graph_operators
+from jaxmed.models.graph_diffusion import ProgressionConfig
+from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
+from jaxmed.systems.igndmoe.fitting import bootstrap_weights, fit_runs
+from jaxmed.systems.igndmoe.options import FitConfig
+
+SEEDS = (0, 4)
+SMALL = ProgressionConfig(width=8, latent=4)
+CONNECTOME = random_connectome(0, 8, 0.4)
+PLANTED = CohortConfig(subjects=60, reaction=0.2, edge_diffusivity=1.0)
+MIXTURE = FitConfig(model=SMALL, grid_steps=32, stages=64, steps=150, loops=3)
+FKPP = dataclasses.replace(MIXTURE, model=dataclasses.replace(SMALL, equation="fkpp"))
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return simulate_cohort(jax.random.key(0), CONNECTOME.adjacency, SEEDS, PLANTED)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return graph_operators(CONNECTOME.adjacency)
+
+
+def roles(count, runs=1):
+    """The first fifth validates, the second is held out."""
+    fifth = count // 5
+    validation, train = np.zeros((runs, count), np.float32), np.ones((runs, count), np.float32)
+    validation[:, :fifth] = 1
+    train[:, : 2 * fifth] = 0
+    return train, validation, slice(fifth, 2 * fifth)
+
+
+def run(cohort, graph, config, seeds=(0,), **options):
+    train, validation, held_out = roles(len(cohort.onsets), len(seeds))
+    return fit_runs(cohort.visits, graph, config, SEEDS, train, validation, np.array(seeds), **options), held_out
+
+
+def test_the_mixture_beats_fkpp_on_held_out_subjects_and_finds_their_stages(cohort, graph):
+    # Specification, (i) 7, in small; `test_the_full_loop_...` is its full size.
+    states = []
+    mixture, held_out = run(cohort, graph, MIXTURE, watch=lambda state, info: states.append((state, info)))
+    fkpp, _ = run(cohort, graph, FKPP)
+    assert bool(mixture.succeeded[0]) and bool(fkpp.succeeded[0])
+    assert float(mixture.errors[0, held_out].sum()) < 0.9 * float(fkpp.errors[0, held_out].sum())
+    for found in (mixture, fkpp):
+        assert scipy.stats.spearmanr(found.onsets[0], cohort.onsets).statistic > 0.95
+    np.testing.assert_allclose(mixture.weights.sum(axis=-1), 1, atol=1e-5)
+    assert [int(state.loop[0]) for state, _ in states] == list(range(1, len(states) + 1))
+    errors = [float(info.train[0]) for _, info in states]
+    assert errors[-1] < errors[0] and all(int(info.skipped[0]) == 0 for _, info in states)
+    # An interrupted run goes on from what it kept, to the same numbers.
+    resumed, _ = run(cohort, graph, MIXTURE, state=states[0][0])
+    np.testing.assert_allclose(resumed.onsets, mixture.onsets, atol=1e-5)
+    np.testing.assert_allclose(resumed.course.states, mixture.course.states, atol=1e-6)
+
+
+def test_many_runs_in_one_program_are_those_alone(cohort, graph):
+    single = [run(cohort, graph, FKPP)[0]]
+    both, _ = run(cohort, graph, FKPP, seeds=(0, 1))
+    np.testing.assert_allclose(both.onsets[0], single[0].onsets[0], atol=1e-3)
+    np.testing.assert_allclose(both.course.states[0], single[0].course.states[0], atol=1e-4)
+
+
+def test_the_five_line_example():
+    from jaxmed.arrays.graphs import graph_operators
+    from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
+    from jaxmed.systems import igndmoe
+
+    adjacency = random_connectome(0, 8, 0.4).adjacency
+    cohort = simulate_cohort(jax.random.key(0), adjacency, seeds=(0, 4), config=CohortConfig(subjects=60))
+    found = igndmoe.fit(cohort.visits, graph_operators(adjacency), FKPP, seeds=(0, 4))
+    assert found.onsets.shape == (60,) and found.course.states.shape == (33, 8) and bool(found.succeeded)
+
+
+def test_bootstrap_draws_have_as_many_subjects_as_the_cohort(key):
+    weights = bootstrap_weights(key, 30, 200)
+    np.testing.assert_array_equal(weights.sum(axis=1), 30)
+    assert abs((weights == 0).mean() - np.exp(-1)) < 0.03
+
+
+def test_what_does_not_fit_together_is_told(cohort, graph):
+    train, validation, _ = roles(60)
+    arguments = (cohort.visits, graph, FKPP)
+    for seeds in ((), (8,), (-1,)):
+        with pytest.raises(ValueError, match="seeds"):
+            fit_runs(*arguments, seeds, train, validation, np.array([0]))
+    with pytest.raises(ValueError, match="regions"):
+        fit_runs(cohort.visits, graph_operators(random_connectome(0, 9).adjacency), FKPP, SEEDS, train, validation,
+                 np.array([0]))  # fmt: skip
+    for field, value in (("steps", 0), ("validation", 1.0), ("seed_value", 0.0), ("stages", 2), ("norm_weight", -1.0)):
+        with pytest.raises(ValueError, match=field):
+            FitConfig(**{field: value})
