@@ -77,8 +77,8 @@ class Published:
             (image to tokens), or `models.heads.Classifier`, or `models.unet_guided.GuidedUnet`.
         params: Its parameters, float32: {"encoder": ..., "decoder": ...}, {"encoder": ...}, {"encoder": ...,
             "head": ...}, or the parts of a U-Net.
-        preprocess: A file or volume to the model's input; an array, for a U-Net.
-        config: The model's sizes.
+        preprocess: A file or volume to the model's input (`Preprocess`); an array, for a U-Net (`ImagePreprocess`).
+        config: The model's sizes, a `PublishedConfig`; who asks for a family knows which.
         report: Where the weights came from.
         task: What the outputs mean, of a classifier; None where nobody has said.
         extras: Counters of the original code that nothing uses; they are exported again.
@@ -86,8 +86,8 @@ class Published:
 
     model: Model
     params: Params
-    preprocess: Preprocess | ImagePreprocess
-    config: PublishedConfig
+    preprocess: Any
+    config: Any
     report: ImportReport
     task: Task | None = None
     extras: Mapping[str, Integer[np.ndarray, ""]] = dataclasses.field(default_factory=dict)

@@ -184,6 +184,10 @@ def test_own_weights_and_enhancers_without_time_are_read_back(tmp_path):
     record = {"family": "guided_diffusion", "kind": "enhancer", "licence": "own"}
     record |= {"config": dataclasses.asdict(config), "preprocess": dataclasses.asdict(ImagePreprocess((24, 16)))}
     export_parameters(tmp_path / "own", published.params, record | {"diffusion": {"anything": 1}})
+    with pytest.raises(InputError, match="expected weights of tangerine, found weights of guided_diffusion"):
+        load_published(tmp_path / "own", "tangerine")
+    with pytest.raises(InputError, match="expected weights of tangerine, found no 'patch_embed.proj.weight'"):
+        load_published(tmp_path / "a.safetensors", "tangerine")
     own = load_published(tmp_path / "own")
     assert own.config == config and own.preprocess == ImagePreprocess((24, 16)) and own.report.licence == "own"
     for one, other in zip(jax.tree.leaves(published.params), jax.tree.leaves(own.params), strict=True):

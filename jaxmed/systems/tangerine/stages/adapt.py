@@ -365,7 +365,7 @@ def read_start(config: Config, task: Task) -> Start:
         preprocess = config.preprocess.apply(Preprocess((x, y, z)))
         note = "No weights were given: the model starts from random ones, as the baseline from scratch."
         return Start(ClassifierConfig(encoder, head), None, preprocess, OWN_LICENCE, [note])
-    published = load_published(config.weights)
+    published = load_published(config.weights, "tangerine")
     notes = [licence_note(published), *published.report.notes]
     if len(published.config.encoder.image_size) != 3:
         raise InputError(config.weights, "an encoder of volumes", "one of images")
@@ -392,7 +392,7 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
     """Write phantom chests and those of another scanner and, without weights, pre-train a small model on the first."""
     if config.data.manifest or config.data.external:
         raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
-    published = None if config.weights is None else load_published(config.weights)
+    published = None if config.weights is None else load_published(config.weights, "tangerine")
     size = config.image_size if any(config.image_size) else (32, 32, 32)
     if published is not None:
         size = published.preprocess.size

@@ -106,7 +106,7 @@ def run(config: Config, folder: RunFolder) -> int:
     records = find_records(config.data.manifest, config.input, config.data.split)
     if config.weights is None:
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
-    published = load_published(config.weights)
+    published = load_published(config.weights, "tangerine")
     preprocess = config.preprocess.apply(published.preprocess)
     mesh = lay_out(config.batch, config.mesh)
     if len(records) == 1:
@@ -155,7 +155,7 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
     """Write phantom chests and, where no weights are given, pre-train a tiny model on some of them."""
     if config.data.manifest or config.input:
         raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
-    published = None if config.weights is None else load_published(config.weights)
+    published = None if config.weights is None else load_published(config.weights, "tangerine")
     shape = (32, 32, 32) if published is None else published.preprocess.size
     start(folder)
     manifest = write_chest_cohort(folder.path / "inputs", config.seed, config.data.embedded, shape)

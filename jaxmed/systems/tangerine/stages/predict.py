@@ -159,7 +159,7 @@ def run(config: Config, folder: RunFolder) -> int:
     records = find_records(config.data.manifest, config.input, config.data.split)
     if config.weights is None:
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
-    published = load_published(config.weights, task=config.task.task)
+    published = load_published(config.weights, "tangerine", task=config.task.task)
     model, task = require_classifier(published, config.weights)
     targets = read_targets([r.row for r in records], task, config.label.columns) if config.data.manifest else None
     preprocess = config.preprocess.apply(published.preprocess)
@@ -221,7 +221,7 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
     """Write phantom chests and, where no weights are given, make a tiny classifier from their training split."""
     if config.data.manifest or config.input:
         raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
-    published = None if config.weights is None else load_published(config.weights)
+    published = None if config.weights is None else load_published(config.weights, "tangerine")
     shape = EMBEDDED_SHAPE if published is None else published.preprocess.size
     start(folder)
     manifest = write_chest_cohort(

@@ -312,7 +312,7 @@ def read_start(path: Path, model: MaeConfig) -> Published:
     Raises:
         InputError: They are no masked autoencoder of these sizes.
     """
-    published = load_published(path)
+    published = load_published(path, "tangerine")
     if not isinstance(published.config, MaeConfig) or "decoder" not in published.params:
         advice = "leave --weights out to start from random ones"
         raise InputError(path, "a masked autoencoder with its decoder", "an encoder without it", advice)
