@@ -240,7 +240,7 @@ def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, folder
     for subject in study.subjects:
         own = slice(first, first + len(subject.images))
         scores = score_subject(scorer, subject, measurement[own], image[own, ..., 0], evaluations[own])
-        rows.append({"subject": subject.name, **scores})
+        rows.append({"subject": subject.name, **scores, "steps": float(steps[own].mean())})
         first = own.stop
     with atomic_path(make_folder(folder.outputs / "examples") / f"{cell.slug}.npy") as temporary:
         np.save(temporary, image[:1, ..., 0])
