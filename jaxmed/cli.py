@@ -40,11 +40,18 @@ STAGES = {
     "dynamicdps calibrate": "the bank that chooses starts, its compression, and the acquisition, for one prior",
     "dynamicdps enhance": "refine scans: images, uncertainty, residuals and tissue volumes on the grid of each",
     "dynamicdps compare": "conditional models, DPS, DDRM, DDNM, DiffPIR, PiGDM, CCDF and DynamicDPS on the same scans",
+    "igndmoe simulate": "patients of a disease that spreads on a connectome, with the truth",
+    "igndmoe fit": "the course of a disease, stages of subjects, weights of mechanisms over stage",
+    "igndmoe stage": "stages of new subjects on a fitted course",
+    "igndmoe forecast": "regional values at later ages, and how good such forecasts were",
+    "igndmoe attribute": "which mechanism drives which stage, with bands, and what leaving one out costs",
+    "igndmoe compare": "every model on the same folds of a cohort, or against one regional map",
 }
 SYSTEMS = {
     "tangerine": "a 3D masked autoencoder for chest CT and what grows on it (arXiv:2507.01881)",
     "noddi": "tissue microstructure from diffusion MRI (arXiv:2507.12632)",
     "dynamicdps": "enhance low-field brain MRI without inventing anatomy (arXiv:2503.01075)",
+    "igndmoe": "disease progression on the connectome, by mechanisms that change with stage (arXiv:2508.07032)",
 }
 COMMANDS = {
     "weights": "jaxmed weights       published weights: list, show, import, export",

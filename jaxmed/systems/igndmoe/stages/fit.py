@@ -67,9 +67,11 @@ def run(config: Config, folder: RunFolder) -> None:
     files = None
     data = config.data
     if data.embedded is not None:
+        start(folder)
         data, files = write_embedded(data, folder.path / "inputs", config.fit.seed)
     inputs = read_inputs(data, config.fit, notes)
-    start(folder)
+    if files is None:
+        start(folder)
     log = Log(folder.path, folder.options.quiet)
     for note in notes:
         log.say(f"Note: {note}")

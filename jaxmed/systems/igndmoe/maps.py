@@ -1,0 +1,165 @@
+"""Models of spread against one regional map: every seed tried, the best moment of each course, what the fit costs.
+
+A map (atrophy, an effect size) has no unit of the model, so a course is scored by Pearson's correlation with the map at
+its best time, over all seeds and a grid of the model's own parameters. All of these are counted as fitted.
+
+Sources: Raj et al. 2012 (network diffusion); the UCL toolbox (a share of diffusion and regional weights; seeds at 1);
+Zheng et al. 2019 (agents).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.physics.agents import STEP, AgentGraph, atrophy, equilibrium, spread_agents
+from jaxmed.physics.progression import weighted_fkpp
+from jaxmed.solvers.fixed_grid import solve_fixed
+
+LONGEST = 15.0
+"""Of network diffusion, rate x time, as in the toolbox."""
+GRID = 120
+SHARES = tuple(round(0.1 * i, 1) for i in range(1, 10))
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+AGENT_STEPS, AGENT_STORED = 20_000, 100
+LINE = 3
+"""Slope, intercept and variance of the line from course to map."""
+
+
+class MapScore(NamedTuple):
+    """The best course of a model.
+
+    Attributes:
+        model: Its name.
+        r: Pearson's correlation with the map.
+        by_seed: Best correlation from every seed.
+        seed: Region of the best.
+        setting: Its time and parameters, in words.
+        predicted: The course at that time, in every region.
+        parameters: Fitted numbers, seed and time and the line included.
+    """
+
+    model: str
+    r: float
+    by_seed: Float[np.ndarray, " region"]
+    seed: int
+    setting: str
+    predicted: Float[np.ndarray, " region"]
+    parameters: int
+
+
+def aicc(r: float, count: int, parameters: int) -> float | None:
+    """Return the corrected Akaike criterion of a line with correlation r, relative to the map's variance.
+
+    None where there are no more regions than parameters + 1: the criterion is then not defined.
+    """
+    if count <= parameters + 1 or not r**2 < 1:
+        return None
+    return count * np.log(1 - r**2) + 2 * parameters + 2 * parameters * (parameters + 1) / (count - parameters - 1)
+
+
+def bic(r: float, count: int, parameters: int) -> float | None:
+    """Return the Bayesian criterion, likewise."""
+    if count <= parameters + 1 or not r**2 < 1:
+        return None
+    return count * np.log(1 - r**2) + parameters * np.log(count)
+
+
+def score_diffusion(
+    graph: GraphOperators, target: Float[np.ndarray, " region"], known: Bool[np.ndarray, " region"]
+) -> MapScore:
+    """Score network diffusion from every seed."""
+    times = jnp.linspace(0.0, LONGEST, GRID + 1)[1:]
+
+    def courses() -> Array:
+        step = jax.scipy.linalg.expm(-(times[1] - times[0]) * graph.laplacian)
+
+        def advance(states: Array, _: None) -> tuple[Array, Array]:
+            states = step @ states
+            return states, states
+
+        first = jnp.eye(len(target))
+        return jax.lax.scan(advance, first, length=GRID)[1].transpose(2, 0, 1)  # seed, time, region
+
+    found = np.asarray(jax.jit(courses)())[None]
+    return _best("ndm", found, target, known, lambda _, t: f"rate x time {times[t]:.3g}", LINE + 2)
+
+
+def score_fkpp(
+    graph: GraphOperators,
+    target: Float[np.ndarray, " region"],
+    known: Bool[np.ndarray, " region"],
+    weights: Float[np.ndarray, " region"] | None = None,
+) -> MapScore:
+    """Score FKPP with a share of diffusion, its growth weighted where a map of weights is given."""
+    grid = jnp.linspace(0.0, 30.0, GRID + 1)
+    strengths = (0.0,) if weights is None else STRENGTHS
+    modulation = jnp.ones(len(target)) if weights is None else jnp.asarray(weights, jnp.float32)
+    settings = jnp.array([(share, strength) for share in SHARES for strength in strengths])
+
+    def course(setting: Array, seed: Array) -> Array:
+        def field(t: Array, x: Array, _: None) -> Array:
+            return weighted_fkpp(x, graph.laplacian, setting[0], jnp.ones(()), modulation, setting[1])
+
+        return solve_fixed(field, jnp.zeros(len(target)).at[seed].set(1.0), grid).states[1:]
+
+    seeds = jnp.arange(len(target))
+    every = jax.jit(lambda: jax.lax.map(lambda s: jax.vmap(lambda seed: course(s, seed))(seeds), settings))()
+
+    def describe(setting: int, time: int) -> str:
+        share, strength = np.asarray(settings[setting])
+        text = f"share of diffusion {share:.1f}, time {float(grid[1 + time]):.3g}"
+        return text if weights is None else f"{text}, strength of the weights {strength:.2f}"
+
+    name, extra = ("fkpp", 3) if weights is None else ("weighted_fkpp", 4)
+    return _best(name, np.asarray(every), target, known, describe, LINE + extra)
+
+
+def score_agents(
+    graph: AgentGraph, target: Float[np.ndarray, " region"], known: Bool[np.ndarray, " region"]
+) -> MapScore:
+    """Score agents from every seed; the published settings, so that only seed and time are fitted."""
+    every = AGENT_STEPS // AGENT_STORED
+
+    def courses() -> Array:
+        agents, _ = equilibrium(graph)
+
+        def course(seed: Array) -> Array:
+            spread = spread_agents(graph, agents, seed, AGENT_STEPS, every=every)
+            return atrophy(spread, graph.mobility, every * STEP)
+
+        return jax.lax.map(course, jnp.arange(len(target)))
+
+    found = np.asarray(jax.jit(courses)())[None]
+    return _best("sir", found, target, known, lambda _, t: f"time {(t + 1) * every * STEP:.3g}", LINE + 2)
+
+
+def _best(
+    model: str,
+    courses: Float[np.ndarray, "setting seed time region"],
+    target: Float[np.ndarray, " region"],
+    known: Bool[np.ndarray, " region"],
+    describe: Callable[[int, int], str],
+    parameters: int,
+) -> MapScore:
+    seen = courses[..., known].astype(float)
+    wanted = target[known] - target[known].mean()
+    centred = seen - seen.mean(axis=-1, keepdims=True)
+    scale = np.sqrt((centred**2).sum(axis=-1) * (wanted**2).sum())
+    # A course that has become the same everywhere correlates with nothing.
+    flat = scale <= 1e-6 * np.sqrt((wanted**2).sum())
+    r = np.where(flat | ~np.isfinite(scale), -1.0, (centred @ wanted) / np.where(flat, 1.0, scale))
+    setting, seed, time = np.unravel_index(int(r.argmax()), r.shape)
+    return MapScore(
+        model,
+        float(r.max()),
+        r.max(axis=(0, 2)),
+        int(seed),
+        describe(int(setting), int(time)),
+        courses[setting, seed, time],
+        parameters,
+    )

@@ -1,0 +1,166 @@
+"""Connectomes and tables of visits: every form that is read, and every mistake told in one line."""
+
+import numpy as np
+import pytest
+
+from jaxmed.errors import InputError
+from jaxmed.systems.igndmoe.reading import ConnectomeConfig, find_regions, read_cohort, read_connectome
+
+MATRIX = "L_a,L_b,R_a\n0,2,1\n2,0,0\n1,0,0\n"
+TABLE = "subject,age,L_a,L_b,R_a\ns1,70,1.0,1.1,1.2\ns2,61,1.3,1.0,2.0\ns1,72.5,1.2,1.3,1.5\n"
+REGIONS = ("L_a", "L_b", "R_a")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def read(tmp_path, text, **options):
+    notes = []
+    return read_connectome(write(tmp_path / "a.csv", text), ConnectomeConfig(**options), notes), notes
+
+
+def cohort(tmp_path, text, scaling="minmax", **options):
+    notes = []
+    return read_cohort(write(tmp_path / "t.csv", text), REGIONS, scaling, notes, **options), notes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MATRIX,
+        "region,L_a,L_b,R_a\nL_a,0,2,1\nL_b,2,0,0\nR_a,1,0,0\n",
+        "source,target,weight\nL_a,L_b,2\nL_a,R_a,1\n",
+    ],
+)
+def test_a_matrix_with_names_and_a_list_of_edges_are_the_same_graph(tmp_path, text):
+    found, notes = read(tmp_path, text)
+    assert found.regions == REGIONS and notes == []
+    np.testing.assert_array_equal(found.adjacency, [[0, 1, 0.5], [1, 0, 0], [0.5, 0, 0]])
+
+
+def test_names_may_stand_in_a_file_of_their_own(tmp_path):
+    labels = write(tmp_path / "labels.csv", "L_a,L_b,R_a\n")
+    found, _ = read(tmp_path, "0,2,1\n2,0,0\n1,0,0\n", labels=labels)
+    assert found.regions == REGIONS
+    assert find_regions(("R_a",), found) == (2,)
+    with pytest.raises(InputError, match=r"seeds: expected regions .* 'R_b'; did you mean 'R_a'"):
+        find_regions(("R_b",), found)
+
+
+MISTAKES = {
+    "not symmetric": ("L_a,L_b\n0,2\n1,0\n", "symmetric matrix, found 2 from 'L_a' to 'L_b' and 1 back"),
+    "negative": ("L_a,L_b\n0,-2\n-2,0\n", "found -2 between 'L_a' and 'L_b'"),
+    "without names": ("0,2\n2,0\n", "names of regions"),
+    "not square": ("L_a,L_b\n0,2\n", "square matrix"),
+    "ragged": ("L_a,L_b\n0,2\n2\n", "square matrix"),
+    "not a number": ("L_a,L_b\n0,x\n2,0\n", "finite number in row 1, column 2, found 'x'"),
+    "not finite": ("L_a,L_b\n0,nan\n2,0\n", "finite number in row 1, column 2, found 'nan'"),
+    "named twice": ("L_a,L_a\n0,2\n2,0\n", "'L_a' twice"),
+    "only zeros": ("L_a,L_b\n0,0\n0,0\n", "found only zeros"),
+    "one region": ("L_a\n1\n", "two regions"),
+    "an edge to itself": ("source,target,weight\nL_a,L_a,1\n", "line 2: .* connected with itself"),
+    "an edge twice": ("source,target,weight\nL_a,L_b,1\nL_b,L_a,1\n", "line 3: .* again"),
+    "blank": ("\n\n", "only blank lines"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_of_a_connectome_are_told(tmp_path, name):
+    text, expected = MISTAKES[name]
+    with pytest.raises(InputError, match=expected):
+        read(tmp_path, text)
+
+
+def test_what_can_be_repaired_is_repaired_when_asked_and_said(tmp_path):
+    found, notes = read(tmp_path, "L_a,L_b,R_a\n0,2,-1\n1,0,0\n-1,0,0\n", repair=True)
+    np.testing.assert_array_equal(found.adjacency, [[0, 1, 0], [1, 0, 0], [0, 0, 0]])
+    said = " ".join(notes)
+    assert "2 from 'L_a' to 'L_b'" in said and "-1 between 'L_a' and 'R_a'" in said
+    assert "'R_a' has no connection" in said and "not connected; apart from its largest part: R_a" in said
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_connectome(tmp_path / "none.csv", ConnectomeConfig(), [])
+    with pytest.raises(InputError, match="--connectome"):
+        read_connectome(None, ConnectomeConfig(), [])
+    with pytest.raises(ValueError, match="density"):
+        ConnectomeConfig(density=0.0)
+
+
+def test_visits_are_scaled_sorted_and_grouped(tmp_path):
+    found, notes = cohort(tmp_path, TABLE)
+    assert found.subjects == ("s1", "s2") and (found.low, found.high) == (1.0, 2.0)
+    np.testing.assert_allclose(found.visits.gaps, [[0, 2.5], [0, 0]])
+    np.testing.assert_allclose(found.visits.values[0], [[0, 0.1, 0.2], [0.2, 0.3, 0.5]], atol=1e-6)
+    np.testing.assert_array_equal(found.visits.present, [[True, True], [True, False]])
+    shuffled, notes = cohort(tmp_path, TABLE.replace("s1,70,", "s1,75,"))
+    assert shuffled.ages[0] == 72.5 and any("not in the order of age" in note for note in notes)
+    later, notes = cohort(tmp_path, TABLE, scale=(1.0, 1.5))
+    np.testing.assert_allclose(later.visits.values[1, 0, 2], 2.0)
+    assert any("beyond those of the fit" in note for note in notes)
+    _, notes = cohort(tmp_path, "subject,age,L_a,L_b,R_a,sex\ns1,70,1.0,1.1,1.2,1\ns2,61,1.3,1.0,2.0,0\n")
+    assert any("sex" in note for note in notes) and any("seen once" in note for note in notes)
+
+
+WRONG = {
+    "region missing": (TABLE.replace("L_b", "L_bb"), "column for region 'L_b', found none; did you mean 'L_bb'"),
+    "age missing": (TABLE.replace("s2,61,", "s2,,"), "line 3: expected a value under 'age'"),
+    "age impossible": (TABLE.replace("s2,61,", "s2,610,"), "line 3: expected an age from 0 to 120 years, found 610"),
+    "value missing": (TABLE.replace("1.3,1.0,2.0", "1.3,,2.0"), "line 3: expected a number under 'L_b'"),
+    "value negative": (TABLE.replace("1.3,1.0,2.0", "1.3,-1.0,2.0"), "line 3: .* under 'L_b', found -1"),
+    "value far too large": (TABLE.replace("1.3,1.0,2.0", "1.3,1.0,200"), "line 3: .* under 'R_a', found 200"),
+    "visit twice": (TABLE.replace("s1,72.5", "s1,70"), "one row per visit, found subject 's1' again at age 70"),
+    "no differences": ("subject,age,L_a,L_b,R_a\ns1,70,1,1,1\ns2,61,1,1,1\n", "values that differ"),
+    "no subject column": (TABLE.replace("subject", "name"), "subject"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_of_a_table_are_told(tmp_path, name):
+    text, expected = WRONG[name]
+    with pytest.raises(InputError, match=expected):
+        cohort(tmp_path, text)
+
+
+def test_splits_belong_to_subjects(tmp_path):
+    header, *rows = TABLE.strip().split("\n")
+
+    def with_splits(*names):
+        lines = [f"{row},{name}" for row, name in zip(rows, names, strict=True)]
+        return "\n".join([header + ",split", *lines]) + "\n"
+
+    found, _ = cohort(tmp_path, with_splits("train", "test", "train"))
+    assert found.splits == ("train", "test")
+    with pytest.raises(InputError, match="one split for subject 's1'"):
+        cohort(tmp_path, with_splits("train", "test", "test"))
+    with pytest.raises(InputError, match="'exam'"):
+        cohort(tmp_path, with_splits("train", "exam", "train"))
+
+
+def test_values_that_are_not_to_be_scaled_lie_between_0_and_1(tmp_path):
+    with pytest.raises(InputError, match="--scaling minmax"):
+        cohort(tmp_path, TABLE, "none")
+
+
+def test_real_connectomes_are_read(shared_data):
+    folder = shared_data / "connectome_hcp_enigma"
+    for matrix, labels, count in (
+        ("strucMatrix_ctx.csv", "strucLabels_ctx.csv", 68),
+        ("strucMatrix_with_sctx.csv", "strucLabels_with_sctx.csv", 82),
+    ):
+        notes = []
+        found = read_connectome(folder / matrix, ConnectomeConfig(labels=folder / labels), notes)
+        assert len(found.regions) == count and notes == [] and found.adjacency.max() == 1
+    assert find_regions(("L_entorhinal", "R_entorhinal"), found)
+    # The finer parcellation holds negative weights, which are told before they are repaired.
+    path = folder / "strucMatrix_ctx_schaefer_100.csv"
+    labels = folder / "strucLabels_ctx_schaefer_100.csv"
+    with pytest.raises(InputError, match=r"weights of 0 or more, found -0.21"):
+        read_connectome(path, ConnectomeConfig(labels=labels), [])
+    found = read_connectome(path, ConnectomeConfig(labels=labels, repair=True), notes := [])
+    assert len(found.regions) == 100 and "negative weights" in notes[0]
+    template = read_connectome(shared_data / "connectome_dk86" / "mean80_fibercount.csv", ConnectomeConfig(), [])
+    assert len(template.regions) == 86 and template.regions[0] == "Left-Cerebellum-Cortex"
