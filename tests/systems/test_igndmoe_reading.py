@@ -141,7 +141,7 @@ def test_splits_belong_to_subjects(tmp_path):
 
 
 def test_values_that_are_not_to_be_scaled_lie_between_0_and_1(tmp_path):
-    with pytest.raises(InputError, match="--scaling minmax"):
+    with pytest.raises(InputError, match="--data.scaling minmax"):
         cohort(tmp_path, TABLE, "none")
 
 

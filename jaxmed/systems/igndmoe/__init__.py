@@ -19,7 +19,7 @@ Stages:
   5. jaxmed igndmoe attribute --connectome A.csv --table visits.csv --seeds ... --out RUN
      weights of mechanisms over stage with bands from a bootstrap over subjects, and what leaving one out costs.
   6. jaxmed igndmoe compare --connectome A.csv --table visits.csv --seeds ... --out RUN
-     every model on the same folds; with --map in place of --table, models of spread against one regional map.
+     every model on the same folds; with --map.file in place of --table, models of spread against one regional map.
 
 Try it without data:  jaxmed igndmoe fit --preset smoke --out runs/igndmoe
 From Python:          from jaxmed.systems import igndmoe; fit = igndmoe.fit(visits, graph, config, seeds)

@@ -9,7 +9,7 @@ from jaxmed.arrays.graphs import graph_operators
 from jaxmed.errors import InputError
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.systems.igndmoe.fitting import fit
-from jaxmed.systems.igndmoe.job import DataConfig, write_embedded
+from jaxmed.systems.igndmoe.job import DataConfig, Files, write_embedded
 from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.reading import Cohort, ConnectomeConfig, find_regions, read_cohort, read_connectome
 from jaxmed.systems.igndmoe.results import Course, write_course
@@ -41,14 +41,15 @@ def embedded_fit(
         if path is not None:
             raise InputError("data", "no files beside embedded data", path, "drop --preset, or the files")
     notes: list[str] = []
-    data, _ = write_embedded(DataConfig(embedded=max(subjects, 40)), folder.path / "inputs" / "fitted", seed)
-    connectome = read_connectome(data.connectome, ConnectomeConfig(), notes)
-    cohort = read_cohort(data.table, connectome.regions, "none", notes)
+    nothing = Files(None, None, (), "none")
+    old = write_embedded(DataConfig(embedded=max(subjects, 40)), nothing, folder.path / "inputs" / "fitted", seed)
+    connectome = read_connectome(old.connectome, ConnectomeConfig(), notes)
+    cohort = read_cohort(old.table, connectome.regions, "none", notes)
     config = FitConfig(model=ProgressionConfig(equation="fkpp"), grid_steps=32, stages=64, steps=50, loops=2)
-    fitted = fit(cohort.visits, graph_operators(connectome.adjacency), config, find_regions(data.seeds, connectome))
+    fitted = fit(cohort.visits, graph_operators(connectome.adjacency), config, find_regions(old.seeds, connectome))
     write_course(folder.path / "inputs" / "fitted", fitted, cohort, connectome.regions, config.stages)
     # The same connectome, so the same disease, with other patients.
-    new, _ = write_embedded(DataConfig(embedded=subjects), folder.path / "inputs" / "new", seed)
+    new = write_embedded(DataConfig(embedded=subjects), nothing, folder.path / "inputs" / "new", seed)
     jax.block_until_ready(fitted.onsets)
     assert new.table is not None
     return folder.path / "inputs" / "fitted", new.table

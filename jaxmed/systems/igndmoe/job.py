@@ -14,7 +14,7 @@ from jaxmed.arrays.graphs import GraphOperators, graph_operators
 from jaxmed.data.splits import split_subjects
 from jaxmed.errors import InputError
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
-from jaxmed.synthesis.phantoms.write_connectome import CohortFiles, region_names, write_cohort
+from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
 from jaxmed.systems.igndmoe import dual
 from jaxmed.systems.igndmoe.fitting import Fit, fit_runs, make_problem, programs
 from jaxmed.systems.igndmoe.options import FitConfig
@@ -35,26 +35,20 @@ Scaling = Literal["minmax", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """A cohort and its connectome.
+    """How a cohort and its connectome are read.
 
     Attributes:
-        connectome: CSV file: a square matrix with region names, or edges as source, target, weight.
         graph: What is done to the connectome as read.
-        table: CSV file with a row per visit: subject, age in years, optionally split, a column for every region.
         scaling: "minmax" brings the smallest value of all subjects and regions to 0, the largest to 1; "none" takes
             values as they are, on [0, 1].
-        seeds: Regions where the disease starts, by name.
         fractions: Shares of training, validation and test subjects where the table has no split. The paper keeps 35
             and 35 of 216.
         embedded: Patients of a simulated cohort to use in place of files.
         embedded_regions: Of its connectome.
     """
 
-    connectome: Path | None = None
     graph: ConnectomeConfig = dataclasses.field(default_factory=ConnectomeConfig)
-    table: Path | None = None
     scaling: Scaling = "minmax"
-    seeds: tuple[str, ...] = ()
     fractions: tuple[float, float, float] = (0.676, 0.162, 0.162)
     embedded: int | None = None
     embedded_regions: int = 8
@@ -64,6 +58,24 @@ class DataConfig:
             raise ValueError(f"fractions: expected three shares that sum to 1, found {self.fractions}")
         if self.embedded is not None and self.embedded < 10:
             raise ValueError(f"embedded: expected 10 or more patients, found {self.embedded}")
+
+
+class Files(NamedTuple):
+    """What a user gave, or was simulated.
+
+    Attributes:
+        connectome: CSV file.
+        table: CSV file.
+        seeds: Names of regions.
+        scaling: Of the table.
+        truth: Folder of the truth about a simulated cohort.
+    """
+
+    connectome: Path | None
+    table: Path | None
+    seeds: tuple[str, ...]
+    scaling: Scaling
+    truth: Path | None = None
 
 
 class Inputs(NamedTuple):
@@ -84,15 +96,15 @@ class Inputs(NamedTuple):
     roles: tuple[str, ...]
 
 
-def write_embedded(data: DataConfig, folder: Path, seed: int) -> tuple[DataConfig, CohortFiles]:
-    """Write a simulated cohort as files, and return the configuration that names them.
+def write_embedded(data: DataConfig, given: Files, folder: Path, seed: int) -> Files:
+    """Write a simulated cohort as files, and return where they are.
 
     Raises:
         InputError: Files were given too.
     """
-    given = data.table or data.connectome
-    if given is not None:
-        raise InputError("data", "no files beside embedded data", given, "drop --preset, or the files")
+    for path in (given.connectome, given.table):
+        if path is not None:
+            raise InputError("data.embedded", "no files beside embedded data", path, "drop --preset, or the files")
     assert data.embedded is not None
     connectome = random_connectome(seed, data.embedded_regions, 0.4)
     regions = region_names(data.embedded_regions)
@@ -100,25 +112,22 @@ def write_embedded(data: DataConfig, folder: Path, seed: int) -> tuple[DataConfi
     config = CohortConfig(subjects=data.embedded, reaction=0.2, edge_diffusivity=1.0)
     cohort = simulate_cohort(jax.random.key(seed), connectome.adjacency, seeds, config)
     files = write_cohort(folder, seed, cohort, connectome.adjacency, regions, seeds, dataclasses.asdict(config))
-    named = dataclasses.replace(
-        data, connectome=files.connectome, table=files.table, scaling="none", seeds=tuple(regions[i] for i in seeds)
-    )
-    return named, files
+    return Files(files.connectome, files.table, tuple(regions[i] for i in seeds), "none", files.truth)
 
 
-def read_inputs(data: DataConfig, fit: FitConfig, notes: list[str]) -> Inputs:
+def read_inputs(files: Files, data: DataConfig, fit: FitConfig, notes: list[str]) -> Inputs:
     """Read and check everything a fit needs.
 
     Raises:
         InputError: For whatever a user can have wrong in these files.
     """
-    connectome = read_connectome(data.connectome, data.graph, notes)
-    seeds = find_regions(data.seeds, connectome)
-    cohort = read_cohort(data.table, connectome.regions, data.scaling, notes)
+    connectome = read_connectome(files.connectome, data.graph, notes)
+    seeds = find_regions(files.seeds, connectome)
+    cohort = read_cohort(files.table, connectome.regions, files.scaling, notes)
     followed = float(cohort.visits.gaps.max())
     if followed >= fit.model.horizon:
         raise InputError(
-            data.table or "table",
+            files.table or "table",
             f"subjects followed for less than the horizon, {fit.model.horizon:g} years",
             f"{followed:g} years",
             "raise --fit.model.horizon",
@@ -127,9 +136,9 @@ def read_inputs(data: DataConfig, fit: FitConfig, notes: list[str]) -> Inputs:
     if not any(roles):
         roles = tuple(split_subjects(cohort.subjects, data.fractions, fit.seed))
     elif not all(roles):
-        raise InputError(data.table or "table", "a split for every subject", "some without", "fill in column 'split'")
+        raise InputError(files.table or "table", "a split for every subject", "some without", "fill in column 'split'")
     if roles.count("train") < 2:
-        raise InputError(data.table or "table", "two training subjects or more", roles.count("train"))
+        raise InputError(files.table or "table", "two training subjects or more", roles.count("train"))
     return Inputs(connectome, graph_operators(connectome.adjacency, fit.laplacian), cohort, seeds, roles)
 
 

@@ -155,7 +155,7 @@ def _from_matrix(path: Path, rows: list[list[str]], labels: Path | None) -> tupl
     if labels is not None:
         header = [cell for row in _rows(labels) for cell in row]
     if header is None:
-        raise InputError(path, "names of regions", "none", "add a header line, or give --graph.labels FILE")
+        raise InputError(path, "names of regions", "none", "add a header line, or name a file of them by the option graph.labels")
     if len(header) != width:
         raise InputError(labels or path, f"{width} names of regions", f"{len(header)}")
     doubles = sorted({name for name in header if header.count(name) > 1})
@@ -182,7 +182,7 @@ def _checked(path: Path, regions: tuple[str, ...], matrix: np.ndarray, repair: b
     if largest == 0:
         raise InputError(path, "a connection", "only zeros")
     difference = np.abs(matrix - matrix.T)
-    advice = "give --graph.repair to take the mean of both and 0 for negative weights"
+    advice = "the option graph.repair takes the mean of both, and 0 for negative weights"
     if difference.max() > ASYMMETRY * largest:
         u, v = np.unravel_index(difference.argmax(), difference.shape)
         found = f"{matrix[u, v]:g} from '{regions[u]}' to '{regions[v]}' and {matrix[v, u]:g} back"
@@ -275,7 +275,7 @@ def _check_values(
     if len(wrong):
         row, column = wrong[0]
         expected = f"a value from 0 to {highest:g} under '{regions[column]}'"
-        advice = "check the units" if scaling == "minmax" else "give --scaling minmax for values on another scale"
+        advice = "check the units" if scaling == "minmax" else "give --data.scaling minmax for values on another scale"
         raise table.wrong(table.lines[row], expected, f"{values[row, column]:g}", advice)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,15 @@ from jaxmed.models.graph_diffusion import EXPERTS, ProgressionConfig
 from jaxmed.systems.igndmoe.attribute_page import write_page
 from jaxmed.systems.igndmoe.attribution import ablations, bands, contributions, draw_weights
 from jaxmed.systems.igndmoe.fitting import Fit
-from jaxmed.systems.igndmoe.job import DataConfig, Inputs, fit_in_folder, read_inputs, role_weights, write_embedded
+from jaxmed.systems.igndmoe.job import (
+    DataConfig,
+    Files,
+    Inputs,
+    fit_in_folder,
+    read_inputs,
+    role_weights,
+    write_embedded,
+)
 from jaxmed.systems.igndmoe.measures import score
 from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.results import Course
@@ -28,12 +37,18 @@ class Config:
     """Attribute a course to mechanisms.
 
     Attributes:
-        data: Cohort and connectome.
+        connectome: CSV file: a square matrix with region names, or edges as source, target, weight.
+        table: CSV file with a row per visit: subject, age in years, optionally split, a column for every region.
+        seeds: Regions where the disease starts, by name; for tau the two entorhinal ones.
+        data: How they are read, or embedded data.
         fit: Mixture and recipe.
         draws: Bootstrap draws of training subjects; each is a fit of its own, from its own first weights.
         ablate: Fit the mixture with each part left out too.
     """
 
+    connectome: Path | None = None
+    table: Path | None = None
+    seeds: tuple[str, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
     draws: int = 50
@@ -65,11 +80,11 @@ def smoke() -> Config:
 def run(config: Config, folder: RunFolder) -> None:
     """Fit the cohort, its draws and its ablations; write weights, contributions and stages with bands."""
     began, notes = time.monotonic(), []
-    data = config.data
-    if data.embedded is not None:
+    files = Files(config.connectome, config.table, config.seeds, config.data.scaling)
+    if config.data.embedded is not None:
         start(folder)
-        data, _ = write_embedded(data, folder.path / "inputs", config.fit.seed)
-    inputs = read_inputs(data, config.fit, notes)
+        files = write_embedded(config.data, files, folder.path / "inputs", config.fit.seed)
+    inputs = read_inputs(files, config.data, config.fit, notes)
     if config.data.embedded is None:
         start(folder)
     log = Log(folder.path, folder.options.quiet)

@@ -23,7 +23,7 @@ from jaxmed.systems.igndmoe import maps
 from jaxmed.systems.igndmoe.compare_page import write_page
 from jaxmed.systems.igndmoe.comparing import ORDER, Held, choose, compare_models, criteria
 from jaxmed.systems.igndmoe.fitting import fit
-from jaxmed.systems.igndmoe.job import DataConfig, read_inputs, write_embedded
+from jaxmed.systems.igndmoe.job import DataConfig, Files, read_inputs, write_embedded
 from jaxmed.systems.igndmoe.measures import row_correlations
 from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.reading import Connectome, read_connectome
@@ -64,7 +64,10 @@ class Config:
     """Compare models.
 
     Attributes:
-        data: Cohort and connectome; the connectome alone where a map is given.
+        connectome: CSV file: a square matrix with region names, or edges as source, target, weight.
+        table: CSV file with a row per visit: subject, age in years, optionally split, a column for every region.
+        seeds: Regions where the disease starts, by name; for tau the two entorhinal ones.
+        data: How they are read, or embedded data.
         map: A regional map to explain, in place of visits.
         models: Of visits, by name.
         folds: Of cross-validation over subjects.
@@ -72,6 +75,9 @@ class Config:
         fit: Recipe that all models share.
     """
 
+    connectome: Path | None = None
+    table: Path | None = None
+    seeds: tuple[str, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     map: MapConfig = dataclasses.field(default_factory=MapConfig)
     models: tuple[Equation, ...] = ORDER
@@ -134,11 +140,11 @@ def _finish(folder: RunFolder, log: Log, summary: dict[str, Any], began: float) 
 
 def _run_visits(config: Config, folder: RunFolder) -> None:
     began, notes = time.monotonic(), []
-    data = config.data
-    if data.embedded is not None:
+    files = Files(config.connectome, config.table, config.seeds, config.data.scaling)
+    if config.data.embedded is not None:
         start(folder)
-        data, _ = write_embedded(data, folder.path / "inputs", config.fit.seed)
-    inputs = read_inputs(data, config.fit, notes)
+        files = write_embedded(config.data, files, folder.path / "inputs", config.fit.seed)
+    inputs = read_inputs(files, config.data, config.fit, notes)
     if len(inputs.cohort.subjects) < 2 * config.folds:
         found = f"{len(inputs.cohort.subjects)} for {config.folds} folds"
         raise InputError("folds", "two subjects or more in every fold", found, "lower --folds")
@@ -213,9 +219,9 @@ def _tests(results: list[Held]) -> list[dict[str, Any]]:
 
 def _run_map(config: Config, folder: RunFolder) -> None:
     began, notes = time.monotonic(), []
-    if config.data.table is not None or config.data.embedded is not None:
+    if config.table is not None or config.data.embedded is not None:
         raise InputError("map.file", "a map or a table of visits", "both", "drop one of them")
-    connectome = read_connectome(config.data.connectome, config.data.graph, notes)
+    connectome = read_connectome(config.connectome, config.data.graph, notes)
     columns = _read_map(config.map, connectome, notes)
     target, known = columns["value"], np.isfinite(columns["value"])
     graph = graph_operators(connectome.adjacency, config.fit.laplacian)

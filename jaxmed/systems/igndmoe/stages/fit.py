@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +13,18 @@ import scipy.stats
 from jaxmed.files import write_json
 from jaxmed.io.tables import read_table
 from jaxmed.models.graph_diffusion import ProgressionConfig
-from jaxmed.synthesis.phantoms.write_connectome import CohortFiles
 from jaxmed.systems.igndmoe.alignment import Alignment
 from jaxmed.systems.igndmoe.fit_page import write_page
 from jaxmed.systems.igndmoe.fitting import Fit
-from jaxmed.systems.igndmoe.job import DataConfig, Inputs, fit_in_folder, read_inputs, role_weights, write_embedded
+from jaxmed.systems.igndmoe.job import (
+    DataConfig,
+    Files,
+    Inputs,
+    fit_in_folder,
+    read_inputs,
+    role_weights,
+    write_embedded,
+)
 from jaxmed.systems.igndmoe.measures import score
 from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.results import Course, write_course, write_stages
@@ -30,11 +38,17 @@ class Config:
     """Fit a course of disease to a cohort.
 
     Attributes:
-        data: Cohort and connectome.
+        connectome: CSV file: a square matrix with region names, or edges as source, target, weight.
+        table: CSV file with a row per visit: subject, age in years, optionally split, a column for every region.
+        seeds: Regions where the disease starts, by name; for tau the two entorhinal ones.
+        data: How they are read, or embedded data.
         fit: Equation and recipe.
         starts: Runs from different first weights; the one with the lowest validation error is kept.
     """
 
+    connectome: Path | None = None
+    table: Path | None = None
+    seeds: tuple[str, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
     starts: int = 3
@@ -64,13 +78,12 @@ def run(config: Config, folder: RunFolder) -> None:
     """Read, fit, write."""
     began = time.monotonic()
     notes: list[str] = []
-    files = None
-    data = config.data
-    if data.embedded is not None:
+    files = Files(config.connectome, config.table, config.seeds, config.data.scaling)
+    if config.data.embedded is not None:
         start(folder)
-        data, files = write_embedded(data, folder.path / "inputs", config.fit.seed)
-    inputs = read_inputs(data, config.fit, notes)
-    if files is None:
+        files = write_embedded(config.data, files, folder.path / "inputs", config.fit.seed)
+    inputs = read_inputs(files, config.data, config.fit, notes)
+    if config.data.embedded is None:
         start(folder)
     log = Log(folder.path, folder.options.quiet)
     for note in notes:
@@ -100,7 +113,7 @@ def run(config: Config, folder: RunFolder) -> None:
 report = write_page
 
 
-def summarise(config: Config, inputs: Inputs, kept: Fit, files: CohortFiles | None, notes: list[str]) -> dict[str, Any]:
+def summarise(config: Config, inputs: Inputs, kept: Fit, files: Files, notes: list[str]) -> dict[str, Any]:
     """Collect the numbers of the report."""
     cohort, course = inputs.cohort, Course(kept.course, inputs.connectome.regions, (0.0, 1.0), config.fit.stages)
     scores = {}
@@ -113,7 +126,7 @@ def summarise(config: Config, inputs: Inputs, kept: Fit, files: CohortFiles | No
         text = f"{clipped} of {len(cohort.subjects)} subjects were staged at an end of the course; "
         notes = [*notes, text + "their true stage may lie beyond, and the fit is worse for it."]
     recovery = None
-    if files is not None:
+    if files.truth is not None:
         truth = np.array(read_table(files.truth / "stages.csv").floats("stage"))
         recovery = float(scipy.stats.spearmanr(truth, kept.onsets)[0])  # pyright: ignore[reportArgumentType]
     return {
