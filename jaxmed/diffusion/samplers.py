@@ -287,7 +287,7 @@ def step(
         return _heun_step(denoiser, x, row, fresh)
     mean = denoiser.denoise(x, jnp.full(len(x), row.time))
     moved = row.keep * x + row.pull * mean + row.recall * state.recalled + row.noise * fresh
-    return SamplerState(moved.astype(x.dtype), mean)
+    return SamplerState(moved.astype(x.dtype), mean.astype(x.dtype))
 
 
 def grid(schedule: Schedule, sampler: Sampler) -> Float[np.ndarray, " step"]:
@@ -410,7 +410,7 @@ def _heun_step(
 
     # A condition, so that the last step does not pay for an evaluation that it cannot use.
     average = jax.lax.cond(row.corrects > 0, correct, lambda first: first, first)
-    return SamplerState((row.next_alpha * (u + length * average)).astype(x.dtype), mean)
+    return SamplerState((row.next_alpha * (u + length * average)).astype(x.dtype), mean.astype(x.dtype))
 
 
 def _edm_grid(schedule: Schedule, num_steps: int, rho: float) -> np.ndarray:

@@ -48,50 +48,62 @@ def network_for(denoise, schedule, prediction, x, t):
     return (denoise(x, t) - spread(at.skip, x) * x) / spread(at.out, x)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_network_recovered_from_the_denoiser_gives_it_back(schedule, prediction, double):
+def test_network_recovered_from_the_denoiser_gives_it_back(schedule, double):
     prior, x, t = noisy(schedule)
     exact = oracle(prior, schedule)
-    output = network_for(exact.denoise, schedule, prediction, x, t)
-    seen = {}
 
-    def predict(scaled, time):
-        seen.update(scaled=scaled, time=time)
-        return output
+    @jax.jit
+    def run(x, t):
+        found = {}
+        for prediction in PREDICTIONS:
+            output = network_for(exact.denoise, schedule, prediction, x, t)
+            seen = []
+            again = make_denoiser(lambda *inputs, to=seen, out=output: to.append(inputs) or out, schedule, prediction)
+            found[prediction] = (again.denoise(x, t), *seen[0])
+        return found, exact.denoise(x, t)
 
-    again = make_denoiser(predict, schedule, prediction)
-    np.testing.assert_allclose(again.denoise(x, t), exact.denoise(x, t), rtol=1e-12, atol=1e-12)
-    np.testing.assert_array_equal(seen["time"], schedule.network_time(t))
-    if prediction == "edm" and isinstance(schedule, Edm):
-        np.testing.assert_allclose(seen["scaled"], x / np.sqrt(t**2 + 0.25)[:, None], rtol=1e-12)
-    else:
-        np.testing.assert_array_equal(seen["scaled"], x)
+    found, expected = run(x, t)
+    for prediction, (mean, scaled, time) in found.items():
+        np.testing.assert_allclose(mean, expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(time, schedule.network_time(np.asarray(t)), rtol=1e-14)
+        is_scaled = prediction == "edm" and isinstance(schedule, Edm)
+        np.testing.assert_allclose(
+            scaled, x / np.sqrt(np.asarray(t) ** 2 + 0.25)[:, None] if is_scaled else x, rtol=1e-12
+        )
 
 
 def test_conversions_are_those_of_the_closed_form(schedule, double):
     prior, x, t = noisy(schedule)
     exact = oracle(prior, schedule)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    expected = closed.score(prior, x, alpha, sigma)
-    np.testing.assert_allclose(score(exact, x, t), expected, rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(epsilon(exact, x, t), -sigma[:, None] * expected, rtol=1e-8, atol=1e-10)
-    # And networks that predict them are the same denoiser.
-    for prediction, value in (("epsilon", epsilon), ("score", score), ("v", velocity)):
-        output = value(exact, x, t)
-        again = make_denoiser(lambda x, time, output=output: output, schedule, prediction)
-        np.testing.assert_allclose(again.denoise(x, t), exact.denoise(x, t), rtol=1e-12, atol=1e-12)
+    conversions = {"epsilon": epsilon, "score": score, "v": velocity}
+
+    @jax.jit
+    def run(x, t):
+        values = {name: convert(exact, x, t) for name, convert in conversions.items()}
+        # Networks that predict them are the same denoiser.
+        again = [make_denoiser(lambda *_, out=values[name]: out, schedule, name).denoise(x, t) for name in values]
+        return values, again, exact.denoise(x, t), closed.score(prior, x, schedule.alpha(t), schedule.sigma(t))
+
+    values, again, mean, expected = run(x, t)
+    sigma = schedule.sigma(np.asarray(t))[:, None]
+    np.testing.assert_allclose(values["score"], expected, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(values["epsilon"], -sigma * expected, rtol=1e-8, atol=1e-10)
+    for found in again:
+        np.testing.assert_allclose(found, mean, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_targets_are_what_the_clean_image_and_the_noise_make_of_the_network(schedule, prediction, double):
+def test_targets_are_what_the_clean_image_and_the_noise_make_of_the_network(schedule, double):
     t = times(schedule, 6)
     rng = np.random.default_rng(1)
-    image, noise = jnp.asarray(rng.standard_normal((2, 6, 5)))
-    x = schedule.alpha(t)[:, None] * image + schedule.sigma(t)[:, None] * noise
-    at = precondition(schedule, prediction, t)
-    target = at.clean[:, None] * image + at.noise[:, None] * noise
-    # The target is the output with which D is the clean image.
-    np.testing.assert_allclose(at.skip[:, None] * x + at.out[:, None] * target, image, rtol=1e-8, atol=1e-8)
+    image, noise = rng.standard_normal((2, 6, 5))
+    alpha, sigma = schedule.alpha(np.asarray(t))[:, None], schedule.sigma(np.asarray(t))[:, None]
+    x = alpha * image + sigma * noise
+    found = jax.jit(lambda t: {prediction: precondition(schedule, prediction, t) for prediction in PREDICTIONS})(t)
+    for at in found.values():
+        column = {name: np.asarray(value)[:, None] for name, value in at._asdict().items()}
+        target = column["clean"] * image + column["noise"] * noise
+        # The target is the output with which D is the clean image.
+        np.testing.assert_allclose(column["skip"] * x + column["out"] * target, image, rtol=1e-8, atol=1e-8)
 
 
 def test_edm_has_unit_variance_in_and_out(double):
@@ -118,9 +130,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize(("name", "prediction"), WEIGHTS)
-def test_loss_is_the_weighted_error_of_the_denoised_image(name, prediction):
-    schedule = SCHEDULES[name]
+def test_loss_is_the_weighted_error_of_the_denoised_image():
     image = jax.random.uniform(jax.random.key(4), (6, 4, 4, 1))
     keys = jax.random.split(jax.random.key(5), 6)
     params = {"scale": jnp.float32(0.3)}
@@ -128,26 +138,36 @@ def test_loss_is_the_weighted_error_of_the_denoised_image(name, prediction):
     def apply(params, x, time):
         return params["scale"] * x + 0.01 * spread(time, x)
 
-    loss, metrics = denoising_loss(apply, schedule, params, keys, {"image": image}, prediction)
-    # The same draws, and the loss written with D as each paper has it.
-    t = schedule.draw_times(jnp.stack([jax.random.split(key)[0] for key in keys]))
-    noise = jnp.stack([jax.random.normal(jax.random.split(key)[1], (4, 4, 1)) for key in keys])
-    alpha, sigma = np.asarray(schedule.alpha(t)), np.asarray(schedule.sigma(t))
-    x = spread(jnp.asarray(alpha), image) * image + spread(jnp.asarray(sigma), image) * noise
-    mean = make_denoiser(functools.partial(apply, params), schedule, prediction).denoise(x, t)
-    errors = np.mean(np.square(np.asarray(mean - image, np.float64)), axis=(1, 2, 3))
-    np.testing.assert_allclose(metrics["image_error"], np.mean(errors), rtol=1e-3)
-    np.testing.assert_allclose(loss, np.mean(errors * WEIGHTS[name, prediction](sigma, alpha)), rtol=1e-3)
+    @jax.jit
+    def run(keys, image):
+        # The same draws, and the loss written with D as each paper has it.
+        time_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        noise = jax.vmap(lambda key: jax.random.normal(key, (4, 4, 1)))(noise_keys)
+        found = {}
+        for name, prediction in WEIGHTS:
+            schedule = SCHEDULES[name]
+            t = schedule.draw_times(time_keys)
+            alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+            x = spread(alpha, image) * image + spread(sigma, image) * noise
+            mean = make_denoiser(functools.partial(apply, params), schedule, prediction).denoise(x, t)
+            loss = denoising_loss(apply, schedule, params, keys, {"image": image}, prediction)
+            found[name, prediction] = loss, jnp.mean((mean - image) ** 2, axis=(1, 2, 3)), alpha, sigma
+        return found
+
+    for case, ((loss, metrics), *rest) in run(keys, image).items():
+        errors, alpha, sigma = (np.asarray(part, np.float64) for part in rest)
+        np.testing.assert_allclose(metrics["image_error"], np.mean(errors), rtol=1e-3, err_msg=str(case))
+        np.testing.assert_allclose(loss, np.mean(errors * WEIGHTS[case](sigma, alpha)), rtol=1e-3, err_msg=str(case))
 
 
 def test_loss_of_an_image_follows_its_key():
     image = jax.random.uniform(jax.random.key(6), (4, 8))
     keys = jax.random.split(jax.random.key(7), 4)
-    loss = functools.partial(denoising_loss, lambda params, x, time: 0.1 * x, Edm(), {})
-    whole, _ = loss(keys, {"image": image})
-    turned, _ = loss(keys[::-1], {"image": image[::-1]})
-    np.testing.assert_allclose(turned, whole, rtol=1e-6)
-    assert loss(keys[::-1], {"image": image})[0] != whole
+    loss = jax.jit(
+        lambda keys, image: denoising_loss(lambda params, x, time: 0.1 * x, Edm(), {}, keys, {"image": image})[0]
+    )
+    np.testing.assert_allclose(loss(keys[::-1], image[::-1]), loss(keys, image), rtol=1e-6)
+    assert loss(keys[::-1], image) != loss(keys, image)
 
 
 def test_clip_holds_the_image_in_its_range():

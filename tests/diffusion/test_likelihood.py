@@ -23,7 +23,11 @@ def compute(key, denoiser, x, config):
     return jax.jit(lambda x: log_likelihood(key, denoiser, x, config))(x)
 
 
-@pytest.mark.parametrize(("schedule", "divergence"), [(Edm(), "exact"), (VpDiscrete(), "hutchinson")], ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "divergence"),
+    [pytest.param(Edm(), "exact", marks=pytest.mark.slow), (VpDiscrete(), "hutchinson")],
+    ids=["edm exact", "cosine hutchinson"],
+)
 def test_gaussian_flow_is_the_closed_form(schedule, divergence, key):
     # The Jacobian of a round Gaussian is a multiple of 1, whose trace one probe of signs gives exactly.
     x = jax.random.normal(jax.random.key(1), (3, 2, 2))
@@ -51,6 +55,7 @@ def test_mixture_density_within_a_thousandth_per_dimension(key):
         np.testing.assert_allclose(found.log_density, expected, atol=1e-3 * DIM)
 
 
+@pytest.mark.slow
 def test_probes_agree_with_the_trace_on_average_and_differ_between_images(key):
     prior = random_mixture(5, 3, DIM)
     x = jnp.broadcast_to(draw(key, prior, 1)[0], (200, DIM))

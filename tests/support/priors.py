@@ -22,7 +22,7 @@ def random_mixture(seed: int, modes: int, dim: int, spread: float = 1.0) -> Mixt
 def oracle(mixture: Mixture, schedule: Schedule) -> Denoiser:
     """The exact denoiser of a mixture, on samples of any shape whose size is its dimension."""
 
-    # Compiled once per shape: op by op, each operation is a program of its own.
+    # Op by op, each operation would be compiled as a program of its own.
     @jax.jit
     def apply(x, t):
         flat = denoise(mixture, x.reshape(len(x), -1), schedule.alpha(t), schedule.sigma(t))

@@ -12,7 +12,8 @@ class Info(NamedTuple):
         residuals: |y - A(E[x_0 | x_t])| at each step, in units of the measurement.
         step_sizes: Factor of the data term at each step; what it multiplies is the method's to say.
         start_time: Where each sample entered the chain.
-        evaluations: Forward and backward passes of the network, counted together.
+        evaluations: How often the network ran, forward alone or forward and backward; where more backward passes follow
+            one forward pass, each of them counts.
         flags: Verdict of the line search at each step; 0 is fine.
     """
 

@@ -14,7 +14,7 @@ from jaxmed.synthesis.phantoms.mixture import covariance_matrices, make_isotropi
 pytestmark = pytest.mark.core
 
 
-@pytest.mark.parametrize("std", [1.0, 0.4])
+@pytest.mark.parametrize("std", [pytest.param(1.0, marks=pytest.mark.slow), 0.4])
 def test_samples_of_white_images_have_the_posteriors_mean_and_covariance(std, key):
     with jax.enable_x64(True):
         count, noise = 50_000, 0.2

@@ -23,7 +23,7 @@ from jaxmed.synthesis.phantoms.brain import make_brain
 from jaxmed.synthesis.phantoms.mixture import make_isotropic, responsibilities
 
 pytestmark = pytest.mark.core
-SHAPE, STD, COUNT = (16, 16, 1), 0.03, 1000
+SHAPE, STD, COUNT = (16, 16, 1), 0.03, 800
 
 
 @functools.cache
