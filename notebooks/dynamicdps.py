@@ -152,10 +152,12 @@ for rule in ("monotone", "repo"):
     axes[0].plot(residuals, choose_start(residuals, StartTime(rule=rule)), label=rule)
 axes[0].set(xlabel="residual of the estimate", ylabel="start (steps left of 1000)")
 axes[0].legend(frameon=False)
-walked = np.isfinite(np.asarray(info.residuals)[:, 0])
+# The image that took longest; the others fitted their measurements earlier.
+last = int(np.isfinite(np.asarray(info.residuals)).sum(0).argmax())
+walked = np.isfinite(np.asarray(info.residuals)[:, last])
 left = np.arange(1000)[::-1][walked]
-axes[1].plot(left, np.asarray(info.residuals)[walked, 0], label="residual")
-axes[1].plot(left, np.asarray(info.step_sizes)[walked, 0], label="step size")
+axes[1].plot(left, np.asarray(info.residuals)[walked, last], label="residual")
+axes[1].plot(left, np.asarray(info.step_sizes)[walked, last], label="step size")
 axes[1].axhline(noise * np.sqrt(24 * 24), color="gray", linestyle=":", label="noise")
 axes[1].set(xlabel="steps left", xlim=(left.max(), left.min()))
 axes[1].legend(frameon=False)
