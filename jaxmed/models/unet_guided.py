@@ -48,8 +48,7 @@ class GuidedUnetConfig:
         groups: Of the norms; a divisor of every level's channels.
         dtype: Of activations and products; norms, softmax, time and result are float32.
         remat: Recompute whole levels in the backward pass: less memory, a third more work.
-        attention: See `nn.attention.self_attention`; "xla" alone allows forward-mode derivatives, "blocks" serves
-            volumes with many tokens.
+        attention: See `nn.attention.self_attention`; "blocks" serves volumes with many tokens.
     """
 
     dimensions: Literal[2, 3] = 2
