@@ -44,6 +44,7 @@ def test_gaussian_flow_is_the_closed_form(schedule, divergence, key):
     np.testing.assert_allclose(found.bits_per_dim, 7 - expected / (DIM * np.log(2)), atol=5e-4)
 
 
+@pytest.mark.slow
 def test_mixture_density_within_a_thousandth_per_dimension(key):
     with jax.enable_x64(True):
         prior = random_mixture(5, 3, DIM)
@@ -67,6 +68,7 @@ def test_probes_agree_with_the_trace_on_average_and_differ_between_images(key):
     assert abs(np.mean(probed) - traced[0]) < 4 * spread / np.sqrt(200) + 0.01
 
 
+@pytest.mark.slow
 def test_failures_are_told(key):
     config = LikelihoodConfig(ode=OdeConfig(max_steps=2))
     assert not np.any(compute(key, oracle(centred(), Edm()), jnp.ones((2, DIM)), config).succeeded)

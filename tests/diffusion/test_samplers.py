@@ -220,7 +220,11 @@ def test_probability_flow_converges_with_the_promised_order(make, order, double)
     assert abs(slope - order) < 0.25, (slope, errors)
 
 
-@pytest.mark.parametrize("sampler", [Ancestral(8), DpmSolver(8), Heun(5, churn=2.0)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "sampler",
+    [Ancestral(8), pytest.param(DpmSolver(8), marks=pytest.mark.slow), Heun(5, churn=2.0)],
+    ids=lambda s: type(s).__name__,
+)
 def test_a_sample_does_not_depend_on_its_batch(sampler, key):
     denoiser = oracle(random_mixture(4, 2, 3), CHAIN)
     draw = jax.jit(lambda indices: diffusion.sample(key, denoiser, (8, 3), sampler, indices=indices))

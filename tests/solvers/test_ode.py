@@ -53,6 +53,7 @@ def test_fixed_steps_have_their_order():
         assert abs(np.log2(error(1.0) / error(0.5)) - 2) < 0.1
 
 
+@pytest.mark.slow
 def test_stiff_equations_take_few_implicit_steps():
     with jax.enable_x64(True):
         times = jnp.array([0.0, 0.5, 2.0])
@@ -65,7 +66,9 @@ def test_stiff_equations_take_few_implicit_steps():
     np.testing.assert_allclose(implicit.states[1:], np.cos([0.5, 2.0]), atol=5e-4)
 
 
-@pytest.mark.parametrize("adjoint", ["checkpoint", "direct", "backsolve"])
+@pytest.mark.parametrize(
+    "adjoint", ["checkpoint", *(pytest.param(name, marks=pytest.mark.slow) for name in ("direct", "backsolve"))]
+)
 def test_gradients_are_the_closed_form(adjoint):
     config = OdeConfig(adjoint=adjoint, max_steps=64)
 
@@ -77,6 +80,7 @@ def test_gradients_are_the_closed_form(adjoint):
     np.testing.assert_allclose(slope(jnp.float32(0.7)), -np.exp(-0.7), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_forward_mode_gives_directional_derivatives():
     def end(start):
         return solve(lambda t, y, args: -y, start, jnp.array([0.0, 1.0]), OdeConfig(adjoint="forward")).states[-1]

@@ -68,20 +68,27 @@ def pigdm(
     Returns:
         The images, and the run's record.
     """
-    schedule = denoiser.schedule
-
-    def denoise(x: Float[Array, "batch ..."], t: Num[Array, " batch"]) -> Float[Array, "batch ..."]:
-        mean, transposed = jax.vjp(lambda x: denoiser.denoise(x, t), x)
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        at = linearise(operator, mean, measurement)
-        ratio = jnp.square(sigma / alpha)
-        variance = spread(ratio * config.data_std**2 / (ratio + config.data_std**2), at.misfit)
-
-        def seen(change: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-            return variance * at.push(at.pull(change)) + config.noise_std**2 * change
-
-        solved = conjugate_gradient(seen, at.misfit, config.solver_steps)
-        return mean + spread(sigma**2 / alpha, x) * transposed(at.pull(solved))[0]
-
-    guided = Denoiser(denoise, schedule)
+    guided = Denoiser(lambda x, t: guided_mean(denoiser, measurement, operator, config, x, t), denoiser.schedule)
     return run_guided(key, guided, measurement, operator, initial, config.sampler, 1, indices)
+
+
+def guided_mean(
+    denoiser: Denoiser,
+    measurement: Float[Array, "batch ..."],
+    operator: Operator,
+    config: Pigdm,
+    x: Float[Array, "batch ..."],
+    t: Num[Array, " batch"],
+) -> Float[Array, "batch ..."]:
+    """Return E[x_0 | x_t, y] for an image whose covariance given x_t is a multiple of 1."""
+    mean, transposed = jax.vjp(lambda x: denoiser.denoise(x, t), x)
+    alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+    at = linearise(operator, mean, measurement)
+    ratio = jnp.square(sigma / alpha)
+    variance = spread(ratio * config.data_std**2 / (ratio + config.data_std**2), at.misfit)
+
+    def seen(change: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+        return variance * at.push(at.pull(change)) + config.noise_std**2 * change
+
+    solved = conjugate_gradient(seen, at.misfit, config.solver_steps)
+    return mean + spread(sigma**2 / alpha, x) * transposed(at.pull(solved))[0]

@@ -37,7 +37,7 @@ def test_masked_images_keep_what_was_seen_and_the_chain_elsewhere(key):
     assert np.all(info.evaluations == 20) and np.all(info.step_sizes == 1)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.15])
+@pytest.mark.parametrize("noise", [pytest.param(0.0, marks=pytest.mark.slow), 0.15])
 def test_run_is_the_papers_recursion(noise, key):
     with jax.enable_x64(True):
         prior = random_mixture(8, 1, 3)

@@ -78,7 +78,14 @@ def reference(prior, noise, eta, eta_b, draw):
     return u @ right
 
 
-@pytest.mark.parametrize(("noise", "eta", "eta_b"), [(0.0, 0.85, 1.0), (0.3, 0.85, 1.0), (0.3, 0.6, 0.7)])
+@pytest.mark.parametrize(
+    ("noise", "eta", "eta_b"),
+    [
+        pytest.param(0.0, 0.85, 1.0, marks=pytest.mark.slow),
+        pytest.param(0.3, 0.85, 1.0, marks=pytest.mark.slow),
+        (0.3, 0.6, 0.7),
+    ],
+)
 def test_run_is_the_papers_update(noise, eta, eta_b, key):
     with jax.enable_x64(True):
         prior = random_mixture(8, 1, 3)

@@ -57,6 +57,7 @@ def test_guided_mean_is_the_posteriors_denoiser(schedule):
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_samples_of_a_gaussian_have_the_posteriors_mean_and_covariance():
     prior = random_mixture(6, 1, 3)
     truth = posterior(prior, jnp.asarray(MATRIX), jnp.asarray(MEASUREMENT), NOISE)
@@ -82,6 +83,7 @@ def modes(direction, weights):
     return make_mixture(jnp.asarray(weights), jnp.asarray(means), jnp.asarray(covariances))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_seen", [True, False], ids=["seen", "unseen"])
 def test_weights_of_two_modes(is_seen):
     # Seen, 2.2 standard deviations apart; or apart in the null space, where the measurement says nothing of the mode.
