@@ -23,7 +23,7 @@ def glass_brain(
     caption: str,
     unit: str = "",
 ) -> Figure:
-    """Draw regions as discs, one row per map, sized and coloured by their values.
+    """Draw regions as discs, sized and coloured by their values.
 
     Args:
         values: Maps by name, all finite, on one colour scale.
@@ -39,13 +39,12 @@ def glass_brain(
     points = _ring(names) if centroids is None else centroids
 
     def draw(theme: Theme) -> Canvas:
-        height = 2.4 if centroids is not None else 3.6
-        canvas = Canvas(figsize=(FULL_WIDTH, 0.3 + height * len(values)), layout="constrained")
-        grid = [
-            canvas.add_subplot(len(values), len(views), 1 + row * len(views) + column)
-            for row in range(len(values))
-            for column in range(len(views))
-        ]
+        # Rings stand beside each other, projections of a map in a row.
+        columns = len(views) if centroids is not None else min(len(values), 3)
+        rows = -(-len(values) * len(views) // columns)
+        height = 2.4 if centroids is not None else 0.6 + FULL_WIDTH / (columns + 0.3)
+        canvas = Canvas(figsize=(FULL_WIDTH, 0.3 + height * rows), layout="constrained")
+        grid = [canvas.add_subplot(rows, columns, 1 + place) for place in range(len(values) * len(views))]
         shown = None
         for place, ax in enumerate(grid):
             row, column = divmod(place, len(views))

@@ -155,7 +155,9 @@ def _from_matrix(path: Path, rows: list[list[str]], labels: Path | None) -> tupl
     if labels is not None:
         header = [cell for row in _rows(labels) for cell in row]
     if header is None:
-        raise InputError(path, "names of regions", "none", "add a header line, or name a file of them by the option graph.labels")
+        raise InputError(
+            path, "names of regions", "none", "add a header line, or name a file of them by the option graph.labels"
+        )
     if len(header) != width:
         raise InputError(labels or path, f"{width} names of regions", f"{len(header)}")
     doubles = sorted({name for name in header if header.count(name) > 1})
@@ -212,6 +214,22 @@ def find_regions(names: tuple[str, ...], connectome: Connectome, field: str = "s
         if name not in connectome.regions:
             raise InputError(field, "regions of the connectome", f"'{name}'", nearest(name, connectome.regions))
     return tuple(connectome.regions.index(name) for name in names)
+
+
+def read_centroids(path: Path, regions: tuple[str, ...]) -> Float[np.ndarray, "region 3"]:
+    """Read where regions lie: columns region, x, y, z, in mm, RAS+.
+
+    Raises:
+        InputError: A region has no row or two, or a coordinate is no number.
+    """
+    table = read_table(path, ("region", "x", "y", "z"))
+    names = table.column("region")
+    points = np.array([table.floats(axis) for axis in "xyz"]).T
+    for region in regions:
+        if names.count(region) != 1:
+            advice = nearest(region, names)
+            raise InputError(path, f"one row for region '{region}'", f"{names.count(region)}", advice)
+    return points[[names.index(region) for region in regions]]
 
 
 # --- Visits -----------------------------------------------------------------------------------

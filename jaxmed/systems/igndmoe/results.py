@@ -1,5 +1,7 @@
 """Files of a fitted course: written by `fit`, read by `stage` and `forecast`."""
 
+import io
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +89,15 @@ def write_stages(path: Path, cohort: Cohort, staged: Alignment, roles: tuple[str
     write_table(path, tuple(rows[0]), rows)
 
 
+def write_centroids(path: Path, regions: tuple[str, ...], points: Float[np.ndarray, "region 3"]) -> None:
+    """Keep where regions lie, for the report."""
+    rows = [
+        {"region": name, "x": float(x), "y": float(y), "z": float(z)}
+        for name, (x, y, z) in zip(regions, points, strict=True)
+    ]
+    write_table(path, ("region", "x", "y", "z"), rows)
+
+
 def read_course(run: Path | None) -> Course:
     """Read what `jaxmed igndmoe fit` left.
 
@@ -101,9 +112,10 @@ def read_course(run: Path | None) -> Course:
     record = read_record(folder / "model.json")
     path = require_file(folder / "course.npz", "an npz file")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # From memory, so that a damaged file is not left open.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
             trajectory = Trajectory(*(jnp.asarray(stored[name]) for name in Trajectory._fields))
-    except (ValueError, OSError, KeyError, EOFError) as error:
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(path, "a stored course", "a damaged file", "run the fit again") from error
     low, high = record["scale"]
     return Course(trajectory, tuple(record["regions"]), (float(low), float(high)), int(record["stages"]))

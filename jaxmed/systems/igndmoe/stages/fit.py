@@ -27,7 +27,8 @@ from jaxmed.systems.igndmoe.job import (
 )
 from jaxmed.systems.igndmoe.measures import score
 from jaxmed.systems.igndmoe.options import FitConfig
-from jaxmed.systems.igndmoe.results import Course, write_course, write_stages
+from jaxmed.systems.igndmoe.reading import read_centroids
+from jaxmed.systems.igndmoe.results import Course, write_centroids, write_course, write_stages
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
@@ -43,6 +44,8 @@ class Config:
         seeds: Regions where the disease starts, by name; for tau the two entorhinal ones.
         data: How they are read, or embedded data.
         fit: Equation and recipe.
+        centroids: CSV file with region, x, y and z (mm, RAS+) for the glass brain of the report; without it regions are
+            drawn on a ring.
         starts: Runs from different first weights; the one with the lowest validation error is kept.
     """
 
@@ -51,6 +54,7 @@ class Config:
     seeds: tuple[str, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
+    centroids: Path | None = None
     starts: int = 3
 
     def __post_init__(self) -> None:
@@ -83,6 +87,7 @@ def run(config: Config, folder: RunFolder) -> None:
         start(folder)
         files = write_embedded(config.data, files, folder.path / "inputs", config.fit.seed)
     inputs = read_inputs(files, config.data, config.fit, notes)
+    centroids = None if config.centroids is None else read_centroids(config.centroids, inputs.connectome.regions)
     if config.data.embedded is None:
         start(folder)
     log = Log(folder.path, folder.options.quiet)
@@ -99,6 +104,8 @@ def run(config: Config, folder: RunFolder) -> None:
     write_course(folder.outputs, kept, inputs.cohort, regions, config.fit.stages)
     staged = Alignment(kept.onsets, kept.errors, kept.clipped)
     write_stages(folder.outputs / "stages.csv", inputs.cohort, staged, inputs.roles)
+    if centroids is not None:
+        write_centroids(folder.outputs / "centroids.csv", regions, centroids)
     export_parameters(folder.outputs / "model", kept.params, {"regions": list(regions)})
     summary = summarise(config, inputs, kept, files, notes) | {
         "best_start": best + 1,

@@ -1,0 +1,132 @@
+"""`jaxmed igndmoe` from files to pages: a planted cohort is fitted, staged and forecast; maps; and mistakes."""
+
+import csv
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+
+from jaxmed.arrays.graphs import laplacian
+from jaxmed.cli import main
+from jaxmed.systems.igndmoe.reading import ConnectomeConfig, read_connectome
+
+TINY = [
+    *("--fit.model.equation", "fkpp", "--fit.grid-steps", "32", "--fit.stages", "64"),
+    *("--fit.steps", "40", "--fit.loops", "2", "--starts", "1"),
+]
+
+
+def run(*words):
+    return main(["igndmoe", *map(str, words), "--quiet"])
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def only_line(capsys):
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err, captured.err
+    return captured.err
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A simulated cohort, and a fit of it."""
+    folder = tmp_path_factory.mktemp("igndmoe")
+    cohort = ["--regions", 8, "--density", 0.4, "--cohort.subjects", 60, "--cohort.mechanism", "fkpp"]
+    assert run("simulate", *cohort, "--out", folder / "sim") == 0
+    assert run("fit", *inputs(folder), *TINY, "--out", folder / "fit") == 0
+    return folder
+
+
+def inputs(folder):
+    outputs = folder / "sim" / "outputs"
+    seeds = json.loads((outputs / "truth" / "truth.json").read_text())["seeds"]
+    return ["--connectome", outputs / "connectome.csv", "--table", outputs / "visits.csv", "--seeds", *seeds]
+
+
+def test_a_fit_finds_the_planted_stages_and_course(places):
+    outputs = places / "fit" / "outputs"
+    stages = rows_of(outputs / "stages.csv")
+    truth = rows_of(places / "sim" / "outputs" / "truth" / "stages.csv")
+    assert [row["subject"] for row in stages] == [row["subject"] for row in truth]
+    pairs = [(float(a["stage"]), float(b["stage"])) for a, b in zip(stages, truth, strict=True)]
+    assert scipy.stats.spearmanr(*np.array(pairs).T)[0] > 0.95
+    summary = json.loads((outputs / "summary.json").read_text())
+    assert summary["scores"]["test"]["r2"] > 0.8 and summary["rounds"] == 2
+    # Noise of 0.03 on [0, 1] is nearly all that is left.
+    assert summary["scores"]["test"]["mse"] < 1.5 * 0.03**2 / (summary["scale"][1] - summary["scale"][0]) ** 2
+    page = (places / "fit" / "report.html").read_text()
+    assert "L_region01" in page and "data:image/svg" in page
+    assert (outputs / "model").is_dir() and (outputs / "course.csv").exists()
+
+
+def test_a_complete_run_is_not_run_again(places, capsys):
+    assert run("fit", *inputs(places), *TINY, "--out", places / "fit") == 0
+    assert "Complete already" in capsys.readouterr().out
+
+
+def test_staging_the_same_subjects_gives_the_same_stages(places, tmp_path):
+    table = inputs(places)[3]
+    assert run("stage", "--weights", places / "fit", "--table", table, "--out", tmp_path / "run") == 0
+    again, first = (rows_of(path / "outputs" / "stages.csv") for path in (tmp_path / "run", places / "fit"))
+    np.testing.assert_allclose(
+        [float(row["stage"]) for row in again], [float(row["stage"]) for row in first], atol=1e-3
+    )
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_forecasts_from_the_first_visit_beat_no_change(places, tmp_path):
+    words = ["--weights", places / "fit", "--table", inputs(places)[3], "--horizons", 1, 3]
+    assert run("forecast", *words, "--out", tmp_path / "run") == 0
+    scores = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())["scores"]
+    assert scores["staged with the first visit"]["mse"] < 0.5 * scores["no change since the first visit"]["mse"]
+    rows = rows_of(tmp_path / "run" / "outputs" / "forecasts.csv")
+    assert len(rows) == 120 and {row["years_ahead"] for row in rows} == {"1.0", "3.0"}
+    # The planted disease only grows.
+    first, second = (np.array([float(row["L_region01"]) for row in rows[i::2]]) for i in (0, 1))
+    assert (second >= first - 1e-6).all()
+
+
+def test_a_map_made_by_diffusion_is_explained_from_its_own_seed(places, tmp_path):
+    connectome = read_connectome(inputs(places)[1], ConnectomeConfig(), [])
+    matrix = np.asarray(laplacian(jnp.asarray(connectome.adjacency), "random_walk"), float)
+    values = scipy.linalg.expm(-2.0 * matrix)[:, 3]
+    text = "region,value\n" + "".join(
+        f"{name},{2 - 3 * v}\n" for name, v in zip(connectome.regions, values, strict=True)
+    )
+    (tmp_path / "map.csv").write_text(text)
+    words = ["--connectome", inputs(places)[1], "--map.file", tmp_path / "map.csv", "--map.more-is", "better"]
+    words += ["--fit.steps", 5, "--fit.loops", 1, "--fit.grid-steps", 16, "--fit.stages", 16, "--fit.model.width", 4]
+    assert run("compare", *words, "--out", tmp_path / "run") == 0
+    models = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())["models"]
+    best = next(model for model in models if model["model"] == "ndm")
+    assert best["seed"] == connectome.regions[3] and best["r"] > 0.9999 and best["setting"] == "rate x time 2"
+    assert next(model for model in models if model["model"] == "igndmoe")["aicc"] is None
+
+
+def test_mistakes_end_in_one_line(places, tmp_path, capsys):
+    table = inputs(places)[3]
+    words = inputs(places)
+    assert run("fit", *words[:4], "--out", tmp_path / "a") == 2
+    assert "seeds: expected names of the regions" in only_line(capsys)
+    assert run("fit", *words[:4], "--seeds", "L_region1", "--out", tmp_path / "a") == 2
+    assert "did you mean" in only_line(capsys)
+    assert run("stage", "--weights", tmp_path, "--table", table, "--out", tmp_path / "b") == 2
+    assert "a run of jaxmed igndmoe fit" in only_line(capsys)
+    broken = tmp_path / "broken"
+    (broken / "outputs").mkdir(parents=True)
+    for name in ("course.npz", "model.json"):
+        data = (places / "fit" / "outputs" / name).read_bytes()
+        (broken / "outputs" / name).write_bytes(data[: len(data) // 2] if name.endswith("npz") else data)
+    assert run("stage", "--weights", broken, "--table", table, "--out", tmp_path / "b") == 2
+    assert "damaged" in only_line(capsys)
+    assert run("compare", *words, "--folds", 40, "--out", tmp_path / "c") == 2
+    assert "two subjects or more in every fold" in only_line(capsys)
+    assert run("fit", *words, *TINY, "--fit.model.horizon", 3, "--out", tmp_path / "d") == 2
+    assert "raise --fit.model.horizon" in only_line(capsys)
