@@ -1,0 +1,78 @@
+"""Comparing models and attributing a course: folds, criteria, the simplest good model, bands, what is left out."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmed.models.graph_diffusion import ProgressionConfig
+from jaxmed.systems.igndmoe import maps
+from jaxmed.systems.igndmoe.attribution import ablations, bands, contributions, draw_weights
+from jaxmed.systems.igndmoe.comparing import Held, choose, criteria, make_folds
+from jaxmed.systems.igndmoe.fitting import Fit
+from jaxmed.systems.igndmoe.measures import row_correlations
+
+pytestmark = pytest.mark.core
+
+
+def held(model, errors, parameters=3):
+    return Held(model, parameters, [{"mse": float(np.mean(errors))}], np.asarray(errors, float))
+
+
+def test_folds_share_subjects_evenly():
+    folds = make_folds(23, 5, 0)
+    assert sorted(np.bincount(folds)) == [4, 4, 5, 5, 5]
+    assert (folds != make_folds(23, 5, 1)).any()
+
+
+def test_the_simplest_model_within_one_standard_error_is_chosen():
+    rng = np.random.default_rng(0)
+    common = rng.uniform(1, 2, 50)  # what all models find hard
+    noise = rng.normal(0, 0.01, 50)
+    good, best, poor = common, common - 0.0005 + noise - noise.mean(), common + 0.1
+    assert choose([held("igndmoe", best), held("fkpp", good), held("ndm", poor)]) == "fkpp"
+    assert choose([held("igndmoe", best - 0.05), held("fkpp", good), held("ndm", poor)]) == "igndmoe"
+    broken = np.full(50, np.nan)
+    assert choose([held("ndm", broken), held("fkpp", good)]) == "fkpp"
+
+
+def test_criteria_are_those_of_gaussian_errors_and_undefined_for_few_values():
+    one = held("fkpp", [0.01])
+    k = 3 + 10 + 1
+    aicc, bic = criteria(one, 500, 10)
+    assert aicc == pytest.approx(500 * np.log(0.01) + 2 * k + 2 * k * (k + 1) / (500 - k - 1))
+    assert bic == pytest.approx(500 * np.log(0.01) + k * np.log(500))
+    assert criteria(one, k + 1, 10) == (None, None)
+    assert maps.aicc(0.5, 7, 6) is None and maps.bic(0.5, 41, 6) == pytest.approx(41 * np.log(0.75) + 6 * np.log(41))
+
+
+def test_correlations_of_rows_are_pearsons():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 4, 9))
+    expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(first, second, strict=True)]
+    np.testing.assert_allclose(row_correlations(first, second), expected)
+    assert np.isnan(row_correlations(np.ones((1, 4)), rng.normal(size=(1, 4)))[0])
+
+
+def test_draws_resample_training_subjects_only():
+    train = np.array([1, 1, 0, 1, 1, 0, 1], np.float32)
+    weights = draw_weights(jax.random.key(0), train, 40)
+    np.testing.assert_array_equal(weights[0], train)
+    np.testing.assert_array_equal(weights.sum(axis=1), 5)
+    np.testing.assert_array_equal(weights[:, train == 0], 0)
+
+
+def test_contributions_are_weight_times_size_and_bands_are_percentiles():
+    experts = np.stack([np.full((1, 2, 4), size) for size in (1.0, 2.0, 0.0)], axis=2)
+    weights = np.array([[[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]])
+    fit = Fit({}, None, experts, weights, *[None] * 5)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_allclose(contributions(fit), [[[0.5, 0.5, 0], [0.2, 0.8, 0]]])
+    found = bands(np.arange(101.0)[:, None, None] * np.ones((1, 2, 3)))
+    assert found.low[0, 0] == 5 and found.middle[0, 0] == 50 and found.high[0, 0] == 95
+
+
+def test_every_ablation_leaves_out_one_part():
+    complete = ProgressionConfig()
+    found = ablations(complete)
+    assert found["complete"] == complete and len(set(found.values())) == len(found) == 6
+    assert found["without graph diffusion"].structure == "none"
+    assert len(ablations(ProgressionConfig(quirks=True))) == 4  # its normalisation needs all three
