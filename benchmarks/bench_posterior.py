@@ -10,7 +10,8 @@ PyTorch (channels last where that is faster; under torch.compile and autocast on
 step. `difference` is the largest deviation of an image after two steps without noise, relative to its largest value.
 
 `dynamicdps_run` is a whole run from 5 % of the chain with strict line searches of at most six trials; its peer is DPS
-over the whole chain of 1000 steps in PyTorch. `evaluations` are the forward and backward passes of either.
+over the whole chain of 1000 steps in PyTorch, as a thousand times the step measured above: all steps cost the same, and
+whole chains would take minutes each. `evaluations` are the forward and backward passes of either.
 """
 
 import copy
@@ -139,7 +140,10 @@ def measure(work: Workload, with_peer: bool, repeats: int, conditions: Condition
         measured["PyTorch"] = Measurement(tuple(seconds[best]), **peer)
     workload = f"{work.name}, batch {work.batch}, seconds per step"
     rows = make_rows("dps_step", workload, measured, conditions, peak)
-    return rows + measure_run(work, prior, params, y, operator, torch_loop, repeats, conditions, peak, best)
+    steps = {"jaxmed": seconds["jaxmed"]}
+    if torch_loop is not None:
+        steps["PyTorch"] = seconds[best]
+    return rows + measure_run(work, prior, params, y, operator, steps, repeats, conditions, peak)
 
 
 def measure_run(
@@ -148,50 +152,36 @@ def measure_run(
     params: Any,
     y: np.ndarray,
     operator: Any,
-    torch_loop: "TorchLoop | None",
+    steps: dict[str, np.ndarray],
     repeats: int,
     conditions: Conditions,
     peak: Peak,
-    best: str,
 ) -> list[Row]:
-    """Measure a whole DynamicDPS beside DPS over the whole chain, ours and PyTorch's."""
+    """Measure a whole DynamicDPS beside DPS over the whole chain, whose steps took `steps` seconds each."""
     sampler = Ancestral(num_steps=work.chain)
     start = StartTime(rule="fixed", fixed=work.chain // 20 - 1)
     search = dataclasses.replace(STRICT.search, max_evaluations=MOST_TRIALS)  # pyright: ignore[reportArgumentType]
     settings = dataclasses.replace(STRICT, start=start, sampler=sampler, search=search, fidelity=PLAIN)
     initial = jnp.clip(y, 0.0, 2.0)
-    zeros = jnp.zeros_like(initial)
     dynamic = compile_apart(
         lambda params, key: dynamicdps(key, prior(params), y, operator, initial, settings), params, jax.random.key(2)
     )
-    whole = compile_apart(
-        lambda params, key: dps(key, prior(params), y, operator, zeros, Dps(SCALE, sampler, PLAIN)),
-        params,
-        jax.random.key(2),
-    )
-    functions: dict[str, Callable[[], Any]] = {
-        "jaxmed": partial(dynamic.call, params, jax.random.key(2)),
-        "jaxmed, DPS": partial(whole.call, params, jax.random.key(2)),
-    }
-    if torch_loop is not None:
-        functions["PyTorch, DPS"] = partial(torch_loop.run, y, work.chain, best)
-    # Whole chains take minutes: two turns, each already an average over a thousand steps.
-    seconds = alternate(functions, min(repeats, 2))
-    (_, info), (_, whole_info) = (jax.device_get(functions[name]()) for name in ("jaxmed", "jaxmed, DPS"))
-    evaluations, all_evaluations = (float(one.evaluations.mean()) for one in (info, whole_info))
-    ratio = float(np.median(seconds["jaxmed, DPS"]) / np.median(seconds["jaxmed"]))
+    functions: dict[str, Callable[[], Any]] = {"jaxmed": partial(dynamic.call, params, jax.random.key(2))}
+    seconds = alternate(functions, repeats)
+    _, info = jax.device_get(functions["jaxmed"]())
+    evaluations = float(info.evaluations.mean())
     accuracy = {
         "evaluations": evaluations,
-        "evaluations_ratio": all_evaluations / evaluations,
-        "time_ratio_to_own_dps": ratio,
+        "evaluations_ratio": work.chain / evaluations,
+        "time_ratio_to_own_dps": float(work.chain * np.median(steps["jaxmed"]) / np.median(seconds["jaxmed"])),
         "residual": float(np.nanmin(info.residuals, axis=0).mean()),
     }
     flops = count_flops(prior(params), y, operator)
     total = None if flops is None else flops * evaluations
     measured = {"jaxmed": Measurement(seconds["jaxmed"], dynamic.seconds, total, accuracy=accuracy)}
-    if torch_loop is not None:
+    if "PyTorch" in steps:
         measured["PyTorch, DPS"] = Measurement(
-            seconds["PyTorch, DPS"],
+            tuple(work.chain * steps["PyTorch"]),
             accuracy={"evaluations": float(work.chain)},
             versions=versions("torch"),
             device=describe_cpu(conditions.cores) if on_cpu() else None,
