@@ -103,3 +103,22 @@ def test_what_does_not_fit_together_is_told(cohort, graph):
     for field, value in (("steps", 0), ("validation", 1.0), ("seed_value", 0.0), ("stages", 2), ("norm_weight", -1.0)):
         with pytest.raises(ValueError, match=field):
             FitConfig(**{field: value})
+
+
+@pytest.mark.slow
+def test_the_full_loop_on_twenty_regions_beats_fkpp_and_recovers_stages():
+    # Specification, (i) 7, with noise of 0.03; the small version above is its default.
+    connectome = random_connectome(0, 20)
+    graph = graph_operators(connectome.adjacency)
+    planted = dataclasses.replace(PLANTED, subjects=120)
+    people = simulate_cohort(jax.random.key(0), connectome.adjacency, (0, 10), planted)
+    model = ProgressionConfig(width=32, latent=8)
+    recipe = FitConfig(model=model, steps=300, loops=6)
+    train, validation, held_out = roles(120)
+    errors = {}
+    for equation in ("igndmoe", "fkpp"):
+        config = dataclasses.replace(recipe, model=dataclasses.replace(model, equation=equation))
+        found = fit_runs(people.visits, graph, config, (0, 10), train, validation, np.array([0]))
+        errors[equation] = float(found.errors[0, held_out].sum())
+        assert scipy.stats.spearmanr(found.onsets[0], people.onsets).statistic > 0.99
+    assert errors["igndmoe"] < 0.75 * errors["fkpp"]
