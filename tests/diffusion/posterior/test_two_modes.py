@@ -27,10 +27,16 @@ SHAPE, STD, COUNT = (16, 16, 1), 0.03, 800
 
 
 @functools.cache
+def scans():
+    """One brain, healthy and with a lesion."""
+    make = jax.jit(lambda has_lesion: make_brain(jax.random.key(3), has_lesion, False, SHAPE[:2]).image.reshape(SHAPE))
+    return make(False), make(True)
+
+
 def brain(size: float):
-    """Two scans of one brain: healthy, and with a lesion of so many times its usual contrast."""
-    healthy, ill = (make_brain(jax.random.key(3), flag, False, SHAPE[:2]).image for flag in (False, True))
-    return healthy.reshape(SHAPE), (healthy + size * (ill - healthy)).reshape(SHAPE)
+    """The brain, healthy and with a lesion of so many times its usual contrast."""
+    healthy, ill = scans()
+    return healthy, healthy + size * (ill - healthy)
 
 
 def expected_rate(schedule, size, t):
