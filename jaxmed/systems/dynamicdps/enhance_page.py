@@ -14,7 +14,7 @@ from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
 from jaxmed.volume import Volume
 
 MOST_PICTURES = 8
-TITLES = {"input": "Input", "initial": "Estimate", "enhanced": "Enhanced", "difference": "Enhanced - input"}
+TITLES = {"input": "Input", "initial": "Estimate", "enhanced": "Enhanced", "difference": "Difference"}
 TITLES |= {"uncertainty": "Uncertainty"}
 
 
@@ -75,7 +75,7 @@ def _scan_section(outputs: Path, scan: dict[str, Any]) -> Section:
         highest = float(np.percentile(maps["uncertainty"], 99.5)) or 1e-6
         styles[TITLES["uncertainty"]] = MapStyle(limits=(0.0, highest), colormap="magma", unit="of the scan")
         shown[TITLES["uncertainty"]] = maps["uncertainty"]
-    caption = f"{scan['name']}: before, after, and what changed"
+    caption = f"{scan['name']}: input, estimate, result, and result minus input"
     caption += f"; standard deviation over {scan['samples']} samples." if scan["samples"] > 1 else "."
     figure = slice_maps(shown, spacing, caption=caption, styles=styles, num_slices=4)
     residual = scan["residual"]
