@@ -193,6 +193,22 @@ def test_subject_specific_graphs_are_vmapped(key):
     np.testing.assert_allclose(both[1], model.apply(params, state, t, alone, start).total, atol=1e-14)
 
 
+def test_subjects_with_their_own_graphs_are_solved_at_once_with_their_own_steps(key):
+    stiff = 50 * PATH  # diffuses fifty times as fast
+    graphs = stack_graphs([PATH, stiff], "combinatorial")
+    model, params, (state, _, graph, start) = built(key, equation="fkpp")
+    times, config = jnp.array([0.0, 2.0]), OdeConfig(rtol=1e-8, atol=1e-8)
+
+    def one(g):
+        return solve(lambda t, c, p: model.apply(p, c, t, g, start).total, state, times, config, params)
+
+    both = jax.jit(jax.vmap(one))(graphs)
+    assert bool(both.succeeded.all()) and int(both.num_steps[1]) > 2 * int(both.num_steps[0])
+    rates = [jax.nn.softplus(params["expert"][name]) for name in ("diffusion", "growth", "ceiling")]
+    exact = solve(lambda t, c, r: fkpp(c, graph.laplacian, *r), state, times, config, rates)
+    np.testing.assert_allclose(both.states[0], exact.states, atol=1e-7)
+
+
 def test_gradients_through_the_adaptive_solver_are_finite_differences(key):
     # Specification, (i) 8, second half; the fixed grid too.
     model, params, (state, _, graph, start) = built(

@@ -130,3 +130,34 @@ def test_mistakes_end_in_one_line(places, tmp_path, capsys):
     assert "two subjects or more in every fold" in only_line(capsys)
     assert run("fit", *words, *TINY, "--fit.model.horizon", 3, "--out", tmp_path / "d") == 2
     assert "raise --fit.model.horizon" in only_line(capsys)
+
+
+def test_growth_and_diffusion_are_chosen_over_diffusion_alone_where_they_were_planted(tmp_path):
+    assert run("compare", "--preset", "smoke", "--out", tmp_path / "run") == 0
+    outputs = tmp_path / "run" / "outputs"
+    summary = json.loads((outputs / "summary.json").read_text())
+    by_name = {model["model"]: model for model in summary["models"]}
+    assert summary["chosen"] == "fkpp" and by_name["fkpp"]["mse"] < 0.1 * by_name["ndm"]["mse"]
+    assert by_name["fkpp"]["bic"] < by_name["ndm"]["bic"] and summary["tests"][0]["p_holm"] < 1e-4
+    rows = rows_of(outputs / "runs.csv")
+    assert len(rows) == 4 and all(row["finite"] == "1" for row in rows)
+
+
+@pytest.mark.slow  # compiles many runs of the mixture; its arithmetic is in test_igndmoe_comparing.py
+def test_attribution_gives_bands_over_draws_of_subjects(tmp_path):
+    assert run("attribute", "--preset", "smoke", "--out", tmp_path / "run") == 0
+    outputs = tmp_path / "run" / "outputs"
+    for name in ("weights", "contributions"):
+        rows = rows_of(outputs / f"{name}.csv")
+        columns = ("mechanistic", "graph_diffusion", "local_reaction")
+        for row in rows:
+            assert sum(float(row[column]) for column in columns) == pytest.approx(1, abs=1e-4)
+            for column in columns:
+                low, middle, high = (float(row[f"{column}_{part}"]) for part in ("low", "median", "high"))
+                assert low <= middle <= high
+    stages = rows_of(outputs / "stages.csv")
+    widths = [float(row["high"]) - float(row["low"]) for row in stages]
+    assert len(stages) == 40 and min(widths) >= 0 and max(widths) > 0
+    # The mixture starts at its mechanistic expert, and fifty steps leave it in the lead.
+    assert float(rows[0]["mechanistic"]) > 0.5
+    assert "complete" in json.loads((outputs / "summary.json").read_text())["ablations"]
