@@ -31,7 +31,7 @@ MAPS = {
     "enhanced": "image refined by the prior and the measurement: mean of the posterior samples",
     "uncertainty": "standard deviation of the posterior samples; 0 where there is one",
     "initial": "estimate that was refined",
-    "difference": "enhanced minus input",
+    "difference": "enhanced minus input, both at the voxel size of the prior's images",
 }
 
 

@@ -229,6 +229,9 @@ def list_inputs(config: Config) -> list[Inputs]:
 def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:
     """Say what a user should know about this run."""
     notes = [f"Weights: {plan.network.licence}."]
+    if plan.frame.spacing:
+        size = f"{plan.frame.spacing:g} mm"
+        notes.append(f"The prior's images have voxels of {size}: what a scan shows below that is lost in the result.")
     if config.initial is None:
         notes.append("No estimate is given: the scan itself is refined.")
     if calibrated is None:
