@@ -277,7 +277,7 @@ def test_the_same_field_and_weights_give_torchdiffeqs_trajectory(key):
         beta = torch.softmax(dense(gate["out"], torch.relu(dense(gate["time"], t[None] / 30))), dim=-1)
         return beta[0] * (-k * matrix @ c + alpha * c * (v - c)) + beta[1] * f_s + beta[2] * f_l
 
-    times = np.linspace(0.0, 3.0, 7)
+    times = np.linspace(0.0, 12.0, 7)
     theirs = torchdiffeq.odeint(field, torch.tensor(STATE), torch.tensor(times), rtol=1e-8, atol=1e-8, method="dopri5")
     ours = solve(
         lambda t, c, p: model.apply(p, c, t, graph, start).total,

@@ -97,14 +97,16 @@ def test_a_map_made_by_diffusion_is_explained_from_its_own_seed(places, tmp_path
     connectome = read_connectome(inputs(places)[1], ConnectomeConfig(), [])
     matrix = np.asarray(laplacian(jnp.asarray(connectome.adjacency), "random_walk"), float)
     values = scipy.linalg.expm(-2.0 * matrix)[:, 3]
-    text = "region,value\n" + "".join(
-        f"{name},{2 - 3 * v}\n" for name, v in zip(connectome.regions, values, strict=True)
-    )
+    # The last region was not measured.
+    cells = [*(2 - 3 * values[:-1]), ""]
+    text = "region,value\n" + "".join(f"{name},{v}\n" for name, v in zip(connectome.regions, cells, strict=True))
     (tmp_path / "map.csv").write_text(text)
     words = ["--connectome", inputs(places)[1], "--map.file", tmp_path / "map.csv", "--map.more-is", "better"]
     words += ["--fit.steps", 5, "--fit.loops", 1, "--fit.grid-steps", 16, "--fit.stages", 16, "--fit.model.width", 4]
     assert run("compare", *words, "--out", tmp_path / "run") == 0
-    models = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())["models"]
+    summary = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())
+    models = summary["models"]
+    assert summary["scored"] == 7 and any(connectome.regions[-1] in note for note in summary["notes"])
     best = next(model for model in models if model["model"] == "ndm")
     assert best["seed"] == connectome.regions[3] and best["r"] > 0.9999 and best["setting"] == "rate x time 2"
     assert next(model for model in models if model["model"] == "igndmoe")["aicc"] is None

@@ -282,7 +282,7 @@ def _run_map(config: Config, folder: RunFolder) -> None:
 
 def _read_map(config: MapConfig, connectome: Connectome, notes: list[str]) -> dict[str, np.ndarray]:
     assert config.file is not None
-    table = read_table(config.file, (config.region, config.value))
+    table = read_table(config.file, (config.region,))
     names = table.column(config.region)
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
