@@ -275,7 +275,8 @@ def test_the_same_field_and_weights_give_torchdiffeqs_trajectory(key):
         f_s = 0.1 * dense(structure["out"], silu(dense(structure["decode"], refined @ h)))[:, 0]
         f_l = 0.1 * dense(local["out"], silu(dense(local["hidden"], torch.cat([c, t[None] / 30]))))
         beta = torch.softmax(dense(gate["out"], torch.relu(dense(gate["time"], t[None] / 30))), dim=-1)
-        return beta[0] * (-k * matrix @ c + alpha * c * (v - c)) + beta[1] * f_s + beta[2] * f_l
+        growth = alpha * torch.clamp(c, min=0.0) * (v - c)  # nothing grows below 0
+        return beta[0] * (growth - k * matrix @ c) + beta[1] * f_s + beta[2] * f_l
 
     times = np.linspace(0.0, 12.0, 7)
     theirs = torchdiffeq.odeint(field, torch.tensor(STATE), torch.tensor(times), rtol=1e-8, atol=1e-8, method="dopri5")

@@ -288,14 +288,11 @@ def _read_map(config: MapConfig, connectome: Connectome, notes: list[str]) -> di
     if doubles:
         raise InputError(config.file, "one row per region", f"'{doubles[0]}' twice")
     unknown = [name for name in names if name not in connectome.regions]
-    missing = [name for name in connectome.regions if name not in names]
     if len(unknown) == len(names):
         found = f"'{unknown[0]}' and others"
         raise InputError(config.file, "regions of the connectome", found, nearest(unknown[0], connectome.regions))
     if unknown:
         notes.append(f"Rows that are no region of the connectome are not used: {', '.join(unknown)}.")
-    if missing:
-        notes.append(f"Regions without a value are not scored: {', '.join(missing)}.")
     place = {name: index for index, name in enumerate(names)}
     wanted = {"value": config.value, "weight": config.weight, "size": config.size}
     wanted |= {"synthesis": config.synthesis, "clearance": config.clearance}
@@ -306,6 +303,10 @@ def _read_map(config: MapConfig, connectome: Connectome, notes: list[str]) -> di
         values = np.array(table.floats(column, allow_missing=key == "value"))
         absent = np.nan if key == "value" else np.median(values)
         columns[key] = np.array([values[place[name]] if name in place else absent for name in connectome.regions])
+    unscored = np.isnan(columns["value"])
+    if unscored.any():
+        missing = [name for name, is_missing in zip(connectome.regions, unscored, strict=True) if is_missing]
+        notes.append(f"Regions without a value are not scored: {', '.join(missing)}.")
     if config.more_is == "better":
         columns["value"] = -columns["value"]
     if np.isfinite(columns["value"]).sum() < 5 or not np.nanstd(columns["value"]) > 0:
