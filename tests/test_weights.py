@@ -128,7 +128,10 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path):
         (["show", MAE, "--heads", "x"], "jaxmed: --heads: expected None or INT, found x"),
         (["show", MAE, "--haeds", "2"], "found an unknown one; did you mean '--heads'?"),
         (["show", MAE], "shapes do not tell heads: jaxmed weights import --heads N"),
-        (["show", MAE, "--family", "tangerin"], "jaxmed: family: expected auto or one of tangerine, guided_diffusion, found tangerin"),
+        (
+            ["show", MAE, "--family", "tangerin"],
+            "jaxmed: family: expected auto or one of tangerine, guided_diffusion, found tangerin",
+        ),
         (["export", MAE, "--out", "a.onnx"], "a name ending in .safetensors or .stablehlo, found a.onnx"),
         (["import", MAE, "--out", MAE, *HEADS], "expected a folder for the weights, found a file"),
         (["import", MAE, "--out", "x", *HEADS, "--names", "a"], "give --task too"),
