@@ -10,7 +10,7 @@ import scipy.stats
 from jaxmed.arrays.graphs import graph_operators
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
-from jaxmed.systems.igndmoe.fitting import bootstrap_weights, fit_runs
+from jaxmed.systems.igndmoe.fitting import bootstrap_weights, fit_runs, make_problem, programs
 from jaxmed.systems.igndmoe.options import FitConfig
 
 SEEDS = (0, 4)
@@ -65,13 +65,25 @@ def test_the_mixture_beats_fkpp_on_held_out_subjects_and_finds_their_stages(coho
 
 
 def test_many_runs_in_one_program_are_those_alone(cohort, graph):
-    single = [run(cohort, graph, FKPP)[0]]
-    both, _ = run(cohort, graph, FKPP, seeds=(0, 1))
-    # Later stages for all with smaller seeds are nearly the same fit: rounding moves along that line, nowhere else.
-    np.testing.assert_allclose(both.errors[0].sum(), single[0].errors[0].sum(), rtol=2e-3)
-    one, other = np.asarray(both.onsets[0]), np.asarray(single[0].onsets[0])
-    assert np.abs(one - other).max() < 0.3
-    np.testing.assert_allclose(one - one.mean(), other - other.mean(), atol=0.06)
+    # One short round from the same state: over hundreds of steps of Adam rounding grows along the line of fits that
+    # differ by a later start for all.
+    short = dataclasses.replace(FKPP, steps=8, loops=1)
+    train, validation, _ = roles(len(cohort.onsets), 2)
+    train[1] = 1 - train[1]
+    start, advance, _ = programs(short)
+    pair = make_problem(cohort.visits, graph, SEEDS, train, validation)
+    state = start(jax.vmap(jax.random.key)(np.array([0, 1])), pair)
+    both, _ = advance(state, pair)
+    for place in (0, 1):
+        alone = make_problem(cohort.visits, graph, SEEDS, train[[place]], validation[[place]])
+        single, _ = advance(jax.tree.map(lambda leaf, row=place: leaf[row : row + 1], state), alone)
+        # At the bottom of a parabola rounding of 1e-7 is a shift of some 1e-3 of its width.
+        np.testing.assert_allclose(single.onsets[0], both.onsets[place], atol=0.01)
+        others = (jax.tree.leaves(found._replace(onsets=0.0)) for found in (single, both))
+        for one, other in zip(*others, strict=True):
+            if np.ndim(one):
+                np.testing.assert_allclose(one[0], other[place], rtol=1e-4, atol=1e-4)
+    assert float(jax.tree.leaves(both.params)[0][0].ravel()[0]) != float(jax.tree.leaves(both.params)[0][1].ravel()[0])
 
 
 def test_the_five_line_example():
