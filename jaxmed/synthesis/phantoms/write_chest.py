@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int16
 
-from jaxmed.config import read_record, to_record
+from jaxmed.config import to_record
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
 from jaxmed.synthesis.phantoms.chest import FINDINGS, ChestConfig, make_chest
+from jaxmed.synthesis.phantoms.cohort import SPLITS, check_fractions, claim_folder
 from jaxmed.volume import Volume
 
-SPLITS = ("train", "validation", "test")
 COLUMNS = ("path", "subject", "label", "split", *FINDINGS)
 
 
@@ -71,7 +70,7 @@ def write_chest_cohort(
         "distractors": float(distractors),
         "fractions": list(fractions),
     }
-    _claim(folder / "scans.json", settings)
+    claim_folder(folder / "scans.json", settings)
     rows = []
     # One compilation for the cohort; without jit every operation of a chest is dispatched on its own.
     scan = jax.jit(lambda key, flags: _stored(make_chest(key, flags, shape, config).array))
@@ -90,31 +89,11 @@ def write_chest_cohort(
 
 
 def _check(subjects: int, finding: str, distractors: float, fractions: tuple[float, float, float]) -> None:
-    if subjects < 1:
-        raise InputError("subjects", "1 or more", subjects)
+    check_fractions(subjects, fractions)
     if finding not in FINDINGS:
         raise InputError("finding", f"one of {', '.join(FINDINGS)}", f"'{finding}'")
     if not 0 <= distractors <= 1:
         raise InputError("distractors", "a probability", distractors)
-    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise InputError("fractions", "three shares that sum to 1", fractions)
-
-
-def _claim(path: Path, settings: dict[str, object]) -> None:
-    """Record whose folder this is, or refuse that of another cohort."""
-    if not path.exists():
-        write_json(path, settings)
-        return
-    found = read_record(path)
-    different = [name for name, value in settings.items() if found.get(name) != value]
-    if different:
-        name = different[0]
-        raise InputError(
-            path,
-            f"a cohort of {name} {settings[name]}",
-            f"{found.get(name)}",
-            "choose another folder, or delete this one",
-        )
 
 
 def _plan(
