@@ -1,6 +1,7 @@
 """What staging and forecasting have in common."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +13,34 @@ from jaxmed.systems.igndmoe.fitting import fit
 from jaxmed.systems.igndmoe.job import DataConfig, Files, write_embedded
 from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.reading import Cohort, ConnectomeConfig, find_regions, read_cohort, read_connectome
-from jaxmed.systems.igndmoe.results import Course, write_course
-from jaxmed.train.run_folder import RunFolder
+from jaxmed.systems.igndmoe.results import Course, read_course, write_course
+from jaxmed.train.run_folder import RunFolder, start
+
+
+class Inputs(NamedTuple):
+    """A fitted course, the subjects to place on it, and what was noticed while reading."""
+
+    course: Course
+    cohort: Cohort
+    notes: list[str]
+
+
+def read_inputs(folder: RunFolder, weights: Path | None, table: Path | None, embedded: int | None, seed: int) -> Inputs:
+    """Read and check a course and a table, or make both, and start the run.
+
+    Raises:
+        InputError: One cannot be read, they do not fit together, or files were given beside embedded data.
+    """
+    notes: list[str] = []
+    if embedded is not None:
+        start(folder)
+        weights, table = embedded_fit(folder, embedded, seed, (weights, table))
+    course = read_course(weights)
+    cohort = read_cohort(table, course.regions, "minmax", notes, course.scale)
+    check_followed(cohort, course, table)
+    if embedded is None:
+        start(folder)
+    return Inputs(course, cohort, notes)
 
 
 def check_followed(cohort: Cohort, course: Course, table: Path | None) -> None:

@@ -11,14 +11,13 @@ import numpy as np
 from jaxmed.arrays.visits import Visits, first_visits
 from jaxmed.files import atomic_path, write_json
 from jaxmed.io.tables import write_table
-from jaxmed.systems.igndmoe.apply import check_followed, embedded_fit
+from jaxmed.systems.igndmoe.apply import read_inputs
 from jaxmed.systems.igndmoe.apply_page import write_forecast_page as write_page
 from jaxmed.systems.igndmoe.fitting import stage_program
 from jaxmed.systems.igndmoe.measures import predictions, score
-from jaxmed.systems.igndmoe.reading import read_cohort
-from jaxmed.systems.igndmoe.results import predict, read_course
+from jaxmed.systems.igndmoe.results import predict
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +56,7 @@ def smoke() -> Config:
 def run(config: Config, folder: RunFolder) -> None:
     """Read, stage with all visits and with the first alone, forecast, write."""
     began = time.monotonic()
-    notes: list[str] = []
-    if config.embedded is not None:
-        start(folder)
-        weights, table = embedded_fit(folder, config.embedded, config.seed, (config.weights, config.table))
-        config = dataclasses.replace(config, weights=weights, table=table)
-    course = read_course(config.weights)
-    cohort = read_cohort(config.table, course.regions, "minmax", notes, course.scale)
-    check_followed(cohort, course, config.table)
-    if config.embedded is None:
-        start(folder)
+    course, cohort, notes = read_inputs(folder, config.weights, config.table, config.embedded, config.seed)
     log = Log(folder.path, folder.options.quiet)
     program, visits = stage_program(course.stages), cohort.visits
     staged = program(course.trajectory, visits)

@@ -9,14 +9,13 @@ import jax
 import numpy as np
 
 from jaxmed.files import write_json
-from jaxmed.systems.igndmoe.apply import check_followed, embedded_fit
+from jaxmed.systems.igndmoe.apply import read_inputs
 from jaxmed.systems.igndmoe.apply_page import write_stage_page as write_page
 from jaxmed.systems.igndmoe.fitting import stage_program
 from jaxmed.systems.igndmoe.measures import score
-from jaxmed.systems.igndmoe.reading import read_cohort
-from jaxmed.systems.igndmoe.results import read_course, write_stages
+from jaxmed.systems.igndmoe.results import write_stages
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +48,7 @@ def smoke() -> Config:
 def run(config: Config, folder: RunFolder) -> None:
     """Read, stage, write."""
     began = time.monotonic()
-    notes: list[str] = []
-    if config.embedded is not None:
-        start(folder)
-        weights, table = embedded_fit(folder, config.embedded, config.seed, (config.weights, config.table))
-        config = dataclasses.replace(config, weights=weights, table=table)
-    course = read_course(config.weights)
-    cohort = read_cohort(config.table, course.regions, "minmax", notes, course.scale)
-    check_followed(cohort, course, config.table)
-    if config.embedded is None:
-        start(folder)
+    course, cohort, notes = read_inputs(folder, config.weights, config.table, config.embedded, config.seed)
     log = Log(folder.path, folder.options.quiet)
     staged = stage_program(course.stages)(course.trajectory, cohort.visits)
     clipped = int(np.asarray(staged.clipped).sum())
