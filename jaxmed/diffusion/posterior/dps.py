@@ -10,6 +10,7 @@ from jaxmed.arrays.types import KeyArray
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.chain import enter, make_chain, reverse
 from jaxmed.diffusion.posterior.fidelity import PLAIN, Fidelity, Operator, evaluate
+from jaxmed.diffusion.posterior.guidance import make_info
 from jaxmed.diffusion.posterior.info import Info
 from jaxmed.diffusion.samplers import Ancestral, Ddim, sample_keys
 
@@ -74,11 +75,4 @@ def dps(
         return moved.astype(x.dtype), at.residual
 
     image, residuals = jax.lax.scan(advance, enter(chain, keys, initial, start), jnp.arange(num_steps)[::-1])
-    info = Info(
-        residuals=residuals,
-        step_sizes=jnp.full(residuals.shape, config.scale, residuals.dtype),
-        start_time=start,
-        evaluations=jnp.full(batch, num_steps, jnp.int32),
-        flags=jnp.zeros(residuals.shape, jnp.int32),
-    )
-    return image, info
+    return image, make_info(residuals, jnp.full_like(residuals, config.scale), num_steps)
