@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.types import KeyArray
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.chain import enter, make_chain, reverse
+from jaxmed.diffusion.posterior.guidance import make_info
 from jaxmed.diffusion.posterior.info import Info
 from jaxmed.diffusion.samplers import Ancestral, Ddim, draw_noise, sample_keys
 from jaxmed.physics.operators import LinearOperator
@@ -84,11 +85,4 @@ def ccdf(
 
     lefts = jnp.arange(config.start + 1)[::-1]
     image, residuals = jax.lax.scan(advance, enter(chain, keys, initial, start), lefts)
-    info = Info(
-        residuals=residuals,
-        step_sizes=jnp.ones(residuals.shape, residuals.dtype),
-        start_time=start,
-        evaluations=jnp.full(batch, config.start + 1, jnp.int32),
-        flags=jnp.zeros(residuals.shape, jnp.int32),
-    )
-    return image, info
+    return image, make_info(residuals, jnp.ones_like(residuals), config.start + 1)
