@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.arrays.visits import Visits
 from jaxmed.config import read_record
 from jaxmed.io.tables import read_table
 from jaxmed.report.figures import agreement, curves, histograms
@@ -35,7 +34,12 @@ def write_page(folder: Path) -> None:
     sections = [_course_section(outputs, summary)]
     if (outputs / "weights.csv").exists():
         sections.append(_weights_section(outputs))
-    sections += [_stages_section(outputs), _scores_section(scores), _rounds_section(folder), _reading_section(summary)]
+    sections += [
+        _stages_section(outputs),
+        _scores_section(outputs, scores),
+        _rounds_section(folder),
+        _reading_section(summary),
+    ]
     write_report(
         folder / "report.html",
         title="The course of a disease",
@@ -112,7 +116,7 @@ def _stages_section(outputs: Path) -> Section:
     return Section("Stages", [figure])
 
 
-def _scores_section(scores: dict[str, dict[str, Any]]) -> Section:
+def _scores_section(outputs: Path, scores: dict[str, dict[str, Any]]) -> Section:
     rows = [(role, s["visits"], s["sse"], s["mse"], s["r"], s["r2"]) for role, s in scores.items()]
     table = Table(
         ("Subjects", "Visits", "SSE", "MSE", "R over regions", "R2, median region"),
@@ -120,7 +124,14 @@ def _scores_section(scores: dict[str, dict[str, Any]]) -> Section:
         "Values on [0, 1]; every subject staged with all of its visits, as the paper does, so this is fit after a "
         "shift in time and not a forecast.",
     )
-    return Section("Errors", [table])
+    with np.load(outputs / "fitted_visits.npz") as stored:
+        roles = [role for role in scores if f"{role}_measured" in stored]
+        figure = agreement(
+            {role: stored[f"{role}_measured"].ravel() for role in roles},
+            {role: stored[f"{role}_predicted"].ravel() for role in roles},
+            caption="Regional values, observed (across) against predicted by the course at the subject's stage (up).",
+        )
+    return Section("Errors", [table, figure])
 
 
 def _rounds_section(folder: Path) -> Section:
@@ -149,13 +160,3 @@ def _reading_section(summary: dict[str, Any]) -> Section:
         ]
     )
     return Section("How to read it", [*(Note(note) for note in summary["notes"]), text])
-
-
-def observed_against_predicted(visits: Visits, predicted: np.ndarray, caption: str) -> Any:
-    """Draw measured against predicted values of all present visits."""
-    present = np.asarray(visits.present)
-    return agreement(
-        {"regional value": np.asarray(visits.values)[present].ravel()},
-        {"regional value": predicted[present].ravel()},
-        caption=caption,
-    )

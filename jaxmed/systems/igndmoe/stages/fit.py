@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import scipy.stats
 
-from jaxmed.files import write_json
+from jaxmed.files import atomic_path, write_json
 from jaxmed.io.tables import read_table
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.systems.igndmoe.alignment import Alignment
@@ -25,7 +25,7 @@ from jaxmed.systems.igndmoe.job import (
     role_weights,
     write_embedded,
 )
-from jaxmed.systems.igndmoe.measures import score
+from jaxmed.systems.igndmoe.measures import predictions, score
 from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.reading import read_centroids
 from jaxmed.systems.igndmoe.results import Course, write_centroids, write_course, write_stages
@@ -104,6 +104,7 @@ def run(config: Config, folder: RunFolder) -> None:
     write_course(folder.outputs, kept, inputs.cohort, regions, config.fit.stages)
     staged = Alignment(kept.onsets, kept.errors, kept.clipped)
     write_stages(folder.outputs / "stages.csv", inputs.cohort, staged, inputs.roles)
+    write_fitted_visits(folder.outputs / "fitted_visits.npz", config, inputs, kept)
     if centroids is not None:
         write_centroids(folder.outputs / "centroids.csv", regions, centroids)
     export_parameters(folder.outputs / "model", kept.params, {"regions": list(regions)})
@@ -118,6 +119,19 @@ def run(config: Config, folder: RunFolder) -> None:
 
 
 report = write_page
+
+
+def write_fitted_visits(path: Path, config: Config, inputs: Inputs, kept: Fit) -> None:
+    """Write measured and predicted values of all visits of each role, (visit, region) on [0, 1]."""
+    course = Course(kept.course, inputs.connectome.regions, (0.0, 1.0), config.fit.stages)
+    visits = inputs.cohort.visits
+    predicted, present = predictions(course, visits, np.asarray(kept.onsets)), np.asarray(visits.present)
+    arrays = {}
+    for role in sorted(set(inputs.roles)):
+        chosen = present & np.array([found == role for found in inputs.roles])[:, None]
+        arrays |= {f"{role}_measured": np.asarray(visits.values)[chosen], f"{role}_predicted": predicted[chosen]}
+    with atomic_path(path) as temporary:
+        np.savez(temporary, **arrays)
 
 
 def summarise(config: Config, inputs: Inputs, kept: Fit, files: Files, notes: list[str]) -> dict[str, Any]:
