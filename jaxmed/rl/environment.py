@@ -1,0 +1,252 @@
+"""The pixel game: two players propose flips of a mask, a verifier judges, the better proposal stays.
+
+A state is a mask of one image. Both players see image and mask and name the pixels that they would flip; the verifier
+D values both results; the reward of the player is the difference, its rival's the negative of it. All functions stand
+over a leading axis of games; shapes are of images or volumes.
+
+Source: arXiv:2506.22075; the rules are those of its reference implementation, github.com/s-sd/system-II-vision
+    (`rule="repo"`).
+Deviation: the default rule is "fair": both players flip the same number of pixels, and desires are ranked before they
+    are clipped to [0, 1]. In the reference the rival's desires are cast to bool, so that all its positive pixels flip,
+    and clipped desires tie at 1, so that all ties flip.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Verify: TypeAlias = Callable[[Int[Array, " game"], Float[Array, "game *shape"]], Float[Array, " game"]]
+"""(number of the image, mask of zeros and ones) of each game -> value of the mask, the higher the better."""
+
+Action: TypeAlias = Float[Array, "game *grid"] | Int[Array, "game flip"]
+"""How much each pixel of the grid wants to flip; or numbers of the pixels to flip, ~number for one that stays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelGame:
+    """Rules.
+
+    Attributes:
+        fraction: Of the grid's pixels that a player flips: those at or above that percentile.
+        flips: Their number, where it is not to follow from `fraction`.
+        rule: "fair" (see the head of this file); "elitist": the old mask stays where both proposals are worse; "repo":
+            the reference, for actions that are desires.
+        at_most_k: Of the pixels that a player names, only those with a positive desire flip, so that a player can
+            correct a single pixel, or pass.
+        horizon: A game is cut after this many steps and one, as the reference's counter does.
+        super_pixel: Edge of the blocks that flip together, in voxels, for each axis or for all.
+    """
+
+    fraction: float = 0.01
+    flips: int | None = None
+    rule: Literal["repo", "fair", "elitist"] = "fair"
+    at_most_k: bool = False
+    horizon: int = 1024
+    super_pixel: int | tuple[int, ...] = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction: expected a number above 0 and up to 1, found {self.fraction}")
+        if self.flips is not None and self.flips < 1:
+            raise ValueError(f"flips: expected 1 or more, found {self.flips}")
+        if self.horizon < 1:
+            raise ValueError(f"horizon: expected 1 or more, found {self.horizon}")
+        if min(self.super_pixel if isinstance(self.super_pixel, tuple) else (self.super_pixel,)) < 1:
+            raise ValueError(f"super_pixel: expected edges of 1 or more, found {self.super_pixel}")
+        if self.rule == "repo" and (self.at_most_k or self.flips is not None):
+            raise ValueError("rule: repo flips all pixels above a percentile; expected neither flips nor at_most_k")
+
+    def blocks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the edges of a super-pixel of an image."""
+        edges = self.super_pixel if isinstance(self.super_pixel, tuple) else (self.super_pixel,) * len(shape)
+        if len(edges) != len(shape) or any(length % edge for length, edge in zip(shape, edges, strict=True)):
+            raise ValueError(f"super_pixel: expected edges that divide {shape}, found {edges}")
+        return edges
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of an action for images of a shape."""
+        return tuple(length // edge for length, edge in zip(shape, self.blocks(shape), strict=True))
+
+    def num_flips(self, shape: tuple[int, ...]) -> int:
+        """Return how many pixels of the grid a player names: those that reach the percentile, where no two tie."""
+        pixels = math.prod(self.grid(shape))
+        if self.flips is None:
+            # Rounded first: (1 - .01) * 100 must not become 100 pixels by its last digit.
+            return pixels - math.ceil(round((1 - self.fraction) * (pixels - 1), 6))
+        if self.flips > pixels:
+            raise ValueError(f"flips: expected at most the {pixels} pixels of the grid, found {self.flips}")
+        return self.flips
+
+
+class Cases(NamedTuple):
+    """The images that are played for.
+
+    Attributes:
+        images: Intensities, by the verifier's normalisation.
+        masks: Where every game on an image begins.
+        values: D of those masks.
+    """
+
+    images: Float[Array, "image *shape"]
+    masks: Bool[Array, "image *shape"]
+    values: Float[Array, " image"]
+
+
+class State(NamedTuple):
+    """Where the games stand.
+
+    Attributes:
+        image: Number of each game's image.
+        mask: Present masks.
+        value: D of them.
+        steps: Steps since the reset.
+    """
+
+    image: Int[Array, " game"]
+    mask: Bool[Array, "game *shape"]
+    value: Float[Array, " game"]
+    steps: Int[Array, " game"]
+
+
+class Info(NamedTuple):
+    """What a step showed.
+
+    Attributes:
+        value: D of the player's proposal.
+        rival_value: D of the rival's.
+        is_won: The player's proposal is at least as good.
+        flips: Voxels that the player would flip.
+        rival_flips: Voxels that the rival would flip.
+    """
+
+    value: Float[Array, " game"]
+    rival_value: Float[Array, " game"]
+    is_won: Bool[Array, " game"]
+    flips: Bool[Array, "game *shape"]
+    rival_flips: Bool[Array, "game *shape"]
+
+
+class Best(NamedTuple):
+    """The best mask of each image that any game has reached; resets do not touch it.
+
+    Attributes:
+        mask: That mask.
+        value: D of it.
+    """
+
+    mask: Bool[Array, "image *shape"]
+    value: Float[Array, " image"]
+
+
+def make_cases(verify: Verify, images: Float[Array, "image *shape"], masks: Bool[Array, "image *shape"]) -> Cases:
+    """Value the masks that games begin with."""
+    return Cases(images, masks, verify(jnp.arange(len(images)), masks.astype(jnp.float32)))
+
+
+def reset(cases: Cases, image: Int[Array, " game"]) -> State:
+    """Begin games on the images of these numbers."""
+    return State(image, cases.masks[image], cases.values[image], jnp.zeros(image.shape, jnp.int32))
+
+
+def observe(images: Float[Array, "image *shape"], state: State) -> Float[Array, "game *shape 2"]:
+    """Return what both players see: image and mask."""
+    return jnp.stack([images[state.image], state.mask.astype(images.dtype)], axis=-1)
+
+
+def step(
+    game: PixelGame, verify: Verify, state: State, action: Action, rival: Action
+) -> tuple[State, Float[Array, " game"], Bool[Array, " game"], Info]:
+    """Let both players propose and keep the better proposal; a tie is the player's.
+
+    Args:
+        game: Rules.
+        verify: Called twice, once for each player.
+        state: Masks to flip pixels of.
+        action: The player's.
+        rival: The rival's.
+
+    Returns:
+        The next state; the player's reward, D(its proposal) - D(the rival's); whether the game is cut here, which is
+        for the caller to reset; and both proposals.
+    """
+    shape = state.mask.shape[1:]
+    if game.rule == "repo":
+        flips, rival_flips = _above_percentile(game.fraction, action), jnp.clip(rival, 0, 1) != 0
+    else:
+        flips, rival_flips = (mark_flips(game, shape, chosen) for chosen in (action, rival))
+    flips, rival_flips = (_spread(game.blocks(shape), grid) for grid in (flips, rival_flips))
+    value = verify(state.image, (state.mask ^ flips).astype(jnp.float32))
+    rival_value = verify(state.image, (state.mask ^ rival_flips).astype(jnp.float32))
+    reward = value - rival_value
+    is_won = reward >= 0
+    kept = jnp.where(_broadcast(is_won, flips), flips, rival_flips)
+    new_value = jnp.where(is_won, value, rival_value)
+    if game.rule == "elitist":
+        is_worse = new_value < state.value
+        kept = kept & ~_broadcast(is_worse, kept)
+        new_value = jnp.where(is_worse, state.value, new_value)
+    steps = state.steps + 1
+    info = Info(value, rival_value, is_won, flips, rival_flips)
+    return State(state.image, state.mask ^ kept, new_value, steps), reward, steps > game.horizon, info
+
+
+def mark_flips(game: PixelGame, shape: tuple[int, ...], action: Action) -> Bool[Array, "game *grid"]:
+    """Mark the pixels of the grid that flip under the fair rule."""
+    grid = game.grid(shape)
+    pixels = math.prod(grid)
+    if jnp.issubdtype(action.dtype, jnp.floating):
+        if action.shape[1:] != grid:
+            raise ValueError(f"action: expected a desire for each pixel of the grid {grid}, found {action.shape[1:]}")
+        desires, numbers = jax.lax.top_k(action.reshape(len(action), pixels), game.num_flips(shape))
+        if game.at_most_k:
+            numbers = jnp.where(desires > 0, numbers, ~numbers)
+    else:
+        numbers = action
+    rows = jnp.arange(len(action))[:, None]
+    marked = jnp.zeros((len(action), pixels), bool)
+    marked = marked.at[rows, jnp.where(numbers < 0, pixels, numbers)].set(True, mode="drop")
+    return marked.reshape(len(action), *grid)
+
+
+def begin_best(cases: Cases) -> Best:
+    """Return the masks that games begin with as the best so far."""
+    return Best(cases.masks, cases.values)
+
+
+def update_best(best: Best, state: State) -> Best:
+    """Take the best mask of each image among the games where it beats the best so far."""
+    is_own = state.image == jnp.arange(len(best.value))[:, None]
+    values = jnp.where(is_own, state.value, -jnp.inf)
+    winner = jnp.argmax(values, axis=1)
+    value = jnp.take_along_axis(values, winner[:, None], axis=1)[:, 0]
+    is_better = value > best.value
+    mask = jnp.where(_broadcast(is_better, best.mask), state.mask[winner], best.mask)
+    return Best(mask, jnp.where(is_better, value, best.value))
+
+
+def _above_percentile(fraction: float, action: Float[Array, "game *grid"]) -> Bool[Array, "game *grid"]:
+    """Mark the clipped desires at or above the percentile, interpolated between neighbours, ties included."""
+    clipped = jnp.clip(action, 0, 1).reshape(len(action), -1)
+    pixels = clipped.shape[1]
+    position = round((1 - fraction) * (pixels - 1), 6)
+    below = math.floor(position)
+    largest, _ = jax.lax.top_k(clipped, pixels - below)
+    low, high = largest[:, -1], largest[:, max(pixels - below - 2, 0)]
+    threshold = low + (position - below) * (high - low)
+    return (clipped >= threshold[:, None]).reshape(action.shape)
+
+
+def _spread(edges: tuple[int, ...], grid: Bool[Array, "game *grid"]) -> Bool[Array, "game *shape"]:
+    for axis, edge in enumerate(edges, start=1):
+        if edge > 1:
+            grid = jnp.repeat(grid, edge, axis=axis)
+    return grid
+
+
+def _broadcast(flag: Bool[Array, " game"], mask: Bool[Array, "game *shape"]) -> Bool[Array, "game ..."]:
+    return flag.reshape(-1, *(1,) * (mask.ndim - 1))
