@@ -1,0 +1,333 @@
+"""System I: a generator of masks and a verifier of them, learnt on many familiar tasks, adapted by a few labels.
+
+The generator G answers at once; the verifier D says how good an answer is, and is what System II thinks with. They are
+trained against each other: D tells true masks from G's and from spoilt ones, G learns to please D. Reptile moves both
+towards where a few steps on one task lead, so that a few steps suffice for a new one.
+
+Source: arXiv:2506.22075, and its reference implementation (losses "adversarial", Reptile, constants).
+Deviation: by default D estimates the overlap (Dice) of a mask with the truth, and learns from thresholded and from
+    spoilt masks too, because those are what System II shows it; in the reference it sees soft masks of G alone. A pixel
+    loss helps G. Adaptation starts both networks from the averaged weights; the reference's verifier starts from those
+    of the last inner loop (`quirks`).
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
+from jaxmed.models.mask_verifier import DEMO_VERIFIER, VerifierConfig, make_verifier
+from jaxmed.systems.selfplay.corruption import corrupt
+
+LABEL_NOISE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemOneConfig:
+    """Networks and losses.
+
+    Attributes:
+        generator: Image to mask.
+        verifier: Image and mask to a score.
+        target: What the verifier learns: "overlap", the Dice of true, generated and spoilt masks with the truth; or
+            "adversarial", 1 for true and 0 for generated masks.
+        pixel_weight: Of the binary cross-entropy of G's mask with the true one.
+        verifier_weight: Of the loss by which G pleases D.
+        threshold: Of G's probabilities, above which a voxel is in the mask.
+    """
+
+    generator: GeneratorConfig = GeneratorConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    target: Literal["overlap", "adversarial"] = "overlap"
+    pixel_weight: float = 1.0
+    verifier_weight: float = 0.1
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.generator.dimensions != self.verifier.dimensions:
+            found = f"{self.generator.dimensions} and {self.verifier.dimensions}"
+            raise ValueError(f"generator.dimensions, verifier.dimensions: expected the same number, found {found}")
+        if min(self.pixel_weight, self.verifier_weight) < 0 or not self.pixel_weight + self.verifier_weight:
+            raise ValueError("pixel_weight, verifier_weight: expected 0 or more and not both 0")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: expected a probability between 0 and 1, found {self.threshold}")
+
+    @property
+    def divisor(self) -> int:
+        """What the voxels along every axis must be a multiple of."""
+        return max(self.generator.divisor, self.verifier.divisor)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaConfig:
+    """Reptile.
+
+    Attributes:
+        inner_steps: Steps on one task before the average moves.
+        epsilon: Share of the way that it moves.
+        rate: Learning rate of Adam, whose moments outlive tasks.
+    """
+
+    inner_steps: int = 4
+    epsilon: float = 0.1
+    rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        if self.inner_steps < 1 or not 0 <= self.epsilon <= 1 or self.rate <= 0:
+            raise ValueError(
+                "inner_steps, epsilon, rate: expected 1 or more, 0 to 1, above 0; "
+                f"found {self.inner_steps, self.epsilon, self.rate}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptConfig:
+    """Adaptation to a new task.
+
+    Attributes:
+        steps: On all labelled images at once.
+        rate: Learning rate of a fresh Adam.
+    """
+
+    steps: int = 16
+    rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.rate <= 0:
+            raise ValueError(f"steps, rate: expected 0 or more and above 0, found {self.steps, self.rate}")
+
+
+class SystemOne(NamedTuple):
+    """What System II thinks with.
+
+    Attributes:
+        config: Networks and losses.
+        params: {"generator": ..., "verifier": ...}.
+        temperature: By which the verifier's logits are divided; see `calibration`.
+    """
+
+    config: SystemOneConfig
+    params: Params
+    temperature: float = 1.0
+
+
+class MetaState(NamedTuple):
+    """State of meta-training, as `train.loop.fit` wants it.
+
+    Attributes:
+        step: Tasks seen.
+        params: The averages, {"generator": ..., "verifier": ...}.
+        opt_state: Of Adam, for each network.
+        inner: The verifier as the last task left it.
+        key: Root of all randomness.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    inner: Params
+    key: KeyArray
+
+
+def init_params(key: KeyArray, config: SystemOneConfig, size: tuple[int, ...]) -> Params:
+    """Return fresh parameters for images of a size."""
+    generator_key, verifier_key = jax.random.split(key)
+    images = jnp.zeros((1, *size, 1))
+    return {
+        "generator": make_generator(config.generator).init(generator_key, images),
+        "verifier": make_verifier(config.verifier).init(verifier_key, images, images[..., 0]),
+    }
+
+
+def init_meta(key: KeyArray, config: SystemOneConfig, meta: MetaConfig, params: Params) -> MetaState:
+    """Start meta-training."""
+    optimizer = optax.adam(meta.rate)
+    opt_state = {name: optimizer.init(value) for name, value in params.items()}
+    return MetaState(jnp.zeros((), jnp.int32), params, opt_state, params["verifier"], key)
+
+
+def generate(
+    config: SystemOneConfig, params: Params, images: Float[Array, "image *space"]
+) -> Float[Array, "image *space"]:
+    """Return the probability of each voxel to be in the mask."""
+    return jax.nn.sigmoid(make_generator(config.generator).apply(params["generator"], images[..., None]))
+
+
+def verify(
+    config: SystemOneConfig, params: Params, images: Float[Array, "image *space"], masks: Float[Array, "image *space"]
+) -> Float[Array, " image"]:
+    """Return D of each image and mask, between 0 and 1."""
+    verifier = make_verifier(config.verifier)
+    embedding = verifier.embed(params["verifier"], images[..., None])
+    return jax.nn.sigmoid(verifier.score(params["verifier"], embedding, masks))
+
+
+def meta_step(
+    config: SystemOneConfig, meta: MetaConfig, state: MetaState, batch: dict[str, Array]
+) -> tuple[MetaState, dict[str, Scalar]]:
+    """Take one task: a few steps on it, then move the averages towards where they led.
+
+    Args:
+        config: Networks and losses.
+        meta: Constants.
+        state: The averages.
+        batch: "image" [batch step *space] in [0, 1] and "mask" of the same shape, all of one task.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    steps = batch["image"].shape[1]
+    keys = jax.random.split(key, steps)
+    inputs = (keys, jnp.moveaxis(batch["image"], 1, 0), jnp.moveaxis(batch["mask"], 1, 0))
+    advance = partial(_inner_step, config, optax.adam(meta.rate))
+    (inner, opt_state), metrics = jax.lax.scan(advance, (state.params, state.opt_state), inputs)
+    params = jax.tree.map(lambda old, new: old + meta.epsilon * (new - old), state.params, inner)
+    new = MetaState(state.step + 1, params, opt_state, inner["verifier"], state.key)
+    return new, {name: value.mean() for name, value in metrics.items()}
+
+
+def adapt(
+    key: KeyArray,
+    system: SystemOne,
+    images: Float[Array, "image *space"],
+    masks: Bool[Array, "image *space"],
+    config: AdaptConfig,
+    weights: Float[Array, " image"] | None = None,
+) -> tuple[SystemOne, dict[str, Float[Array, " step"]]]:
+    """Adapt both networks to a task by a few labelled images.
+
+    Args:
+        key: Consumed.
+        system: The meta-trained networks.
+        images: In [0, 1].
+        masks: Their masks.
+        config: Steps and rate.
+        weights: Of the images, so that guesses count less than labels; all 1 by default.
+
+    Returns:
+        The adapted networks, and the losses of every step.
+    """
+    weights = jnp.ones(len(images)) if weights is None else weights
+    params, metrics = _adapt(system.config, config, key, system.params, images, masks.astype(jnp.float32), weights)
+    return system._replace(params=params), metrics
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _adapt(
+    config: SystemOneConfig,
+    adaptation: AdaptConfig,
+    key: KeyArray,
+    params: Params,
+    images: Array,
+    masks: Array,
+    weights: Array,
+) -> tuple[Params, dict[str, Array]]:
+    optimizer = optax.adam(adaptation.rate)
+    opt_state = {name: optimizer.init(value) for name, value in params.items()}
+
+    def advance(carry: Any, key: KeyArray) -> tuple[Any, dict[str, Scalar]]:
+        return _inner_step(config, optimizer, carry, (key, images, masks), weights)
+
+    (params, _), metrics = jax.lax.scan(advance, (params, opt_state), jax.random.split(key, adaptation.steps))
+    return params, metrics
+
+
+def _inner_step(
+    config: SystemOneConfig,
+    optimizer: optax.GradientTransformation,
+    carry: tuple[Params, Any],
+    inputs: tuple[KeyArray, Array, Array],
+    weights: Array | None = None,
+) -> tuple[tuple[Params, Any], dict[str, Scalar]]:
+    """Train the verifier on true, generated and spoilt masks, then the generator through the frozen verifier."""
+    params, opt_state = carry
+    key, images, masks = inputs
+    weights = jnp.ones(len(images)) if weights is None else weights
+    verifier_loss = partial(_verifier_loss, config, key, params["generator"], images, masks, weights)
+    value, gradient = jax.value_and_grad(verifier_loss)(params["verifier"])
+    update, verifier_state = optimizer.update(gradient, opt_state["verifier"])
+    verifier = jax.tree.map(jnp.add, params["verifier"], update)
+    generator_loss = partial(_generator_loss, config, verifier, images, masks, weights)
+    (total, metrics), gradient = jax.value_and_grad(generator_loss, has_aux=True)(params["generator"])
+    update, generator_state = optimizer.update(gradient, opt_state["generator"])
+    generator = jax.tree.map(jnp.add, params["generator"], update)
+    new = {"generator": generator, "verifier": verifier}
+    opt_state = {"generator": generator_state, "verifier": verifier_state}
+    return (new, opt_state), metrics | {"loss": value + total, "verifier": value, "generator": total}
+
+
+def _verifier_loss(
+    config: SystemOneConfig,
+    key: KeyArray,
+    generator: Params,
+    images: Array,
+    masks: Array,
+    weights: Array,
+    params: Params,
+) -> Scalar:
+    soft = jax.lax.stop_gradient(generate(config, {"generator": generator}, images))
+    if config.target == "adversarial":
+        true_key, false_key = jax.random.split(key)
+        shown = [masks, soft]
+        targets = [1.0 + LABEL_NOISE * jax.random.uniform(true_key, (len(images),))]
+        targets += [LABEL_NOISE * jax.random.uniform(false_key, (len(images),))]
+    else:
+        shown = [masks, soft, *_spoilt(key, masks, soft, config.threshold)]
+        targets = [overlap(masks, candidate) for candidate in shown]
+    verifier = make_verifier(config.verifier)
+    embedding = verifier.embed(params, images[..., None])
+    count = len(shown)
+    embedding = jax.tree.map(lambda leaf: jnp.tile(leaf, (count, *(1,) * (leaf.ndim - 1))), embedding)
+    logits = verifier.score(params, embedding, jnp.concatenate(shown))
+    losses = optax.sigmoid_binary_cross_entropy(logits, jnp.concatenate(targets))
+    return _weighted(losses, jnp.tile(weights, count))
+
+
+def _spoilt(key: KeyArray, masks: Array, soft: Array, threshold: float) -> list[Array]:
+    """Return what System II will show: the generated mask as it starts from it, with flips; and spoilt true masks."""
+    hard = soft > threshold
+    keys = jax.random.split(key, (2, len(masks)))
+    spoil = jax.vmap(corrupt)
+    spoilt = [spoil(keys[0], masks > 0.5), spoil(keys[1], hard)]
+    return [candidate.astype(jnp.float32) for candidate in (hard, *spoilt)]
+
+
+def _generator_loss(
+    config: SystemOneConfig, verifier: Params, images: Array, masks: Array, weights: Array, params: Params
+) -> tuple[Scalar, dict[str, Scalar]]:
+    logits = make_generator(config.generator).apply(params, images[..., None])
+    soft = jax.nn.sigmoid(logits)
+    axes = tuple(range(1, images.ndim))
+    loss, metrics = jnp.zeros(()), {}
+    if config.verifier_weight:
+        functions = make_verifier(config.verifier)
+        judged = functions.score(verifier, functions.embed(verifier, images[..., None]), soft)
+        loss += config.verifier_weight * _weighted(optax.sigmoid_binary_cross_entropy(judged, jnp.ones(())), weights)
+    if config.pixel_weight:
+        errors = optax.sigmoid_binary_cross_entropy(logits, masks).mean(axes)
+        loss += config.pixel_weight * _weighted(errors, weights)
+    metrics["overlap"] = overlap(masks, (soft > config.threshold).astype(jnp.float32)).mean()
+    return loss, metrics
+
+
+def overlap(truth: Float[Array, "image *space"], estimate: Float[Array, "image *space"]) -> Float[Array, " image"]:
+    """Return the Dice coefficient, 2 sum(t e) / (sum t + sum e); of two empty masks 1."""
+    axes = tuple(range(1, truth.ndim))
+    total = truth.sum(axes) + estimate.sum(axes)
+    return jnp.where(total > 0, 2 * (truth * estimate).sum(axes) / jnp.maximum(total, 1e-6), 1.0)
+
+
+def _weighted(values: Array, weights: Array) -> Scalar:
+    return (values * weights).sum() / weights.sum()
+
+
+def repo() -> tuple[SystemOneConfig, MetaConfig, AdaptConfig]:
+    """Networks, losses and constants of the reference implementation, for 32 x 32 digits."""
+    system = SystemOneConfig(
+        DEMO_GENERATOR, DEMO_VERIFIER, "adversarial", pixel_weight=0.0, verifier_weight=1.0, threshold=0.508
+    )
+    return system, MetaConfig(epsilon=0.02, rate=1e-5), AdaptConfig(rate=1e-5)

@@ -1,0 +1,366 @@
+"""System II: think about images of a new task until the time is up, and answer with the best mask that was seen.
+
+System I answers first. Then two players propose changes of the mask, its verifier judges, and the policy learns from
+who wins (`rl.selfplay`); or proposals are random, or follow the verifier's gradient: the controls. Several images are
+thought about together and share one policy.
+
+Source: arXiv:2506.22075, and its reference implementation.
+Deviation: the answer is the best mask so far, never what a game happens to end with. Budgets, the stop at a plateau and
+    rounds of re-adaptation are our own: the reference names them in comments only.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.models.mask_verifier import make_verifier
+from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
+from jaxmed.rl import selfplay
+from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.policies import Policy, make_policy
+from jaxmed.rl.selfplay import Problem, SelfPlayConfig
+from jaxmed.systems.selfplay.corruption import corrupt
+from jaxmed.systems.selfplay.gradient import climb
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, adapt, generate
+
+Stop = Literal["budget", "time", "plateau", "constant verifier"]
+
+CONSTANT = 1e-6  # a verifier whose scores of spoilt masks differ by less judges nothing
+PROBES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """When to stop.
+
+    Attributes:
+        steps: Of the game, over all games and images; 0 leaves System I's answer.
+        seconds: After compilation; 0 for no limit.
+        patience: Iterations without a better mask after which thinking ends; 0 never ends early.
+        tolerance: What counts as better, in D.
+    """
+
+    steps: int = 65_536
+    seconds: float = 0.0
+    patience: int = 10
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seconds", "patience", "tolerance"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkConfig:
+    """How to think.
+
+    Attributes:
+        mode: learn: self-play with a policy that learns; propose: random proposals under the same rules; grad: flip
+            what the verifier's gradient asks for.
+        play: Rules, players and learning; its mode is set by this one.
+        policy: The network that proposes.
+        rounds: Of thinking; between two of them System I is adapted to what was found.
+        guess_weight: Of the masks that were found beside true labels, in that adaptation.
+        adapt: Steps and rate of it.
+    """
+
+    mode: Literal["learn", "propose", "grad"] = "learn"
+    play: SelfPlayConfig = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=64, steps=64)
+    policy: TopkUnetConfig | GaussianMlpConfig = TopkUnetConfig()
+    rounds: int = 1
+    guess_weight: float = 0.5
+    adapt: AdaptConfig = AdaptConfig()
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds: expected 1 or more, found {self.rounds}")
+        if not 0 <= self.guess_weight <= 1:
+            raise ValueError(f"guess_weight: expected a number in [0, 1], found {self.guess_weight}")
+
+
+class Trace(NamedTuple):
+    """The course of thinking, one entry before it and one after every iteration.
+
+    Attributes:
+        steps: Of the game, so far.
+        seconds: So far, without compilation.
+        values: D of the best mask of each image so far.
+        masks: Those masks.
+    """
+
+    steps: Int[np.ndarray, " point"]
+    seconds: Float[np.ndarray, " point"]
+    values: Float32[np.ndarray, "point image"]
+    masks: Bool[np.ndarray, "point image *space"]
+
+
+class Thought(NamedTuple):
+    """An answer.
+
+    Attributes:
+        masks: Best masks.
+        values: D of them, between 0 and 1.
+        agreement: Share of the games whose present mask holds each voxel; System I's probability where none was played.
+        first: System I's masks.
+        probability: System I's probabilities.
+        trace: How the answer came about.
+        stop: Why it ended.
+        policy: Parameters of the policy, to go on from with other images; None where none learnt.
+        system: System I, adapted to what was found where there was more than one round.
+    """
+
+    masks: Bool[np.ndarray, "image *space"]
+    values: Float32[np.ndarray, " image"]
+    agreement: Float32[np.ndarray, "image *space"]
+    first: Bool[np.ndarray, "image *space"]
+    probability: Float32[np.ndarray, "image *space"]
+    trace: Trace
+    stop: Stop
+    policy: Params | None
+    system: SystemOne
+
+
+def think(
+    key: KeyArray,
+    system: SystemOne,
+    image: Float[Any, "*image_space"],
+    budget: Budget | int = Budget(),
+    config: ThinkConfig = ThinkConfig(),
+    *,
+    policy: Params | None = None,
+    support: tuple[Float[Any, "case *space"], Bool[Any, "case *space"]] | None = None,
+    watch: Callable[[int, float], None] | None = None,
+) -> Thought:
+    """Think about one image, or several of one task.
+
+    Args:
+        key: Consumed.
+        system: System I, adapted to the task.
+        image: In [0, 1]: [*space], or [image *space] for several.
+        budget: When to stop; a number is one of steps.
+        config: How to think.
+        policy: Parameters of a policy to begin with.
+        support: Labelled images and masks, for the adaptation between rounds.
+        watch: `watch(steps, mean best D)`, called after every iteration.
+
+    Returns:
+        The answer; the axis of images is there for a single one too.
+    """
+    budget = Budget(budget) if isinstance(budget, int) else budget
+    images = jnp.asarray(image, jnp.float32)
+    images = images[None] if images.ndim == system.config.generator.dimensions else images
+    total = None
+    for number in range(config.rounds):
+        share = dataclasses.replace(budget, steps=budget.steps // config.rounds, seconds=budget.seconds / config.rounds)
+        round_key, adapt_key = jax.random.split(jax.random.fold_in(key, number))
+        found = _think_once(round_key, system, images, share, config, policy, watch, total)
+        total = found if total is None else _joined(total, found)
+        if found.stop in ("constant verifier",) or number + 1 == config.rounds:
+            break
+        system, policy = _readapt(adapt_key, system, config, images, found.masks, support), found.policy
+    assert total is not None
+    return total._replace(system=system)
+
+
+def _think_once(
+    key: KeyArray,
+    system: SystemOne,
+    images: Array,
+    budget: Budget,
+    config: ThinkConfig,
+    policy: Params | None,
+    watch: Callable[[int, float], None] | None,
+    before: Thought | None,
+) -> Thought:
+    play_key, probe_key = jax.random.split(key)
+    probability = _generate(system.config, system.params, images)
+    first = probability > system.config.threshold
+    start = first if before is None else jnp.asarray(before.masks)
+    judge = (system.params["verifier"], embed(system, images), jnp.float32(system.temperature))
+    values = _judge(system.config, judge, jnp.arange(len(images)), start.astype(jnp.float32))
+    points = [(0, 0.0, np.asarray(values), np.asarray(start))]
+
+    def answer(stop: Stop, agreement: Array | None = None, policy: Params | None = None) -> Thought:
+        trace = Trace(*(np.stack(column) for column in zip(*points, strict=True)))
+        shown = probability if agreement is None else agreement
+        return Thought(
+            trace.masks[-1], trace.values[-1], np.asarray(shown), np.asarray(first), np.asarray(probability), trace,
+            stop, policy, system,
+        )  # fmt: skip
+
+    if budget.steps == 0:
+        return answer("budget", policy=policy)
+    if is_constant(probe_key, system, images, first):
+        return answer("constant verifier", policy=policy)
+    shape = images.shape[1:]
+    size, advance = _start(play_key, system.config, config, shape, judge, images, start, policy)
+    state, done, spent, waited, stop = None, 0, 0.0, 0, "budget"
+    while done < budget.steps:
+        state, (values, masks), seconds = advance(state)
+        done, spent = done + size, spent + seconds
+        gain = float(np.mean(np.asarray(values) - points[-1][2]))
+        points.append((done, spent, np.asarray(values), np.asarray(masks)))
+        if watch is not None:
+            watch(done, float(np.mean(points[-1][2])))
+        waited = 0 if gain > budget.tolerance else waited + 1
+        if budget.patience and waited >= budget.patience:
+            stop = "plateau"
+            break
+        if budget.seconds and spent >= budget.seconds:
+            stop = "time"
+            break
+    agreement, learnt = None, policy
+    if config.mode != "grad":
+        assert state is not None
+        agreement = _agreement(state.game.image, state.game.mask, len(images))
+        learnt = state.params if config.mode == "learn" else policy
+    return answer(stop, agreement, learnt)
+
+
+def _start(
+    key: KeyArray,
+    system: SystemOneConfig,
+    config: ThinkConfig,
+    shape: tuple[int, ...],
+    judge: Any,
+    images: Array,
+    start: Array,
+    policy: Params | None,
+) -> tuple[int, Callable[[Any], tuple[Any, tuple[Array, Array], float]]]:
+    """Return the steps of an iteration, and a function that does one: state (None at first) to state and best masks.
+
+    Programs are compiled before the clock runs.
+    """
+    if config.mode == "grad":
+        flips = config.play.game.num_flips(shape)
+        size = len(images) * config.play.steps
+        program = _climb.lower(system, config.play.steps, judge, start, jnp.full(len(images), flips)).compile()
+
+        def advance(state: Any) -> Any:
+            began = time.perf_counter()
+            at = (start, jnp.full(len(images), flips)) if state is None else state
+            masks, values, flips_left = jax.block_until_ready(program(judge, *at))
+            return (masks, flips_left), (values, masks), time.perf_counter() - began
+
+        return size, advance
+    play = dataclasses.replace(config.play, mode=config.mode)
+    if play.games % len(images):
+        # Every image gets as many games as every other.
+        play = dataclasses.replace(play, games=-(-play.games // len(images)) * len(images))
+    player = _policy(config.policy, play.game, shape)
+    problem = selfplay.make_problem(functools.partial(_judge, system), judge, images, start)
+    first = selfplay.init(key, play, player, problem, policy)
+    program = _iterate.lower(system, play, player, problem, first).compile()
+
+    def play_on(state: Any) -> Any:
+        began = time.perf_counter()
+        new, _ = jax.block_until_ready(program(problem, first if state is None else state))
+        return new, (new.best.value, new.best.mask), time.perf_counter() - began
+
+    return play.steps_per_iteration, play_on
+
+
+@functools.lru_cache(maxsize=32)
+def _policy(config: TopkUnetConfig | GaussianMlpConfig, game: PixelGame, shape: tuple[int, ...]) -> Policy:
+    """One policy for equal settings, so that equal programs are recognised."""
+    return make_policy(config, game, shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _iterate(
+    system: SystemOneConfig, play: SelfPlayConfig, player: Policy, problem: Problem, state: selfplay.State
+) -> tuple[selfplay.State, dict[str, Array]]:
+    return selfplay.iterate(play, player, functools.partial(_judge, system), problem, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _climb(system: SystemOneConfig, steps: int, judge: Any, masks: Array, flips: Array) -> tuple[Array, Array, Array]:
+    def score(masks: Array) -> Array:
+        return _judge(system, judge, jnp.arange(len(masks)), masks)
+
+    return climb(score, masks, flips, steps)
+
+
+def embed(system: SystemOne, images: Float[Array, "image *space"]) -> Any:
+    """Return what the verifier needs to know of each image."""
+    return _embed(system.config, system.params, images)
+
+
+def judge_masks(
+    system: SystemOne, images: Float[Array, "image *space"], masks: Float[Array, "image *space"]
+) -> Float[Array, " image"]:
+    """Return D of each mask, at the verifier's temperature."""
+    judge = (system.params["verifier"], embed(system, images), jnp.float32(system.temperature))
+    return _judge_jit(system.config, judge, jnp.arange(len(images)), masks.astype(jnp.float32))
+
+
+def is_constant(
+    key: KeyArray, system: SystemOne, images: Float[Array, "image *space"], masks: Bool[Array, "image *space"]
+) -> bool:
+    """Tell whether the verifier scores spoilt masks all alike, so that there is nothing to think with."""
+    keys = jax.random.split(key, PROBES * len(masks))
+    many = jax.jit(jax.vmap(corrupt))(keys, jnp.tile(masks, (PROBES, *(1,) * (masks.ndim - 1))))
+    judge = (system.params["verifier"], embed(system, images), jnp.float32(system.temperature))
+    places = jnp.tile(jnp.arange(len(images)), PROBES)
+    values = _judge_jit(system.config, judge, places, many.astype(jnp.float32))
+    return bool(jnp.ptp(values) < CONSTANT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate(config: SystemOneConfig, params: Params, images: Array) -> Array:
+    return generate(config, params, images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(config: SystemOneConfig, params: Params, images: Array) -> Any:
+    return make_verifier(config.verifier).embed(params["verifier"], images[..., None])
+
+
+def _judge(config: SystemOneConfig, judge: Any, index: Array, masks: Array) -> Array:
+    params, embedding, temperature = judge
+    seen = jax.tree.map(lambda leaf: leaf[index], embedding)
+    return jax.nn.sigmoid(make_verifier(config.verifier).score(params, seen, masks) / temperature)
+
+
+_judge_jit = functools.partial(jax.jit, static_argnums=0)(_judge)
+
+
+def _agreement(image: Array, masks: Array, count: int) -> Array:
+    total = jax.ops.segment_sum(masks.astype(jnp.float32), image, count)
+    games = jax.ops.segment_sum(jnp.ones(len(image)), image, count)
+    return total / jnp.maximum(games, 1).reshape(-1, *(1,) * (masks.ndim - 1))
+
+
+def _readapt(
+    key: KeyArray, system: SystemOne, config: ThinkConfig, images: Array, masks: np.ndarray, support: Any
+) -> SystemOne:
+    """Adapt System I to what was found, beside the labels that there are."""
+    weights = jnp.full(len(images), config.guess_weight)
+    found = jnp.asarray(masks)
+    if support is not None:
+        images = jnp.concatenate([images, jnp.asarray(support[0], jnp.float32)])
+        found = jnp.concatenate([found, jnp.asarray(support[1])])
+        weights = jnp.concatenate([weights, jnp.ones(len(support[0]))])
+    return adapt(key, system, images, found, config.adapt, weights)[0]
+
+
+def _joined(before: Thought, after: Thought) -> Thought:
+    """Join two rounds: answers of the second, whose verifier knows more; first masks of the first."""
+    old, new = before.trace, after.trace
+    steps, seconds = new.steps[1:] + old.steps[-1], new.seconds[1:] + old.seconds[-1]
+    trace = Trace(
+        np.concatenate([old.steps, steps]),
+        np.concatenate([old.seconds, seconds]),
+        np.concatenate([old.values, new.values[1:]]),
+        np.concatenate([old.masks, new.masks[1:]]),
+    )
+    return after._replace(first=before.first, probability=before.probability, trace=trace)
