@@ -2,7 +2,8 @@
 
 `line_search` looks along phi(step) of every problem of a batch for a step that lowers it enough (sufficient decrease)
 and ends where phi is flat enough (curvature). All problems advance together: one evaluation of phi for the whole batch
-in each pass of one `while_loop`, until the last of them is done. A problem that is done keeps what it found.
+in each pass of one `while_loop`, until the last of them is done. A problem that is done keeps what it found. Who has a
+loop already calls the parts instead: `begin`, `advance` until all are done, `finish`.
 
 Nothing raises on values. A search that fails says why in `status` and still returns a step with the value there.
 
@@ -162,14 +163,13 @@ def line_search(
             one at the step is handed back, so that what was computed there need not be computed again.
         active: Problems to search; the others get step 0 at no evaluation.
     """
-    if active is None:
-        active = jnp.ones(value0.shape, bool)
-    start = Point(jnp.zeros_like(value0), value0, slope0)
-    match config:
-        case Wolfe():
-            return _wolfe(phi, start, initial_step, config, extra0, active)
-        case Heuristic():
-            return _heuristic(phi, start, initial_step, config, extra0, active)
+    state = begin(value0, slope0, initial_step, config, extra0, active)
+
+    def body(state: Any) -> Any:
+        value, slope, *rest = phi(state.trial)
+        return advance(state, value, slope, rest[0] if rest else None, config)
+
+    return finish(jax.lax.while_loop(lambda state: ~jnp.all(state.is_done), body, state))
 
 
 def first_step(
@@ -197,9 +197,11 @@ class Point(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where the searches stand.
+    """Where the searches of `Wolfe` stand.
 
     Attributes:
+        start: phi at 0.
+        first: The first step tried.
         trial: Steps to evaluate next.
         is_zoom: Past the bracketing.
         is_fallback: The trial is the fallback, taken as it comes.
@@ -214,6 +216,8 @@ class State(NamedTuple):
         status: Valid once done.
     """
 
+    start: Point
+    first: Float[Array, " batch"]
     trial: Float[Array, " batch"]
     is_zoom: Bool[Array, " batch"]
     is_fallback: Bool[Array, " batch"]
@@ -228,44 +232,94 @@ class State(NamedTuple):
     status: Int[Array, " batch"]
 
 
-def _wolfe(
-    phi: Trial,
-    start: Point,
+class HeuristicState(NamedTuple):
+    """Where the searches of `Heuristic` stand.
+
+    Attributes:
+        start: phi at 0.
+        trial: Steps to evaluate next; once done, to take.
+        is_done: Finished; nothing changes any more.
+        at: The last trial.
+        extra: phi's third result there.
+        evaluations: Evaluations in all.
+        status: Valid once done.
+    """
+
+    start: Point
+    trial: Float[Array, " batch"]
+    is_done: Bool[Array, " batch"]
+    at: Point
+    extra: Any
+    evaluations: Int[Array, " batch"]
+    status: Int[Array, " batch"]
+
+
+def begin(
+    value0: Float[Array, " batch"],
+    slope0: Float[Array, " batch"],
     initial_step: Float[Array, " batch"],
-    config: Wolfe,
-    extra0: Any,
-    active: Bool[Array, " batch"],
-) -> LineSearchResult:
-    falls = _falls(start)
-    trial = jnp.minimum(initial_step, config.max_step).astype(start.value.dtype)
-    zero = jnp.zeros(trial.shape, jnp.int32)
-    no = zero > 0
+    config: Search = Wolfe(),
+    extra0: Any = None,
+    active: Bool[Array, " batch"] | None = None,
+) -> State | HeuristicState:
+    """Begin a search; arguments are those of `line_search`. Its `trial` is to be evaluated first."""
+    start = Point(jnp.zeros_like(value0), value0, slope0)
+    if active is None:
+        active = jnp.ones(value0.shape, bool)
+    falls = jnp.isfinite(value0) & jnp.isfinite(slope0) & (slope0 < 0)
+    is_done = ~(active & falls)
+    zero = jnp.zeros(value0.shape, jnp.int32)
     status = jnp.where(active & ~falls, NOT_DESCENT, CONVERGED).astype(jnp.int32)
-    state = State(trial, no, no, ~(active & falls), start, start, start, zero, start, extra0, zero, status)
-
-    def body(state: State) -> State:
-        at, extra = _evaluate(phi, state.trial, extra0)
-        moved = _advance(state, at, start, config)
-        return moved._replace(extra=_where(_is_new(state, moved), extra, state.extra))
-
-    state = jax.lax.while_loop(lambda state: ~jnp.all(state.is_done), body, state)
-    rounding = 4 * float(jnp.finfo(start.value.dtype).eps) * jnp.abs(start.value)
-    is_lost = (state.status == NO_DECREASE) & (-start.slope * trial <= rounding)
-    return LineSearchResult(
-        *state.kept, state.evaluations, jnp.where(is_lost, BELOW_PRECISION, state.status), state.extra
-    )
+    match config:
+        case Wolfe():
+            trial, no = jnp.minimum(initial_step, config.max_step).astype(value0.dtype), zero > 0
+            return State(
+                start, trial, trial, no, no, is_done, start, start, start, zero, start, extra0, zero, status
+            )  # fmt: skip
+        case Heuristic():
+            trial = jnp.where(is_done, 0.0, initial_step).astype(value0.dtype)
+            return HeuristicState(start, trial, is_done, start, extra0, zero, status)
 
 
-def _falls(start: Point) -> Bool[Array, " batch"]:
-    return jnp.isfinite(start.value) & jnp.isfinite(start.slope) & (start.slope < 0)
+def advance(
+    state: State | HeuristicState,
+    value: Float[Array, " batch"],
+    slope: Float[Array, " batch"],
+    extra: Any,
+    config: Search,
+) -> State | HeuristicState:
+    """Take note of phi at the trials, and choose the next; problems that are done stay as they are.
 
-
-def _evaluate(phi: Trial, trial: Float[Array, " batch"], extra0: Any) -> tuple[Point, Any]:
-    """Evaluate phi; what is not finite becomes plus infinity with slope 0, which no rule ever prefers."""
-    value, slope, *rest = phi(trial)
+    Args:
+        state: Its `trial` was evaluated.
+        value: phi there; where it or the slope is not finite it counts as plus infinity with slope 0, which no rule
+            ever prefers.
+        slope: phi' there.
+        extra: phi's third result there, of the form of `begin`'s; ignored where that had none.
+        config: That of `begin`.
+    """
     is_finite = jnp.isfinite(value) & jnp.isfinite(slope)
-    point = Point(trial, jnp.where(is_finite, value, jnp.inf), jnp.where(is_finite, slope, 0.0))
-    return point, (None if extra0 is None else rest[0])
+    at = Point(state.trial, jnp.where(is_finite, value, jnp.inf), jnp.where(is_finite, slope, 0.0))
+    extra = None if state.extra is None else extra
+    if isinstance(state, State):
+        assert isinstance(config, Wolfe)
+        moved = _advance(state, at, config)
+        return moved._replace(extra=_where(_is_new(state, moved), extra, state.extra))
+    assert isinstance(config, Heuristic)
+    return _where(state.is_done, state, _advance_heuristic(state, at, extra, config))
+
+
+def finish(state: State | HeuristicState) -> LineSearchResult:
+    """Return what a search found whose problems are all done."""
+    if isinstance(state, HeuristicState):
+        return LineSearchResult(
+            state.trial, state.at.value, state.at.slope, state.evaluations, state.status, state.extra
+        )
+    start = state.start
+    rounding = 4 * float(jnp.finfo(start.value.dtype).eps) * jnp.abs(start.value)
+    is_lost = (state.status == NO_DECREASE) & (-start.slope * state.first <= rounding)
+    status = jnp.where(is_lost, BELOW_PRECISION, state.status)
+    return LineSearchResult(*state.kept, state.evaluations, status, state.extra)
 
 
 def _is_new(before: State, after: State) -> Bool[Array, " batch"]:
@@ -273,12 +327,13 @@ def _is_new(before: State, after: State) -> Bool[Array, " batch"]:
     return ~before.is_done & (after.kept.step == before.trial) & (after.kept.step != before.kept.step)
 
 
-def _advance(state: State, at: Point, start: Point, config: Wolfe) -> State:
+def _advance(state: State, at: Point, config: Wolfe) -> State:
     """Judge the trial, move the interval, and choose the next trial.
 
     Both phases judge alike: a trial that is too high becomes the high end; one that is low enough but rises towards
     the other end becomes the low end of an interval turned round. Only what follows differs.
     """
+    start = state.start
     decreases = at.value <= start.value + config.sufficient_decrease * at.step * start.slope
     if not config.scipy_compatible:
         # Where the asked decrease is lost in rounding, an equal value is none.
@@ -398,49 +453,21 @@ def _where(is_so: Bool[Array, " batch"], yes: Any, no: Any) -> Any:
     return jax.tree.map(choose, yes, no)
 
 
-class HeuristicState(NamedTuple):
-    """Where the searches of `Heuristic` stand."""
-
-    step: Float[Array, " batch"]
-    is_done: Bool[Array, " batch"]
-    at: Point
-    extra: Any
-    evaluations: Int[Array, " batch"]
-    status: Int[Array, " batch"]
-
-
-def _heuristic(
-    phi: Trial,
-    start: Point,
-    initial_step: Float[Array, " batch"],
-    config: Heuristic,
-    extra0: Any,
-    active: Bool[Array, " batch"],
-) -> LineSearchResult:
-    zero = jnp.zeros(start.value.shape, jnp.int32)
-    falls = _falls(start)
-    status = jnp.where(active & ~falls, NOT_DESCENT, CONVERGED).astype(jnp.int32)
-    step = jnp.where(active & falls, initial_step, 0.0).astype(start.value.dtype)
-    state = HeuristicState(step, ~(active & falls), start, extra0, zero, status)
-
-    def body(state: HeuristicState) -> HeuristicState:
-        at, extra = _evaluate(phi, state.step, extra0)
-        decreases = at.value <= start.value + config.sufficient_decrease * at.step * start.slope
-        size, limit = jnp.abs(at.slope), config.curvature * jnp.abs(start.slope)
-        grows = decreases & (size > limit if config.grows_on == "steep" else size < limit)
-        accepts = decreases & ~grows
-        step = state.step * jnp.where(accepts, 1.0, jnp.where(decreases, config.growth, config.shrink))
-        is_small, is_large = ~decreases & (step < config.min_step), grows & (step > config.max_step)
-        step = jnp.where(is_small, config.min_step, jnp.where(is_large, config.max_step, step))
-        evaluations = state.evaluations + 1
-        is_done = accepts | is_small | is_large | (evaluations >= config.max_evaluations)
-        failure = jnp.where(is_large, AT_MAXIMUM, jnp.where(decreases, DECREASE_ONLY, NO_DECREASE))
-        status = jnp.where(accepts, CONVERGED, failure).astype(jnp.int32)
-        moved = HeuristicState(step, is_done, at, extra, evaluations, status)
-        return _where(state.is_done, state, moved)
-
-    state = jax.lax.while_loop(lambda state: ~jnp.all(state.is_done), body, state)
-    return LineSearchResult(state.step, state.at.value, state.at.slope, state.evaluations, state.status, state.extra)
+def _advance_heuristic(state: HeuristicState, at: Point, extra: Any, config: Heuristic) -> HeuristicState:
+    """Shrink, grow or accept the trial."""
+    start = state.start
+    decreases = at.value <= start.value + config.sufficient_decrease * at.step * start.slope
+    size, limit = jnp.abs(at.slope), config.curvature * jnp.abs(start.slope)
+    grows = decreases & (size > limit if config.grows_on == "steep" else size < limit)
+    accepts = decreases & ~grows
+    step = at.step * jnp.where(accepts, 1.0, jnp.where(decreases, config.growth, config.shrink))
+    is_small, is_large = ~decreases & (step < config.min_step), grows & (step > config.max_step)
+    step = jnp.where(is_small, config.min_step, jnp.where(is_large, config.max_step, step))
+    evaluations = state.evaluations + 1
+    is_done = accepts | is_small | is_large | (evaluations >= config.max_evaluations)
+    failure = jnp.where(is_large, AT_MAXIMUM, jnp.where(decreases, DECREASE_ONLY, NO_DECREASE))
+    status = jnp.where(accepts, CONVERGED, failure).astype(jnp.int32)
+    return HeuristicState(start, step, is_done, at, extra, evaluations, status)
 
 
 STRICT = Wolfe()

@@ -4,9 +4,14 @@ The estimate is noised to a step of its own, the further back the less it fits (
 walks back; after each of its steps the image moves down the gradient of the data term, and every few steps a line
 search says how far. The run is one loop over the steps left: samples whose start lies lower wait, and none influences
 another. What comes back is the denoised image that fitted best on the way.
+
+Each pass of that loop runs the network at most once, for whichever phase the run is in: ARRIVE at a step of the chain,
+LOOK at where the prior's step led, TRY a step of a line search. So the network stands in the program once: with a copy
+for each phase it takes three times as long to trace, and longer to compile.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +28,9 @@ from jaxmed.diffusion.samplers import Ancestral, Ddim, sample_keys
 from jaxmed.diffusion.schedule import spread
 from jaxmed.solvers import line_search
 from jaxmed.solvers.line_search import NOT_DESCENT, Heuristic, Wolfe
+
+ARRIVE, TRY, LOOK = 0, 1, 2
+"""Phases of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +107,13 @@ class _State(NamedTuple):
 
     Attributes:
         left: Steps left, of all samples.
-        x: Noisy images.
-        at: Data term at x, where it is known already.
-        is_known: Whether it is: the trial that a search accepted was evaluated where the next step begins.
+        phase: ARRIVE, TRY or LOOK.
+        x: Noisy images: before the prior's step when they arrive, after it while a step size is looked for.
+        at: Data term where they arrived; after a search, where its step led.
+        is_known: Whether that is where they arrive next: the accepted trial was evaluated there.
+        is_moving: Samples that take this step.
+        direction: Gradient that a search goes down.
+        search: Where that stands; None without searches.
         step: Last step size found.
         best: Denoised image with the smallest residual so far.
         best_residual: That residual.
@@ -110,25 +122,18 @@ class _State(NamedTuple):
     """
 
     left: Int[Array, ""]
+    phase: Int[Array, ""]
     x: Float[Array, "batch ..."]
     at: Evaluation
     is_known: Bool[Array, " batch"]
+    is_moving: Bool[Array, " batch"]
+    direction: Float[Array, "batch ..."]
+    search: Any
     step: Float[Array, " batch"]
     best: Float[Array, "batch ..."]
     best_residual: Float[Array, " batch"]
     is_stopped: Bool[Array, " batch"]
     info: Info
-
-
-class _Move(NamedTuple):
-    """The data step of all samples."""
-
-    x: Float[Array, "batch ..."]
-    step: Float[Array, " batch"]
-    at: Evaluation
-    is_known: Bool[Array, " batch"]
-    evaluations: Int[Array, " batch"]
-    flags: Int[Array, " batch"]
 
 
 def dynamicdps(
@@ -188,26 +193,57 @@ def _check_start(start: StartTime, num_steps: int) -> None:
 
 
 def _begin(problem: _Problem, initial: Float[Array, "batch ..."]) -> _State:
+    config = problem.config
     x = enter(problem.chain, problem.keys, initial, problem.start)
     zero = jnp.zeros(len(x), x.dtype)
     rows = jnp.zeros((len(problem.chain.time), len(x)), x.dtype)
     count = jnp.zeros(len(x), jnp.int32)
+    no = count > 0
     info = Info(rows + jnp.nan, rows, problem.start, count, rows.astype(jnp.int32))
     at = Evaluation(zero, zero, x, x)
-    step = zero + problem.config.first_step
-    return _State(jnp.max(problem.start), x, at, count > 0, step, initial, zero + jnp.inf, count > 0, info)
+    search = None
+    if config.search is not None:
+        extra = at if config.line == "moved" else None
+        search = line_search.begin(zero, zero, zero, config.search, extra, active=no)
+    return _State(
+        left=jnp.max(problem.start), phase=jnp.int32(ARRIVE), x=x, at=at, is_known=no, is_moving=no,
+        direction=jnp.zeros_like(x), search=search, step=zero + config.first_step, best=initial,
+        best_residual=zero + jnp.inf, is_stopped=no, info=info,
+    )  # fmt: skip
 
 
 def _advance(problem: _Problem, state: _State) -> _State:
-    """Evaluate, remember the best, and take the prior's and the data term's step."""
-    config, left = problem.config, state.left
-    is_running = (left <= problem.start) & ~state.is_stopped
-    is_needed = is_running & ~state.is_known
-    at = jax.lax.cond(
-        jnp.any(is_needed),
-        lambda: _choose(is_needed, _evaluate(problem, state.x, left), state.at),
+    """Run the network where the present phase wants it, and let that phase go on."""
+    config = problem.config
+    is_trying = state.phase == TRY
+    left = state.left if config.level == "present" else jnp.maximum(state.left - 1, 0)
+    left = jnp.where(state.phase == ARRIVE, state.left, left)
+    trial = jnp.zeros_like(state.step) if state.search is None else jnp.where(is_trying, state.search.trial, 0.0)
+    is_wanted = jnp.any(_is_running(problem, state) & ~state.is_known) | (state.phase != ARRIVE)
+    if state.search is not None:
+        is_wanted &= ~(is_trying & jnp.all(state.search.is_done))
+    found = jax.lax.cond(
+        is_wanted,
+        lambda: _evaluate(problem, _descend(state.x, trial, state.direction), left),
         lambda: state.at,
     )
+    phases = [_arrive]
+    if config.search is not None:
+        phases += [_try, _look] if config.line == "moved" else [_try]
+    # What is common to all branches is bound, not passed: a problem holds functions.
+    return jax.lax.switch(state.phase, [partial(phase, problem) for phase in phases], state, found)
+
+
+def _is_running(problem: _Problem, state: _State) -> Bool[Array, " batch"]:
+    return (state.left <= problem.start) & ~state.is_stopped
+
+
+def _arrive(problem: _Problem, state: _State, found: Evaluation) -> _State:
+    """Remember the best, take the prior's step, and begin a search or take the data term's step."""
+    config, left = problem.config, state.left
+    is_running = _is_running(problem, state)
+    is_needed = is_running & ~state.is_known
+    at = _choose(is_needed, found, state.at)
     is_better = is_running & (at.residual < state.best_residual)
     best, best_residual = _choose(is_better, (at.mean, at.residual), (state.best, state.best_residual))
     is_stopped = state.is_stopped
@@ -215,107 +251,108 @@ def _advance(problem: _Problem, state: _State) -> _State:
         limit = config.noise_std * problem.measurement[0].size ** 0.5
         is_stopped |= is_running & (at.residual <= limit)
     is_moving = is_running & ~is_stopped
-
-    moved = reverse(problem.chain, problem.keys, state.x, at.mean, left)
-    move = _data_step(problem, state, at, moved, is_moving)
     row = len(problem.chain.time) - 1 - left
-    info = state.info._replace(
-        residuals=state.info.residuals.at[row].set(jnp.where(is_running, at.residual, jnp.nan)),
-        step_sizes=state.info.step_sizes.at[row].set(jnp.where(is_moving, move.step, 0.0)),
-        evaluations=state.info.evaluations + is_needed + jnp.where(is_moving, move.evaluations, 0),
-        flags=state.info.flags.at[row].set(jnp.where(is_moving, move.flags, 0)),
-    )
-    return _State(
-        left=left - 1,
-        x=_choose(is_moving, move.x, state.x),
-        at=move.at,
-        is_known=is_moving & move.is_known,
-        # A search that failed to find any step says nothing about the size of the next.
-        step=jnp.where(is_moving & (move.step > 0), move.step, state.step),
+    residuals = state.info.residuals.at[row].set(jnp.where(is_running, at.residual, jnp.nan))
+    moved = state._replace(
+        x=_choose(is_moving, reverse(problem.chain, problem.keys, state.x, at.mean, left), state.x),
+        at=at,
+        is_moving=is_moving,
         best=best,
         best_residual=best_residual,
         is_stopped=is_stopped,
-        info=info,
+        info=state.info._replace(residuals=residuals, evaluations=state.info.evaluations + is_needed),
+    )
+    if config.search is None:
+        return _keep(problem, moved)
+    is_due = (left > config.search_above) & (left % config.search_every == 0)
+    begin = (
+        partial(_begin_mixed, config) if config.line == "mixed" else lambda state: state._replace(phase=jnp.int32(LOOK))
+    )
+    return jax.lax.cond(is_due, begin, partial(_keep, problem), moved)
+
+
+def _keep(problem: _Problem, state: _State) -> _State:
+    """Take the step size that there is, down the gradient where the samples arrived."""
+    config, at = problem.config, state.at
+    step = state.step
+    if config.low_step is not None:
+        step = jnp.where(state.left <= config.search_above, config.low_step, step)
+    is_finite = jnp.all(jnp.isfinite(at.gradient.reshape(len(state.x), -1)), axis=1)
+    step = jnp.where(is_finite, step, 0.0)
+    flags = jnp.where(is_finite, 0, NOT_DESCENT)
+    return _go_on(problem, state, _descend(state.x, step, at.gradient), step, flags)
+
+
+def _look(problem: _Problem, state: _State, found: Evaluation) -> _State:
+    """Begin a search of L along its gradient at the moved image."""
+    config, slope = problem.config, -_dot(found.gradient, found.gradient)
+    first = _first_step(config, state)
+    return state._replace(
+        phase=jnp.int32(TRY),
+        direction=found.gradient,
+        search=line_search.begin(found.loss, slope, first, config.search or Wolfe(), found, state.is_moving),
+        info=state.info._replace(evaluations=state.info.evaluations + state.is_moving),
     )
 
 
-def _data_step(
+def _begin_mixed(config: DynamicDps, state: _State) -> _State:
+    """Begin a search as the authors do: the residual, along the gradient of L where the prior's step began."""
+    at, slope = state.at, -_dot(state.at.gradient, state.at.gradient)
+    search = line_search.begin(
+        at.residual, slope, _first_step(config, state), config.search or Wolfe(), active=state.is_moving
+    )
+    return state._replace(phase=jnp.int32(TRY), direction=at.gradient, search=search)
+
+
+def _first_step(config: DynamicDps, state: _State) -> Float[Array, " batch"]:
+    first = jnp.clip(state.step, *config.step_range)
+    return jnp.full_like(first, config.first_step) if config.restarts else first
+
+
+def _try(problem: _Problem, state: _State, found: Evaluation) -> _State:
+    """Judge a trial; when the last search of the batch is done, take the steps found."""
+    config, is_moved = problem.config, problem.config.line == "moved"
+    value = found.loss if is_moved else found.residual
+    slope = -_dot(found.gradient, state.direction)
+    search = line_search.advance(state.search, value, slope, found if is_moved else None, config.search or Wolfe())
+
+    def conclude(state: _State) -> _State:
+        result = line_search.finish(state.search)
+        x = _descend(state.x, result.step, state.direction)
+        info = state.info._replace(evaluations=state.info.evaluations + result.evaluations)
+        # What the accepted trial computed begins the next step, if it was at that step's level and at this very step.
+        is_reusable = is_moved and config.level == "next" and isinstance(config.search, Wolfe)
+        state = state._replace(at=result.extra if is_moved else state.at, info=info)
+        return _go_on(problem, state, x, result.step, result.status, state.is_moving & is_reusable)
+
+    state = state._replace(search=search)
+    return jax.lax.cond(jnp.all(search.is_done), conclude, lambda state: state, state)
+
+
+def _go_on(
     problem: _Problem,
     state: _State,
-    at: Evaluation,
-    moved: Float[Array, "batch ..."],
-    is_moving: Bool[Array, " batch"],
-) -> _Move:
-    config, left = problem.config, state.left
-    none = jnp.zeros(is_moving.shape, jnp.int32)
-
-    def keep() -> _Move:
-        step = state.step
-        if config.low_step is not None:
-            step = jnp.where(left <= config.search_above, config.low_step, step)
-        is_finite = jnp.all(jnp.isfinite(at.gradient.reshape(len(moved), -1)), axis=1)
-        step = jnp.where(is_finite, step, 0.0)
-        flags = jnp.where(is_finite, none, NOT_DESCENT)
-        return _Move(_descend(moved, step, at.gradient), step, at, none > 0, none, flags)
-
-    def search() -> _Move:
-        trial_left = left if config.level == "present" else jnp.maximum(left - 1, 0)
-        first = jnp.clip(state.step, *config.step_range)
-        if config.restarts:
-            first = jnp.full_like(first, config.first_step)
-        if config.line == "mixed":
-            return _search_mixed(problem, at, moved, trial_left, first, is_moving)
-        here = _evaluate(problem, moved, trial_left)
-        return _search_moved(problem, here, moved, trial_left, first, is_moving)
-
-    if config.search is None:
-        return keep()
-    return jax.lax.cond((left > config.search_above) & (left % config.search_every == 0), search, keep)
-
-
-def _search_moved(
-    problem: _Problem,
-    here: Evaluation,
-    moved: Float[Array, "batch ..."],
-    trial_left: Int[Array, ""],
-    first: Float[Array, " batch"],
-    is_moving: Bool[Array, " batch"],
-) -> _Move:
-    """Search L along its gradient at the moved image; what the accepted trial computed begins the next step."""
-
-    def phi(step: Float[Array, " batch"]) -> tuple[Array, Array, Evaluation]:
-        there = _evaluate(problem, _descend(moved, step, here.gradient), trial_left)
-        return there.loss, -_dot(there.gradient, here.gradient), there
-
-    slope = -_dot(here.gradient, here.gradient)
-    found = line_search.line_search(phi, here.loss, slope, first, problem.config.search or Wolfe(), here, is_moving)
-    # Only at the level where the next step begins, and where the step is the one that was evaluated.
-    is_reusable = problem.config.level == "next" and isinstance(problem.config.search, Wolfe)
-    is_known = is_moving & is_reusable
-    evaluations = found.evaluations + 1
-    return _Move(
-        _descend(moved, found.step, here.gradient), found.step, found.extra, is_known, evaluations, found.status
+    x: Float[Array, "batch ..."],
+    step: Float[Array, " batch"],
+    flags: Int[Array, " batch"],
+    is_known: Bool[Array, " batch"] | None = None,
+) -> _State:
+    """Move the samples that move, write this step down, and go to the next."""
+    is_moving, info = state.is_moving, state.info
+    row = len(problem.chain.time) - 1 - state.left
+    info = info._replace(
+        step_sizes=info.step_sizes.at[row].set(jnp.where(is_moving, step, 0.0)),
+        flags=info.flags.at[row].set(jnp.where(is_moving, flags, 0)),
     )
-
-
-def _search_mixed(
-    problem: _Problem,
-    at: Evaluation,
-    moved: Float[Array, "batch ..."],
-    trial_left: Int[Array, ""],
-    first: Float[Array, " batch"],
-    is_moving: Bool[Array, " batch"],
-) -> _Move:
-    """Search as the authors do: the residual, along the gradient of L where the prior's step began."""
-
-    def phi(step: Float[Array, " batch"]) -> tuple[Array, Array]:
-        there = _evaluate(problem, _descend(moved, step, at.gradient), trial_left)
-        return there.residual, -_dot(there.gradient, at.gradient)
-
-    slope = -_dot(at.gradient, at.gradient)
-    found = line_search.line_search(phi, at.residual, slope, first, problem.config.search or Wolfe(), active=is_moving)
-    x = _descend(moved, found.step, at.gradient)
-    return _Move(x, found.step, at, jnp.zeros_like(is_moving), found.evaluations, found.status)
+    return state._replace(
+        left=state.left - 1,
+        phase=jnp.int32(ARRIVE),
+        x=_choose(is_moving, x, state.x),
+        is_known=jnp.zeros_like(is_moving) if is_known is None else is_known,
+        # A search that failed to find any step says nothing about the size of the next.
+        step=jnp.where(is_moving & (step > 0), step, state.step),
+        info=info,
+    )
 
 
 def _evaluate(problem: _Problem, x: Float[Array, "batch ..."], left: Int[Array, ""]) -> Evaluation:
