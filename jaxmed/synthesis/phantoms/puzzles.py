@@ -1,0 +1,225 @@
+"""Segmentation tasks without end: find the shape of one family, at any pose, among distractors, under noise.
+
+Each family of shapes is a task; five are familiar, one validates, two are novel. An image holds one bright shape of its
+family, which is the mask, dimmer and smaller shapes of other families, a smooth gain and noise, clipped to [0, 1]. All
+of it is a pure function of a key and of the family's number, in 2D and 3D.
+
+Source: the families, the split, the noise and the range are those that stand in for public tasks in the specification
+of selfplay (arXiv:2506.22075); noise and range are those of its authors' MNIST demonstration.
+"""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxmed.synthesis.bias_field import BiasFieldConfig, apply_bias, draw_log_bias
+from jaxmed.synthesis.phantoms.shapes import centered_points, inside
+
+FAMILIES = ("disk", "ring", "square", "cross", "bar", "crescent", "blob", "star")
+TRAIN_FAMILIES, VALIDATION_FAMILIES, NOVEL_FAMILIES = (0, 1, 2, 3, 4), (5,), (6, 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class PuzzleConfig:
+    """What is drawn; the defaults can be solved by eye at 32 x 32.
+
+    Attributes:
+        radius: Range of the radius of the sphere around the shape, as a share of half the image's shortest edge.
+        intensity: Range of the shape's intensity.
+        background: Intensity around shapes.
+        num_distractors: Shapes of other families.
+        distractor_radius: Range of their radius, likewise.
+        distractor_intensity: Range of their intensity.
+        bias_std: Range of the standard deviation of the gain's logarithm at its control points.
+        bias_points: Range of the gain's control points along the longest edge.
+        noise: Standard deviation of the noise, which is white and normal, before clipping to [0, 1].
+    """
+
+    radius: tuple[float, float] = (0.4, 0.7)
+    intensity: tuple[float, float] = (0.8, 1.0)
+    background: float = 0.1
+    num_distractors: int = 2
+    distractor_radius: tuple[float, float] = (0.15, 0.3)
+    distractor_intensity: tuple[float, float] = (0.3, 0.6)
+    bias_std: tuple[float, float] = (0.0, 0.3)
+    bias_points: tuple[float, float] = (2.0, 4.0)
+    noise: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("radius", "distractor_radius"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name}: expected a range within (0, 1], found {low, high}")
+        for name in ("intensity", "distractor_intensity"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"{name}: expected a range within [0, 1], found {low, high}")
+        if not 0 <= self.background < self.intensity[0]:
+            raise ValueError(f"background: expected from 0 up to below the intensity, found {self.background:g}")
+        if not 0 <= self.bias_std[0] <= self.bias_std[1]:
+            raise ValueError(f"bias_std: expected a range from 0 on, found {self.bias_std}")
+        if not 1 <= self.bias_points[0] <= self.bias_points[1]:
+            raise ValueError(f"bias_points: expected a range from 1 on, found {self.bias_points}")
+        if self.noise < 0 or self.num_distractors < 0:
+            found = self.noise, self.num_distractors
+            raise ValueError(f"noise, num_distractors: expected 0 or more, found {found}")
+
+
+class Puzzle(NamedTuple):
+    """An image and what is to be found in it.
+
+    Attributes:
+        image: Intensity in [0, 1].
+        mask: The shape of the family, where it fills more than half of a voxel.
+    """
+
+    image: Float[Array, "*space"]
+    mask: Bool[Array, "*space"]
+
+
+def make_puzzle(
+    key: Key[Array, ""],
+    family: Int[Array, ""] | int,
+    shape: tuple[int, ...] = (32, 32),
+    config: PuzzleConfig = PuzzleConfig(),
+) -> Puzzle:
+    """Make one puzzle; `vmap` over keys and families makes many.
+
+    Pose, distractors' places, gain and noise of a key are the same whatever the family.
+
+    Args:
+        key: Consumed.
+        family: Number within FAMILIES; may be traced, and is then clipped to them.
+        shape: Pixels or voxels along each axis; static.
+        config: Static.
+    """
+    if len(shape) not in (2, 3):
+        raise ValueError(f"shape: expected 2 or 3 axes, found {shape}")
+    pose_key, level_key, other_key, bias_key, noise_key = jax.random.split(key, 5)
+    points = centered_points(shape, [1.0] * len(shape))
+    family = jnp.clip(jnp.asarray(family, jnp.int32), 0, len(FAMILIES) - 1)
+    image = jnp.full(shape, config.background)
+    for distractor_key in jax.random.split(other_key, config.num_distractors):
+        place_key, family_key, shade_key = jax.random.split(distractor_key, 3)
+        # Any family but the target's: a step of 1 to 7 around the circle of them.
+        step = jax.random.randint(family_key, (), 1, len(FAMILIES))
+        share = _draw_shape(place_key, (family + step) % len(FAMILIES), points, shape, config.distractor_radius)
+        image = _paint(image, _uniform(shade_key, config.distractor_intensity), share)
+    share = _draw_shape(pose_key, family, points, shape, config.radius)
+    image = _paint(image, _uniform(level_key, config.intensity), share)
+    low, high = (min(count / max(shape), 1.0) for count in config.bias_points)
+    gain = draw_log_bias(bias_key, shape, BiasFieldConfig((low, high), config.bias_std))
+    noise = config.noise * jax.random.normal(noise_key, shape)
+    return Puzzle(jnp.clip(apply_bias(image, gain) + noise, 0.0, 1.0), share > 0.5)
+
+
+def _paint(image, level, share):
+    return image + share * (level - image)
+
+
+def _uniform(key, bounds):
+    return jax.random.uniform(key, (), minval=bounds[0], maxval=bounds[1])
+
+
+def _draw_shape(key, family, points, shape, radius_range):
+    """Return the share of each voxel that a shape fills: turned at random, wholly within the image."""
+    size_key, place_key, turn_key, form_key = jax.random.split(key, 4)
+    ndim = len(shape)
+    radius = _uniform(size_key, radius_range) * min(shape) / 2
+    room = jnp.array(shape) / 2 - radius
+    center = room * jax.random.uniform(place_key, (ndim,), minval=-1.0)
+    moved = jnp.stack(jnp.broadcast_arrays(*points)) - center.reshape(-1, *[1] * ndim)
+    turned = jnp.einsum("ij,j...->i...", _rotation(turn_key, ndim), moved) / radius
+    forms = [partial(_blob, form_key) if name == "blob" else _FORMS[name] for name in FAMILIES]
+    return inside(radius * jax.lax.switch(family, forms, turned), 1.0)
+
+
+def _rotation(key, ndim):
+    """Return a rotation, evenly drawn: by an angle in 2D, by a unit quaternion in 3D."""
+    if ndim == 2:
+        angle = jax.random.uniform(key, (), maxval=2 * jnp.pi)
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        return jnp.array([[cos, -sin], [sin, cos]])
+    quaternion = jax.random.normal(key, (4,))
+    w, x, y, z = quaternion / jnp.linalg.norm(quaternion)
+    return jnp.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+# Signed distances to the border, negative inside, of shapes that fill the unit sphere. `place` is (axis, *space); in 3D
+# a disk is a ball, a ring a torus, a square a cube, a bar a rod, a cross three rods, and a star a prism.
+
+
+def _norm(place):
+    return jnp.sqrt(jnp.sum(place**2, axis=0) + 1e-12)
+
+
+def _box(place, half):
+    """Return the distance to a box of half edges `half` along the axes."""
+    beyond = jnp.abs(place) - jnp.array(half).reshape(-1, *[1] * (place.ndim - 1))
+    return _norm(jnp.maximum(beyond, 0.0)) + jnp.minimum(jnp.max(beyond, axis=0), 0.0)
+
+
+def _disk(place):
+    return _norm(place) - 0.95
+
+
+def _ring(place):
+    middle = _norm(place[:2]) - 0.69
+    return (jnp.abs(middle) if len(place) == 2 else _norm(jnp.stack([middle, place[2]]))) - 0.27
+
+
+def _square(place):
+    return _box(place, [0.95 / len(place) ** 0.5] * len(place))
+
+
+def _cross(place):
+    rods = [[0.9 if long == axis else 0.28 for axis in range(len(place))] for long in range(len(place))]
+    return jnp.min(jnp.stack([_box(place, half) for half in rods]), axis=0)
+
+
+def _bar(place):
+    return _box(place, [0.9, *[0.28] * (len(place) - 1)])
+
+
+def _crescent(place):
+    bite = place.at[0].add(-0.45)
+    return jnp.maximum(_norm(place) - 0.95, 0.75 - _norm(bite))
+
+
+def _star(place):
+    """Return the distance to a star of five points: to the edge of the one wedge of ten in which a point lies."""
+    x, y = place[:2]
+    wedge = jnp.pi / 5
+    angle = jnp.abs((jnp.arctan2(y, x + 1e-12) + wedge) % (2 * wedge) - wedge)
+    length = _norm(place[:2])
+    inner = 0.45 * jnp.array([jnp.cos(wedge), jnp.sin(wedge)])
+    edge = inner - jnp.array([0.95, 0.0])
+    flat = (length * jnp.cos(angle) - 0.95) * edge[1] - length * jnp.sin(angle) * edge[0]
+    flat = flat / jnp.linalg.norm(edge)
+    return flat if len(place) == 2 else jnp.maximum(flat, jnp.abs(place[2]) - 0.3)
+
+
+def _blob(key, place):
+    """Return about the distance to a ball whose radius waves with direction; it lies within the unit sphere."""
+    direction_key, phase_key = jax.random.split(key)
+    axes = jax.random.normal(direction_key, (4, len(place)))
+    axes = 3.0 * axes / jnp.linalg.norm(axes, axis=1, keepdims=True)
+    phases = jax.random.uniform(phase_key, (4,), maxval=2 * jnp.pi)
+    length = _norm(place)
+    waves = jnp.einsum("wi,i...->w...", axes, place / length) + phases.reshape(-1, *[1] * (place.ndim - 1))
+    return length - (0.68 + 0.065 * jnp.sum(jnp.sin(waves), axis=0))
+
+
+_FORMS = {
+    "disk": _disk, "ring": _ring, "square": _square, "cross": _cross, "bar": _bar, "crescent": _crescent, "star": _star
+}  # fmt: skip
