@@ -33,9 +33,9 @@ from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.files import write_json, write_text
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.statistics import Interval, bootstrap, weighted_mean
-from jaxmed.models.unet_guided import CI_PRIOR
 from jaxmed.systems.dynamicdps.arms import ArmConfig
 from jaxmed.systems.dynamicdps.stages import calibrate, compare, train_initial, train_prior
+from jaxmed.train.loop import LoopConfig
 from jaxmed.train.run_folder import RunOptions, open_run
 from jaxmed.versions import software_versions
 
@@ -56,8 +56,8 @@ class Config:
     """The command line.
 
     Attributes:
-        size: Seconds to minutes with tiny networks on a chain of 100 steps, an hour or two on a few cores, or the
-            published networks' size on an accelerator.
+        size: Minutes with tiny networks and a chain of 100 steps; half an hour of a core with small networks for
+            images of 32 x 32 and the whole chain; or the published networks' size on an accelerator.
         out: Folder of the table.
         run: A finished run of compare to read instead of training and comparing.
     """
@@ -110,40 +110,53 @@ def main() -> None:
 
 
 def perform(size: str, out: Path) -> Path:
-    """Train the networks and compare, on phantoms; return the run of compare."""
-    settings = settings_of(size)
-    run = open_run("dynamicdps", "compare", settings, RunOptions(out, quiet=True))
-    if size == "smoke":
-        compare.run(settings, run)
-        return out
-    place = out.parent
-    embedded = train_prior.DataConfig(embedded=400 if size == "cpu" else 4000)
-    prior = dataclasses.replace(
-        train_prior.laptop() if size == "cpu" else train_prior.paper(), data=embedded,
-        frame=dataclasses.replace(train_prior.laptop().frame, spacing=0.0),
-    )  # fmt: skip
+    """Train the networks, calibrate, and compare, on phantoms; return the run of compare."""
+    place, settings = out.parent, settings_of(size)
+    prior, initial, bank = networks_of(size)
     stage(train_prior, "train-prior", prior, place / "prior")
-    for number, name in enumerate(("one", "two")):
-        base = train_initial.laptop()
-        # The second conditional model is another kind: narrower, and never shown noise.
-        model = dataclasses.replace(CI_PRIOR, with_time=False, width=32 if number == 0 else 16, groups=16)
-        acquisition = settings.acquisition if number == 0 else dataclasses.replace(settings.acquisition, noise=0.0)
-        initial = dataclasses.replace(
-            base, data=dataclasses.replace(base.data, embedded=embedded.embedded, finer=1), frame=prior.frame,
-            model=model, acquisition=acquisition, gamma=(0.8, 1.0), seed=number,
-        )  # fmt: skip
-        stage(train_initial, "train-initial", initial, place / name)
+    initial = dataclasses.replace(initial, acquisition=settings.acquisition)
+    # The second conditional model is another kind: narrower, and never shown noise.
+    narrow = dataclasses.replace(initial.model, width=initial.model.width // 2, groups=initial.model.groups // 2)
+    noiseless = dataclasses.replace(settings.acquisition, noise=0.0)
+    for name, one in (
+        ("one", initial),
+        ("two", dataclasses.replace(initial, model=narrow, acquisition=noiseless, seed=1)),
+    ):
+        stage(train_initial, "train-initial", one, place / name)
     bank = dataclasses.replace(
-        calibrate.laptop(), weights=place / "prior", initial=place / "one", acquisition=settings.acquisition,
-        input=place / "prior" / "inputs" / "scans",
+        bank, weights=place / "prior", initial=place / "one", acquisition=settings.acquisition,
+        input=place / "prior" / "inputs" / "scans", embedded=0,
     )  # fmt: skip
     stage(calibrate, "calibrate", bank, place / "calibration")
     settings = dataclasses.replace(
         settings, weights=place / "prior", initial=(place / "one", place / "two"), calibration=place / "calibration"
     )
-    run = open_run("dynamicdps", "compare", settings, RunOptions(out, quiet=True))
-    compare.run(settings, run)
+    stage(compare, "compare", settings, out)
     return out
+
+
+def networks_of(size: str) -> tuple[train_prior.Config, train_initial.Config, calibrate.Config]:
+    """Return how the networks are trained, and the bank of starts recorded."""
+    if size == "smoke":
+        return train_prior.smoke(), train_initial.smoke(), calibrate.smoke()
+    if size == "gpu":
+        prior, initial = train_prior.paper(), train_initial.paper()
+        data, frame = train_prior.DataConfig(embedded=4000), dataclasses.replace(prior.frame, spacing=0.0)
+        return (
+            dataclasses.replace(prior, data=data, frame=frame),
+            dataclasses.replace(initial, data=data, frame=frame),
+            calibrate.laptop(),
+        )
+    prior, initial, data = train_prior.smoke(), train_initial.smoke(), train_prior.DataConfig(embedded=400)
+    model = dataclasses.replace(prior.model, multipliers=(1, 2, 2), attention_factors=(4,))
+    return (
+        dataclasses.replace(prior, data=data, model=model, ema_decay=0.995, loop=LoopConfig(steps=2500, log_every=50)),
+        dataclasses.replace(
+            initial, data=data, model=dataclasses.replace(model, with_time=False), ema_decay=0.99,
+            loop=LoopConfig(steps=1000, log_every=50),
+        ),
+        dataclasses.replace(calibrate.laptop(), runs=16, batch_size=8),
+    )  # fmt: skip
 
 
 def settings_of(size: str) -> compare.Config:
@@ -151,8 +164,7 @@ def settings_of(size: str) -> compare.Config:
     smoke = compare.smoke()
     if size == "smoke":
         return dataclasses.replace(smoke, embedded=24)
-    arms = compare.Config().arms
-    return dataclasses.replace(smoke, arms=arms, embedded=32, batch_size=16, budget=ArmConfig())
+    return dataclasses.replace(smoke, arms=compare.Config().arms, embedded=24, budget=ArmConfig())
 
 
 def stage(module: Any, name: str, settings: Any, out: Path) -> None:

@@ -298,6 +298,6 @@ def test_the_smoke_preset_trains_its_own_networks(tmp_path):
         (row["condition"], row["initial"], row["arm"]): float(row["mean"])
         for row in rows_of(out / "outputs" / "means.csv") if row["measure"] == "residual"
     }  # fmt: skip
-    for initial in ("initial_a", "initial_b"):
-        # An unknown contrast: the conditional model contradicts its measurement, and the refined image does not.
-        assert found["other contrast", initial, "dynamicdps"] < 0.5 * found["other contrast", initial, "conditional"]
+    # An unknown contrast: the conditional model contradicts its measurement, and the refined image does not.
+    where = "other contrast", "initial"
+    assert found[*where, "dynamicdps"] < 0.5 * found[*where, "conditional"]

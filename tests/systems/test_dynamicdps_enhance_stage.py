@@ -198,6 +198,40 @@ def test_calibration_and_strict_searches_by_the_command_line(place, tmp_path):
     assert np.abs(initial.array - scan.array).max() > 50
 
 
+def test_a_prior_of_volumes_refines_a_scan_in_blended_tiles(tmp_path):
+    """12 x 12 x 10 voxels in tiles of 8 x 8 x 8, half of each shared; a corner of the scan is empty."""
+    config = dataclasses.replace(TINY, dimensions=3)
+    inputs = jnp.zeros((1, 8, 8, 8, 1)), jnp.zeros(1)
+    shapes = jax.eval_shape(make_model(GuidedUnet(config)).init, jax.random.key(0), *inputs)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    write_network(tmp_path / "prior" / "outputs" / "model", params, config, FrameConfig((8, 8, 8)))
+    image = np.zeros((12, 12, 10))
+    image[4:, 4:, 2:] = head((8, 8, 8), 0) + 100
+    affine = np.array([[0, 0, 2.0, 1], [-3, 0, 0, 5], [0, 2, 0, 0], [0, 0, 0, 1]])
+    nifti.write(tmp_path / "scan.nii.gz", Volume.make(image, affine))
+    code = run(
+        "enhance", "--input", tmp_path / "scan.nii.gz", "--weights", tmp_path / "prior", "--samples", "2",
+        "--method.start", "fixed", "--method.fixed-start", "3", "--method.preset", "fixed", "--method.step", "0.02",
+        "--method.plain", "--acquisition.gamma", "0.9", "--acquisition.scale", "1.0", "1.0", "2.0",
+        "--acquisition.radius", "2", "--no-tissue", "--out", tmp_path / "run", "--quiet",
+    )  # fmt: skip
+    assert code == 0
+    maps = {
+        name: nifti.read(tmp_path / "run" / "outputs" / f"scan_{name}.nii.gz")
+        for name in ("enhanced", "uncertainty", "difference")
+    }
+    row = json.loads((tmp_path / "run" / "outputs" / "scan.json").read_text())
+    # Two tiles fit along each axis, and all hold some of the head; four steps, an evaluation each.
+    assert row["images"] == 8 and row["samples"] == 2 and row["evaluations"] == 4
+    for volume in maps.values():
+        assert volume.array.shape == image.shape
+        np.testing.assert_array_equal(volume.affine, affine)
+    array = maps["enhanced"].array
+    assert maps["uncertainty"].array[5:, 5:, 3:].min() > 0 and np.abs(array - image)[image > 0].mean() > 1
+    assert "scan" in (tmp_path / "run" / "report.html").read_text()
+
+
 def nan_scan(place, folder):
     array = head((16, 16, 3), 0)
     array[3, 3, 1] = np.nan

@@ -110,7 +110,7 @@ def test_smoke_enhancer_is_nearer_to_the_truth_than_its_input(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_prior_of_volumes_is_trained_on_patches(scans, tmp_path):
+def test_a_prior_of_volumes_is_trained_on_patches_and_refines_a_volume(scans, tmp_path):
     config = dataclasses.replace(
         PRIOR, input=scans, frame=FrameConfig((4, 4, 4)), model=dataclasses.replace(MODEL, dimensions=3),
         data=DataConfig(validation=0.25, patches=4),
@@ -125,6 +125,12 @@ def test_a_prior_of_volumes_is_trained_on_patches(scans, tmp_path):
     assert "What the prior has learnt" in (out / "report.html").read_text()
     published = load_published(out / "checkpoints" / "state")
     assert published.report.kind == "denoiser" and published.config == prior.config
+    words = ["--weights", str(out), "--input", str(scans / "scan_0.nii.gz"), "--out", str(tmp_path / "enhanced")]
+    words += ["--method.start", "fixed", "--method.fixed-start", "2", "--method.plain", "--acquisition.radius", "1"]
+    words += ["--acquisition.scale", "1.0", "--acquisition.sigma", "0.5", "--no-tissue", "--quiet"]
+    assert main(["dynamicdps", "enhance", *words]) == 0
+    enhanced = nifti.read(tmp_path / "enhanced" / "outputs" / "scan_0_enhanced.nii.gz").array
+    assert enhanced.shape == (14, 12, 6) and np.abs(enhanced - head(0)).max() > 1
 
 
 @pytest.fixture(scope="module")

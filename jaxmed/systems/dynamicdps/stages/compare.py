@@ -356,7 +356,7 @@ def _read_images(
 
 
 def make_embedded(config: Config, folder: RunFolder) -> Config:
-    """Write phantom brains, and train a tiny prior, its calibration and two conditional models where none is given."""
+    """Write phantom brains, and train a tiny prior, its calibration and a conditional model where none is given."""
     if config.manifest is not None or config.input is not None:
         raise InputError("embedded", "no files beside embedded data", "both", "drop --preset, or the files")
     start(folder)
@@ -370,16 +370,8 @@ def make_embedded(config: Config, folder: RunFolder) -> Config:
         calibration = _nested("calibrate", calibrate, settings, place / "calibration", log)
     initial = config.initial
     if not initial:
-        # Two models that differ in what they have seen: one knows the noise, the other less of it and fewer pairs.
-        first = dataclasses.replace(train_initial.smoke(), acquisition=config.acquisition, gamma=(1.0, 1.0))
-        other = dataclasses.replace(
-            first, acquisition=dataclasses.replace(config.acquisition, noise=0.0), seed=config.seed + 1,
-            loop=dataclasses.replace(first.loop, steps=max(first.loop.steps // 2, 1)),
-        )  # fmt: skip
-        initial = tuple(
-            _nested("train-initial", train_initial, settings, place / f"initial_{name}", log)
-            for name, settings in (("a", first), ("b", other))
-        )
+        settings = dataclasses.replace(train_initial.smoke(), acquisition=config.acquisition, gamma=(1.0, 1.0))
+        initial = (_nested("train-initial", train_initial, settings, place / "initial", log),)
     size = load_prior(weights).frame.size
     brain = BrainConfig(lesion_probability=0.0)
     # Another seed than those of the networks' own phantoms.
