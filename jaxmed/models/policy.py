@@ -125,43 +125,34 @@ class PatchMlpConfig:
     """The patch policy of RLSP.
 
     Attributes:
-        hidden: Widths, rectified; dropout stands between them.
-        dropout: Share of features that are dropped where a key is given.
+        hidden: Widths of the layers, rectified.
     """
 
     hidden: tuple[int, ...] = (128, 64, 64, 64, 64, 32)
-    dropout: float = 0.4
 
     def __post_init__(self) -> None:
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden: expected widths of 1 or more, found {self.hidden}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a share from 0 and below 1, found {self.dropout}")
 
 
 class PatchMlp(nn.Module):
-    """Features of patches to (logit of each patch, two logits of going on and stopping); layers layer_0, ..., heads.
+    """Features of patches to (logit of each patch, logits of going on and of stopping); layer_0, ..., patch, stop.
 
     Source: github.com/s-sd/spurl, wss.
+    Deviation: no dropout. The source names some, but calls its network outside of training alone, where none is active.
     """
 
     config: PatchMlpConfig
 
     @nn.compact
     def __call__(
-        self, features: Float[Array, "game patch feature"], key: jax.Array | None = None
+        self, features: Float[Array, "game patch feature"]
     ) -> tuple[Float[Array, "game patch"], Float[Array, "game 2"]]:
-        x, hidden = features.reshape(len(features), -1), self.config.hidden
-        for number, width in enumerate(hidden):
+        x = features.reshape(len(features), -1)
+        for number, width in enumerate(self.config.hidden):
             x = nn.relu(nn.Dense(width, kernel_init=_GLOROT, name=f"layer_{number}")(x))
-            if key is not None and self.config.dropout and number < len(hidden) - 1:
-                keep = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - self.config.dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.config.dropout), 0.0)
-        heads = (
-            nn.Dense(size, kernel_init=_GLOROT, name=name) for size, name in ((features.shape[1], "patch"), (2, "stop"))
-        )
-        patch, stop = (head(x) for head in heads)
-        return patch, stop
+        patch = nn.Dense(features.shape[1], kernel_init=_GLOROT, name="patch")(x)
+        return patch, nn.Dense(2, kernel_init=_GLOROT, name="stop")(x)
 
 
 _GLOROT = nn.initializers.glorot_uniform()

@@ -25,7 +25,6 @@ def make_plackett_luce(count: int, at_most: bool = False) -> Distribution:
         always or never so in `mode`. Were it by the sign alone, the log-probability would not know of it, because
         softmax does not change with the level of all logits: no gradient could ever teach when to pass.
     """
-
     if not at_most:
         return Distribution(
             lambda key, logits: sample(key, logits, count),
