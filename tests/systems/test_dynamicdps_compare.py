@@ -134,16 +134,14 @@ def test_lengths_are_those_of_the_authors_unless_a_budget_is_given():
 def files(tmp_path_factory):
     """Untrained networks with the smallest layout, and a cohort of three brains."""
     place = tmp_path_factory.mktemp("compare")
-    frame = FrameConfig((32, 32))
-    for number, (name, with_time) in enumerate((("prior", True), ("one", False), ("two", False))):
+    frame, rng = FrameConfig((32, 32)), np.random.default_rng(9)
+    for name, with_time in (("prior", True), ("one", False), ("two", False)):
         config = GuidedUnetConfig(
             width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=1, groups=4, with_time=with_time
         )
-        model = make_model(GuidedUnet(config))
         inputs = (jnp.zeros((1, 32, 32, 1)), *((jnp.zeros(1),) if with_time else ()))
-        params = model.init(jax.random.key(number), *inputs)
-        # Their last layer starts at 0: an image that depends on nothing.
-        params["head"]["kernel"] = 0.02 * jax.random.normal(jax.random.key(9), params["head"]["kernel"].shape)
+        shapes = jax.eval_shape(make_model(GuidedUnet(config)).init, jax.random.key(0), *inputs)
+        params = jax.tree.map(lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)
         write_network(place / name / "outputs" / "model", params, config, frame)
     manifest = write_brain_cohort(
         place / "brains", 1, 3, (32, 32), BrainConfig(lesion_probability=0.5), fractions=(0.0, 0.0, 1.0)
@@ -243,9 +241,10 @@ def test_images_without_a_head_and_models_of_another_frame_are_refused(files, tm
     other = GuidedUnetConfig(
         width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=1, groups=4, with_time=False
     )
-    model = make_model(GuidedUnet(other))
-    write_network(tmp_path / "small" / "outputs" / "model", model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1))),
-                  other, FrameConfig((16, 16)))  # fmt: skip
+    image = jax.ShapeDtypeStruct((1, 16, 16, 1), jnp.float32)
+    shapes = jax.eval_shape(make_model(GuidedUnet(other)).init, jax.random.key(0), image)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    write_network(tmp_path / "small" / "outputs" / "model", params, other, FrameConfig((16, 16)))
     words = command(files, tmp_path / "run")
     words[words.index(str(place / "two"))] = str(tmp_path / "small")
     assert main(words) == 2

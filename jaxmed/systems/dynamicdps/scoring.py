@@ -116,14 +116,20 @@ def make_scorer(size: tuple[int, ...], acquisition: LowField, config: ScoreConfi
         whole = jnp.maximum(jnp.linalg.norm(true.ravel()), 1e-6)
         return parts.measured_norm / whole, parts.null_norm / whole
 
-    perceptual = partial(shafe_score, features=None, config=shafe)
     return Scorer(
-        jax.jit(jax.vmap(residual)),
-        jax.jit(jax.vmap(split)),
-        jax.jit(jax.vmap(lambda truth, image: perceptual(truth, image))),
-        jax.jit(lambda stack, mask: mixture_volumes(fit_tissue(stack, mask), 1.0)),
-        config,
+        jax.jit(jax.vmap(residual)), jax.jit(jax.vmap(split)), partial(_perceptual, config=shafe), _tissue, config
     )
+
+
+# Compiled here, once for all conditions of a comparison: each takes 1 to 2 s.
+@partial(jax.jit, static_argnames="config")
+def _perceptual(truth: Array, image: Array, config: ShafeConfig) -> Array:
+    return jax.vmap(lambda *pair: shafe_score(*pair, features=None, config=config))(truth, image)
+
+
+@jax.jit
+def _tissue(stack: Array, mask: Array) -> Array:
+    return mixture_volumes(fit_tissue(stack, mask), 1.0)
 
 
 def score_subject(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
+from jaxmed.arrays.types import Params
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, make_folder, write_json
 from jaxmed.io.tables import read_table, resolve_paths, write_table
@@ -275,23 +276,22 @@ def read_study(config: Config) -> Study:
         acquisition = dataclasses.replace(config.acquisition, gamma=gamma)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         conditions[name] = Condition(acquisition, measure(key, truth, acquisition))
-    estimates = {
-        (name, where): estimate(network, condition.measurement, config.batch_size)
-        for name, network in initials.items()
-        for where, condition in conditions.items()
-    }
+    estimates = {}
+    for name, network in initials.items():
+        apply = jax.jit(network.model.apply)
+        for where, condition in conditions.items():
+            estimates[name, where] = estimate(apply, network.params, condition.measurement, config.batch_size)
     return Study(prior, initials, conditions, subjects, estimates)
 
 
 def estimate(
-    network: Network, measurement: Float32[np.ndarray, "image ..."], batch_size: int
+    apply: Callable[..., Any], params: Params, measurement: Float32[np.ndarray, "image ..."], batch_size: int
 ) -> Float32[np.ndarray, "image ..."]:
-    """Apply a conditional model to measurements; its images are held in [0, 2]."""
-    apply = jax.jit(network.model.apply)
+    """Apply a conditional model, compiled, to measurements; its images are held in [0, 2]."""
     parts = []
     for first in range(0, len(measurement), batch_size):
         places = np.minimum(np.arange(first, first + batch_size), len(measurement) - 1)
-        parts.append(np.asarray(apply(network.params, measurement[places]))[: len(measurement) - first])
+        parts.append(np.asarray(apply(params, measurement[places]))[: len(measurement) - first])
     return np.clip(np.concatenate(parts), 0.0, 2.0)
 
 
