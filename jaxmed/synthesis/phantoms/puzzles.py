@@ -21,6 +21,7 @@ from jaxmed.synthesis.phantoms.shapes import centered_points, inside
 
 FAMILIES = ("disk", "ring", "square", "cross", "bar", "crescent", "blob", "star")
 TRAIN_FAMILIES, VALIDATION_FAMILIES, NOVEL_FAMILIES = (0, 1, 2, 3, 4), (5,), (6, 7)
+NUM_WAVES = 4  # of a blob's outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,53 +100,80 @@ def make_puzzle(
     """
     if len(shape) not in (2, 3):
         raise ValueError(f"shape: expected 2 or 3 axes, found {shape}")
-    pose_key, level_key, other_key, bias_key, noise_key = jax.random.split(key, 5)
-    points = centered_points(shape, [1.0] * len(shape))
+    draw_key, bias_key, noise_key = jax.random.split(key, 3)
+    # Distractors first, the shape of the family last and on top.
+    count = config.num_distractors
+    drawn = _draw_poses(draw_key, count + 1, shape, jnp.array([config.distractor_radius] * count + [config.radius]))
     family = jnp.clip(jnp.asarray(family, jnp.int32), 0, len(FAMILIES) - 1)
+    # A distractor has any family but this one: 1 to 7 steps around a circle.
+    steps = 1 + jnp.floor((len(FAMILIES) - 1) * drawn.kind[:-1]).astype(jnp.int32)
+    families = jnp.append((family + steps) % len(FAMILIES), family)
+    low, high = jnp.array([config.distractor_intensity] * count + [config.intensity]).T
+    levels = low + (high - low) * drawn.level
+    points = jnp.stack(jnp.broadcast_arrays(*centered_points(shape, [1.0] * len(shape))))
+    # One program for all shapes, mapped: eight families are much to compile.
+    shares = jax.vmap(partial(_share, points))(families, drawn)
     image = jnp.full(shape, config.background)
-    for distractor_key in jax.random.split(other_key, config.num_distractors):
-        place_key, family_key, shade_key = jax.random.split(distractor_key, 3)
-        # Any family but the target's: a step of 1 to 7 around the circle of them.
-        step = jax.random.randint(family_key, (), 1, len(FAMILIES))
-        share = _draw_shape(place_key, (family + step) % len(FAMILIES), points, shape, config.distractor_radius)
-        image = _paint(image, _uniform(shade_key, config.distractor_intensity), share)
-    share = _draw_shape(pose_key, family, points, shape, config.radius)
-    image = _paint(image, _uniform(level_key, config.intensity), share)
-    low, high = (min(count / max(shape), 1.0) for count in config.bias_points)
-    gain = draw_log_bias(bias_key, shape, BiasFieldConfig((low, high), config.bias_std))
+    for level, share in zip(levels, shares, strict=True):
+        image = image + share * (level - image)
+    fewest, most = (min(number / max(shape), 1.0) for number in config.bias_points)
+    gain = draw_log_bias(bias_key, shape, BiasFieldConfig((fewest, most), config.bias_std))
     noise = config.noise * jax.random.normal(noise_key, shape)
-    return Puzzle(jnp.clip(apply_bias(image, gain) + noise, 0.0, 1.0), share > 0.5)
+    return Puzzle(jnp.clip(apply_bias(image, gain) + noise, 0.0, 1.0), shares[-1] > 0.5)
 
 
-def _paint(image, level, share):
-    return image + share * (level - image)
+class _Pose(NamedTuple):
+    """How shapes stand and look; lengths in voxels. Mapped over shapes.
+
+    Attributes:
+        radius: Of the sphere around the shape.
+        center: From the middle of the image.
+        turn: Normal numbers, see `_rotation`.
+        axes: Directions of a blob's waves, not yet of length 1.
+        phases: Of these waves.
+        level: Place within the range of intensities, in [0, 1).
+        kind: Place within the families of distractors, in [0, 1).
+    """
+
+    radius: Float[Array, "*shape"]
+    center: Float[Array, "*shape axis"]
+    turn: Float[Array, "*shape 4"]
+    axes: Float[Array, "*shape wave axis"]
+    phases: Float[Array, "*shape wave"]
+    level: Float[Array, "*shape"]
+    kind: Float[Array, "*shape"]
 
 
-def _uniform(key, bounds):
-    return jax.random.uniform(key, (), minval=bounds[0], maxval=bounds[1])
-
-
-def _draw_shape(key, family, points, shape, radius_range):
-    """Return the share of each voxel that a shape fills: turned at random, wholly within the image."""
-    size_key, place_key, turn_key, form_key = jax.random.split(key, 4)
+def _draw_poses(key, count, shape, radii):
+    """Draw `count` poses, wholly within the image; `radii` holds the ranges as shares of half the shortest edge."""
+    even_key, normal_key = jax.random.split(key)
     ndim = len(shape)
-    radius = _uniform(size_key, radius_range) * min(shape) / 2
-    room = jnp.array(shape) / 2 - radius
-    center = room * jax.random.uniform(place_key, (ndim,), minval=-1.0)
-    moved = jnp.stack(jnp.broadcast_arrays(*points)) - center.reshape(-1, *[1] * ndim)
-    turned = jnp.einsum("ij,j...->i...", _rotation(turn_key, ndim), moved) / radius
-    forms = [partial(_blob, form_key) if name == "blob" else _FORMS[name] for name in FAMILIES]
-    return inside(radius * jax.lax.switch(family, forms, turned), 1.0)
+    # Two draws for all numbers: every further one adds a tenth of a second to compilation.
+    even = jax.random.uniform(even_key, (count, 3 + ndim + NUM_WAVES))
+    size, level, kind, place, phases = jnp.split(even, [1, 2, 3, 3 + ndim], axis=1)
+    turn, axes = jnp.split(jax.random.normal(normal_key, (count, 4 + NUM_WAVES * ndim)), [4], axis=1)
+    radius = (radii[:, :1] + (radii[:, 1:] - radii[:, :1]) * size) * (min(shape) / 2)
+    center = (jnp.array(shape) / 2 - radius) * (2 * place - 1)
+    axes = axes.reshape(count, NUM_WAVES, ndim)
+    return _Pose(radius[:, 0], center, turn, axes, 2 * jnp.pi * phases, level[:, 0], kind[:, 0])
 
 
-def _rotation(key, ndim):
-    """Return a rotation, evenly drawn: by an angle in 2D, by a unit quaternion in 3D."""
+def _share(points, family, pose):
+    """Return the share of each voxel that a shape fills."""
+    ndim = len(points)
+    moved = points - pose.center.reshape(-1, *[1] * ndim)
+    turned = jnp.einsum("ij,j...->i...", _rotation(pose.turn, ndim), moved) / pose.radius
+    blob = partial(_blob, axes=pose.axes, phases=pose.phases)
+    forms = [blob if name == "blob" else _FORMS[name] for name in FAMILIES]
+    return inside(pose.radius * jax.lax.switch(family, forms, turned), 1.0)
+
+
+def _rotation(turn, ndim):
+    """Return a rotation, evenly drawn where `turn` is normal: a direction in 2D, a quaternion in 3D."""
     if ndim == 2:
-        angle = jax.random.uniform(key, (), maxval=2 * jnp.pi)
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        cos, sin = turn[:2] / jnp.linalg.norm(turn[:2])
         return jnp.array([[cos, -sin], [sin, cos]])
-    quaternion = jax.random.normal(key, (4,))
-    w, x, y, z = quaternion / jnp.linalg.norm(quaternion)
+    w, x, y, z = turn / jnp.linalg.norm(turn)
     return jnp.array(
         [
             [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
@@ -209,12 +237,9 @@ def _star(place):
     return flat if len(place) == 2 else jnp.maximum(flat, jnp.abs(place[2]) - 0.3)
 
 
-def _blob(key, place):
+def _blob(place, axes, phases):
     """Return about the distance to a ball whose radius waves with direction; it lies within the unit sphere."""
-    direction_key, phase_key = jax.random.split(key)
-    axes = jax.random.normal(direction_key, (4, len(place)))
     axes = 3.0 * axes / jnp.linalg.norm(axes, axis=1, keepdims=True)
-    phases = jax.random.uniform(phase_key, (4,), maxval=2 * jnp.pi)
     length = _norm(place)
     waves = jnp.einsum("wi,i...->w...", axes, place / length) + phases.reshape(-1, *[1] * (place.ndim - 1))
     return length - (0.68 + 0.065 * jnp.sum(jnp.sin(waves), axis=0))

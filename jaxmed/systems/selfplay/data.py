@@ -146,7 +146,9 @@ def write_embedded(config: DataConfig, frame: FrameConfig, seed: int, folder: Pa
         raise InputError("data.embedded", "no manifest beside embedded data", "both", "drop --preset, or the manifest")
     half = max(config.embedded // 2, 1)
     counts = Counts(train=config.embedded, validation=half, support=min(half, 16), test=half)
-    return dataclasses.replace(config, manifest=write_puzzle_cohort(folder, seed, counts, frame.size), embedded=0)
+    manifest = write_puzzle_cohort(folder, seed, counts, frame.size)
+    # Small images hold small shapes; each is one to be found.
+    return dataclasses.replace(config, manifest=manifest, embedded=0, min_voxels=1)
 
 
 def read_manifest(config: DataConfig, seed: int) -> tuple[Record, ...]:

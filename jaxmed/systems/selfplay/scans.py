@@ -175,10 +175,10 @@ def _pasted(values: Shaped[np.ndarray, "item *size"], windows: tuple[Window, ...
     totals, weights = ([a] if loaded.axis is None else np.moveaxis(a, loaded.axis, 0) for a in (total, weight))
     size = values.shape[1:]
     table = _triangle(size)
-    for image, place_ in zip(values, windows, strict=True):
-        inside, source = _overlap(totals[0].shape, place_.starts, size)
-        totals[place_.item][source] += (table * image)[inside]
-        weights[place_.item][source] += table[inside]
+    for image, window in zip(values, windows, strict=True):
+        inside, source = _overlap(totals[0].shape, window.starts, size)
+        totals[window.item][source] += (table * image)[inside]
+        weights[window.item][source] += table[inside]
     mean = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
     return restore(Volume.make(mean.astype(np.float32), volume.affine), loaded.grid, order=1)
 

@@ -1,0 +1,387 @@
+"""Cases from files: each slice with its mask and its subject, nothing turned, nothing lost, every mistake named."""
+
+import dataclasses
+import gzip
+
+import numpy as np
+import pytest
+
+from jaxmed.arrays.grid import reorient
+from jaxmed.errors import InputError
+from jaxmed.io import nifti
+from jaxmed.io.images import write_png
+from jaxmed.io.tables import write_table
+from jaxmed.systems.selfplay.data import DataConfig, read_cases, read_manifest, write_embedded
+from jaxmed.systems.selfplay.frames import FrameConfig
+from jaxmed.systems.selfplay.scans import middle_of, place, read_scan, read_truth
+from jaxmed.volume import Volume
+
+pytestmark = pytest.mark.core
+COLUMNS = ("path", "mask", "task", "subject", "split")
+SMALL = FrameConfig((8, 8))
+SHAPE = (14, 12, 6)
+
+
+def texture(shape=SHAPE, seed=0):
+    """Values in [0, 1], every voxel its own."""
+    return np.random.default_rng(seed).uniform(0, 1, shape).astype(np.float32)
+
+
+def box_mask(shape=SHAPE, corner=(6, 2, 1), size=(4, 4, 3)):
+    mask = np.zeros(shape, bool)
+    mask[tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))] = True
+    return mask
+
+
+def write_volume(path, array, codes="LPS", spacing=(1.0, 1.0, 3.0)):
+    """Store a volume along other axes than RAS."""
+    kept = array.astype(np.uint8) if array.dtype == bool else array
+    nifti.write(path, reorient(Volume.make(kept, np.diag([*spacing, 1.0])), codes))
+    return path.name
+
+
+def save(path, array):
+    np.save(path, array)
+    return path.name
+
+
+def manifest(folder, *rows, columns=COLUMNS):
+    write_table(folder / "cases.csv", columns, [dict(zip(columns, row, strict=True)) for row in rows])
+    return DataConfig(folder / "cases.csv", min_voxels=4)
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """A manifest of one volume, its voxels and its mask in RAS+ order."""
+    array, mask = texture(), box_mask()
+    row = (write_volume(tmp_path / "a.nii.gz", array), write_volume(tmp_path / "m.nii.gz", mask))
+    return manifest(tmp_path, (*row, "liver", "anna", "train")), array, mask
+
+
+@pytest.fixture
+def stack(tmp_path):
+    """A manifest of three pictures in a file, rows from the top."""
+    pictures, masks = texture((3, 8, 8)), np.zeros((3, 8, 8), np.uint8)
+    masks[:, 1:4, 2:7] = 1
+    row = save(tmp_path / "a.npy", pictures), save(tmp_path / "m.npy", masks)
+    return manifest(tmp_path, (*row, "nine", "writer_{item}", "support")), pictures, masks
+
+
+def test_slices_with_enough_of_the_mask_become_cases_about_its_middle(volume):
+    config, array, mask = volume
+    cases, failures = read_cases(config, SMALL, "train")
+    assert failures == () and cases.task_names == ("liver",) and cases.tasks.tolist() == [0, 0, 0]
+    assert cases.subjects == ("anna",) * 3 and cases.names == tuple(f"a.nii.gz slice {z}" for z in (1, 2, 3))
+    # The mask covers x from 6 to 9 and y from 2 to 5: its middle, 8 and 4, is to be voxel 4 of the image.
+    np.testing.assert_array_equal(cases.images, np.moveaxis(array[4:12, 0:8, 1:4], 2, 0))
+    np.testing.assert_array_equal(cases.masks, np.moveaxis(mask[4:12, 0:8, 1:4], 2, 0))
+
+
+@pytest.mark.parametrize(("axis", "number"), [("sagittal", 0), ("coronal", 1)])
+def test_slices_are_cut_across_any_axis(axis, number, volume):
+    config, array, mask = volume
+    cases, _ = read_cases(config, FrameConfig((6, 6), axis), "train")
+    found = np.flatnonzero(mask.any(tuple(other for other in range(3) if other != number)))
+    assert len(cases.images) == len(found)
+    assert cases.masks.sum() == mask.sum()
+    np.testing.assert_allclose(np.sort(cases.images[cases.masks]), np.sort(array[mask]))
+
+
+def test_a_volume_is_one_patch_in_3d(volume):
+    config, array, mask = volume
+    cases, _ = read_cases(config, FrameConfig((8, 6, 10)), "train")
+    # 6 slices in a patch of 10: two empty ones on either side.
+    np.testing.assert_array_equal(cases.images[0, :, :, 2:8], array[4:12, 1:7])
+    assert cases.images.shape == (1, 8, 6, 10) and not cases.images[0, :, :, [0, 1, 8, 9]].any()
+    np.testing.assert_array_equal(cases.masks[0, :, :, 2:8], mask[4:12, 1:7])
+
+
+def test_a_voxel_size_is_taken_within_the_slices(tmp_path):
+    ramp = np.broadcast_to(np.linspace(0, 1, 24)[:, None, None], (24, 24, 4)).astype(np.float32)
+    mask = box_mask(ramp.shape, (4, 8, 1), (12, 8, 2))
+    row = write_volume(tmp_path / "a.nii", ramp), write_volume(tmp_path / "m.nii", mask)
+    config = manifest(tmp_path, (*row, "t", "s", "train"))
+    cases, _ = read_cases(config, FrameConfig((12, 12), spacing=2.0), "train")
+    assert cases.images.shape == (2, 12, 12)
+    np.testing.assert_array_equal(cases.masks[0], box_mask((12, 12), (2, 4), (6, 4)))
+    # Voxels of 2 mm: the mean of two neighbours, but for the edges.
+    np.testing.assert_allclose(cases.images[0, 2:-2, 6], ramp[:, 0, 0].reshape(12, 2).mean(1)[2:-2], atol=1e-3)
+
+
+def test_items_of_a_stack_are_subjects_and_stand_upright(stack):
+    config, pictures, masks = stack
+    cases, _ = read_cases(config, SMALL, "support")
+    assert cases.subjects == ("writer_0000", "writer_0001", "writer_0002")
+    assert cases.names == ("a.npy item 0", "a.npy item 1", "a.npy item 2")
+    # x along the columns, y from the last row up.
+    np.testing.assert_array_equal(cases.images, pictures[:, ::-1].transpose(0, 2, 1))
+    np.testing.assert_array_equal(cases.masks, masks[:, ::-1].transpose(0, 2, 1) > 0)
+
+
+def test_pictures_of_8_bits_are_divided_by_255(tmp_path):
+    picture, mask = (texture((8, 9)) * 255).astype(np.uint8), box_mask((8, 9), (1, 2), (4, 4)).astype(np.uint8) * 255
+    write_png(tmp_path / "a.png", picture)
+    write_png(tmp_path / "m.png", mask)
+    cases, _ = read_cases(manifest(tmp_path, ("a.png", "m.png", "t", "s", "test")), FrameConfig((9, 8)), "test")
+    np.testing.assert_allclose(cases.images[0], picture[::-1].T / np.float32(255))
+    np.testing.assert_array_equal(cases.masks[0], mask[::-1].T > 0)
+    assert cases.names == ("a.png",)
+
+
+def test_intensities_become_0_to_1_as_the_frame_or_the_row_says(tmp_path):
+    hu = np.round(texture() * 1500 - 1000)
+    row = write_volume(tmp_path / "a.nii.gz", hu), write_volume(tmp_path / "m.nii.gz", box_mask())
+    rows = (*row, "a", "s", "train", "ct"), (*row, "b", "s", "train", "percentile")
+    cases, _ = read_cases(manifest(tmp_path, *rows, columns=(*COLUMNS, "intensity")), SMALL, "train")
+    part = np.moveaxis(hu[4:12, 0:8, 1:4], 2, 0)
+    assert cases.task_names == ("a", "b") and cases.tasks.tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_allclose(cases.images[:3], np.clip((part + 175) / 425, 0, 1), atol=1e-6)
+    low, high = np.percentile(hu, (1, 99))
+    np.testing.assert_allclose(cases.images[3:], np.clip((part - low) / (high - low), 0, 1), atol=1e-5)
+
+
+def test_a_value_chooses_one_label_of_a_map(tmp_path):
+    labels = box_mask().astype(np.uint8) * 2 + box_mask(corner=(0, 8, 1)).astype(np.uint8) * 5
+    row = write_volume(tmp_path / "a.nii.gz", texture()), write_volume(tmp_path / "m.nii.gz", labels)
+    columns = (*COLUMNS, "value")
+    rows = [(*row, f"t{value}", "s", "train", value) for value in ("5", "3", "")]
+    cases, failures = read_cases(manifest(tmp_path, *rows, columns=columns), SMALL, "train")
+    assert cases.task_names == ("t5", "t") and np.bincount(cases.tasks).tolist() == [3, 3]
+    assert cases.masks[0].sum() == 16 and not cases.masks[0, :, 4:].all()
+    assert len(failures) == 1 and "expected the label 3, found the labels 0, 2, 5" in failures[0].reason
+
+
+def test_cases_of_a_task_are_thinned_evenly(stack):
+    config, pictures, _ = stack
+    cases, _ = read_cases(dataclasses.replace(config, max_items=2), SMALL, "support")
+    assert cases.names == ("a.npy item 0", "a.npy item 2")
+    assert cases.select([1]).subjects == ("writer_0002",)
+    np.testing.assert_array_equal(cases.select([1]).images[0], pictures[2, ::-1].T)
+
+
+def test_shifts_move_the_mask_off_the_middle_and_repeat(tmp_path):
+    mask = box_mask((40, 40, 30), (18, 18, 0), (4, 4, 30))
+    row = write_volume(tmp_path / "a.nii.gz", texture((40, 40, 30))), write_volume(tmp_path / "m.nii.gz", mask)
+    config = dataclasses.replace(manifest(tmp_path, (*row, "t", "s", "train")), shift=3)
+    frame = FrameConfig((16, 16))
+    cases, _ = read_cases(config, frame, "train", seed=1)
+    again, _ = read_cases(config, frame, "train", seed=1)
+    other, _ = read_cases(config, frame, "train", seed=2)
+    np.testing.assert_array_equal(cases.images, again.images)
+    assert (cases.images != other.images).any() and cases.masks.sum() == mask.sum()
+    offsets = np.array([middle_of(one) for one in cases.masks]) - 8
+    assert np.abs(offsets).max() == 3 and len(np.unique(offsets, axis=0)) > 10
+
+
+def test_subjects_are_split_where_the_manifest_does_not(tmp_path):
+    rows = [(f"{n}.png", f"{n}.png", "t", f"s{n // 2}") for n in range(20)]
+    config = dataclasses.replace(manifest(tmp_path, *rows, columns=COLUMNS[:4]), fractions=(0.6, 0.2, 0.2))
+    homes = {}
+    for record in read_manifest(config, seed=0):
+        homes.setdefault(record.subject, set()).add(record.split)
+    assert all(len(splits) == 1 for splits in homes.values())
+    assert sorted(next(iter(splits)) for splits in homes.values()) == ["test"] * 2 + ["train"] * 6 + ["validation"] * 2
+
+
+def test_windows_stay_inside_and_short_axes_are_centred():
+    assert place((20, 9), (8, 8), (2, 8)) == (0, 1)
+    assert place((20, 4), (8, 8), (10, 0)) == (6, -2)
+    assert place((20, 4), (8, 8)) == (6, -2)
+    assert middle_of(box_mask((20,), (6,), (4,))) == (8,)
+
+
+@pytest.mark.parametrize("codes", ["LPS", "SAL"])
+@pytest.mark.parametrize(
+    ("frame", "tiles"),
+    [(SMALL, False), (SMALL, True), (FrameConfig((16, 8), "coronal"), True), (FrameConfig((8, 8, 8)), True)],
+)
+def test_what_is_found_in_a_volume_goes_back_to_its_voxels(codes, frame, tiles, tmp_path):
+    mask = box_mask(corner=(4, 4, 1), size=(6, 4, 3))
+    write_volume(tmp_path / "a.nii.gz", texture(), codes)
+    write_volume(tmp_path / "m.nii.gz", mask, codes)
+    scan = read_scan(tmp_path / "a.nii.gz", frame, tiles=tiles)
+    stored, truth = nifti.read(tmp_path / "a.nii.gz"), nifti.read(tmp_path / "m.nii.gz")
+    back = scan.restore(scan.images)
+    np.testing.assert_array_equal(back.affine, stored.affine)
+    seen = scan.restore(np.ones_like(scan.images))
+    np.testing.assert_allclose(back.array, np.where(seen.array > 0, stored.array, 0), atol=1e-6)
+    assert (seen.array == 1).all() == tiles and len(scan.names) == len(scan.images)
+    found = scan.restore(read_truth(tmp_path / "m.nii.gz", scan, frame))
+    assert found.array.dtype == np.uint8
+    np.testing.assert_array_equal(found.array, np.where(seen.array > 0, truth.array, 0))
+
+
+def test_a_box_says_where_to_look(volume, tmp_path):
+    _, array, mask = volume
+    scan = read_scan(tmp_path / "a.nii.gz", SMALL, tmp_path / "m.nii.gz")
+    assert [window.item for window in scan.windows] == [1, 2, 3] and scan.names[0] == "a.nii.gz slice 1"
+    np.testing.assert_array_equal(scan.images, np.moveaxis(array[4:12, 0:8, 1:4], 2, 0))
+    # In the same place as the cases that were trained on.
+    np.testing.assert_array_equal(
+        read_truth(tmp_path / "m.nii.gz", scan, SMALL), np.moveaxis(mask[4:12, 0:8, 1:4], 2, 0)
+    )
+    write_volume(tmp_path / "none.nii.gz", np.zeros(SHAPE, bool))
+    with pytest.raises(InputError, match="expected a box with voxels inside"):
+        read_scan(tmp_path / "a.nii.gz", SMALL, tmp_path / "none.nii.gz")
+
+
+def test_a_coarser_image_goes_back_to_the_voxels_of_the_file(tmp_path):
+    mask = box_mask((24, 24, 3), (4, 8, 0), (12, 8, 3))
+    write_volume(tmp_path / "a.nii.gz", texture((24, 24, 3)))
+    write_volume(tmp_path / "m.nii.gz", mask)
+    frame = FrameConfig((12, 12), spacing=2.0)
+    scan = read_scan(tmp_path / "a.nii.gz", frame)
+    found = scan.restore(read_truth(tmp_path / "m.nii.gz", scan, frame))
+    np.testing.assert_array_equal(found.array, nifti.read(tmp_path / "m.nii.gz").array)
+    assert found.grid.shape == (24, 24, 3)
+
+
+def test_pictures_and_stacks_come_back_as_they_are_stored(stack, tmp_path):
+    _, pictures, _ = stack
+    scan = read_scan(tmp_path / "a.npy", SMALL)
+    np.testing.assert_allclose(scan.restore(scan.images), pictures, atol=1e-6)
+    picture = (texture((20, 11)) * 255).astype(np.uint8)
+    write_png(tmp_path / "a.png", picture)
+    scan = read_scan(tmp_path / "a.png", SMALL, tiles=True)
+    np.testing.assert_allclose(scan.restore(scan.images) * 255, picture, atol=1e-3)
+    cube = texture((8, 9, 10))
+    save(tmp_path / "c.npy", cube)
+    scan = read_scan(tmp_path / "c.npy", FrameConfig((8, 8, 8)), tiles=True)
+    np.testing.assert_allclose(scan.restore(scan.images), cube, atol=1e-6)
+
+
+def test_a_broken_file_does_not_stop_the_others(tmp_path):
+    good = write_volume(tmp_path / "a.nii.gz", texture()), write_volume(tmp_path / "m.nii.gz", box_mask())
+    (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:200])
+    array = texture()
+    array[2, 3, 4] = np.nan
+    with gzip.open(tmp_path / "nan.nii.gz", "wb") as file:
+        write_volume(tmp_path / "nan.nii", np.nan_to_num(array))
+        content = bytearray((tmp_path / "nan.nii").read_bytes())
+        content[-4:] = np.float32(np.nan).tobytes()
+        file.write(content)
+    empty, other = np.zeros(SHAPE, bool), box_mask((14, 12, 5))
+    wrong = {
+        "cut.nii.gz": (good[1], "NIfTI"),
+        "nan.nii.gz": (good[1], "NaN"),
+        "gone.nii.gz": (good[1], "no such file"),
+        write_volume(tmp_path / "flat.nii.gz", np.full(SHAPE, 0.5, np.float32)): (good[1], "constant"),
+        write_volume(tmp_path / "hu.nii.gz", texture() * 900 - 500): (good[1], r"values in \[0, 1\]"),
+        write_volume(tmp_path / "b.nii.gz", texture()): (write_volume(tmp_path / "e.nii.gz", empty), "voxels inside"),
+        write_volume(tmp_path / "c.nii.gz", texture()): (write_volume(tmp_path / "o.nii.gz", other), "the shape of"),
+        write_volume(tmp_path / "d.nii.gz", texture()): ("absent.nii.gz", "no such file"),
+        save(tmp_path / "four.npy", texture((2, 8, 8, 8))): (good[1], "4D"),
+        save(tmp_path / "tiny.npy", texture((2, 1, 8))): (good[1], "2 x 2 voxels or more"),
+    }
+    rows = [(*good, "t", "good", "train"), *((path, mask, "t", path, "train") for path, (mask, _) in wrong.items())]
+    cases, failures = read_cases(manifest(tmp_path, *rows), SMALL, "train")
+    assert set(cases.subjects) == {"good"} and [failure.subject for failure in failures] == list(wrong)
+    for failure, (_, reason) in zip(failures, wrong.values(), strict=True):
+        assert len(failure.reason.splitlines()) == 1
+        with pytest.raises(ValueError, match=reason):
+            raise ValueError(failure.reason)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([], COLUMNS, "at least one record"),
+        ([("a", "m", "t", "s")], ("path", "msak", "task", "subject"), "a column 'mask'"),
+        ([("a", "m", "t", "s", "train")], (*COLUMNS[:4], "spilt"), "a column 'split' or none, found 'spilt'"),
+        ([("a", "", "t", "s", "train")], COLUMNS, "a value under 'mask', found an empty cell"),
+        ([("a", "m", "t", "s", "tain")], COLUMNS, "one of train, validation, support, test under 'split'"),
+        ([("a", "m", "t", "s", "train"), ("b", "m", "t", "s", "test")], COLUMNS, "every subject in one split"),
+        ([("a", "m", "t", "s", "test")], COLUMNS, "rows with split 'train', found only test"),
+        ([("a", "m", "t", "s", "train", "hu")], (*COLUMNS, "intensity"), "one of unit, ct, percentile"),
+        ([("a", "m", "t", "s", "train", "liver")], (*COLUMNS, "value"), "the number of a label"),
+        ([("a.nii", "m.nii", "t", "s", "train")], COLUMNS, "a NIfTI file, found no such file"),
+        ([("a.nii", "m", "t", "r", "train"), ("b.nii", "m", "t", "s", "train")], COLUMNS, "all broken: .*a.nii"),
+    ],
+)
+def test_a_wrong_manifest_is_told_in_one_line(rows, columns, message, tmp_path):
+    with pytest.raises(InputError, match=message) as caught:
+        read_cases(manifest(tmp_path, *rows, columns=columns), SMALL, "train")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("array", "frame", "message"),
+    [
+        (texture((8, 8, 3)), FrameConfig((8, 8), intensity="ct"), "a CT scan in HU, found values in"),
+        (texture((8, 8, 3)) * 50 - 900, FrameConfig((8, 8), intensity="ct"), "inside the window of -175 to 250 HU"),
+        (box_mask((8, 8, 8), (1, 1, 1), (1, 1, 2)), FrameConfig((8, 8), intensity="percentile"), "a spread between"),
+        (texture((8, 8, 3)) + 1, FrameConfig((8, 8)), "set --frame.intensity ct or percentile"),
+        (texture((8, 8, 3)), FrameConfig((64, 8)), "use a smaller --frame.size"),
+    ],
+)
+def test_images_of_another_range_or_size_are_refused(array, frame, message, tmp_path):
+    write_volume(tmp_path / "a.nii.gz", array.astype(np.float32))
+    with pytest.raises(InputError, match=message):
+        read_scan(tmp_path / "a.nii.gz", frame)
+
+
+def test_pictures_of_colour_and_images_as_masks_are_refused(tmp_path):
+    write_png(tmp_path / "c.png", (texture((8, 8, 3)) * 255).astype(np.uint8))
+    with pytest.raises(InputError, match="a grey picture"):
+        read_scan(tmp_path / "c.png", SMALL)
+    write_png(tmp_path / "g.png", texture((8, 8)))
+    scan = read_scan(tmp_path / "g.png", SMALL)
+    with pytest.raises(InputError, match="a mask of two values, found"):
+        read_truth(tmp_path / "g.png", scan, SMALL)
+    with pytest.raises(InputError, match="2D pictures, or a stack of them|a volume, or a stack of volumes"):
+        read_scan(tmp_path / "g.png", FrameConfig((8, 8, 8)))
+    write_volume(tmp_path / "a.nii.gz", texture())
+    with pytest.raises(InputError, match="a mask of whole numbers, found fractions"):
+        read_truth(tmp_path / "a.nii.gz", read_scan(tmp_path / "a.nii.gz", SMALL), SMALL)
+    with pytest.raises(InputError, match="1 of kind picture"):
+        read_truth(tmp_path / "a.nii.gz", scan, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (FrameConfig, "size", (8,)), (FrameConfig, "spacing", 0.0), (FrameConfig, "hu_window", (1.0, 1.0)),
+        (FrameConfig, "percentiles", (1.0, 101.0)), (DataConfig, "fractions", (0.5, 0.2, 0.2)),
+        (DataConfig, "min_voxels", 0), (DataConfig, "shift", -1),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_named(kind, field, value):
+    with pytest.raises(ValueError, match=field):
+        kind(**{field: value})
+
+
+def test_embedded_puzzles_take_the_road_of_files(tmp_path):
+    config = write_embedded(DataConfig(embedded=4), FrameConfig((16, 16)), 0, tmp_path)
+    train, failures = read_cases(config, FrameConfig((16, 16)), "train")
+    assert failures == () and train.images.shape == (20, 16, 16) and np.bincount(train.tasks).tolist() == [4] * 5
+    support, test = (read_cases(config, FrameConfig((16, 16)), split)[0] for split in ("support", "test"))
+    assert support.task_names == test.task_names == ("blob", "star")
+    assert not set(support.subjects) & set(test.subjects)
+    with pytest.raises(InputError, match="no manifest beside embedded data"):
+        write_embedded(dataclasses.replace(config, embedded=4), SMALL, 0, tmp_path)
+
+
+def test_real_lesions_are_cut_about_their_masks(shared_data, tmp_path):
+    rows = []
+    for name in ("STS_008", "STS_025"):
+        image, mask = (shared_data / "sts_mr_pet_ct" / name / f"mr_t1_{what}.nii.gz" for what in ("image", "mask"))
+        rows.append((image, mask, "lesion", name, "test"))
+    frame = FrameConfig((64, 64), spacing=1.5, intensity="percentile")
+    cases, failures = read_cases(manifest(tmp_path, *rows), frame, "test")
+    assert failures == () and set(cases.subjects) == {"STS_008", "STS_025"}
+    assert cases.images.min() == 0 and cases.images.max() == 1
+    for name in ("STS_008", "STS_025"):
+        stored = nifti.read(shared_data / "sts_mr_pet_ct" / name / "mr_t1_mask.nii.gz")
+        ours = cases.masks[[subject == name for subject in cases.subjects]].sum() * 1.5**2 * stored.spacing[2]
+        assert ours == pytest.approx(stored.array.sum() * np.prod(stored.spacing), rel=0.03)  # mm^3
+
+
+def test_a_real_tumour_goes_back_to_its_scan(shared_data):
+    folder = shared_data / "tumour_mri"
+    image, label = folder / "brain1_image.nii.gz", folder / "brain1_label.nii.gz"
+    frame = FrameConfig((64, 64), intensity="percentile")
+    scan = read_scan(image, frame, label)
+    found = scan.restore(read_truth(label, scan, frame))
+    stored = nifti.read(label)
+    np.testing.assert_array_equal(found.array, stored.array)
+    np.testing.assert_array_equal(found.affine, stored.affine)
