@@ -1,22 +1,26 @@
 """Cases from files: each slice with its mask and its subject, nothing turned, nothing lost, every mistake named."""
 
 import dataclasses
-import gzip
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxmed.arrays.grid import reorient
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.io.images import write_png
+from jaxmed.io.images import read_image, write_png
 from jaxmed.io.tables import write_table
 from jaxmed.systems.selfplay.data import DataConfig, read_cases, read_manifest, write_embedded
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.scans import middle_of, place, read_scan, read_truth
+from jaxmed.systems.selfplay.scans import middle_of, place, read_scan, read_truth, write_result
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_selfplay.py"
 COLUMNS = ("path", "mask", "task", "subject", "split")
 SMALL = FrameConfig((8, 8))
 SHAPE = (14, 12, 6)
@@ -94,6 +98,26 @@ def test_a_volume_is_one_patch_in_3d(volume):
     np.testing.assert_array_equal(cases.images[0, :, :, 2:8], array[4:12, 1:7])
     assert cases.images.shape == (1, 8, 6, 10) and not cases.images[0, :, :, [0, 1, 8, 9]].any()
     np.testing.assert_array_equal(cases.masks[0, :, :, 2:8], mask[4:12, 1:7])
+
+
+def test_a_stack_of_volumes_has_one_patch_per_item(tmp_path):
+    array, masks = texture((2, 8, 9, 10)), np.stack([box_mask((8, 9, 10)), np.zeros((8, 9, 10), bool)])
+    row = save(tmp_path / "a.npy", array), save(tmp_path / "m.npy", masks)
+    cases, failures = read_cases(manifest(tmp_path, (*row, "t", "s{item}", "train")), FrameConfig((8, 8, 8)), "train")
+    # The mask's middle is (8, 4, 3): the window of 8 begins at 0, 0 and 0, but for what would lie outside.
+    assert failures == () and cases.names == ("a.npy item 0",) and cases.subjects == ("s0000",)
+    np.testing.assert_array_equal(cases.images[0], array[0, :8, :8, :8])
+    with pytest.raises(InputError, match="one volume, found a stack of 2"):
+        read_scan(tmp_path / "a.npy", FrameConfig((8, 8, 8)))
+
+
+def test_a_mask_may_be_smeared_by_jpeg(tmp_path):
+    mask = np.kron(box_mask((4, 4), (1, 1), (2, 2)), np.ones((8, 8), bool))
+    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "m.jpg", quality=60)
+    write_png(tmp_path / "a.png", texture((32, 32)))
+    assert len(np.unique(read_image(tmp_path / "m.jpg"))) > 2
+    cases, _ = read_cases(manifest(tmp_path, ("a.png", "m.jpg", "t", "s", "train")), FrameConfig((32, 32)), "train")
+    np.testing.assert_array_equal(cases.masks[0], mask)
 
 
 def test_a_voxel_size_is_taken_within_the_slices(tmp_path):
@@ -236,18 +260,31 @@ def test_a_coarser_image_goes_back_to_the_voxels_of_the_file(tmp_path):
     assert found.grid.shape == (24, 24, 3)
 
 
-def test_pictures_and_stacks_come_back_as_they_are_stored(stack, tmp_path):
-    _, pictures, _ = stack
+def test_results_are_files_of_the_kind_of_the_input(stack, tmp_path):
+    _, pictures, masks = stack
+    out = tmp_path / "out"
     scan = read_scan(tmp_path / "a.npy", SMALL)
-    np.testing.assert_allclose(scan.restore(scan.images), pictures, atol=1e-6)
+    np.testing.assert_allclose(np.load(write_result(out, "a", scan, scan.images)), pictures, atol=1e-6)
+    truth = read_truth(tmp_path / "m.npy", scan, SMALL)
+    np.testing.assert_array_equal(np.load(write_result(out, "m", scan, truth)), masks)
+
     picture = (texture((20, 11)) * 255).astype(np.uint8)
     write_png(tmp_path / "a.png", picture)
     scan = read_scan(tmp_path / "a.png", SMALL, tiles=True)
-    np.testing.assert_allclose(scan.restore(scan.images) * 255, picture, atol=1e-3)
+    np.testing.assert_allclose(read_image(write_result(out, "a", scan, scan.images)) * 255, picture, atol=1e-4)
+    assert set(np.unique(read_image(write_result(out, "b", scan, scan.images > 2)))) == {0}
+    assert set(np.unique(read_image(write_result(out, "c", scan, scan.images >= 0)))) == {1}
+
     cube = texture((8, 9, 10))
     save(tmp_path / "c.npy", cube)
     scan = read_scan(tmp_path / "c.npy", FrameConfig((8, 8, 8)), tiles=True)
-    np.testing.assert_allclose(scan.restore(scan.images), cube, atol=1e-6)
+    np.testing.assert_allclose(np.load(write_result(out, "c", scan, scan.images)), cube, atol=1e-6)
+
+    write_volume(tmp_path / "v.nii.gz", texture(), "PSR")
+    scan = read_scan(tmp_path / "v.nii.gz", SMALL, tiles=True)
+    written, stored = nifti.read(write_result(out, "v", scan, scan.images)), nifti.read(tmp_path / "v.nii.gz")
+    np.testing.assert_allclose(written.array, stored.array, atol=1e-6)
+    np.testing.assert_array_equal(written.affine, stored.affine)
 
 
 def test_a_broken_file_does_not_stop_the_others(tmp_path):
@@ -255,11 +292,7 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path):
     (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:200])
     array = texture()
     array[2, 3, 4] = np.nan
-    with gzip.open(tmp_path / "nan.nii.gz", "wb") as file:
-        write_volume(tmp_path / "nan.nii", np.nan_to_num(array))
-        content = bytearray((tmp_path / "nan.nii").read_bytes())
-        content[-4:] = np.float32(np.nan).tobytes()
-        file.write(content)
+    nifti.write(tmp_path / "nan.nii.gz", Volume.make(array, np.eye(4)), allow_nonfinite=True)
     empty, other = np.zeros(SHAPE, bool), box_mask((14, 12, 5))
     wrong = {
         "cut.nii.gz": (good[1], "NIfTI"),
@@ -385,3 +418,49 @@ def test_a_real_tumour_goes_back_to_its_scan(shared_data):
     stored = nifti.read(label)
     np.testing.assert_array_equal(found.array, stored.array)
     np.testing.assert_array_equal(found.affine, stored.affine)
+
+
+def prepare(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["prepare_selfplay.py", *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_digits_become_tasks_with_the_noise_of_the_reference(shared_data, tmp_path, monkeypatch):
+    archive = shared_data / "mnist_digits" / "mnist_t10k_first6600.npz"
+    prepare(monkeypatch, "digits", archive, tmp_path, "--train", 20, "--validation", 8, "--support", 16, "--test", 12)
+    config, frame = DataConfig(tmp_path / "manifest.csv"), FrameConfig((32, 32))
+    found = {split: read_cases(config, frame, split)[0] for split in ("train", "validation", "support", "test")}
+    assert found["train"].task_names == tuple(f"digit{n}" for n in range(5))
+    assert found["validation"].task_names == ("digit5",)
+    novel = tuple(f"digit{n}" for n in range(6, 10))
+    assert found["support"].task_names == found["test"].task_names == novel
+    assert [len(cases.images) for cases in found.values()] == [100, 8, 64, 48]
+    everything = [mask.tobytes() for cases in found.values() for mask in cases.masks]
+    assert len(set(everything)) == len(everything)  # no picture stands twice
+    images = np.concatenate([cases.images for cases in found.values()])
+    masks = np.concatenate([cases.masks for cases in found.values()])
+    # The padded border holds noise alone: half of N(0, 0.4^2) becomes 0, the mean of the rest is 0.4 sqrt(2/pi).
+    border = images[:, :2]
+    assert (border == 0).mean() == pytest.approx(0.5, abs=0.01)
+    assert border[border > 0].mean() == pytest.approx(0.4 * np.sqrt(2 / np.pi), rel=0.02)
+    assert not masks[:, :2].any() and images[masks].mean() > 0.7
+
+
+def test_organs_and_lesions_become_manifests_without_shared_subjects(shared_data, tmp_path, monkeypatch):
+    folders = {"sarcoma": "sts_mr_pet_ct", "tumour": "tumour_mri", "cardiac": "cardiac_mr_sunnybrook"}
+    folders["chest"] = "chest_ct_heart"
+    given = [part for name, folder in folders.items() for part in (f"--{name}", shared_data / folder)]
+    prepare(monkeypatch, "lesions", tmp_path, *given)
+    records = read_manifest(DataConfig(tmp_path / "manifest.csv"), 0)
+    tasks = {
+        split: {r.task for r in records if r.split == split} for split in ("train", "validation", "support", "test")
+    }
+    organs = {"left ventricle", "heart", "pulmonary artery"}
+    assert tasks == {"train": organs, "validation": {"left ventricle"}, "support": {"lesion"}, "test": {"lesion"}}
+    assert len({r.subject for r in records if r.task == "left ventricle"}) == 30
+    tested = [
+        r.subject
+        for path in sorted(tmp_path.glob("leave_out_*.csv"))
+        for r in read_manifest(DataConfig(path), 0) if r.split == "test"
+    ]  # fmt: skip
+    assert len(tested) == len(set(tested)) == 7 and {r.subject for r in records if r.task == "lesion"} == set(tested)

@@ -9,7 +9,10 @@ from jaxtyping import Bool, Float32, Float64, Shaped
 from jaxmed.arrays.grid import restore
 from jaxmed.arrays.tiles import TileConfig, tile_starts
 from jaxmed.errors import InputError
-from jaxmed.systems.selfplay.frames import FrameConfig, Kind, Loaded, load, load_mask, planes
+from jaxmed.files import atomic_path
+from jaxmed.io import nifti
+from jaxmed.io.images import PICTURE_SUFFIXES, write_png
+from jaxmed.systems.selfplay.frames import FrameConfig, Loaded, load, load_mask, planes
 from jaxmed.volume import Volume
 
 
@@ -43,21 +46,64 @@ class Scan(NamedTuple):
         """What to call each image."""
         return tuple(name_item(self.loaded, window.item) for window in self.windows)
 
-    def restore(self, values: Shaped[np.ndarray, "item *size"]) -> Volume | Shaped[np.ndarray, "..."]:
+    def restore(self, values: Shaped[np.ndarray, "item *size"]) -> Volume:
         """Bring a result per image back onto the grid of the file; 0 where no image lies.
 
-        Where images overlap they are averaged, those count more in whose middle a voxel lies.
+        Where images overlap they are averaged; those count more in whose middle a voxel lies.
 
         Args:
             values: Masks (booleans), which come back as uint8, 1 from a mean of half on; or confidences.
 
         Returns:
-            A volume with the affine of the file; for pictures row, column, and for .npy files as they are stored.
+            A volume with the affine of the file. Of pictures and .npy files, which have none, `as_stored` gives the
+            array.
         """
-        stored = _pasted(values, self.windows, self.loaded)
+        volume = _pasted(values, self.windows, self.loaded)
         if values.dtype == bool:
-            stored = Volume.make((stored.array >= 0.5).astype(np.uint8), stored.affine)
-        return _as_stored(stored, self.loaded.kind)
+            return Volume.make((volume.array >= 0.5).astype(np.uint8), volume.affine)
+        return volume
+
+    def as_stored(self, volume: Volume) -> Shaped[np.ndarray, "..."]:
+        """Return a restored volume as the file holds it: row, column for pictures, items first in stacks."""
+        match self.loaded.kind:
+            case "picture":
+                return np.ascontiguousarray(volume.array[:, :, 0].T)
+            case "stack":
+                return np.ascontiguousarray(volume.array.transpose(2, 1, 0))
+            case "volume" | "array":
+                return volume.array
+
+
+def write_result(folder: Path, name: str, scan: Scan, values: Shaped[np.ndarray, "item *size"]) -> Path:
+    """Write a result per image as a file of the input's kind, on its grid.
+
+    Args:
+        folder: Where to.
+        name: Of the file, without suffix.
+        scan: The images.
+        values: Masks (booleans), or confidences in [0, 1].
+
+    Returns:
+        NIfTI for a volume, PNG for a picture (masks as 0 and 255, confidences with 8 bits), .npy for an array.
+
+    Raises:
+        InputError: The place cannot be written.
+    """
+    volume = scan.restore(values)
+    if scan.loaded.kind == "volume":
+        path = folder / f"{name}.nii.gz"
+        nifti.write(path, volume, reference=scan.loaded.path)
+        return path
+    array = scan.as_stored(volume)
+    if scan.loaded.kind == "picture" and scan.loaded.path.name.lower().endswith(PICTURE_SUFFIXES):
+        path = folder / f"{name}.png"
+        # Means of numbers up to 1 may exceed it by rounding.
+        write_png(path, array * np.uint8(255) if values.dtype == bool else np.clip(array, 0, 1))
+        return path
+    path = folder / f"{name}.npy"
+    with atomic_path(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
+    return path
 
 
 def name_item(loaded: Loaded, item: int) -> str:
@@ -189,15 +235,3 @@ def _triangle(size: tuple[int, ...]) -> Float64[np.ndarray, "..."]:
     for count in size:
         table = table[..., None] * np.minimum(np.arange(1, count + 1), np.arange(count, 0, -1))
     return table
-
-
-def _as_stored(volume: Volume, kind: Kind) -> Volume | Shaped[np.ndarray, "..."]:
-    match kind:
-        case "volume":
-            return volume
-        case "picture":
-            return np.ascontiguousarray(volume.array[:, :, 0].T)
-        case "stack":
-            return np.ascontiguousarray(volume.array.transpose(2, 1, 0))
-        case "array":
-            return volume.array
