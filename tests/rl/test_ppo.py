@@ -243,7 +243,9 @@ def test_cartpole_is_solved(seed, capsys):
     curve, play = train_cartpole(jax.random.key(seed), 100)
     lengths = np.asarray(play(jax.random.key(100 + seed)))
     with capsys.disabled():
-        print(f"\nCartPole, seed {seed}: {len(curve) * 2048} steps of training, mean of 100 episodes {lengths.mean():.1f}")
+        print(
+            f"\nCartPole, seed {seed}: {len(curve) * 2048} steps of training, mean of 100 episodes {lengths.mean():.1f}"
+        )
     assert lengths.mean() >= 475
 
 
