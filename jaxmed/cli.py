@@ -46,12 +46,17 @@ STAGES = {
     "igndmoe forecast": "regional values at later ages, and how good such forecasts were",
     "igndmoe attribute": "which mechanism drives which stage, with bands, and what leaving one out costs",
     "igndmoe compare": "every model on the same folds of a cohort, or against one regional map",
+    "selfplay meta-train": "train generator and verifier of masks on familiar tasks, so that a few labels suffice",
+    "selfplay adapt": "adapt both to a new task by a few labelled images, and calibrate the verifier",
+    "selfplay think": "segment images of that task: the longer it plays against itself, the better",
+    "selfplay compare": "thinking curves of self-play, random proposals, gradient, and supervised networks",
 }
 SYSTEMS = {
     "tangerine": "a 3D masked autoencoder for chest CT and what grows on it (arXiv:2507.01881)",
     "noddi": "tissue microstructure from diffusion MRI (arXiv:2507.12632)",
     "dynamicdps": "enhance low-field brain MRI without inventing anatomy (arXiv:2503.01075)",
     "igndmoe": "disease progression on the connectome, by mechanisms that change with stage (arXiv:2508.07032)",
+    "selfplay": "segmentation by few labels that improves with thinking time (arXiv:2506.22075)",
 }
 COMMANDS = {
     "weights": "jaxmed weights       published weights: list, show, import, export",

@@ -173,6 +173,9 @@ def meta_step(
 ) -> tuple[MetaState, dict[str, Scalar]]:
     """Take one task: a few steps on it, then move the averages towards where they led.
 
+    Not for `jit`: its parts are compiled. A loop inside a program would cost more than it saves, because on a CPU XLA
+    computes the weight gradients of convolutions in loops at a hundredth of their speed.
+
     Args:
         config: Networks and losses.
         meta: Constants.
@@ -180,14 +183,19 @@ def meta_step(
         batch: "image" [batch step *space] in [0, 1] and "mask" of the same shape, all of one task.
     """
     key = jax.random.fold_in(state.key, state.step)
-    steps = batch["image"].shape[1]
-    keys = jax.random.split(key, steps)
-    inputs = (keys, jnp.moveaxis(batch["image"], 1, 0), jnp.moveaxis(batch["mask"], 1, 0))
-    advance = partial(_inner_step, config, optax.adam(meta.rate))
-    (inner, opt_state), metrics = jax.lax.scan(advance, (state.params, state.opt_state), inputs)
-    params = jax.tree.map(lambda old, new: old + meta.epsilon * (new - old), state.params, inner)
-    new = MetaState(state.step + 1, params, opt_state, inner["verifier"], state.key)
-    return new, {name: value.mean() for name, value in metrics.items()}
+    params, opt_state, found = state.params, state.opt_state, []
+    for number, step_key in enumerate(jax.random.split(key, batch["image"].shape[1])):
+        inputs = (step_key, batch["image"][:, number], batch["mask"][:, number], jnp.ones(len(batch["image"])))
+        params, opt_state, metrics = _inner_step(config, meta.rate, params, opt_state, *inputs)
+        found.append(metrics)
+    average = _move(meta.epsilon, state.params, params)
+    new = MetaState(state.step + 1, average, opt_state, params["verifier"], state.key)
+    return new, jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *found)
+
+
+@partial(jax.jit, static_argnums=0)
+def _move(share: float, old: Params, new: Params) -> Params:
+    return jax.tree.map(lambda old, new: old + share * (new - old), old, new)
 
 
 def adapt(
@@ -212,41 +220,29 @@ def adapt(
         The adapted networks, and the losses of every step.
     """
     weights = jnp.ones(len(images)) if weights is None else weights
-    params, metrics = _adapt(system.config, config, key, system.params, images, masks.astype(jnp.float32), weights)
-    return system._replace(params=params), metrics
+    masks, params = masks.astype(jnp.float32), system.params
+    opt_state = {name: optax.adam(config.rate).init(value) for name, value in params.items()}
+    found = []
+    for step_key in jax.random.split(key, config.steps):
+        inputs = (step_key, images, masks, weights)
+        params, opt_state, metrics = _inner_step(system.config, config.rate, params, opt_state, *inputs)
+        found.append(metrics)
+    return system._replace(params=params), jax.tree.map(lambda *values: jnp.stack(values), *found) if found else {}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _adapt(
+def _inner_step(
     config: SystemOneConfig,
-    adaptation: AdaptConfig,
-    key: KeyArray,
+    rate: float,
     params: Params,
+    opt_state: Any,
+    key: KeyArray,
     images: Array,
     masks: Array,
     weights: Array,
-) -> tuple[Params, dict[str, Array]]:
-    optimizer = optax.adam(adaptation.rate)
-    opt_state = {name: optimizer.init(value) for name, value in params.items()}
-
-    def advance(carry: Any, key: KeyArray) -> tuple[Any, dict[str, Scalar]]:
-        return _inner_step(config, optimizer, carry, (key, images, masks), weights)
-
-    (params, _), metrics = jax.lax.scan(advance, (params, opt_state), jax.random.split(key, adaptation.steps))
-    return params, metrics
-
-
-def _inner_step(
-    config: SystemOneConfig,
-    optimizer: optax.GradientTransformation,
-    carry: tuple[Params, Any],
-    inputs: tuple[KeyArray, Array, Array],
-    weights: Array | None = None,
-) -> tuple[tuple[Params, Any], dict[str, Scalar]]:
+) -> tuple[Params, Any, dict[str, Scalar]]:
     """Train the verifier on true, generated and spoilt masks, then the generator through the frozen verifier."""
-    params, opt_state = carry
-    key, images, masks = inputs
-    weights = jnp.ones(len(images)) if weights is None else weights
+    optimizer = optax.adam(rate)
     verifier_loss = partial(_verifier_loss, config, key, params["generator"], images, masks, weights)
     value, gradient = jax.value_and_grad(verifier_loss)(params["verifier"])
     update, verifier_state = optimizer.update(gradient, opt_state["verifier"])
@@ -257,7 +253,7 @@ def _inner_step(
     generator = jax.tree.map(jnp.add, params["generator"], update)
     new = {"generator": generator, "verifier": verifier}
     opt_state = {"generator": generator_state, "verifier": verifier_state}
-    return (new, opt_state), metrics | {"loss": value + total, "verifier": value, "generator": total}
+    return new, opt_state, metrics | {"loss": value + total, "verifier": value, "generator": total}
 
 
 def _verifier_loss(

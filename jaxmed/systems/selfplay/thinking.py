@@ -186,7 +186,7 @@ def _think_once(
     first = probability > system.config.threshold
     start = first if before is None else jnp.asarray(before.masks)
     judge = (system.params["verifier"], embed(system, images), jnp.float32(system.temperature))
-    values = _judge(system.config, judge, jnp.arange(len(images)), start.astype(jnp.float32))
+    values = score_masks(system.config, judge, jnp.arange(len(images)), start.astype(jnp.float32))
     points = [(0, 0.0, np.asarray(values), np.asarray(start))]
 
     def answer(stop: Stop, agreement: Array | None = None, policy: Params | None = None) -> Thought:
@@ -256,8 +256,8 @@ def _start(
     if play.games % len(images):
         # Every image gets as many games as every other.
         play = dataclasses.replace(play, games=-(-play.games // len(images)) * len(images))
-    player = _policy(config.policy, play.game, shape)
-    problem = selfplay.make_problem(functools.partial(_judge, system), judge, images, start)
+    player = player_of(config, shape)
+    problem = selfplay.make_problem(functools.partial(score_masks, system), judge, images, start)
     first = selfplay.init(key, play, player, problem, policy)
     program = _iterate.lower(system, play, player, problem, first).compile()
 
@@ -267,6 +267,11 @@ def _start(
         return new, (new.best.value, new.best.mask), time.perf_counter() - began
 
     return play.steps_per_iteration, play_on
+
+
+def player_of(config: ThinkConfig, shape: tuple[int, ...]) -> Policy:
+    """Return what plays on images of a shape."""
+    return _policy(config.policy, config.play.game, shape)
 
 
 @functools.lru_cache(maxsize=32)
@@ -279,13 +284,13 @@ def _policy(config: TopkUnetConfig | GaussianMlpConfig, game: PixelGame, shape: 
 def _iterate(
     system: SystemOneConfig, play: SelfPlayConfig, player: Policy, problem: Problem, state: selfplay.State
 ) -> tuple[selfplay.State, dict[str, Array]]:
-    return selfplay.iterate(play, player, functools.partial(_judge, system), problem, state)
+    return selfplay.iterate(play, player, functools.partial(score_masks, system), problem, state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _climb(system: SystemOneConfig, steps: int, judge: Any, masks: Array, flips: Array) -> tuple[Array, Array, Array]:
     def score(masks: Array) -> Array:
-        return _judge(system, judge, jnp.arange(len(masks)), masks)
+        return score_masks(system, judge, jnp.arange(len(masks)), masks)
 
     return climb(score, masks, flips, steps)
 
@@ -325,13 +330,16 @@ def _embed(config: SystemOneConfig, params: Params, images: Array) -> Any:
     return make_verifier(config.verifier).embed(params["verifier"], images[..., None])
 
 
-def _judge(config: SystemOneConfig, judge: Any, index: Array, masks: Array) -> Array:
+def score_masks(
+    config: SystemOneConfig, judge: Any, index: Int[Array, " game"], masks: Float[Array, "game *space"]
+) -> Float[Array, " game"]:
+    """Return D of masks of numbered images; `judge` holds the verifier's parameters, embeddings and temperature."""
     params, embedding, temperature = judge
     seen = jax.tree.map(lambda leaf: leaf[index], embedding)
     return jax.nn.sigmoid(make_verifier(config.verifier).score(params, seen, masks) / temperature)
 
 
-_judge_jit = functools.partial(jax.jit, static_argnums=0)(_judge)
+_judge_jit = functools.partial(jax.jit, static_argnums=0)(score_masks)
 
 
 def _agreement(image: Array, masks: Array, count: int) -> Array:

@@ -1,0 +1,71 @@
+"""System I on disk: the parameters of both networks, the frame in which they see images, and the temperature."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxmed.config import from_record, to_record
+from jaxmed.errors import InputError
+from jaxmed.models.parameters import load_parameters
+from jaxmed.systems.selfplay.frames import FrameConfig
+from jaxmed.systems.selfplay.system_one import SystemOne, SystemOneConfig
+from jaxmed.train.checkpoint import export_parameters
+
+FAMILY = "selfplay"
+
+
+class Trained(NamedTuple):
+    """What a run of meta-train or adapt handed on.
+
+    Attributes:
+        system: Both networks.
+        frame: How files become their images.
+        task: What it was adapted to; empty where it was not.
+        path: Where it was read.
+    """
+
+    system: SystemOne
+    frame: FrameConfig
+    task: str
+    path: Path
+
+
+def write_system_one(folder: Path, system: SystemOne, frame: FrameConfig, task: str = "", **further: Any) -> None:
+    """Write System I for other stages.
+
+    Args:
+        folder: outputs/system1 of a run.
+        system: Both networks.
+        frame: How files become their images.
+        task: What it was adapted to.
+        **further: What else stands in the record.
+    """
+    record = {
+        "family": FAMILY,
+        "config": to_record(system.config),
+        "frame": to_record(frame),
+        "temperature": float(system.temperature),
+        "task": task,
+    }
+    export_parameters(folder, system.params, record | further)
+
+
+def load_system_one(path: Path) -> Trained:
+    """Read System I from a run of meta-train or adapt.
+
+    Raises:
+        InputError: The place holds no such run, or weights of something else.
+    """
+    places = [place for place in (path / "outputs" / "system1", path) if (place / "record.json").exists()]
+    if not places:
+        found = "nothing of the kind" if path.exists() else "nothing"
+        raise InputError(path, "a run of meta-train or adapt", found, "check --weights")
+    params, record = load_parameters(places[0])
+    if record.get("family") != FAMILY:
+        raise InputError(path, "a run of meta-train or adapt", f"weights of {record.get('family')}", "check --weights")
+    where = str(places[0] / "record.json")
+    config = from_record(SystemOneConfig, record["config"], where)
+    frame = from_record(FrameConfig, record["frame"], where)
+    missing = {"generator", "verifier"} - set(params)
+    if missing:
+        raise InputError(places[0], "parameters of generator and verifier", f"no {' and no '.join(sorted(missing))}")
+    return Trained(SystemOne(config, params, float(record["temperature"])), frame, record["task"], path)

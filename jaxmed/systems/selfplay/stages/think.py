@@ -1,0 +1,377 @@
+"""Self-play think: segment images of a task by playing against oneself, for as long as one likes."""
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Shaped
+
+from jaxmed.config import read_record
+from jaxmed.errors import InputError
+from jaxmed.files import write_json
+from jaxmed.io import nifti
+from jaxmed.io.images import PICTURE_SUFFIXES, write_png
+from jaxmed.io.tables import write_table
+from jaxmed.models.policy import TopkUnetConfig
+from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.selfplay import SelfPlayConfig
+from jaxmed.systems.selfplay.data import DataConfig
+from jaxmed.systems.selfplay.debate import debate
+from jaxmed.systems.selfplay.frames import SUFFIXES, FrameConfig
+from jaxmed.systems.selfplay.networks import Trained, load_system_one
+from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth
+from jaxmed.systems.selfplay.stages import adapt, meta_train
+from jaxmed.systems.selfplay.stages.meta_train import prepare_data
+from jaxmed.systems.selfplay.system_one import AdaptConfig
+from jaxmed.systems.selfplay.think_page import write_page
+from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, Thought, think
+from jaxmed.train.log import Log
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.versions import software_versions
+from jaxmed.volume import Volume
+
+KEPT_STEPS = 12
+"""Of the debate that the report shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Thinking about images of a task.
+
+    Attributes:
+        input: An image (NIfTI, PNG, JPEG, TIFF, .npy), or a folder of them.
+        weights: System I: a run of adapt (or of meta-train, for a familiar task).
+        mask: True mask of the input, or a folder of them by the same file names: Dice is reported, nothing else.
+        box: Mask of a region, or a folder of them, in whose middle each image stands; slices without it are left out.
+        tiles: Cover files that are larger than an image by images that overlap.
+        budget: When to stop; of each file. Zero steps give System I's answer.
+        think: How to think.
+        data: Embedded puzzles to think about instead of files.
+        seed: Of the players.
+    """
+
+    input: Path | None = None
+    weights: Path | None = None
+    mask: Path | None = None
+    box: Path | None = None
+    tiles: bool = False
+    budget: Budget = Budget()
+    think: ThinkConfig = ThinkConfig()
+    data: DataConfig = DataConfig()
+    seed: int = 0
+
+
+def paper() -> Config:
+    """The reference's rules, without its slips: the old mask is no candidate, 1 % of the pixels flip; 2 x 8,192 steps."""
+    play = SelfPlayConfig(game=PixelGame(rule="fair"), games=64, steps=64)
+    return Config(budget=Budget(16_384, patience=0), think=ThinkConfig(play=play))
+
+
+def laptop() -> Config:
+    """Up to a minute for each file."""
+    return Config(budget=Budget(seconds=60.0))
+
+
+def smoke() -> Config:
+    """Embedded puzzles, tiny networks and a few steps, in seconds."""
+    play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
+    config = ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8, 16), value_width=16))
+    return Config(budget=Budget(steps=1024), think=config, data=DataConfig(embedded=24))
+
+
+class Job(NamedTuple):
+    """A file to think about.
+
+    Attributes:
+        name: Of its results.
+        path: The file.
+        mask: Its true mask.
+        box: Its region.
+    """
+
+    name: str
+    path: Path
+    mask: Path | None
+    box: Path | None
+
+
+def run(config: Config, folder: RunFolder) -> int:
+    """Think about every file; write masks, confidence and courses, and the report. Returns 1 when files failed."""
+    began = time.monotonic()
+    if config.data.embedded:
+        config = make_embedded(config, folder)
+    if config.input is None or config.weights is None:
+        missing = "input" if config.input is None else "weights"
+        raise InputError(missing, "images and System I", "nothing", f"give --{missing}, or try --preset smoke")
+    trained = load_system_one(config.weights)
+    jobs = list_jobs(config)
+    if len(jobs) == 1:
+        read_scan(jobs[0].path, trained.frame, jobs[0].box, tiles=config.tiles)  # a single broken file is a mistake
+    if not (folder.path / "inputs").exists():
+        start(folder)
+    log = Log(folder.path, folder.options.quiet)
+    notes = make_notes(trained, config)
+    for note in notes:
+        log.say(f"Note: {note}")
+    ready = time.monotonic()
+    rows, failed = think_all(config, trained, jobs, folder, log)
+    thought = time.monotonic()
+    write_tables(folder.outputs, rows, failed)
+    summary = {
+        "scans": rows,
+        "failed": len(failed),
+        "task": trained.task,
+        "notes": notes,
+        "device": jax.devices()[0].device_kind,
+        "command": f"jaxmed selfplay think --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
+        "seconds": {"read and check": ready - began, "think, compilation included": thought - ready},
+    }
+    write_json(folder.outputs / "summary.json", summary)
+    write_page(folder.path)
+    return 1 if failed else 0
+
+
+report = write_page
+
+
+def make_embedded(config: Config, folder: RunFolder) -> Config:
+    """Write puzzles, adapt a tiny System I to a novel family where none is given, and think about its test images."""
+    if config.input is not None:
+        raise InputError("data.embedded", "no files beside embedded data", config.input, "drop --preset, or --input")
+    frame = meta_train.smoke().frame if config.weights is None else load_system_one(config.weights).frame
+    prepared = prepare_data(Prepared(config.data, frame, config.seed), folder)
+    manifest = prepared.data.manifest
+    assert manifest is not None
+    family = "star"
+    weights = config.weights
+    if weights is None:
+        weights = adapt.train_tiny(prepared.data, folder, config.seed)
+        settings = adapt.Config(
+            prepared.data, weights, task=family, shots=4, adapt=AdaptConfig(steps=8, rate=1e-3), seed=config.seed
+        )
+        nested = open_run("selfplay", "adapt", settings, RunOptions(folder.path / "inputs" / "adapted", quiet=True))
+        if nested.status != "complete":
+            Log(folder.path, folder.options.quiet).say(f"Adapting it to '{family}' by 4 labelled images.")
+            adapt.run(settings, nested)
+        weights = nested.path
+    from jaxmed.systems.selfplay.data import read_manifest
+
+    records = [row for row in read_manifest(prepared.data, config.seed) if row.split == "test" and row.task == family]
+    places = {"images": folder.path / "inputs" / "test", "masks": folder.path / "inputs" / "test_masks"}
+    for row in records[:2]:
+        for place, source in ((places["images"], row.path), (places["masks"], row.mask)):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / row.path.name).write_bytes(source.read_bytes())
+    return dataclasses.replace(config, input=places["images"], mask=places["masks"], weights=weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What `prepare_data` needs to know of a run without a frame of its own.
+
+    Attributes:
+        data: Embedded puzzles.
+        frame: Of the weights.
+        seed: Of the puzzles.
+    """
+
+    data: DataConfig
+    frame: FrameConfig
+    seed: int
+
+
+def list_jobs(config: Config) -> list[Job]:
+    """Find the files, and what belongs to each by its name.
+
+    Raises:
+        InputError: There are none, or one has no partner.
+    """
+    assert config.input is not None
+    if not config.input.exists():
+        raise InputError(config.input, "an image or a folder of images", "nothing", "check --input")
+    paths = [config.input]
+    if config.input.is_dir():
+        paths = sorted(path for path in config.input.iterdir() if path.name.lower().endswith(SUFFIXES))
+    if not paths:
+        raise InputError(config.input, f"files that end in {', '.join(SUFFIXES)}", "none")
+
+    def partner(place: Path | None, path: Path, name: str) -> Path | None:
+        if place is None:
+            return None
+        found = place / path.name if place.is_dir() else place
+        if not found.exists():
+            raise InputError(place, f"a file {path.name}", "none", f"check --{name}")
+        if not place.is_dir() and len(paths) > 1:
+            raise InputError(place, f"a folder, as --input has {len(paths)} files", "one file", f"check --{name}")
+        return found
+
+    return [
+        Job(_stem(path), path, partner(config.mask, path, "mask"), partner(config.box, path, "box")) for path in paths
+    ]
+
+
+def make_notes(trained: Trained, config: Config) -> list[str]:
+    """Say what a user should know about this run."""
+    notes = []
+    if trained.task:
+        notes.append(f"System I is adapted to '{trained.task}'.")
+    else:
+        notes.append("System I is not adapted to a task: it answers for the familiar ones.")
+    if config.budget.steps == 0:
+        notes.append("The budget is 0: this is System I's answer.")
+    if config.mask is not None:
+        notes.append("True masks serve the report alone; the players never see them.")
+    return notes
+
+
+def think_all(
+    config: Config, trained: Trained, jobs: list[Job], folder: RunFolder, log: Log
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Think about every file; one that fails does not stop the others, and one that is done is not done again."""
+    rows, failed = [], []
+    policy = None
+    with log.progress("Thinking", len(jobs), "files") as update:
+        for number, job in enumerate(jobs):
+            done = folder.outputs / f"{job.name}.json"
+            try:
+                if done.exists():
+                    rows.append(read_record(done))
+                else:
+                    key = jax.random.fold_in(jax.random.key(config.seed), number)
+
+                    def watch(steps: int, value: float, name: str = job.name, place: int = number) -> None:
+                        update(place, f"{name}: {steps:,} steps, D {value:.3f}")
+
+                    rows.append(process(config, trained, job, key, folder.outputs, watch))
+                log.metrics(number, {"score": rows[-1]["score"], "first_score": rows[-1]["first_score"]})
+                if rows[-1]["stop"] == "constant verifier":
+                    log.say(f"{job.name}: the verifier gives every mask the same score; this is System I's answer.")
+            except InputError as error:
+                if len(jobs) == 1:
+                    raise
+                failed.append({"path": str(job.path), "id": job.name, "reason": str(error)})
+                log.say(f"Failed: {error}")
+            update(number + 1)
+    del policy
+    return rows, failed
+
+
+def process(
+    config: Config, trained: Trained, job: Job, key: Any, outputs: Path, watch: Callable[[int, float], None]
+) -> dict[str, Any]:
+    """Think about one file and write what comes of it; the record is written last."""
+    scan = read_scan(job.path, trained.frame, job.box, tiles=config.tiles)
+    think_key, debate_key = jax.random.split(key)
+    found = think(think_key, trained.system, scan.images, config.budget, config.think, watch=watch)
+    truth = None if job.mask is None else read_truth(job.mask, scan, trained.frame)
+    ending = write_maps(outputs, job, scan, found)
+    arrays: dict[str, np.ndarray] = {
+        "images": scan.images, "first": found.first, "masks": found.masks, "agreement": found.agreement,
+    }  # fmt: skip
+    if truth is not None:
+        arrays["truth"] = truth
+    if found.policy is not None and config.think.mode == "learn":
+        largest = int(np.argmax(found.values - found.trace.values[0]))
+        game = debate(
+            debate_key, found.system, config.think, found.policy, jnp.asarray(scan.images[largest]),
+            jnp.asarray(found.first[largest]), KEPT_STEPS,
+        )  # fmt: skip
+        arrays |= {f"debate_{name}": value for name, value in game._asdict().items()}
+        arrays["debate_image"] = scan.images[largest]
+    _save(outputs / f"{job.name}_thought.npz", arrays)
+    row = {
+        "name": job.name,
+        "file": ending,
+        "images": len(scan.images),
+        "stop": found.stop,
+        "steps": int(found.trace.steps[-1]),
+        "seconds": float(found.trace.seconds[-1]),
+        "first_score": float(found.trace.values[0].mean()),
+        "score": float(found.values.mean()),
+        "scores": [float(value) for value in found.values],
+        "voxels": int(found.masks.sum()),
+        "curve": {
+            "steps": found.trace.steps.tolist(),
+            "seconds": found.trace.seconds.tolist(),
+            "score": found.trace.values.mean(axis=1).tolist(),
+        },
+    }
+    if truth is not None:
+        row["curve"]["dice"] = [float(np.mean(dices(truth, masks))) for masks in found.trace.masks]
+        row["dice"], row["first_dice"] = row["curve"]["dice"][-1], float(np.mean(dices(truth, found.first)))
+    write_json(outputs / f"{job.name}.json", row)
+    return row
+
+
+def dices(truth: Bool[np.ndarray, "image *space"], masks: Bool[np.ndarray, "image *space"]) -> np.ndarray:
+    """Return the Dice of each image; of two empty masks 1."""
+    axes = tuple(range(1, truth.ndim))
+    total = truth.sum(axes) + masks.sum(axes)
+    return np.where(total > 0, 2 * (truth & masks).sum(axes) / np.maximum(total, 1), 1.0)
+
+
+def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> str:
+    """Write mask and agreement on the grid of the file, with sidecars; return the ending of their names."""
+    ending = ""
+    for name, values, definition in (
+        ("mask", found.masks, "voxels of the best mask that was seen: 1 inside"),
+        ("agreement", found.agreement, "share of the games whose mask holds the voxel at the end of thinking"),
+    ):
+        restored = scan.restore(values)
+        ending = _write(outputs / f"{job.name}_{name}", restored, scan, job.path, is_mask=name == "mask")
+        sidecar = {
+            "definition": definition,
+            "unit": "1",
+            "constants": {"stop": found.stop, "steps": int(found.trace.steps[-1])},
+            "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
+        }
+        write_json(outputs / f"{job.name}_{name}.json", sidecar)
+    return ending
+
+
+def _write(stem: Path, restored: Volume | Shaped[np.ndarray, "..."], scan: Scan, source: Path, *, is_mask: bool) -> str:
+    if isinstance(restored, Volume):
+        nifti.write(stem.with_name(stem.name + ".nii.gz"), restored)
+        return ".nii.gz"
+    if restored.ndim == 2 and source.name.lower().endswith(PICTURE_SUFFIXES):
+        shown = restored.astype(np.uint8) * 255 if is_mask else np.round(255 * restored).astype(np.uint8)
+        write_png(stem.with_name(stem.name + ".png"), shown)
+        return ".png"
+    temporary = stem.with_name(stem.name + ".tmp.npy")
+    np.save(temporary, restored)
+    temporary.replace(stem.with_name(stem.name + ".npy"))
+    return ".npy"
+
+
+def write_tables(folder: Path, rows: list[dict[str, Any]], failed: list[dict[str, str]]) -> None:
+    """Write scans.csv, and failed.csv where something failed."""
+    columns = ["id", "images", "steps", "seconds", "stop", "first_score", "score", "voxels"]
+    columns += ["first_dice", "dice"] if any("dice" in row for row in rows) else []
+    table = [
+        {"id": row["name"]}
+        | {name: f"{row[name]:.6g}" if isinstance(row.get(name), float) else row.get(name, "") for name in columns[1:]}
+        for row in rows
+    ]
+    write_table(folder / "scans.csv", columns, table)
+    if failed:
+        write_table(folder / "failed.csv", ("path", "id", "reason"), failed)
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]
+    temporary.replace(path)
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return path.stem
