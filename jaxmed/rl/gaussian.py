@@ -32,10 +32,10 @@ def log_prob(normal: Normal, action: Float[Array, "game *grid"]) -> Float[Array,
     mean, log_std = normal
     squares = jnp.square((action - mean) * jnp.exp(-log_std))
     by_pixel = -0.5 * squares - log_std - 0.5 * math.log(2 * math.pi)
-    return by_pixel.reshape(len(mean), -1).sum(axis=1)
+    return by_pixel.sum(axis=tuple(range(1, by_pixel.ndim)))
 
 
 def entropy(normal: Normal) -> Float[Array, " game"]:
     """Return the entropy, summed over pixels."""
     by_pixel = normal[1] + 0.5 * (1 + math.log(2 * math.pi))
-    return by_pixel.reshape(len(by_pixel), -1).sum(axis=1)
+    return by_pixel.sum(axis=tuple(range(1, by_pixel.ndim)))

@@ -161,19 +161,26 @@ def rollout(config: PatchPlayConfig, model: Model, problem: PatchProblem, state:
     live, groups = config.opponents.num_live(config.games), config.opponents.groups
     slots = opponents.draw(opponent_key, config.opponents.schedule, state.pool, groups)
 
-    def answer(key: KeyArray, seen: patch_game.State) -> Move:
-        live_key, past_key = jax.random.split(key)
-        own = act(config, model, state.params, live_key, problem, jax.tree.map(lambda leaf: leaf[:live], seen))
-        if live == config.games:
-            return own
+    def against_past(key: KeyArray, seen: patch_game.State) -> Move:
+        """The groups of games against snapshots, each in turn against its own."""
 
         def play(group: tuple[KeyArray, Array, patch_game.State]) -> Move:
             key, slot, seen = group
             return act(config, model, opponents.pick(state.pool, slot), key, problem, seen)
 
-        others = jax.tree.map(lambda leaf: leaf[live:].reshape(groups, -1, *leaf.shape[1:]), seen)
-        moves = jax.lax.map(play, (jax.random.split(past_key, groups), slots, others))
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1)]), own, moves)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), seen)
+        moves = jax.lax.map(play, (jax.random.split(key, groups), slots, parts))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1), moves)
+
+    def answer(key: KeyArray, seen: patch_game.State) -> Move:
+        own_key, past_key = jax.random.split(key)
+        moves = []
+        if live:
+            own = jax.tree.map(lambda leaf: leaf[:live], seen)
+            moves.append(act(config, model, state.params, own_key, problem, own))
+        if live < config.games:
+            moves.append(against_past(past_key, jax.tree.map(lambda leaf: leaf[live:], seen)))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *moves)
 
     def advance(carry: tuple[patch_game.State, Array], key: KeyArray) -> tuple[Any, Turns]:
         game, is_played = carry
