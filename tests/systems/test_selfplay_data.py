@@ -107,6 +107,10 @@ def test_a_stack_of_volumes_has_one_patch_per_item(tmp_path):
     # The mask's middle is (8, 4, 3): the window of 8 begins at 0, 0 and 0, but for what would lie outside.
     assert failures == () and cases.names == ("a.npy item 0",) and cases.subjects == ("s0000",)
     np.testing.assert_array_equal(cases.images[0], array[0, :8, :8, :8])
+    # Pictures one after the other are no volume.
+    save(tmp_path / "flat.npy", array[0])
+    with pytest.raises(InputError, match="an array of item, x, y, z, .* found 3D"):
+        read_scan(tmp_path / "flat.npy", FrameConfig((8, 8, 8)))
     with pytest.raises(InputError, match="one volume, found a stack of 2"):
         read_scan(tmp_path / "a.npy", FrameConfig((8, 8, 8)))
 
@@ -275,7 +279,7 @@ def test_results_are_files_of_the_kind_of_the_input(stack, tmp_path):
     assert set(np.unique(read_image(write_result(out, "b", scan, scan.images > 2)))) == {0}
     assert set(np.unique(read_image(write_result(out, "c", scan, scan.images >= 0)))) == {1}
 
-    cube = texture((8, 9, 10))
+    cube = texture((1, 8, 9, 10))
     save(tmp_path / "c.npy", cube)
     scan = read_scan(tmp_path / "c.npy", FrameConfig((8, 8, 8)), tiles=True)
     np.testing.assert_allclose(np.load(write_result(out, "c", scan, scan.images)), cube, atol=1e-6)
@@ -361,7 +365,7 @@ def test_pictures_of_colour_and_images_as_masks_are_refused(tmp_path):
     scan = read_scan(tmp_path / "g.png", SMALL)
     with pytest.raises(InputError, match="a mask of two values, found"):
         read_truth(tmp_path / "g.png", scan, SMALL)
-    with pytest.raises(InputError, match="2D pictures, or a stack of them|a volume, or a stack of volumes"):
+    with pytest.raises(InputError, match="NIfTI, or an array of item, x, y, z, for images of"):
         read_scan(tmp_path / "g.png", FrameConfig((8, 8, 8)))
     write_volume(tmp_path / "a.nii.gz", texture())
     with pytest.raises(InputError, match="a mask of whole numbers, found fractions"):

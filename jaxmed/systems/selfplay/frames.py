@@ -154,12 +154,13 @@ def _read(path: Path, frame: FrameConfig, is_mask: bool = False) -> tuple[list[V
         array = array[..., 0]  # grey, saved in colour
     if is_picture and array.ndim != 2:
         raise InputError(path, "a grey picture", f"shape {array.shape}", "convert it, or split its pages")
-    if array.ndim not in ((2, 3) if frame.is_sliced else (3, 4)):
-        wanted = "2D pictures, or a stack of them," if frame.is_sliced else "a volume, or a stack of volumes,"
+    # In 3D a stack alone is welcome: three axes could be a stack of pictures as well.
+    if array.ndim not in ((2, 3) if frame.is_sliced else (4,)):
+        wanted = "2D pictures, or a stack of them," if frame.is_sliced else "NIfTI, or an array of item, x, y, z,"
         found, advice = f"{array.ndim}D of shape {array.shape}", "give --frame.size as many numbers as images have axes"
         raise InputError(path, f"{wanted} for images of {frame.size}", found, advice)
     if not frame.is_sliced:
-        return [Volume.make(item, np.eye(4)) for item in (array if array.ndim == 4 else array[None])], "array"
+        return [Volume.make(item, np.eye(4)) for item in array], "array"
     stack = array if array.ndim == 3 else array[None]
     kind: Kind = "stack" if array.ndim == 3 else "picture"
     return [Volume.make(np.ascontiguousarray(stack.transpose(2, 1, 0)), PICTURE_AFFINE)], kind

@@ -64,13 +64,15 @@ class Scan(NamedTuple):
         return volume
 
     def as_stored(self, volume: Volume) -> Shaped[np.ndarray, "..."]:
-        """Return a restored volume as the file holds it: row, column for pictures, items first in stacks."""
+        """Return a restored volume as the file holds it: row, column for pictures, items first in arrays."""
         match self.loaded.kind:
             case "picture":
                 return np.ascontiguousarray(volume.array[:, :, 0].T)
             case "stack":
                 return np.ascontiguousarray(volume.array.transpose(2, 1, 0))
-            case "volume" | "array":
+            case "array":
+                return volume.array[None]
+            case "volume":
                 return volume.array
 
 
