@@ -249,6 +249,7 @@ MISTAKES = {
     "no input": (lambda p, f: ["--input", f / "nothing"], "a scan or a folder of scans"),
     "empty folder": (lambda p, f: ["--input", (f / "empty").mkdir() or f / "empty"], "none in this folder"),
     "truncated": (lambda p, f: ["--input", p / "scans" / "s2.nii.gz"], "s2.nii.gz"),
+    "no image": (lambda p, f: ["--input", f / "a.txt"] if (f / "a.txt").write_text("hello") else [], ".nii, .nii.gz"),
     "four dimensions": (lambda p, f: write(f, np.random.default_rng(0).random((8, 8, 8, 2))), "3D data"),
     "not finite": (nan_scan, "finite voxels"),
     "all zero": (lambda p, f: write(f, np.zeros((8, 8, 8))), "an image with contrast"),
@@ -329,6 +330,10 @@ def test_presets_of_the_method_become_its_settings():
     assert strict.start.rule == "monotone" and repo.start.rule == "repo" and repo.line == "mixed"
     assert strict.search.max_evaluations == repo.search.max_evaluations == 6
     assert strict.sampler.num_steps == 20 and strict.noise_std is None
+    # As often for the noise walked through: of 1000 steps every fifth above the fifth, of 200 every one.
+    rhythm = {steps: MethodConfig(start="fixed", fixed_start=9, steps=steps).build(None) for steps in (0, 400, 200, 20)}
+    found = {steps: (method.search_every, method.search_above) for steps, method in rhythm.items()}
+    assert found == {0: (5, 5), 400: (2, 2), 200: (1, 1), 20: (1, 0)}
     fixed = MethodConfig("fixed", start="fixed", step=3.0, noise=0.1, plain=True).build(None)
     assert fixed.search is None and fixed.first_step == 3.0 and fixed.noise_std == 0.1
     assert fixed.sampler.num_steps is None and fixed.start.fixed == 49 and fixed.fidelity.edge_weight == 0

@@ -102,7 +102,7 @@ def _acquisition_section(calibrated: Calibrated, summary: dict) -> Section:
     return Section(
         "Acquisition",
         [
-            Table(("quantity", "value", "how"), rows),
+            Table(("quantity", "value", "how"), rows, "From the reference images to low field."),
             Table(("of", "lowest", "median", "highest"), residuals, caption),
         ],
     )
@@ -114,7 +114,7 @@ def _reading_section() -> Section:
         [
             Text(
                 [
-                    f"outputs/{CALIBRATION} is what `jaxmed dynamicdps enhance --calibration RUN` reads. It belongs to "
+                    f"outputs/{CALIBRATION} is what jaxmed dynamicdps enhance --calibration RUN reads. It belongs to "
                     "one prior, one acquisition and one size of images: residuals are norms over whole images.",
                     "Residuals of estimates below the first bin's mean start as late as there is; tau compresses those "
                     "above, so that estimates unlike anything in the bank do not begin in pure noise.",

@@ -10,6 +10,7 @@ from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral
+from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.physics.lowfield import LowField
 from jaxmed.solvers.line_search import Wolfe
@@ -47,7 +48,8 @@ class MethodConfig:
         step: Step size before the first search; of preset fixed always.
         noise: Standard deviation of the measurement's noise, in [0, 2]: a sample stops once it fits as well as that
             allows. 0 walks to the end.
-        steps: Steps of the whole chain; 0 takes the calibration's, or all.
+        steps: Steps of the whole chain; 0 takes the calibration's, or all. On a shorter chain searches come as often
+            for the noise that is walked through: every 5 steps of 1000 are every step of 100.
         plain: Compare by the residual alone, without edges and structural similarity.
     """
 
@@ -95,7 +97,7 @@ class MethodConfig:
             start = dataclasses.replace(calibrated.start, rule=rule)
         if steps and self.start == "fixed" and self.fixed_start >= steps:
             raise InputError("method.fixed-start", f"less than the {steps} steps of the chain", self.fixed_start)
-        search = base.search
+        search, length = base.search, VpDiscrete().num_steps
         if search is not None:
             search = dataclasses.replace(search, max_evaluations=self.max_trials)
         if isinstance(search, Wolfe):
@@ -105,6 +107,8 @@ class MethodConfig:
             start=start,
             sampler=Ancestral(num_steps=steps or None),
             search=search,
+            search_every=max(1, base.search_every * (steps or length) // length),
+            search_above=base.search_above * (steps or length) // length,
             first_step=self.step,
             noise_std=self.noise or None,
             fidelity=PLAIN if self.plain else base.fidelity,

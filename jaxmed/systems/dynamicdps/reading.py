@@ -241,6 +241,8 @@ PAIRS = {
 def _read(path: Path) -> tuple[Volume, bool]:
     if path.name.lower().endswith(nifti.SUFFIXES):
         return nifti.read(path, dimensions=(3,), allow_constant=False), False
+    if not path.name.lower().endswith(SUFFIXES):
+        raise InputError(path, f"a scan ({', '.join(SUFFIXES)})", f"the suffix '{path.suffix}'", "convert it")
     image = read_image(path, allow_constant=False)
     if image.ndim == 3 and image.shape[2] in (3, 4) and np.ptp(image[..., :3], axis=2).max() == 0:
         image = image[..., 0]  # grey, saved in colour
