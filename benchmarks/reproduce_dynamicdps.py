@@ -56,8 +56,8 @@ class Config:
     """The command line.
 
     Attributes:
-        size: Minutes with tiny networks and a chain of 100 steps; half an hour of a core with small networks for
-            images of 32 x 32 and the whole chain; or the published networks' size on an accelerator.
+        size: Minutes with tiny networks and a chain of 100 steps; a quarter of an hour of a core with small networks
+            for images of 32 x 32 and the whole chain; or the published networks' size on an accelerator.
         out: Folder of the table.
         run: A finished run of compare to read instead of training and comparing.
     """
@@ -150,12 +150,12 @@ def networks_of(size: str) -> tuple[train_prior.Config, train_initial.Config, ca
     prior, initial, data = train_prior.smoke(), train_initial.smoke(), train_prior.DataConfig(embedded=400)
     model = dataclasses.replace(prior.model, multipliers=(1, 2, 2), attention_factors=(4,))
     return (
-        dataclasses.replace(prior, data=data, model=model, ema_decay=0.995, loop=LoopConfig(steps=2500, log_every=50)),
+        dataclasses.replace(prior, data=data, model=model, ema_decay=0.995, loop=LoopConfig(steps=1500, log_every=50)),
         dataclasses.replace(
             initial, data=data, model=dataclasses.replace(model, with_time=False), ema_decay=0.99,
-            loop=LoopConfig(steps=1000, log_every=50),
+            loop=LoopConfig(steps=600, log_every=50),
         ),
-        dataclasses.replace(calibrate.laptop(), runs=16, batch_size=8),
+        dataclasses.replace(calibrate.laptop(), runs=8, batch_size=8),
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def settings_of(size: str) -> compare.Config:
     smoke = compare.smoke()
     if size == "smoke":
         return dataclasses.replace(smoke, embedded=24)
-    return dataclasses.replace(smoke, arms=compare.Config().arms, embedded=24, budget=ArmConfig())
+    return dataclasses.replace(smoke, arms=compare.Config().arms, embedded=16, budget=ArmConfig())
 
 
 def stage(module: Any, name: str, settings: Any, out: Path) -> None:

@@ -66,23 +66,24 @@ def _scan_section(outputs: Path, scan: dict[str, Any]) -> Section:
     images = {name: maps[name] for name in ("input", "initial", "enhanced")}
     mask = np.abs(images["input"]) > 0
     top = float(np.percentile(images["enhanced"][mask], 99.5)) if mask.any() else 1.0
-    grey = MapStyle(limits=(0.0, max(top, 1e-6)), colormap="gray", unit="of the scan")
+    grey = MapStyle(limits=(0.0, max(top, 1e-6)), colormap="gray", unit="scan intensity")
     size = float(np.percentile(np.abs(maps["difference"]), 99.5)) or 1e-6
     styles = {TITLES[name]: grey for name in images}
-    styles[TITLES["difference"]] = MapStyle(limits=(-size, size), colormap="RdBu_r", unit="of the scan")
+    styles[TITLES["difference"]] = MapStyle(limits=(-size, size), colormap="RdBu_r", unit="scan intensity")
     shown = {TITLES[name]: maps[name] for name in ("input", "initial", "enhanced", "difference")}
     if scan["samples"] > 1:
         highest = float(np.percentile(maps["uncertainty"], 99.5)) or 1e-6
-        styles[TITLES["uncertainty"]] = MapStyle(limits=(0.0, highest), colormap="magma", unit="of the scan")
+        styles[TITLES["uncertainty"]] = MapStyle(limits=(0.0, highest), colormap="magma", unit="scan intensity")
         shown[TITLES["uncertainty"]] = maps["uncertainty"]
     caption = f"{scan['name']}: input, estimate, result, and result minus input"
     caption += f"; standard deviation over {scan['samples']} samples." if scan["samples"] > 1 else "."
     figure = slice_maps(shown, spacing, caption=caption, styles=styles, num_slices=4)
-    residual = scan["residual"]
+    residual, lowest, highest = scan["residual"], scan["start"]["lowest"], scan["start"]["highest"]
+    samples = "1 sample" if scan["samples"] == 1 else f"{scan['samples']} samples"
     text = (
-        f"{scan['images']} images of {scan['samples']} sample(s). Median residual {residual['initial']:.3g} before and "
+        f"{scan['images']} images, {samples} each. Median residual {residual['initial']:.3g} before and "
         f"{residual['enhanced']:.3g} after; lower in {scan['improved']:.0%} of the images. Started with "
-        f"{scan['start']['lowest']} to {scan['start']['highest']} steps left."
+        f"{lowest if lowest == highest else f'{lowest} to {highest}'} steps left."
     )
     return Section(scan["name"], [Text([text]), figure])
 
