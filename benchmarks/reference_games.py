@@ -135,6 +135,76 @@ def make_pixel_environment(
     return PixelEnvironment()
 
 
+def make_pixel_vector(
+    image: np.ndarray, start: np.ndarray, judge: Any, rival: Any, fraction: float, horizon: int, games: int
+) -> Any:
+    """Return many pixel games as one vectorised environment for stable-baselines3, all in NumPy.
+
+    Args:
+        image: Intensities.
+        start: Mask to begin with.
+        judge: (anything, masks) -> values.
+        rival: (observations) -> desires.
+        fraction: Of pixels that flip.
+        horizon: Steps after which a game is cut.
+        games: Played at a time.
+    """
+    import gymnasium
+    from stable_baselines3.common.vec_env import VecEnv
+
+    count = count_flips(start.size, fraction)
+
+    class PixelVector(VecEnv):
+        """Flip pixels of all games; a game that is cut begins anew, its last observation in its info."""
+
+        def __init__(self) -> None:
+            seen = gymnasium.spaces.Box(0.0, 1.0, (*image.shape, 2), np.float32)
+            super().__init__(games, seen, gymnasium.spaces.Box(-100.0, 100.0, image.shape, np.float32))
+
+        def reset(self):
+            self.mask = np.broadcast_to(start, (games, *start.shape)).copy()
+            self.steps = np.zeros(games, int)
+            return self.observe()
+
+        def observe(self):
+            seen = np.empty((games, *image.shape, 2), np.float32)
+            seen[..., 0], seen[..., 1] = image, self.mask
+            return seen
+
+        def step_async(self, actions: np.ndarray):
+            self.actions = actions
+
+        def step_wait(self):
+            marks = (mark_top(desires, count) for desires in (self.actions, rival(self.observe())))
+            self.mask, _, reward, _ = pixel_step(judge, None, self.mask, None, *marks)  # pyright: ignore
+            self.steps += 1
+            done = self.steps > horizon
+            infos: list[dict[str, Any]] = [{} for _ in range(games)]
+            if done.any():
+                last = self.observe()
+                for number in np.flatnonzero(done):
+                    infos[number] = {"terminal_observation": last[number], "TimeLimit.truncated": True}
+                self.mask[done], self.steps[done] = start, 0
+            return self.observe(), reward, done, infos
+
+        def close(self):
+            pass
+
+        def get_attr(self, attr_name: str, indices: Any = None):
+            return [getattr(self, attr_name, None)] * games
+
+        def set_attr(self, attr_name: str, value: Any, indices: Any = None):
+            setattr(self, attr_name, value)
+
+        def env_method(self, method_name: str, *args: Any, indices: Any = None, **options: Any):
+            return [None] * games
+
+        def env_is_wrapped(self, wrapper_class: Any, indices: Any = None):
+            return [False] * games
+
+    return PixelVector()
+
+
 def make_patch_environment(scores: np.ndarray, min_turns: int = 2, max_turns: int = 2048, factor: float = 100.0):
     """Return one patch game as a gymnasium environment; an action is (patch, stop) of both players."""
     import gymnasium
