@@ -83,7 +83,9 @@ def make_verifier(config: VerifierConfig) -> Verifier:
         return module.apply({"params": params}, images, method="embed")
 
     def score(params: Params, embedding: PyTree, masks: jax.Array) -> jax.Array:
-        return module.apply({"params": params}, embedding, masks, method="score")
+        logits = module.apply({"params": params}, embedding, masks, method="score")
+        assert isinstance(logits, jax.Array)
+        return logits
 
     return Verifier(init, embed, score)
 
