@@ -74,9 +74,12 @@ def only_line(capsys):
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
+SHORTER = ("--preset", "smoke", "--loop.steps", "80")
+
+
 def test_smoke_prior_tells_noise_from_heads_that_it_was_not_trained_on(tmp_path):
     out = tmp_path / "smoke"
-    assert main(["dynamicdps", "train-prior", "--preset", "smoke", "--out", str(out), "--quiet"]) == 0
+    assert main(["dynamicdps", "train-prior", *SHORTER, "--out", str(out), "--quiet"]) == 0
     # 1 is the error of a network that predicts no noise.
     assert read_metrics(out)[-1]["evaluation/loss"] < 0.1
     summary = json.loads((out / "outputs" / "summary.json").read_text())
@@ -93,7 +96,7 @@ def test_smoke_prior_tells_noise_from_heads_that_it_was_not_trained_on(tmp_path)
 
 def test_smoke_enhancer_is_nearer_to_the_truth_than_its_input(tmp_path):
     out = tmp_path / "smoke"
-    assert main(["dynamicdps", "train-initial", "--preset", "smoke", "--out", str(out), "--quiet"]) == 0
+    assert main(["dynamicdps", "train-initial", *SHORTER, "--out", str(out), "--quiet"]) == 0
     last = read_metrics(out)[-1]
     assert last["evaluation/loss"] < 0.7 * last["evaluation/measurement_error"]
     summary = json.loads((out / "outputs" / "summary.json").read_text())
