@@ -81,7 +81,7 @@ def reset(is_empty: Bool[Array, "image patch"], image: Int[Array, " game"]) -> S
 
 def erase(state: State, patch: Int[Array, " game"]) -> State:
     """Return what the rival sees once the player has named its patch."""
-    return state._replace(is_erased=state.is_erased | (patch[:, None] == jnp.arange(state.is_erased.shape[1])))
+    return state._replace(is_erased=state.is_erased.at[jnp.arange(len(patch)), patch].set(True))
 
 
 def observe(features: Float[Array, "image patch feature"], state: State) -> Float[Array, "game patch feature"]:
