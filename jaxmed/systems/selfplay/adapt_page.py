@@ -27,8 +27,9 @@ def write_page(folder: Path) -> None:
         Section("Adaptation", [_losses(folder), _shots(summary)]),
         Section("How to read this", [Text([
             "Labelled masks, and the generator's of the same images, are spoilt: shifted, grown, shrunk, with holes "
-            "and blobs, pixels flipped. A verifier that is good enough to think with gives the higher score to the mask "
-            "that overlaps more with the true one. This is looked at on the labelled images: on others it is worse.",
+            "and blobs, pixels flipped. A verifier that is good enough to think with gives the higher score to the "
+            "mask that overlaps more with the true one. This is looked at on the labelled images; on others it is "
+            "worse.",
             "The temperature brings the scores close to Dice; it does not change which mask is preferred.",
         ])]),
     ]  # fmt: skip
@@ -61,7 +62,7 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, object, str]]:
 def _calibration(summary: dict[str, Any]) -> Figure:
     overlaps, scores = (np.asarray(summary[name], float).ravel() for name in ("overlaps", "scores"))
     return scatter(
-        {"spoilt masks": np.stack([overlaps, scores], axis=1)}, xlabel="Dice with the true mask", ylabel="verifier's score",
+        {"spoilt masks": np.stack([overlaps, scores], 1)}, xlabel="Dice with the true mask", ylabel="verifier's score",
         caption="Spoilt masks of the labelled images: the verifier's score, at its temperature, against their Dice.",
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """Embedded puzzles; System I is meta-trained on the spot where there are no weights."""
-    return Config(data=DataConfig(embedded=24), shots=4, adapt=AdaptConfig(steps=8, rate=1e-3))
+    return Config(data=DataConfig(embedded=24), task="star", shots=4, adapt=AdaptConfig(steps=8, rate=1e-3))
 
 
 def run(config: Config, folder: RunFolder) -> int:
@@ -142,8 +143,13 @@ def run(config: Config, folder: RunFolder) -> int:
 report = write_page
 
 
-def make_embedded(config: Config, folder: RunFolder) -> Config:
-    """Write puzzles, and meta-train a tiny System I on them where no weights are given."""
+def make_embedded(config: Any, folder: RunFolder) -> Any:
+    """Write puzzles, and meta-train a tiny System I on them where no weights are given.
+
+    Args:
+        config: Of a stage with `data`, `frame`, `weights` and `seed`.
+        folder: The run, begun here.
+    """
     frame = config.frame or (meta_train.smoke().frame if config.weights is None else None)
     if frame is None:
         assert config.weights is not None
@@ -195,11 +201,12 @@ def draw_shots(cases: Cases, count: int, seed: int) -> Cases:
 def score(before: Trained, after: SystemOne, cases: Cases) -> list[dict[str, object]]:
     """Return Dice of each case before and after adaptation, and the verifier's score."""
     images, masks = jnp.asarray(cases.images), jnp.asarray(cases.masks, jnp.float32)
-    first, last = (
-        (generate(system.config, system.params, images) > system.config.threshold).astype(jnp.float32)
-        for system in (before.system, after)
-    )
-    dice = {name: np.asarray(overlap(masks, hard)) for name, hard in (("before", first), ("after", last))}
+
+    def segment(system: SystemOne) -> jax.Array:
+        return (generate(system.config, system.params, images) > system.config.threshold).astype(jnp.float32)
+
+    last = segment(after)
+    dice = {"before": np.asarray(overlap(masks, segment(before.system))), "after": np.asarray(overlap(masks, last))}
     value = np.asarray(judge_masks(after, images, last))
     return [
         {

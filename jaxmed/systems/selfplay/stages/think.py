@@ -10,34 +10,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
-from jaxmed.io import nifti
-from jaxmed.io.images import PICTURE_SUFFIXES, write_png
 from jaxmed.io.tables import write_table
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
-from jaxmed.systems.selfplay.data import DataConfig
+from jaxmed.systems.selfplay.data import DataConfig, read_manifest
 from jaxmed.systems.selfplay.debate import debate
-from jaxmed.systems.selfplay.frames import SUFFIXES, FrameConfig
+from jaxmed.systems.selfplay.frames import SUFFIXES
 from jaxmed.systems.selfplay.networks import Trained, load_system_one
-from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth
-from jaxmed.systems.selfplay.stages import adapt, meta_train
-from jaxmed.systems.selfplay.stages.meta_train import prepare_data
-from jaxmed.systems.selfplay.system_one import AdaptConfig
+from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_result
+from jaxmed.systems.selfplay.stages import adapt
 from jaxmed.systems.selfplay.think_page import write_page
 from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, Thought, think
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.versions import software_versions
-from jaxmed.volume import Volume
 
 KEPT_STEPS = 12
 """Of the debate that the report shows."""
+EMBEDDED_FILES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Config:
 
 
 def paper() -> Config:
-    """The reference's rules, without its slips: the old mask is no candidate, 1 % of the pixels flip; 2 x 8,192 steps."""
+    """The reference's rules without its slips: the old mask is no candidate, 1 % of the pixels flip; 16,384 steps."""
     play = SelfPlayConfig(game=PixelGame(rule="fair"), games=64, steps=64)
     return Config(budget=Budget(16_384, patience=0), think=ThinkConfig(play=play))
 
@@ -144,46 +140,24 @@ def make_embedded(config: Config, folder: RunFolder) -> Config:
     """Write puzzles, adapt a tiny System I to a novel family where none is given, and think about its test images."""
     if config.input is not None:
         raise InputError("data.embedded", "no files beside embedded data", config.input, "drop --preset, or --input")
-    frame = meta_train.smoke().frame if config.weights is None else load_system_one(config.weights).frame
-    prepared = prepare_data(Prepared(config.data, frame, config.seed), folder)
-    manifest = prepared.data.manifest
-    assert manifest is not None
-    family = "star"
+    prepared = adapt.make_embedded(dataclasses.replace(adapt.smoke(), data=config.data, weights=config.weights), folder)
     weights = config.weights
     if weights is None:
-        weights = adapt.train_tiny(prepared.data, folder, config.seed)
-        settings = adapt.Config(
-            prepared.data, weights, task=family, shots=4, adapt=AdaptConfig(steps=8, rate=1e-3), seed=config.seed
-        )
+        settings = dataclasses.replace(prepared, data=prepared.data, seed=config.seed)
         nested = open_run("selfplay", "adapt", settings, RunOptions(folder.path / "inputs" / "adapted", quiet=True))
         if nested.status != "complete":
-            Log(folder.path, folder.options.quiet).say(f"Adapting it to '{family}' by 4 labelled images.")
+            text = f"Adapting it to '{settings.task}' by {settings.shots} labelled images."
+            Log(folder.path, folder.options.quiet).say(text)
             adapt.run(settings, nested)
         weights = nested.path
-    from jaxmed.systems.selfplay.data import read_manifest
-
-    records = [row for row in read_manifest(prepared.data, config.seed) if row.split == "test" and row.task == family]
+    records = read_manifest(prepared.data, config.seed)
+    chosen = [row for row in records if row.split == "test" and row.task == prepared.task][:EMBEDDED_FILES]
     places = {"images": folder.path / "inputs" / "test", "masks": folder.path / "inputs" / "test_masks"}
-    for row in records[:2]:
+    for row in chosen:
         for place, source in ((places["images"], row.path), (places["masks"], row.mask)):
             place.mkdir(parents=True, exist_ok=True)
             (place / row.path.name).write_bytes(source.read_bytes())
     return dataclasses.replace(config, input=places["images"], mask=places["masks"], weights=weights)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What `prepare_data` needs to know of a run without a frame of its own.
-
-    Attributes:
-        data: Embedded puzzles.
-        frame: Of the weights.
-        seed: Of the puzzles.
-    """
-
-    data: DataConfig
-    frame: FrameConfig
-    seed: int
 
 
 def list_jobs(config: Config) -> list[Job]:
@@ -235,7 +209,6 @@ def think_all(
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Think about every file; one that fails does not stop the others, and one that is done is not done again."""
     rows, failed = [], []
-    policy = None
     with log.progress("Thinking", len(jobs), "files") as update:
         for number, job in enumerate(jobs):
             done = folder.outputs / f"{job.name}.json"
@@ -258,7 +231,6 @@ def think_all(
                 failed.append({"path": str(job.path), "id": job.name, "reason": str(error)})
                 log.say(f"Failed: {error}")
             update(number + 1)
-    del policy
     return rows, failed
 
 
@@ -270,7 +242,7 @@ def process(
     think_key, debate_key = jax.random.split(key)
     found = think(think_key, trained.system, scan.images, config.budget, config.think, watch=watch)
     truth = None if job.mask is None else read_truth(job.mask, scan, trained.frame)
-    ending = write_maps(outputs, job, scan, found)
+    write_maps(outputs, job, scan, found)
     arrays: dict[str, np.ndarray] = {
         "images": scan.images, "first": found.first, "masks": found.masks, "agreement": found.agreement,
     }  # fmt: skip
@@ -287,7 +259,6 @@ def process(
     _save(outputs / f"{job.name}_thought.npz", arrays)
     row = {
         "name": job.name,
-        "file": ending,
         "images": len(scan.images),
         "stop": found.stop,
         "steps": int(found.trace.steps[-1]),
@@ -316,15 +287,13 @@ def dices(truth: Bool[np.ndarray, "image *space"], masks: Bool[np.ndarray, "imag
     return np.where(total > 0, 2 * (truth & masks).sum(axes) / np.maximum(total, 1), 1.0)
 
 
-def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> str:
-    """Write mask and agreement on the grid of the file, with sidecars; return the ending of their names."""
-    ending = ""
+def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> None:
+    """Write mask and agreement on the grid of the file, with sidecars."""
     for name, values, definition in (
-        ("mask", found.masks, "voxels of the best mask that was seen: 1 inside"),
+        ("mask", found.masks, "voxels of the best mask that was seen: 1 inside (255 in a picture)"),
         ("agreement", found.agreement, "share of the games whose mask holds the voxel at the end of thinking"),
     ):
-        restored = scan.restore(values)
-        ending = _write(outputs / f"{job.name}_{name}", restored, scan, job.path, is_mask=name == "mask")
+        write_result(outputs, f"{job.name}_{name}", scan, values)
         sidecar = {
             "definition": definition,
             "unit": "1",
@@ -332,21 +301,6 @@ def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> str:
             "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
         }
         write_json(outputs / f"{job.name}_{name}.json", sidecar)
-    return ending
-
-
-def _write(stem: Path, restored: Volume | Shaped[np.ndarray, "..."], scan: Scan, source: Path, *, is_mask: bool) -> str:
-    if isinstance(restored, Volume):
-        nifti.write(stem.with_name(stem.name + ".nii.gz"), restored)
-        return ".nii.gz"
-    if restored.ndim == 2 and source.name.lower().endswith(PICTURE_SUFFIXES):
-        shown = restored.astype(np.uint8) * 255 if is_mask else np.round(255 * restored).astype(np.uint8)
-        write_png(stem.with_name(stem.name + ".png"), shown)
-        return ".png"
-    temporary = stem.with_name(stem.name + ".tmp.npy")
-    np.save(temporary, restored)
-    temporary.replace(stem.with_name(stem.name + ".npy"))
-    return ".npy"
 
 
 def write_tables(folder: Path, rows: list[dict[str, Any]], failed: list[dict[str, str]]) -> None:

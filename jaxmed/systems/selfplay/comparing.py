@@ -1,0 +1,122 @@
+"""What arms of a comparison achieved: Dice by case and budget, means with intervals, and the tests that matter."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Bool, Float
+
+from jaxmed.metrics.imaging import dice, jaccard
+from jaxmed.metrics.statistics import bootstrap, weighted_mean
+from jaxmed.systems.selfplay.data import Cases
+
+BASE = "System I"
+LEARNT = "self-play"
+RANDOM = "random proposals"
+
+
+class Outcome(NamedTuple):
+    """Masks of all test images by one arm, with one seed, at one budget.
+
+    Attributes:
+        arm: Which.
+        seed: Of labelled images, training and players.
+        budget: Steps of thought; 0 for arms that do not think.
+        dice: Of each case, with the true mask.
+        jaccard: The same as intersection over union.
+        score: The verifier's.
+    """
+
+    arm: str
+    seed: int
+    budget: int
+    dice: Float[np.ndarray, " case"]
+    jaccard: Float[np.ndarray, " case"]
+    score: Float[np.ndarray, " case"]
+
+    @classmethod
+    def measure(
+        cls,
+        arm: str,
+        seed: int,
+        budget: int,
+        truth: Bool[np.ndarray, "case *space"],
+        masks: Bool[np.ndarray, "case *space"],
+        score: Float[np.ndarray, " case"],
+    ) -> "Outcome":
+        """Compare masks with the true ones."""
+        pairs = list(zip(truth, masks, strict=True))
+        overlaps, unions = (np.array([measure(t, m) for t, m in pairs]) for measure in (dice, jaccard))
+        return cls(arm, seed, budget, overlaps, unions, score.astype(np.float64))
+
+    def rows(self, cases: Cases) -> list[dict[str, object]]:
+        """Return a line per case, for cases.csv."""
+        return [
+            {
+                "arm": self.arm,
+                "seed": self.seed,
+                "budget": self.budget,
+                "case": name,
+                "subject": subject,
+                "dice": round(float(self.dice[place]), 6),
+                "iou": round(float(self.jaccard[place]), 6),
+                "score": round(float(self.score[place]), 6),
+            }
+            for place, (name, subject) in enumerate(zip(cases.names, cases.subjects, strict=True))
+        ]
+
+
+def summarise(outcomes: Sequence[Outcome], cases: Cases, seed: int) -> dict[str, Any]:
+    """Return means with intervals of every arm and budget, the gain over System I, and the verifier's worth.
+
+    Intervals are bootstrapped over subjects, of the mean over seeds; `error` is the standard error over subjects.
+    """
+    subjects = np.array(cases.subjects)
+    arms: dict[str, list[dict[str, Any]]] = {}
+    base = _mean(outcomes, BASE, 0)
+    budgets = sorted({outcome.budget for outcome in outcomes if outcome.budget})
+    for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
+        for budget in sorted({outcome.budget for outcome in outcomes if outcome.arm == arm}):
+            mean = _mean(outcomes, arm, budget)
+            entry: dict[str, Any] = {"budget": budget} | _interval(mean, subjects, seed)
+            entry["gain"] = _interval(mean - base, subjects, seed)
+            entry["score"] = float(np.mean(_mean(outcomes, arm, budget, "score")))
+            arms.setdefault(arm, []).append(entry)
+    tests: dict[str, Any] = {}
+    if budgets and any(outcome.arm == LEARNT for outcome in outcomes):
+        learnt = _mean(outcomes, LEARNT, budgets[-1])
+        if any(outcome.arm == RANDOM for outcome in outcomes):
+            tests["against_random"] = _interval(learnt - _mean(outcomes, RANDOM, budgets[-1]), subjects, seed)
+        courses = np.stack([base, *(_mean(outcomes, LEARNT, budget) for budget in budgets)])
+        tests["rank_of_budget"] = _correlations(np.arange(len(courses)), courses)
+        tests["area"] = float(np.mean(courses[1:]))
+    overlaps = np.concatenate([outcome.dice for outcome in outcomes])
+    scores = np.concatenate([outcome.score for outcome in outcomes])
+    tests["score_and_dice"] = _spearman(scores, overlaps)
+    points = np.linspace(0, len(overlaps) - 1, min(600, len(overlaps))).round().astype(int)
+    return {"arms": arms, "tests": tests, "points": np.stack([overlaps, scores], 1)[points].round(4).tolist()}
+
+
+def _mean(outcomes: Sequence[Outcome], arm: str, budget: int, name: str = "dice") -> np.ndarray:
+    """Return the mean over seeds of each case."""
+    return np.mean([getattr(o, name) for o in outcomes if o.arm == arm and o.budget == budget], axis=0)
+
+
+def _interval(values: np.ndarray, subjects: np.ndarray, seed: int) -> dict[str, float]:
+    found = bootstrap(weighted_mean(values), subjects, seed=seed)
+    by_subject = [values[subjects == subject].mean() for subject in np.unique(subjects)]
+    error = float(np.std(by_subject, ddof=1) / np.sqrt(len(by_subject))) if len(by_subject) > 1 else 0.0
+    return {"mean": found.estimate, "low": found.low, "high": found.high, "error": error}
+
+
+def _correlations(order: np.ndarray, courses: np.ndarray) -> float | None:
+    """Return the mean over cases of Spearman's correlation of budget and Dice; cases without change count as 0."""
+    found = [_spearman(order, course) or 0.0 for course in courses.T]
+    return float(np.mean(found)) if found else None
+
+
+def _spearman(first: np.ndarray, second: np.ndarray) -> float | None:
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(scipy.stats.spearmanr(first, second)[0])  # pyright: ignore[reportArgumentType]

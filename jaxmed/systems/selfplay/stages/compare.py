@@ -1,0 +1,250 @@
+"""Self-play compare: thinking curves of self-play and its controls, beside System I and supervised networks."""
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmed.errors import InputError
+from jaxmed.files import write_json
+from jaxmed.io.tables import write_table
+from jaxmed.models.policy import TopkUnetConfig
+from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.selfplay import SelfPlayConfig
+from jaxmed.systems.selfplay.calibration import calibrate
+from jaxmed.systems.selfplay.compare_page import write_page
+from jaxmed.systems.selfplay.comparing import Outcome, summarise
+from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
+from jaxmed.systems.selfplay.frames import FrameConfig
+from jaxmed.systems.selfplay.networks import Trained, load_system_one
+from jaxmed.systems.selfplay.stages.adapt import choose_task, draw_shots, make_embedded
+from jaxmed.systems.selfplay.stages.meta_train import write_failed
+from jaxmed.systems.selfplay.supervised import fit_supervised
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
+from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, judge_masks, think
+from jaxmed.train.log import Log
+from jaxmed.train.run_folder import RunFolder, start
+
+MODES = {"self-play": "learn", "random proposals": "propose", "verifier's gradient": "grad"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A comparison on a new task.
+
+    Attributes:
+        data: Rows of split support and test of the new task; of split train for the network supervised by all labels.
+        weights: A run of meta-train.
+        frame: How files become images; read from the weights where it is left alone.
+        task: The new task, where the manifest has several.
+        shots: Labelled images to adapt by, drawn anew for every seed.
+        adapt: Steps and rate of adaptation.
+        budgets: Steps of the game at which masks are compared, ascending.
+        think: How to think; its mode is set by the arms.
+        cases: Test images, evenly over the task's; 0 takes all.
+        together: Images that are thought about jointly.
+        num_seeds: Draws of labelled images, adaptations and players.
+        supervised_steps: Of the networks that are trained on labels alone.
+        seed: The first.
+    """
+
+    data: DataConfig = DataConfig()
+    weights: Path | None = None
+    frame: FrameConfig | None = None
+    task: str = ""
+    shots: int = 8
+    adapt: AdaptConfig = AdaptConfig()
+    budgets: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
+    think: ThinkConfig = ThinkConfig()
+    cases: int = 32
+    together: int = 8
+    num_seeds: int = 3
+    supervised_steps: int = 400
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("shots", "together", "num_seeds", "supervised_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+        if not self.budgets or min(self.budgets) < 1 or list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets: expected ascending numbers of steps, found {self.budgets}")
+
+
+def paper() -> Config:
+    """Budgets up to a million steps, eight labelled images, five draws of them."""
+    return Config(budgets=(1024, 4096, 16_384, 65_536, 262_144, 1_048_576), num_seeds=5)
+
+
+def laptop() -> Config:
+    """Budgets up to 16,384 steps."""
+    return Config(adapt=AdaptConfig(steps=32, rate=5e-4), budgets=(1024, 4096, 16_384))
+
+
+def smoke() -> Config:
+    """Embedded puzzles and tiny networks, in seconds."""
+    play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
+    return Config(
+        data=DataConfig(embedded=24), task="star", shots=4, adapt=AdaptConfig(steps=8, rate=1e-3),
+        budgets=(256, 1024), think=ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8, 16), value_width=16)),
+        cases=4, together=4, num_seeds=1, supervised_steps=30,
+    )  # fmt: skip
+
+
+def run(config: Config, folder: RunFolder) -> int:
+    """Read, let every arm answer for every seed, compare and report. Returns 1 when records failed."""
+    began = time.monotonic()
+    if config.data.embedded:
+        prepared = make_embedded(config, folder)
+        assert isinstance(prepared, Config)
+        config = prepared
+    if config.weights is None:
+        raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
+    trained = load_system_one(config.weights)
+    material = read_material(config, trained)
+    if not (folder.path / "inputs").exists():
+        start(folder)
+    log = Log(folder.path, folder.options.quiet)
+    test = material.test
+    log.say(f"'{material.task}': {len(test.images)} test images of {len(set(test.subjects))} subjects.")
+    ready = time.monotonic()
+    outcomes: list[Outcome] = []
+    with log.progress("Comparing", config.num_seeds, "seeds") as update:
+        for number in range(config.num_seeds):
+            outcomes += run_seed(config, trained, material, config.seed + number, log)
+            update(number + 1)
+    compared = time.monotonic()
+    rows = [row for outcome in outcomes for row in outcome.rows(test)]
+    write_table(folder.outputs / "cases.csv", tuple(rows[0]), rows)
+    write_failed(folder.outputs, material.failed)
+    summary = summarise(outcomes, test, config.seed) | {
+        "task": material.task,
+        "cases": len(test.images),
+        "subjects": len(set(test.subjects)),
+        "shots": config.shots,
+        "seeds": config.num_seeds,
+        "failed": len(material.failed),
+        "notes": material.notes,
+        "device": jax.devices()[0].device_kind,
+        "command": f"jaxmed selfplay compare --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
+        "seconds": {"read and cut": ready - began, "compare, compilation included": compared - ready},
+    }
+    write_json(folder.outputs / "summary.json", summary)
+    write_page(folder.path)
+    return 1 if material.failed else 0
+
+
+report = write_page
+
+
+class Material(NamedTuple):
+    """What is compared on.
+
+    Attributes:
+        task: The new task.
+        support: Its labelled images.
+        test: Its test images.
+        training: Cases of familiar tasks; None where the manifest has none.
+        failed: Records that could not be used.
+        notes: What a reader should know.
+    """
+
+    task: str
+    support: Cases
+    test: Cases
+    training: Cases | None
+    failed: tuple[Any, ...]
+    notes: list[str]
+
+
+def read_material(config: Config, trained: Trained) -> Material:
+    """Read all cases.
+
+    Raises:
+        InputError: For whatever is wrong with the manifest or its files.
+    """
+    frame = config.frame or trained.frame
+    if frame.size != trained.frame.size:
+        raise InputError("frame.size", f"that of the weights, {trained.frame.size}", frame.size)
+    support, failed = read_cases(config.data, frame, "support", config.seed)
+    support, task = choose_task(support, config.task)
+    test, further = read_cases(config.data, frame, "test", config.seed)
+    test, failed = choose_task(test, task)[0], failed + further
+    if config.cases and config.cases < len(test.images):
+        test = test.select(np.linspace(0, len(test.images) - 1, config.cases).round().astype(int))
+    training, notes = None, []
+    if any(record.split == "train" for record in read_manifest(config.data, config.seed)):
+        training, further = read_cases(config.data, frame, "train", config.seed)
+        failed += further
+    else:
+        notes.append("The manifest has no familiar tasks: no network is supervised by all labels.")
+    draw_shots(support, config.shots, config.seed)
+    return Material(task, support, test, training, failed, notes)
+
+
+def run_seed(config: Config, trained: Trained, material: Material, seed: int, log: Log) -> list[Outcome]:
+    """Let every arm answer, with one draw of labelled images."""
+    shots, test = draw_shots(material.support, config.shots, seed), material.test
+    adapt_key, probe_key, think_key = jax.random.split(jax.random.key(seed), 3)
+    images, masks = jnp.asarray(shots.images), jnp.asarray(shots.masks)
+    system, _ = adapt(adapt_key, trained.system, images, masks, config.adapt)
+    system = system._replace(temperature=calibrate(probe_key, system, images, masks).temperature)
+    found = [_answer("System I", seed, system, test, _segment(system.config, system.params, test.images))]
+    flipped = np.mean([
+        np.flip(_probability(system.config, system.params, np.flip(test.images, axes)), axes)
+        for axes in ((), (1,), (2,), (1, 2))
+    ], axis=0)  # fmt: skip
+    found.append(_answer("System I, mean of flips", seed, system, test, flipped > system.config.threshold))
+    supervised = {"supervised, few labels": (shots.images, shots.masks)}
+    if material.training is not None:
+        supervised["supervised, all labels"] = (
+            np.concatenate([material.training.images, shots.images]),
+            np.concatenate([material.training.masks, shots.masks]),
+        )
+    for name, (seen, truth) in supervised.items():
+        params = fit_supervised(seed, system.config.generator, seen, truth, steps=config.supervised_steps)
+        found.append(_answer(name, seed, system, test, _segment(system.config, params, test.images)))
+    for name, mode in MODES.items():
+        found += think_with(config, system, test, name, mode, seed, think_key)
+    for outcome in found:
+        if outcome.budget in (0, config.budgets[-1]):
+            log.say(f"Seed {seed}, {outcome.arm}: Dice {100 * outcome.dice.mean():.1f} %")
+    return found
+
+
+def think_with(
+    config: Config, system: SystemOne, test: Cases, arm: str, mode: Any, seed: int, key: Any
+) -> list[Outcome]:
+    """Think about the test images, some at a time, and return the best masks at every budget.
+
+    A budget is one of each group of images.
+    """
+    masks = {budget: [] for budget in config.budgets}
+    policy = None
+    for first in range(0, len(test.images), config.together):
+        group = test.images[first : first + config.together]
+        settings = dataclasses.replace(config.think, mode=mode)
+        budget = Budget(config.budgets[-1], patience=0)
+        found = think(jax.random.fold_in(key, first), system, group, budget, settings, policy=policy)
+        policy = found.policy
+        for limit in config.budgets:
+            point = int(np.searchsorted(found.trace.steps, limit, side="right")) - 1
+            masks[limit].append(found.trace.masks[point])
+    return [_answer(arm, seed, system, test, np.concatenate(masks[limit]), limit) for limit in config.budgets]
+
+
+def _probability(config: Any, params: Any, images: np.ndarray) -> np.ndarray:
+    return np.asarray(generate(config, params, jnp.asarray(np.ascontiguousarray(images))))
+
+
+def _segment(config: Any, params: Any, images: np.ndarray) -> np.ndarray:
+    return _probability(config, params, images) > config.threshold
+
+
+def _answer(arm: str, seed: int, system: SystemOne, test: Cases, masks: np.ndarray, budget: int = 0) -> Outcome:
+    values = judge_masks(system, jnp.asarray(test.images), jnp.asarray(masks, jnp.float32))
+    return Outcome.measure(arm, seed, budget, test.masks, masks, np.asarray(values))
