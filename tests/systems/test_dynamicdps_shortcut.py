@@ -155,23 +155,22 @@ def train(place, function, config, recipe):
     return function(config, recipe, folder, Log(folder.path, quiet=True))[0]
 
 
-@pytest.fixture(scope="module", params=[(SMALL, 3000), (ShortcutConfig(), 1500)], ids=["32", "64"])
+@pytest.fixture(scope="module", params=[(SMALL, 3000, 8), (ShortcutConfig(), 800, 4)], ids=["32", "64"])
 def trained(request, tmp_path_factory):
-    """The task of a size, the steps that its networks are trained for, its prior, and a place for another network."""
-    config, steps = request.param
+    """The task of a size, its prior, and how to train its conditional network."""
+    config, steps, batch_size = request.param
     place = tmp_path_factory.mktemp("shortcut")
-    return config, steps, train(place / "prior", train_prior, config, small_recipe(steps)), place
+    prior = train(place / "prior", train_prior, config, small_recipe(steps, batch_size=batch_size))
+    recipe = small_recipe(steps, with_time=False, batch_size=batch_size)
+    return config, prior, lambda: train(place / "conditional", train_conditional, config, recipe)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "network"])
 def test_the_order_of_errors_with_a_trained_prior(trained, kind):
-    """Specification (i) 11: networks are trained here, 4 (32 voxels) and 9 minutes each on a core."""
-    config, steps, prior, place = trained
-    if kind == "linear":
-        conditional = fit_linear(jax.random.key(11), config)
-    else:
-        conditional = train(place / "conditional", train_conditional, config, small_recipe(steps, with_time=False))
+    """Specification (i) 11: networks are trained here, each for four minutes of a core."""
+    config, prior, train_network = trained
+    conditional = fit_linear(jax.random.key(11), config) if kind == "linear" else train_network()
     cases = jax.jit(jax.vmap(lambda key: draw_case(key, config)))(jax.random.split(jax.random.key(99), CASES))
     estimate = jnp.clip(jax.jit(conditional)(cases.measurement), 0.0, 2.0)
     # What is tested is what becomes of a shortcut that was learnt: lesions are drawn where there are none.

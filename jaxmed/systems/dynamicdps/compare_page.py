@@ -12,9 +12,19 @@ from jaxmed.recipes.study import Result, read_failures, read_results
 from jaxmed.report.figures import Bar, MapStyle, bars, slice_maps
 from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
 from jaxmed.systems.dynamicdps.comparison import NOISE, plan_cells
-from jaxmed.systems.dynamicdps.scoring import MEASURES
+from jaxmed.systems.dynamicdps.scoring import MEASURES, MOST_EXAMPLES
 
 SHOWN = ("psnr", "residual", "volume_error", "false_lesions")
+# Headings of the tables; what is not among them is in outputs/means.csv and differences.csv.
+COLUMNS = {
+    "psnr": "PSNR (dB)", "ssim": "SSIM", "residual": "residual", "volume_error": "volume error",
+    "contradicted": "contra- dicted", "unseen": "unseen", "false_lesions": "false lesions", "perceptual": "perceptual",
+}  # fmt: skip
+TOLD = (
+    "Volume error: relative, mean of CSF, grey and white matter. Contradicted, unseen: share of the error that the "
+    "measurement contradicts, and that it cannot see, relative to the truth. False lesions: share of images with one. "
+    "Perceptual: hallucination score."
+)
 
 
 def write_page(folder: Path) -> None:
@@ -27,7 +37,8 @@ def write_page(folder: Path) -> None:
     means = _rows(folder / "outputs" / "means.csv")
     sections = []
     if results:
-        sections = [_means_section(means, results, summary), _differences_section(folder), _images(folder, results)]
+        sections = [_images(folder, results, summary), _means_section(means, results, summary)]
+        sections += [_differences_section(folder, summary)]
     if failures:
         rows = [(str(failure.cell), failure.reason) for failure in failures]
         sections.append(
@@ -36,8 +47,8 @@ def write_page(folder: Path) -> None:
     write_report(
         folder / "report.html",
         title="Comparison of methods that enhance low-field scans",
-        subtitle=f"{summary['images']} images of {summary['subjects']} subjects, one prior, "
-        f"{len(summary['initials'])} conditional models",
+        subtitle=f"{summary['images']} images of {_count(summary['subjects'], 'subject')}, one prior, "
+        f"{_count(len(summary['initials']), 'conditional model')}",
         summary=_tiles(results, summary),
         sections=[*sections, _reading_section(summary)],
         config=record["config"],
@@ -65,43 +76,73 @@ def _means_section(means: list[dict[str, str]], results: tuple[Result, ...], sum
     blocks: list[Any] = []
     for measure in SHOWN:
         found = [
-            Bar(_label(row), float(row["mean"]), _number(row["low"]), _number(row["high"]), row["condition"])
+            Bar(_label(row, summary), float(row["mean"]), _number(row["low"]), _number(row["high"]), row["condition"])
             for row in means
             if row["measure"] == measure
         ]
-        caption = f"{MEASURES[measure]}: mean over subjects with its 95 % bootstrap interval."
+        caption = f"{MEASURES[measure]}: {_over(summary)}."
         blocks.append(bars(found, xlabel=MEASURES[measure], caption=caption))
-    headings = ["condition", "method", *MEASURES.values(), "evaluations", "steps", "seconds"]
-    rows = [
-        [result.cell["condition"], _label(dict(result.cell.key)), *(result.metrics[name] for name in MEASURES),
-         result.metrics["evaluations"], result.metrics["steps"], result.metrics["seconds"]]
-        for result in results
-    ]  # fmt: skip
     budget = summary["budget"]
     told = f"{budget} evaluations" if budget else "the number of evaluations of their authors"
-    caption = (
-        "Means over subjects. Evaluations are passes of the network, forward and backward counted together, steps "
-        f"those of the chain that were walked, seconds per image without compilation. Fixed methods had {told}."
-    )
-    blocks.append(Table(headings, rows, caption))
+    for condition in summary["conditions"]:
+        rows = [
+            [_label(dict(result.cell.key), summary), *(result.metrics[name] for name in COLUMNS),
+             result.metrics["evaluations"], result.metrics["steps"], result.metrics["seconds"]]
+            for result in results if result.cell["condition"] == condition
+        ]  # fmt: skip
+        caption = (
+            f"Means over subjects, {condition}. {TOLD} Evaluations are passes of the network, forward and backward "
+            "counted together, steps those of the chain that were walked, seconds per image without compilation. "
+            f"Fixed methods had {told}."
+        )
+        blocks.append(Table(("method", *COLUMNS.values(), "evalu- ations", "steps", "s"), rows, caption))
     return Section("Methods", blocks)
 
 
-def _differences_section(folder: Path) -> Section:
-    rows = _rows(folder / "outputs" / "differences.csv")
-    columns = ("condition", "initial", "arm", "measure", "difference", "low", "high", "p_value", "p_corrected", "pairs")
-    headings = ("condition", "conditional model", "method", "measure", "difference", "95 % from", "to", "p",
-                "p corrected", "pairs")  # fmt: skip
-    words = ("condition", "initial", "arm", "measure")
-    cells = [[row[name] if name in words else _number(row[name]) for name in columns] for row in rows]
-    caption = (
-        "Each method minus the conditional model alone, subject by subject: mean with its bootstrap interval, and "
-        "Wilcoxon's signed-rank test, corrected by Holm over the methods."
+def _differences_section(folder: Path, summary: dict[str, Any]) -> Section:
+    """Show what each method changes, one line per method: the measures side by side."""
+    found = _rows(folder / "outputs" / "differences.csv")
+    names = [name for name in COLUMNS if name not in ("ssim", "unseen")]
+    blocks = []
+    for condition in summary["conditions"]:
+        places = dict.fromkeys((row["arm"], row["initial"]) for row in found if row["condition"] == condition)
+        by_place = {(row["arm"], row["initial"], row["measure"]): row for row in found if row["condition"] == condition}
+        several = len(summary["initials"]) > 1
+        rows = [
+            [
+                f"{arm} against {initial}" if several else arm,
+                *(_difference(by_place[arm, initial, name]) for name in names),
+            ]
+            for arm, initial in places
+        ]  # fmt: skip
+        caption = f"Each method minus the conditional model alone, {condition}, subject by subject: mean"
+        if summary["subjects"] > 1:
+            caption += ", 95 % bootstrap interval, and p of Wilcoxon's signed-rank test, by Holm over the methods."
+        else:
+            caption += ". One subject: there is neither an interval nor a test."
+        blocks.append(Table(("method", *(COLUMNS[name] for name in names)), rows, caption))
+    return Section("Against the conditional model", blocks)
+
+
+def _difference(row: dict[str, str]) -> str:
+    text = f"{float(row['difference']):+.3g}"
+    if row["low"]:
+        text += f" [{float(row['low']):+.3g}, {float(row['high']):+.3g}]"
+    return text + (f", p {float(row['p_corrected']):.2g}" if row["p_corrected"] else "")
+
+
+def _over(summary: dict[str, Any]) -> str:
+    several = summary["subjects"] > 1
+    return (
+        "mean over subjects with its 95 % bootstrap interval" if several else "mean over the images of the one subject"
     )
-    return Section("Against the conditional model", [Table(headings, cells, caption)])
 
 
-def _images(folder: Path, results: tuple[Result, ...]) -> Section:
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _images(folder: Path, results: tuple[Result, ...], summary: dict[str, Any]) -> Section:
     place = folder / "outputs" / "examples"
     blocks: list[Figure] = []
     for condition in dict.fromkeys(str(result.cell["condition"]) for result in results):
@@ -109,10 +150,10 @@ def _images(folder: Path, results: tuple[Result, ...]) -> Section:
         for result in results:
             path = place / f"{result.cell.slug}.npy"
             if result.cell["condition"] == condition and path.exists():
-                shown[_label(dict(result.cell.key))] = _picture(path)
+                shown[_label(dict(result.cell.key), summary)] = _picture(path)
         styles = {name: MapStyle(colormap="gray", limits=(0.0, 2.0)) for name in shown}
-        caption = f"The first image, {condition}."
-        blocks.append(slice_maps(shown, (1.0, 1.0, 1.0), caption=caption, styles=styles, num_slices=1))
+        caption = f"Images spread over all, {condition}; intensities in [0, 2]."
+        blocks.append(slice_maps(shown, (1.0, 1.0, 1.0), caption=caption, styles=styles, num_slices=MOST_EXAMPLES))
     return Section("Images", blocks)
 
 
@@ -121,9 +162,10 @@ def _picture(path: Path) -> np.ndarray:
     return image[0] if image.ndim == 4 else np.moveaxis(image, 0, -1)
 
 
-def _label(place: Any) -> str:
+def _label(place: Any, summary: dict[str, Any]) -> str:
+    """Name a method, and its conditional model where there are several."""
     initial = str(place["initial"])
-    return str(place["arm"]) if initial == NOISE else f"{place['arm']}, {initial}"
+    return str(place["arm"]) if initial == NOISE or len(summary["initials"]) == 1 else f"{initial}: {place['arm']}"
 
 
 def _number(cell: str) -> float:

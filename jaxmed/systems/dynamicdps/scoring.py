@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from jaxmed.metrics.hallucination import (
     LesionConfig,
@@ -38,6 +38,8 @@ MEASURES = {
     "perceptual": "hallucination score",
 }
 LARGER_IS_BETTER = ("psnr", "ssim")
+MOST_EXAMPLES = 4
+"""Images that a comparison shows."""
 
 
 # Of two stacks of images, host or device.
@@ -192,6 +194,13 @@ def make_subject(
         brain = images > 0.05
         return Subject(name, images, brain, np.zeros_like(brain))
     return Subject(name, images, labels > 0, labels == LABELS["lesion"])
+
+
+def examples(images: Shaped[np.ndarray, "image ..."]) -> Shaped[np.ndarray, "example ..."]:
+    """Return the images to show: some slices, evenly over all of them, or the first volume."""
+    if images.ndim == 4:
+        return images[:1]
+    return images[np.unique(np.linspace(0, len(images) - 1, MOST_EXAMPLES).round().astype(int))]
 
 
 def _stacked(images: np.ndarray) -> np.ndarray:

@@ -38,7 +38,15 @@ from jaxmed.systems.dynamicdps.reading import (
     read_scan,
     simplify_labels,
 )
-from jaxmed.systems.dynamicdps.scoring import ScoreConfig, Scorer, Subject, make_scorer, make_subject, score_subject
+from jaxmed.systems.dynamicdps.scoring import (
+    ScoreConfig,
+    Scorer,
+    Subject,
+    examples,
+    make_scorer,
+    make_subject,
+    score_subject,
+)
 from jaxmed.systems.dynamicdps.stages import calibrate, train_initial
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
@@ -244,7 +252,7 @@ def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, folder
         rows.append({"subject": subject.name, **scores, "steps": float(steps[own].mean())})
         first = own.stop
     with atomic_path(make_folder(folder.outputs / "examples") / f"{cell.slug}.npy") as temporary:
-        np.save(temporary, image[:1, ..., 0])
+        np.save(temporary, examples(image[..., 0]))
     measures = (*scoring.MEASURES, "evaluations")
     means = {measure: float(np.mean([row[measure] for row in rows])) for measure in measures}
     return CellOutcome(means | {"seconds": seconds, "steps": float(steps.mean())}, rows)
@@ -418,9 +426,9 @@ def write_results(
 
 
 def keep_examples(folder: Path, study: Study) -> None:
-    """Keep truth and measurements of the first image, for the report."""
-    images = {"truth": study.subjects[0].images[:1]}
-    images |= {f"measurement, {name}": found.measurement[:1, ..., 0] for name, found in study.conditions.items()}
+    """Keep truth and measurements of some images, for the report."""
+    images = {"truth": examples(np.concatenate([subject.images for subject in study.subjects]))}
+    images |= {f"measurement, {name}": examples(found.measurement[..., 0]) for name, found in study.conditions.items()}
     for name, image in images.items():
         with atomic_path(make_folder(folder / "examples") / f"{name}.npy") as temporary:
             np.save(temporary, image)
