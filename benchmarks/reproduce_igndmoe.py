@@ -69,9 +69,9 @@ class Size:
 
 SIZES = {
     "smoke": Size(
-        8, 48, FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=20, loops=1), 1
+        8, 48, FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=10, loops=1), 1
     ),
-    "cpu": Size(20, 216, FitConfig(steps=300, loops=8), 3),
+    "cpu": Size(20, 216, FitConfig(steps=40, loops=12, grid_steps=32), 3),
     "full": Size(68, 216, FitConfig(), 3),
 }
 

@@ -63,7 +63,7 @@ plt.show()
 # stays with FKPP, the second mixes three experts.
 
 # %%
-recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=150, loops=3)
+recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=30, loops=4)
 classical = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, equation="fkpp"))
 fits = {
     "FKPP": igndmoe.fit(cohort.visits, graph, classical, seeds=(0, 4)),

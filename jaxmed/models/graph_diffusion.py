@@ -51,6 +51,8 @@ class ProgressionConfig:
             that sees one at a time; "none" leaves it out.
         gate: Weights of the experts: of "temporal" time; "state_aware" of time and the mean state; "constant".
         reaction: Whether the first expert grows; without it is network diffusion, the release's "incomplete" variant.
+        clock: Whether the second and third expert see the time. Without it only the gate does, and whatever changes
+            with stage must show in the weights; the release's local reaction has none.
         bounded: Multiply the local reaction by c (v - c), so that it leaves [0, v] on its own nowhere.
         width: Hidden units of networks.
         latent: Features per node of graph encoders.
@@ -66,6 +68,7 @@ class ProgressionConfig:
     local: Local = "dense"
     gate: Gate = "temporal"
     reaction: bool = True
+    clock: bool = True
     bounded: bool = False
     width: int = 64
     latent: int = 16
@@ -151,11 +154,12 @@ class Mixture(nn.Module):
         present = jnp.array([True, config.structure != "none", config.local != "none"])
         # Named for what it is in every equation, so that a mechanistic fit starts a mixture.
         mechanism = Mechanism(config, name="mechanism")
+        seen = t if config.clock else jnp.zeros_like(t)
         rates = [mechanism(c, t, graph, initial), jnp.zeros_like(c), jnp.zeros_like(c)]
         if config.structure != "none":
-            rates[1] = structures[config.structure](config, name="structure")(c, t, graph, initial)
+            rates[1] = structures[config.structure](config, name="structure")(c, seen, graph, initial)
         if config.local != "none":
-            rates[2] = reactions[config.local](config, name="local")(c, t, graph, initial)
+            rates[2] = reactions[config.local](config, name="local")(c, seen, graph, initial)
             if config.bounded:
                 rates[2] = rates[2] * c * (mechanism.ceiling() - c)
         experts = jnp.stack(rates)

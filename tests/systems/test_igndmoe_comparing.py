@@ -26,13 +26,17 @@ def test_folds_share_subjects_evenly():
 
 def test_the_simplest_model_within_one_standard_error_is_chosen():
     rng = np.random.default_rng(0)
-    common = rng.uniform(1, 2, 50)  # what all models find hard
-    noise = rng.normal(0, 0.01, 50)
-    good, best, poor = common, common - 0.0005 + noise - noise.mean(), common + 0.1
-    assert choose([held("igndmoe", best), held("fkpp", good), held("ndm", poor)]) == "fkpp"
-    assert choose([held("igndmoe", best - 0.05), held("fkpp", good), held("ndm", poor)]) == "igndmoe"
-    broken = np.full(50, np.nan)
-    assert choose([held("ndm", broken), held("fkpp", good)]) == "fkpp"
+    best = rng.uniform(1, 2, 50)
+    error = best.std(ddof=1) / np.sqrt(50)
+    models = {"igndmoe": (100, 0.0), "grand": (20, 0.9), "fkpp": (4, 1.1), "ndm": (2, 3.0)}
+
+    def chosen(**changed):
+        rows = (models | changed).items()
+        return choose([held(name, best + distance * error, parameters) for name, (parameters, distance) in rows])
+
+    assert chosen() == "grand"
+    assert chosen(fkpp=(4, 0.99)) == "fkpp" and chosen(grand=(20, 1.01)) == "igndmoe"
+    assert chosen(grand=(200, 0.9)) == "igndmoe" and chosen(ndm=(2, np.nan)) == "grand"
 
 
 def test_criteria_are_those_of_gaussian_errors_and_undefined_for_few_values():

@@ -17,7 +17,7 @@ SEEDS = (0, 4)
 SMALL = ProgressionConfig(width=8, latent=4)
 CONNECTOME = random_connectome(0, 8, 0.4)
 PLANTED = CohortConfig(subjects=60, reaction=0.2, edge_diffusivity=1.0)
-MIXTURE = FitConfig(model=SMALL, grid_steps=32, stages=64, steps=150, loops=3)
+MIXTURE = FitConfig(model=SMALL, grid_steps=32, stages=64, steps=25, loops=4)
 FKPP = dataclasses.replace(MIXTURE, model=dataclasses.replace(SMALL, equation="fkpp"))
 
 
@@ -57,7 +57,7 @@ def test_the_mixture_beats_fkpp_on_held_out_subjects_and_finds_their_stages(coho
     np.testing.assert_allclose(mixture.weights.sum(axis=-1), 1, atol=1e-5)
     assert [int(state.loop[0]) for state, _ in states] == list(range(1, len(states) + 1))
     errors = [float(info.train[0]) for _, info in states]
-    assert errors[-1] < errors[0] and all(int(info.skipped[0]) == 0 for _, info in states)
+    assert errors[-1] < errors[0] and all(int(info.rejected[0]) < MIXTURE.steps / 2 for _, info in states)
     # An interrupted run goes on from what it kept, to the same numbers.
     resumed, _ = run(cohort, graph, MIXTURE, state=states[0][0])
     np.testing.assert_allclose(resumed.onsets, mixture.onsets, atol=1e-5)
@@ -65,9 +65,9 @@ def test_the_mixture_beats_fkpp_on_held_out_subjects_and_finds_their_stages(coho
 
 
 def test_many_runs_in_one_program_are_those_alone(cohort, graph):
-    # One short round from the same state: over hundreds of steps of Adam rounding grows along the line of fits that
-    # differ by a later start for all.
-    short = dataclasses.replace(FKPP, steps=8, loops=1)
+    # One short round from the same state: over many steps rounding grows along the line of fits that differ by a later
+    # start for all.
+    short = dataclasses.replace(FKPP, steps=4, loops=1)
     train, validation, _ = roles(len(cohort.onsets), 2)
     train[1] = 1 - train[1]
     start, advance, finish = programs(short)
@@ -127,7 +127,7 @@ def test_the_full_loop_on_twenty_regions_beats_fkpp_and_recovers_stages():
     planted = dataclasses.replace(PLANTED, subjects=120)
     people = simulate_cohort(jax.random.key(0), connectome.adjacency, (0, 10), planted)
     model = ProgressionConfig(width=32, latent=8)
-    recipe = FitConfig(model=model, steps=300, loops=6)
+    recipe = FitConfig(model=model)
     train, validation, held_out = roles(120)
     errors = {}
     for equation in ("igndmoe", "fkpp"):

@@ -15,7 +15,7 @@ from jaxmed.systems.igndmoe.reading import ConnectomeConfig, read_connectome
 
 TINY = [
     *("--fit.model.equation", "fkpp", "--fit.grid-steps", "32", "--fit.stages", "64"),
-    *("--fit.steps", "40", "--fit.loops", "2", "--starts", "1"),
+    *("--fit.steps", "15", "--fit.loops", "2", "--starts", "1"),
 ]
 
 

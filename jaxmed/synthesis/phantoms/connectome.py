@@ -56,6 +56,7 @@ class CohortConfig:
         onset: First and last stage at baseline, in years.
         gap: Shortest and longest time between visits, in years.
         most_visits: Visits beyond this are not made.
+        every_visit: Whether each patient makes all of them; otherwise most drop out before.
         noise: Standard deviation of measurements, which are then clipped to [0, 1].
     """
 
@@ -73,6 +74,7 @@ class CohortConfig:
     onset: tuple[float, float] = (2.0, 25.0)
     gap: tuple[float, float] = (0.8, 2.5)
     most_visits: int = 4
+    every_visit: bool = False
     noise: float = 0.03
 
     def __post_init__(self) -> None:
@@ -186,15 +188,18 @@ def simulate_cohort(
     matrix = laplacian(jnp.asarray(adjacency), kind)
     value = 1.0 if config.mechanism == "ndm" else config.seed_value
     start = jnp.zeros(len(adjacency)).at[jnp.array(seeds)].set(value)
-    longest = config.horizon + config.gap[1] * (len(VISIT_SHARES) - 1)
+    most = config.most_visits if config.every_visit else min(config.most_visits, len(VISIT_SHARES))
+    longest = config.horizon + config.gap[1] * (most - 1)
     grid = jnp.linspace(0.0, longest, SOLVER_STEPS + 1)
     course = jax.jit(
         lambda: solve_fixed(lambda t, c, _: true_rate(config, jnp.asarray(adjacency), matrix, c, t), start, grid)
     )()
 
-    shape = (config.subjects, min(config.most_visits, len(VISIT_SHARES)))
+    shape = (config.subjects, most)
     onsets = jax.random.uniform(onset_key, shape[:1], minval=config.onset[0], maxval=config.onset[1])
     counts = jax.random.choice(count_key, 1 + jnp.arange(len(VISIT_SHARES)), shape[:1], p=jnp.array(VISIT_SHARES))
+    if config.every_visit:
+        counts = jnp.full_like(counts, most)
     steps = jax.random.uniform(gap_key, shape, minval=config.gap[0], maxval=config.gap[1]).at[:, 0].set(0)
     present = jnp.arange(shape[1]) < counts[:, None]
     gaps = jnp.where(present, jnp.cumsum(steps, axis=1), 0.0)

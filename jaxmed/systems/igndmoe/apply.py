@@ -72,7 +72,7 @@ def embedded_fit(
     old = write_embedded(DataConfig(embedded=max(subjects, 40)), nothing, folder.path / "inputs" / "fitted", seed)
     connectome = read_connectome(old.connectome, ConnectomeConfig(), notes)
     cohort = read_cohort(old.table, connectome.regions, "none", notes)
-    config = FitConfig(model=ProgressionConfig(equation="fkpp"), grid_steps=32, stages=64, steps=50, loops=2)
+    config = FitConfig(model=ProgressionConfig(equation="fkpp"), grid_steps=32, stages=64, steps=15, loops=2)
     fitted = fit(cohort.visits, graph_operators(connectome.adjacency), config, find_regions(old.seeds, connectome))
     write_course(folder.path / "inputs" / "fitted", fitted, cohort, connectome.regions, config.stages)
     # The same connectome, so the same disease, with other patients.

@@ -7,12 +7,11 @@ seeds, bootstrap draws), which differ in their keys and in the weights of subjec
 Source: arXiv:2508.07032, section on dual optimisation.
 """
 
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.graphs import GraphOperators
@@ -21,17 +20,17 @@ from jaxmed.arrays.visits import Visits
 from jaxmed.models.graph_diffusion import ProgressionConfig, Rates, make_progression_model, set_mechanism
 from jaxmed.nn.model import Model
 from jaxmed.physics.progression import fkpp
+from jaxmed.solvers import quasi_newton
 from jaxmed.solvers.fixed_grid import Trajectory, solve_fixed
 from jaxmed.systems.igndmoe.alignment import align
-from jaxmed.systems.igndmoe.loss import Terms, data_error, regularisers, summarise_visits
+from jaxmed.systems.igndmoe.loss import Terms, profiled_error, regularisers, stage_visits
 from jaxmed.systems.igndmoe.options import FitConfig
 
 # The mechanistic start: rates tried, then rounds of steps on log rates with stages updated between them.
 TRIED_DIFFUSION = (0.01, 0.03, 0.1, 0.3, 1.0)
 TRIED_GROWTH = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRIED_SEEDS = (0.1, 0.2, 0.4, 0.6, 0.9)
-START_ROUNDS, START_STEPS, START_RATE = 4, 40, 0.05
-NETWORK, MECHANISM, GATE = "network", "mechanism", "gate"
+START_ROUNDS, START_STEPS = 4, 15
 
 
 class Problem(NamedTuple):
@@ -96,7 +95,7 @@ class Info(NamedTuple):
         overlap: How much experts look alike.
         shift: Mean absolute change of stages, in years.
         clipped: Subjects at an end of the trajectory.
-        skipped: Gradient steps not taken because a number was not finite.
+        rejected: Points tried in the trajectory step that did not lower the loss.
     """
 
     train: Scalar
@@ -105,7 +104,7 @@ class Info(NamedTuple):
     overlap: Scalar
     shift: Scalar
     clipped: Int[Array, ""]
-    skipped: Int[Array, ""]
+    rejected: Int[Array, ""]
 
 
 def time_grid(config: FitConfig) -> Float[Array, " time"]:
@@ -157,7 +156,7 @@ def init(key: KeyArray, problem: Problem, config: FitConfig) -> DualState:
 def step(state: DualState, problem: Problem, config: FitConfig) -> tuple[DualState, Info]:
     """Do one round: train at fixed stages, then stage all subjects; a finished run stays as it is."""
     model, times = make_progression_model(config.model), time_grid(config)
-    params, terms, skipped = _trajectory_step(model, state, problem, times, config)
+    params, terms, rejected = _trajectory_step(model, state, problem, times, config)
     course = solve_course(model, params, problem.graph, problem.seeds, times)
     staged = align(course, problem.visits, config.stages)
     train, validation = _mean_errors(problem, staged.errors)
@@ -176,7 +175,7 @@ def step(state: DualState, problem: Problem, config: FitConfig) -> tuple[DualSta
         terms.overlap,
         jnp.mean(jnp.abs(staged.onsets - state.onsets)),
         jnp.sum(staged.clipped & (problem.train > 0)),
-        skipped,
+        rejected,
     )
     return _choose(state.finished, state, new), info
 
@@ -227,19 +226,12 @@ def mechanistic_start(problem: Problem, config: FitConfig) -> tuple[StartRates, 
     tried = tried.reshape(-1, 4)
     logs = tried[jnp.argmin(jax.lax.map(score, tried))]
     onsets = align(course(logs), problem.visits, config.stages).onsets
-    optimizer = optax.adam(START_RATE)
 
     def one_round(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         logs, onsets = carry
-        quadratic = summarise_visits(times, problem.visits, onsets, problem.train)
-
-        def descend(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], None]:
-            logs, memory = carry
-            gradient = jax.grad(lambda x: data_error(quadratic, course(x)))(logs)
-            updates, memory = optimizer.update(jnp.where(jnp.isfinite(gradient), gradient, 0.0), memory)
-            return (optax.apply_updates(logs, updates), memory), None  # pyright: ignore[reportReturnType]
-
-        (logs, _), _ = jax.lax.scan(descend, (logs, optimizer.init(logs)), length=START_STEPS)
+        staged = stage_visits(course(logs), problem.visits, onsets, problem.train)
+        function = jax.value_and_grad(lambda x: profiled_error(staged, course(x)))
+        logs = quasi_newton.run(function, logs, START_STEPS).point
         return (logs, align(course(logs), problem.visits, config.stages).onsets), None
 
     (logs, onsets), _ = jax.lax.scan(one_round, (logs, onsets), length=START_ROUNDS)
@@ -287,78 +279,29 @@ def _start_field(
 def _trajectory_step(
     model: Model, state: DualState, problem: Problem, times: Array, config: FitConfig
 ) -> tuple[Params, Terms, Array]:
-    quadratic = summarise_visits(times, problem.visits, state.onsets, problem.train)
-    is_mixture = config.model.equation == "igndmoe"
+    first = solve_course(model, state.params, problem.graph, problem.seeds, times)
+    staged = stage_visits(first, problem.visits, state.onsets, problem.train)
+    flat, unravel = ravel_pytree(state.params)
 
-    def loss(params: Params) -> tuple[Array, Terms]:
+    def terms_of(params: Params) -> Terms:
         course = solve_course(model, params, problem.graph, problem.seeds, times)
         norm = overlap = jnp.zeros(())
-        if is_mixture:
+        if config.model.equation == "igndmoe":
             experts = rates_along(model, params, problem.graph, problem.seeds, course).experts
             norm, overlap = regularisers(experts, times[1] - times[0])
-        terms = Terms(data_error(quadratic, course), norm, overlap)
-        return terms.data + config.norm_weight * norm + config.overlap_weight * overlap, terms
+        return Terms(profiled_error(staged, course), norm, overlap)
 
-    optimizer = make_optimizer(config)
+    def loss(point: Array) -> tuple[Array, Terms]:
+        terms = terms_of(unravel(point))
+        return terms.data + config.norm_weight * terms.norm + config.overlap_weight * terms.overlap, terms
 
-    def descend(carry: _Descent, _: None) -> tuple[_Descent, None]:
-        (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(carry.params)
-        leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)]
-        is_finite = jnp.isfinite(value) & jnp.all(jnp.stack(leaves))
-        updates, memory = optimizer.update(gradient, carry.memory, carry.params)
-        moved = jax.tree.map(lambda leaf, update: leaf + carry.scale * update, carry.params, updates)
-        onward = _Descent(moved, carry.params, terms, memory, carry.scale, carry.skipped)
-        # The last step led where the equation cannot be solved: from where it began, on with steps half as long.
-        back = carry._replace(params=carry.solved, scale=carry.scale / 2, skipped=carry.skipped + 1)
-        return _choose(is_finite, onward, back), None
+    def value_and_gradient(point: Array) -> tuple[Array, Array]:
+        (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(point)
+        return value, gradient
 
-    nothing = Terms(*(jnp.zeros(()) for _ in Terms._fields))
-    memory = optimizer.init(state.params)
-    start = _Descent(state.params, state.params, nothing, memory, jnp.ones(()), jnp.array(0))
-    end, _ = jax.lax.scan(descend, start, length=config.steps)
-    # The last step's own end has not been solved yet.
-    return end.solved, end.terms, end.skipped
-
-
-class _Descent(NamedTuple):
-    """Parameters; the last that could be solved, with their terms; the optimiser's memory; length and failures."""
-
-    params: Params
-    solved: Params
-    terms: Terms
-    memory: Any
-    scale: Scalar
-    skipped: Int[Array, ""]
-
-
-def make_optimizer(config: FitConfig) -> optax.GradientTransformation:
-    """Return AdamW for networks and Adam at higher rates for mechanistic rates and the gate, each with a cosine."""
-
-    def label(path: tuple[Any, ...], _: Any) -> str:
-        names = [entry.key for entry in path]
-        # Its first layer keeps the networks' rate: faster, its few units die.
-        if "gate" in names and names[-2] != "time":
-            return GATE
-        is_rate = "mechanism" in names or names == ["seed"] or names[-1] in RATES
-        return MECHANISM if is_rate else NETWORK
-
-    def rate(peak: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, config.steps // 10), config.steps)
-
-    kinds: dict[Hashable, optax.GradientTransformation] = {
-        NETWORK: optax.adamw(rate(config.network_rate), weight_decay=config.weight_decay),
-        MECHANISM: optax.adam(rate(config.mechanism_rate)),
-        GATE: optax.adam(rate(config.gate_rate)),
-    }
-
-    def labels(params: Params) -> Any:
-        return jax.tree_util.tree_map_with_path(label, params)
-
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.multi_transform(kinds, labels))
-
-
-RATES = ("diffusion", "growth", "ceiling", "share", "strength", "pace", "source")
-"""Names of single numbers with a meaning, wherever an equation keeps them."""
+    end = quasi_newton.run(value_and_gradient, flat, config.steps, config.memory)
+    params = unravel(end.point)
+    return params, terms_of(params), end.rejected
 
 
 def _mean_errors(problem: Problem, errors: Array) -> tuple[Array, Array]:

@@ -100,6 +100,21 @@ def fit_runs(
     return finish(current, problem)
 
 
+def fit_problems(problems: dual.Problem, config: FitConfig, run_seeds: Int[np.ndarray, " run"]) -> Fit:
+    """Fit many cohorts of one size at once, each on its own graph.
+
+    Args:
+        problems: With a leading axis everywhere, as `jax.tree.map(jnp.stack, ...)` makes it.
+        config: Equation and recipe.
+        run_seeds: Of the networks.
+    """
+    start, advance, finish = programs(config, is_shared=False)
+    state = start(jax.vmap(jax.random.key)(run_seeds), problems)
+    while not bool(jnp.all(state.finished)):
+        state, _ = advance(state, problems)
+    return finish(state, problems)
+
+
 def make_problem(
     visits: Visits,
     graph: GraphOperators,
@@ -127,11 +142,17 @@ _AXES = dual.Problem(visits=None, graph=None, seeds=None, train=0, validation=0)
 
 
 @functools.lru_cache(maxsize=32)
-def programs(config: FitConfig) -> tuple[Callable, Callable, Callable]:
-    """Return start, one round and the result of many runs, compiled once per configuration and shape."""
-    start = jax.jit(jax.vmap(functools.partial(dual.init, config=config), in_axes=(0, _AXES)))
-    advance = jax.jit(jax.vmap(functools.partial(dual.step, config=config), in_axes=(0, _AXES)))
-    finish = jax.jit(jax.vmap(functools.partial(_finish, config=config), in_axes=(0, _AXES)))
+def programs(config: FitConfig, is_shared: bool = True) -> tuple[Callable, Callable, Callable]:
+    """Return start, one round and the result of many runs, compiled once per configuration and shape.
+
+    Args:
+        config: Equation and recipe.
+        is_shared: Whether all runs have the same visits and graph.
+    """
+    axes = (0, _AXES if is_shared else 0)
+    start = jax.jit(jax.vmap(functools.partial(dual.init, config=config), in_axes=axes))
+    advance = jax.jit(jax.vmap(functools.partial(dual.step, config=config), in_axes=axes))
+    finish = jax.jit(jax.vmap(functools.partial(_finish, config=config), in_axes=axes))
     return start, advance, finish
 
 

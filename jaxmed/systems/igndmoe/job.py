@@ -181,7 +181,7 @@ def fit_in_folder(
             loop += 1
             values = {f"{name}/train_mse": info.train, f"{name}/validation_mse": info.validation}
             values |= {f"{name}/stage_shift_years": info.shift, f"{name}/neural_size": info.norm}
-            values |= {f"{name}/clipped": info.clipped, f"{name}/skipped_steps": info.skipped}
+            values |= {f"{name}/clipped": info.clipped, f"{name}/rejected_points": info.rejected}
             means = {key: float(np.nanmean(np.asarray(value, float))) for key, value in values.items()}
             log.metrics(loop, {key: value for key, value in means.items() if np.isfinite(value)})
             checkpoints.save(loop, state)
@@ -200,6 +200,6 @@ def fit_in_folder(
             f"run {failed[0] + 1} of {len(fitted.succeeded)}",
             "an equation that can be solved",
             f"numbers that are not finite from {when} on",
-            "lower --fit.network-rate, raise --fit.norm-weight, or --fit.model.bounded",
+            "raise --fit.norm-weight, or give --fit.model.bounded",
         )
     return fitted

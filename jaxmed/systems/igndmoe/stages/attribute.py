@@ -12,7 +12,7 @@ import numpy as np
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io.tables import write_table
-from jaxmed.models.graph_diffusion import EXPERTS, ProgressionConfig
+from jaxmed.models.graph_diffusion import EXPERTS
 from jaxmed.systems.igndmoe.attribute_page import write_page
 from jaxmed.systems.igndmoe.attribution import ablations, bands, contributions, draw_weights
 from jaxmed.systems.igndmoe.fitting import Fit
@@ -26,7 +26,7 @@ from jaxmed.systems.igndmoe.job import (
     write_embedded,
 )
 from jaxmed.systems.igndmoe.measures import score
-from jaxmed.systems.igndmoe.options import FitConfig
+from jaxmed.systems.igndmoe.options import ATTRIBUTION, FitConfig
 from jaxmed.systems.igndmoe.results import Course
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
@@ -41,7 +41,7 @@ class Config:
         table: CSV file with a row per visit: subject, age in years, optionally split, a column for every region.
         seeds: Regions where the disease starts, by name; for tau the two entorhinal ones.
         data: How they are read, or embedded data.
-        fit: Mixture and recipe.
+        fit: Mixture and recipe; by default one whose weights can be read, see `options.ATTRIBUTION`.
         draws: Bootstrap draws of training subjects; each is a fit of its own, from its own first weights.
         ablate: Fit the mixture with each part left out too.
     """
@@ -50,7 +50,7 @@ class Config:
     table: Path | None = None
     seeds: tuple[str, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    fit: FitConfig = dataclasses.field(default_factory=FitConfig)
+    fit: FitConfig = dataclasses.field(default_factory=lambda: ATTRIBUTION)
     draws: int = 50
     ablate: bool = True
 
@@ -62,18 +62,18 @@ class Config:
 
 
 def paper() -> Config:
-    """Fifty draws of your cohort, and every part left out."""
-    return Config()
+    """The paper's experts, fifty draws of your cohort, and every part left out."""
+    return Config(fit=FitConfig())
 
 
 def laptop() -> Config:
     """Ten draws of a simulated cohort, in minutes."""
-    return Config(data=DataConfig(embedded=100, embedded_regions=20), fit=FitConfig(steps=200, loops=5), draws=10)
+    return Config(data=DataConfig(embedded=100, embedded_regions=20), draws=10)
 
 
 def smoke() -> Config:
     """Two draws of a small simulated cohort, in seconds."""
-    recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=50, loops=1)
+    recipe = dataclasses.replace(ATTRIBUTION, stages=64, steps=20, loops=1)
     return Config(data=DataConfig(embedded=40), fit=recipe, draws=2, ablate=False)
 
 

@@ -102,13 +102,13 @@ def paper() -> Config:
 def laptop() -> Config:
     """Five folds of a simulated cohort, every model, in minutes."""
     return Config(
-        data=DataConfig(embedded=100, embedded_regions=20), folds=5, starts=1, fit=FitConfig(steps=200, loops=5)
+        data=DataConfig(embedded=100, embedded_regions=20), folds=5, starts=1, fit=FitConfig(steps=40, loops=8)
     )
 
 
 def smoke() -> Config:
     """Two folds and two models of a small simulated cohort, in seconds."""
-    recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=50, loops=2)
+    recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=20, loops=2)
     return Config(data=DataConfig(embedded=40), models=("ndm", "fkpp"), folds=2, starts=1, fit=recipe)
 
 

@@ -69,12 +69,12 @@ def paper() -> Config:
 
 def laptop() -> Config:
     """A simulated cohort of 100 patients and 20 regions, in minutes."""
-    return Config(data=DataConfig(embedded=100, embedded_regions=20), fit=FitConfig(steps=300), starts=1)
+    return Config(data=DataConfig(embedded=100, embedded_regions=20), fit=FitConfig(), starts=1)
 
 
 def smoke() -> Config:
     """A small simulated cohort, in seconds."""
-    recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=100, loops=2)
+    recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=20, loops=2)
     return Config(data=DataConfig(embedded=40), fit=recipe, starts=1)
 
 
