@@ -13,19 +13,27 @@ gymnasium's interface, timed on a part of the steps and scaled. `mismatch` count
 policy and value on the flattened observation, ten epochs in minibatches of 64, against a frozen past self, the linear
 verifier. stable-baselines3 plays one game, as the reference does, or 64 at a time in a vectorised environment of NumPy.
 
-`million_steps_per_s` counts steps of games.
+`million_steps_per_s` counts steps of games. Games do not know of each other, so in the rows of the environments every
+core plays its own share of them, by `shard_map` over as many virtual devices.
 """
 
 import dataclasses
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+# Before jax is imported, or it has no effect; an accelerator does not look at it.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={len(os.sched_getaffinity(0))}"
+)
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import reference_games as reference
+from jax.sharding import PartitionSpec
 from timing import (
     Conditions,
     Measurement,
@@ -124,15 +132,17 @@ def measure_pixel(
 
     def verify(image: jax.Array, masks: jax.Array) -> jax.Array:
         del image
-        return masks.reshape(games, pixels) @ jnp.asarray(weights)
+        return masks.reshape(-1, pixels) @ jnp.asarray(weights)
 
     def advance(state: environment.State, pair: jax.Array) -> tuple[environment.State, jax.Array]:
         after, reward, _, _ = environment.step(game, verify, state, pair[0], pair[1])
         return after, reward
 
-    run = compile_apart(lambda state, actions: jax.lax.scan(advance, state, actions), state, jnp.asarray(actions))
+    whole = by_core(lambda state, actions: jax.lax.scan(advance, state, actions), (0, 2), (0, 1))
+    inputs = place((state, jnp.asarray(actions)), (0, 2))
+    run = compile_apart(whole, *inputs)
     one = compile_apart(advance, state, jnp.asarray(actions[0]))
-    ours = partial(run.call, state, jnp.asarray(actions))
+    ours = partial(run.call, *inputs)
 
     def play() -> np.ndarray:
         mask, value = start, np.zeros(games, "f")
@@ -170,22 +180,25 @@ def measure_sampling(work: Workload, with_peer: bool, repeats: int, conditions: 
     flips = PixelGame().num_flips((work.edge, work.edge))
     logits = jnp.zeros((games, pixels))
 
-    def draw(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(sample(one, logits, flips) for one in jax.random.split(key))
+    def draw(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(sample(one, logits, flips) for one in jax.random.split(keys[0]))
 
-    run = compile_apart(draw, jax.random.key(0), logits)
+    inputs = place((jax.random.split(jax.random.key(0), jax.device_count()), logits), (0, 0))
+    run = compile_apart(by_core(draw, (0, 0), (0, 0)), *inputs)
     generator = np.random.default_rng(0)
 
     def numpy_draw() -> list[np.ndarray]:
         drawn = []
         for _ in range(2):
-            noisy = np.asarray(logits) - np.log(generator.standard_exponential((games, pixels), np.float32))
+            noisy = np.asarray(logits) - np.log(
+                np.maximum(generator.standard_exponential((games, pixels), np.float32), 1e-30)
+            )
             best = np.argpartition(noisy, pixels - flips, axis=1)[:, -flips:]
             order = np.argsort(-np.take_along_axis(noisy, best, axis=1), axis=1)
             drawn.append(np.take_along_axis(best, order, axis=1))
         return drawn
 
-    functions: dict[str, Callable[[], Any]] = {"jaxmed": partial(run.call, jax.random.key(0), logits)}
+    functions: dict[str, Callable[[], Any]] = {"jaxmed": partial(run.call, *inputs)}
     if with_peer:
         functions["NumPy"] = numpy_draw
     measured = collect(alternate(functions, repeats), games, conditions, run.seconds, run.bytes, {}, run.flops)
@@ -208,8 +221,9 @@ def measure_patch(work: Workload, with_peer: bool, repeats: int, conditions: Con
         after, reward, _ = patch_game.step(rules, jnp.asarray(scores), state, own, rival)
         return after, reward
 
-    inputs = state, (jnp.asarray(patch), jnp.asarray(stop))
-    run = compile_apart(lambda state, moves: jax.lax.scan(advance, state, moves), *inputs)
+    whole = by_core(lambda state, moves: jax.lax.scan(advance, state, moves), (0, 2), (0, 1))
+    inputs = place((state, (jnp.asarray(patch), jnp.asarray(stop))), (0, 2))
+    run = compile_apart(whole, *inputs)
     one = compile_apart(advance, state, (jnp.asarray(patch[0]), jnp.asarray(stop[0])))
 
     def play() -> np.ndarray:
@@ -326,6 +340,38 @@ def make_sb3(
         learner.learn(samples, reset_num_timesteps=False)
 
     return iterate
+
+
+def make_specs(axes: tuple[int, ...]) -> tuple[PartitionSpec, ...]:
+    """Return where the games' axis stands, as jax wants to be told."""
+    return tuple(PartitionSpec(*[None] * axis, "games") for axis in axes)
+
+
+def make_mesh() -> jax.sharding.Mesh:
+    """Return all devices in a row."""
+    return jax.make_mesh((jax.device_count(),), ("games",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def by_core(function: Callable[..., Any], inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Callable[..., Any]:
+    """Let every device run a function on its share of the games.
+
+    Args:
+        function: Of trees of arrays.
+        inputs: The games' axis in the arrays of each argument.
+        outputs: And of each result.
+    """
+    return jax.shard_map(
+        function, mesh=make_mesh(), in_specs=make_specs(inputs), out_specs=make_specs(outputs), check_vma=False
+    )
+
+
+def place(trees: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ...]:
+    """Put each device's share of the games there."""
+    mesh = make_mesh()
+    return tuple(
+        jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+        for tree, spec in zip(trees, make_specs(axes), strict=True)
+    )
 
 
 def collect(

@@ -45,15 +45,12 @@ class OpponentConfig:
     def num_live(self, games: int) -> int:
         """Return how many of the games are played against the current policy.
 
-        Raises:
-            ValueError: The others cannot be split among the groups.
+        The share is met as nearly as the others can be split evenly among the groups.
         """
         if self.schedule == "live":
             return games
-        live = round(games * self.live)
-        if (games - live) % self.groups:
-            raise ValueError(f"groups: expected a divisor of {games - live} games, found {self.groups}")
-        return live
+        others = self.groups * round(games * (1 - self.live) / self.groups)
+        return games - min(others, games // self.groups * self.groups)
 
 
 class Pool(NamedTuple):

@@ -66,7 +66,6 @@ class PatchPlayConfig:
             raise ValueError(
                 f"minibatches: expected a divisor of {2 * self.games * self.turns} moves, found {self.minibatches}"
             )
-        self.opponents.num_live(self.games)
 
 
 class PatchProblem(NamedTuple):

@@ -65,7 +65,12 @@ class SelfPlayConfig:
         for name in ("games", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        self.opponents.num_live(self.games)
+        samples = self.steps * (self.games + self.opponents.num_live(self.games) * self.symmetric)
+        if self.mode == "learn" and samples % self.ppo.minibatches:
+            raise ValueError(
+                f"ppo.minibatches: expected a divisor of the {samples} samples of an iteration, "
+                f"found {self.ppo.minibatches}"
+            )
 
     @property
     def steps_per_iteration(self) -> int:

@@ -224,17 +224,21 @@ def test_greedy_players_reach_the_truth_to_within_k_pixels(at_most, key):
 
 @pytest.fixture(scope="module")
 def oracles():
-    """Final Dice of random proposals under sign * Dice + tau * noise: one program for every verifier."""
-    truth, image = jnp.asarray(TRUTH), jnp.zeros(512, jnp.int32)
+    """Final Dice of random proposals under sign * Dice + tau * noise: one program for every verifier.
+
+    Squares stand anywhere; with a shift the verifier is given the square of another game.
+    """
+    places = np.random.default_rng(1).integers(0, 8, (512, 2))
+    truth = jnp.asarray(np.stack([np.roll(TRUTH[0], place, (0, 1)) for place in places]))
+    image = jnp.arange(512, dtype=jnp.int32)
     start = jnp.asarray(np.random.default_rng(0).random((512, 8, 8)) < 0.4)
 
     @jax.jit
-    def run(sign, tau):
+    def run(sign, tau, shift):
         def advance(state, key):
             own, rival, noise = jax.random.split(key, 3)
-            shifts = tau * jax.random.normal(noise, (2, 512))
-            calls = iter(shifts)
-            verify = lambda image, mask: sign * dice(truth, image, mask) + next(calls)  # noqa: E731
+            extra = tau * jax.random.normal(noise, (1024,))
+            verify = lambda image, mask: sign * dice(jnp.roll(truth, shift, axis=0), image, mask) + extra  # noqa: E731
             pair = (jax.random.normal(key, start.shape) for key in (own, rival))
             return step(PixelGame(flips=2), verify, state, *pair)[0], None
 
@@ -246,15 +250,20 @@ def oracles():
 
 def test_an_oracle_of_the_other_sign_leads_away_from_the_truth(oracles):
     run, before = oracles
-    assert run(1.0, 0.0) > before + 0.1
-    assert run(-1.0, 0.0) < before - 0.1
+    assert run(1.0, 0.0, 0) > before + 0.1
+    assert run(-1.0, 0.0, 0) < before - 0.1
 
 
 def test_a_noisier_oracle_leads_less_far(oracles):
     run, before = oracles
-    ends = [float(run(1.0, tau)) for tau in (0.0, 0.05, 0.2, 1.0)]
+    ends = [float(run(1.0, tau, 0)) for tau in (0.0, 0.05, 0.2, 1.0)]
     assert np.all(np.diff(ends) < -0.01)
     assert ends[-1] > before - 0.03
+
+
+def test_a_verifier_of_other_images_leads_nowhere(oracles):
+    run, before = oracles
+    assert run(1.0, 0.0, 1) < before + 0.01
 
 
 def test_impossible_rules_are_refused():

@@ -77,11 +77,16 @@ def test_exploitability_is_what_the_best_rival_gains():
     assert exploitability(jnp.array([0.5, 0.25])) == 0
 
 
-def test_games_that_cannot_be_split_are_refused():
+def test_games_are_split_among_groups_as_nearly_as_the_share_allows():
     assert OpponentConfig(live=0.25, groups=3).num_live(8) == 2
+    assert OpponentConfig(live=0.5, groups=4).num_live(66) == 34
+    assert OpponentConfig(live=0.0, groups=4).num_live(6) == 2
+    assert OpponentConfig(live=0.0, groups=4).num_live(3) == 3
+    assert OpponentConfig(live=1.0).num_live(8) == 8
     assert OpponentConfig(schedule="live").num_live(7) == 7
-    with pytest.raises(ValueError, match="groups: expected a divisor of 6 games, found 4"):
-        OpponentConfig(live=0.25).num_live(8)
+
+
+def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="pool: expected 1 or more, found 0"):
         OpponentConfig(pool=0)
     with pytest.raises(ValueError, match="live: expected a share"):

@@ -176,7 +176,8 @@ def train_cartpole(key, iterations, games=16, steps=128):
     policy = make_model(Mlp(MlpConfig(depth=2, width=64), 2))
     critic = make_model(Mlp(MlpConfig(depth=2, width=64), 1))
     family = make_plackett_luce(1)
-    config = PpoConfig(learning_rate=1e-3, decay_iterations=iterations, entropy_weight=0.0, epochs=4, minibatches=4)
+    # Returns are up to a hundred: a value that may move by .2 an iteration would never get there.
+    config = PpoConfig(learning_rate=1e-3, decay_iterations=iterations, entropy_weight=0.0, value_loss="plain")
 
     def apply(params, observation):
         return policy.apply(params["policy"], observation), critic.apply(params["value"], observation)[:, 0]
@@ -234,7 +235,7 @@ def test_cartpole_gets_better_in_seconds():
     """A random policy stays upright for about 22 steps."""
     curve, play = train_cartpole(jax.random.key(0), 12)
     assert curve[0] < 35
-    assert np.mean(play(jax.random.key(1))) > 90
+    assert np.mean(play(jax.random.key(1))) > 200
 
 
 @pytest.mark.slow

@@ -226,7 +226,7 @@ def test_the_bandit_is_solved(seed, capsys):
     assert mass > 0.95 and gain < 0.02
 
 
-def think(mode, seed, iterations, edge=16, widths=(8, 16), opponents=OpponentConfig(groups=2, every=4)):
+def think(mode, seed, iterations, edge, widths, rate, opponents):
     """Best Dice of four images after each iteration, on squares of a bit less than half the edge."""
     truth = np.zeros((4, edge, edge), np.float32)
     noise = np.random.default_rng(seed)
@@ -235,7 +235,7 @@ def think(mode, seed, iterations, edge=16, widths=(8, 16), opponents=OpponentCon
         truth[number, x : x + 3 * edge // 8, y : y + 3 * edge // 8] = 1
     pictures = jnp.asarray(truth + 0.3 * noise.normal(size=truth.shape).astype("f"))
     config = SelfPlayConfig(
-        game=PixelGame(at_most_k=True), ppo=PpoConfig(learning_rate=1e-3), games=32, steps=32, mode=mode,
+        game=PixelGame(at_most_k=True), ppo=PpoConfig(learning_rate=rate), games=32, steps=32, mode=mode,
         opponents=opponents,
     )  # fmt: skip
     policy = make_policy(TopkUnetConfig(widths, 16), config.game, (edge, edge))
@@ -249,18 +249,20 @@ def think(mode, seed, iterations, edge=16, widths=(8, 16), opponents=OpponentCon
 
 
 def test_learning_beats_random_proposals_in_seconds():
-    learnt, random = (think(mode, 0, 8, 12, (8,), OpponentConfig(schedule="live")) for mode in ("learn", "propose"))
+    live = OpponentConfig(schedule="live")
+    learnt, random = (think(mode, 0, 8, 8, (8,), 5e-3, live) for mode in ("learn", "propose"))
     assert np.all(np.diff(learnt, axis=0) >= 0) and np.all(np.diff(random, axis=0) >= 0)
-    assert learnt[-1].mean() > random[-1].mean() + 0.03
+    assert learnt[-1].mean() > random[-1].mean() + 0.05
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_learning_beats_random_proposals(seed, capsys):
-    learnt, random = think("learn", seed, 60), think("propose", seed, 60)
+    pool = OpponentConfig(groups=2, every=4)
+    learnt, random = (think(mode, seed, 30, 16, (8, 16), 1e-3, pool) for mode in ("learn", "propose"))
     with capsys.disabled():
         for name, curve in (("PPO", learnt), ("random proposals", random)):
-            points = ", ".join(f"{1024 * number}: {curve[number].mean():.3f}" for number in (0, 1, 4, 16, 60))
+            points = ", ".join(f"{1024 * number}: {curve[number].mean():.3f}" for number in (0, 1, 4, 16, 30))
             print(f"\n16 x 16, oracle Dice, seed {seed}, {name}, mean best Dice by steps: {points}", end="")
     assert np.all(np.diff(learnt, axis=0) >= 0)
     assert np.all(learnt[-1] > random[-1])
@@ -291,8 +293,8 @@ def test_tournaments_tell_who_is_better(key):
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="games: expected 1 or more"):
         SelfPlayConfig(games=0)
-    with pytest.raises(ValueError, match="groups: expected a divisor"):
-        SelfPlayConfig(games=6)
+    with pytest.raises(ValueError, match="ppo.minibatches: expected a divisor of the 36 samples"):
+        dataclasses.replace(SMALL, steps=3, ppo=PpoConfig(minibatches=5))
     with pytest.raises(ValueError, match="rule: the repo's percentile ranks desires"):
         make_policy(TopkUnetConfig(), PixelGame(rule="repo"), (4, 4))
     assert SMALL.steps_per_iteration == 48 and ppo.SB3.epochs == 10
