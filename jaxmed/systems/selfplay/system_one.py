@@ -188,14 +188,18 @@ def meta_step(
         inputs = (step_key, batch["image"][:, number], batch["mask"][:, number], jnp.ones(len(batch["image"])))
         params, opt_state, metrics = _inner_step(config, meta.rate, params, opt_state, *inputs)
         found.append(metrics)
-    average = _move(meta.epsilon, state.params, params)
+    average = reptile(meta.epsilon, state.params, params)
     new = MetaState(state.step + 1, average, opt_state, params["verifier"], state.key)
     return new, jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *found)
 
 
 @partial(jax.jit, static_argnums=0)
-def _move(share: float, old: Params, new: Params) -> Params:
-    return jax.tree.map(lambda old, new: old + share * (new - old), old, new)
+def reptile(epsilon: float, old: Params, new: Params) -> Params:
+    """Move parameters a share of the way to where the steps on a task led: old + epsilon (new - old).
+
+    Source: arXiv:1803.02999, equation 1.
+    """
+    return jax.tree.map(lambda old, new: old + epsilon * (new - old), old, new)
 
 
 def adapt(

@@ -258,7 +258,7 @@ def _start(
         play = dataclasses.replace(play, games=-(-play.games // len(images)) * len(images))
     player = player_of(config, shape)
     problem = selfplay.make_problem(functools.partial(score_masks, system), judge, images, start)
-    first = selfplay.init(key, play, player, problem, policy)
+    first = _begin(play, player, key, problem, policy)
     program = _iterate.lower(system, play, player, problem, first).compile()
 
     def play_on(state: Any) -> Any:
@@ -278,6 +278,13 @@ def player_of(config: ThinkConfig, shape: tuple[int, ...]) -> Policy:
 def _policy(config: TopkUnetConfig | GaussianMlpConfig, game: PixelGame, shape: tuple[int, ...]) -> Policy:
     """One policy for equal settings, so that equal programs are recognised."""
     return make_policy(config, game, shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(
+    play: SelfPlayConfig, player: Policy, key: KeyArray, problem: Problem, policy: Params | None
+) -> selfplay.State:
+    return selfplay.init(key, play, player, problem, policy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -179,7 +179,7 @@ def choose_task(cases: Cases, name: str) -> tuple[Cases, str]:
     known = ", ".join(f"'{task}'" for task in cases.task_names)
     if not name and len(cases.task_names) > 1:
         raise InputError("task", f"one of {known}", "none", "set --task")
-    name = name or cases.task_names[0]
+    name = name or next(iter(cases.task_names))
     if name not in cases.task_names:
         raise InputError("task", f"one of {known}", f"'{name}'")
     return cases.select(np.flatnonzero(cases.tasks == cases.task_names.index(name))), name

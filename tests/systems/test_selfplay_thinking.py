@@ -1,0 +1,162 @@
+"""Thinking: budgets, the best that was seen, controls, constant verifiers, rounds, and the gradient's climb."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.models.mask_generator import GeneratorConfig
+from jaxmed.models.mask_verifier import VerifierConfig
+from jaxmed.models.policy import TopkUnetConfig
+from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.selfplay import SelfPlayConfig
+from jaxmed.systems import selfplay
+from jaxmed.systems.selfplay import system_one
+from jaxmed.systems.selfplay.debate import debate
+from jaxmed.systems.selfplay.gradient import climb
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig
+from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, judge_masks, think
+
+SYSTEM = SystemOneConfig(GeneratorConfig("plain", widths=(4,)), VerifierConfig("plain", widths=(4,), dense=(8,)))
+PLAY = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True, flips=2), games=4, steps=4)
+CONFIG = ThinkConfig(play=PLAY, policy=TopkUnetConfig(widths=(4,), value_width=4), adapt=AdaptConfig(steps=1))
+SIZE = PLAY.games * PLAY.steps
+
+
+@pytest.fixture(scope="module")
+def system():
+    params = system_one.init_params(jax.random.key(0), SYSTEM, (8, 8))
+    params = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+    return SystemOne(SYSTEM, params)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.asarray(jax.random.uniform(jax.random.key(4), (2, 8, 8)), np.float32)
+
+
+@pytest.fixture(scope="module")
+def thought(system, images):
+    return think(jax.random.key(1), system, images, Budget(4 * SIZE, patience=0), CONFIG)
+
+
+def test_the_python_call_is_this(system, images):
+    assert selfplay.think is think
+
+
+def test_the_answer_is_the_best_that_was_seen(system, images, thought):
+    values = thought.trace.values
+    assert (np.diff(values, axis=0) >= 0).all() and (values[-1] > values[0]).all()
+    assert thought.trace.steps.tolist() == [0, SIZE, 2 * SIZE, 3 * SIZE, 4 * SIZE] and thought.stop == "budget"
+    np.testing.assert_array_equal(thought.masks, thought.trace.masks[-1])
+    again = judge_masks(system, jnp.asarray(images), jnp.asarray(thought.masks, jnp.float32))
+    np.testing.assert_allclose(thought.values, again, atol=1e-5)
+    assert thought.agreement.min() >= 0 and thought.agreement.max() <= 1
+
+
+def test_the_same_key_thinks_the_same(system, images, thought):
+    again = think(jax.random.key(1), system, images, Budget(4 * SIZE, patience=0), CONFIG)
+    np.testing.assert_array_equal(again.trace.masks, thought.trace.masks)
+    other = think(jax.random.key(2), system, images, Budget(4 * SIZE, patience=0), CONFIG)
+    assert (other.trace.values != thought.trace.values).any()
+
+
+def test_without_a_budget_system_one_answers(system, images):
+    found = think(jax.random.key(1), system, images[0], 0, CONFIG)
+    expected = np.asarray(system_one.generate(SYSTEM, system.params, jnp.asarray(images[:1]))) > 0.5
+    np.testing.assert_array_equal(found.masks, expected)
+    assert found.stop == "budget" and len(found.trace.steps) == 1 and found.masks.shape == (1, 8, 8)
+
+
+def test_thinking_stops_when_nothing_gets_better(system, images):
+    budget = Budget(100 * SIZE, patience=2, tolerance=1.0)
+    found = think(jax.random.key(1), system, images, budget, CONFIG)
+    assert found.stop == "plateau" and found.trace.steps[-1] == 2 * SIZE
+
+
+def test_thinking_stops_in_time(system, images):
+    found = think(jax.random.key(1), system, images, Budget(100 * SIZE, seconds=1e-9), CONFIG)
+    assert found.stop == "time" and found.trace.steps[-1] == SIZE
+
+
+def test_a_constant_verifier_is_not_thought_with(system, images):
+    head = jax.tree.map(jnp.zeros_like, system.params["verifier"]["head"])
+    params = system.params | {"verifier": system.params["verifier"] | {"head": head}}
+    found = think(jax.random.key(1), system._replace(params=params), images, 10 * SIZE, CONFIG)
+    assert found.stop == "constant verifier" and found.trace.steps[-1] == 0
+    np.testing.assert_array_equal(found.masks, found.first)
+
+
+def test_random_proposals_learn_nothing_but_get_somewhere(system, images):
+    config = dataclasses.replace(CONFIG, mode="propose")
+    found = think(jax.random.key(1), system, images, Budget(4 * SIZE, patience=0), config)
+    assert found.policy is None and (found.values >= found.trace.values[0]).all()
+    assert (found.values > found.trace.values[0]).any()
+
+
+def test_the_gradient_gets_somewhere(system, images):
+    config = dataclasses.replace(CONFIG, mode="grad")
+    found = think(jax.random.key(1), system, images, Budget(4 * 2 * PLAY.steps, patience=0), config)
+    assert found.policy is None and (found.values > found.trace.values[0]).all()
+    assert (np.diff(found.trace.values, axis=0) >= 0).all()
+
+
+def test_rounds_adapt_system_one_and_go_on(system, images):
+    support = (images[:1], np.asarray(images[:1] > 0.5))
+    config = dataclasses.replace(CONFIG, rounds=2)
+    found = think(jax.random.key(1), system, images, Budget(2 * SIZE, patience=0), config, support=support)
+    assert found.trace.steps.tolist() == [0, SIZE, 2 * SIZE]
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), found.system.params, system.params)
+    assert any(jax.tree.leaves(changed))
+    first = np.asarray(system_one.generate(SYSTEM, system.params, jnp.asarray(images))) > 0.5
+    np.testing.assert_array_equal(found.first, first)
+
+
+def test_a_debate_follows_the_rules(system, images, thought):
+    game = debate(
+        jax.random.key(0), system, CONFIG, thought.policy, jnp.asarray(images[0]), jnp.asarray(thought.first[0]), 6
+    )
+    assert len(game.masks) == 7
+    for step, is_won in enumerate(game.is_won):
+        flips = game.flips[step] if is_won else game.rival_flips[step]
+        best = max(game.values[step], game.rival_values[step])
+        assert is_won == (game.values[step] >= game.rival_values[step])
+        after = game.masks[step] ^ flips if best >= game.scores[step] else game.masks[step]
+        np.testing.assert_array_equal(game.masks[step + 1], after)
+        assert flips.sum() <= 2
+
+
+def test_climbing_a_linear_score_reaches_its_best_mask():
+    weights = jax.random.normal(jax.random.key(0), (3, 4, 4))
+
+    def score(masks):
+        return (weights * masks).sum((1, 2))
+
+    masks, values, flips = climb(score, jnp.zeros((3, 4, 4), bool), jnp.full(3, 4), 12)
+    np.testing.assert_array_equal(masks, weights > 0)
+    np.testing.assert_allclose(values, jnp.maximum(weights, 0).sum((1, 2)), rtol=1e-6)
+    assert flips.tolist() == [0, 0, 0]
+
+
+def test_climbing_never_makes_it_worse():
+    table = np.random.default_rng(0).uniform(size=16).astype(np.float32)
+    cells = np.array(list(itertools.product([0, 1], repeat=4)), np.float32)
+
+    def score(masks):
+        """Any function of four pixels, extended to soft masks linearly in each."""
+        flat = masks.reshape(len(masks), 1, 4)
+        return (jnp.prod(cells * flat + (1 - cells) * (1 - flat), axis=2) * table).sum(1)
+
+    start = jnp.asarray(cells.reshape(-1, 2, 2) > 0.5)
+    masks, values, _ = climb(score, start, jnp.full(16, 2), 8)
+    assert (np.asarray(values) >= table - 1e-6).all()
+    np.testing.assert_allclose(values, score(masks.astype(jnp.float32)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["steps", "seconds", "patience", "tolerance"])
+def test_negative_budgets_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: expected 0 or more"):
+        Budget(**{name: -1})
