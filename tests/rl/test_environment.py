@@ -262,8 +262,11 @@ def test_a_noisier_oracle_leads_less_far(oracles):
 
 
 def test_a_verifier_of_other_images_leads_nowhere(oracles):
-    run, before = oracles
-    assert run(1.0, 0.0, 1) < before + 0.01
+    """No further than chance, which is what a verifier of noise alone leaves."""
+    run, _ = oracles
+    chance, other = float(run(1.0, 1e3, 0)), float(run(1.0, 0.0, 1))
+    assert abs(other - chance) < 0.02
+    assert run(1.0, 0.0, 0) > other + 0.1
 
 
 def test_impossible_rules_are_refused():

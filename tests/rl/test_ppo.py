@@ -172,7 +172,7 @@ def test_an_update_is_its_minibatches_one_after_another(key):
 
 
 def train_cartpole(key, iterations, games=16, steps=128):
-    """PPO with fixed-length pieces of CartPole; returns mean steps of finished episodes by iteration, and the learner."""
+    """PPO on pieces of CartPole; mean steps of finished episodes by iteration, and a function that plays."""
     policy = make_model(Mlp(MlpConfig(depth=2, width=64), 2))
     critic = make_model(Mlp(MlpConfig(depth=2, width=64), 1))
     family = make_plackett_luce(1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from games import dice, linear, square
+from games import dice, linear
 
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
 from jaxmed.rl import environment, ppo, selfplay, tournament
