@@ -144,7 +144,11 @@ def _volume_section(scans: list[dict[str, Any]]) -> Section:
         for image, values in scan.get("volumes_ml", {}).items()
     ]
     columns = ("scan", "image", *(f"{name} (ml)" for name in TISSUES))
-    caption = "Tissue volumes by a Gaussian mixture with partial volume and gain, the same for every image."
+    caption = (
+        "Tissue volumes by a Gaussian mixture with partial volume and gain, the same for every image. It expects the "
+        "order of a T1-weighted brain, fluid darkest and white matter brightest: of other contrasts, and of heads "
+        "without a mask, these numbers mean nothing."
+    )
     blocks: list[Any] = [Table(columns, rows, caption)]
     labels = [(scan["name"], name, value) for scan in scans for name, value in scan.get("labels_ml", {}).items()]
     if labels:
