@@ -127,7 +127,7 @@ class Record(NamedTuple):
         reward: The player's.
         is_done: The game was cut.
         final: V of the state before the reset, where it was.
-        is_won: The player's proposal was kept.
+        is_won: The player's proposal is at least as good.
     """
 
     state: environment.State

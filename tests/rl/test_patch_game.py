@@ -97,9 +97,9 @@ def test_runs_are_numpys_turn_by_turn():
     assert np.all(np.diff(found[0].astype(int), axis=0) >= 0) and np.all(end.turns == turns)
 
 
+@pytest.mark.peers
 def test_the_environment_of_one_game_plays_by_the_same_rules():
     scores = np.array([0.9, 0.2, 0.6, 0.2])
-    pytest.importorskip("gymnasium", reason="a peer")
     for at, erased, move, rival, rewards, over in TABLE.values():
         environment = reference.make_patch_environment(scores, 2, 10)
         environment.reset()

@@ -53,8 +53,7 @@ def small():
 
 
 def equal(a, b):
-    plain = [leaf for leaf in (a, b)]
-    plain = [tree._replace(key=jax.random.key_data(tree.key)) for tree in plain]
+    plain = [tree._replace(key=jax.random.key_data(tree.key)) for tree in (a, b)]
     for x, y in zip(*map(jax.tree.leaves, plain), strict=True):
         np.testing.assert_array_equal(x, y)
 
