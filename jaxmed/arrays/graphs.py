@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 LaplacianKind = Literal["combinatorial", "random_walk", "symmetric"]
 Scaling = Literal["none", "max", "mean_strength", "spectral"]
+LARGEST_DENSE = 400
+"""Nodes; above, a matrix of a connectome is mostly zeros, and at 10,000 no longer fits."""
 DEGREE_FLOOR = 1e-12
 """Added to node strengths before dividing, so that a node without edges has a row of zeros and not NaN."""
 
@@ -128,6 +130,32 @@ def symmetric_normalised(adjacency: Float[Array, "node node"]) -> Float[Array, "
     return root[:, None] * looped * root
 
 
+class EdgeMatrix(NamedTuple):
+    """A symmetric pattern of entries, for graphs too large for a matrix; `matrix @ values` multiplies.
+
+    Attributes:
+        rows: Of entries off the diagonal, ascending, padded with 0.
+        columns: Likewise.
+        values: Likewise, 0 on padding.
+        diagonal: Entries on it.
+    """
+
+    rows: Int[Array, "*batch entry"]
+    columns: Int[Array, "*batch entry"]
+    values: Float[Array, "*batch entry"]
+    diagonal: Float[Array, "*batch node"]
+
+    def __matmul__(self, values: Array) -> Array:
+        """Multiply a vector, or a matrix with a row per node."""
+        shape = (-1,) + (1,) * (values.ndim - 1)
+        flow = self.values.reshape(shape) * values[self.columns]
+        total = jax.ops.segment_sum(flow, self.rows, len(self.diagonal))
+        return total + self.diagonal.reshape(shape) * values
+
+
+Matrix = Float[Array, "*batch node node"] | EdgeMatrix
+
+
 class GraphOperators(NamedTuple):
     """A graph as networks and equations use it; arrays only, so that graphs of one size are vmapped.
 
@@ -142,9 +170,9 @@ class GraphOperators(NamedTuple):
             ones where none is given.
     """
 
-    adjacency: Float[Array, "*batch node node"]
-    laplacian: Float[Array, "*batch node node"]
-    propagation: Float[Array, "*batch node node"]
+    adjacency: Matrix
+    laplacian: Matrix
+    propagation: Matrix
     senders: Int[Array, "*batch edge"]
     receivers: Int[Array, "*batch edge"]
     weights: Float[Array, "*batch edge"]
@@ -156,6 +184,7 @@ def graph_operators(
     kind: LaplacianKind = "random_walk",
     num_edges: int | None = None,
     regional: Float[np.ndarray, " node"] | None = None,
+    is_sparse: bool | None = None,
 ) -> GraphOperators:
     """Build the operators of one graph.
 
@@ -164,7 +193,10 @@ def graph_operators(
         kind: See `laplacian`.
         num_edges: Undirected edges to pad to; None for those there are.
         regional: See `GraphOperators`.
+        is_sparse: Whether matrices are kept as edges; None for graphs of more than `LARGEST_DENSE` nodes.
     """
+    if is_sparse or (is_sparse is None and len(adjacency) > LARGEST_DENSE):
+        return edge_operators(edges_of(adjacency), len(adjacency), kind, num_edges, regional)
     edges = edges_of(adjacency)
     padding = (num_edges or len(edges.weights)) - len(edges.weights)
     if padding < 0:
@@ -180,6 +212,60 @@ def graph_operators(
         receivers,
         weights.astype(matrix.dtype),
         modulation,
+    )
+
+
+def edge_operators(
+    edges: Edges,
+    num_nodes: int,
+    kind: LaplacianKind = "random_walk",
+    num_edges: int | None = None,
+    regional: Float[np.ndarray, " node"] | None = None,
+) -> GraphOperators:
+    """Build the operators of one graph without a matrix of its nodes.
+
+    Args:
+        edges: Each once; weights above 0.
+        num_nodes: Number of nodes.
+        kind: See `laplacian`.
+        num_edges: Undirected edges to pad to; None for those there are.
+        regional: See `GraphOperators`.
+    """
+    padding = (num_edges or len(edges.weights)) - len(edges.weights)
+    if padding < 0:
+        raise ValueError(f"num_edges: expected at least {len(edges.weights)}, got {num_edges}")
+    rows, columns = np.concatenate([edges.senders, edges.receivers]), np.concatenate([edges.receivers, edges.senders])
+    weights = np.concatenate([edges.weights, edges.weights]).astype(np.float64)
+    order = np.argsort(rows, kind="stable")
+    rows, columns, weights = rows[order], columns[order], weights[order]
+    strength = np.bincount(rows, weights, num_nodes)
+    inverse, root = 1 / (strength + DEGREE_FLOOR), 1 / np.sqrt(strength + DEGREE_FLOOR)
+    looped = 1 / np.sqrt(strength + 1)
+    match kind:
+        case "combinatorial":
+            entries, diagonal = -weights, strength
+        case "random_walk":
+            entries, diagonal = -weights * inverse[rows], strength * inverse
+        case "symmetric":
+            entries, diagonal = -weights * root[rows] * root[columns], strength * root**2
+        case _:
+            raise ValueError(f"kind: expected combinatorial, random_walk or symmetric, got {kind!r}")
+    dtype = jnp.result_type(edges.weights.dtype)
+    place = [jnp.asarray(np.pad(ends, (2 * padding, 0)), jnp.int32) for ends in (rows, columns)]
+
+    def matrix(entries: np.ndarray, diagonal: np.ndarray) -> EdgeMatrix:
+        return EdgeMatrix(*place, jnp.asarray(np.pad(entries, (2 * padding, 0)), dtype), jnp.asarray(diagonal, dtype))
+
+    senders, receivers, once = (jnp.asarray(np.pad(column, (0, padding))) for column in edges)
+    modulation = np.ones(num_nodes) if regional is None else regional
+    return GraphOperators(
+        matrix(weights, np.zeros(num_nodes)),
+        matrix(entries, diagonal),
+        matrix(weights * looped[rows] * looped[columns], looped**2),
+        senders,
+        receivers,
+        once.astype(dtype),
+        jnp.asarray(modulation, dtype),
     )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.arrays.graphs import EdgeMatrix, GraphOperators
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.nn.model import Model, make_model
 from jaxmed.physics.progression import fkpp, network_diffusion, weighted_fkpp
@@ -32,8 +32,9 @@ EXPERTS = ("mechanistic", "graph diffusion", "local reaction")
 RATE_UNIT = 0.1
 """Per year: what an output of 1 of a network means. Diseases take decades, and a first step of an optimiser must not
 empty a region."""
-FIRST_DIFFUSIVITY = -6.0
-"""Edge diffusivities of the incidence form start at softplus of this, 0.0025 per year: they cannot be zero."""
+FIRST_DIFFUSIVITY = -3.0
+"""Edge diffusivities of the incidence form start at softplus of this, 0.05 per year: they cannot be zero,
+and far below their slopes vanish."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,8 +250,7 @@ class GraphAutoEncoder(nn.Module):
         x = node_inputs(c, t, self.config.horizon)
         h = nn.swish(nn.Dense(latent, name="encode_1")(graph.propagation @ x))
         h = nn.tanh(nn.Dense(latent, name="encode_2")(graph.propagation @ h))
-        refined = nn.softmax(h @ h.T, axis=-1)
-        return _decode(refined @ h, latent)
+        return _decode(refine(h) if isinstance(graph.propagation, EdgeMatrix) else nn.softmax(h @ h.T) @ h, latent)
 
 
 class IncidenceDiffusion(nn.Module):
@@ -412,6 +412,14 @@ def node_inputs(c: Float[Array, " node"], t: Scalar, horizon: float) -> Float[Ar
     return jnp.stack([c, jnp.full_like(c, t / horizon)], axis=-1)
 
 
+def refine(h: Float[Array, "node latent"], block: int = 256) -> Float[Array, "node latent"]:
+    """Return softmax(h h^T) h by blocks of rows: the same without a matrix of all nodes, forward or backward."""
+    count = -(-len(h) // block)
+    rows = jnp.pad(h, ((0, count * block - len(h)), (0, 0))).reshape(count, block, -1)
+    found = jax.lax.map(jax.checkpoint(lambda some: nn.softmax(some @ h.T, axis=-1) @ h), rows)
+    return found.reshape(count * block, -1)[: len(h)]
+
+
 def with_time(c: Float[Array, " node"], t: Scalar, horizon: float) -> Float[Array, " node_1"]:
     """Return the states, then the time."""
     return jnp.concatenate([c, t[None].astype(c.dtype) / horizon])
@@ -442,15 +450,32 @@ def _decode(x: Array, latent: int) -> Array:
     return RATE_UNIT * nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
 
 
-def _edge_attention(x: Array, graph: GraphOperators, heads: int, latent: int, start: Callable) -> Array:
-    """Return the mean over heads of softmax attention of every node over itself and its neighbours."""
+def _edge_attention(x: Array, graph: GraphOperators, heads: int, latent: int, start: Callable) -> Array | EdgeMatrix:
+    """Return the mean over heads of softmax attention of every node over itself and its neighbours, as a matrix."""
     shape = (len(x), heads, -(-latent // heads))
     query, key = (
         nn.Dense(shape[1] * shape[2], kernel_init=start, name=name)(x).reshape(shape) for name in ("query", "key")
     )
+    if isinstance(graph.adjacency, EdgeMatrix):
+        return _sparse_attention(query, key, graph.adjacency)
     scores = jnp.einsum("uhd,vhd->huv", query, key) / np.sqrt(shape[2])
     linked = (graph.adjacency > 0) | jnp.eye(len(x), dtype=bool)
     return nn.softmax(jnp.where(linked, scores, -jnp.inf), axis=-1).mean(axis=0)
+
+
+def _sparse_attention(query: Array, key: Array, adjacency: EdgeMatrix) -> EdgeMatrix:
+    """Return the same from scores of edges alone."""
+    count, root = len(query), np.sqrt(query.shape[-1])
+    own = jnp.sum(query * key, axis=-1) / root
+    scores = jnp.sum(query[adjacency.rows] * key[adjacency.columns], axis=-1) / root
+    scores = jnp.where(adjacency.values[:, None] > 0, scores, -jnp.inf)
+    highest = jnp.maximum(own, jax.ops.segment_max(scores, adjacency.rows, count))
+    highest = jax.lax.stop_gradient(highest)
+    powers = jnp.exp(scores - highest[adjacency.rows])
+    own = jnp.exp(own - highest)
+    total = own + jax.ops.segment_sum(powers, adjacency.rows, count)
+    values = (powers / total[adjacency.rows]).mean(axis=-1)
+    return EdgeMatrix(adjacency.rows, adjacency.columns, values, (own / total).mean(axis=-1))
 
 
 def _positive(value: float) -> Callable[[KeyArray], Array]:

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmed.arrays.graphs import LaplacianKind
+from jaxmed.arrays.graphs import EdgeMatrix, LaplacianKind
 from jaxmed.arrays.types import Scalar
 
 
 def network_diffusion(
-    state: Float[Array, " node"], laplacian: Float[Array, "node node"], rate: Scalar
+    state: Float[Array, " node"], laplacian: Float[Array, "node node"] | EdgeMatrix, rate: Scalar
 ) -> Float[Array, " node"]:
     """Return d state / dt = -rate L state."""
     return -rate * (laplacian @ state)
@@ -26,7 +26,7 @@ def network_diffusion(
 
 def fkpp(
     state: Float[Array, " node"],
-    laplacian: Float[Array, "node node"],
+    laplacian: Float[Array, "node node"] | EdgeMatrix,
     diffusion: Scalar,
     growth: Scalar,
     ceiling: Scalar,
@@ -47,7 +47,7 @@ def fkpp(
 
 def weighted_fkpp(
     state: Float[Array, " node"],
-    laplacian: Float[Array, "node node"],
+    laplacian: Float[Array, "node node"] | EdgeMatrix,
     share: Scalar,
     rate: Scalar,
     weights: Float[Array, " node"],

@@ -110,3 +110,34 @@ def test_stacked_graphs_pad_their_edges_with_nothing():
     jax.tree.map(np.testing.assert_array_equal, stacked.laplacian[0], single.laplacian)
     with pytest.raises(ValueError, match="num_edges"):
         graphs.graph_operators(PATH, num_edges=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edges_multiply_as_their_matrices(kind):
+    rng = np.random.default_rng(0)
+    upper = np.triu(rng.random((9, 9)) * (rng.random((9, 9)) < 0.4), 1)
+    adjacency = (upper + upper.T).astype(np.float32)
+    adjacency[8] = adjacency[:, 8] = 0  # a node without edges
+    dense = graphs.graph_operators(adjacency, kind)
+    sparse = graphs.graph_operators(adjacency, kind, num_edges=40, is_sparse=True)
+    for values in (rng.random(9).astype(np.float32), rng.random((9, 3)).astype(np.float32)):
+        for name in ("adjacency", "laplacian", "propagation"):
+            found = getattr(sparse, name) @ jnp.asarray(values)
+            np.testing.assert_allclose(found, getattr(dense, name) @ values, atol=2e-6)
+
+
+def test_large_graphs_are_kept_as_edges_of_themselves():
+    count = graphs.LARGEST_DENSE + 1
+    ring = np.roll(np.eye(count, dtype=np.float32), 1, axis=0)
+    ring = np.maximum(ring, ring.T)
+    assert isinstance(graphs.graph_operators(ring).laplacian, graphs.EdgeMatrix)
+    assert not isinstance(graphs.graph_operators(ring[:-1, :-1]).laplacian, graphs.EdgeMatrix)
+
+
+def test_ten_thousand_nodes_need_no_matrix():
+    count = 10_000
+    nodes = np.arange(count, dtype=np.int32)
+    edges = graphs.Edges(nodes[:-1], nodes[1:], np.ones(count - 1, np.float32))
+    graph = graphs.edge_operators(edges, count, "combinatorial")
+    values = (nodes % 7).astype(np.float32) ** 2
+    np.testing.assert_array_equal((graph.laplacian @ jnp.asarray(values))[1:-1], -np.diff(values, 2))

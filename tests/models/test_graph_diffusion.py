@@ -13,6 +13,7 @@ from jaxmed.models.graph_diffusion import (
     Rates,
     inverse_softplus,
     make_progression_model,
+    refine,
     set_mechanism,
 )
 from jaxmed.physics.progression import fkpp
@@ -150,6 +151,31 @@ def test_structures_relabel_with_their_nodes(key, structure):
     one = model.apply(params, state, t, graph, state).total
     other = model.apply(params, state[order], t, shuffled, state[order]).total
     np.testing.assert_allclose(other, one[order], atol=1e-12)
+
+
+SPARSE = [
+    *({"structure": structure, "local": "per_region"} for structure in ("gae", "incidence", "gcn", "transformer")),
+    *({"equation": equation} for equation in ("fkpp", "grand", "ndcn")),
+]
+
+
+@pytest.mark.parametrize("fields", SPARSE, ids=lambda fields: " ".join(fields.values()))
+def test_a_graph_kept_as_edges_gives_the_fields_and_gradients_of_its_matrix(key, fields):
+    model, params, (state, t, graph, _) = built(key, True, **fields)
+    edges = graph_operators(PATH, "combinatorial", num_edges=5, is_sparse=True)  # two of them padding
+
+    def total(params, c, graph):
+        return jnp.sum(jnp.sin(model.apply(params, c, t, graph, state).total * jnp.arange(1.0, 5)))
+
+    evaluate = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+    for one, other in zip(*(jax.tree.leaves(evaluate(params, state, kept)) for kept in (graph, edges)), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_of_a_refined_graph_are_the_whole(key):
+    h = jax.random.normal(key, (11, 3))
+    whole = jax.nn.softmax(h @ h.T, axis=-1) @ h
+    np.testing.assert_allclose(refine(h, 4), whole, atol=1e-12)
 
 
 @pytest.mark.parametrize("equation", EQUATIONS)

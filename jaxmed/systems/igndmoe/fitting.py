@@ -127,7 +127,7 @@ def make_problem(
     Raises:
         ValueError: There is no seed, or one that is no region.
     """
-    regions = graph.laplacian.shape[-1]
+    regions = graph.regional.shape[-1]
     if not seeds or min(seeds) < 0 or max(seeds) >= regions:
         raise ValueError(f"seeds: expected numbers of regions from 0 to {regions - 1}, got {seeds}")
     if visits.values.shape[-1] != regions:

@@ -224,7 +224,8 @@ def _run_map(config: Config, folder: RunFolder) -> None:
     connectome = read_connectome(config.connectome, config.data.graph, notes)
     columns = _read_map(config.map, connectome, notes)
     target, known = columns["value"], np.isfinite(columns["value"])
-    graph = graph_operators(connectome.adjacency, config.fit.laplacian)
+    # Every seed's course by a matrix exponential.
+    graph = graph_operators(connectome.adjacency, config.fit.laplacian, is_sparse=False)
     agents = _agents(config.map, connectome, columns)
     start(folder)
     log = Log(folder.path, folder.options.quiet)
