@@ -100,7 +100,9 @@ def _map(outputs: Path, summary: dict[str, Any]) -> tuple[list[Tile], list[Secti
         xlabel="Pearson's r",
         caption=f"The best seeds of {best['model']}.",
     )
-    tiles: list[Tile] = [(m["model"], m["r"], f"r, from {m['seed']}") for m in models]
+    # With more numbers than regions any map is fitted: not a figure to stand beside the others without saying so.
+    said = [f"from {m['seed']}" if m["aicc"] is not None else f"in sample, {m['parameters']} numbers" for m in models]
+    tiles: list[Tile] = [(m["model"], m["r"], f"r, {text}") for m, text in zip(models, said, strict=True)]
     return tiles, [Section("Models", [Table(columns, rows, caption), figure]), Section("Regions", [brain, seed_bars])]
 
 
