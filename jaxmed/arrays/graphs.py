@@ -251,10 +251,12 @@ def edge_operators(
         case _:
             raise ValueError(f"kind: expected combinatorial, random_walk or symmetric, got {kind!r}")
     dtype = jnp.result_type(edges.weights.dtype)
-    place = [jnp.asarray(np.pad(ends, (2 * padding, 0)), jnp.int32) for ends in (rows, columns)]
 
     def matrix(entries: np.ndarray, diagonal: np.ndarray) -> EdgeMatrix:
-        return EdgeMatrix(*place, jnp.asarray(np.pad(entries, (2 * padding, 0)), dtype), jnp.asarray(diagonal, dtype))
+        # Padding comes first, so that rows stay in order.
+        first, second, values = (np.pad(column, (2 * padding, 0)) for column in (rows, columns, entries))
+        place = (jnp.asarray(first, jnp.int32), jnp.asarray(second, jnp.int32))
+        return EdgeMatrix(*place, jnp.asarray(values, dtype), jnp.asarray(diagonal, dtype))
 
     senders, receivers, once = (jnp.asarray(np.pad(column, (0, padding))) for column in edges)
     modulation = np.ones(num_nodes) if regional is None else regional

@@ -30,8 +30,8 @@ def test_the_equation_that_made_a_cohort_is_chosen(generator, settings):
 
 
 def test_weights_change_with_stage_as_planted():
-    # Specification, (i) 7, last part, in small and with a third of the noise; `test_on_the_specifications_simulator_...` is its
-    # full size. The planted mechanistic weight falls, that of the local reaction rises.
+    # Specification, (i) 7, last part, in small and with a third of the noise; its full size is slow, below. The planted
+    # mechanistic weight falls, that of the local reaction rises.
     config = CohortConfig(subjects=90, noise=0.01)
     planted = plant(range(3), 12, config)
     recipe = dataclasses.replace(ATTRIBUTION, grid_steps=24, stages=64, loops=10)

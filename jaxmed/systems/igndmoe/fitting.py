@@ -119,8 +119,8 @@ def make_problem(
     visits: Visits,
     graph: GraphOperators,
     seeds: tuple[int, ...],
-    train: Float[np.ndarray, "run subject"],
-    validation: Float[np.ndarray, "run subject"],
+    train: Float[np.ndarray, "*run subject"],
+    validation: Float[np.ndarray, "*run subject"],
 ) -> dual.Problem:
     """Put visits, graph and weights on the device.
 

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from jaxmed.arrays.graphs import graph_operators
+from jaxmed.arrays.graphs import LaplacianKind, graph_operators
 from jaxmed.models.graph_diffusion import Equation
 from jaxmed.synthesis.phantoms.connectome import Cohort, CohortConfig, random_connectome, simulate_cohort
 from jaxmed.systems.igndmoe import dual
@@ -51,7 +51,7 @@ class Slopes(NamedTuple):
     log_ratio: Float[np.ndarray, " cohort"]
 
 
-def plant(seeds: Sequence[int], nodes: int, config: CohortConfig, laplacian: str = "random_walk") -> Planted:
+def plant(seeds: Sequence[int], nodes: int, config: CohortConfig, laplacian: LaplacianKind = "random_walk") -> Planted:
     """Simulate a cohort per seed, each on its own connectome.
 
     Args:
@@ -69,7 +69,7 @@ def plant(seeds: Sequence[int], nodes: int, config: CohortConfig, laplacian: str
     cohorts, problems = [], []
     for seed, adjacency in zip(seeds, adjacencies, strict=True):
         cohorts.append(simulate_cohort(jax.random.key(seed), adjacency, start, config))
-        graph = graph_operators(adjacency, laplacian, num_edges)  # pyright: ignore[reportArgumentType]
+        graph = graph_operators(adjacency, laplacian, num_edges)
         problems.append(make_problem(cohorts[-1].visits, graph, start, train, validation))
     return Planted(jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems), cohorts, held_out)
 
