@@ -180,10 +180,12 @@ def test_unets_play_in_volumes_on_super_pixels(key):
     policy = make_policy(TopkUnetConfig((2,), 2), config.game, (4, 4, 2))
     truth = jnp.zeros((1, 4, 4, 2)).at[:, :2].set(1)
     problem = make_problem(dice, truth, truth, truth < 0)
-    state, metrics = jax.jit(partial(iterate, config, policy, dice))(problem, init(key, config, policy, problem))
-    assert all(np.isfinite(value) for value in metrics.values())
-    assert state.best.value[0] > 0.5
-    blocks = np.asarray(state.best.mask).reshape(2, 2, 2, 2, 1, 2).transpose(0, 2, 4, 1, 3, 5).reshape(4, 8)
+    start = init(key, config, policy, problem)
+    run = jax.jit(partial(selfplay._rollout, config, policy, dice))
+    _, best, records = run(problem, start, key)
+    assert records.rival_log_prob.shape == (6, 0) and np.all(np.isfinite(records.log_prob))
+    assert best.value[0] > 0.5
+    blocks = np.asarray(best.mask).reshape(2, 2, 2, 2, 1, 2).transpose(0, 2, 4, 1, 3, 5).reshape(4, 8)
     assert np.all(blocks.any(axis=1) == blocks.all(axis=1))
 
 
