@@ -53,6 +53,9 @@ def test_unet_gives_a_logit_for_each_super_pixel(shape, grid, key):
     shapes = jax.eval_shape(model.init, key, observation)
     noise = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: 0.3 * noise.standard_normal(leaf.shape).astype("f"), shapes)
+    # Features are not negative: no hidden unit of the value is dead.
+    params["value_hidden"]["kernel"] = np.abs(params["value_hidden"]["kernel"])
+    params["value_hidden"]["bias"] = np.abs(params["value_hidden"]["bias"])
     run = jax.jit(model.apply)
     logits, value = run(params, observation)
     assert logits.shape == (3, *grid) and value.shape == (3,)
