@@ -12,7 +12,6 @@ from games import reference
 
 from jaxmed.models.policy import PatchMlpConfig
 from jaxmed.rl import patch_game, patch_play
-from jaxmed.rl.opponents import OpponentConfig
 from jaxmed.rl.patch_game import Move, PatchGame, State
 from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem, normalised_returns
 
@@ -211,15 +210,6 @@ def test_gradient_of_the_loss_is_reinforces(key):
     np.testing.assert_allclose(value, -sum(w * part[0] for w, part in zip(weight, parts, strict=True)) / 3, rtol=1e-5)
     for leaf, *own in zip(*map(jax.tree.leaves, (gradient, *(part[1] for part in parts))), strict=True):
         np.testing.assert_allclose(leaf, -sum(w * g for w, g in zip(weight, own, strict=True)) / 3, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_reinforce_learns_to_segment(capsys):
-    config = dataclasses.replace(SMALL, games=64, opponents=OpponentConfig(live=0.0, every=4))
-    _, curve, dice, _ = train(config, 1500)
-    with capsys.disabled():
-        print(f"\npatch game, 3 x 3: Dice of the union of patches {dice:.3f}, turns {float(curve[-1]['turns']):.2f}")
-    assert dice > 0.8
 
 
 def test_a_policy_alone_stops_when_it_says_so():
