@@ -1,8 +1,8 @@
 """Limited-memory BFGS that spends one evaluation per step, so that a batch of minimisations stays in step.
 
 A step tries one point. Where the function has decreased enough the point is accepted and its curvature remembered;
-otherwise the next step tries a quarter of the distance. Nothing is nested: under `jax.vmap` a run that must shorten its step
-costs the others nothing, and the function is compiled once.
+otherwise the next step tries a quarter of the distance. Nothing is nested: under `jax.vmap` a run that must shorten
+its step costs the others nothing, and the function is compiled once.
 """
 
 from collections.abc import Callable
