@@ -6,7 +6,8 @@ towards where a few steps on one task lead, so that a few steps suffice for a ne
 
 Source: arXiv:2506.22075, and its reference implementation (losses "adversarial", Reptile, constants).
 Deviation: by default D estimates the overlap (Dice) of a mask with the truth, and learns from thresholded and from
-    spoilt masks too, because those are what System II shows it; in the reference it sees soft masks of G alone. A pixel
+    spoilt masks too, because those are what System II shows it, and from masks that its own gradient flatters it with,
+    because those are what System II finds; in the reference it sees soft masks of G alone. A pixel
     loss helps G. Adaptation starts both networks from the averaged weights; the reference's verifier starts from those
     of the last inner loop (`quirks`).
 """
@@ -22,10 +23,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
-from jaxmed.models.mask_verifier import DEMO_VERIFIER, VerifierConfig, make_verifier
+from jaxmed.models.mask_verifier import DEMO_VERIFIER, Verifier, VerifierConfig, make_verifier
 from jaxmed.systems.selfplay.corruption import corrupt
 
 LABEL_NOISE = 0.05
+MOST_FLATTERING = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +37,8 @@ class SystemOneConfig:
     Attributes:
         generator: Image to mask.
         verifier: Image and mask to a score.
-        target: What the verifier learns: "overlap", the Dice of true, generated and spoilt masks with the truth; or
-            "adversarial", 1 for true and 0 for generated masks.
+        target: What the verifier learns: "overlap", the Dice of true, generated, spoilt and flattering masks with the
+            truth; or "adversarial", 1 for true and 0 for generated masks.
         pixel_weight: Of the binary cross-entropy of G's mask with the true one.
         verifier_weight: Of the loss by which G pleases D.
         threshold: Of G's probabilities, above which a voxel is in the mask.
@@ -270,21 +272,37 @@ def _verifier_loss(
     params: Params,
 ) -> Scalar:
     soft = jax.lax.stop_gradient(generate(config, {"generator": generator}, images))
-    if config.target == "adversarial":
-        true_key, false_key = jax.random.split(key)
-        shown = [masks, soft]
-        targets = [1.0 + LABEL_NOISE * jax.random.uniform(true_key, (len(images),))]
-        targets += [LABEL_NOISE * jax.random.uniform(false_key, (len(images),))]
-    else:
-        shown = [masks, soft, *_spoilt(key, masks, soft, config.threshold)]
-        targets = [overlap(masks, candidate) for candidate in shown]
     verifier = make_verifier(config.verifier)
     embedding = verifier.embed(params, images[..., None])
+    first_key, second_key = jax.random.split(key)
+    if config.target == "adversarial":
+        shown = [masks, soft]
+        targets = [1.0 + LABEL_NOISE * jax.random.uniform(first_key, (len(images),))]
+        targets += [LABEL_NOISE * jax.random.uniform(second_key, (len(images),))]
+    else:
+        shown = [masks, soft, *_spoilt(first_key, masks, soft, config.threshold)]
+        flatter = partial(_flatter, verifier, jax.lax.stop_gradient((params, embedding)))
+        shown += [flatter(key, mask) for key, mask in zip(jax.random.split(second_key), (masks, soft), strict=True)]
+        targets = [overlap(masks, candidate) for candidate in shown]
     count = len(shown)
     embedding = jax.tree.map(lambda leaf: jnp.tile(leaf, (count, *(1,) * (leaf.ndim - 1))), embedding)
     logits = verifier.score(params, embedding, jnp.concatenate(shown))
     losses = optax.sigmoid_binary_cross_entropy(logits, jnp.concatenate(targets))
     return _weighted(losses, jnp.tile(weights, count))
+
+
+def _flatter(verifier: Verifier, judge: Any, key: KeyArray, masks: Array) -> Array:
+    """Flip the voxels by which this verifier's score rises most, a random share of up to a tenth of them.
+
+    These are the masks that thinking would find: what a verifier gets wrong it has to see.
+    """
+    hard = (masks > 0.5).astype(jnp.float32)
+    slope = jax.grad(lambda masks: verifier.score(*judge, masks).sum())(hard)
+    promise = (slope * (1 - 2 * hard)).reshape(len(hard), -1)
+    share = MOST_FLATTERING * jax.random.uniform(key, (len(hard), 1))
+    ranks = jnp.argsort(jnp.argsort(-promise, axis=1), axis=1)
+    flips = (ranks < share * promise.shape[1]).reshape(hard.shape)
+    return jnp.where(flips, 1 - hard, hard)
 
 
 def _spoilt(key: KeyArray, masks: Array, soft: Array, threshold: float) -> list[Array]:

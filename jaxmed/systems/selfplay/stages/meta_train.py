@@ -89,7 +89,7 @@ def smoke() -> Config:
     return Config(
         data=DataConfig(embedded=24),
         frame=FrameConfig((16, 16)),
-        system=SystemOneConfig(GeneratorConfig(widths=(8, 16)), VerifierConfig(widths=(8, 16), dense=(32,))),
+        system=SystemOneConfig(GeneratorConfig("plain", widths=(16, 16, 16)), VerifierConfig(widths=(8,), dense=(32,))),
         meta=MetaConfig(inner_steps=2, epsilon=0.5, rate=2e-3),
         batch_size=8,
         loop=LoopConfig(steps=40, log_every=5, save_every=40),

@@ -1,0 +1,180 @@
+"""`jaxmed selfplay`: the four stages on files, and the mistakes that a user can make with them."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxmed.cli import main
+from jaxmed.io import nifti
+from jaxmed.io.images import read_image, write_png
+from jaxmed.systems.selfplay.networks import load_system_one
+from jaxmed.volume import Volume
+
+
+def run(*arguments):
+    return main(["selfplay", *map(str, arguments), "--quiet"])
+
+
+@pytest.fixture(scope="module")
+def thought(tmp_path_factory):
+    """A smoke run of think, which meta-trains and adapts a tiny System I inside its folder."""
+    out = tmp_path_factory.mktemp("selfplay") / "think"
+    assert run("think", "--preset", "smoke", "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def weights(thought):
+    return thought / "inputs" / "adapted"
+
+
+@pytest.fixture(scope="module")
+def manifest(thought):
+    return thought / "inputs" / "puzzles" / "puzzles.csv"
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_meta_training_hands_on_a_system_that_can_be_read(thought):
+    run_folder = thought / "inputs" / "meta"
+    trained = load_system_one(run_folder)
+    assert trained.task == "" and trained.frame.size == (16, 16) and set(trained.system.params) == {
+        "generator", "verifier",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["verifier"] for line in lines if "verifier" in line]
+    assert np.mean(losses[-2:]) < np.mean(losses[:2])
+    assert (run_folder / "report.html").exists()
+
+
+def test_adaptation_says_whether_to_trust_the_verifier(weights):
+    summary = json.loads((weights / "outputs" / "summary.json").read_text())
+    assert summary["task"] == "star" and len(summary["shots"]) == 4 and -1 <= summary["rank"] <= 1
+    assert len(summary["cases"]) == len(rows_of(weights / "outputs" / "cases.csv")) > 0
+    assert load_system_one(weights).system.temperature == pytest.approx(summary["temperature"])
+
+
+def test_thinking_writes_masks_on_the_grid_of_each_file(thought):
+    rows = rows_of(thought / "outputs" / "scans.csv")
+    assert len(rows) == 2
+    for row in rows:
+        assert float(row["score"]) >= float(row["first_score"]) and 0 <= float(row["dice"]) <= 1
+        source = read_image(thought / "inputs" / "test" / f"{row['id']}.png")
+        mask = read_image(thought / "outputs" / f"{row['id']}_mask.png")
+        assert mask.shape == source.shape and set(np.unique(mask)) <= {0.0, 1.0}
+        assert int(mask.sum()) == int(row["voxels"])
+        sidecar = json.loads((thought / "outputs" / f"{row['id']}_agreement.json").read_text())
+        assert sidecar["unit"] == "1" and sidecar["constants"]["steps"] == int(row["steps"])
+    page = (thought / "report.html").read_text()
+    assert "A debate of the trained policy" in page
+
+
+def test_a_finished_run_is_told_and_a_stopped_one_keeps_its_files(thought, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (thought / "outputs").glob("*_mask.png")}
+    (thought / "report.html").unlink()
+    assert run("think", "--preset", "smoke", "--out", thought) == 0
+    assert (thought / "report.html").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in (thought / "outputs").glob("*_mask.png")}
+
+
+def test_slices_of_a_volume_come_back_on_its_grid(thought, weights, tmp_path):
+    rng = np.random.default_rng(0)
+    source = sorted((thought / "inputs" / "test").iterdir())[0]
+    image = np.flip(read_image(source), 0).T
+    affine = np.array([[-2.0, 0, 0, 5], [0, 2, 0, 1], [0, 0, 4, 0], [0, 0, 0, 1]])
+    array = np.stack([image[::-1], np.clip(image[::-1] + rng.normal(0, 0.05, image.shape), 0, 1)], 2)
+    nifti.write(tmp_path / "scan.nii.gz", Volume.make(array.astype(np.float32), affine))
+    out = tmp_path / "run"
+    assert (
+        run("think", "--input", tmp_path / "scan.nii.gz", "--weights", weights, "--budget.steps", 0, "--out", out) == 0
+    )
+    mask = nifti.read(out / "outputs" / "scan_mask.nii.gz")
+    np.testing.assert_allclose(mask.affine, affine)
+    assert mask.array.shape == array.shape
+    assert rows_of(out / "outputs" / "scans.csv")[0]["stop"] == "budget"
+
+
+def test_one_broken_file_does_not_stop_the_others(thought, weights, tmp_path):
+    place = tmp_path / "in"
+    shutil.copytree(thought / "inputs" / "test", place)
+    (place / "broken.png").write_bytes(b"no picture")
+    write_png(place / "flat.png", np.full((16, 16), 0.5, np.float32))
+    out = tmp_path / "run"
+    assert run("think", "--input", place, "--weights", weights, "--budget.steps", 0, "--out", out) == 1
+    failed = rows_of(out / "outputs" / "failed.csv")
+    assert {row["id"] for row in failed} == {"broken", "flat"} and all(row["reason"] for row in failed)
+    assert len(rows_of(out / "outputs" / "scans.csv")) == 2
+
+
+@pytest.fixture(scope="module")
+def compared(thought, manifest, tmp_path_factory):
+    out = tmp_path_factory.mktemp("selfplay") / "compare"
+    code = run(
+        "compare", "--preset", "smoke", "--data.embedded", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
+        "--weights", thought / "inputs" / "meta", "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    return out
+
+
+def test_every_arm_answers_for_every_case(compared):
+    rows = rows_of(compared / "outputs" / "cases.csv")
+    arms = {row["arm"] for row in rows}
+    assert arms == {
+        "System I", "System I, mean of flips", "supervised, few labels", "supervised, all labels", "self-play",
+        "random proposals", "verifier's gradient",
+    }  # fmt: skip
+    assert len(rows) == 4 * (4 + 3 * 2)
+    summary = json.loads((compared / "outputs" / "summary.json").read_text())
+    for arm, entries in summary["arms"].items():
+        for entry in entries:
+            own = [float(r["dice"]) for r in rows if r["arm"] == arm and int(r["budget"]) == entry["budget"]]
+            assert entry["mean"] == pytest.approx(np.mean(own), abs=1e-5)
+            assert entry["low"] <= entry["mean"] <= entry["high"]
+    base = np.mean([float(row["dice"]) for row in rows if row["arm"] == "System I"])
+    last = summary["arms"]["self-play"][-1]
+    assert last["gain"]["mean"] == pytest.approx(last["mean"] - base, abs=1e-5)
+
+
+def test_thinking_only_ever_raises_the_score(compared):
+    summary = json.loads((compared / "outputs" / "summary.json").read_text())
+    base = summary["arms"]["System I"][0]["score"]
+    for arm in ("self-play", "random proposals", "verifier's gradient"):
+        scores = [entry["score"] for entry in summary["arms"][arm]]
+        assert base - 1e-6 <= scores[0] <= scores[1] + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("think", "--input", "nowhere.png"), "weights: expected images and System I, found nothing"),
+        (("think", "--input", "nowhere.png", "--weights", "WEIGHTS"), "nowhere.png: expected an image or a folder"),
+        (("think", "--input", "WEIGHTS", "--weights", "nowhere"), "nowhere: expected a run of meta-train or adapt"),
+        (("think", "--input", "TEST", "--weights", "WEIGHTS", "--mask", "TEST/puzzle"), "expected a file"),
+        (("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS"), "task: expected one of"),
+        (("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS", "--task", "moon"), "found 'moon'"),
+        (
+            ("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS", "--task", "star", "--shots", "99"),
+            "shots: expected at most the",
+        ),
+        (("meta-train", "--frame.size", "30", "30"), "frame.size: expected multiples of 4"),
+        (("meta-train", "--data.manifest", "nowhere.csv"), "nowhere.csv"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, said, thought, weights, manifest, tmp_path, capsys):
+    places = {"WEIGHTS": weights, "MANIFEST": manifest, "TEST": thought / "inputs" / "test"}
+    filled = []
+    for word in arguments:
+        for name, place in places.items():
+            word = word.replace(name, str(place))
+        filled.append(word)
+    assert run(*filled, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jaxmed: ") and error.count("\n") == 1 and said in error
+    assert not (tmp_path / "run").exists()
