@@ -26,6 +26,7 @@ from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
 from jaxmed.rl import selfplay
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.policies import Policy, make_policy
+from jaxmed.rl.ppo import PpoConfig
 from jaxmed.rl.selfplay import Problem, SelfPlayConfig
 from jaxmed.systems.selfplay.corruption import corrupt
 from jaxmed.systems.selfplay.gradient import climb
@@ -85,6 +86,15 @@ class ThinkConfig:
             raise ValueError(f"rounds: expected 1 or more, found {self.rounds}")
         if not 0 <= self.guess_weight <= 1:
             raise ValueError(f"guess_weight: expected a number in [0, 1], found {self.guess_weight}")
+
+
+LAPTOP = ThinkConfig(
+    play=SelfPlayConfig(
+        game=PixelGame(rule="elitist", at_most_k=True, flips=6), ppo=PpoConfig(value_loss="plain"), games=64, steps=32
+    ),
+    policy=TopkUnetConfig(widths=(8, 16), value_width=16),
+)
+"""For a CPU: the default policy's U-Net takes minutes for an iteration there, this one seconds."""
 
 
 class Trace(NamedTuple):

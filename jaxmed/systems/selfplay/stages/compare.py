@@ -26,7 +26,7 @@ from jaxmed.systems.selfplay.stages.adapt import choose_task, draw_shots, make_e
 from jaxmed.systems.selfplay.stages.meta_train import write_failed
 from jaxmed.systems.selfplay.supervised import fit_supervised
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
-from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, judge_masks, think
+from jaxmed.systems.selfplay.thinking import LAPTOP, Budget, ThinkConfig, judge_masks, think
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
 
@@ -81,8 +81,8 @@ def paper() -> Config:
 
 
 def laptop() -> Config:
-    """Budgets up to 16,384 steps."""
-    return Config(adapt=AdaptConfig(steps=32, rate=5e-4), budgets=(1024, 4096, 16_384))
+    """Budgets up to 16,384 steps and a small policy: some ten minutes on two cores."""
+    return Config(adapt=AdaptConfig(steps=32, rate=5e-4), budgets=(2048, 4096, 8192, 16_384), think=LAPTOP)
 
 
 def smoke() -> Config:

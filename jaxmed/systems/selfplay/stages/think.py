@@ -26,7 +26,7 @@ from jaxmed.systems.selfplay.networks import Trained, load_system_one
 from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_result
 from jaxmed.systems.selfplay.stages import adapt
 from jaxmed.systems.selfplay.think_page import write_page
-from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, Thought, think
+from jaxmed.systems.selfplay.thinking import LAPTOP, Budget, ThinkConfig, Thought, think
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.versions import software_versions
@@ -71,7 +71,7 @@ def paper() -> Config:
 
 def laptop() -> Config:
     """Up to a minute for each file."""
-    return Config(budget=Budget(seconds=60.0))
+    return Config(budget=Budget(seconds=60.0), think=LAPTOP)
 
 
 def smoke() -> Config:
