@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import gc
 import sys
 import types
 from pathlib import Path
@@ -26,6 +27,20 @@ sys.modules["jaxmed_checker"] = checker
 install_import_hook("jaxmed", "jaxmed_checker.check")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+# Compiled programs stay mapped, and Linux allows 65,530 mappings: beyond them the compiler crashes.
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drop_programs():
+    """Forget what the tests of a file have compiled, before a process has too many programs to compile another."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
