@@ -10,9 +10,9 @@ a new task, and the claims are read off its table. What counts as "holds" was fi
   included;
 
 gains with their 95 % bootstrap interval over subjects on that side of the line. A gain over System I counts only where
-System I is within two points of the supervised network, a gain over that network only where it is not itself more than two
-points below System I: weak rivals are easily beaten. The table goes to
-benchmarks/results/reproduce_selfplay.md, and the figures to reproduce_selfplay.json beside it.
+System I is within two points of the supervised network, a gain over that network only where it is not itself more than
+two points below System I: weak rivals are easily beaten. The table goes to benchmarks/results/reproduce_selfplay.md,
+and the figures to reproduce_selfplay.json beside it.
 
     python benchmarks/reproduce_selfplay.py --size smoke                         puzzles of 16 x 16
     python benchmarks/reproduce_selfplay.py --run digits=RUN --run lesions=RUN   runs of `jaxmed selfplay compare`
