@@ -50,6 +50,14 @@ def test_without_a_step_nothing_moves_and_a_whole_step_is_plain_training(start):
     assert largest(whole.params["verifier"], whole.inner) < 1e-7
 
 
+def test_the_reference_hands_on_the_verifier_of_its_last_task(start):
+    state, _ = take(start, 0.25, 2)
+    ours = system_one.handed_on(MetaConfig(), state)
+    theirs = system_one.handed_on(system_one.repo()[1], state)
+    assert largest(ours, state.params) == 0 and largest(theirs["generator"], state.params["generator"]) == 0
+    assert largest(theirs["verifier"], state.inner) == 0 and largest(ours["verifier"], state.inner) > 0
+
+
 def test_one_inner_step_is_a_share_of_one_step_of_adam(start):
     part, _ = take(start, 0.25, 1)
     whole, _ = take(start, 1.0, 1)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.rl import environment
 from jaxmed.systems.selfplay.system_one import SystemOne
-from jaxmed.systems.selfplay.thinking import ThinkConfig, embed, player_of, score_masks
+from jaxmed.systems.selfplay.thinking import ThinkConfig, make_judge, player_of, score_masks
 
 
 class Debate(NamedTuple):
@@ -47,8 +47,7 @@ def debate(
 ) -> Debate:
     """Play a game and keep its course."""
     player = player_of(config, image.shape)
-    judge = (system.params["verifier"], embed(system, image[None]), jnp.float32(system.temperature))
-    verify = partial(score_masks, system.config, judge)
+    verify = partial(score_masks, system.config, make_judge(system, image[None]))
     cases = environment.make_cases(verify, image[None], mask[None])
 
     def advance(game: environment.State, key: KeyArray) -> tuple[environment.State, Any]:

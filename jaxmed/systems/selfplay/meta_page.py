@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxmed.config import read_record
+from jaxmed.metrics.imaging import dice
 from jaxmed.report.figures import curves
 from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
@@ -58,10 +59,8 @@ def example_figure(path: Path) -> Figure:
         images, masks, generated = (stored[name] for name in ("images", "masks", "generated"))
     panels = []
     for image, mask, soft in zip(images, masks, generated, strict=True):
-        total = mask.sum() + (soft > 0.5).sum()
-        dice = 2 * (mask & (soft > 0.5)).sum() / total if total else 1.0
         outlines = {"true": plane(mask, mask), "generated": plane(soft > 0.5, mask)}
-        panels.append(Panel(plane(image, mask), f"Dice {100 * dice:.0f} %", outlines))
+        panels.append(Panel(plane(image, mask), f"Dice {100 * dice(mask, soft > 0.5):.0f} %", outlines))
     return mask_panels(
         panels, columns=4, limits=(0.0, 1.0),
         caption="Images with the outlines of the true mask and of the generator's; of volumes, the slice with most of "

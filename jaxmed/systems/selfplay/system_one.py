@@ -9,7 +9,7 @@ Deviation: by default D estimates the overlap (Dice) of a mask with the truth, a
     spoilt masks too, because those are what System II shows it, and from masks that its own gradient flatters it with,
     because those are what System II finds; in the reference it sees soft masks of G alone. A pixel
     loss helps G. Adaptation starts both networks from the averaged weights; the reference's verifier starts from those
-    of the last inner loop (`quirks`).
+    of the last inner loop (`MetaConfig.quirks`).
 """
 
 import dataclasses
@@ -74,11 +74,13 @@ class MetaConfig:
         inner_steps: Steps on one task before the average moves.
         epsilon: Share of the way that it moves.
         rate: Learning rate of Adam, whose moments outlive tasks.
+        quirks: Hand on the verifier as the last task left it instead of its average, as the reference does.
     """
 
     inner_steps: int = 4
     epsilon: float = 0.1
     rate: float = 2e-4
+    quirks: bool = False
 
     def __post_init__(self) -> None:
         if self.inner_steps < 1 or not 0 <= self.epsilon <= 1 or self.rate <= 0:
@@ -202,6 +204,11 @@ def reptile(epsilon: float, old: Params, new: Params) -> Params:
     Source: arXiv:1803.02999, equation 1.
     """
     return jax.tree.map(lambda old, new: old + epsilon * (new - old), old, new)
+
+
+def handed_on(meta: MetaConfig, state: MetaState) -> Params:
+    """Return the parameters that adaptation starts from."""
+    return state.params | {"verifier": state.inner} if meta.quirks else state.params
 
 
 def adapt(
@@ -348,4 +355,4 @@ def repo() -> tuple[SystemOneConfig, MetaConfig, AdaptConfig]:
     system = SystemOneConfig(
         DEMO_GENERATOR, DEMO_VERIFIER, "adversarial", pixel_weight=0.0, verifier_weight=1.0, threshold=0.508
     )
-    return system, MetaConfig(epsilon=0.02, rate=1e-5), AdaptConfig(rate=1e-5)
+    return system, MetaConfig(epsilon=0.02, rate=1e-5, quirks=True), AdaptConfig(rate=1e-5)

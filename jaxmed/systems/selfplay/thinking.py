@@ -174,7 +174,7 @@ def think(
         round_key, adapt_key = jax.random.split(jax.random.fold_in(key, number))
         found = _think_once(round_key, system, images, share, config, policy, watch, total)
         total = found if total is None else _joined(total, found)
-        if found.stop in ("constant verifier",) or number + 1 == config.rounds:
+        if found.stop == "constant verifier" or number + 1 == config.rounds:
             break
         system, policy = _readapt(adapt_key, system, config, images, found.masks, support), found.policy
     assert total is not None
@@ -195,8 +195,8 @@ def _think_once(
     probability = _generate(system.config, system.params, images)
     first = probability > system.config.threshold
     start = first if before is None else jnp.asarray(before.masks)
-    judge = (system.params["verifier"], embed(system, images), jnp.float32(system.temperature))
-    values = score_masks(system.config, judge, jnp.arange(len(images)), start.astype(jnp.float32))
+    judge = make_judge(system, images)
+    values = _judge_jit(system.config, judge, jnp.arange(len(images)), start.astype(jnp.float32))
     points = [(0, 0.0, np.asarray(values), np.asarray(start))]
 
     def answer(stop: Stop, agreement: Array | None = None, policy: Params | None = None) -> Thought:
@@ -312,16 +312,17 @@ def _climb(system: SystemOneConfig, steps: int, judge: Any, masks: Array, flips:
     return climb(score, masks, flips, steps)
 
 
-def embed(system: SystemOne, images: Float[Array, "image *space"]) -> Any:
-    """Return what the verifier needs to know of each image."""
-    return _embed(system.config, system.params, images)
+def make_judge(system: SystemOne, images: Float[Array, "image *space"]) -> Any:
+    """Return the first argument of `score_masks`: parameters, what they need to know of each image, temperature."""
+    embedding = _embed(system.config, system.params, images)
+    return system.params["verifier"], embedding, jnp.float32(system.temperature)
 
 
 def judge_masks(
     system: SystemOne, images: Float[Array, "image *space"], masks: Float[Array, "image *space"]
 ) -> Float[Array, " image"]:
     """Return D of each mask, at the verifier's temperature."""
-    judge = (system.params["verifier"], embed(system, images), jnp.float32(system.temperature))
+    judge = make_judge(system, images)
     return _judge_jit(system.config, judge, jnp.arange(len(images)), masks.astype(jnp.float32))
 
 
@@ -331,7 +332,7 @@ def is_constant(
     """Tell whether the verifier scores spoilt masks all alike, so that there is nothing to think with."""
     keys = jax.random.split(key, PROBES * len(masks))
     many = jax.jit(jax.vmap(corrupt))(keys, jnp.tile(masks, (PROBES, *(1,) * (masks.ndim - 1))))
-    judge = (system.params["verifier"], embed(system, images), jnp.float32(system.temperature))
+    judge = make_judge(system, images)
     places = jnp.tile(jnp.arange(len(images)), PROBES)
     values = _judge_jit(system.config, judge, places, many.astype(jnp.float32))
     return bool(jnp.ptp(values) < CONSTANT)
@@ -350,7 +351,7 @@ def _embed(config: SystemOneConfig, params: Params, images: Array) -> Any:
 def score_masks(
     config: SystemOneConfig, judge: Any, index: Int[Array, " game"], masks: Float[Array, "game *space"]
 ) -> Float[Array, " game"]:
-    """Return D of masks of numbered images; `judge` holds the verifier's parameters, embeddings and temperature."""
+    """Return D of masks of numbered images; `judge` is from `make_judge`."""
     params, embedding, temperature = judge
     seen = jax.tree.map(lambda leaf: leaf[index], embedding)
     return jax.nn.sigmoid(make_verifier(config.verifier).score(params, seen, masks) / temperature)

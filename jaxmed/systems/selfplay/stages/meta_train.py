@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
+from jaxmed.files import atomic_path, write_json
 from jaxmed.io.tables import write_table
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
@@ -126,7 +126,7 @@ def run(config: Config, folder: RunFolder) -> int:
         evaluate=make_evaluation(config, held_out),
     )
     trained = time.monotonic()
-    system = SystemOne(config.system, state.params)
+    system = SystemOne(config.system, system_one.handed_on(config.meta, state))
     write_system_one(folder.outputs / "system1", system, config.frame)
     write_examples(folder.outputs / "examples.npz", system, held_out)
     write_failed(folder.outputs, failed)
@@ -202,9 +202,8 @@ def write_examples(path: Path, system: SystemOne, cases: Cases) -> None:
     some = np.linspace(0, len(cases.images) - 1, min(SHOWN, len(cases.images))).round().astype(int)
     images = cases.images[some]
     soft = np.asarray(jax.jit(partial(system_one.generate, system.config))(system.params, jnp.asarray(images)))
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, images=images, masks=cases.masks[some], generated=soft)
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        np.savez_compressed(temporary, images=images, masks=cases.masks[some], generated=soft)
 
 
 def write_failed(folder: Path, failed: tuple[Failure, ...]) -> None:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
 
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
+from jaxmed.files import atomic_path, write_json
 from jaxmed.io.tables import write_table
+from jaxmed.metrics.imaging import dice
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
@@ -256,7 +256,8 @@ def process(
         )  # fmt: skip
         arrays |= {f"debate_{name}": value for name, value in game._asdict().items()}
         arrays["debate_image"] = scan.images[largest]
-    _save(outputs / f"{job.name}_thought.npz", arrays)
+    with atomic_path(outputs / f"{job.name}_thought.npz") as temporary:
+        np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]
     row = {
         "name": job.name,
         "images": len(scan.images),
@@ -274,17 +275,11 @@ def process(
         },
     }
     if truth is not None:
-        row["curve"]["dice"] = [float(np.mean(dices(truth, masks))) for masks in found.trace.masks]
-        row["dice"], row["first_dice"] = row["curve"]["dice"][-1], float(np.mean(dices(truth, found.first)))
+        answers = [*found.trace.masks, found.first]
+        *course, first = (float(np.mean([dice(t, m) for t, m in zip(truth, masks, strict=True)])) for masks in answers)
+        row["curve"]["dice"], row["dice"], row["first_dice"] = course, course[-1], first
     write_json(outputs / f"{job.name}.json", row)
     return row
-
-
-def dices(truth: Bool[np.ndarray, "image *space"], masks: Bool[np.ndarray, "image *space"]) -> np.ndarray:
-    """Return the Dice of each image; of two empty masks 1."""
-    axes = tuple(range(1, truth.ndim))
-    total = truth.sum(axes) + masks.sum(axes)
-    return np.where(total > 0, 2 * (truth & masks).sum(axes) / np.maximum(total, 1), 1.0)
 
 
 def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> None:
@@ -315,12 +310,6 @@ def write_tables(folder: Path, rows: list[dict[str, Any]], failed: list[dict[str
     write_table(folder / "scans.csv", columns, table)
     if failed:
         write_table(folder / "failed.csv", ("path", "id", "reason"), failed)
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]
-    temporary.replace(path)
 
 
 def _stem(path: Path) -> str:
