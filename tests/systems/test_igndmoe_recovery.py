@@ -80,9 +80,9 @@ def test_the_generator_is_chosen_in_at_least_eight_of_ten_cohorts():
 @pytest.mark.slow
 def test_stages_are_recovered_better_with_more_visits():
     # Issue, acceptance 2: Spearman's correlation by visits per patient and irregularity of the gaps.
-    config = CohortConfig(mechanism="fkpp", subjects=90, noise=0.2)
+    config = CohortConfig(mechanism="fkpp", subjects=90, noise=0.2, gap=(0.8, 2.2))
     recipe = with_equation(dataclasses.replace(ATTRIBUTION, steps=30, loops=8, tolerance=1e-4), "fkpp")
-    rows = stage_curve(range(4), 20, config, recipe, (1, 2, 3, 4, 6), (0.0, 0.5, 0.9))
+    rows = stage_curve(lambda c: plant(range(4), 20, c), config, recipe, (1, 2, 3, 4, 6), (0.0, 0.5, 0.9))
     print("\nvisits  irregularity  Spearman  lowest  error in years")
     for row in rows:
         print("{visits:6.0f}  {irregularity:12.1f}  {spearman:8.4f}  {lowest:6.4f}  {years:14.2f}".format(**row))

@@ -103,13 +103,41 @@ def test_a_map_made_by_diffusion_is_explained_from_its_own_seed(places, tmp_path
     (tmp_path / "map.csv").write_text(text)
     words = ["--connectome", inputs(places)[1], "--map.file", tmp_path / "map.csv", "--map.more-is", "better"]
     words += ["--fit.steps", 5, "--fit.loops", 1, "--fit.grid-steps", 16, "--fit.stages", 16, "--fit.model.width", 4]
+    words += ["--map.mixture-seeds", 2]
     assert run("compare", *words, "--out", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())
     models = summary["models"]
     assert summary["scored"] == 7 and any(connectome.regions[-1] in note for note in summary["notes"])
     best = next(model for model in models if model["model"] == "ndm")
     assert best["seed"] == connectome.regions[3] and best["r"] > 0.9999 and best["setting"] == "rate x time 2"
-    assert next(model for model in models if model["model"] == "igndmoe")["aicc"] is None
+    mixture = next(model for model in models if model["model"] == "igndmoe")
+    assert mixture["aicc"] is None and "best of 2 seeds" in mixture["setting"]
+    tried = [row["seed"] for row in rows_of(tmp_path / "run" / "outputs" / "seeds.csv") if row["igndmoe"]]
+    assert len(tried) == 2 and mixture["seed"] in tried
+
+
+def test_a_cohort_says_how_well_its_stages_could_be_recovered(tmp_path):
+    # The last part of acceptance 2 in small: more visits, better stages.
+    words = [
+        "--regions",
+        8,
+        "--density",
+        0.4,
+        "--cohort.subjects",
+        30,
+        "--cohort.noise",
+        0.2,
+        "--recovery.visits",
+        1,
+        4,
+    ]
+    words += ["--cohort.mechanism", "fkpp", "--recovery.irregularities", 0, 0.9, "--recovery.cohorts", 1]
+    words += ["--recovery.fit.steps", 10, "--recovery.fit.loops", 2, "--recovery.fit.stages", 64]
+    assert run("simulate", *words, "--out", tmp_path / "run") == 0
+    rows = rows_of(tmp_path / "run" / "outputs" / "stage_recovery.csv")
+    assert [(row["visits"], row["irregularity"]) for row in rows] == [("1", "0.0"), ("4", "0.0"), ("4", "0.9")]
+    assert float(rows[1]["spearman"]) > float(rows[0]["spearman"]) and float(rows[1]["years"]) < float(rows[0]["years"])
+    assert "How well stages are recovered" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_mistakes_end_in_one_line(places, tmp_path, capsys):

@@ -36,7 +36,7 @@ class MapScore(NamedTuple):
     Attributes:
         model: Its name.
         r: Pearson's correlation with the map.
-        by_seed: Best correlation from every seed.
+        by_seed: Best correlation from every seed; NaN from one that was not tried.
         seed: Region of the best.
         setting: Its time and parameters, in words.
         predicted: The course at that time, in every region.

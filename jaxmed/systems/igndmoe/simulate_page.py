@@ -7,7 +7,7 @@ import numpy as np
 from jaxmed.config import read_record
 from jaxmed.io.tables import read_table
 from jaxmed.report.figures import curves, histograms
-from jaxmed.report.page import Note, Section, Text, write_report
+from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.report.regions import glass_brain
 
 MOST_CURVES = 10
@@ -50,7 +50,10 @@ def write_page(folder: Path) -> None:
     sections = [Section("Course", figures)]
     if mechanism == "moe":
         sections.append(Section("Mechanisms", [gates]))
-    sections += [Section("Patients", people), _reading(summary)]
+    sections.append(Section("Patients", people))
+    if (outputs / "stage_recovery.csv").exists():
+        sections.append(_recovery(outputs / "stage_recovery.csv", record["config"]["recovery"]))
+    sections.append(_reading(summary))
     write_report(
         folder / "report.html",
         title="A simulated cohort",
@@ -66,6 +69,33 @@ def write_page(folder: Path) -> None:
         software=record["versions"] | {"device": summary["device"]},
         command=summary["command"],
     )
+
+
+def _recovery(file: Path, study: dict) -> Section:
+    table = read_table(file)
+    visits, irregularity = np.array(table.floats("visits")), np.array(table.floats("irregularity"))
+    spearman, years = np.array(table.floats("spearman")), np.array(table.floats("years"))
+    lowest = table.floats("lowest")
+    kinds = np.unique(irregularity)
+    # One visit has no gaps, and begins every line.
+    rows = {kind: (irregularity == kind) | (visits == 1) for kind in kinds}
+    by_kind = {f"irregularity {kind:g}": row for kind, row in rows.items()}
+    caption = (
+        f"Spearman's correlation of estimated with planted stages, mean of {study['cohorts']} cohorts of this size, "
+        f"fitted by {study['fit']['model']['equation']}; gaps between visits are uniform on their mean times 1 plus or "
+        "minus the irregularity."
+    )
+    figures = [
+        curves({name: (visits[row], spearman[row]) for name, row in by_kind.items()}, xlabel="visits per patient",
+               ylabel="Spearman's correlation", caption=caption),
+        curves({name: (visits[row], years[row]) for name, row in by_kind.items()}, xlabel="visits per patient",
+               ylabel="error of a stage, years", caption="Mean absolute error of the stage at the first visit."),
+    ]  # fmt: skip
+    cells = list(
+        zip(visits.astype(int).tolist(), irregularity.tolist(), spearman.tolist(), lowest, years.tolist(), strict=True)
+    )
+    columns = ("Visits", "Irregularity", "Spearman", "Lowest cohort", "Error, years")
+    return Section("How well stages are recovered", [*figures, Table(columns, cells, "The same in numbers.")])
 
 
 def _reading(summary: dict) -> Section:

@@ -46,6 +46,8 @@ class MapConfig:
         synthesis: Column of the z-score of the gene that makes the protein, for agents.
         clearance: Column of the z-score of the gene that clears it, for agents.
         lengths: CSV matrix of connection lengths in mm, in the order of the connectome; none leaves agents out.
+        mixture_seeds: Seeds from which the mixture is fitted, the best of FKPP first; 0 for every region. The other
+            models always try every seed.
     """
 
     file: Path | None = None
@@ -57,6 +59,11 @@ class MapConfig:
     synthesis: str | None = None
     clearance: str | None = None
     lengths: Path | None = None
+    mixture_seeds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.mixture_seeds < 0:
+            raise ValueError(f"mixture_seeds: expected 0 or more, found {self.mixture_seeds}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +245,7 @@ def _run_map(config: Config, folder: RunFolder) -> None:
         scores.append(maps.score_agents(agents, target, known))
     else:
         notes.append("Agents are left out: they need --map.lengths FILE and --map.size COLUMN.")
-    scores.append(_fit_mixture(config.fit, graph, target, known, scores[1]))
+    scores.append(_fit_mixture(config.fit, graph, target, known, scores[1], config.map.mixture_seeds))
     for done, found in enumerate(scores, 1):
         log.say(f"{found.model}: r = {found.r:.3f} from {connectome.regions[found.seed]}")
         log.metrics(done, {f"{found.model}/r": found.r})
@@ -252,13 +259,10 @@ def _run_map(config: Config, folder: RunFolder) -> None:
     ]
     write_table(folder.outputs / "predictions.csv", tuple(rows[0]), rows)
     seeds = [
-        {"seed": name, **{f.model: float(f.by_seed[i]) for f in scores if np.isfinite(f.by_seed[i])}}
+        {"seed": name, **{f.model: float(f.by_seed[i]) if np.isfinite(f.by_seed[i]) else "" for f in scores}}
         for i, name in enumerate(connectome.regions)
     ]
-    named = [found.model for found in scores if np.isfinite(found.by_seed).all()]
-    write_table(
-        folder.outputs / "seeds.csv", ("seed", *named), [{k: row[k] for k in ("seed", *named)} for row in seeds]
-    )
+    write_table(folder.outputs / "seeds.csv", ("seed", *(found.model for found in scores)), seeds)
     count = int(known.sum())
     summary = {
         "kind": "map",
@@ -343,19 +347,24 @@ def _agents(config: MapConfig, connectome: Connectome, columns: dict[str, np.nda
 
 
 def _fit_mixture(
-    config: FitConfig, graph: GraphOperators, target: np.ndarray, known: np.ndarray, fkpp: maps.MapScore
+    config: FitConfig, graph: GraphOperators, target: np.ndarray, known: np.ndarray, fkpp: maps.MapScore, most: int
 ) -> maps.MapScore:
-    """Fit the mixture to the map as one subject seen once, from the seed that FKPP prefers."""
+    """Fit the mixture to the map as one subject seen once, from the seeds that FKPP prefers."""
     low, high = np.nanmin(target), np.nanmax(target)
     # Regions without a value take the mean, and are not scored.
     filled = np.where(known, (target - low) / (high - low), (np.nanmean(target) - low) / (high - low))
     visits = Visits(filled[None, None].astype(np.float32), np.zeros((1, 1), np.float32), np.ones((1, 1), bool))
     recipe = dataclasses.replace(config, validation=0.0, model=dataclasses.replace(config.model, equation="igndmoe"))
-    found = fit(visits, graph, recipe, (fkpp.seed,))
-    index = int(np.argmin(np.abs(np.asarray(found.course.times) - float(found.onsets[0]))))
-    predicted = np.asarray(found.course.states[index], float)
-    r = float(row_correlations(predicted[None, known], target[None, known])[0])
-    by_seed = np.full(len(target), np.nan)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(found.params)) + 2
-    setting = f"stage {float(found.onsets[0]):.3g} years, in sample"
-    return maps.MapScore("igndmoe", r if np.isfinite(r) else 0.0, by_seed, fkpp.seed, setting, predicted, parameters)
+    by_seed, predictions, stages = np.full(len(target), np.nan), {}, {}
+    parameters = 0
+    for seed in np.argsort(-fkpp.by_seed)[: most or len(target)].tolist():
+        found = fit(visits, graph, recipe, (seed,))
+        index = int(np.argmin(np.abs(np.asarray(found.course.times) - float(found.onsets[0]))))
+        predictions[seed] = np.asarray(found.course.states[index], float)
+        r = float(row_correlations(predictions[seed][None, known], target[None, known])[0])
+        by_seed[seed] = r if np.isfinite(r) else 0.0
+        stages[seed] = float(found.onsets[0])
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(found.params)) + 2
+    best = max(predictions, key=lambda seed: by_seed[seed])
+    setting = f"stage {stages[best]:.3g} years, in sample, best of {len(predictions)} seeds"
+    return maps.MapScore("igndmoe", float(by_seed[best]), by_seed, best, setting, predictions[best], parameters)
