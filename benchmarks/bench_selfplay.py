@@ -4,7 +4,9 @@
 one product of masks and weights on either side. Actions are the numbers of the pixels, as the U-Net policy draws them,
 or a desire for each pixel, which the game has to rank first. The peer is `reference_games.py`: the same rules in NumPy
 over all games at once. `sampling` times the drawing of the numbers for both players, apart. `mismatch` is the share of
-pixels in which the two final masks differ.
+pixels in which the two final masks differ. `verifier` times what a learned verifier costs a step: the reference's
+network (3.4 M parameters) scores both players' masks, the image's branch computed once; the peer is PyTorch, which
+computes it with every mask, as the reference does, or once too. `difference` is the largest of the logits.
 
 `env_patch` is the patch game with 256 patches and given moves; the second peer is one game after another behind
 gymnasium's interface, timed on a part of the steps and scaled. `mismatch` counts rewards that differ.
@@ -18,6 +20,7 @@ core plays its own share of them, by `shard_map` over as many virtual devices.
 """
 
 import dataclasses
+import itertools
 import os
 import statistics
 from collections.abc import Callable, Mapping
@@ -50,6 +53,7 @@ from timing import (
     versions,
 )
 
+from jaxmed.models.mask_verifier import DEMO_VERIFIER, make_verifier
 from jaxmed.models.policy import GaussianMlpConfig
 from jaxmed.rl import environment, patch_game, selfplay
 from jaxmed.rl.environment import PixelGame
@@ -71,6 +75,7 @@ class Workload(NamedTuple):
         patch_games: Of `env_patch`.
         turns: Of each in a timed call.
         gym_steps: Steps that gymnasium is timed on.
+        judged: Games of which the learned verifier scores both players' masks, on 32 x 32.
         ppo_games: Of `ppo_iteration`, on 32 x 32.
         ppo_steps: Of each.
         epochs: Passes over them.
@@ -82,15 +87,16 @@ class Workload(NamedTuple):
     patch_games: int
     turns: int
     gym_steps: int
+    judged: int
     ppo_games: int
     ppo_steps: int
     epochs: int
 
 
 WORKLOADS = {
-    "smoke": Workload(16, (16,), 4, 64, 8, 200, 8, 16, 1),
-    "cpu": Workload(32, (256, 4096), 16, 4096, 64, 20_000, 64, 64, 10),
-    "gpu": Workload(32, (16384,), 64, 65536, 64, 20_000, 64, 64, 10),
+    "smoke": Workload(16, (16,), 4, 64, 8, 200, 4, 8, 16, 1),
+    "cpu": Workload(32, (256, 4096), 16, 4096, 64, 20_000, 128, 64, 64, 10),
+    "gpu": Workload(32, (16384,), 64, 65536, 64, 20_000, 16384, 64, 64, 10),
 }
 WORKLOADS["pod"] = WORKLOADS["gpu"]
 PATCHES = 256
@@ -107,6 +113,7 @@ def main() -> None:
         for kind in ("numbers", "desires"):
             rows += measure_pixel(work, games, kind, config.peer, config.repeats, conditions, peak)
     rows += measure_sampling(work, config.peer, config.repeats, conditions, peak)
+    rows += measure_verifier(work, config.peer, config.repeats, conditions, peak)
     rows += measure_patch(work, config.peer, config.repeats, conditions, peak)
     rows += measure_ppo(work, config.peer, config.repeats, conditions, peak)
     emit(rows, config.json)
@@ -204,6 +211,81 @@ def measure_sampling(work: Workload, with_peer: bool, repeats: int, conditions: 
     measured = collect(alternate(functions, repeats), games, conditions, run.seconds, run.bytes, {}, run.flops)
     text = f"sampling apart: {games} games of {work.edge} x {work.edge}, 1 step, {flips} flips of both players"
     return make_rows("env_pixel", text, measured, conditions, peak)
+
+
+def measure_verifier(work: Workload, with_peer: bool, repeats: int, conditions: Conditions, peak: Peak) -> list[Row]:
+    """Measure a learned verifier's scores of both players' masks."""
+    noise, shape, count = np.random.default_rng(0), (32, 32), 2 * work.judged
+    verifier = make_verifier(DEMO_VERIFIER)
+    image = jnp.asarray(noise.random((1, *shape, 1)), jnp.float32)
+    masks = jnp.asarray(noise.random((count, *shape)) < 0.4, jnp.float32)
+    params = verifier.init(jax.random.key(0), image, masks[:1])
+    embedding = jax.jit(verifier.embed)(params, image)
+
+    def score(params: Any, embedding: jax.Array, masks: jax.Array) -> jax.Array:
+        return verifier.score(params, jnp.broadcast_to(embedding, (len(masks), embedding.shape[-1])), masks)
+
+    run = compile_apart(score, params, embedding, masks)
+    functions: dict[str, Callable[[], Any]] = {"jaxmed": partial(run.call, params, embedding, masks)}
+    accuracy: dict[str, float] = {}
+    if with_peer:
+        with_every, once = make_torch_verifier(params, np.asarray(image), np.asarray(masks), len(conditions.cores))
+        functions |= {"PyTorch": with_every, "PyTorch, image once": once}
+        accuracy["difference"] = float(np.abs(np.asarray(functions["jaxmed"]()) - with_every().numpy()).max())
+    widths, edge, products = (1, *DEMO_VERIFIER.widths), shape[0], 0
+    for before, after in itertools.pairwise(widths):
+        products, edge = products + edge**2 * 9 * before * after, edge // 2
+    for before, after in itertools.pairwise((2 * widths[-1], *DEMO_VERIFIER.dense, 1)):
+        products += before * after
+    flops = 2.0 * products * count
+    measured = collect(alternate(functions, repeats), work.judged, conditions, run.seconds, None, accuracy, flops)
+    text = f"verifier apart: both masks of {work.judged} games of 32 x 32, the reference's network"
+    return make_rows("env_pixel", text, measured, conditions, peak)
+
+
+def make_torch_verifier(
+    params: Any, image: np.ndarray, masks: np.ndarray, threads: int
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return the same network in PyTorch on all masks: with the image's branch for every mask, and once."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+    def tensor(array: Any) -> Any:
+        return torch.from_numpy(np.array(array))
+
+    def branch(weights: Any) -> Any:
+        layers: list[Any] = []
+        for number in range(len(DEMO_VERIFIER.widths)):
+            kernel = tensor(weights[f"layer_{number}"]["kernel"]).permute(3, 2, 0, 1)
+            layer = torch.nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1)
+            layer.weight.data, layer.bias.data = kernel.contiguous(), tensor(weights[f"layer_{number}"]["bias"])
+            layers += [layer, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+        return torch.nn.Sequential(*layers, torch.nn.Flatten()).to(memory_format=torch.channels_last)
+
+    names = [f"dense_{number}" for number in range(len(DEMO_VERIFIER.dense))] + ["head"]
+    heads: list[Any] = []
+    for name in names:
+        layer = torch.nn.Linear(*params[name]["kernel"].shape)
+        layer.weight.data, layer.bias.data = tensor(params[name]["kernel"]).T.contiguous(), tensor(params[name]["bias"])
+        heads += [layer, torch.nn.ReLU()]
+    head, of_image, of_mask = torch.nn.Sequential(*heads[:-1]), branch(params["image"]), branch(params["mask"])
+    seen = tensor(image).permute(0, 3, 1, 2)
+    proposed = tensor(masks)[:, None].contiguous(memory_format=torch.channels_last)
+    repeated = seen.expand(len(masks), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def with_every() -> Any:
+        return head(torch.cat([of_image(repeated), of_mask(proposed)], 1))[:, 0]
+
+    @torch.inference_mode()
+    def once() -> Any:
+        features = of_mask(proposed)
+        return head(torch.cat([vector.expand(len(features), -1), features], 1))[:, 0]
+
+    with torch.inference_mode():
+        vector = of_image(seen)
+    return with_every, once
 
 
 def measure_patch(work: Workload, with_peer: bool, repeats: int, conditions: Conditions, peak: Peak) -> list[Row]:
@@ -391,6 +473,8 @@ def collect(
             measured[name] = Measurement(values, compile_s, flops, counted, rate | accuracy)
         else:
             package = {"NumPy": "numpy", "gymnasium": "gymnasium"}.get(name)
+            if name.startswith("PyTorch"):
+                package = "torch"
             found = versions(package) if package else versions("stable-baselines3", "torch", "gymnasium")
             device = describe_cpu(conditions.cores) if jax.default_backend() != "cpu" else None
             measured[name] = Measurement(values, accuracy=rate, versions=found, device=device)

@@ -1,6 +1,7 @@
 """Turn public files into the manifests and stacks that `jaxmed selfplay` takes.
 
     python scripts/prepare_selfplay.py digits MNIST.npz OUT [--noise 0.4] [--train 500] [--support 16] [--test 100]
+                                       [--clean-train]
     python scripts/prepare_selfplay.py lesions OUT --sarcoma FOLDER --tumour FOLDER --cardiac FOLDER --chest FOLDER
 
 Then, for example:
@@ -15,7 +16,8 @@ digits    MNIST (LeCun and Cortes, CC BY-SA 3.0) as an .npz file with images (n,
           task: 0 to 4 train, 5 validation, 6 to 9 support and test, all of disjoint pictures. Pictures are padded to
           32 x 32; the image is digit / 255 plus normal noise, clipped to [0, 1], and the mask is where digit / 255 is
           half or more. One .npy stack per task and split; each picture is a subject of its own. The noise is drawn
-          once, here; --noise 0 leaves it to the training.
+          once, here; --clean-train leaves that of familiar tasks to the training, which can draw it anew in every
+          step: `jaxmed selfplay meta-train --meta.augment.noise 0.4`.
 lesions   Organs are familiar: the left ventricle of Sunnybrook's cine MR (public domain; 4 of 5 patients train, the
           others validation), the heart and the pulmonary artery of a chest CT (TotalSegmentator, Apache-2.0; train).
           Lesions are novel: soft-tissue sarcoma in T1-weighted MR (TCIA, CC BY 3.0, five patients) and a brain and a
@@ -47,7 +49,9 @@ def save(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def prepare_digits(archive: Path, out: Path, noise: float, counts: dict[str, int], seed: int) -> list[dict]:
+def prepare_digits(
+    archive: Path, out: Path, noise: float, counts: dict[str, int], seed: int, clean_train: bool
+) -> list[dict]:
     """Write the stacks of all digits and return the rows of the manifest."""
     require_file(archive, "MNIST as an .npz file", (".npz",))
     images, labels = read_member(archive, "images"), read_member(archive, "labels")
@@ -63,7 +67,8 @@ def prepare_digits(archive: Path, out: Path, noise: float, counts: dict[str, int
             if len(chosen) < counts[split]:
                 raise SystemExit(f"{archive}: expected {counts[split]} pictures of {digit} for {split}")
             clean = digits[chosen]
-            noisy = clean + generator.normal(0, noise, clean.shape).astype(np.float32) if noise else clean
+            is_clean = not noise or (clean_train and role == "train")
+            noisy = clean if is_clean else clean + generator.normal(0, noise, clean.shape).astype(np.float32)
             name = f"digit{digit}_{split}"
             save(out / f"images/{name}.npy", np.clip(noisy, 0, 1))
             save(out / f"masks/{name}.npy", (clean >= 0.5).astype(np.uint8))
@@ -129,6 +134,7 @@ def main() -> None:
     digits.add_argument("archive", type=Path, help=".npz with images and labels")
     digits.add_argument("out", type=Path)
     digits.add_argument("--noise", type=float, default=0.4, help="standard deviation of the noise")
+    digits.add_argument("--clean-train", action="store_true", help="no noise on familiar tasks")
     digits.add_argument("--train", type=int, default=500, help="pictures per training digit")
     digits.add_argument("--validation", type=int, default=200, help="pictures of the validation digit")
     digits.add_argument("--support", type=int, default=16, help="labelled pictures per novel digit")
@@ -146,7 +152,7 @@ def main() -> None:
     out = make_folder(arguments.out)
     if arguments.kind == "digits":
         counts = {name: getattr(arguments, name) for name in ("train", "validation", "support", "test")}
-        rows = prepare_digits(arguments.archive, out, arguments.noise, counts, arguments.seed)
+        rows = prepare_digits(arguments.archive, out, arguments.noise, counts, arguments.seed, arguments.clean_train)
         write_table(out / "manifest.csv", COLUMNS, rows)
         return
     organs = prepare_organs(arguments.cardiac, arguments.chest, out, arguments.seed)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.types import Params
 from jaxmed.models.mask_generator import GeneratorConfig, make_generator
+from jaxmed.systems.selfplay.augmentation import AugmentConfig, augment
 
 
 def fit_supervised(
@@ -22,6 +23,8 @@ def fit_supervised(
     steps: int,
     batch_size: int = 16,
     rate: float = 1e-3,
+    variants: AugmentConfig = AugmentConfig(),
+    as_they_are: int = 0,
 ) -> Params:
     """Train a generator from scratch on labelled images, as {"generator": ...}.
 
@@ -33,6 +36,8 @@ def fit_supervised(
         steps: Of Adam, its rate falling to 0 by half a cosine.
         batch_size: Images of a step, drawn with replacement.
         rate: At the start.
+        variants: Of the images, fresh in every step.
+        as_they_are: Last images of which none are made.
     """
     model = make_generator(config)
     params = model.init(jax.random.key(seed), jnp.zeros((1, *images.shape[1:], 1)))
@@ -40,9 +45,14 @@ def fit_supervised(
     opt_state = optimizer.init(params)
     generator = np.random.default_rng(seed)
     step = jax.jit(partial(_step, config, optimizer))
-    for _ in range(steps):
+    root = jax.random.fold_in(jax.random.key(seed), 1)
+    for number in range(steps):
         chosen = generator.integers(0, len(images), min(batch_size, 2 * len(images)))
-        params, opt_state = step(params, opt_state, images[chosen], masks[chosen].astype(np.float32))
+        seen, truth = images[chosen], masks[chosen].astype(np.float32)
+        made = augment(jax.random.fold_in(root, number), variants, jnp.asarray(seen), jnp.asarray(truth))
+        stays = (chosen >= len(images) - as_they_are).reshape(-1, *(1,) * (images.ndim - 1))
+        seen, truth = (jnp.where(stays, old, new) for old, new in zip((seen, truth), made, strict=True))
+        params, opt_state = step(params, opt_state, seen, truth)
     return {"generator": params}
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, Verifier, VerifierConfig, make_verifier
+from jaxmed.systems.selfplay.augmentation import AugmentConfig, augment
 from jaxmed.systems.selfplay.corruption import corrupt
 
 LABEL_NOISE = 0.05
@@ -74,12 +75,14 @@ class MetaConfig:
         inner_steps: Steps on one task before the average moves.
         epsilon: Share of the way that it moves.
         rate: Learning rate of Adam, whose moments outlive tasks.
+        augment: Fresh variants of the images of every step, so that few pictures are not learnt by heart.
         quirks: Hand on the verifier as the last task left it instead of its average, as the reference does.
     """
 
     inner_steps: int = 4
     epsilon: float = 0.1
     rate: float = 2e-4
+    augment: AugmentConfig = AugmentConfig()
     quirks: bool = False
 
     def __post_init__(self) -> None:
@@ -189,7 +192,9 @@ def meta_step(
     key = jax.random.fold_in(state.key, state.step)
     params, opt_state, found = state.params, state.opt_state, []
     for number, step_key in enumerate(jax.random.split(key, batch["image"].shape[1])):
-        inputs = (step_key, batch["image"][:, number], batch["mask"][:, number], jnp.ones(len(batch["image"])))
+        images, masks = batch["image"][:, number], batch["mask"][:, number]
+        images, masks = augment(jax.random.fold_in(step_key, 1), meta.augment, images, masks)
+        inputs = (step_key, images, masks, jnp.ones(len(images)))
         params, opt_state, metrics = _inner_step(config, meta.rate, params, opt_state, *inputs)
         found.append(metrics)
     average = reptile(meta.epsilon, state.params, params)

@@ -16,6 +16,7 @@ from jaxmed.io.tables import write_table
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
+from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.compare_page import write_page
 from jaxmed.systems.selfplay.comparing import Outcome, summarise
@@ -50,6 +51,8 @@ class Config:
         together: Images that are thought about jointly.
         num_seeds: Draws of labelled images, adaptations and players.
         supervised_steps: Of the networks that are trained on labels alone.
+        augment: Fresh variants of the familiar tasks' images for the network that is supervised by all labels: those
+            of meta-training, or the comparison is not fair.
         seed: The first.
     """
 
@@ -65,6 +68,7 @@ class Config:
     together: int = 8
     num_seeds: int = 3
     supervised_steps: int = 400
+    augment: AugmentConfig = AugmentConfig()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -206,7 +210,10 @@ def run_seed(config: Config, trained: Trained, material: Material, seed: int, lo
             np.concatenate([material.training.masks, shots.masks]),
         )
     for name, (seen, truth) in supervised.items():
-        params = fit_supervised(seed, system.config.generator, seen, truth, steps=config.supervised_steps)
+        params = fit_supervised(
+            seed, system.config.generator, seen, truth, steps=config.supervised_steps, variants=config.augment,
+            as_they_are=len(shots.images),
+        )  # fmt: skip
         found.append(_answer(name, seed, system, test, _segment(system.config, params, test.images)))
     for name, mode in MODES.items():
         found += think_with(config, system, test, name, mode, seed, think_key)

@@ -1,0 +1,63 @@
+"""Variants of labelled images: masks follow shapes, noise stays on images, and nothing happens unasked."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.models.mask_generator import GeneratorConfig
+from jaxmed.synthesis.deformation import DeformationConfig
+from jaxmed.systems.selfplay.augmentation import AugmentConfig, augment
+from jaxmed.systems.selfplay.supervised import fit_supervised
+
+TURNED = DeformationConfig(rotation=30.0, shear=0.1, scaling=0.1, amplitude=1.0)
+
+
+@pytest.fixture
+def bars():
+    masks = np.zeros((6, 16, 16), np.float32)
+    masks[:, 4:12, 6:9] = 1
+    return jnp.asarray(0.8 * masks), jnp.asarray(masks)
+
+
+def test_the_default_changes_nothing(key, bars):
+    images, masks = augment(key, AugmentConfig(), *bars)
+    np.testing.assert_array_equal(images, bars[0])
+    np.testing.assert_array_equal(masks, bars[1])
+
+
+def test_masks_follow_their_images_each_in_its_own_way(key, bars):
+    images, masks = augment(key, AugmentConfig(deformation=TURNED), *bars)
+    # The mask is where the image is above half of its height, so it stays so.
+    np.testing.assert_array_equal(masks, images > 0.4)
+    assert set(np.unique(masks)) == {0.0, 1.0}
+    assert len({array.tobytes() for array in np.asarray(masks)}) == len(masks)
+
+
+def test_noise_is_on_images_alone_and_of_the_size_asked_for(key, bars):
+    gray = jnp.full((64, 16, 16), 0.5)
+    images, masks = augment(key, AugmentConfig(noise=0.1), gray, jnp.ones_like(gray))
+    assert abs(float(images.std()) - 0.1) < 0.002 and abs(float(images.mean()) - 0.5) < 0.002
+    assert float(images.min()) >= 0 and float(images.max()) <= 1
+    np.testing.assert_array_equal(masks, 1.0)
+
+
+def test_a_supervised_network_sees_variants_of_all_but_the_last(bars):
+    images, masks = np.asarray(bars[0]), np.asarray(bars[1]) > 0.5
+    loud = AugmentConfig(noise=0.5)
+    settings = {"steps": 3, "batch_size": 4}
+    small = GeneratorConfig("plain", widths=(4, 4, 4))
+
+    def trained(**more):
+        return jax.tree.leaves(fit_supervised(0, small, images, masks, **settings, **more))
+
+    plain, kept, varied = trained(), trained(variants=loud, as_they_are=6), trained(variants=loud)
+    assert all(np.array_equal(a, b) for a, b in zip(plain, kept, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(plain, varied, strict=True))
+
+
+def test_negative_noise_is_refused():
+    with pytest.raises(ValueError, match="noise: expected 0 or more, found -1"):
+        dataclasses.replace(AugmentConfig(), noise=-1.0)
