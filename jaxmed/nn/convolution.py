@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 FEW_CHANNELS = 4  # up to here the input channels of a 3D convolution join the window in one product
 NARROW = 16  # up to here the output channels of three planes fit one 2D convolution
+SMALL = 8  # pixels up to which a 2D convolution on a CPU is one product
 TILE = 4  # planes at a time of a narrow convolution
 DEEP = 64  # from here on the weight gradient of a convolution of few channels is a sum of products over planes
 DEEP_CHANNELS = 32
@@ -138,7 +139,20 @@ def _planar(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A 2D convolution whose gradient by the input is as fast in a loop as outside, on a CPU."""
     if jax.default_backend() != "cpu" or any(edge % 2 == 0 for edge in kernel.shape[:-2]):
         return _direct(x, kernel, stride)
+    if math.prod(x.shape[1:3]) <= SMALL:
+        return jax.lax.platform_dependent(
+            x, kernel, cpu=lambda x, kernel: _product(x, kernel, stride), default=lambda x, k: _direct(x, k, stride)
+        )
     return _planar_conv(x, kernel, stride)
+
+
+def _product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """The shifted images side by side, one product: XLA runs planes smaller than the window at a fiftieth of this."""
+    rows, columns, channels, features = kernel.shape
+    padded = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
+    height, width = x.shape[1:3]
+    shifted = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(rows) for j in range(columns)]
+    return jnp.dot(jnp.concatenate(shifted, axis=-1), kernel.reshape(rows * columns * channels, features))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -84,8 +84,9 @@ def test_windows_that_tile_the_image(spatial, size):
 
 @pytest.mark.core
 @pytest.mark.parametrize(("edge", "stride"), [(3, 1), (3, 2), (5, 1), (5, 3)])
-def test_images_agree_with_the_direct_form(edge, stride):
-    x, kernel = draw((2, 7, 6, 3), (edge, edge), 4)
+@pytest.mark.parametrize("spatial", [(7, 6), (2, 4), (1, 1)])
+def test_images_agree_with_the_direct_form(edge, stride, spatial):
+    x, kernel = draw((2, *spatial, 3), (edge, edge), 4)
     agree(lambda x, k: conv2d(x, k, stride), lambda x, k: plain(x, k, stride, edge // 2), x, kernel)
 
 
@@ -114,7 +115,7 @@ def test_mapped_over_inputs_and_over_kernels(shape):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("spatial", [(4, 3, 3), (5, 4)])
+@pytest.mark.parametrize("spatial", [(4, 3, 3), (5, 4), (2, 3)])
 def test_gradients_of_gradients(spatial):
     window = (3,) * len(spatial)
     x, kernel = draw((1, *spatial, 5), window, 17)
