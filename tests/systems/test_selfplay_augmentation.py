@@ -36,6 +36,21 @@ def test_masks_follow_their_images_each_in_its_own_way(key, bars):
     assert len({array.tobytes() for array in np.asarray(masks)}) == len(masks)
 
 
+def test_moves_and_mirrors_keep_every_value(key, bars):
+    # A block that is not symmetric, far from the edges.
+    images = jnp.zeros((32, 16, 16)).at[:, 5:9, 6:8].set(0.5).at[:, 5, 6].set(1.0)
+    moved, masks = augment(key, AugmentConfig(shift=3, mirror=True), images, (images > 0) * 1.0)
+    np.testing.assert_array_equal(masks, moved > 0)
+    np.testing.assert_allclose(moved.sum((1, 2)), images.sum((1, 2)), rtol=1e-6)
+    corners = np.argwhere(np.asarray(moved) == 1.0)
+    assert len(corners) == 32 and np.array_equal(np.unique(corners[:, 0]), np.arange(32))
+    # Mirrored or not, the corner lies within 3 voxels of where it was.
+    places = corners[:, 1:]
+    reach = np.stack([[2, 8], [3, 9]]), np.stack([[7, 13], [6, 12]])
+    inside = [((places >= box[:, 0]) & (places <= box[:, 1])) for box in reach]
+    assert np.all(inside[0] | inside[1]) and len({tuple(place) for place in places}) > 16
+
+
 def test_noise_is_on_images_alone_and_of_the_size_asked_for(key, bars):
     gray = jnp.full((64, 16, 16), 0.5)
     images, masks = augment(key, AugmentConfig(noise=0.1), gray, jnp.ones_like(gray))
@@ -58,6 +73,7 @@ def test_a_supervised_network_sees_variants_of_all_but_the_last(bars):
     assert not all(np.array_equal(a, b) for a, b in zip(plain, varied, strict=True))
 
 
-def test_negative_noise_is_refused():
-    with pytest.raises(ValueError, match="noise: expected 0 or more, found -1"):
-        dataclasses.replace(AugmentConfig(), noise=-1.0)
+@pytest.mark.parametrize("name", ["noise", "shift"])
+def test_negative_numbers_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: expected 0 or more, found -1"):
+        dataclasses.replace(AugmentConfig(), **{name: -1})

@@ -1,4 +1,4 @@
-"""Fresh variants of labelled images: a random deformation of image and mask, and noise on the image."""
+"""Fresh variants of labelled images: image and mask mirrored, moved and deformed, and noise on the image."""
 
 import dataclasses
 import functools
@@ -18,15 +18,20 @@ class AugmentConfig:
 
     Attributes:
         noise: Standard deviation of normal noise on images in [0, 1], which are then clipped.
+        shift: Largest move along each axis, in whole voxels, which leaves noise as it is; edges are repeated.
+        mirror: Whether each axis is turned around in half of the variants.
         deformation: Ranges; still by default.
     """
 
     noise: float = 0.0
+    shift: int = 0
+    mirror: bool = False
     deformation: DeformationConfig = DeformationConfig(rotation=0.0, shear=0.0, scaling=0.0, amplitude=0.0)
 
     def __post_init__(self) -> None:
-        if self.noise < 0:
-            raise ValueError(f"noise: expected 0 or more, found {self.noise:g}")
+        for name in ("noise", "shift"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name):g}")
 
     @property
     def is_still(self) -> bool:
@@ -47,9 +52,22 @@ def augment(
         images: In [0, 1].
         masks: 0 or 1; stay so.
     """
-    shape_key, noise_key = jax.random.split(key)
+    shape_key, noise_key, move_key, mirror_key = jax.random.split(key, 4)
+    shape = images.shape[1:]
+    pairs = jnp.stack([images, masks], axis=1)
+    if config.mirror:
+        turns = jax.random.bernoulli(mirror_key, shape=(len(images), len(shape)))
+        for axis in range(len(shape)):
+            is_turned = turns[:, axis].reshape(-1, *(1,) * (pairs.ndim - 1))
+            pairs = jnp.where(is_turned, jnp.flip(pairs, axis + 2), pairs)
+    if config.shift:
+        padded = jnp.pad(pairs, [(0, 0), (0, 0)] + [(config.shift, config.shift)] * len(shape), mode="edge")
+        starts = jax.random.randint(move_key, (len(images), len(shape)), 0, 2 * config.shift + 1)
+        pairs = jax.vmap(lambda pair, start: jax.lax.dynamic_slice(pair, (0, *start), pair.shape[:1] + shape))(
+            padded, starts
+        )
+    images, masks = pairs[:, 0], pairs[:, 1]
     if not config.is_still:
-        shape = images.shape[1:]
 
         def deform(key: Array, image: Array, mask: Array) -> tuple[Array, Array]:
             places, _ = draw_deformation(key, shape, shape, config.deformation)

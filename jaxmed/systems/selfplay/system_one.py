@@ -100,10 +100,12 @@ class AdaptConfig:
     Attributes:
         steps: On all labelled images at once.
         rate: Learning rate of a fresh Adam.
+        augment: Fresh variants of the labelled images in every step.
     """
 
     steps: int = 16
     rate: float = 2e-4
+    augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.rate <= 0:
@@ -238,11 +240,12 @@ def adapt(
         The adapted networks, and the losses of every step.
     """
     weights = jnp.ones(len(images)) if weights is None else weights
-    masks, params = masks.astype(jnp.float32), system.params
+    images, masks, params = jnp.asarray(images), masks.astype(jnp.float32), system.params
     opt_state = {name: optax.adam(config.rate).init(value) for name, value in params.items()}
     found = []
     for step_key in jax.random.split(key, config.steps):
-        inputs = (step_key, images, masks, weights)
+        seen = augment(jax.random.fold_in(step_key, 1), config.augment, images, masks)
+        inputs = (step_key, *seen, weights)
         params, opt_state, metrics = _inner_step(system.config, config.rate, params, opt_state, *inputs)
         found.append(metrics)
     return system._replace(params=params), jax.tree.map(lambda *values: jnp.stack(values), *found) if found else {}
