@@ -47,7 +47,7 @@ def debate(
 ) -> Debate:
     """Play a game and keep its course."""
     player = player_of(config, image.shape)
-    verify = partial(score_masks, system.config, make_judge(system, image[None]))
+    verify = partial(score_masks, system.config, make_judge(system, image[None], config.prior_weight))
     cases = environment.make_cases(verify, image[None], mask[None])
 
     def advance(game: environment.State, key: KeyArray) -> tuple[environment.State, Any]:

@@ -69,6 +69,9 @@ class ThinkConfig:
             what the verifier's gradient asks for.
         play: Rules, players and learning; its mode is set by this one.
         policy: The network that proposes.
+        prior_weight: How much System I's own evidence counts beside the verifier: the score's logit is that of D plus
+            this times the log-likelihood ratio of a mask against System I's first one, per voxel of that. 0, the
+            reference, follows the verifier wherever it leads.
         rounds: Of thinking; between two of them System I is adapted to what was found.
         guess_weight: Of the masks that were found beside true labels, in that adaptation.
         adapt: Steps and rate of it.
@@ -77,6 +80,7 @@ class ThinkConfig:
     mode: Literal["learn", "propose", "grad"] = "learn"
     play: SelfPlayConfig = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=64, steps=64)
     policy: TopkUnetConfig | GaussianMlpConfig = TopkUnetConfig()
+    prior_weight: float = 0.0
     rounds: int = 1
     guess_weight: float = 0.5
     adapt: AdaptConfig = AdaptConfig()
@@ -84,6 +88,8 @@ class ThinkConfig:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds: expected 1 or more, found {self.rounds}")
+        if self.prior_weight < 0:
+            raise ValueError(f"prior_weight: expected 0 or more, found {self.prior_weight:g}")
         if not 0 <= self.guess_weight <= 1:
             raise ValueError(f"guess_weight: expected a number in [0, 1], found {self.guess_weight}")
 
@@ -103,7 +109,7 @@ class Trace(NamedTuple):
     Attributes:
         steps: Of the game, so far.
         seconds: So far, without compilation.
-        values: D of the best mask of each image so far.
+        values: Score of the best mask of each image so far: D, or with a prior what `ThinkConfig` says.
         masks: Those masks.
     """
 
@@ -118,7 +124,7 @@ class Thought(NamedTuple):
 
     Attributes:
         masks: Best masks.
-        values: D of them, between 0 and 1.
+        values: Their scores, between 0 and 1.
         agreement: Share of the games whose present mask holds each voxel; System I's probability where none was played.
         first: System I's masks.
         probability: System I's probabilities.
@@ -195,7 +201,7 @@ def _think_once(
     probability = _generate(system.config, system.params, images)
     first = probability > system.config.threshold
     start = first if before is None else jnp.asarray(before.masks)
-    judge = make_judge(system, images)
+    judge = make_judge(system, images, config.prior_weight)
     values = _judge_jit(system.config, judge, jnp.arange(len(images)), start.astype(jnp.float32))
     points = [(0, 0.0, np.asarray(values), np.asarray(start))]
 
@@ -312,10 +318,39 @@ def _climb(system: SystemOneConfig, steps: int, judge: Any, masks: Array, flips:
     return climb(score, masks, flips, steps)
 
 
-def make_judge(system: SystemOne, images: Float[Array, "image *space"]) -> Any:
-    """Return the first argument of `score_masks`: parameters, what they need to know of each image, temperature."""
+class Judge(NamedTuple):
+    """What scores masks of known images.
+
+    Attributes:
+        params: Of the verifier.
+        embedding: Of each image.
+        temperature: By which its logits are divided.
+        evidence: Of System I for each voxel, weighted: what a logit gains by the voxel's being in the mask.
+        first: The sum of it over System I's mask, so that this mask's logit is the verifier's.
+    """
+
+    params: Params
+    embedding: Any
+    temperature: Float[Array, ""]
+    evidence: Float[Array, "image *space"]
+    first: Float[Array, " image"]
+
+
+def make_judge(system: SystemOne, images: Float[Array, "image *space"], prior_weight: float = 0.0) -> Judge:
+    """Prepare to score masks of images."""
     embedding = _embed(system.config, system.params, images)
-    return system.params["verifier"], embedding, jnp.float32(system.temperature)
+    evidence, first = _weigh(system.config, system.params, images, jnp.float32(prior_weight))
+    return Judge(system.params["verifier"], embedding, jnp.float32(system.temperature), evidence, first)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weigh(config: SystemOneConfig, params: Params, images: Array, weight: Array) -> tuple[Array, Array]:
+    probability = generate(config, params, images)
+    mask, axes = probability > config.threshold, tuple(range(1, images.ndim))
+    logits = jax.scipy.special.logit(jnp.clip(probability, 1e-6, 1 - 1e-6))
+    size = jnp.maximum(mask.sum(axes, keepdims=True), 1)
+    evidence = weight * (logits - jax.scipy.special.logit(config.threshold)) / size
+    return evidence, jnp.where(mask, evidence, 0.0).sum(axes)
 
 
 def judge_masks(
@@ -349,12 +384,13 @@ def _embed(config: SystemOneConfig, params: Params, images: Array) -> Any:
 
 
 def score_masks(
-    config: SystemOneConfig, judge: Any, index: Int[Array, " game"], masks: Float[Array, "game *space"]
+    config: SystemOneConfig, judge: Judge, index: Int[Array, " game"], masks: Float[Array, "game *space"]
 ) -> Float[Array, " game"]:
-    """Return D of masks of numbered images; `judge` is from `make_judge`."""
-    params, embedding, temperature = judge
-    seen = jax.tree.map(lambda leaf: leaf[index], embedding)
-    return jax.nn.sigmoid(make_verifier(config.verifier).score(params, seen, masks) / temperature)
+    """Return the scores of masks of numbered images: D, and System I's evidence where the judge weighs it."""
+    seen = jax.tree.map(lambda leaf: leaf[index], judge.embedding)
+    logits = make_verifier(config.verifier).score(judge.params, seen, masks) / judge.temperature
+    evidence = (masks * judge.evidence[index]).sum(tuple(range(1, masks.ndim))) - judge.first[index]
+    return jax.nn.sigmoid(logits + evidence)
 
 
 _judge_jit = functools.partial(jax.jit, static_argnums=0)(score_masks)
