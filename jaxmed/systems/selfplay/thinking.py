@@ -71,7 +71,8 @@ class ThinkConfig:
         policy: The network that proposes.
         prior_weight: How much System I's own evidence counts beside the verifier: the score's logit is that of D plus
             this times the log-likelihood ratio of a mask against System I's first one, per voxel of that. 0, the
-            reference, follows the verifier wherever it leads.
+            reference, follows the verifier wherever it leads: on digits (6 and 7, by which 3 was chosen) to masks that
+            it likes and that are worse.
         rounds: Of thinking; between two of them System I is adapted to what was found.
         guess_weight: Of the masks that were found beside true labels, in that adaptation.
         adapt: Steps and rate of it.
@@ -80,7 +81,7 @@ class ThinkConfig:
     mode: Literal["learn", "propose", "grad"] = "learn"
     play: SelfPlayConfig = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=64, steps=64)
     policy: TopkUnetConfig | GaussianMlpConfig = TopkUnetConfig()
-    prior_weight: float = 0.0
+    prior_weight: float = 3.0
     rounds: int = 1
     guess_weight: float = 0.5
     adapt: AdaptConfig = AdaptConfig()

@@ -14,6 +14,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io.tables import write_table
 from jaxmed.systems.selfplay.adapt_page import write_page
+from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
 from jaxmed.systems.selfplay.frames import FrameConfig
@@ -62,8 +63,8 @@ def paper() -> Config:
 
 
 def laptop() -> Config:
-    """Eight labelled images, 32 steps: seconds."""
-    return Config(adapt=AdaptConfig(steps=32, rate=5e-4))
+    """Eight labelled images and their moved variants: seconds."""
+    return Config(adapt=AdaptConfig(augment=AugmentConfig(shift=2)))
 
 
 def smoke() -> Config:

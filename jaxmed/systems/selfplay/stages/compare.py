@@ -80,13 +80,14 @@ class Config:
 
 
 def paper() -> Config:
-    """Budgets up to a million steps, eight labelled images, five draws of them."""
-    return Config(budgets=(1024, 4096, 16_384, 65_536, 262_144, 1_048_576), num_seeds=5)
+    """Budgets up to a million steps, eight labelled images, five draws of them; the verifier alone is followed."""
+    budgets = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+    return Config(budgets=budgets, num_seeds=5, think=ThinkConfig(prior_weight=0.0))
 
 
 def laptop() -> Config:
     """Budgets up to 16,384 steps and a small policy: some ten minutes on two cores."""
-    return Config(adapt=AdaptConfig(steps=32, rate=5e-4), budgets=(2048, 4096, 8192, 16_384), think=LAPTOP)
+    return Config(adapt=AdaptConfig(augment=AugmentConfig(shift=2)), budgets=(2048, 4096, 8192, 16_384), think=LAPTOP)
 
 
 def smoke() -> Config:

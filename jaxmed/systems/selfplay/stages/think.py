@@ -66,7 +66,7 @@ class Config:
 def paper() -> Config:
     """The reference's rules without its slips: the old mask is no candidate, 1 % of the pixels flip; 16,384 steps."""
     play = SelfPlayConfig(game=PixelGame(rule="fair"), games=64, steps=64)
-    return Config(budget=Budget(16_384, patience=0), think=ThinkConfig(play=play))
+    return Config(budget=Budget(16_384, patience=0), think=ThinkConfig(play=play, prior_weight=0.0))
 
 
 def laptop() -> Config:
