@@ -16,6 +16,13 @@ and the figures to reproduce_selfplay.json beside it.
 
     python benchmarks/reproduce_selfplay.py --size smoke                         puzzles of 16 x 16
     python benchmarks/reproduce_selfplay.py --run digits=RUN --run lesions=RUN   runs of `jaxmed selfplay compare`
+
+The runs of the committed table, on files made by scripts/prepare_selfplay.py (digits with --clean-train); N stands for
+--augment.noise 0.4 and D for --augment.deformation.rotation 15, .shear 0.1 and .scaling 0.1, in meta-train below meta:
+
+    jaxmed selfplay meta-train --preset laptop --data.manifest DIGITS --meta N D --loop.steps 2000 --out runs/meta
+    jaxmed selfplay compare --preset laptop --data.manifest DIGITS --task digit8 --weights runs/meta N D
+        --budgets 1024 4096 16384 --supervised-steps 2000 --out runs/digits
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
@@ -52,9 +53,20 @@ def test_the_answer_is_the_best_that_was_seen(system, images, thought):
     assert (np.diff(values, axis=0) >= 0).all() and (values[-1] > values[0]).all()
     assert thought.trace.steps.tolist() == [0, SIZE, 2 * SIZE, 3 * SIZE, 4 * SIZE] and thought.stop == "budget"
     np.testing.assert_array_equal(thought.masks, thought.trace.masks[-1])
-    again = judge_masks(system, jnp.asarray(images), jnp.asarray(thought.masks, jnp.float32))
-    np.testing.assert_allclose(thought.values, again, atol=1e-5)
+    again = np.asarray(judge_masks(system, jnp.asarray(images), jnp.asarray(thought.masks, jnp.float32)), float)
+    # System I's evidence against what was changed, per voxel of its own mask, beside the verifier's logit.
+    first, size = thought.first, np.maximum(thought.first.sum((1, 2)), 1)
+    evidence = ((1.0 * thought.masks - first) * scipy.special.logit(thought.probability.astype(float))).sum((1, 2))
+    expected = scipy.special.expit(scipy.special.logit(again) + CONFIG.prior_weight * evidence / size)
+    np.testing.assert_allclose(thought.values, expected, atol=1e-5)
+    assert (evidence < 0).all() and CONFIG.prior_weight > 0
     assert thought.agreement.min() >= 0 and thought.agreement.max() <= 1
+
+
+def test_without_a_prior_the_verifier_alone_is_followed(system, images):
+    found = think(jax.random.key(1), system, images, Budget(SIZE), dataclasses.replace(CONFIG, prior_weight=0.0))
+    again = judge_masks(system, jnp.asarray(images), jnp.asarray(found.masks, jnp.float32))
+    np.testing.assert_allclose(found.values, again, atol=1e-5)
 
 
 def test_the_same_key_thinks_the_same(system, images, thought):
