@@ -23,7 +23,8 @@ class Pigdm:
     Attributes:
         noise_std: Of the measurement's white noise, in its units; 0 for none.
         data_std: Standard deviation of the images; with 1 the covariance is the paper's s^2 / (1 + s^2), where s is
-            sigma / alpha, and exact for white images.
+            sigma / alpha, and exact for white images. Of images that are not white the largest along any direction:
+            guidance along a direction whose covariance is underrated overshoots.
         solver_steps: Steps of conjugate gradients for (A A^T + ...)^-1; they do not touch the network.
         sampler: Any; the paper's is DDIM with eta = 1.
 

@@ -7,6 +7,7 @@ an approximation at the borders of tissues otherwise.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,6 +50,10 @@ STARTS_FROM_ESTIMATE = ("conditional", "dps-warm", "ccdf", "dynamicdps")
 PUBLISHED = {"dps": 1000, "dps-warm": 50, "ddrm": 20, "ddnm": 100, "diffpir": 100, "pigdm": 100, "ccdf": 200}
 CUTOFF = 0.1
 """Singular values below this share of the largest are unseen by DDRM, DDNM and CCDF: they would blow up noise."""
+TYPICAL = 0.4
+"""Standard deviation of intensities on [0, 2]. Times the root of the number of voxels it bounds that of any direction
+of the image's space, such as overall brightness: with PiGDM's usual 1, for white images, its steps along those
+overshoot a hundred times, and on a real T1 slab it ended at 12 dB instead of 30."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +162,8 @@ def _solver(
         case "diffpir":
             return _plain(diffpir, operator, Diffpir(noise_std=noise, num_steps=length))
         case "pigdm":
-            return _plain(pigdm, operator, Pigdm(noise_std=noise, sampler=Ddim(length, eta=1.0)))
+            largest = TYPICAL * math.prod(size) ** 0.5
+            return _plain(pigdm, operator, Pigdm(noise_std=noise, data_std=largest, sampler=Ddim(length, eta=1.0)))
     undone = partial(_undo_contrast, gamma=acquisition.gamma)
     # The power that undoes the contrast stretches noise where the image is bright, at 1 or so, by its slope.
     noise = noise / min(acquisition.gamma, 1.0)
