@@ -101,11 +101,12 @@ plt.show()
 # ## Think
 #
 # The score can only rise: the answer is the best mask that was seen. Whether Dice rises with it is the verifier's
-# doing. A verifier as small and as briefly trained as this one is soon exploited, which is what to look for.
+# doing. A verifier as small and as briefly trained as this one is soon exploited, which is what to look for. By default
+# thinking weighs System I's own evidence against that (`prior_weight`); here the verifier alone is followed.
 
 # %%
 play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True, flips=3), games=16, steps=16)
-settings = ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8,), value_width=8))
+settings = ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8,), value_width=8), prior_weight=0.0)
 thought = selfplay.think(jax.random.key(4), system, new_images, budget=1024, config=settings)
 
 
