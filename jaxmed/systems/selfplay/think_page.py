@@ -34,8 +34,9 @@ def write_page(folder: Path) -> None:
     if rows:
         sections.append(Section("Thinking", [_scores(rows), *_overlaps(rows), _table(rows)]))
     sections.append(Section("How to read this", [Text([
-        "The score is the verifier's opinion, not the truth: thinking finds masks that it likes. Whether they are "
-        "better depends on how well its scores follow Dice, which the report of the adapt stage shows.",
+        "The score is the verifier's opinion, lowered by System I's evidence against what was changed "
+        "(think.prior-weight), and not the truth: thinking finds masks that it likes. Whether they are better depends "
+        "on how well the verifier's scores follow Dice, which the report of the adapt stage shows.",
         "Agreement is the share of games whose mask holds a voxel when thinking ends: voxels near a half are those "
         "that the players keep flipping.",
         "The answer is the best mask that was seen, and could have been had at any time.",

@@ -219,7 +219,7 @@ def think_all(
                     key = jax.random.fold_in(jax.random.key(config.seed), number)
 
                     def watch(steps: int, value: float, name: str = job.name, place: int = number) -> None:
-                        update(place, f"{name}: {steps:,} steps, D {value:.3f}")
+                        update(place, f"{name}: {steps:,} steps, score {value:.3f}")
 
                     rows.append(process(config, trained, job, key, folder.outputs, watch))
                 log.metrics(number, {"score": rows[-1]["score"], "first_score": rows[-1]["first_score"]})
