@@ -15,7 +15,7 @@ two points below System I: weak rivals are easily beaten. The table goes to benc
 and the figures to reproduce_selfplay.json beside it.
 
     python benchmarks/reproduce_selfplay.py --size smoke                         puzzles of 16 x 16
-    python benchmarks/reproduce_selfplay.py --run digits=RUN --run lesions=RUN   runs of `jaxmed selfplay compare`
+    python benchmarks/reproduce_selfplay.py --run digits=RUN lesions=RUN   runs of `jaxmed selfplay compare`
 
 The runs of the committed table, on files made by scripts/prepare_selfplay.py (digits with --clean-train); N stands for
 --augment.noise 0.4 and D for --augment.deformation.rotation 15, .shear 0.1 and .scaling 0.1, in meta-train below meta:
@@ -23,6 +23,9 @@ The runs of the committed table, on files made by scripts/prepare_selfplay.py (d
     jaxmed selfplay meta-train --preset laptop --data.manifest DIGITS --meta N D --loop.steps 2000 --out runs/meta
     jaxmed selfplay compare --preset laptop --data.manifest DIGITS --task digit8 --weights runs/meta N D
         --budgets 1024 4096 16384 --supervised-steps 2000 --out runs/digits
+
+and for lesions, on 32 x 32 of 4 mm: meta-train --data.max-items 400 --data.shift 4 --loop.steps 400, with moves, mirrors
+and deformations; compare with the same, --shots 16 --adapt.steps 600 --adapt.rate 1e-3 --budgets 512 2048.
 """
 
 import dataclasses
@@ -89,7 +92,8 @@ def main() -> None:
             )
             summaries["puzzles"] = read_record(Path(place) / "run" / "outputs" / "summary.json")
     rows = test_claims(summaries)
-    command = " ".join(["--size", config.size, *(f"--run {entry.partition('=')[0]}=RUN" for entry in config.run)])
+    named = [f"{entry.partition('=')[0]}=RUN" for entry in config.run]
+    command = " ".join(["--size", config.size, *(["--run", *named] if named else [])])
     page = render(rows, summaries, command, load)
     write_text(config.out / "reproduce_selfplay.md", page)
     figures = {name: {"arms": s["arms"], "tests": s["tests"], "task": s["task"]} for name, s in summaries.items()}
