@@ -24,8 +24,8 @@ The runs of the committed table, on files made by scripts/prepare_selfplay.py (d
     jaxmed selfplay compare --preset laptop --data.manifest DIGITS --task digit8 --weights runs/meta N D
         --budgets 1024 4096 16384 --supervised-steps 2000 --out runs/digits
 
-and for lesions, on 32 x 32 of 4 mm: meta-train --data.max-items 400 --data.shift 4 --loop.steps 400, with moves, mirrors
-and deformations; compare with the same, --shots 16 --adapt.steps 600 --adapt.rate 1e-3 --budgets 512 2048.
+and for lesions, on 32 x 32 of 4 mm: meta-train --data.max-items 400 --data.shift 4 --loop.steps 400, with moves,
+mirrors and deformations; compare with the same, --shots 16 --adapt.steps 600 --adapt.rate 1e-3 --budgets 512 2048.
 """
 
 import dataclasses
