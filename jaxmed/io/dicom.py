@@ -31,7 +31,6 @@ READ_ERRORS = (
     TypeError,
     IndexError,
     AttributeError,
-    NotImplementedError,
     RuntimeError,
     struct.error,
 )

@@ -61,7 +61,6 @@ CORRUPT = (
     OverflowError,
     RecursionError,
     MemoryError,
-    NotImplementedError,
     RuntimeError,
     OSError,
     struct.error,
