@@ -340,7 +340,10 @@ class Judge(NamedTuple):
 def make_judge(system: SystemOne, images: Float[Array, "image *space"], prior_weight: float = 0.0) -> Judge:
     """Prepare to score masks of images."""
     embedding = _embed(system.config, system.params, images)
-    evidence, first = _weigh(system.config, system.params, images, jnp.float32(prior_weight))
+    if prior_weight:
+        evidence, first = _weigh(system.config, system.params, images, jnp.float32(prior_weight))
+    else:
+        evidence, first = jnp.zeros(images.shape), jnp.zeros(len(images))
     return Judge(system.params["verifier"], embedding, jnp.float32(system.temperature), evidence, first)
 
 
