@@ -15,7 +15,8 @@ two points below System I: weak rivals are easily beaten. The table goes to benc
 and the figures to reproduce_selfplay.json beside it.
 
     python benchmarks/reproduce_selfplay.py --size smoke                         puzzles of 16 x 16
-    python benchmarks/reproduce_selfplay.py --run digits=RUN lesions=RUN   runs of `jaxmed selfplay compare`
+    python benchmarks/reproduce_selfplay.py --run digits=RUN lesions=RUN,RUN,...   runs of `jaxmed selfplay compare`;
+                                                            several, a subject left out in each, are one comparison
 
 The runs of the committed table, on files made by scripts/prepare_selfplay.py (digits with --clean-train); N stands for
 --augment.noise 0.4 and D for --augment.deformation.rotation 15, .shear 0.1 and .scaling 0.1, in meta-train below meta:
@@ -39,6 +40,7 @@ import tyro
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import write_json, write_text
+from jaxmed.systems.selfplay.comparing import read_outcomes, summarise
 from jaxmed.systems.selfplay.stages import compare
 from jaxmed.train.run_folder import RunOptions, open_run
 from jaxmed.versions import software_versions
@@ -65,7 +67,7 @@ class Config:
 
     Attributes:
         size: smoke runs the comparison on embedded puzzles; others need runs.
-        run: NAME=RUN, runs of `jaxmed selfplay compare` to read.
+        run: NAME=RUN, runs of `jaxmed selfplay compare` to read; NAME=RUN,RUN,... where each left out a subject.
         out: Folder of the table.
     """
 
@@ -80,8 +82,8 @@ def main() -> None:
     load = os.getloadavg()[0]
     summaries: dict[str, dict[str, Any]] = {}
     for entry in config.run:
-        name, _, place = entry.partition("=")
-        summaries[name] = read_record(Path(place) / "outputs" / "summary.json")
+        name, _, places = entry.partition("=")
+        summaries[name] = read_runs([Path(place) for place in places.split(",")])
     if not summaries:
         if config.size != "smoke":
             raise InputError("run", "NAME=RUN, runs of compare", "none", "give them, or --size smoke")
@@ -92,13 +94,23 @@ def main() -> None:
             )
             summaries["puzzles"] = read_record(Path(place) / "run" / "outputs" / "summary.json")
     rows = test_claims(summaries)
-    named = [f"{entry.partition('=')[0]}=RUN" for entry in config.run]
+    named = [f"{entry.partition('=')[0]}={'RUN' + ',RUN' * entry.count(',')}" for entry in config.run]
     command = " ".join(["--size", config.size, *(["--run", *named] if named else [])])
     page = render(rows, summaries, command, load)
     write_text(config.out / "reproduce_selfplay.md", page)
     figures = {name: {"arms": s["arms"], "tests": s["tests"], "task": s["task"]} for name, s in summaries.items()}
     write_json(config.out / "reproduce_selfplay.json", figures)
     print(page)
+
+
+def read_runs(runs: list[Path]) -> dict[str, Any]:
+    """Read the summary of a run; of several, over the cases of all."""
+    summaries = [read_record(run / "outputs" / "summary.json") for run in runs]
+    if len(runs) == 1:
+        return summaries[0]
+    outcomes, subjects = read_outcomes([run / "outputs" / "cases.csv" for run in runs])
+    counts = {name: sum(summary[name] for summary in summaries) for name in ("cases", "subjects", "failed")}
+    return summaries[0] | summarise(outcomes, subjects, 0) | counts
 
 
 def test_claims(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:

@@ -59,7 +59,7 @@ def test_noise_is_on_images_alone_and_of_the_size_asked_for(key, bars):
     np.testing.assert_array_equal(masks, 1.0)
 
 
-def test_a_supervised_network_sees_variants_of_all_but_the_last(bars):
+def test_a_supervised_network_sees_the_last_images_in_variants_of_their_own(bars):
     images, masks = np.asarray(bars[0]), np.asarray(bars[1]) > 0.5
     loud = AugmentConfig(noise=0.5)
     settings = {"steps": 3, "batch_size": 4}
@@ -68,9 +68,15 @@ def test_a_supervised_network_sees_variants_of_all_but_the_last(bars):
     def trained(**more):
         return jax.tree.leaves(fit_supervised(0, small, images, masks, **settings, **more))
 
-    plain, kept, varied = trained(), trained(variants=loud, as_they_are=6), trained(variants=loud)
-    assert all(np.array_equal(a, b) for a, b in zip(plain, kept, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(plain, varied, strict=True))
+    def same(first, second):
+        return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+    plain, varied = trained(), trained(variants=loud)
+    assert not same(plain, varied)
+    assert same(plain, trained(variants=loud, few=len(images)))
+    assert same(varied, trained(few=len(images), variants_of_few=loud))
+    half = trained(few=len(images) // 2, variants_of_few=loud)
+    assert not same(half, plain) and not same(half, varied)
 
 
 @pytest.mark.parametrize("name", ["noise", "shift"])

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jaxmed.cli import main
+from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
+from jaxmed.systems.selfplay.comparing import read_outcomes, summarise
 from jaxmed.systems.selfplay.networks import load_system_one
 from jaxmed.volume import Volume
 
@@ -140,6 +142,23 @@ def test_every_arm_answers_for_every_case(compared):
     base = np.mean([float(row["dice"]) for row in rows if row["arm"] == "System I"])
     last = summary["arms"]["self-play"][-1]
     assert last["gain"]["mean"] == pytest.approx(last["mean"] - base, abs=1e-5)
+
+
+def test_tables_of_several_comparisons_are_read_as_one(compared, tmp_path):
+    # Leave one subject out: a comparison for each, one bootstrap over all.
+    table, summary = compared / "outputs" / "cases.csv", json.loads((compared / "outputs" / "summary.json").read_text())
+    once = summarise(*read_outcomes([table]), 0)
+    assert once["arms"].keys() == summary["arms"].keys()
+    for arm, entries in summary["arms"].items():
+        assert [entry["mean"] for entry in once["arms"][arm]] == pytest.approx([e["mean"] for e in entries], abs=1e-6)
+    outcomes, subjects = read_outcomes([table, table])
+    assert len(subjects) == 2 * summary["cases"]
+    np.testing.assert_array_equal(outcomes[0].dice, np.tile(read_outcomes([table])[0][0].dice, 2))
+    other = tmp_path / "other.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    other.write_text("".join(line for line in lines if not line.startswith("self-play,")))
+    with pytest.raises(InputError, match="expected the arms, seeds and budgets of .*cases.csv, found others"):
+        read_outcomes([table, other])
 
 
 def test_thinking_only_ever_raises_the_score(compared):

@@ -1,12 +1,15 @@
 """What arms of a comparison achieved: Dice by case and budget, means with intervals, and the tests that matter."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
 from jaxtyping import Bool, Float
 
+from jaxmed.errors import InputError
+from jaxmed.io.tables import read_table
 from jaxmed.metrics.imaging import dice, jaccard
 from jaxmed.metrics.statistics import bootstrap, weighted_mean
 from jaxmed.systems.selfplay.data import Cases
@@ -67,12 +70,45 @@ class Outcome(NamedTuple):
         ]
 
 
-def summarise(outcomes: Sequence[Outcome], cases: Cases, seed: int) -> dict[str, Any]:
+def read_outcomes(paths: Sequence[Path]) -> tuple[list[Outcome], tuple[str, ...]]:
+    """Read the cases.csv of one comparison, or of several that left out one subject each, side by side.
+
+    Returns:
+        Outcomes over the cases of all, and the subject of each case.
+
+    Raises:
+        InputError: A table is not one, or its arms, seeds and budgets are not those of the first.
+    """
+    numbers = ("dice", "iou", "score")
+    parts: list[dict[tuple[str, int, int], list[tuple[str, tuple[float, ...]]]]] = []
+    for path in paths:
+        table = read_table(path, required=("arm", "seed", "budget", "subject", *numbers))
+        seeds, budgets = table.floats("seed"), table.floats("budget")
+        values = zip(*map(table.floats, numbers), strict=True)
+        groups: dict[tuple[str, int, int], list[tuple[str, tuple[float, ...]]]] = {}
+        for row, number, budget, found in zip(table.rows, seeds, budgets, values, strict=True):
+            groups.setdefault((row["arm"], int(number), int(budget)), []).append((row["subject"], found))
+        if parts and groups.keys() != parts[0].keys():
+            raise InputError(path, f"the arms, seeds and budgets of {paths[0]}", "others")
+        parts.append(groups)
+    outcomes, subjects = [], ()
+    for key in parts[0]:
+        cases = [case for groups in parts for case in groups[key]]
+        subjects = tuple(subject for subject, _ in cases)
+        outcomes.append(Outcome(*key, *np.array([found for _, found in cases]).T))
+    return outcomes, subjects
+
+
+def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -> dict[str, Any]:
     """Return means with intervals of every arm and budget, the gain over System I, and the verifier's worth.
 
     Intervals are bootstrapped over subjects, of the mean over seeds; `error` is the standard error over subjects.
+
+    Args:
+        outcomes: Of all arms, seeds and budgets, over the same cases.
+        subjects: Of the cases.
+        seed: Of the draws.
     """
-    subjects = np.array(cases.subjects)
     arms: dict[str, list[dict[str, Any]]] = {}
     base = _mean(outcomes, BASE, 0)
     budgets = sorted({outcome.budget for outcome in outcomes if outcome.budget})
@@ -103,9 +139,10 @@ def _mean(outcomes: Sequence[Outcome], arm: str, budget: int, name: str = "dice"
     return np.mean([getattr(o, name) for o in outcomes if o.arm == arm and o.budget == budget], axis=0)
 
 
-def _interval(values: np.ndarray, subjects: np.ndarray, seed: int) -> dict[str, float]:
-    found = bootstrap(weighted_mean(values), subjects, seed=seed)
-    by_subject = [values[subjects == subject].mean() for subject in np.unique(subjects)]
+def _interval(values: np.ndarray, subjects: Sequence[str], seed: int) -> dict[str, float]:
+    listed = np.array(subjects)
+    found = bootstrap(weighted_mean(values), listed, seed=seed)
+    by_subject = [values[listed == subject].mean() for subject in np.unique(listed)]
     error = float(np.std(by_subject, ddof=1) / np.sqrt(len(by_subject))) if len(by_subject) > 1 else 0.0
     return {"mean": found.estimate, "low": found.low, "high": found.high, "error": error}
 

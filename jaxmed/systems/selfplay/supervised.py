@@ -24,7 +24,8 @@ def fit_supervised(
     batch_size: int = 16,
     rate: float = 1e-3,
     variants: AugmentConfig = AugmentConfig(),
-    as_they_are: int = 0,
+    few: int = 0,
+    variants_of_few: AugmentConfig = AugmentConfig(),
 ) -> Params:
     """Train a generator from scratch on labelled images, as {"generator": ...}.
 
@@ -37,7 +38,8 @@ def fit_supervised(
         batch_size: Images of a step, drawn with replacement.
         rate: At the start.
         variants: Of the images, fresh in every step.
-        as_they_are: Last images of which none are made.
+        few: Last images, which have variants of their own.
+        variants_of_few: Of those.
     """
     model = make_generator(config)
     params = model.init(jax.random.key(seed), jnp.zeros((1, *images.shape[1:], 1)))
@@ -49,9 +51,12 @@ def fit_supervised(
     for number in range(steps):
         chosen = generator.integers(0, len(images), min(batch_size, 2 * len(images)))
         seen, truth = images[chosen], masks[chosen].astype(np.float32)
-        made = augment(jax.random.fold_in(root, number), variants, jnp.asarray(seen), jnp.asarray(truth))
-        stays = (chosen >= len(images) - as_they_are).reshape(-1, *(1,) * (images.ndim - 1))
-        seen, truth = (jnp.where(stays, old, new) for old, new in zip((seen, truth), made, strict=True))
+        drawn = [
+            augment(jax.random.fold_in(root, number), ranges, jnp.asarray(seen), jnp.asarray(truth))
+            for ranges in (variants, variants_of_few)
+        ]
+        is_few = (chosen >= len(images) - few).reshape(-1, *(1,) * (images.ndim - 1))
+        seen, truth = (jnp.where(is_few, theirs, usual) for usual, theirs in zip(*drawn, strict=True))
         params, opt_state = step(params, opt_state, seen, truth)
     return {"generator": params}
 

@@ -52,7 +52,8 @@ class Config:
         num_seeds: Draws of labelled images, adaptations and players.
         supervised_steps: Of the networks that are trained on labels alone.
         augment: Fresh variants of the familiar tasks' images for the network that is supervised by all labels: those
-            of meta-training, or the comparison is not fair.
+            of meta-training, or the comparison is not fair. Both supervised networks see the labelled images of the
+            new task in the variants of `adapt.augment`, as System I does.
         seed: The first.
     """
 
@@ -126,7 +127,7 @@ def run(config: Config, folder: RunFolder) -> int:
     rows = [row for outcome in outcomes for row in outcome.rows(test)]
     write_table(folder.outputs / "cases.csv", tuple(rows[0]), rows)
     write_failed(folder.outputs, material.failed)
-    summary = summarise(outcomes, test, config.seed) | {
+    summary = summarise(outcomes, test.subjects, config.seed) | {
         "task": material.task,
         "cases": len(test.images),
         "subjects": len(set(test.subjects)),
@@ -213,7 +214,7 @@ def run_seed(config: Config, trained: Trained, material: Material, seed: int, lo
     for name, (seen, truth) in supervised.items():
         params = fit_supervised(
             seed, system.config.generator, seen, truth, steps=config.supervised_steps, variants=config.augment,
-            as_they_are=len(shots.images),
+            few=len(shots.images), variants_of_few=config.adapt.augment,
         )  # fmt: skip
         found.append(_answer(name, seed, system, test, _segment(system.config, params, test.images)))
     for name, mode in MODES.items():
