@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import jax
 
-from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
+from jaxmed.recipes.each_file import Tell, each_file, write_failed
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import digest_of
 from jaxmed.systems.dynamicdps.enhance_page import write_page
@@ -30,8 +30,6 @@ from jaxmed.systems.dynamicdps.volumes import TilingConfig
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.volume import Volume
-
-FAILED_COLUMNS = ("path", "id", "reason")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +114,17 @@ def run(config: Config, folder: RunFolder) -> int:
     for note in (notes := make_notes(config, plan, calibrated)):
         log.say(f"Note: {note}")
     ready = time.monotonic()
-    rows, failed = refine_all(plan, inputs, config.seed, folder, log)
+
+    def work(number: int, one: Inputs, _: Tell) -> dict[str, Any]:
+        return process(plan, one, jax.random.fold_in(jax.random.key(config.seed), number), folder.outputs)
+
+    rows, failed = each_file(
+        inputs, work, folder.outputs, log, "Refining", "scans",
+        lambda row: {"residual": row["residual"]["enhanced"], "initial_residual": row["residual"]["initial"]},
+    )  # fmt: skip
     computed = time.monotonic()
-    write_tables(folder.outputs, rows, failed)
+    write_tables(folder.outputs, rows)
+    write_failed(folder.outputs, failed)
     summary: dict[str, Any] = {
         "scans": rows,
         "failed": len(failed),
@@ -250,36 +256,8 @@ def plan_steps(config: Config, calibrated: Calibrated | None) -> int:
     return config.method.steps or (calibrated.steps if calibrated else 0) or 1000
 
 
-def refine_all(
-    plan: Plan, inputs: list[Inputs], seed: int, folder: RunFolder, log: Log
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Refine every scan; one that fails does not stop the others, and one that is done is not done again."""
-    rows, failed = [], []
-    with log.progress("Refining", len(inputs), "scans") as update:
-        for number, one in enumerate(inputs):
-            done = folder.outputs / f"{one.name}.json"
-            try:
-                if done.exists():
-                    rows.append(read_record(done))
-                else:
-                    key = jax.random.fold_in(jax.random.key(seed), number)
-                    rows.append(process(plan, one, key, folder.outputs))
-                residual = rows[-1]["residual"]
-                log.metrics(number, {"residual": residual["enhanced"], "initial_residual": residual["initial"]})
-            except InputError as error:
-                if len(inputs) == 1:
-                    raise
-                failed.append({"path": str(one.path), "id": one.name, "reason": str(error)})
-                log.say(f"Failed: {error}")
-            except MemoryError as error:
-                failed.append({"path": str(one.path), "id": one.name, "reason": f"MemoryError: {error}"})
-                log.say(f"Failed: {one.path}: not enough memory")
-            update(number + 1)
-    return rows, failed
-
-
-def write_tables(folder: Path, rows: list[dict[str, Any]], failed: list[dict[str, str]]) -> None:
-    """Write scans.csv, volumes.csv where tissue was measured, and failed.csv where something failed."""
+def write_tables(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write scans.csv, and volumes.csv where tissue was measured."""
     columns = ("id", "images", "initial_residual", "residual", "improved", "start", "evaluations")
     table = [
         {
@@ -301,5 +279,3 @@ def write_tables(folder: Path, rows: list[dict[str, Any]], failed: list[dict[str
     ]
     if volumes:
         write_table(folder / "volumes.csv", ("id", "image", *TISSUES), volumes)
-    if failed:
-        write_table(folder / "failed.csv", FAILED_COLUMNS, failed)

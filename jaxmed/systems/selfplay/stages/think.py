@@ -3,7 +3,6 @@
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, write_json
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.imaging import dice
 from jaxmed.models.policy import TopkUnetConfig
+from jaxmed.recipes.each_file import Tell, each_file, write_failed
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay.data import DataConfig, read_manifest
@@ -116,9 +115,21 @@ def run(config: Config, folder: RunFolder) -> int:
     for note in notes:
         log.say(f"Note: {note}")
     ready = time.monotonic()
-    rows, failed = think_all(config, trained, jobs, folder, log)
+
+    def work(number: int, job: Job, tell: Tell) -> dict[str, Any]:
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        return process(config, trained, job, key, folder.outputs, tell)
+
+    rows, failed = each_file(
+        jobs, work, folder.outputs, log, "Thinking", "files",
+        lambda row: {"score": row["score"], "first_score": row["first_score"]},
+    )  # fmt: skip
+    for row in rows:
+        if row["stop"] == "constant verifier":
+            log.say(f"{row['name']}: the verifier gives every mask the same score; this is System I's answer.")
     thought = time.monotonic()
-    write_tables(folder.outputs, rows, failed)
+    write_scans(folder.outputs, rows)
+    write_failed(folder.outputs, failed)
     summary = {
         "scans": rows,
         "failed": len(failed),
@@ -204,42 +215,14 @@ def make_notes(trained: Trained, config: Config) -> list[str]:
     return notes
 
 
-def think_all(
-    config: Config, trained: Trained, jobs: list[Job], folder: RunFolder, log: Log
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Think about every file; one that fails does not stop the others, and one that is done is not done again."""
-    rows, failed = [], []
-    with log.progress("Thinking", len(jobs), "files") as update:
-        for number, job in enumerate(jobs):
-            done = folder.outputs / f"{job.name}.json"
-            try:
-                if done.exists():
-                    rows.append(read_record(done))
-                else:
-                    key = jax.random.fold_in(jax.random.key(config.seed), number)
-
-                    def watch(steps: int, value: float, name: str = job.name, place: int = number) -> None:
-                        update(place, f"{name}: {steps:,} steps, score {value:.3f}")
-
-                    rows.append(process(config, trained, job, key, folder.outputs, watch))
-                log.metrics(number, {"score": rows[-1]["score"], "first_score": rows[-1]["first_score"]})
-                if rows[-1]["stop"] == "constant verifier":
-                    log.say(f"{job.name}: the verifier gives every mask the same score; this is System I's answer.")
-            except InputError as error:
-                if len(jobs) == 1:
-                    raise
-                failed.append({"path": str(job.path), "id": job.name, "reason": str(error)})
-                log.say(f"Failed: {error}")
-            update(number + 1)
-    return rows, failed
-
-
-def process(
-    config: Config, trained: Trained, job: Job, key: Any, outputs: Path, watch: Callable[[int, float], None]
-) -> dict[str, Any]:
+def process(config: Config, trained: Trained, job: Job, key: Any, outputs: Path, tell: Tell) -> dict[str, Any]:
     """Think about one file and write what comes of it; the record is written last."""
     scan = read_scan(job.path, trained.frame, job.box, tiles=config.tiles)
     think_key, debate_key = jax.random.split(key)
+
+    def watch(steps: int, value: float) -> None:
+        tell(f"{job.name}: {steps:,} steps, score {value:.3f}")
+
     found = think(think_key, trained.system, scan.images, config.budget, config.think, watch=watch)
     truth = None if job.mask is None else read_truth(job.mask, scan, trained.frame)
     write_maps(outputs, job, scan, found)
@@ -298,8 +281,8 @@ def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> None:
         write_json(outputs / f"{job.name}_{name}.json", sidecar)
 
 
-def write_tables(folder: Path, rows: list[dict[str, Any]], failed: list[dict[str, str]]) -> None:
-    """Write scans.csv, and failed.csv where something failed."""
+def write_scans(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write scans.csv."""
     columns = ["id", "images", "steps", "seconds", "stop", "first_score", "score", "voxels"]
     columns += ["first_dice", "dice"] if any("dice" in row for row in rows) else []
     table = [
@@ -308,8 +291,6 @@ def write_tables(folder: Path, rows: list[dict[str, Any]], failed: list[dict[str
         for row in rows
     ]
     write_table(folder / "scans.csv", columns, table)
-    if failed:
-        write_table(folder / "failed.csv", ("path", "id", "reason"), failed)
 
 
 def _stem(path: Path) -> str:
