@@ -11,7 +11,6 @@ from jaxmed.io.tables import read_table
 from jaxmed.recipes.each_file import each_file, write_failed
 from jaxmed.train.log import Log
 
-
 pytestmark = pytest.mark.core
 
 

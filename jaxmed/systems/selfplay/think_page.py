@@ -59,7 +59,7 @@ def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[tuple[st
     if not rows:
         return tiles
     first, last = (float(np.mean([row[name] for row in rows])) for name in ("first_score", "score"))
-    tiles.append(("Score", f"{last:.3f}", f"mean of the verifier's; {first:.3f} before thinking"))
+    tiles.append(("Score", f"{last:.3f}", f"mean over files; {first:.3f} before thinking"))
     tiles.append(("Steps", f"{sum(row['steps'] for row in rows):,}", f"{sum(row['seconds'] for row in rows):.1f} s"))
     scored = [row for row in rows if "dice" in row]
     if scored:
@@ -113,7 +113,7 @@ def _debate(arrays: dict[str, np.ndarray]) -> Figure:
     return mask_panels(
         panels, columns=6, limits=(0.0, 1.0),
         caption="A debate of the trained policy with itself, from System I's mask. In every step both players name "
-        "voxels to flip; the titles give the verifier's score of both results. The better one becomes the next mask, "
+        "voxels to flip; the titles give the scores of both results. The better one becomes the next mask, "
         "unless both are worse than what there is and the rules keep it.",
         alt=f"{len(panels)} steps of a game: the mask and the voxels that both players would flip.",
     )  # fmt: skip
@@ -125,7 +125,7 @@ def _scores(rows: list[dict[str, Any]]) -> Figure:
     }
     return curves(
         series, xlabel="steps of the game", ylabel="score",
-        caption="The verifier's score of the best masks so far, mean over the images of a file.",
+        caption="The score of the best masks so far, mean over the images of a file.",
     )  # fmt: skip
 
 
