@@ -25,8 +25,14 @@ The runs of the committed table, on files made by scripts/prepare_selfplay.py (d
     jaxmed selfplay compare --preset laptop --data.manifest DIGITS --task digit8 --weights runs/meta N D
         --budgets 1024 4096 16384 --supervised-steps 2000 --out runs/digits
 
-and for lesions, on 32 x 32 of 4 mm: meta-train --data.max-items 400 --data.shift 4 --loop.steps 400, with moves,
-mirrors and deformations; compare with the same, --shots 16 --adapt.steps 600 --adapt.rate 1e-3 --budgets 512 2048.
+and for lesions, on 32 x 32 of 3 mm, each of six patients left out once (the lesion of the seventh is smaller than 16
+such voxels); V stands for .noise 0.03 .shift 4 .mirror .deformation.rotation 15 .deformation.scaling 0.15:
+
+    jaxmed selfplay meta-train --preset laptop --data.manifest LESIONS/manifest.csv --frame.spacing 3
+        --data.max-items 400 --data.shift 4 --meta.augment V --loop.steps 600 --out runs/organs
+    jaxmed selfplay compare --preset laptop --data.manifest LESIONS/leave_out_PATIENT.csv --data.max-items 400
+        --data.shift 4 --weights runs/organs --shots 16 --adapt.steps 200 --adapt.rate 1e-3 --adapt.augment V
+        --augment V --budgets 512 2048 --supervised-steps 1000 --cases 8 --out runs/PATIENT
 """
 
 import dataclasses
@@ -123,11 +129,12 @@ def test_claims(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, str, st
         supervised = arms.get("supervised, all labels", [None])[0]
         path = [base, *course]
         falls = any(
-            after["mean"] < before["mean"] - before["error"] for before, after in zip(path, path[1:], strict=False)
+            after["mean"] < before["mean"] - (before["error"] or 0.0)
+            for before, after in zip(path, path[1:], strict=False)
         )
         is_fair = supervised is None or base["mean"] >= supervised["mean"] - WEAK
         gain = course[-1]["gain"]
-        grown.append(not falls and gain["low"] > 0 and is_fair)
+        grown.append(not falls and is_above(gain, 0.0) and is_fair)
         dices = ", ".join(f"{100 * entry['mean']:.1f}" for entry in path)
         told["time"].append(
             f"{name} ({summary['task']}): Dice {dices} % at {', '.join(str(e['budget']) for e in path)} steps, "
@@ -135,12 +142,12 @@ def test_claims(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, str, st
             + ("" if is_fair else "; System I is more than two points below the supervised network: no gain is claimed")
         )
         beyond = summary["tests"]["against_random"]
-        won.append(beyond["low"] > 0)
+        won.append(is_above(beyond, 0.0))
         told["random"].append(f"{name}: self-play minus random proposals {show(beyond)} points")
         if supervised is not None:
             difference = course[-1]["mean"] - supervised["mean"]
             is_trained = supervised["mean"] >= base["mean"] - WEAK
-            beaten.append(course[-1]["low"] > supervised["mean"] and is_trained)
+            beaten.append(is_above(course[-1], supervised["mean"]) and is_trained)
             told["supervised"].append(
                 f"{name}: {100 * course[-1]['mean']:.1f} % against {100 * supervised['mean']:.1f} % "
                 f"({100 * difference:+.1f} points)"
@@ -167,8 +174,15 @@ def judge(parts: list[bool]) -> str:
     return "holds" if all(parts) else "holds in part" if any(parts) else "does not hold"
 
 
-def show(entry: dict[str, float]) -> str:
+def is_above(entry: dict[str, Any], bound: float) -> bool:
+    """Tell whether a whole interval lies above a bound; one subject has no interval."""
+    return entry["low"] is not None and entry["low"] > bound
+
+
+def show(entry: dict[str, Any]) -> str:
     """Write a difference in points of Dice with its 95 % interval."""
+    if entry["low"] is None:
+        return f"{100 * entry['mean']:+.1f} [one subject, no interval]"
     return f"{100 * entry['mean']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
 
 

@@ -161,6 +161,20 @@ def test_tables_of_several_comparisons_are_read_as_one(compared, tmp_path):
         read_outcomes([table, other])
 
 
+def test_one_subject_has_no_interval(compared, tmp_path):
+    # What is left out, one patient at a time, is one subject.
+    run = shutil.copytree(compared, tmp_path / "run")
+    outcomes, subjects = read_outcomes([run / "outputs" / "cases.csv"])
+    alone = summarise(outcomes, ["patient"] * len(subjects), 0)
+    base = alone["arms"]["System I"][0]
+    assert base["mean"] == pytest.approx(outcomes[0].dice.mean())
+    assert base["low"] is base["high"] is base["error"] is alone["tests"]["against_random"]["low"] is None
+    summary = run / "outputs" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | alone))
+    assert main(["report", str(run)]) == 0
+    assert "one subject" in (run / "report.html").read_text()
+
+
 def test_thinking_only_ever_raises_the_score(compared):
     summary = json.loads((compared / "outputs" / "summary.json").read_text())
     base = summary["arms"]["System I"][0]["score"]

@@ -18,8 +18,8 @@ from jaxmed.systems import selfplay
 from jaxmed.systems.selfplay import system_one
 from jaxmed.systems.selfplay.debate import debate
 from jaxmed.systems.selfplay.gradient import climb
-from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig
-from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, judge_masks, think
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, generate
+from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, judge_masks, make_judge, think
 
 SYSTEM = SystemOneConfig(GeneratorConfig("plain", widths=(4,)), VerifierConfig("plain", widths=(4,), dense=(8,)))
 PLAY = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True, flips=2), games=4, steps=4)
@@ -61,6 +61,18 @@ def test_the_answer_is_the_best_that_was_seen(system, images, thought):
     np.testing.assert_allclose(thought.values, expected, atol=1e-5)
     assert (evidence < 0).all() and CONFIG.prior_weight > 0
     assert thought.agreement.min() >= 0 and thought.agreement.max() <= 1
+
+
+def test_where_system_one_finds_nothing_its_doubt_is_measured_by_what_it_expects(system, images):
+    # Divided by one voxel, evidence against a lesion that System I misses would silence every verifier.
+    blind = system._replace(config=dataclasses.replace(system.config, threshold=0.999))
+    probability = np.asarray(generate(blind.config, blind.params, jnp.asarray(images)), float)
+    expected = probability.sum((1, 2))
+    assert (probability < 0.999).all() and (expected > 2).all()
+    judge = make_judge(blind, jnp.asarray(images), 2.0)
+    evidence = scipy.special.logit(np.clip(probability, 1e-6, None)) - scipy.special.logit(0.999)
+    np.testing.assert_allclose(judge.evidence, 2 * evidence / expected[:, None, None], rtol=1e-3)
+    np.testing.assert_array_equal(judge.first, 0.0)
 
 
 def test_without_a_prior_the_verifier_alone_is_followed(system, images):

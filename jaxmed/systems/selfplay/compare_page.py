@@ -1,5 +1,6 @@
 """The report of a comparison, made from what the run left in its folder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,13 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, object, str]]:
     return tiles
 
 
-def _span(entry: dict[str, float]) -> str:
-    return f"{100 * entry['low']:+.1f} to {100 * entry['high']:+.1f}"
+def _span(entry: dict[str, float | None], sign: str = "+") -> str:
+    low, high = entry["low"], entry["high"]
+    return "one subject" if low is None or high is None else f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
+
+
+def _percent(value: float | None) -> float:
+    return math.nan if value is None else 100 * value
 
 
 def _curves(summary: dict[str, Any]) -> Figure:
@@ -74,7 +80,7 @@ def _curves(summary: dict[str, Any]) -> Figure:
             continue
         points = [base, *entries]
         x = np.array([max(entry["budget"], entries[0]["budget"] / 4) for entry in points], float)
-        middle, error = (np.array([100 * entry[key] for entry in points]) for key in ("mean", "error"))
+        middle, error = (np.array([100 * (entry[key] or 0.0) for entry in points]) for key in ("mean", "error"))
         bands[name] = Band(x, middle, middle - error, middle + error)
     return banded_curves(
         bands, xlabel="steps of the game", ylabel="Dice (%)", log_x=True,
@@ -85,7 +91,7 @@ def _curves(summary: dict[str, Any]) -> Figure:
 
 def _bars(summary: dict[str, Any]) -> Figure:
     rows = [
-        Bar(name, 100 * entries[-1]["mean"], 100 * entries[-1]["low"], 100 * entries[-1]["high"])
+        Bar(name, 100 * entries[-1]["mean"], _percent(entries[-1]["low"]), _percent(entries[-1]["high"]))
         for name, entries in summary["arms"].items()
     ]
     return bars(
@@ -96,8 +102,8 @@ def _bars(summary: dict[str, Any]) -> Figure:
 
 def _table(summary: dict[str, Any]) -> Table:
     rows = [
-        [name, entry["budget"] or None, round(100 * entry["mean"], 2), f"{100 * entry['low']:.1f} to "
-         f"{100 * entry['high']:.1f}", round(100 * entry["gain"]["mean"], 2), _span(entry["gain"]), entry["score"]]
+        [name, entry["budget"] or None, round(100 * entry["mean"], 2), _span(entry, ""),
+         round(100 * entry["gain"]["mean"], 2), _span(entry["gain"]), entry["score"]]
         for name, entries in summary["arms"].items() for entry in entries
     ]  # fmt: skip
     columns = ("method", "steps", "Dice (%)", "95 % interval", "gain (points)", "95 % interval of the gain", "score")

@@ -102,7 +102,8 @@ def read_outcomes(paths: Sequence[Path]) -> tuple[list[Outcome], tuple[str, ...]
 def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -> dict[str, Any]:
     """Return means with intervals of every arm and budget, the gain over System I, and the verifier's worth.
 
-    Intervals are bootstrapped over subjects, of the mean over seeds; `error` is the standard error over subjects.
+    Intervals are bootstrapped over subjects, of the mean over seeds; `error` is the standard error over subjects. Where
+    there is one subject, they are None.
 
     Args:
         outcomes: Of all arms, seeds and budgets, over the same cases.
@@ -139,11 +140,14 @@ def _mean(outcomes: Sequence[Outcome], arm: str, budget: int, name: str = "dice"
     return np.mean([getattr(o, name) for o in outcomes if o.arm == arm and o.budget == budget], axis=0)
 
 
-def _interval(values: np.ndarray, subjects: Sequence[str], seed: int) -> dict[str, float]:
+def _interval(values: np.ndarray, subjects: Sequence[str], seed: int) -> dict[str, float | None]:
+    """Return mean, interval and standard error; one subject has neither."""
     listed = np.array(subjects)
-    found = bootstrap(weighted_mean(values), listed, seed=seed)
     by_subject = [values[listed == subject].mean() for subject in np.unique(listed)]
-    error = float(np.std(by_subject, ddof=1) / np.sqrt(len(by_subject))) if len(by_subject) > 1 else 0.0
+    if len(by_subject) == 1:
+        return {"mean": float(values.mean()), "low": None, "high": None, "error": None}
+    found = bootstrap(weighted_mean(values), listed, seed=seed)
+    error = float(np.std(by_subject, ddof=1) / np.sqrt(len(by_subject)))
     return {"mean": found.estimate, "low": found.low, "high": found.high, "error": error}
 
 

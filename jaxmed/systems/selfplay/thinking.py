@@ -70,9 +70,9 @@ class ThinkConfig:
         play: Rules, players and learning; its mode is set by this one.
         policy: The network that proposes.
         prior_weight: How much System I's own evidence counts beside the verifier: the score's logit is that of D plus
-            this times the log-likelihood ratio of a mask against System I's first one, per voxel of that. 0, the
-            reference, follows the verifier wherever it leads: on digits (6 and 7, by which 3 was chosen) to masks that
-            it likes and that are worse.
+            this times the log-likelihood ratio of a mask against System I's first one, per voxel of that (of the size
+            it expects, where that is empty). 0, the reference, follows the verifier wherever it leads: on digits (6 and
+            7, by which 3 was chosen) to masks that it likes and that are worse.
         rounds: Of thinking; between two of them System I is adapted to what was found.
         guess_weight: Of the masks that were found beside true labels, in that adaptation.
         adapt: Steps and rate of it.
@@ -352,7 +352,9 @@ def _weigh(config: SystemOneConfig, params: Params, images: Array, weight: Array
     probability = generate(config, params, images)
     mask, axes = probability > config.threshold, tuple(range(1, images.ndim))
     logits = jax.scipy.special.logit(jnp.clip(probability, 1e-6, 1 - 1e-6))
-    size = jnp.maximum(mask.sum(axes, keepdims=True), 1)
+    # Where System I finds nothing, what it expects: else the smallest doubt would outweigh every verifier.
+    size = mask.sum(axes, keepdims=True)
+    size = jnp.where(size > 0, size, jnp.maximum(probability.sum(axes, keepdims=True), 1.0))
     evidence = weight * (logits - jax.scipy.special.logit(config.threshold)) / size
     return evidence, jnp.where(mask, evidence, 0.0).sum(axes)
 

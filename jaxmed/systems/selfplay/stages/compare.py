@@ -188,6 +188,8 @@ def read_material(config: Config, trained: Trained) -> Material:
         failed += further
     else:
         notes.append("The manifest has no familiar tasks: no network is supervised by all labels.")
+    if len(set(test.subjects)) == 1:
+        notes.append("All test images are of one subject: there are no intervals.")
     draw_shots(support, config.shots, config.seed)
     return Material(task, support, test, training, failed, notes)
 
