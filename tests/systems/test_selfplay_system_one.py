@@ -121,6 +121,21 @@ def test_a_guess_of_no_weight_does_not_count(start):
     assert largest(first.params, second.params) < 1e-6
 
 
+def test_a_rate_that_decays_halves_the_second_of_two_steps(start):
+    params, images, masks = start
+    system = SystemOne(CONFIG, params)
+    evenly, decayed = (
+        system_one.adapt(jax.random.key(0), system, images, masks, AdaptConfig(2, RATE, decay))[0].params
+        for decay in (False, True)
+    )
+    assert largest(evenly, decayed) > 0.1 * RATE
+    # So twice the one less the other is where the first step led, and Adam's first has the length of its rate.
+    after_one = jax.tree.map(lambda decayed, evenly: 2 * decayed - evenly, decayed, evenly)
+    moved = jax.tree.map(lambda new, old: jnp.abs(new - old), after_one, params)["verifier"]["head"]["kernel"]
+    np.testing.assert_allclose(moved[moved > 0.5 * RATE], RATE, rtol=1e-2)
+    assert (moved > 0.5 * RATE).any()
+
+
 def test_no_steps_leave_everything(start):
     params, images, masks = start
     system, losses = system_one.adapt(jax.random.key(0), SystemOne(CONFIG, params), images, masks, AdaptConfig(steps=0))

@@ -29,6 +29,8 @@ from jaxmed.systems.selfplay.corruption import corrupt
 
 LABEL_NOISE = 0.05
 MOST_FLATTERING = 0.1
+OPTIMIZER = optax.adam(1.0)
+"""Its steps are multiplied by the rate, so that one program serves all rates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +102,13 @@ class AdaptConfig:
     Attributes:
         steps: On all labelled images at once.
         rate: Learning rate of a fresh Adam.
+        decay: Whether it falls to 0 by half a cosine: for hundreds of steps.
         augment: Fresh variants of the labelled images in every step.
     """
 
     steps: int = 16
     rate: float = 2e-4
+    decay: bool = False
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
@@ -156,8 +160,7 @@ def init_params(key: KeyArray, config: SystemOneConfig, size: tuple[int, ...]) -
 
 def init_meta(key: KeyArray, config: SystemOneConfig, meta: MetaConfig, params: Params) -> MetaState:
     """Start meta-training."""
-    optimizer = optax.adam(meta.rate)
-    opt_state = {name: optimizer.init(value) for name, value in params.items()}
+    opt_state = {name: OPTIMIZER.init(value) for name, value in params.items()}
     return MetaState(jnp.zeros((), jnp.int32), params, opt_state, params["verifier"], key)
 
 
@@ -197,7 +200,7 @@ def meta_step(
         images, masks = batch["image"][:, number], batch["mask"][:, number]
         images, masks = augment(jax.random.fold_in(step_key, 1), meta.augment, images, masks)
         inputs = (step_key, images, masks, jnp.ones(len(images)))
-        params, opt_state, metrics = _inner_step(config, meta.rate, params, opt_state, *inputs)
+        params, opt_state, metrics = _inner_step(config, jnp.float32(meta.rate), params, opt_state, *inputs)
         found.append(metrics)
     average = reptile(meta.epsilon, state.params, params)
     new = MetaState(state.step + 1, average, opt_state, params["verifier"], state.key)
@@ -241,20 +244,21 @@ def adapt(
     """
     weights = jnp.ones(len(images)) if weights is None else weights
     images, masks, params = jnp.asarray(images), masks.astype(jnp.float32), system.params
-    opt_state = {name: optax.adam(config.rate).init(value) for name, value in params.items()}
+    opt_state = {name: OPTIMIZER.init(value) for name, value in params.items()}
+    rate = optax.cosine_decay_schedule(config.rate, max(config.steps, 1)) if config.decay else lambda _: config.rate
     found = []
-    for step_key in jax.random.split(key, config.steps):
+    for number, step_key in enumerate(jax.random.split(key, config.steps)):
         seen = augment(jax.random.fold_in(step_key, 1), config.augment, images, masks)
         inputs = (step_key, *seen, weights)
-        params, opt_state, metrics = _inner_step(system.config, config.rate, params, opt_state, *inputs)
+        params, opt_state, metrics = _inner_step(system.config, jnp.float32(rate(number)), params, opt_state, *inputs)
         found.append(metrics)
     return system._replace(params=params), jax.tree.map(lambda *values: jnp.stack(values), *found) if found else {}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 def _inner_step(
     config: SystemOneConfig,
-    rate: float,
+    rate: Array,
     params: Params,
     opt_state: Any,
     key: KeyArray,
@@ -263,15 +267,14 @@ def _inner_step(
     weights: Array,
 ) -> tuple[Params, Any, dict[str, Scalar]]:
     """Train the verifier on true, generated and spoilt masks, then the generator through the frozen verifier."""
-    optimizer = optax.adam(rate)
     verifier_loss = partial(_verifier_loss, config, key, params["generator"], images, masks, weights)
     value, gradient = jax.value_and_grad(verifier_loss)(params["verifier"])
-    update, verifier_state = optimizer.update(gradient, opt_state["verifier"])
-    verifier = jax.tree.map(jnp.add, params["verifier"], update)
+    update, verifier_state = OPTIMIZER.update(gradient, opt_state["verifier"])
+    verifier = jax.tree.map(lambda old, change: old + rate * change, params["verifier"], update)
     generator_loss = partial(_generator_loss, config, verifier, images, masks, weights)
     (total, metrics), gradient = jax.value_and_grad(generator_loss, has_aux=True)(params["generator"])
-    update, generator_state = optimizer.update(gradient, opt_state["generator"])
-    generator = jax.tree.map(jnp.add, params["generator"], update)
+    update, generator_state = OPTIMIZER.update(gradient, opt_state["generator"])
+    generator = jax.tree.map(lambda old, change: old + rate * change, params["generator"], update)
     new = {"generator": generator, "verifier": verifier}
     opt_state = {"generator": generator_state, "verifier": verifier_state}
     return new, opt_state, metrics | {"loss": value + total, "verifier": value, "generator": total}
