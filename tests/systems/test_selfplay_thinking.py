@@ -75,6 +75,37 @@ def test_where_system_one_finds_nothing_its_doubt_is_measured_by_what_it_expects
     np.testing.assert_array_equal(judge.first, 0.0)
 
 
+def test_thinking_begins_at_the_level_that_the_verifier_likes_best(system, images):
+    levels = (0.3, 0.4, 0.6, 0.7)
+    config = dataclasses.replace(CONFIG, levels=levels)
+    found = think(jax.random.key(1), system, images, Budget(2 * SIZE, patience=0), config)
+    probability = np.asarray(generate(system.config, system.params, jnp.asarray(images)))
+    thresholds = np.array([system.config.threshold, *levels])
+    candidates = probability > thresholds[:, None, None, None]
+    scores = np.stack([judge_masks(system, jnp.asarray(images), jnp.asarray(masks * 1.0)) for masks in candidates])
+    best = scores.argmax(0)
+    assert (best > 0).any()
+    np.testing.assert_array_equal(found.start, candidates[best, np.arange(len(images))])
+    np.testing.assert_allclose(found.level, thresholds[best], rtol=1e-6)
+    np.testing.assert_array_equal(found.first, candidates[0])
+    # System I, the choice (an evaluation of each candidate), the game; evidence is against the chosen mask.
+    used = len(levels) * len(images)
+    assert found.trace.steps.tolist() == [0, used, used + SIZE, used + 2 * SIZE]
+    np.testing.assert_allclose(found.trace.values[1], scores.max(0), atol=1e-6)
+    assert (np.diff(found.trace.values, axis=0) >= 0).all()
+    alone = think(jax.random.key(1), system, images, Budget(used, patience=0), config)
+    np.testing.assert_array_equal(alone.masks, found.start)
+    assert alone.trace.steps.tolist() == [0, used] and alone.stop == "budget"
+    unmoved = think(jax.random.key(1), system, images, 0, config)
+    np.testing.assert_array_equal(unmoved.masks, found.first)
+
+
+@pytest.mark.parametrize("levels", [(0.0, 0.5), (0.5, 1.0)])
+def test_levels_are_probabilities(levels):
+    with pytest.raises(ValueError, match="levels: expected probabilities between 0 and 1"):
+        ThinkConfig(levels=levels)
+
+
 def test_without_a_prior_the_verifier_alone_is_followed(system, images):
     found = think(jax.random.key(1), system, images, Budget(SIZE), dataclasses.replace(CONFIG, prior_weight=0.0))
     again = judge_masks(system, jnp.asarray(images), jnp.asarray(found.masks, jnp.float32))

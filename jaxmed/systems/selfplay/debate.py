@@ -15,7 +15,7 @@ from jaxmed.systems.selfplay.thinking import ThinkConfig, make_judge, player_of,
 
 
 class Debate(NamedTuple):
-    """A game of the policy against itself, from System I's mask.
+    """A game of the policy against itself.
 
     Attributes:
         masks: Before each step, and after the last.
@@ -44,10 +44,11 @@ def debate(
     image: Float[Array, "*space"],
     mask: Bool[Array, "*space"],
     steps: int,
+    level: Float[Array, " one"] | None = None,
 ) -> Debate:
-    """Play a game and keep its course."""
+    """Play a game from a mask, and keep its course; `level` as in `make_judge`."""
     player = player_of(config, image.shape)
-    verify = partial(score_masks, system.config, make_judge(system, image[None], config.prior_weight))
+    verify = partial(score_masks, system.config, make_judge(system, image[None], config.prior_weight, level))
     cases = environment.make_cases(verify, image[None], mask[None])
 
     def advance(game: environment.State, key: KeyArray) -> tuple[environment.State, Any]:

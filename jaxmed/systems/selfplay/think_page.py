@@ -112,8 +112,8 @@ def _debate(arrays: dict[str, np.ndarray]) -> Figure:
         panels.append(Panel(plane(image, guide), title, {"mask": plane(masks[step], guide)}, fills))
     return mask_panels(
         panels, columns=6, limits=(0.0, 1.0),
-        caption="A debate of the trained policy with itself, from System I's mask. In every step both players name "
-        "voxels to flip; the titles give the scores of both results. The better one becomes the next mask, "
+        caption="A debate of the trained policy with itself, from where the game began. In every step both players "
+        "name voxels to flip; the titles give the scores of both results. The better one becomes the next mask, "
         "unless both are worse than what there is and the rules keep it.",
         alt=f"{len(panels)} steps of a game: the mask and the voxels that both players would flip.",
     )  # fmt: skip

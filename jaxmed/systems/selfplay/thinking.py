@@ -73,6 +73,9 @@ class ThinkConfig:
             this times the log-likelihood ratio of a mask against System I's first one, per voxel of that (of the size
             it expects, where that is empty). 0, the reference, follows the verifier wherever it leads: on digits (6 and
             7, by which 3 was chosen) to masks that it likes and that are worse.
+        levels: Thresholds of System I's probability besides its own: each image's thinking begins from the one of these
+            masks that the verifier likes best. Where a structure is rare, half a probability is too strict, and single
+            flips do not find what System I misses.
         rounds: Of thinking; between two of them System I is adapted to what was found.
         guess_weight: Of the masks that were found beside true labels, in that adaptation.
         adapt: Steps and rate of it.
@@ -82,6 +85,7 @@ class ThinkConfig:
     play: SelfPlayConfig = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=64, steps=64)
     policy: TopkUnetConfig | GaussianMlpConfig = TopkUnetConfig()
     prior_weight: float = 3.0
+    levels: tuple[float, ...] = ()
     rounds: int = 1
     guess_weight: float = 0.5
     adapt: AdaptConfig = AdaptConfig()
@@ -91,6 +95,8 @@ class ThinkConfig:
             raise ValueError(f"rounds: expected 1 or more, found {self.rounds}")
         if self.prior_weight < 0:
             raise ValueError(f"prior_weight: expected 0 or more, found {self.prior_weight:g}")
+        if not all(0 < level < 1 for level in self.levels):
+            raise ValueError(f"levels: expected probabilities between 0 and 1, found {self.levels}")
         if not 0 <= self.guess_weight <= 1:
             raise ValueError(f"guess_weight: expected a number in [0, 1], found {self.guess_weight}")
 
@@ -128,6 +134,8 @@ class Thought(NamedTuple):
         values: Their scores, between 0 and 1.
         agreement: Share of the games whose present mask holds each voxel; System I's probability where none was played.
         first: System I's masks.
+        start: Where the game began: those, or what the verifier chose among `ThinkConfig.levels`.
+        level: The threshold of System I's probability that belongs to `start`.
         probability: System I's probabilities.
         trace: How the answer came about.
         stop: Why it ended.
@@ -139,6 +147,8 @@ class Thought(NamedTuple):
     values: Float32[np.ndarray, " image"]
     agreement: Float32[np.ndarray, "image *space"]
     first: Bool[np.ndarray, "image *space"]
+    start: Bool[np.ndarray, "image *space"]
+    level: Float32[np.ndarray, " image"]
     probability: Float32[np.ndarray, "image *space"]
     trace: Trace
     stop: Stop
@@ -201,26 +211,35 @@ def _think_once(
     play_key, probe_key = jax.random.split(key)
     probability = _generate(system.config, system.params, images)
     first = probability > system.config.threshold
-    start = first if before is None else jnp.asarray(before.masks)
-    judge = make_judge(system, images, config.prior_weight)
-    values = _judge_jit(system.config, judge, jnp.arange(len(images)), start.astype(jnp.float32))
-    points = [(0, 0.0, np.asarray(values), np.asarray(start))]
+    known = first if before is None else jnp.asarray(before.masks)
+    start, level, done = known, jnp.full(len(images), system.config.threshold), 0
+    if config.levels and budget.steps:
+        start, level = choose_level(system, images, probability, known, config.levels)
+        done = len(config.levels) * len(images)
+    judge = make_judge(system, images, config.prior_weight, level)
+    # From `start` on: what was known before can score no higher, since the verifier chose.
+    points = [
+        (steps, 0.0, np.asarray(_judge_jit(system.config, judge, jnp.arange(len(images)), masks * 1.0)), masks)
+        for steps, masks in {0: np.asarray(known), done: np.asarray(start)}.items()
+    ]
 
     def answer(stop: Stop, agreement: Array | None = None, policy: Params | None = None) -> Thought:
         trace = Trace(*(np.stack(column) for column in zip(*points, strict=True)))
         shown = probability if agreement is None else agreement
         return Thought(
-            trace.masks[-1], trace.values[-1], np.asarray(shown), np.asarray(first), np.asarray(probability), trace,
-            stop, policy, system,
+            trace.masks[-1], trace.values[-1], np.asarray(shown), np.asarray(first), np.asarray(start),
+            np.asarray(level), np.asarray(probability), trace, stop, policy, system,
         )  # fmt: skip
 
     if budget.steps == 0:
         return answer("budget", policy=policy)
     if is_constant(probe_key, system, images, first):
         return answer("constant verifier", policy=policy)
+    if done >= budget.steps:
+        return answer("budget", policy=policy)
     shape = images.shape[1:]
     size, advance = _start(play_key, system.config, config, shape, judge, images, start, policy)
-    state, done, spent, waited, stop = None, 0, 0.0, 0, "budget"
+    state, spent, waited, stop = None, 0.0, 0, "budget"
     while done < budget.steps:
         state, (values, masks), seconds = advance(state)
         done, spent = done + size, spent + seconds
@@ -327,7 +346,7 @@ class Judge(NamedTuple):
         embedding: Of each image.
         temperature: By which its logits are divided.
         evidence: Of System I for each voxel, weighted: what a logit gains by the voxel's being in the mask.
-        first: The sum of it over System I's mask, so that this mask's logit is the verifier's.
+        first: The sum of it over System I's mask at that level, so that this mask's logit is the verifier's.
     """
 
     params: Params
@@ -337,25 +356,52 @@ class Judge(NamedTuple):
     first: Float[Array, " image"]
 
 
-def make_judge(system: SystemOne, images: Float[Array, "image *space"], prior_weight: float = 0.0) -> Judge:
-    """Prepare to score masks of images."""
+def choose_level(
+    system: SystemOne,
+    images: Float[Array, "image *space"],
+    probability: Float[Array, "image *space"],
+    known: Bool[Array, "image *space"],
+    levels: tuple[float, ...],
+) -> tuple[Bool[Array, "image *space"], Float[Array, " image"]]:
+    """Return the masks that the verifier likes best among those that are known and System I's at other thresholds.
+
+    Returns:
+        Masks, and the threshold of each: System I's own for what is known.
+    """
+    masks = jnp.stack([known, *(probability > level for level in levels)])
+    judge, places = make_judge(system, images), jnp.arange(len(images))
+    scores = jnp.stack([_judge_jit(system.config, judge, places, candidate * 1.0) for candidate in masks])
+    best, thresholds = scores.argmax(axis=0), jnp.array([system.config.threshold, *levels])
+    return masks[best, places], thresholds[best]
+
+
+def make_judge(
+    system: SystemOne,
+    images: Float[Array, "image *space"],
+    prior_weight: float = 0.0,
+    level: Float[Array, " image"] | None = None,
+) -> Judge:
+    """Prepare to score masks of images; evidence is against System I's masks at its own threshold, or at a level."""
     embedding = _embed(system.config, system.params, images)
     if prior_weight:
-        evidence, first = _weigh(system.config, system.params, images, jnp.float32(prior_weight))
+        level = jnp.full(len(images), system.config.threshold) if level is None else level
+        evidence, first = _weigh(system.config, system.params, images, level, jnp.float32(prior_weight))
     else:
         evidence, first = jnp.zeros(images.shape), jnp.zeros(len(images))
     return Judge(system.params["verifier"], embedding, jnp.float32(system.temperature), evidence, first)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weigh(config: SystemOneConfig, params: Params, images: Array, weight: Array) -> tuple[Array, Array]:
+def _weigh(config: SystemOneConfig, params: Params, images: Array, level: Array, weight: Array) -> tuple[Array, Array]:
     probability = generate(config, params, images)
-    mask, axes = probability > config.threshold, tuple(range(1, images.ndim))
+    axes = tuple(range(1, images.ndim))
+    level = level.reshape(-1, *(1,) * len(axes))
+    mask = probability > level
     logits = jax.scipy.special.logit(jnp.clip(probability, 1e-6, 1 - 1e-6))
     # Where System I finds nothing, what it expects: else the smallest doubt would outweigh every verifier.
     size = mask.sum(axes, keepdims=True)
     size = jnp.where(size > 0, size, jnp.maximum(probability.sum(axes, keepdims=True), 1.0))
-    evidence = weight * (logits - jax.scipy.special.logit(config.threshold)) / size
+    evidence = weight * (logits - jax.scipy.special.logit(level)) / size
     return evidence, jnp.where(mask, evidence, 0.0).sum(axes)
 
 

@@ -27,7 +27,7 @@ from jaxmed.systems.selfplay.stages.adapt import choose_task, draw_shots, make_e
 from jaxmed.systems.selfplay.stages.meta_train import write_failed
 from jaxmed.systems.selfplay.supervised import fit_supervised
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
-from jaxmed.systems.selfplay.thinking import LAPTOP, Budget, ThinkConfig, judge_masks, think
+from jaxmed.systems.selfplay.thinking import LAPTOP, Budget, ThinkConfig, choose_level, judge_masks, think
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
 
@@ -219,6 +219,8 @@ def run_seed(config: Config, trained: Trained, material: Material, seed: int, lo
             few=len(shots.images), variants_of_few=config.adapt.augment,
         )  # fmt: skip
         found.append(_answer(name, seed, system, test, _segment(system.config, params, test.images)))
+    if config.think.levels:
+        found.append(_answer("verifier's level", seed, system, test, _choose_levels(config, system, test.images)))
     for name, mode in MODES.items():
         found += think_with(config, system, test, name, mode, seed, think_key)
     for outcome in found:
@@ -254,6 +256,16 @@ def _probability(config: Any, params: Any, images: np.ndarray) -> np.ndarray:
 
 def _segment(config: Any, params: Any, images: np.ndarray) -> np.ndarray:
     return _probability(config, params, images) > config.threshold
+
+
+def _choose_levels(config: Config, system: SystemOne, images: np.ndarray) -> np.ndarray:
+    """Return where thinking begins: what its arms add to is seen apart from what they start with."""
+    probability = _probability(system.config, system.params, images)
+    known = probability > system.config.threshold
+    start, _ = choose_level(
+        system, jnp.asarray(images), jnp.asarray(probability), jnp.asarray(known), config.think.levels
+    )
+    return np.asarray(start)
 
 
 def _answer(arm: str, seed: int, system: SystemOne, test: Cases, masks: np.ndarray, budget: int = 0) -> Outcome:

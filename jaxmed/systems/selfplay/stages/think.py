@@ -235,7 +235,7 @@ def process(config: Config, trained: Trained, job: Job, key: Any, outputs: Path,
         largest = int(np.argmax(found.values - found.trace.values[0]))
         game = debate(
             debate_key, found.system, config.think, found.policy, jnp.asarray(scan.images[largest]),
-            jnp.asarray(found.first[largest]), KEPT_STEPS,
+            jnp.asarray(found.start[largest]), KEPT_STEPS, jnp.asarray(found.level[largest : largest + 1]),
         )  # fmt: skip
         arrays |= {f"debate_{name}": value for name, value in game._asdict().items()}
         arrays["debate_image"] = scan.images[largest]
