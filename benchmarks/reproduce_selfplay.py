@@ -193,17 +193,18 @@ def render(
     """Write the table as Markdown."""
     head = (__doc__ or "").partition("\n\n    python")[0]
     versions = software_versions().get("jaxmed", "unknown")
+    arms = list(dict.fromkeys(arm for summary in summaries.values() for arm in summary["arms"]))
     lines = [
         "# arXiv:2506.22075, sentence by sentence", "",
         f"Written by `python benchmarks/reproduce_selfplay.py {command}` with jaxmed {versions}, {os.cpu_count()} "
         f"cores, load {load:.1f} at the start; do not edit.", "", head, "",
         "| sentence | verdict | our figure, 95 % interval | published figure |", "|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows), "", "Dice of every method at its largest budget, in %:", "",
-        "| data | " + " | ".join(next(iter(summaries.values()))["arms"]) + " |",
-        "|---|" + "---|" * len(next(iter(summaries.values()))["arms"]),
+        f"| data | {' | '.join(arms)} |", "|---|" + "---|" * len(arms),
     ]  # fmt: skip
     for name, summary in summaries.items():
-        cells = [f"{100 * entries[-1]['mean']:.1f}" for entries in summary["arms"].values()]
+        found = summary["arms"]
+        cells = [f"{100 * found[arm][-1]['mean']:.1f}" if arm in found else "-" for arm in arms]
         lines.append(f"| {name} ({summary['cases']} images, {summary['seeds']} seeds) | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", PUBLISHED])
 

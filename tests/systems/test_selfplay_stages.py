@@ -119,7 +119,7 @@ def compared(thought, manifest, tmp_path_factory):
     out = tmp_path_factory.mktemp("selfplay") / "compare"
     code = run(
         "compare", "--preset", "smoke", "--data.embedded", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
-        "--weights", thought / "inputs" / "meta", "--out", out,
+        "--weights", thought / "inputs" / "meta", "--think.levels", 0.3, 0.7, "--out", out,
     )  # fmt: skip
     assert code == 0
     return out
@@ -130,9 +130,9 @@ def test_every_arm_answers_for_every_case(compared):
     arms = {row["arm"] for row in rows}
     assert arms == {
         "System I", "System I, mean of flips", "supervised, few labels", "supervised, all labels", "self-play",
-        "random proposals", "verifier's gradient",
+        "random proposals", "verifier's gradient", "verifier's level",
     }  # fmt: skip
-    assert len(rows) == 4 * (4 + 3 * 2)
+    assert len(rows) == 4 * (5 + 3 * 2)
     summary = json.loads((compared / "outputs" / "summary.json").read_text())
     for arm, entries in summary["arms"].items():
         for entry in entries:
