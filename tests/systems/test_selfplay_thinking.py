@@ -138,11 +138,14 @@ def test_thinking_stops_in_time(system, images):
 
 
 def test_a_constant_verifier_is_not_thought_with(system, images):
-    head = jax.tree.map(jnp.zeros_like, system.params["verifier"]["head"])
-    params = system.params | {"verifier": system.params["verifier"] | {"head": head}}
-    found = think(jax.random.key(1), system._replace(params=params), images, 10 * SIZE, CONFIG)
-    assert found.stop == "constant verifier" and found.trace.steps[-1] == 0
-    np.testing.assert_array_equal(found.masks, found.first)
+    known = system.params["verifier"]["head"]
+    for head in (jax.tree.map(jnp.zeros_like, known), jax.tree.map(lambda leaf: 1e-9 * leaf, known)):
+        params = system.params | {"verifier": system.params["verifier"] | {"head": head}}
+        for levels in ((), (0.3, 0.7)):
+            config = dataclasses.replace(CONFIG, levels=levels)
+            found = think(jax.random.key(1), system._replace(params=params), images, 10 * SIZE, config)
+            assert found.stop == "constant verifier" and found.trace.steps[-1] == 0
+            np.testing.assert_array_equal(found.masks, found.first)
 
 
 def test_random_proposals_learn_nothing_but_get_somewhere(system, images):

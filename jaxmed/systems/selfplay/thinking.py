@@ -213,7 +213,9 @@ def _think_once(
     first = probability > system.config.threshold
     known = first if before is None else jnp.asarray(before.masks)
     start, level, done = known, jnp.full(len(images), system.config.threshold), 0
-    if config.levels and budget.steps:
+    # Before anything is chosen: rounding would choose for a verifier that has no opinion.
+    has_no_opinion = budget.steps > 0 and is_constant(probe_key, system, images, first)
+    if config.levels and budget.steps and not has_no_opinion:
         start, level = choose_level(system, images, probability, known, config.levels)
         done = len(config.levels) * len(images)
     judge = make_judge(system, images, config.prior_weight, level)
@@ -231,9 +233,7 @@ def _think_once(
             np.asarray(level), np.asarray(probability), trace, stop, policy, system,
         )  # fmt: skip
 
-    if budget.steps == 0:
-        return answer("budget", policy=policy)
-    if is_constant(probe_key, system, images, first):
+    if has_no_opinion:
         return answer("constant verifier", policy=policy)
     if done >= budget.steps:
         return answer("budget", policy=policy)
