@@ -46,7 +46,7 @@ import tyro
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import write_json, write_text
-from jaxmed.systems.selfplay.comparing import read_outcomes, summarise
+from jaxmed.systems.selfplay.comparing import ABOVE, read_outcomes, summarise
 from jaxmed.systems.selfplay.stages import compare
 from jaxmed.train.run_folder import RunOptions, open_run
 from jaxmed.versions import software_versions
@@ -193,7 +193,8 @@ def render(
     """Write the table as Markdown."""
     head = (__doc__ or "").partition("\n\n    python")[0]
     versions = software_versions().get("jaxmed", "unknown")
-    arms = list(dict.fromkeys(arm for summary in summaries.values() for arm in summary["arms"]))
+    found_arms = dict.fromkeys(arm for summary in summaries.values() for arm in summary["arms"])
+    arms = [arm for arm in found_arms if not arm.startswith(ABOVE)]
     lines = [
         "# arXiv:2506.22075, sentence by sentence", "",
         f"Written by `python benchmarks/reproduce_selfplay.py {command}` with jaxmed {versions}, {os.cpu_count()} "
@@ -206,6 +207,11 @@ def render(
         found = summary["arms"]
         cells = [f"{100 * found[arm][-1]['mean']:.1f}" if arm in found else "-" for arm in arms]
         lines.append(f"| {name} ({summary['cases']} images, {summary['seeds']} seeds) | " + " | ".join(cells) + " |")
+    for name, summary in summaries.items():
+        if "level_against_threshold" in summary["tests"]:
+            lines += ["", f"Where thinking begins, {name}: the threshold that the verifier likes best for each image "
+                      "against one threshold for all, the best on the other subjects, which needs no verifier: "
+                      f"{show(summary['tests']['level_against_threshold'])} points of Dice."]  # fmt: skip
     return "\n".join([*lines, "", PUBLISHED])
 
 

@@ -11,7 +11,7 @@ from jaxmed.cli import main
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
-from jaxmed.systems.selfplay.comparing import read_outcomes, summarise
+from jaxmed.systems.selfplay.comparing import BASE, ELSEWHERE, LEVEL, Outcome, read_outcomes, summarise
 from jaxmed.systems.selfplay.networks import load_system_one
 from jaxmed.volume import Volume
 
@@ -131,11 +131,13 @@ def test_every_arm_answers_for_every_case(compared):
     assert arms == {
         "System I", "System I, mean of flips", "supervised, few labels", "supervised, all labels", "self-play",
         "random proposals", "verifier's gradient", "verifier's level",
+        "System I above 0.3", "System I above 0.7",
     }  # fmt: skip
-    assert len(rows) == 4 * (5 + 3 * 2)
+    assert len(rows) == 4 * (7 + 3 * 2)
     summary = json.loads((compared / "outputs" / "summary.json").read_text())
-    for arm, entries in summary["arms"].items():
-        for entry in entries:
+    assert summary["arms"].keys() == arms | {ELSEWHERE}
+    for arm in arms:
+        for entry in summary["arms"][arm]:
             own = [float(r["dice"]) for r in rows if r["arm"] == arm and int(r["budget"]) == entry["budget"]]
             assert entry["mean"] == pytest.approx(np.mean(own), abs=1e-5)
             assert entry["low"] <= entry["mean"] <= entry["high"]
@@ -159,6 +161,23 @@ def test_tables_of_several_comparisons_are_read_as_one(compared, tmp_path):
     other.write_text("".join(line for line in lines if not line.startswith("self-play,")))
     with pytest.raises(InputError, match="expected the arms, seeds and budgets of .*cases.csv, found others"):
         read_outcomes([table, other])
+
+
+def test_one_threshold_is_chosen_on_the_other_subjects():
+    # Anna's cases say 0.2, Ben's and Cleo's 0.5 (System I's own): what is best on one's own subject must not be taken.
+    subjects = ("anna", "anna", "ben", "cleo")
+    dice = {BASE: [0.1, 0.2, 0.8, 0.7], "System I above 0.2": [0.9, 0.9, 0.5, 0.2], LEVEL: [0.5, 0.5, 0.5, 0.5]}
+    score = np.arange(4.0)
+    outcomes = [
+        Outcome(arm, seed, 0, np.array(values) + 0.1 * seed, score, score)
+        for seed in range(2) for arm, values in dice.items()
+    ]  # fmt: skip
+    summary = summarise(outcomes, subjects, 0)
+    # Left out: anna, so 0.5 is best (0.75 against 0.35); ben, so 0.2 is (0.67 against 0.33), and for cleo too.
+    assert summary["arms"][ELSEWHERE][0]["mean"] == pytest.approx(np.mean([0.1, 0.2, 0.5, 0.2]) + 0.05)
+    assert summary["tests"]["level_against_threshold"]["mean"] == pytest.approx(0.5 - 0.25)
+    assert len(summary["points"]) == 24
+    assert ELSEWHERE not in summarise(outcomes, ["anna"] * 4, 0)["arms"]
 
 
 def test_one_subject_has_no_interval(compared, tmp_path):

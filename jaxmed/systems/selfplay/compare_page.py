@@ -33,7 +33,8 @@ def write_page(folder: Path) -> None:
             "the verifier's doing, what self-play gains beyond is the policy's. If the score rises while Dice falls, "
             "the verifier is being exploited.",
             *(["Thinking begins from the threshold of System I's probability that the verifier likes best: what this "
-               "gives is the arm 'verifier's level', and only what lies beyond it is the game's."]
+               "gives is the arm 'verifier's level', and only what lies beyond it is the game's. To beat is one "
+               "threshold for all, the best on the other subjects, which needs no verifier."]
               if record["config"]["think"].get("levels") else []),
             "Foundation models and human readers are not compared with: neither can be had here.",
         ])]),

@@ -17,6 +17,9 @@ from jaxmed.systems.selfplay.data import Cases
 BASE = "System I"
 LEARNT = "self-play"
 RANDOM = "random proposals"
+LEVEL = "verifier's level"
+ABOVE = "System I above "
+ELSEWHERE = "System I, threshold from other subjects"
 
 
 class Outcome(NamedTuple):
@@ -103,7 +106,8 @@ def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -
     """Return means with intervals of every arm and budget, the gain over System I, and the verifier's worth.
 
     Intervals are bootstrapped over subjects, of the mean over seeds; `error` is the standard error over subjects. Where
-    there is one subject, they are None.
+    there is one subject, they are None. Where System I answered at several thresholds, so does an arm that takes for
+    each subject the one that is best on all others: what the verifier's choice has to beat.
 
     Args:
         outcomes: Of all arms, seeds and budgets, over the same cases.
@@ -111,6 +115,9 @@ def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -
         seed: Of the draws.
     """
     arms: dict[str, list[dict[str, Any]]] = {}
+    overlaps = np.concatenate([outcome.dice for outcome in outcomes])
+    scores = np.concatenate([outcome.score for outcome in outcomes])
+    outcomes = [*outcomes, *_thresholds_from_others(outcomes, subjects)]
     base = _mean(outcomes, BASE, 0)
     budgets = sorted({outcome.budget for outcome in outcomes if outcome.budget})
     for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
@@ -128,11 +135,35 @@ def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -
         courses = np.stack([base, *(_mean(outcomes, LEARNT, budget) for budget in budgets)])
         tests["rank_of_budget"] = _correlations(np.arange(len(courses)), courses)
         tests["area"] = float(np.mean(courses[1:]))
-    overlaps = np.concatenate([outcome.dice for outcome in outcomes])
-    scores = np.concatenate([outcome.score for outcome in outcomes])
+    if {ELSEWHERE, LEVEL} <= arms.keys():
+        tests["level_against_threshold"] = _interval(
+            _mean(outcomes, LEVEL, 0) - _mean(outcomes, ELSEWHERE, 0), subjects, seed
+        )
     tests["score_and_dice"] = _spearman(scores, overlaps)
     points = np.linspace(0, len(overlaps) - 1, min(600, len(overlaps))).round().astype(int)
     return {"arms": arms, "tests": tests, "points": np.stack([overlaps, scores], 1)[points].round(4).tolist()}
+
+
+def _thresholds_from_others(outcomes: Sequence[Outcome], subjects: Sequence[str]) -> list[Outcome]:
+    """Return System I at the threshold that is best on all subjects but the one at hand, for every seed."""
+    levels = list(dict.fromkeys(outcome.arm for outcome in outcomes if outcome.arm.startswith(ABOVE)))
+    listed = np.array(subjects)
+    if not levels or len(np.unique(listed)) == 1:
+        return []
+    arms = [BASE, *levels]
+    means = np.stack([_mean(outcomes, arm, 0) for arm in arms])
+    best = np.zeros(len(listed), int)
+    for subject in np.unique(listed):
+        best[listed == subject] = means[:, listed != subject].mean(axis=1).argmax()
+    found = []
+    for seed in dict.fromkeys(outcome.seed for outcome in outcomes):
+        of_seed = {outcome.arm: outcome for outcome in outcomes if outcome.seed == seed and not outcome.budget}
+        columns = (
+            np.stack([getattr(of_seed[arm], name) for arm in arms])[best, np.arange(len(best))]
+            for name in ("dice", "jaccard", "score")
+        )
+        found.append(Outcome(ELSEWHERE, seed, 0, *columns))
+    return found
 
 
 def _mean(outcomes: Sequence[Outcome], arm: str, budget: int, name: str = "dice") -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.compare_page import write_page
-from jaxmed.systems.selfplay.comparing import Outcome, summarise
+from jaxmed.systems.selfplay.comparing import ABOVE, LEVEL, Outcome, summarise
 from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
 from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.networks import Trained, load_system_one
@@ -220,7 +220,11 @@ def run_seed(config: Config, trained: Trained, material: Material, seed: int, lo
         )  # fmt: skip
         found.append(_answer(name, seed, system, test, _segment(system.config, params, test.images)))
     if config.think.levels:
-        found.append(_answer("verifier's level", seed, system, test, _choose_levels(config, system, test.images)))
+        found.append(_answer(LEVEL, seed, system, test, _choose_levels(config, system, test.images)))
+        probability = _probability(system.config, system.params, test.images)
+        found += [
+            _answer(f"{ABOVE}{level:g}", seed, system, test, probability > level) for level in config.think.levels
+        ]
     for name, mode in MODES.items():
         found += think_with(config, system, test, name, mode, seed, think_key)
     for outcome in found:
