@@ -31,8 +31,9 @@ such voxels); V stands for .noise 0.03 .shift 4 .mirror .deformation.rotation 15
     jaxmed selfplay meta-train --preset laptop --data.manifest LESIONS/manifest.csv --frame.spacing 3
         --data.max-items 400 --data.shift 4 --meta.augment V --loop.steps 600 --out runs/organs
     jaxmed selfplay compare --preset laptop --data.manifest LESIONS/leave_out_PATIENT.csv --data.max-items 400
-        --data.shift 4 --weights runs/organs --shots 16 --adapt.steps 200 --adapt.rate 1e-3 --adapt.augment V
-        --augment V --budgets 512 2048 --supervised-steps 1000 --cases 8 --out runs/PATIENT
+        --data.shift 4 --weights runs/organs --shots 16 --adapt.steps 400 --adapt.rate 1e-3 --adapt.decay
+        --adapt.augment V --augment V --think.prior-weight 0.3 --think.levels 0.02 0.05 0.1 0.2 0.3 0.7 0.9
+        --budgets 512 2048 --supervised-steps 1000 --cases 8 --out runs/PATIENT
 """
 
 import dataclasses

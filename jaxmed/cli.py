@@ -47,6 +47,7 @@ STAGES = {
     "igndmoe attribute": "which mechanism drives which stage, with bands, and what leaving one out costs",
     "igndmoe compare": "every model on the same folds of a cohort, or against one regional map",
     "selfplay meta-train": "train generator and verifier of masks on familiar tasks, so that a few labels suffice",
+    "selfplay train-policy": "teach the policy that thinks on familiar tasks, so that a new one needs less thought",
     "selfplay adapt": "adapt both to a new task by a few labelled images, and calibrate the verifier",
     "selfplay think": "segment images of that task: the longer it plays against itself, the better",
     "selfplay compare": "thinking curves of self-play, random proposals, gradient, and supervised networks",

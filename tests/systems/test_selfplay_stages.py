@@ -1,4 +1,4 @@
-"""`jaxmed selfplay`: the four stages on files, and the mistakes that a user can make with them."""
+"""`jaxmed selfplay`: the stages on files, and the mistakes that a user can make with them."""
 
 import csv
 import json
@@ -115,11 +115,39 @@ def test_one_broken_file_does_not_stop_the_others(thought, weights, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def compared(thought, manifest, tmp_path_factory):
+def taught(thought, manifest, tmp_path_factory):
+    out = tmp_path_factory.mktemp("selfplay") / "policy"
+    code = run(
+        "train-policy", "--preset", "smoke", "--data.embedded", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
+        "--weights", thought / "inputs" / "meta", "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    return out
+
+
+def test_a_policy_is_taught_on_familiar_tasks_and_looked_at_on_another(taught, thought, weights, tmp_path):
+    summary = json.loads((taught / "outputs" / "summary.json").read_text())
+    assert summary["looked_at"] and summary["looked_at"] not in summary["tasks"]
+    lines = [json.loads(line) for line in (taught / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "score_gain" in line] == [1, 2, 3, 4]
+    assert all(line["score_gain"] >= 0 for line in lines if "score_gain" in line)
+    assert any("evaluation/overlap_gain" in line for line in lines) and (taught / "report.html").exists()
+    # A file that is thought about begins with it, whatever network the settings name.
+    (tmp_path / "in").mkdir()
+    shutil.copy(sorted((thought / "inputs" / "test").iterdir())[0], tmp_path / "in")
+    begun = ("think", "--input", tmp_path / "in", "--weights", weights, "--budget.steps", 512,
+             "--think.play.games", 16, "--think.play.steps", 16)  # fmt: skip
+    assert run(*begun, "--policy-weights", taught, "--out", tmp_path / "run") == 0
+    assert rows_of(tmp_path / "run" / "outputs" / "scans.csv")[0]["steps"] == "512"
+
+
+@pytest.fixture(scope="module")
+def compared(thought, manifest, taught, tmp_path_factory):
     out = tmp_path_factory.mktemp("selfplay") / "compare"
     code = run(
         "compare", "--preset", "smoke", "--data.embedded", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
-        "--weights", thought / "inputs" / "meta", "--think.levels", 0.3, 0.7, "--out", out,
+        "--weights", thought / "inputs" / "meta", "--think.levels", 0.3, 0.7, "--policy-weights", taught,
+        "--out", out,
     )  # fmt: skip
     assert code == 0
     return out
@@ -132,8 +160,9 @@ def test_every_arm_answers_for_every_case(compared):
         "System I", "System I, mean of flips", "supervised, few labels", "supervised, all labels", "self-play",
         "random proposals", "verifier's gradient", "verifier's level",
         "System I above 0.3", "System I above 0.7",
+        "self-play, policy taught",
     }  # fmt: skip
-    assert len(rows) == 4 * (7 + 3 * 2)
+    assert len(rows) == 4 * (7 + 4 * 2)
     summary = json.loads((compared / "outputs" / "summary.json").read_text())
     assert summary["arms"].keys() == arms | {ELSEWHERE}
     for arm in arms:
@@ -215,6 +244,12 @@ def test_thinking_only_ever_raises_the_score(compared):
             ("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS", "--task", "star", "--shots", "99"),
             "shots: expected at most the",
         ),
+        (
+            ("think", "--input", "TEST", "--weights", "WEIGHTS", "--policy-weights", "WEIGHTS"),
+            "expected a run of train-policy, found nothing of the kind",
+        ),
+        (("train-policy", "--data.manifest", "MANIFEST"), "weights: expected a run of meta-train, found nothing"),
+        (("train-policy", "--think.mode", "grad"), "expected 'learn' in 1 round, found 'grad'"),
         (("meta-train", "--frame.size", "30", "30"), "frame.size: expected multiples of 4"),
         (("meta-train", "--data.manifest", "nowhere.csv"), "nowhere.csv"),
     ],

@@ -15,9 +15,11 @@ Out: a mask on the grid of each file, a map of how far the players agree, the ve
 
 Stages:
   1. jaxmed selfplay meta-train --data.manifest tasks.csv --out runs/meta      System I, by Reptile
-  2. jaxmed selfplay adapt --weights runs/meta --data.manifest new.csv --out runs/adapted      a few labels; calibration
-  3. jaxmed selfplay think --weights runs/adapted --input scans/ --out runs/masks       System II
-  4. jaxmed selfplay compare --weights runs/meta --data.manifest new.csv --out runs/compare
+  2. jaxmed selfplay train-policy --weights runs/meta --data.manifest tasks.csv --out runs/policy
+     optional: System II's policy, taught on familiar tasks; for think and compare as --policy-weights runs/policy
+  3. jaxmed selfplay adapt --weights runs/meta --data.manifest new.csv --out runs/adapted      a few labels; calibration
+  4. jaxmed selfplay think --weights runs/adapted --input scans/ --out runs/masks       System II
+  5. jaxmed selfplay compare --weights runs/meta --data.manifest new.csv --out runs/compare
      thinking curves of self-play against random proposals, the verifier's gradient, System I and supervised networks
 
 Manifests have the columns path, mask, task, subject and split (train and validation hold familiar tasks, support and

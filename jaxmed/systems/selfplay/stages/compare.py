@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.arrays.types import Params
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io.tables import write_table
@@ -23,6 +24,7 @@ from jaxmed.systems.selfplay.comparing import ABOVE, LEVEL, Outcome, summarise
 from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
 from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.networks import Trained, load_system_one
+from jaxmed.systems.selfplay.policy_training import load_policy
 from jaxmed.systems.selfplay.stages.adapt import choose_task, draw_shots, make_embedded
 from jaxmed.systems.selfplay.stages.meta_train import write_failed
 from jaxmed.systems.selfplay.supervised import fit_supervised
@@ -47,6 +49,7 @@ class Config:
         adapt: Steps and rate of adaptation.
         budgets: Steps of the game at which masks are compared, ascending.
         think: How to think; its mode is set by the arms.
+        policy_weights: A run of train-policy: one more arm of self-play, which begins with its policy.
         cases: Test images, evenly over the task's; 0 takes all.
         together: Images that are thought about jointly.
         num_seeds: Draws of labelled images, adaptations and players.
@@ -65,6 +68,7 @@ class Config:
     adapt: AdaptConfig = AdaptConfig()
     budgets: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
     think: ThinkConfig = ThinkConfig()
+    policy_weights: Path | None = None
     cases: int = 32
     together: int = 8
     num_seeds: int = 3
@@ -110,7 +114,11 @@ def run(config: Config, folder: RunFolder) -> int:
         config = prepared
     if config.weights is None:
         raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
-    trained = load_system_one(config.weights)
+    trained, taught = load_system_one(config.weights), None
+    if config.policy_weights is not None:
+        thinking, taught = load_policy(config.policy_weights, config.think, trained.frame.size)
+        # Every arm has its network, so that they differ in nothing else.
+        config = dataclasses.replace(config, think=thinking)
     material = read_material(config, trained)
     if not (folder.path / "inputs").exists():
         start(folder)
@@ -121,7 +129,7 @@ def run(config: Config, folder: RunFolder) -> int:
     outcomes: list[Outcome] = []
     with log.progress("Comparing", config.num_seeds, "seeds") as update:
         for number in range(config.num_seeds):
-            outcomes += run_seed(config, trained, material, config.seed + number, log)
+            outcomes += run_seed(config, trained, taught, material, config.seed + number, log)
             update(number + 1)
     compared = time.monotonic()
     rows = [row for outcome in outcomes for row in outcome.rows(test)]
@@ -194,7 +202,9 @@ def read_material(config: Config, trained: Trained) -> Material:
     return Material(task, support, test, training, failed, notes)
 
 
-def run_seed(config: Config, trained: Trained, material: Material, seed: int, log: Log) -> list[Outcome]:
+def run_seed(
+    config: Config, trained: Trained, taught: Params | None, material: Material, seed: int, log: Log
+) -> list[Outcome]:
     """Let every arm answer, with one draw of labelled images."""
     shots, test = draw_shots(material.support, config.shots, seed), material.test
     adapt_key, probe_key, think_key = jax.random.split(jax.random.key(seed), 3)
@@ -227,6 +237,8 @@ def run_seed(config: Config, trained: Trained, material: Material, seed: int, lo
         ]
     for name, mode in MODES.items():
         found += think_with(config, system, test, name, mode, seed, think_key)
+    if taught is not None:
+        found += think_with(config, system, test, "self-play, policy taught", "learn", seed, think_key, taught)
     for outcome in found:
         if outcome.budget in (0, config.budgets[-1]):
             log.say(f"Seed {seed}, {outcome.arm}: Dice {100 * outcome.dice.mean():.1f} %")
@@ -234,14 +246,20 @@ def run_seed(config: Config, trained: Trained, material: Material, seed: int, lo
 
 
 def think_with(
-    config: Config, system: SystemOne, test: Cases, arm: str, mode: Any, seed: int, key: Any
+    config: Config,
+    system: SystemOne,
+    test: Cases,
+    arm: str,
+    mode: Any,
+    seed: int,
+    key: Any,
+    policy: Params | None = None,
 ) -> list[Outcome]:
     """Think about the test images, some at a time, and return the best masks at every budget.
 
-    A budget is one of each group of images.
+    A budget is one of each group of images; the policy goes on from group to group.
     """
     masks = {budget: [] for budget in config.budgets}
-    policy = None
     for first in range(0, len(test.images), config.together):
         group = test.images[first : first + config.together]
         settings = dataclasses.replace(config.think, mode=mode)

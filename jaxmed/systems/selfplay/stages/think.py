@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.arrays.types import Params
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, write_json
 from jaxmed.io.tables import write_table
@@ -22,6 +23,7 @@ from jaxmed.systems.selfplay.data import DataConfig, read_manifest
 from jaxmed.systems.selfplay.debate import debate
 from jaxmed.systems.selfplay.frames import SUFFIXES
 from jaxmed.systems.selfplay.networks import Trained, load_system_one
+from jaxmed.systems.selfplay.policy_training import load_policy
 from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_result
 from jaxmed.systems.selfplay.stages import adapt
 from jaxmed.systems.selfplay.think_page import write_page
@@ -47,6 +49,7 @@ class Config:
         tiles: Cover files that are larger than an image by images that overlap.
         budget: When to stop; of each file. Zero steps give System I's answer.
         think: How to think.
+        policy_weights: A run of train-policy, whose policy each file begins with; a fresh one when absent.
         data: Embedded puzzles to think about instead of files.
         seed: Of the players.
     """
@@ -58,6 +61,7 @@ class Config:
     tiles: bool = False
     budget: Budget = Budget()
     think: ThinkConfig = ThinkConfig()
+    policy_weights: Path | None = None
     data: DataConfig = DataConfig()
     seed: int = 0
 
@@ -104,7 +108,10 @@ def run(config: Config, folder: RunFolder) -> int:
     if config.input is None or config.weights is None:
         missing = "input" if config.input is None else "weights"
         raise InputError(missing, "images and System I", "nothing", f"give --{missing}, or try --preset smoke")
-    trained = load_system_one(config.weights)
+    trained, policy = load_system_one(config.weights), None
+    if config.policy_weights is not None:
+        thinking, policy = load_policy(config.policy_weights, config.think, trained.frame.size)
+        config = dataclasses.replace(config, think=thinking)
     jobs = list_jobs(config)
     if len(jobs) == 1:
         read_scan(jobs[0].path, trained.frame, jobs[0].box, tiles=config.tiles)  # a single broken file is a mistake
@@ -118,7 +125,7 @@ def run(config: Config, folder: RunFolder) -> int:
 
     def work(number: int, job: Job, tell: Tell) -> dict[str, Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        return process(config, trained, job, key, folder.outputs, tell)
+        return process(config, trained, policy, job, key, folder.outputs, tell)
 
     rows, failed = each_file(
         jobs, work, folder.outputs, log, "Thinking", "files",
@@ -215,7 +222,9 @@ def make_notes(trained: Trained, config: Config) -> list[str]:
     return notes
 
 
-def process(config: Config, trained: Trained, job: Job, key: Any, outputs: Path, tell: Tell) -> dict[str, Any]:
+def process(
+    config: Config, trained: Trained, policy: Params | None, job: Job, key: Any, outputs: Path, tell: Tell
+) -> dict[str, Any]:
     """Think about one file and write what comes of it; the record is written last."""
     scan = read_scan(job.path, trained.frame, job.box, tiles=config.tiles)
     think_key, debate_key = jax.random.split(key)
@@ -223,7 +232,7 @@ def process(config: Config, trained: Trained, job: Job, key: Any, outputs: Path,
     def watch(steps: int, value: float) -> None:
         tell(f"{job.name}: {steps:,} steps, score {value:.3f}")
 
-    found = think(think_key, trained.system, scan.images, config.budget, config.think, watch=watch)
+    found = think(think_key, trained.system, scan.images, config.budget, config.think, policy=policy, watch=watch)
     truth = None if job.mask is None else read_truth(job.mask, scan, trained.frame)
     write_maps(outputs, job, scan, found)
     arrays: dict[str, np.ndarray] = {

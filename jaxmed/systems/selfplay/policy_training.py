@@ -1,0 +1,178 @@
+"""Teach System II's policy on familiar tasks, so that a new one needs less thought.
+
+A visit adapts System I to one familiar task by a few labelled images and thinks about others of it; the policy goes on
+to the next visit, the adapted networks do not. Masks of the images that are thought about are for metrics alone.
+
+Source: arXiv:2506.22075 (comments of the reference implementation: the policy is pre-trained and only adapted to what
+    is thought about, a few images at a time that share it, and later ones converge much faster); the order of visits
+    and all constants are our own.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.config import from_record, to_record
+from jaxmed.errors import InputError
+from jaxmed.models.parameters import load_parameters
+from jaxmed.systems.selfplay.calibration import calibrate
+from jaxmed.systems.selfplay.data import Cases
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, overlap
+from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, Thought, think
+from jaxmed.train.checkpoint import export_parameters
+
+FAMILY = "selfplay-policy"
+
+
+@dataclasses.dataclass(frozen=True)
+class VisitConfig:
+    """A visit to a familiar task.
+
+    Attributes:
+        shots: Labelled images by which System I is adapted to it.
+        images: That are thought about together, of other subjects where the task has several.
+        iterations: Of self-play.
+    """
+
+    shots: int = 8
+    images: int = 8
+    iterations: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("shots", "images", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+
+
+class PolicyState(NamedTuple):
+    """State of the training, as `train.loop.fit` wants it.
+
+    Attributes:
+        step: Visits so far.
+        params: The policy.
+        key: Root of all randomness.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    key: KeyArray
+
+
+def visits(config: VisitConfig, cases: Cases, seed: int, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yield labelled images and images to think about, of one task each; visit n's depend on the seed and n alone."""
+    places = [np.flatnonzero(cases.tasks == number) for number in range(len(cases.task_names))]
+    for number in range(first, last):
+        generator = np.random.default_rng((seed, 11, number))
+        yield draw_visit(config, cases, places[generator.integers(len(places))], generator)
+
+
+def draw_visit(
+    config: VisitConfig, cases: Cases, of_task: Int[np.ndarray, " case"], generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Draw the images of a visit: labelled ones from one half of the subjects, the others from the other half.
+
+    Args:
+        config: Numbers of images.
+        cases: Of all tasks.
+        of_task: Numbers of the cases of the task; its subjects are halved, those of a single subject are.
+        generator: Of the draws.
+
+    Returns:
+        "shot" and "shot_mask" [shots *size], "image" and "mask" [images *size].
+    """
+    subjects = np.array([cases.subjects[case] for case in of_task])
+    owners = subjects if len(np.unique(subjects)) > 1 else np.arange(len(of_task))
+    order = generator.permutation(np.unique(owners))
+    is_labelled = np.isin(owners, order[: max(len(order) // 2, 1)])
+    pools = of_task[is_labelled], of_task[~is_labelled] if len(order) > 1 else of_task
+    shots, images = (
+        generator.choice(pool, count, replace=len(pool) < count)
+        for pool, count in zip(pools, (config.shots, config.images), strict=True)
+    )
+    return {
+        "shot": cases.images[shots], "shot_mask": cases.masks[shots],
+        "image": cases.images[images], "mask": cases.masks[images],
+    }  # fmt: skip
+
+
+def settle(key: KeyArray, system: SystemOne, visit: dict[str, Any], config: AdaptConfig) -> SystemOne:
+    """Adapt System I to the task of a visit, and set its verifier's temperature."""
+    adapt_key, probe_key = jax.random.split(key)
+    shots, masks = jnp.asarray(visit["shot"]), jnp.asarray(visit["shot_mask"])
+    adapted, _ = adapt(adapt_key, system, shots, masks, config)
+    return adapted._replace(temperature=calibrate(probe_key, adapted, shots, masks).temperature)
+
+
+def think_on(
+    key: KeyArray, system: SystemOne, visit: dict[str, Any], config: ThinkConfig, iterations: int, params: Params | None
+) -> tuple[Thought, dict[str, Scalar]]:
+    """Think about the images of a visit for some iterations, and measure what came of it."""
+    count = len(visit["image"])
+    games = -(-config.play.games // count) * count
+    budget = Budget(iterations * games * config.play.steps, patience=0)
+    found = think(key, system, visit["image"], budget, config, policy=params)
+    truth = jnp.asarray(visit["mask"], jnp.float32)
+    before, after = (overlap(truth, jnp.asarray(masks, jnp.float32)).mean() for masks in (found.start, found.masks))
+    # Where thinking begins from a level, the verifier's choice of it is not the policy's merit.
+    begin = min(int(np.searchsorted(found.trace.steps, len(config.levels) * count)), len(found.trace.steps) - 1)
+    gain = jnp.asarray(found.values.mean() - found.trace.values[begin].mean())
+    return found, {"score_gain": gain, "overlap": after, "overlap_gain": after - before}
+
+
+def policy_step(
+    system: SystemOne,
+    adaptation: AdaptConfig,
+    config: ThinkConfig,
+    iterations: int,
+    state: PolicyState,
+    visit: dict[str, Any],
+) -> tuple[PolicyState, dict[str, Scalar]]:
+    """Make a visit. Not for `jit`: its parts are compiled, once for all visits.
+
+    A task whose verifier has no opinion leaves the policy as it was.
+    """
+    settle_key, think_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    adapted = settle(settle_key, system, visit, adaptation)
+    found, metrics = think_on(think_key, adapted, visit, config, iterations, state.params)
+    return PolicyState(state.step + 1, found.policy or state.params, state.key), metrics
+
+
+def write_policy(folder: Path, params: Params, config: ThinkConfig, size: tuple[int, ...]) -> None:
+    """Write a policy for think and compare, as outputs/policy of a run."""
+    export_parameters(folder, params, {"family": FAMILY, "think": to_record(config), "size": list(size)})
+
+
+def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple[ThinkConfig, Params]:
+    """Read a policy, and return settings of thought with its network in them.
+
+    Args:
+        path: A run of train-policy.
+        config: How to think; the network is the policy's.
+        size: Of the images that will be thought about.
+
+    Raises:
+        InputError: The place holds no policy, or one for other images or super-pixels.
+    """
+    places = [place for place in (path / "outputs" / "policy", path) if (place / "record.json").exists()]
+    if not places:
+        found = "nothing of the kind" if path.exists() else "nothing"
+        raise InputError(path, "a run of train-policy", found, "check --policy-weights")
+    params, record = load_parameters(places[0])
+    if record.get("family") != FAMILY:
+        raise InputError(path, "a run of train-policy", f"weights of {record.get('family')}", "check --policy-weights")
+    trained = from_record(ThinkConfig, record["think"], str(places[0] / "record.json"))
+    if tuple(record["size"]) != size:
+        raise InputError(path, f"a policy for images of {size}", f"one for {tuple(record['size'])}")
+    if trained.play.game.blocks(size) != config.play.game.blocks(size):
+        raise InputError(
+            "think.play.game.super-pixel", f"that of the policy, {trained.play.game.super_pixel}",
+            config.play.game.super_pixel,
+        )  # fmt: skip
+    return dataclasses.replace(config, policy=trained.policy), params

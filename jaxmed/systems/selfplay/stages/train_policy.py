@@ -1,0 +1,180 @@
+"""Self-play train-policy: teach System II's policy on familiar tasks, so that a new one needs less thought."""
+
+import dataclasses
+import shlex
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmed.errors import InputError
+from jaxmed.files import write_json
+from jaxmed.models.policy import TopkUnetConfig
+from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.selfplay import SelfPlayConfig
+from jaxmed.systems.selfplay.augmentation import AugmentConfig
+from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
+from jaxmed.systems.selfplay.frames import FrameConfig
+from jaxmed.systems.selfplay.networks import load_system_one
+from jaxmed.systems.selfplay.policy_page import write_page
+from jaxmed.systems.selfplay.policy_training import (
+    PolicyState,
+    VisitConfig,
+    draw_visit,
+    policy_step,
+    settle,
+    think_on,
+    visits,
+    write_policy,
+)
+from jaxmed.systems.selfplay.stages.adapt import make_embedded
+from jaxmed.systems.selfplay.stages.meta_train import write_failed
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne
+from jaxmed.systems.selfplay.thinking import LAPTOP, ThinkConfig, player_of
+from jaxmed.train.log import Log
+from jaxmed.train.loop import LoopConfig, fit
+from jaxmed.train.mesh import MeshConfig, make_mesh
+from jaxmed.train.run_folder import RunFolder, start
+
+EVALUATED_VISITS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Training of System II's policy.
+
+    Attributes:
+        data: Familiar tasks: rows of split train, and of split validation for tasks that are only looked at.
+        weights: System I: a run of meta-train.
+        frame: How files become images; read from the weights where it is left alone.
+        adapt: Steps and rate of adaptation to each task.
+        visit: What a visit to a task is.
+        think: How to think; it always learns, in one round.
+        loop: Visits to make, and intervals of lines, saves and evaluations.
+        seed: Of the policy, of visits and of players.
+    """
+
+    data: DataConfig = DataConfig()
+    weights: Path | None = None
+    frame: FrameConfig | None = None
+    adapt: AdaptConfig = AdaptConfig()
+    visit: VisitConfig = VisitConfig()
+    think: ThinkConfig = ThinkConfig()
+    loop: LoopConfig = LoopConfig(steps=1000, log_every=1, save_every=50, evaluate_every=100)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.think.mode != "learn" or self.think.rounds > 1:
+            found = f"'{self.think.mode}' in {self.think.rounds} rounds"
+            raise ValueError(f"think.mode, think.rounds: expected 'learn' in 1 round, found {found}")
+
+
+def paper() -> Config:
+    """The reference's rules without its slips, and its verifier alone; a thousand visits of four iterations."""
+    play = SelfPlayConfig(game=PixelGame(rule="fair"), games=64, steps=64)
+    return Config(think=ThinkConfig(play=play, prior_weight=0.0))
+
+
+def laptop() -> Config:
+    """A small policy, 60 visits: a quarter of an hour on two cores."""
+    return Config(
+        adapt=AdaptConfig(augment=AugmentConfig(shift=2)),
+        think=LAPTOP,
+        loop=LoopConfig(steps=60, log_every=1, save_every=10, evaluate_every=20),
+    )
+
+
+def smoke() -> Config:
+    """Embedded puzzles, tiny networks and a few visits, in seconds."""
+    play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
+    return Config(
+        data=DataConfig(embedded=24),
+        adapt=AdaptConfig(steps=4, rate=1e-3),
+        visit=VisitConfig(shots=4, images=4, iterations=2),
+        think=ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8, 16), value_width=16)),
+        loop=LoopConfig(steps=4, log_every=1, save_every=2),
+    )
+
+
+def run(config: Config, folder: RunFolder) -> int:
+    """Read the tasks, visit them, export the policy, show what it is worth. Returns 1 when records failed."""
+    began = time.monotonic()
+    if config.data.embedded:
+        prepared = make_embedded(config, folder)
+        assert isinstance(prepared, Config)
+        config = prepared
+    if config.weights is None:
+        raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
+    trained = load_system_one(config.weights)
+    frame = config.frame or trained.frame
+    if frame.size != trained.frame.size:
+        raise InputError("frame.size", f"that of the weights, {trained.frame.size}", frame.size)
+    training, failed = read_cases(config.data, frame, "train", config.seed)
+    held_out, has_held_out = training, False
+    if any(record.split == "validation" for record in read_manifest(config.data, config.seed)):
+        held_out, further = read_cases(config.data, frame, "validation", config.seed)
+        failed, has_held_out = failed + further, True
+    if not (folder.path / "inputs").exists():
+        start(folder)
+    log = Log(folder.path, folder.options.quiet, config.loop.tensorboard)
+    log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
+    ready = time.monotonic()
+    first_key, root = jax.random.split(jax.random.key(config.seed))
+    params = player_of(config.think, frame.size).init(first_key)
+    evaluate = make_evaluation(config, trained.system, held_out)
+    fresh = evaluate(PolicyState(jnp.zeros((), jnp.int32), params, root))
+    log.say(f"Before training, thinking gains {fresh['score_gain']:.4f} of the verifier's score in as many steps.")
+    state = fit(
+        config.loop,
+        PolicyState(jnp.zeros((), jnp.int32), params, root),
+        partial(policy_step, trained.system, config.adapt, config.think, config.visit.iterations),
+        lambda first: visits(config.visit, training, config.seed, first, config.loop.steps),
+        mesh=make_mesh(MeshConfig(data=1)),
+        folder=folder,
+        log=log,
+        evaluate=evaluate,
+    )
+    visited = time.monotonic()
+    write_policy(folder.outputs / "policy", state.params, config.think, frame.size)
+    write_failed(folder.outputs, failed)
+    summary = {
+        "tasks": list(training.task_names),
+        "looked_at": held_out.task_names[0] if has_held_out else "",
+        "fresh": fresh,
+        "steps_of_visit": config.visit.iterations * config.think.play.steps_per_iteration,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "failed": len(failed),
+        "device": jax.devices()[0].device_kind,
+        "command": f"jaxmed selfplay train-policy --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
+        "seconds": {"read and cut": ready - began, "train, compilation included": visited - ready},
+    }
+    write_json(folder.outputs / "summary.json", summary)
+    write_page(folder.path)
+    return 1 if failed else 0
+
+
+report = write_page
+
+
+def make_evaluation(config: Config, system: SystemOne, cases: Cases) -> Any:
+    """Return the function that thinks with a policy about a task that it was not taught on: always the same images."""
+    of_task = np.flatnonzero(cases.tasks == 0)
+    draws = [
+        draw_visit(config.visit, cases, of_task, np.random.default_rng((config.seed, 12, number)))
+        for number in range(EVALUATED_VISITS)
+    ]
+    keys = jax.random.split(jax.random.key(config.seed + 1), (EVALUATED_VISITS, 2))
+    settled = [settle(pair[0], system, visit, config.adapt) for pair, visit in zip(keys, draws, strict=True)]
+
+    def evaluate(state: PolicyState) -> dict[str, float]:
+        found = [
+            think_on(pair[1], adapted, visit, config.think, config.visit.iterations, state.params)[1]
+            for pair, adapted, visit in zip(keys, settled, draws, strict=True)
+        ]
+        return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+
+    return evaluate
