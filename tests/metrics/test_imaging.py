@@ -94,6 +94,23 @@ def test_surface_distances_equal_brute_force(spacing):
     assert im.surface_distances(estimate, truth, spacing) == pytest.approx(found)
 
 
+def test_regions_are_found_missed_and_made_up():
+    truth, estimate = np.zeros((2, 12, 12), bool)
+    truth[1:3, 1:3] = truth[1:4, 8:10] = truth[9, 9] = True
+    truth[3, 3] = True  # joined to the first by a corner
+    estimate[3, 3] = True  # finds it there
+    estimate[2:6, 9] = True  # finds the second
+    estimate[6:8, 1:3] = estimate[10, 0] = True  # two that are nothing
+    match = im.match_regions(truth, estimate)
+    assert match == (2, 1, 2) and match.f1 == pytest.approx(4 / 7)
+    # One estimate over two true regions finds both, and is not false.
+    assert im.match_regions(truth, np.ones_like(truth)) == (3, 0, 0)
+    empty = np.zeros_like(truth)
+    assert im.match_regions(empty, empty).f1 == 1 and im.match_regions(empty, truth).f1 == 0
+    assert im.match_regions(truth, empty) == (0, 3, 0) and im.match_regions(truth, empty).f1 == 0
+    assert im.match_regions(truth[None], estimate[None]) == match
+
+
 def test_empty_masks_have_decided_values():
     empty, full = np.zeros((3, 4), bool), box((3, 4), slice(0, 1), slice(0, 2))
     spacing = (2.0, 2.0)

@@ -170,6 +170,9 @@ def test_every_arm_answers_for_every_case(compared):
             own = [float(r["dice"]) for r in rows if r["arm"] == arm and int(r["budget"]) == entry["budget"]]
             assert entry["mean"] == pytest.approx(np.mean(own), abs=1e-5)
             assert entry["low"] <= entry["mean"] <= entry["high"]
+            distances = [float(r["hausdorff_95"]) for r in rows if r["arm"] == arm and int(r["budget"]) == entry["budget"]]
+            assert entry["hausdorff_95"] == pytest.approx(np.mean(distances), abs=1e-5)
+    assert summary["unit"] == "pixels" and all(0 <= float(row["region_f1"]) <= 1 for row in rows)
     base = np.mean([float(row["dice"]) for row in rows if row["arm"] == "System I"])
     last = summary["arms"]["self-play"][-1]
     assert last["gain"]["mean"] == pytest.approx(last["mean"] - base, abs=1e-5)
@@ -198,7 +201,7 @@ def test_one_threshold_is_chosen_on_the_other_subjects():
     dice = {BASE: [0.1, 0.2, 0.8, 0.7], "System I above 0.2": [0.9, 0.9, 0.5, 0.2], LEVEL: [0.5, 0.5, 0.5, 0.5]}
     score = np.arange(4.0)
     outcomes = [
-        Outcome(arm, seed, 0, np.array(values) + 0.1 * seed, score, score)
+        Outcome(arm, seed, 0, np.array(values) + 0.1 * seed, score, score, score, score)
         for seed in range(2) for arm, values in dice.items()
     ]  # fmt: skip
     summary = summarise(outcomes, subjects, 0)

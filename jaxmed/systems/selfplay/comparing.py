@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table
-from jaxmed.metrics.imaging import dice, jaccard
+from jaxmed.metrics.imaging import dice, jaccard, match_regions, surface_distances
 from jaxmed.metrics.statistics import bootstrap, weighted_mean
 from jaxmed.systems.selfplay.data import Cases
 
@@ -19,6 +19,10 @@ LEARNT = "self-play"
 RANDOM = "random proposals"
 LEVEL = "verifier's level"
 ABOVE = "System I above "
+COLUMNS = {
+    "dice": "dice", "jaccard": "iou", "hausdorff_95": "hausdorff_95", "region_f1": "region_f1", "score": "score",
+}  # fmt: skip
+"""Of cases.csv, by the field of an outcome."""
 ELSEWHERE = "System I, threshold from other subjects"
 
 
@@ -31,6 +35,8 @@ class Outcome(NamedTuple):
         budget: Steps of thought; 0 for arms that do not think.
         dice: Of each case, with the true mask.
         jaccard: The same as intersection over union.
+        hausdorff_95: 95th percentile of the distance of the surfaces, in mm; in pixels where the frame has no spacing.
+        region_f1: F1 of connected regions, such as lesions.
         score: The verifier's.
     """
 
@@ -39,6 +45,8 @@ class Outcome(NamedTuple):
     budget: int
     dice: Float[np.ndarray, " case"]
     jaccard: Float[np.ndarray, " case"]
+    hausdorff_95: Float[np.ndarray, " case"]
+    region_f1: Float[np.ndarray, " case"]
     score: Float[np.ndarray, " case"]
 
     @classmethod
@@ -50,27 +58,25 @@ class Outcome(NamedTuple):
         truth: Bool[np.ndarray, "case *space"],
         masks: Bool[np.ndarray, "case *space"],
         score: Float[np.ndarray, " case"],
+        spacing: float = 1.0,
     ) -> "Outcome":
-        """Compare masks with the true ones."""
-        pairs = list(zip(truth, masks, strict=True))
-        overlaps, unions = (np.array([measure(t, m) for t, m in pairs]) for measure in (dice, jaccard))
-        return cls(arm, seed, budget, overlaps, unions, score.astype(np.float64))
+        """Compare masks with the true ones, of a voxel size."""
+        lengths = (spacing,) * (truth.ndim - 1)
+        overlaps, unions, distances, regions = np.array([
+            (dice(t, m), jaccard(t, m), surface_distances(t, m, lengths).hausdorff_95, match_regions(t, m).f1)
+            for t, m in zip(truth, masks, strict=True)
+        ]).T  # fmt: skip
+        return cls(arm, seed, budget, overlaps, unions, distances, regions, score.astype(np.float64))
 
     def rows(self, cases: Cases) -> list[dict[str, object]]:
         """Return a line per case, for cases.csv."""
-        return [
-            {
-                "arm": self.arm,
-                "seed": self.seed,
-                "budget": self.budget,
-                "case": name,
-                "subject": subject,
-                "dice": round(float(self.dice[place]), 6),
-                "iou": round(float(self.jaccard[place]), 6),
-                "score": round(float(self.score[place]), 6),
-            }
-            for place, (name, subject) in enumerate(zip(cases.names, cases.subjects, strict=True))
-        ]
+        rows: list[dict[str, object]] = []
+        for place, (name, subject) in enumerate(zip(cases.names, cases.subjects, strict=True)):
+            row: dict[str, object] = {"arm": self.arm, "seed": self.seed, "budget": self.budget}
+            row |= {"case": name, "subject": subject}
+            row |= {column: round(float(getattr(self, field)[place]), 6) for field, column in COLUMNS.items()}
+            rows.append(row)
+        return rows
 
 
 def read_outcomes(paths: Sequence[Path]) -> tuple[list[Outcome], tuple[str, ...]]:
@@ -82,7 +88,7 @@ def read_outcomes(paths: Sequence[Path]) -> tuple[list[Outcome], tuple[str, ...]
     Raises:
         InputError: A table is not one, or its arms, seeds and budgets are not those of the first.
     """
-    numbers = ("dice", "iou", "score")
+    numbers = tuple(COLUMNS.values())
     parts: list[dict[tuple[str, int, int], list[tuple[str, tuple[float, ...]]]]] = []
     for path in paths:
         table = read_table(path, required=("arm", "seed", "budget", "subject", *numbers))
@@ -125,7 +131,10 @@ def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -
             mean = _mean(outcomes, arm, budget)
             entry: dict[str, Any] = {"budget": budget} | _interval(mean, subjects, seed)
             entry["gain"] = _interval(mean - base, subjects, seed)
-            entry["score"] = float(np.mean(_mean(outcomes, arm, budget, "score")))
+            entry |= {
+                name: float(np.mean(_mean(outcomes, arm, budget, name)))
+                for name in ("jaccard", "hausdorff_95", "region_f1", "score")
+            }
             arms.setdefault(arm, []).append(entry)
     tests: dict[str, Any] = {}
     if budgets and any(outcome.arm == LEARNT for outcome in outcomes):
@@ -160,7 +169,7 @@ def _thresholds_from_others(outcomes: Sequence[Outcome], subjects: Sequence[str]
         of_seed = {outcome.arm: outcome for outcome in outcomes if outcome.seed == seed and not outcome.budget}
         columns = (
             np.stack([getattr(of_seed[arm], name) for arm in arms])[best, np.arange(len(best))]
-            for name in ("dice", "jaccard", "score")
+            for name in COLUMNS
         )
         found.append(Outcome(ELSEWHERE, seed, 0, *columns))
     return found

@@ -107,6 +107,7 @@ class Cases(NamedTuple):
         task_names: In the order of the manifest; each has a case.
         subjects: Whose each case is.
         names: File and slice or item of each case.
+        spacing: Voxel size of images in mm; None where files keep theirs, or have none.
     """
 
     images: Float32[np.ndarray, "case *size"]
@@ -115,12 +116,14 @@ class Cases(NamedTuple):
     task_names: tuple[str, ...]
     subjects: tuple[str, ...]
     names: tuple[str, ...]
+    spacing: float | None = None
 
     def select(self, chosen: Sequence[int] | Shaped[np.ndarray, " kept"]) -> "Cases":
         """Return some of the cases, by number; names of tasks stay."""
         rows = np.asarray(chosen, np.int64)
         subjects, names = (tuple(column[row] for row in rows) for column in (self.subjects, self.names))
-        return Cases(self.images[rows], self.masks[rows], self.tasks[rows], self.task_names, subjects, names)
+        images, masks, tasks = (array[rows] for array in (self.images, self.masks, self.tasks))
+        return self._replace(images=images, masks=masks, tasks=tasks, subjects=subjects, names=names)
 
 
 class _Case(NamedTuple):
@@ -228,7 +231,8 @@ def read_cases(
     for record, outcome in zip(records, found, strict=True):
         if not isinstance(outcome, InputError):
             by_task.setdefault(record.task, []).extend(outcome)
-    return _gather({task: _thin(cases, config.max_items) for task, cases in by_task.items()}), failures
+    cases = _gather({task: _thin(cases, config.max_items) for task, cases in by_task.items()})
+    return cases._replace(spacing=frame.spacing), failures
 
 
 def _splits(table: Table, fractions: tuple[float, float, float], seed: int) -> list[str]:

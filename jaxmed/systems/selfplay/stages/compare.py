@@ -140,6 +140,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "cases": len(test.images),
         "subjects": len(set(test.subjects)),
         "shots": config.shots,
+        "unit": "mm" if test.spacing else "pixels",
         "seeds": config.num_seeds,
         "failed": len(material.failed),
         "notes": material.notes,
@@ -292,4 +293,4 @@ def _choose_levels(config: Config, system: SystemOne, images: np.ndarray) -> np.
 
 def _answer(arm: str, seed: int, system: SystemOne, test: Cases, masks: np.ndarray, budget: int = 0) -> Outcome:
     values = judge_masks(system, jnp.asarray(test.images), jnp.asarray(masks, jnp.float32))
-    return Outcome.measure(arm, seed, budget, test.masks, masks, np.asarray(values))
+    return Outcome.measure(arm, seed, budget, test.masks, masks, np.asarray(values), test.spacing or 1.0)
