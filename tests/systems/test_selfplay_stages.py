@@ -170,7 +170,9 @@ def test_every_arm_answers_for_every_case(compared):
             own = [float(r["dice"]) for r in rows if r["arm"] == arm and int(r["budget"]) == entry["budget"]]
             assert entry["mean"] == pytest.approx(np.mean(own), abs=1e-5)
             assert entry["low"] <= entry["mean"] <= entry["high"]
-            distances = [float(r["hausdorff_95"]) for r in rows if r["arm"] == arm and int(r["budget"]) == entry["budget"]]
+            distances = [
+                float(r["hausdorff_95"]) for r in rows if r["arm"] == arm and int(r["budget"]) == entry["budget"]
+            ]
             assert entry["hausdorff_95"] == pytest.approx(np.mean(distances), abs=1e-5)
     assert summary["unit"] == "pixels" and all(0 <= float(row["region_f1"]) <= 1 for row in rows)
     base = np.mean([float(row["dice"]) for row in rows if row["arm"] == "System I"])

@@ -168,8 +168,7 @@ def _thresholds_from_others(outcomes: Sequence[Outcome], subjects: Sequence[str]
     for seed in dict.fromkeys(outcome.seed for outcome in outcomes):
         of_seed = {outcome.arm: outcome for outcome in outcomes if outcome.seed == seed and not outcome.budget}
         columns = (
-            np.stack([getattr(of_seed[arm], name) for arm in arms])[best, np.arange(len(best))]
-            for name in COLUMNS
+            np.stack([getattr(of_seed[arm], name) for arm in arms])[best, np.arange(len(best))] for name in COLUMNS
         )
         found.append(Outcome(ELSEWHERE, seed, 0, *columns))
     return found
