@@ -1,9 +1,9 @@
 """Measures of segmentations and of images, in 2D and 3D; NumPy and SciPy on the host.
 
-Conventions for masks without voxels, used throughout: two empty masks agree (Dice, Jaccard and the F1 of
-regions 1, distances 0 mm, volume error 0); when only one is empty, Dice and Jaccard are 0, distances are the diagonal of the image in mm (no
-distance in it is larger, so that a missed structure counts against a method and means stay finite), and the volume
-error relative to an empty truth is None.
+Conventions for masks without voxels, used throughout: two empty masks agree (Dice, Jaccard and the F1 of regions 1,
+distances 0 mm, volume error 0); when only one is empty, Dice and Jaccard are 0, distances are the diagonal of the image
+in mm (no distance in it is larger, so that a missed structure counts against a method and means stay finite), and the
+volume error relative to an empty truth is None.
 """
 
 import math

@@ -113,8 +113,8 @@ def _table(summary: dict[str, Any]) -> Table:
     ]  # fmt: skip
     columns = ("method", "steps", "Dice (%)", "95 % interval", "gain (points)", "95 % interval of the gain",
                f"HD95 ({summary['unit']})", "region F1 (%)", "score")  # fmt: skip
-    return Table(columns, rows, "Means over cases and seeds; the gain is over System I. A mask without voxels is as far "
-                 "from the truth as the image is wide; a region is found by a single shared voxel.")  # fmt: skip
+    return Table(columns, rows, "Means over cases and seeds; the gain is over System I. A mask without voxels is as "
+                 "far from the truth as the image is wide; a region is found by a single shared voxel.")  # fmt: skip
 
 
 def _scatter(summary: dict[str, Any]) -> Figure:
