@@ -96,6 +96,21 @@ def test_a_verifier_without_an_opinion_teaches_nothing(system):
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
 
 
+def test_snapshots_are_rated_by_who_proposes_better(system):
+    cases = make_cases([f"s{number}" for number in range(4)], [0] * 4)
+    eager = player_of(THINK, SIZE).init(jax.random.key(1))
+    passive = jax.tree.map(jnp.array, eager)
+    passive["mean"]["bias"] -= 50.0  # flips nothing
+    match = policy_training.match_snapshots(jax.random.key(3), system, cases.images, THINK, [passive, passive, eager])
+    # The same policy twice: the same games, seen from both sides.
+    assert match.elo[0] == pytest.approx(match.elo[1], abs=1e-3) and match.elo.sum() == pytest.approx(0, abs=1e-3)
+    np.testing.assert_allclose(match.scores[0], match.scores[1])
+    assert match.exploitability[0] == match.exploitability[1]
+    # Both ways round a pair has as many wins as steps.
+    won, lost = match.scores[2, 0], match.scores[0, 2]
+    assert won != lost and (won > lost) == (match.elo[2] > match.elo[0])
+
+
 def test_a_policy_is_read_as_it_was_written(system, tmp_path):
     params = player_of(THINK, SIZE).init(jax.random.key(1))
     policy_training.write_policy(tmp_path / "outputs" / "policy", params, THINK, SIZE)

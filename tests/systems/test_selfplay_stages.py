@@ -132,6 +132,10 @@ def test_a_policy_is_taught_on_familiar_tasks_and_looked_at_on_another(taught, t
     assert [line["step"] for line in lines if "score_gain" in line] == [1, 2, 3, 4]
     assert all(line["score_gain"] >= 0 for line in lines if "score_gain" in line)
     assert any("evaluation/overlap_gain" in line for line in lines) and (taught / "report.html").exists()
+    match = summary["match"]
+    assert match["visits"] == [0, 4] and len(match["elo"]) == 2 and sum(match["elo"]) == pytest.approx(0, abs=0.01)
+    assert match["scores"][0][1] + match["scores"][1][0] == pytest.approx(1, abs=0.35)  # other random numbers
+    assert min(match["exploitability"]) >= 0
     # A file that is thought about begins with it, whatever network the settings name.
     (tmp_path / "in").mkdir()
     shutil.copy(sorted((thought / "inputs" / "test").iterdir())[0], tmp_path / "in")

@@ -49,6 +49,21 @@ def write_system_one(folder: Path, system: SystemOne, frame: FrameConfig, task: 
     export_parameters(folder, system.params, record | further)
 
 
+def load_for(weights: Path | None, frame: FrameConfig | None) -> tuple[Trained, FrameConfig]:
+    """Read System I, and return how files become its images: as its own, or as a user wants it.
+
+    Raises:
+        InputError: There are no weights, or images would have another size.
+    """
+    if weights is None:
+        raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
+    trained = load_system_one(weights)
+    frame = frame or trained.frame
+    if frame.size != trained.frame.size:
+        raise InputError("frame.size", f"that of the weights, {trained.frame.size}", frame.size)
+    return trained, frame
+
+
 def load_system_one(path: Path) -> Trained:
     """Read System I from a run of meta-train or adapt.
 

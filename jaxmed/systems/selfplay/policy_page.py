@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmed.config import read_record
 from jaxmed.report.figures import curves
-from jaxmed.report.page import Figure, Note, Section, Text, write_report
+from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
 from jaxmed.train.log import read_metrics
 
 
@@ -22,6 +22,7 @@ def write_page(folder: Path) -> None:
             _figure(lines, summary, "score_gain", "the verifier's score", 1.0),
             _figure(lines, summary, "overlap_gain", "Dice, in points", 100.0),
         ]),
+        Section("Snapshots against each other", [_ratings(summary), _scores(summary)]),
         Section("How to read this", [Text([
             f"A visit adapts System I to a familiar task and thinks about other images of it for "
             f"{summary['steps_of_visit']:,} steps of the game. What it gains in them should grow from visit to visit, "
@@ -29,6 +30,8 @@ def write_page(folder: Path) -> None:
             f"Now and then the policy thinks about images of {which}: always the same, for as many steps. The flat "
             "line is what a policy gains there that has learnt nothing before. If the score's gain grows and that of "
             "Dice falls, the policy learns to exploit the verifier.",
+            "Snapshots of the policy play each other on images of that task. 400 points of Elo are odds of ten to one "
+            "to make the better proposal; a policy is exploitable as far as another one gains on it.",
         ])]),
     ]  # fmt: skip
     if summary["failed"]:
@@ -51,6 +54,26 @@ def write_page(folder: Path) -> None:
         timing=[(name, seconds, "") for name, seconds in summary["seconds"].items()],
         software=record["versions"] | {"device": summary["device"]},
         command=summary["command"],
+    )  # fmt: skip
+
+
+def _ratings(summary: dict) -> Figure:
+    match = summary["match"]
+    return curves(
+        {"snapshot": (np.array(match["visits"], float), np.array(match["elo"]))},
+        xlabel="visits", ylabel="Elo", caption="Rating of each snapshot among all, with mean 0.",
+    )  # fmt: skip
+
+
+def _scores(summary: dict) -> Table:
+    match = summary["match"]
+    rows, last = [], len(match["visits"]) - 1
+    for row, visits in enumerate(match["visits"]):
+        shares = (None if row == rival else round(100 * match["scores"][row][rival], 1) for rival in (0, last))
+        rows.append([visits, round(match["elo"][row]), match["exploitability"][row], *shares])
+    return Table(
+        ("visits", "Elo", "exploitability (score a step)", "against the first (%)", "against the last (%)"), rows,
+        "Snapshots; the last columns are shares of steps in which this one makes the better proposal.",
     )  # fmt: skip
 
 

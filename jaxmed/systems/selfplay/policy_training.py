@@ -10,25 +10,38 @@ Source: arXiv:2506.22075 (comments of the reference implementation: the policy i
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.config import from_record, to_record
 from jaxmed.errors import InputError
 from jaxmed.models.parameters import load_parameters
+from jaxmed.rl import tournament
+from jaxmed.rl.opponents import elo, exploitability
+from jaxmed.rl.selfplay import Problem, make_problem
 from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.data import Cases
-from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, overlap
-from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, Thought, think
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
+from jaxmed.systems.selfplay.thinking import (
+    Budget,
+    ThinkConfig,
+    Thought,
+    make_judge,
+    player_of,
+    score_masks,
+    think,
+)
 from jaxmed.train.checkpoint import export_parameters
 
 FAMILY = "selfplay-policy"
+SNAPSHOT = "visit_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +157,65 @@ def policy_step(
     return PolicyState(state.step + 1, found.policy or state.params, state.key), metrics
 
 
+class Match(NamedTuple):
+    """Snapshots of a policy against each other.
+
+    Attributes:
+        scores: Share of the steps that the snapshot of the row wins from that of the column, ties half.
+        elo: Rating of each, with mean 0.
+        exploitability: What the best of the others gains on each, in D per step, at least 0.
+    """
+
+    scores: Float[np.ndarray, "snapshot snapshot"]
+    elo: Float[np.ndarray, " snapshot"]
+    exploitability: Float[np.ndarray, " snapshot"]
+
+
+def match_snapshots(
+    key: KeyArray,
+    system: SystemOne,
+    images: Float[np.ndarray, "image *size"],
+    config: ThinkConfig,
+    params: list[Params],
+) -> Match:
+    """Let snapshots play each other on images of a task, without learning.
+
+    Args:
+        key: Consumed.
+        system: System I, adapted to the task.
+        images: In [0, 1].
+        config: How they think; every pair plays one iteration.
+        params: The snapshots.
+    """
+    count = len(images)
+    games = -(-config.play.games // count) * count
+    start = generate(system.config, system.params, jnp.asarray(images)) > system.config.threshold
+    judge = make_judge(system, jnp.asarray(images), config.prior_weight)
+    verify = partial(score_masks, system.config)
+    problem = make_problem(verify, judge, jnp.asarray(images), start)
+    player, stacked = player_of(config, images.shape[1:]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+    @jax.jit
+    def play(problem: Problem, stacked: Params) -> tournament.Results:
+        return tournament.compare(
+            key, config.play.game, player, verify, problem, stacked, stacked, games, config.play.steps
+        )
+
+    found = play(problem, stacked)
+    gains = [float(exploitability(row)) for row in found.rewards]
+    return Match(np.asarray(found.scores), np.asarray(elo(found.scores)), np.array(gains))
+
+
 def write_policy(folder: Path, params: Params, config: ThinkConfig, size: tuple[int, ...]) -> None:
     """Write a policy for think and compare, as outputs/policy of a run."""
     export_parameters(folder, params, {"family": FAMILY, "think": to_record(config), "size": list(size)})
+
+
+def read_snapshots(folder: Path, last: int) -> tuple[tuple[int, ...], list[Params]]:
+    """Read the policies that a run kept on its way: after how many visits, and their parameters."""
+    found = {int(place.name.removeprefix(SNAPSHOT)): place for place in folder.glob(f"{SNAPSHOT}*")}
+    numbers = tuple(sorted(number for number in found if number <= last))
+    return numbers, [load_parameters(found[number])[0] for number in numbers]
 
 
 def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple[ThinkConfig, Params]:

@@ -18,7 +18,7 @@ from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import Trained, load_system_one, write_system_one
+from jaxmed.systems.selfplay.networks import Trained, load_for, load_system_one, write_system_one
 from jaxmed.systems.selfplay.stages import meta_train
 from jaxmed.systems.selfplay.stages.meta_train import prepare_data, write_examples, write_failed
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
@@ -77,12 +77,7 @@ def run(config: Config, folder: RunFolder) -> int:
     began = time.monotonic()
     if config.data.embedded:
         config = make_embedded(config, folder)
-    if config.weights is None:
-        raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
-    trained = load_system_one(config.weights)
-    frame = config.frame or trained.frame
-    if frame.size != trained.frame.size:
-        raise InputError("frame.size", f"that of the weights, {trained.frame.size}", frame.size)
+    trained, frame = load_for(config.weights, config.frame)
     support, failed = read_cases(config.data, frame, "support", config.seed)
     support, task = choose_task(support, config.task)
     shots = draw_shots(support, config.shots, config.seed)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.types import Params
-from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io.tables import write_table
 from jaxmed.models.policy import TopkUnetConfig
@@ -23,7 +22,7 @@ from jaxmed.systems.selfplay.compare_page import write_page
 from jaxmed.systems.selfplay.comparing import ABOVE, LEVEL, Outcome, summarise
 from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import Trained, load_system_one
+from jaxmed.systems.selfplay.networks import Trained, load_for
 from jaxmed.systems.selfplay.policy_training import load_policy
 from jaxmed.systems.selfplay.stages.adapt import choose_task, draw_shots, make_embedded
 from jaxmed.systems.selfplay.stages.meta_train import write_failed
@@ -112,14 +111,12 @@ def run(config: Config, folder: RunFolder) -> int:
         prepared = make_embedded(config, folder)
         assert isinstance(prepared, Config)
         config = prepared
-    if config.weights is None:
-        raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
-    trained, taught = load_system_one(config.weights), None
+    (trained, frame), taught = load_for(config.weights, config.frame), None
     if config.policy_weights is not None:
         thinking, taught = load_policy(config.policy_weights, config.think, trained.frame.size)
         # Every arm has its network, so that they differ in nothing else.
         config = dataclasses.replace(config, think=thinking)
-    material = read_material(config, trained)
+    material = read_material(config, frame)
     if not (folder.path / "inputs").exists():
         start(folder)
     log = Log(folder.path, folder.options.quiet)
@@ -176,15 +173,12 @@ class Material(NamedTuple):
     notes: list[str]
 
 
-def read_material(config: Config, trained: Trained) -> Material:
+def read_material(config: Config, frame: FrameConfig) -> Material:
     """Read all cases.
 
     Raises:
         InputError: For whatever is wrong with the manifest or its files.
     """
-    frame = config.frame or trained.frame
-    if frame.size != trained.frame.size:
-        raise InputError("frame.size", f"that of the weights, {trained.frame.size}", frame.size)
     support, failed = read_cases(config.data, frame, "support", config.seed)
     support, task = choose_task(support, config.task)
     test, further = read_cases(config.data, frame, "test", config.seed)

@@ -5,13 +5,13 @@ import shlex
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.errors import InputError
+from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.files import write_json
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
@@ -19,13 +19,16 @@ from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import load_system_one
+from jaxmed.systems.selfplay.networks import load_for
 from jaxmed.systems.selfplay.policy_page import write_page
 from jaxmed.systems.selfplay.policy_training import (
+    SNAPSHOT,
     PolicyState,
     VisitConfig,
     draw_visit,
+    match_snapshots,
     policy_step,
+    read_snapshots,
     settle,
     think_on,
     visits,
@@ -40,7 +43,7 @@ from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.run_folder import RunFolder, start
 
-EVALUATED_VISITS = 4
+LOOKS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +110,7 @@ def run(config: Config, folder: RunFolder) -> int:
         prepared = make_embedded(config, folder)
         assert isinstance(prepared, Config)
         config = prepared
-    if config.weights is None:
-        raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
-    trained = load_system_one(config.weights)
-    frame = config.frame or trained.frame
-    if frame.size != trained.frame.size:
-        raise InputError("frame.size", f"that of the weights, {trained.frame.size}", frame.size)
+    trained, frame = load_for(config.weights, config.frame)
     training, failed = read_cases(config.data, frame, "train", config.seed)
     held_out, has_held_out = training, False
     if any(record.split == "validation" for record in read_manifest(config.data, config.seed)):
@@ -125,7 +123,13 @@ def run(config: Config, folder: RunFolder) -> int:
     ready = time.monotonic()
     first_key, root = jax.random.split(jax.random.key(config.seed))
     params = player_of(config.think, frame.size).init(first_key)
-    evaluate = make_evaluation(config, trained.system, held_out)
+    looks = make_looks(config, trained.system, held_out)
+
+    def evaluate(state: PolicyState) -> dict[str, float]:
+        place = folder.outputs / "snapshots" / f"{SNAPSHOT}{int(state.step):06d}"
+        write_policy(place, state.params, config.think, frame.size)
+        return look(config, looks, state.params)
+
     fresh = evaluate(PolicyState(jnp.zeros((), jnp.int32), params, root))
     log.say(f"Before training, thinking gains {fresh['score_gain']:.4f} of the verifier's score in as many steps.")
     state = fit(
@@ -139,18 +143,27 @@ def run(config: Config, folder: RunFolder) -> int:
         evaluate=evaluate,
     )
     visited = time.monotonic()
+    numbers, snapshots = read_snapshots(folder.outputs / "snapshots", config.loop.steps)
+    first = looks[0]
+    match = match_snapshots(first.key, first.system, first.visit["image"], config.think, snapshots)
+    played = time.monotonic()
     write_policy(folder.outputs / "policy", state.params, config.think, frame.size)
     write_failed(folder.outputs, failed)
     summary = {
         "tasks": list(training.task_names),
         "looked_at": held_out.task_names[0] if has_held_out else "",
         "fresh": fresh,
+        "match": {"visits": numbers} | {name: values.round(4).tolist() for name, values in match._asdict().items()},
         "steps_of_visit": config.visit.iterations * config.think.play.steps_per_iteration,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "failed": len(failed),
         "device": jax.devices()[0].device_kind,
         "command": f"jaxmed selfplay train-policy --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read and cut": ready - began, "train, compilation included": visited - ready},
+        "seconds": {
+            "read and cut": ready - began,
+            "train, compilation included": visited - ready,
+            "match of snapshots": played - visited,
+        },
     }
     write_json(folder.outputs / "summary.json", summary)
     write_page(folder.path)
@@ -160,21 +173,33 @@ def run(config: Config, folder: RunFolder) -> int:
 report = write_page
 
 
-def make_evaluation(config: Config, system: SystemOne, cases: Cases) -> Any:
-    """Return the function that thinks with a policy about a task that it was not taught on: always the same images."""
+class Look(NamedTuple):
+    """Images that a policy is looked at with.
+
+    Attributes:
+        key: Of the players.
+        system: System I, adapted to their task.
+        visit: Labelled images and those to think about.
+    """
+
+    key: KeyArray
+    system: SystemOne
+    visit: dict[str, np.ndarray]
+
+
+def make_looks(config: Config, system: SystemOne, cases: Cases) -> list[Look]:
+    """Draw images of one task, the same for every policy, and adapt System I to it."""
     of_task = np.flatnonzero(cases.tasks == 0)
-    draws = [
-        draw_visit(config.visit, cases, of_task, np.random.default_rng((config.seed, 12, number)))
-        for number in range(EVALUATED_VISITS)
+    looks = []
+    for number, pair in enumerate(jax.random.split(jax.random.key(config.seed + 1), (LOOKS, 2))):
+        visit = draw_visit(config.visit, cases, of_task, np.random.default_rng((config.seed, 12, number)))
+        looks.append(Look(pair[1], settle(pair[0], system, visit, config.adapt), visit))
+    return looks
+
+
+def look(config: Config, looks: list[Look], params: Params) -> dict[str, float]:
+    """Think with a policy about images of a task that it was not taught on, as long as a visit lasts."""
+    found = [
+        think_on(one.key, one.system, one.visit, config.think, config.visit.iterations, params)[1] for one in looks
     ]
-    keys = jax.random.split(jax.random.key(config.seed + 1), (EVALUATED_VISITS, 2))
-    settled = [settle(pair[0], system, visit, config.adapt) for pair, visit in zip(keys, draws, strict=True)]
-
-    def evaluate(state: PolicyState) -> dict[str, float]:
-        found = [
-            think_on(pair[1], adapted, visit, config.think, config.visit.iterations, state.params)[1]
-            for pair, adapted, visit in zip(keys, settled, draws, strict=True)
-        ]
-        return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
-
-    return evaluate
+    return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
