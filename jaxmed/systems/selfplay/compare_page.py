@@ -19,7 +19,7 @@ def write_page(folder: Path) -> None:
     summary = read_record(folder / "outputs" / "summary.json")
     sections = [Section("Notes", [Note(text) for text in summary["notes"]])]
     if summary["failed"]:
-        text = f"{summary['failed']} records could not be used: see outputs/failed.csv."
+        text = f"Records that could not be used: {summary['failed']}; see outputs/failed.csv."
         sections.insert(0, Section("Failed records", [Note(text, "warning")]))
     sections += [
         Section("Thinking curves", [_curves(summary)]),

@@ -33,7 +33,7 @@ def write_page(folder: Path) -> None:
     ]  # fmt: skip
     if summary["failed"]:
         sections.insert(0, Section("Failed records", [
-            Note(f"{summary['failed']} records could not be used: see outputs/failed.csv.", "warning")
+            Note(f"Records that could not be used: {summary['failed']}; see outputs/failed.csv.", "warning")
         ]))  # fmt: skip
     write_report(
         folder / "report.html",

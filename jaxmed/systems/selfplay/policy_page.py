@@ -35,7 +35,7 @@ def write_page(folder: Path) -> None:
         ])]),
     ]  # fmt: skip
     if summary["failed"]:
-        text = f"{summary['failed']} records could not be used: see outputs/failed.csv."
+        text = f"Records that could not be used: {summary['failed']}; see outputs/failed.csv."
         sections.insert(0, Section("Failed records", [Note(text, "warning")]))
     fresh = summary["fresh"]
     write_report(
