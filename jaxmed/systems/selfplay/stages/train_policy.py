@@ -43,7 +43,7 @@ from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.run_folder import RunFolder, start
 
-LOOKS = 4
+LOOKS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def paper() -> Config:
 
 
 def laptop() -> Config:
-    """A small policy, 24 visits: ten minutes on two cores."""
+    """A small policy, 24 visits: a quarter of an hour on two cores."""
     return Config(
         adapt=AdaptConfig(augment=AugmentConfig(shift=2)),
         think=LAPTOP,
