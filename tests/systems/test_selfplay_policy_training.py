@@ -119,8 +119,11 @@ def test_a_policy_is_read_as_it_was_written(system, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, params)
     with pytest.raises(InputError, match=r"expected a policy for images of \(16, 16\), found one for \(8, 8\)"):
         policy_training.load_policy(tmp_path, ThinkConfig(), (16, 16))
-    coarse = ThinkConfig(play=SelfPlayConfig(game=PixelGame(super_pixel=2)))
+    coarse = ThinkConfig(play=SelfPlayConfig(game=PixelGame(super_pixel=2, at_most_k=True)))
     with pytest.raises(InputError, match="think.play.game.super-pixel: expected that of the policy, 1, found 2"):
         policy_training.load_policy(tmp_path, coarse, SIZE)
+    exact = ThinkConfig(play=SelfPlayConfig(game=PixelGame()))
+    with pytest.raises(InputError, match="think.play.game.at-most-k: expected that of the policy, True, found False"):
+        policy_training.load_policy(tmp_path, exact, SIZE)
     with pytest.raises(InputError, match="expected a run of train-policy, found nothing"):
         policy_training.load_policy(tmp_path / "absent", ThinkConfig(), SIZE)

@@ -29,7 +29,9 @@ def write_page(folder: Path) -> None:
             "if what the policy learns on one task serves the next.",
             f"Now and then the policy thinks about images of {which}: always the same, for as many steps. The flat "
             "line is what a policy gains there that has learnt nothing before. If the score's gain grows and that of "
-            "Dice falls, the policy learns to exploit the verifier.",
+            "Dice falls, the policy learns to exploit the verifier. If both fall to 0, "
+            "it has learnt to pass: a policy is paid for its proposals on average, the answer is the best of all, and "
+            "where System I is good most changes are for the worse. Without think.play.game.at-most-k nobody passes.",
             "Snapshots of the policy play each other on images of that task. 400 points of Elo are odds of ten to one "
             "to make the better proposal; a policy is exploitable as far as another one gains on it.",
         ])]),

@@ -227,7 +227,7 @@ def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple
         size: Of the images that will be thought about.
 
     Raises:
-        InputError: The place holds no policy, or one for other images or super-pixels.
+        InputError: The place holds no policy, or one for other images or rules of flips.
     """
     places = [place for place in (path / "outputs" / "policy", path) if (place / "record.json").exists()]
     if not places:
@@ -244,4 +244,8 @@ def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple
             "think.play.game.super-pixel", f"that of the policy, {trained.play.game.super_pixel}",
             config.play.game.super_pixel,
         )  # fmt: skip
+    may_pass = trained.play.game.at_most_k
+    if may_pass != config.play.game.at_most_k:
+        # The sign of what it says decides who flips under one rule, and means nothing under the other.
+        raise InputError("think.play.game.at-most-k", f"that of the policy, {may_pass}", not may_pass)
     return dataclasses.replace(config, policy=trained.policy), params
