@@ -64,23 +64,33 @@ def load_for(weights: Path | None, frame: FrameConfig | None) -> tuple[Trained, 
     return trained, frame
 
 
+def load_exported(
+    path: Path, name: str, family: str, expected: str, advice: str
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Read what a run exported to outputs/NAME, or such a folder itself: parameters, record, and the record's place.
+
+    Raises:
+        InputError: The place holds nothing of the kind, or weights of another family.
+    """
+    places = [place for place in (path / "outputs" / name, path) if (place / "record.json").exists()]
+    if not places:
+        raise InputError(path, expected, "nothing of the kind" if path.exists() else "nothing", advice)
+    params, record = load_parameters(places[0])
+    if record.get("family") != family:
+        raise InputError(path, expected, f"weights of {record.get('family')}", advice)
+    return params, record, str(places[0] / "record.json")
+
+
 def load_system_one(path: Path) -> Trained:
     """Read System I from a run of meta-train or adapt.
 
     Raises:
         InputError: The place holds no such run, or weights of something else.
     """
-    places = [place for place in (path / "outputs" / "system1", path) if (place / "record.json").exists()]
-    if not places:
-        found = "nothing of the kind" if path.exists() else "nothing"
-        raise InputError(path, "a run of meta-train or adapt", found, "check --weights")
-    params, record = load_parameters(places[0])
-    if record.get("family") != FAMILY:
-        raise InputError(path, "a run of meta-train or adapt", f"weights of {record.get('family')}", "check --weights")
-    where = str(places[0] / "record.json")
+    params, record, where = load_exported(path, "system1", FAMILY, "a run of meta-train or adapt", "check --weights")
     config = from_record(SystemOneConfig, record["config"], where)
     frame = from_record(FrameConfig, record["frame"], where)
     missing = {"generator", "verifier"} - set(params)
     if missing:
-        raise InputError(places[0], "parameters of generator and verifier", f"no {' and no '.join(sorted(missing))}")
+        raise InputError(where, "parameters of generator and verifier", f"no {' and no '.join(sorted(missing))}")
     return Trained(SystemOne(config, params, float(record["temperature"])), frame, record["task"], path)

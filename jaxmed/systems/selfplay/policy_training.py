@@ -28,6 +28,7 @@ from jaxmed.rl.opponents import elo, exploitability
 from jaxmed.rl.selfplay import Problem, make_problem
 from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.data import Cases
+from jaxmed.systems.selfplay.networks import load_exported
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
 from jaxmed.systems.selfplay.thinking import (
     Budget,
@@ -229,14 +230,8 @@ def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple
     Raises:
         InputError: The place holds no policy, or one for other images or rules of flips.
     """
-    places = [place for place in (path / "outputs" / "policy", path) if (place / "record.json").exists()]
-    if not places:
-        found = "nothing of the kind" if path.exists() else "nothing"
-        raise InputError(path, "a run of train-policy", found, "check --policy-weights")
-    params, record = load_parameters(places[0])
-    if record.get("family") != FAMILY:
-        raise InputError(path, "a run of train-policy", f"weights of {record.get('family')}", "check --policy-weights")
-    trained = from_record(ThinkConfig, record["think"], str(places[0] / "record.json"))
+    params, record, where = load_exported(path, "policy", FAMILY, "a run of train-policy", "check --policy-weights")
+    trained = from_record(ThinkConfig, record["think"], where)
     if tuple(record["size"]) != size:
         raise InputError(path, f"a policy for images of {size}", f"one for {tuple(record['size'])}")
     if trained.play.game.blocks(size) != config.play.game.blocks(size):
