@@ -108,10 +108,13 @@ class Log:
                 return
             last = now
             rate = (amount - done) / max(now - began, 1e-9)
-            left = (total - amount) / max(rate, 1e-9)
-            ending = f", {_duration(left)} left" if amount < total else f" in {_duration(now - began)}"
+            ending = f" in {_duration(now - began)}"
+            if amount < total:
+                # Before the first is done, nobody knows.
+                ending = f", {_duration((total - amount) / rate)} left" if rate else ""
             note = f", {note}" if note else ""
-            self.say(f"{label}: {amount:,} of {total:,} {unit}, {_rate(rate)} a second{note}{ending}")
+            speed = f", {_rate(rate)} a second" if rate else ""
+            self.say(f"{label}: {amount:,} of {total:,} {unit}{speed}{note}{ending}")
 
         return update
 
