@@ -11,15 +11,17 @@ import scipy.special
 
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
-from jaxmed.models.policy import TopkUnetConfig
+from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems import selfplay
 from jaxmed.systems.selfplay import system_one
 from jaxmed.systems.selfplay.debate import debate
 from jaxmed.systems.selfplay.gradient import climb
+from jaxmed.systems.selfplay.stages import think as stages_think
+from jaxmed.systems.selfplay.stages import train_policy as stages_train_policy
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, generate
-from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, judge_masks, make_judge, think
+from jaxmed.systems.selfplay.thinking import PAPER, Budget, ThinkConfig, judge_masks, make_judge, think
 
 SYSTEM = SystemOneConfig(GeneratorConfig("plain", widths=(4,)), VerifierConfig("plain", widths=(4,), dense=(8,)))
 PLAY = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True, flips=2), games=4, steps=4)
@@ -218,3 +220,35 @@ def test_climbing_never_makes_it_worse():
 def test_negative_budgets_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}: expected 0 or more"):
         Budget(**{name: -1})
+
+
+def test_the_paper_preset_is_the_released_players_and_learning():
+    # stable-baselines3's defaults but for n_steps and ent_coef; 32 rounds of 8,192 steps, then the rival is renewed.
+    config = stages_think.paper()
+    play = config.think.play
+    assert (play.games, play.steps, play.symmetric, play.scale_rewards) == (1, 4096, False, False)
+    ppo = play.ppo
+    assert (ppo.learning_rate, ppo.epochs, play.steps // ppo.minibatches, ppo.discount) == (3e-4, 10, 64, 0.99)
+    assert (ppo.trace_decay, ppo.clip, ppo.value_weight, ppo.max_norm, ppo.entropy_weight) == (
+        0.95,
+        0.2,
+        0.5,
+        0.5,
+        0.01,
+    )
+    assert ppo.value_loss == "plain" and ppo.decay_iterations == 0 and ppo.normalise
+    assert config.think.policy == GaussianMlpConfig(hidden=(64, 64), log_std=0.0)
+    assert play.opponents.num_live(play.games) == 0 and play.opponents.every * play.steps == 8192
+    assert config.budget == Budget(steps=32 * 8192, patience=0)
+    assert play.game.num_flips((32, 32)) == 11 and play.game.horizon == 1024 and not play.game.at_most_k
+    assert config.think.prior_weight == 0 and config.think.levels == () and config.think.rounds == 1
+    assert stages_train_policy.paper().think == config.think
+
+
+@pytest.mark.parametrize("rule", ["fair", "repo"])
+def test_the_released_players_think(system, images, rule):
+    play = dataclasses.replace(PAPER.play, steps=64, game=PixelGame(rule=rule))
+    config = dataclasses.replace(PAPER, play=play)
+    found = think(jax.random.key(1), system, images, Budget(256, patience=0), config)
+    assert found.trace.steps.tolist() == [0, 128, 256] and (np.diff(found.trace.values, axis=0) >= 0).all()
+    assert found.policy is not None and "mean" in found.policy

@@ -25,8 +25,9 @@ from jaxmed.models.mask_verifier import make_verifier
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
 from jaxmed.rl import selfplay
 from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.opponents import OpponentConfig
 from jaxmed.rl.policies import Policy, make_policy
-from jaxmed.rl.ppo import PpoConfig
+from jaxmed.rl.ppo import SB3, PpoConfig
 from jaxmed.rl.selfplay import Problem, SelfPlayConfig
 from jaxmed.systems.selfplay.corruption import corrupt
 from jaxmed.systems.selfplay.gradient import climb
@@ -108,6 +109,25 @@ LAPTOP = ThinkConfig(
     policy=TopkUnetConfig(widths=(8, 16), value_width=16),
 )
 """For a CPU: the default policy's U-Net takes minutes for an iteration there, this one seconds."""
+
+PAPER = ThinkConfig(
+    play=SelfPlayConfig(
+        game=PixelGame(rule="fair"),
+        ppo=SB3,
+        opponents=OpponentConfig(schedule="latest", live=0.0, pool=1, every=2, groups=1),
+        games=1,
+        steps=4096,
+        symmetric=False,
+        scale_rewards=False,
+    ),
+    policy=GaussianMlpConfig(),
+    prior_weight=0.0,
+)
+"""The released players: stable-baselines3's perceptron and PPO, one game an image, a rival renewed every 8,192 steps.
+
+Deviation: both players flip 1 % of the pixels, where the release's rival flips about half of the image and ties flip
+    together; `--think.play.game.rule repo` has the release's rule. The rival is a snapshot, not the network that learns.
+"""
 
 
 class Trace(NamedTuple):

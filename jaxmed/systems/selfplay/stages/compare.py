@@ -84,7 +84,10 @@ class Config:
 
 
 def paper() -> Config:
-    """Budgets up to a million steps, eight labelled images, five draws of them; the verifier alone is followed."""
+    """Budgets up to a million steps, eight labels, five draws; our players under the verifier alone, not the release's.
+
+    Its iterations of 4,096 steps for every image are too long for the small budgets of a thinking curve.
+    """
     budgets = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
     return Config(budgets=budgets, num_seeds=5, think=ThinkConfig(prior_weight=0.0))
 

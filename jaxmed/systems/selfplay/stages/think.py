@@ -27,7 +27,7 @@ from jaxmed.systems.selfplay.policy_training import load_policy
 from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_result
 from jaxmed.systems.selfplay.stages import adapt
 from jaxmed.systems.selfplay.think_page import write_page
-from jaxmed.systems.selfplay.thinking import LAPTOP, Budget, ThinkConfig, Thought, think
+from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, Budget, ThinkConfig, Thought, think
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.versions import software_versions
@@ -67,9 +67,8 @@ class Config:
 
 
 def paper() -> Config:
-    """The reference's rules without its slips: the old mask is no candidate, 1 % of the pixels flip; 16,384 steps."""
-    play = SelfPlayConfig(game=PixelGame(rule="fair"), games=64, steps=64)
-    return Config(budget=Budget(16_384, patience=0), think=ThinkConfig(play=play, prior_weight=0.0))
+    """The release's players, learning and 262,144 steps, under fair rules; --think.play.game.rule repo for its own."""
+    return Config(budget=Budget(262_144, patience=0), think=PAPER)
 
 
 def laptop() -> Config:

@@ -37,7 +37,7 @@ from jaxmed.systems.selfplay.policy_training import (
 from jaxmed.systems.selfplay.stages.adapt import make_embedded
 from jaxmed.systems.selfplay.stages.meta_train import write_failed
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne
-from jaxmed.systems.selfplay.thinking import LAPTOP, ThinkConfig, player_of
+from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, ThinkConfig, player_of
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
@@ -77,9 +77,8 @@ class Config:
 
 
 def paper() -> Config:
-    """The reference's rules without its slips, and its verifier alone; a thousand visits of four iterations."""
-    play = SelfPlayConfig(game=PixelGame(rule="fair"), games=64, steps=64)
-    return Config(think=ThinkConfig(play=play, prior_weight=0.0))
+    """The release's players and learning, from which think's paper preset goes on; a thousand visits is our number."""
+    return Config(think=PAPER)
 
 
 def laptop() -> Config:
