@@ -126,7 +126,7 @@ PAPER = ThinkConfig(
 """The released players: stable-baselines3's perceptron and PPO, one game an image, a rival renewed every 8,192 steps.
 
 Deviation: both players flip 1 % of the pixels, where the release's rival flips about half of the image and ties flip
-    together; `--think.play.game.rule repo` has the release's rule. The rival is a snapshot, not the network that learns.
+    together; `--think.play.game.rule repo` has the release's rule. The rival is a snapshot, not the learner itself.
 """
 
 
