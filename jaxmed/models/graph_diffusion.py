@@ -60,8 +60,9 @@ class ProgressionConfig:
         rank: Of the low-rank operator.
         heads: Of attention.
         horizon: Years at which networks see time 1.
-        quirks: Normalise experts across each other as the release does, in place of equation 3. With equal weights
-            the mixture is then a constant: the weights are contrasts and not contributions.
+        quirks: Centre experts on each other and scale each by its spread over regions as the release does, in place of
+            equation 3. Where their spreads are equal, equal weights then give a constant: the weights are contrasts
+            and not contributions.
     """
 
     equation: Equation = "igndmoe"
@@ -172,7 +173,9 @@ class Mixture(nn.Module):
 
 
 class ReleasedNormalisation(nn.Module):
-    """Experts centred and scaled across each other at every node, then weighed, scaled and shifted.
+    """Experts centred on their mean at every node, each divided by its spread over nodes, weighed, scaled and shifted.
+
+    The spread is the sample standard deviation (n - 1) of an expert over the nodes, plus 1.
 
     Source: release. Deviation: none; see `ProgressionConfig.quirks` for what it means.
     """
@@ -182,7 +185,7 @@ class ReleasedNormalisation(nn.Module):
         scale = self.param("scale", nn.initializers.constant(1.0), ())
         shift = self.param("shift", nn.initializers.constant(1e-3), ())
         centred = experts - experts.mean(axis=0)
-        variance = jnp.sum(centred**2, axis=0) / (len(experts) - 1)
+        variance = jnp.var(experts, axis=1, ddof=1, keepdims=True)
         # The root has no slope at 0, where new networks are.
         spread = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
         return scale * (weights @ (centred / (spread + 1))) + shift
