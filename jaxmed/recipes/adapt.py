@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
 from jaxmed.data.loader import Fields, LoaderConfig, Transform, evaluation_batches, make_loader
+from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import ArraySource, Source
 from jaxmed.errors import InputError
 from jaxmed.metrics.classification import auroc
@@ -54,6 +55,7 @@ class AdaptConfig:
         token_keep: Share of the patch tokens that a training step looks at, drawn anew for every image; evaluation
             sees all. Memory and time fall with it.
         smoothing: Of the classes of a multi-class task.
+        mix: Mixup and CutMix of training images, in pairs within a part; not for a regression or a logistic probe.
         weights: Factor on the loss of each label's positives (binary, multi-label) or of each class (multi-class);
             empty for ones.
         seed: Of parameters, tokens, augmentation and the order of records.
@@ -71,6 +73,7 @@ class AdaptConfig:
     accumulation: int = 1
     token_keep: float = 1.0
     smoothing: float = 0.1
+    mix: MixConfig = MixConfig()
     weights: tuple[float, ...] = ()
     seed: int = 0
 
@@ -153,7 +156,8 @@ def adapt(
     check_run(config, model, task)
     config = in_steps(config, len(train))
     labelled = Labelled(transform, task, loss_weights(config, task))
-    if config.mode == "full" or (config.mode == "frozen" and (augment is not None or config.token_keep < 1)):
+    has_variants = augment is not None or config.token_keep < 1 or config.mix.is_on
+    if config.mode == "full" or (config.mode == "frozen" and has_variants):
         return _train(config, model, task, train, validation, labelled, folder, log, augment, start or {})
     # Without augmentation an image has the same features every time: they are computed once.
     encoder = _frozen_encoder(model, config, start)
@@ -175,6 +179,9 @@ def check_run(config: AdaptConfig, model: ClassifierConfig, task: Task) -> None:
     if model.head.outputs != len(task.names):
         raise InputError("model.head.outputs", f"one per name of the task, {len(task.names)}", model.head.outputs)
     loss_weights(config, task)
+    if config.mix.is_on and (task.kind == "regression" or config.mode == "logistic"):
+        found = "a regression" if task.kind == "regression" else "a logistic probe"
+        raise InputError("mix", "a classification by full or frozen", found, "leave --mix.mixup and --mix.cutmix at 0")
     mesh = make_mesh(config.mesh)
     size, parts, devices = config.loader.batch_size, config.accumulation, mesh.shape["data"]
     if config.mode != "logistic" and size % (parts * devices):
@@ -305,7 +312,9 @@ def _train(
     parts = "head on pairs" if is_pairs else "all" if config.mode == "full" else "head"
     rate = config.optimizer
     neutral = dataclasses.replace(rate, peak_lr=0.0, end_lr=0.0, warmup_steps=0)
-    plan = Plan(model, task.kind, neutral, config.accumulation, config.token_keep, config.smoothing, augment, parts)
+    plan = Plan(
+        model, task.kind, neutral, config.accumulation, config.token_keep, config.smoothing, config.mix, augment, parts
+    )
     program = make_program(plan, mesh)
     span = make_span(rate.peak_lr, rate.end_lr, rate.warmup_steps, config.loop.steps)
     state = program.create(jax.random.key(config.seed), start, span)

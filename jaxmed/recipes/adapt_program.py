@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.masking import draw_noise
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.data.mixing import MixConfig, mix, partners
 from jaxmed.models.heads import MOMENTS, Classifier, ClassifierConfig, Head, fold_moments
 from jaxmed.models.mae import FROZEN
 from jaxmed.models.vit import SHARDING_RULES, Vit
@@ -47,6 +48,7 @@ class Plan:
         accumulation: See `AdaptConfig`.
         token_keep: See `AdaptConfig`.
         smoothing: See `AdaptConfig`.
+        mix: See `AdaptConfig`.
         augment: See `adapt`.
         parts: Which parameters there are and which are trained: "all"; "head", with a frozen encoder; "head on pairs",
             where records bring features and there is no encoder.
@@ -58,6 +60,7 @@ class Plan:
     accumulation: int
     token_keep: float
     smoothing: float
+    mix: MixConfig
     augment: Augment | None
     parts: Literal["all", "head", "head on pairs"]
 
@@ -167,31 +170,46 @@ def _initialise(plan: Plan, key: KeyArray) -> Params:
 
 
 def _loss(plan: Plan, params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> Any:
+    own = None
     if plan.parts == "head on pairs":
         tokens = batch["tokens"]
     else:
-        tokens = _encode_training(plan, params["encoder"], keys, batch["image"])
+        tokens, own = _encode_training(plan, params["encoder"], keys, batch["image"])
     logits, moments = make_model(Head(plan.model.head)).apply(params["head"], tokens, training=True)
-    losses = task_losses(plan.kind, logits, batch["target"], batch["weights"], plan.smoothing)
+
+    def losses_of(target: Array, weights: Array) -> Array:
+        return task_losses(plan.kind, logits, target, weights, plan.smoothing)
+
+    losses = losses_of(batch["target"], batch["weights"])
+    if own is not None:
+        other = losses_of(partners(batch["target"]), partners(batch["weights"]))
+        losses = own * losses + (1 - own) * other
     return losses.mean(), {f"moments/{name}": value for name, value in moments.items()}
 
 
-def _encode_training(plan: Plan, params: Params, keys: Key[Array, " batch"], image: Array) -> Array:
-    """Return tokens of augmented images, with tokens and branches dropped; each image draws from its own key."""
-    encoder = plan.model.encoder
+def _encode_training(
+    plan: Plan, params: Params, keys: Key[Array, " batch"], image: Array
+) -> tuple[Array, Float[Array, " batch"] | None]:
+    """Return tokens of augmented images, with tokens and branches dropped; each image draws from its own key.
+
+    Where images are mixed, the share of its own in each comes along.
+    """
+    encoder, own = plan.model.encoder, None
     split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
     augment_keys, token_keys, drop_keys = split[:, 0], split[:, 1], split[:, 2]
     if plan.augment is not None:
         image = jax.vmap(plan.augment)(augment_keys, image)
+    if plan.mix.is_on:
+        image, own = mix(plan.mix, jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys), image)
     kept = None
     if plan.token_keep < 1:
         count = max(round(plan.token_keep * encoder.num_tokens), 1)
         kept = jnp.argsort(draw_noise(token_keys, encoder.num_tokens), axis=1)[:, :count]
     apply = make_model(Vit(encoder)).apply
     if not encoder.drop_path_rate:
-        return apply(params, image, kept)
+        return apply(params, image, kept), own
 
     def one(key: KeyArray, image: Array, kept: Array | None) -> Array:
         return apply(params, image[None], None if kept is None else kept[None], key=key)[0]
 
-    return jax.vmap(one)(drop_keys, image, kept)
+    return jax.vmap(one)(drop_keys, image, kept), own

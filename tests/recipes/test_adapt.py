@@ -5,11 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxmed.arrays.position import sincos
 from jaxmed.arrays.trees import map_named, named_leaves
+from jaxmed.data import mixing
 from jaxmed.data.loader import LoaderConfig
+from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import ArraySource
 from jaxmed.errors import InputError, Interrupted
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
@@ -152,9 +155,11 @@ def test_a_head_on_features_learns_every_kind_of_task(kind, tmp_path):
 # The step -----------------------------------------------------------------------------------------------------------
 
 
-def plan_for(model=MODEL, accumulation=1, parts="all", token_keep=1.0, augment=None, kind="binary", **optimizer):
+def plan_for(
+    model=MODEL, accumulation=1, parts="all", token_keep=1.0, augment=None, kind="binary", mix=MixConfig(), **optimizer
+):
     settings = OptimizerConfig(**({"kind": "sgd", "b1": 0.0, "weight_decay": 0.0} | optimizer))
-    return Plan(model, kind, settings, accumulation, token_keep, 0.0, augment, parts)
+    return Plan(model, kind, settings, accumulation, token_keep, 0.0, mix, augment, parts)
 
 
 def batch_for(seed, rows=8):
@@ -191,6 +196,26 @@ def test_a_batch_in_parts_gives_the_step_of_one_big_batch():
     np.testing.assert_allclose(told["loss"], also["loss"], atol=1e-6)
 
 
+def test_mixed_images_cost_what_their_mixed_targets_cost():
+    plan, batch, mesh = plan_for(mix=MixConfig(mixup=0.8, cutmix=1.0)), batch_for(5), make_mesh(MeshConfig(data=1))
+    program, params = make_program(plan, mesh), drawn(MODEL)
+    linear = params["head"]["linear"]
+    head = {
+        **params["head"],
+        "linear": {**linear, "kernel": jax.random.normal(jax.random.key(1), linear["kernel"].shape)},
+    }
+    before = program.create(jax.random.key(0), {**params, "head": head}, make_span(0.1, 0.0, 0, 10))
+    _, told = program.step(before, shard_batch(batch, mesh))
+    keys = jax.random.split(jax.random.fold_in(before.key, 0), 8)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys)
+    image, own = mixing.mix(plan.mix, keys, jnp.asarray(batch["image"]))
+    target = own[:, None] * batch["target"] + (1 - own[:, None]) * batch["target"][::-1]
+    logits = make_model(Classifier(MODEL)).apply(before.params, image)[0]
+    expected, unmixed = (optax.sigmoid_binary_cross_entropy(logits, t).mean() for t in (target, batch["target"]))
+    np.testing.assert_allclose(told["loss"], expected, rtol=1e-5)
+    assert 0 < float(own.min()) < 1 and abs(float(unmixed - expected)) > 1e-3
+
+
 def test_moments_fold_as_computed_by_hand():
     model = dataclasses.replace(MODEL, head=HeadConfig(1, hidden=3, norm=False))
     tokens = np.random.default_rng(0).normal(size=(8, 2, 12)).astype(np.float32)
@@ -215,7 +240,7 @@ def test_moments_fold_as_computed_by_hand():
 def neutral_plan():
     """The plan of CONFIG's fine-tuning, which is compiled by then."""
     settings = dataclasses.replace(CONFIG.optimizer, peak_lr=0.0, end_lr=0.0, warmup_steps=0)
-    return Plan(MODEL, "binary", settings, 1, 1.0, 0.1, None, "all")
+    return Plan(MODEL, "binary", settings, 1, 1.0, 0.1, MixConfig(), None, "all")
 
 
 def test_a_learning_rate_that_is_given_is_the_one_that_is_built_in(full):
@@ -414,6 +439,9 @@ def test_weights_and_outputs_must_fit_the_task(tmp_path):
         train(tmp_path / "three", dataclasses.replace(CONFIG, accumulation=3))
     with pytest.raises(InputError, match="mesh.model"):
         train(tmp_path / "four", dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, model=5)))
+    for mode, task in (("logistic", TASK), ("full", Task("regression", ("volume",), mean=(0.0,), deviation=(1.0,)))):
+        with pytest.raises(InputError, match="mix: expected a classification"):
+            train(tmp_path / "five", dataclasses.replace(CONFIG, mode=mode, mix=MixConfig(mixup=0.8)), task=task)
     for wrong in ({"token_keep": 0.0}, {"smoothing": 1.0}, {"weights": (0.0,)}, {"accumulation": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             AdaptConfig(**wrong)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxmed.arrays.types import Params
 from jaxmed.config import to_record
 from jaxmed.data.loader import LoaderConfig
+from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import SubsetSource
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
@@ -116,6 +117,7 @@ class Config:
         accumulation: Parts in which a batch is processed: the same numbers with less memory.
         token_keep: Share of the patch tokens that a training step looks at: less memory and time. Scoring sees all.
         smoothing: Label smoothing of a multi-class task.
+        mix: Mixup and CutMix of training volumes; off, as in the released code.
         class_weights: Factors on the loss of each label's positives, or of each class, in the order of the report;
             empty for ones.
         balance: Find these factors from the training labels instead, so that classes count alike.
@@ -145,6 +147,7 @@ class Config:
     accumulation: int = 4
     token_keep: float = 1.0
     smoothing: float = 0.1
+    mix: MixConfig = MixConfig()
     class_weights: tuple[float, ...] = ()
     balance: bool = False
     augmentation: Augmentation = Augmentation()
@@ -170,7 +173,8 @@ class Config:
         """Return what the recipe needs to know."""
         return AdaptConfig(
             self.mode, self.optimizer, self.loop, self.loader, self.mesh, self.epochs, self.warmup_epochs,
-            self.evaluate_epochs, self.select, self.accumulation, self.token_keep, self.smoothing, weights, self.seed,
+            self.evaluate_epochs, self.select, self.accumulation, self.token_keep, self.smoothing, self.mix, weights,
+            self.seed,
         )  # fmt: skip
 
 
