@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.masking import Masking, draw_noise, restore_order, take_tokens
 from jaxmed.arrays.patches import patchify, unpatchify
+from jaxmed.arrays.trees import named_leaves, replace
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.data.loader import LoaderConfig, Transform, evaluation_batches, make_loader
 from jaxmed.data.records import Source
@@ -115,7 +116,7 @@ def pretrain(
         folder: The run.
         log: Its log.
         augment: `augment(key, image) -> image`, on the device, one image at a time.
-        start: Parameters to start from instead of random ones.
+        start: Parameters to start from; what is not among them is drawn.
 
     Returns:
         The parameters, and the first held-out images (at most three) as the model completes them.
@@ -172,11 +173,10 @@ def check_fit(config: PretrainConfig, mesh: Mesh) -> None:
 
 
 def _initialise(model: Model, config: MaeConfig, key: KeyArray, start: Params | None = None) -> Params:
-    if start is not None:
-        return jax.tree.map(jnp.asarray, start)
     encoder = config.encoder
     image = jnp.zeros((1, *encoder.image_size, encoder.channels))
-    return model.init(key, image, jnp.zeros((1, encoder.num_tokens)))
+    drawn = model.init(key, image, jnp.zeros((1, encoder.num_tokens)))
+    return drawn if start is None else replace(drawn, named_leaves(start))
 
 
 def _make_evaluation(

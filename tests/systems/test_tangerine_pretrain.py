@@ -402,6 +402,11 @@ OPTIONS = {
     "missing folder": (["--input", "nowhere"], "nowhere: expected"),
     "missing table": (["--data.manifest", "nowhere.csv"], "nowhere.csv: expected"),
     "missing weights": (["--input", "{scans}", "--weights", "nowhere.pth"], "nowhere.pth"),
+    "two starts": (
+        ["--input", "{scans}", "--weights", "a.pth", "--warm-start", "b.pth"],
+        "warm_start: expected nothing",
+    ),
+    "missing start": (["--input", "{scans}", "--warm-start", "nowhere.pth"], "nowhere.pth"),
     "weights that are none": (["--input", "{scans}", "--weights", "{scans}/scan_1.nii.gz"], "weights"),
     "batch": (["--input", "{scans}", "--accumulation", "3"], "loader.batch_size: expected a multiple of 3 parts"),
     "devices": (["--input", "{scans}", "--mesh.data", "9"], "mesh: expected axes that fill 8 device(s)"),

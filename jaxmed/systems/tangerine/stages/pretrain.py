@@ -30,6 +30,8 @@ from jaxmed.models.published.load import (
     resize_positions,
 )
 from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.published.tangerine import entries
+from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.recipes.pretrain_mae import PretrainConfig, Reconstruction, check_fit, pretrain
@@ -90,6 +92,8 @@ class Config:
         data: Volumes listed in a table.
         input: A file, a DICOM folder, or a folder of such, instead of a table.
         weights: Published or own weights of a masked autoencoder to start from; random where empty.
+        warm_start: A published 2D transformer in timm's names (MAE, say) whose blocks training starts from: tensors of
+            the same name and shape are taken, patches, positions and prediction are drawn.
         preprocess: From a file to the model's input; its size is always that of the model's image.
         model: The masked autoencoder; its dtype is set by --dtype.
         optimizer: AdamW with a cosine.
@@ -107,6 +111,7 @@ class Config:
     data: DataConfig = DataConfig()
     input: Path | None = None
     weights: Path | None = None
+    warm_start: Path | None = None
     preprocess: Preprocess = Preprocess()
     model: MaeConfig = MaeConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, b1=0.9, b2=0.95, weight_decay=0.05)
@@ -125,6 +130,8 @@ class Config:
             raise ValueError(f"model.encoder.image_size: expected 3 axes, found {self.model.encoder.image_size}")
         if self.model.encoder.dtype not in ("float32", self.dtype):
             raise ValueError(f"model.encoder.dtype: expected to be left to --dtype, found {self.model.encoder.dtype}")
+        if self.weights is not None and self.warm_start is not None:
+            raise ValueError(f"warm_start: expected nothing beside weights, found {self.warm_start}")
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"flip_probability: expected a probability, found {self.flip_probability:g}")
         if min(self.epochs, self.warmup_epochs) < 0:
@@ -197,6 +204,8 @@ def run(config: Config, folder: RunFolder) -> None:
     settings, preprocess = resolve(config)
     check_fit(settings, make_mesh(settings.mesh))
     published = None if config.weights is None else read_start(config.weights, settings.model)
+    warm = None if config.warm_start is None else read_warm_start(config.warm_start, entries(settings.model))
+    given = warm or published
     if config.data.embedded:
         volumes = make_embedded(config, folder, preprocess)
     else:
@@ -205,7 +214,7 @@ def run(config: Config, folder: RunFolder) -> None:
             start(folder)
         wait_for_first("folder")
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, is_first())
-    notes = [*volumes.notes, *start_notes(published, preprocess)]
+    notes = [*volumes.notes, *start_notes(published, preprocess), *([] if warm is None else [warm.note])]
     for note in notes:
         log.say(f"Note: {note}")
     counts = {"train": volumes.num_training, "validation": len(volumes.paths) - volumes.num_training}
@@ -226,7 +235,7 @@ def run(config: Config, folder: RunFolder) -> None:
     ready = time.monotonic()
     params, pictures = pretrain(
         settings, SubsetSource(source, rows[: volumes.num_training]), held_out, Prepared(preprocess),
-        folder=folder, log=log, augment=augment, start=None if published is None else published.params,
+        folder=folder, log=log, augment=augment, start=None if given is None else given.params,
     )  # fmt: skip
     trained = time.monotonic()
     export_parameters(folder.outputs / "model", params, model_record(settings.model, params, preprocess, published))
