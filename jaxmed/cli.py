@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Annotated, Any
 
-from jaxmed.config import from_record, nearest, read_record, resolve_paths
-from jaxmed.errors import InputError, Interrupted
+from jaxmed.config import from_record, read_record, resolve_paths
+from jaxmed.errors import InputError, Interrupted, nearest
 from jaxmed.files import WRITE_ADVICE
 
 STAGES = {

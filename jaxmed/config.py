@@ -5,15 +5,13 @@ JSON form is what a run folder keeps; reading it back checks every name and type
 """
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, nearest
 from jaxmed.files import require_file
 
 Config = TypeVar("Config")
@@ -72,13 +70,6 @@ def resolve_paths(config: Config) -> Config:
         return value
 
     return resolve(config)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return advice naming the known word most like an unknown one."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
 def _parse(kind: Any, value: Any, where: str, field: str) -> Any:

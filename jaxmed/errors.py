@@ -1,6 +1,13 @@
 """The one error that a user's mistake becomes: what was expected, what was found, what to do; and being stopped."""
 
+import difflib
+import re
 import signal
+from collections.abc import Iterable
+
+SIDES = {"l": "left", "lh": "left", "left": "left", "r": "right", "rh": "right", "right": "right"}
+LISTED = 20
+"""Known words that a hint lists; of more it says how many there are."""
 
 
 class InputError(ValueError):
@@ -44,3 +51,28 @@ class Interrupted(KeyboardInterrupt):
         """Return the line that is shown to the user."""
         name = signal.Signals(self.number).name
         return f"stopped by {name} after {self.position}, which is saved; the same command continues there"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return advice naming the known word most like an unknown one, or what is known."""
+    known = list(known)
+    close = closest(word, known)
+    if close is not None:
+        return f"did you mean '{close}'?"
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return f"known: {', '.join(known[:LISTED])}{more}"
+
+
+def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Return the known word most like another, whatever the case; never the same region of the other hemisphere."""
+    side = side_of(word)
+    alike = {name.lower(): name for name in known if None in (side, side_of(name)) or side == side_of(name)}
+    found = difflib.get_close_matches(word.lower(), alike, n=1, cutoff=cutoff)
+    return alike[found[0]] if found else None
+
+
+def side_of(name: str) -> str | None:
+    """Return "left" or "right" where a region's name says so, as in L_hippocampus, ctx-rh-insula or LeftThalamus."""
+    words = [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+    sides = {SIDES[word] for word in words if word in SIDES}
+    return sides.pop() if len(sides) == 1 else None

@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from jaxmed.config import from_record, nearest, read_record, resolve_paths, to_record
-from jaxmed.errors import InputError
+from jaxmed.config import from_record, read_record, resolve_paths, to_record
+from jaxmed.errors import InputError, nearest
 
 pytestmark = pytest.mark.core
 

@@ -11,8 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxmed.config import nearest
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, nearest
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.statistics import bonferroni, cohen_dz, holm, mean_interval, paired_t, wilcoxon
 from jaxmed.recipes.study import Result, Value

@@ -19,8 +19,8 @@ from jaxtyping import Integer
 from jaxmed.arrays.position import resize_table
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
-from jaxmed.config import from_record, nearest, to_record
-from jaxmed.errors import InputError
+from jaxmed.config import from_record, to_record
+from jaxmed.errors import InputError, nearest
 from jaxmed.io import safetensors
 from jaxmed.models.heads import Classifier, ClassifierConfig, Task
 from jaxmed.models.mae import Mae, MaeConfig

@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import nearest
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior import dynamicdps as dynamic
 from jaxmed.diffusion.posterior.ccdf import Ccdf, ccdf
@@ -31,7 +30,7 @@ from jaxmed.diffusion.posterior.fidelity import PLAIN
 from jaxmed.diffusion.posterior.pigdm import Pigdm, pigdm
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral, Ddim
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, nearest
 from jaxmed.physics.lowfield import LowField, axis_matrices, linear_part, make_operator
 
 ARMS = {

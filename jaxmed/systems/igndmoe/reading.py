@@ -10,8 +10,7 @@ from jaxtyping import Float
 
 from jaxmed.arrays.graphs import Edges, components, keep_strongest, matrix_of, rescale
 from jaxmed.arrays.visits import Visits, pad_visits
-from jaxmed.config import nearest
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, nearest
 from jaxmed.files import require_file
 from jaxmed.io.tables import Table, read_table
 

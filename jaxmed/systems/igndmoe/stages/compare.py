@@ -12,8 +12,7 @@ import numpy as np
 
 from jaxmed.arrays.graphs import GraphOperators, graph_operators
 from jaxmed.arrays.visits import Visits
-from jaxmed.config import nearest
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, nearest
 from jaxmed.files import write_json
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.statistics import holm, wilcoxon
