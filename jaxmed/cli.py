@@ -146,7 +146,8 @@ def _run_stage(system: str, stage: str, arguments: list[str]) -> int:
     from jaxmed.train.run_folder import open_run
 
     config, options = parse_stage(module, f"jaxmed {system} {stage}", arguments)
-    folder = open_run(system, stage, config, options)
+    tries_failed_again = getattr(module, "TRIES_FAILED_AGAIN", False)
+    folder = open_run(system, stage, config, options, tries_failed_again=tries_failed_again)
     if folder.status == "complete":
         print(f"Complete already, nothing was run: {folder.report}  (--overwrite runs it again)")
         return 0

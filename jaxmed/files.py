@@ -4,6 +4,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +28,10 @@ WRITE_ADVICE = {
     errno.ENAMETOOLONG: ("a shorter name", "choose a shorter file name"),
     errno.EIO: ("a working device", "check the disk, or write elsewhere"),
 }
+
+
+LONGEST_NAME = 120
+"""Bytes of a name of results: endings and suffixes follow, and file systems end at 255."""
 
 
 def require_file(path: str | Path, what: str, suffixes: Sequence[str] = ()) -> Path:
@@ -103,6 +109,58 @@ def make_folder(path: str | Path) -> Path:
         expected, advice = WRITE_ADVICE.get(error.errno or 0, ("a folder to write in", ""))
         raise InputError(path, expected, _reason(error), advice) from error
     return path
+
+
+def unique_names(
+    places: Sequence[str | Path], suffixes: Sequence[str] = (), endings: Sequence[str] = (), taken: Sequence[str] = ()
+) -> list[str]:
+    """Name the results of a job's files: each by a name of its own, made from where the file lies.
+
+    No two differ in capitals or in the form of an accent alone, since some file systems do not tell these apart. Names
+    hold no two underscores in a row and none at an end, so that what is put behind "__" is told from the name.
+
+    Args:
+        places: Of the files below their folder, such as "s1/T1.nii.gz".
+        suffixes: What is left away at the end of a place, in lower case.
+        endings: Results of NAME are called NAME itself and NAME_ENDING for each of these: x and x_mask are not both
+            names where "mask" is one.
+        taken: Names that a run has for files of its own.
+
+    Returns:
+        Their names, in the same order. The same places give the same names.
+    """
+    occupied = {_fold(name) for name in taken}
+    names, numbers = [], dict[str, int]()
+    for place in places:
+        text = str(place)
+        suffix = max((s for s in suffixes if text.lower().endswith(s)), key=len, default="")
+        stem = _short(_plain_name(text[: len(text) - len(suffix)])) or "scan"
+        number = numbers.get(stem, 1)  # of a thousand files called T1 not each tries all that are taken
+        while True:
+            name = stem if number == 1 else f"{stem}_{number}"
+            own = {_fold(one) for one in (name, *(f"{name}_{ending}" for ending in endings))}
+            number += 1
+            if occupied.isdisjoint(own):
+                break
+        numbers[stem] = number
+        occupied |= own
+        names.append(name)
+    return names
+
+
+def _plain_name(text: str) -> str:
+    """Keep letters of any script, digits and + - . _ of a text; folders above a file become a part of its name."""
+    text = unicodedata.normalize("NFC", text)
+    return re.sub(r"_+", "_", re.sub(r"[^\w.+-]+", "_", text)).strip("._-")
+
+
+def _short(name: str) -> str:
+    """Keep the end of a long name, where files of one kind differ."""
+    return name.encode()[-LONGEST_NAME:].decode(errors="ignore").strip("._-")
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def write_text(path: str | Path, text: str) -> None:

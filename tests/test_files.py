@@ -1,14 +1,16 @@
 """Errors in one line, and files that are never half-written."""
 
 import errno
+import itertools
 import json
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
 
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, require_file, write_json, write_text
+from jaxmed.files import atomic_path, require_file, unique_names, write_json, write_text
 from jaxmed.volume import Volume, require_same_grid
 
 pytestmark = pytest.mark.core
@@ -104,3 +106,48 @@ def test_grids_match_within_a_micrometre_at_the_corners():
         require_same_grid(a, Volume.make(a.array, far), "a.nii", "b.nii")
     with pytest.raises(InputError, match="shape"):
         require_same_grid(a, Volume.make(a.array[1:], near), "a.nii", "b.nii")
+
+
+ENDINGS = ("enhanced", "mask")
+SUFFIXES = (".nii", ".nii.gz", ".png")
+PLACES = (
+    *("x.nii.gz", "x.nii", "x.png", "X.nii.gz", "x_2.nii.gz", "x_enhanced.nii.gz", "x_enhanced_enhanced.nii"),
+    *("a_b.nii.gz", "a/b.nii.gz", "a__b.nii.gz", "a/b/.nii.gz", "A/B.nii", "a-b.nii"),
+    *(
+        "caf\u00e9.nii",
+        "cafe\u0301.nii",
+        "CAFE\u0301.nii",
+        "stra\u00dfe.nii",
+        "STRASSE.nii",
+        "\ufb01le.nii",
+        "file.nii",
+    ),
+    *("summary.nii.gz", "Scans.nii", "...", "", "\udcff\udcfe.nii", "?.nii", "*.nii"),
+    *(f"{'long' * 60}{n}.nii.gz" for n in (1, 2)),
+    *(f"{n}{'long' * 60}.nii.gz" for n in (1, 2)),
+    "\u8133" * 200 + ".nii",
+)
+
+
+def written(name):
+    """All names that the results of a file have, as a file system sees them that tells neither case nor accents."""
+    return {unicodedata.normalize("NFKC", f"{name}{ending}").casefold() for ending in ("", *(f"_{e}" for e in ENDINGS))}
+
+
+@pytest.mark.parametrize("order", (1, -1))
+def test_no_file_writes_over_the_results_of_another(order):
+    names = unique_names(PLACES[::order], SUFFIXES, ENDINGS, ("summary", "scans"))
+    assert len(names) == len(PLACES) and names == unique_names(PLACES[::order], SUFFIXES, ENDINGS, ("summary", "scans"))
+    for first, second in itertools.combinations(names, 2):
+        assert written(first).isdisjoint(written(second)), (first, second)
+    for name in names:
+        assert not written(name) & {"summary", "scans"}
+        # With an ending, a suffix and what a temporary name adds it stays below the 255 bytes of file systems.
+        assert len(name.encode()) <= 125 and name == name.strip("._-") != "" and "__" not in name and "/" not in name
+
+
+def test_names_are_those_of_the_files():
+    assert unique_names(["s1/T1.nii.gz", "s2/T1.nii.gz", "T1.png"], SUFFIXES) == ["s1_T1", "s2_T1", "T1"]
+    assert unique_names(["x.nii.gz", "x_enhanced.nii.gz"], SUFFIXES, ENDINGS) == ["x", "x_enhanced_2"]
+    assert unique_names(["x_enhanced.nii.gz", "x.nii.gz"], SUFFIXES, ENDINGS) == ["x_enhanced", "x_2"]
+    assert unique_names(["T1.nii"] * 20_000, SUFFIXES)[-1] == "T1_20000"

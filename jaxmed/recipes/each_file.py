@@ -6,10 +6,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
+from jaxmed.files import write_json
 from jaxmed.io.tables import write_table
 from jaxmed.train.log import Log
 
 FAILED_COLUMNS = ("path", "id", "reason")
+TABLES = ("summary", "scans", "volumes", "failed")
+"""What a run writes of all files together: the results of a file do not have these names."""
 
 
 @runtime_checkable
@@ -53,12 +56,15 @@ def each_file(
     unit: str,
     seen: Callable[[dict[str, Any]], dict[str, float]],
 ) -> Worked:
-    """Work on every file, beside a progress bar.
+    """Work on every file, beside a progress bar; those that an earlier start has done are not done again.
+
+    A file is done when its record is in outputs/NAME.json. Those that failed have none, so that the next start of the
+    run tries them again.
 
     Args:
-        files: Named; no two alike.
-        work: From number and file to its record, which it writes to outputs/NAME.json when all else is written. The
-            third argument takes a line to show meanwhile.
+        files: Named, as `files.unique_names` does it.
+        work: From number and file to its record, when all else that belongs to it is written. The third argument takes
+            a line to show meanwhile.
         outputs: Of the run.
         log: Gets what fails.
         label: Of the progress bar: "Refining".
@@ -68,6 +74,8 @@ def each_file(
     Raises:
         InputError: There is one file only, and it is broken: that is a mistake of the user, not a failure among many.
     """
+    if len({file.name for file in files}) < len(files):
+        raise ValueError("files: expected a name of its own for each, found one twice")
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
 
@@ -75,6 +83,7 @@ def each_file(
         failed.append(dict(zip(FAILED_COLUMNS, (str(file.path), file.name, reason), strict=True)))
         log.say(f"Failed: {reason}")
 
+    log.rewind(-1)  # an earlier start's numbers come again, from the records
     with log.progress(label, len(files), unit) as update:
         for number, file in enumerate(files):
             done = outputs / f"{file.name}.json"
@@ -83,7 +92,11 @@ def each_file(
                 update(number, text)
 
             try:
-                rows.append(read_record(done) if done.exists() else work(number, file, tell))
+                row = read_record(done) if done.exists() else {}
+                if row.get("path") != str(file.path):  # none yet, or of a file that had this name in an earlier start
+                    row = work(number, file, tell) | {"path": str(file.path)}
+                    write_json(done, row)
+                rows.append(row)
                 log.metrics(number, seen(rows[-1]))
             except InputError as error:
                 if len(files) == 1:
@@ -96,6 +109,8 @@ def each_file(
 
 
 def write_failed(outputs: Path, failed: Sequence[dict[str, str]]) -> None:
-    """Write failed.csv where something failed."""
+    """Write failed.csv where something failed, and take an earlier start's away where nothing did."""
     if failed:
         write_table(outputs / "failed.csv", FAILED_COLUMNS, failed)
+    else:
+        (outputs / "failed.csv").unlink(missing_ok=True)

@@ -82,8 +82,17 @@ class RunFolder:
         return self.path / "report.html"
 
 
-def open_run(system: str, stage: str, config: object, options: RunOptions) -> RunFolder:
+def open_run(
+    system: str, stage: str, config: object, options: RunOptions, *, tries_failed_again: bool = False
+) -> RunFolder:
     """Decide what a run folder allows, without writing.
+
+    Args:
+        system: Of the run.
+        stage: Of the system.
+        config: Of the stage.
+        options: The user's.
+        tries_failed_again: A batch job: a run that ended with failures is unfinished, since its files may be repaired.
 
     Raises:
         InputError: The place holds something else, a run of another configuration, or cannot be written.
@@ -106,6 +115,8 @@ def open_run(system: str, stage: str, config: object, options: RunOptions) -> Ru
         )
     if status == "other" or options.overwrite or not options.resume:
         status = "new"
+    if status == "complete" and tries_failed_again and (path / "outputs" / "failed.csv").exists():
+        status = "unfinished"
     return RunFolder(path, options, record, status)
 
 
@@ -118,6 +129,7 @@ def start(run: RunFolder) -> None:
                 shutil.rmtree(place)
             else:
                 place.unlink(missing_ok=True)
+    run.report.unlink(missing_ok=True)  # a run that goes on is not complete
     make_folder(run.outputs)
     write_json(run.path / "config.json", run.record)
 

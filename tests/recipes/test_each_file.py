@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
+from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io.tables import read_table
@@ -32,9 +33,7 @@ def go(tmp_path):
             raise InputError(scan.path, "a scan", "noise")
         if scan.name.startswith("large"):
             raise MemoryError("by 3 GiB")
-        row = {"name": scan.name, "value": number}
-        write_json(tmp_path / "outputs" / f"{scan.name}.json", row)
-        return row
+        return {"name": scan.name, "value": number}
 
     def go(*names):
         scans = [Scan(name, Path(f"{name}.nii")) for name in names]
@@ -50,7 +49,8 @@ def test_what_fails_does_not_stop_the_others(go):
     go, calls, place = go
     rows, failed = go("a", "broken", "large", "b")
     assert calls == ["a", "broken", "large", "b"]
-    assert rows == [{"name": "a", "value": 0}, {"name": "b", "value": 3}]
+    assert rows == [{"name": "a", "value": 0, "path": "a.nii"}, {"name": "b", "value": 3, "path": "b.nii"}]
+    assert rows == [read_record(place / "outputs" / f"{name}.json") for name in "ab"]
     assert [(row["id"], row["path"]) for row in failed] == [("broken", "broken.nii"), ("large", "large.nii")]
     assert failed[0]["reason"] == "broken.nii: expected a scan, found noise"
     assert failed[1]["reason"] == "large.nii: not enough memory by 3 GiB"
@@ -67,6 +67,26 @@ def test_what_is_done_is_not_done_again(go):
     again = go("a", "broken", "b")
     assert calls == ["a", "broken", "broken", "b"]
     assert again.rows[:1] == first.rows and again.failed == first.failed
+
+
+def test_a_repaired_file_is_tried_again_and_leaves_no_failure(go):
+    go, calls, place = go
+    write_failed(place / "outputs", go("a", "broken").failed)
+    assert (place / "outputs" / "failed.csv").exists()
+    # The broken file is repaired, so to say, when its name is another file's; and its numbers are told once.
+    again = go("a", "b")
+    write_failed(place / "outputs", again.failed)
+    assert calls == ["a", "broken", "b"] and not (place / "outputs" / "failed.csv").exists()
+    assert [row["step"] for row in Log(place, quiet=True).read_metrics()] == [0, 1]
+
+
+def test_a_record_of_another_file_of_that_name_does_not_count(go):
+    go, calls, place = go
+    go("a", "b")
+    write_json(place / "outputs" / "a.json", {"name": "a", "value": 7, "path": "elsewhere/a.nii"})
+    assert [row["value"] for row in go("a", "b").rows] == [0, 1] and calls == ["a", "b", "a"]
+    with pytest.raises(ValueError, match="a name of its own"):
+        go("a", "a")
 
 
 def test_a_single_broken_file_is_the_users_mistake(go):

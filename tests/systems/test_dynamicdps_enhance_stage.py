@@ -163,6 +163,34 @@ def test_a_run_goes_on_where_it_was_stopped(place, done, tmp_path, monkeypatch):
         assert (copy / "outputs" / name).exists()
 
 
+def test_a_repaired_scan_is_tried_again_by_the_same_command(place, done, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(done, copy)
+    asked = []
+
+    def process(plan, one, key, folder):
+        asked.append(one.name)
+        return json.loads((copy / "outputs" / "s1.json").read_text()) | {"name": one.name, "path": str(one.path)}
+
+    monkeypatch.setattr(stage, "process", process)
+    assert enhance(place, copy) == 0
+    assert asked == ["s2"]  # as if it had been repaired
+    assert not (copy / "outputs" / "failed.csv").exists()
+    with (copy / "outputs" / "scans.csv").open() as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["s0", "s1", "s2"]
+    assert enhance(place, copy) == 0 and asked == ["s2"]
+
+
+def test_results_of_a_job_never_share_a_name(tmp_path):
+    scans = tmp_path / "scans"
+    for name in ("a_b.nii.gz", "a/b.nii.gz", "x.nii.gz", "x_enhanced.nii.gz", "X.png", "summary.nii"):
+        (scans / name).parent.mkdir(parents=True, exist_ok=True)
+        (scans / name).touch()
+    inputs = stage.list_inputs(stage.Config(input=scans))
+    written = [f"{one.name}{end}".lower() for one in inputs for end in ("", *(f"_{name}" for name in stage.MAPS))]
+    assert len(inputs) == 6 and len(set(written)) == len(written) and "summary" not in written
+
+
 def test_calibration_and_strict_searches_by_the_command_line(place, tmp_path):
     affine = np.diag([2.0, 2, 2, 1])
     for number in range(2):

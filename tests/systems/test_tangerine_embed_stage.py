@@ -89,6 +89,23 @@ def test_a_broken_file_does_not_stop_the_others(weights, scans, tmp_path, capsys
     assert "Failed: " in capsys.readouterr().err and "Failed" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_repaired_file_is_tried_again_by_the_same_command(weights, scans, tmp_path, capsys):
+    words = ("--input", scans, "--batch.size", 2, "--quiet")
+    assert embed(weights, tmp_path / "whole", *words) == 0
+    path, out = scans / "scan_1.nii.gz", tmp_path / "run"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200])
+    assert embed(weights, out, *words) == 1
+    assert embed(weights, out, *words) == 1 and "Complete already" not in capsys.readouterr().out
+    path.write_bytes(whole)
+    assert embed(weights, out, *words) == 0
+    assert not (out / "outputs" / "failed.csv").exists() and not (out / "checkpoints").exists()
+    assert "Trying 1 scans again" in (out / "log.txt").read_text()
+    for name, array in arrays_of(tmp_path / "whole").items():
+        np.testing.assert_array_equal(arrays_of(out)[name], array)
+    assert embed(weights, out, *words) == 0 and "Complete already" in capsys.readouterr().out
+
+
 def test_an_interrupted_run_continues_to_the_same_bits(weights, scans, tmp_path, monkeypatch, capsys):
     words = ("--input", scans, "--batch.size", 2, "--quiet")
     assert embed(weights, tmp_path / "whole", *words) == 0

@@ -33,6 +33,21 @@ def test_the_life_of_a_run(tmp_path):
     assert open_fit(path, overwrite=True).status == "new"
 
 
+def test_a_batch_job_with_failures_is_not_complete(tmp_path):
+    path = tmp_path / "run"
+    start(open_fit(path))
+    for name in ("report.html", "outputs/failed.csv"):
+        (path / name).write_text("")
+
+    def look(**options):
+        return open_run("noddi", "fit", Config(), RunOptions(path, **options), tries_failed_again=True)
+
+    assert open_fit(path).status == "complete" and look(overwrite=True).status == "new"
+    assert look().status == "unfinished"
+    start(look())
+    assert not (path / "report.html").exists() and (path / "outputs" / "failed.csv").exists()
+
+
 def test_a_run_of_another_configuration_is_kept_unless_overwritten(tmp_path):
     path = tmp_path / "run"
     start(open_fit(path))

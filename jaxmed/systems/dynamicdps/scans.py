@@ -168,7 +168,6 @@ def process(
         row["volumes_ml"] = tissue_volumes(images, loaded.brain, loaded.scan.volume.spacing)
     if loaded.labels is not None:
         row["labels_ml"] = count_labels(loaded.labels)
-    write_json(folder / f"{inputs.name}.json", row)
     return row
 
 
@@ -250,16 +249,6 @@ def count_labels(labels: Volume) -> dict[str, float]:
     values = [int(value) for value in np.unique(labels.array) if value]
     table = {str(value): (value,) for value in values}
     return label_volumes(labels.array, table, float(np.prod(labels.spacing)) / 1000)
-
-
-def make_name(path: Path, root: Path) -> str:
-    """Name the results of a file after its place below the input's folder."""
-    relative = path.relative_to(root) if root.is_dir() else Path(path.name)
-    text = "_".join(relative.parts)
-    for suffix in (*nifti.SUFFIXES[::-1], path.suffix):
-        if suffix and text.lower().endswith(suffix):
-            return text[: -len(suffix)]
-    return text
 
 
 def _median(values: np.ndarray) -> float:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from jaxmed.arrays.types import Params
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, make_folder, write_json
-from jaxmed.io.tables import write_table
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import SHARDING_RULES
 from jaxmed.systems.tangerine.inputs import Record, Scan, read_scan
@@ -29,8 +28,6 @@ from jaxmed.train.mesh import MeshConfig, layout, make_mesh, shard_batch
 from jaxmed.train.run_folder import RunFolder
 
 Arrays: TypeAlias = dict[str, Shaped[np.ndarray, "..."]]
-FAILED = "failed.csv"
-FAILED_COLUMNS = ("path", "id", "reason")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +90,7 @@ def run_job(
     """Take every record through the model; an interrupted job goes on after its last whole batch.
 
     Batches are made of neighbours in the list, whatever was done before, so that a job in two parts gives the numbers
-    of a job in one.
+    of a job in one. A batch in which scans failed is computed again: they may have been repaired.
 
     Returns:
         One outcome per record, in their order.
@@ -102,15 +99,20 @@ def run_job(
         InputError: The place cannot be written, or holds what was made of other scans or weights.
     """
     parts = folder.checkpoints / "batches"
-    claim_checkpoints(folder.checkpoints / "job.json", params, records)
     make_folder(parts)
-    placed = jax.device_put(params, layout(params, mesh, SHARDING_RULES))
     chunks = [records[start : start + config.size] for start in range(0, len(records), config.size)]
     stored = [parts / f"{number:06d}.npz" for number in range(len(chunks))]
-    todo = [number for number, path in enumerate(stored) if not path.exists()]
+    failures = [_failed_in(path, chunk) for path, chunk in zip(stored, chunks, strict=True)]
+    again = {identity for found in failures for identity in found}
+    claim_checkpoints(folder.checkpoints / "job.json", params, records, again)
+    placed = jax.device_put(params, layout(params, mesh, SHARDING_RULES))
+    todo = [number for number, path in enumerate(stored) if failures[number] or not path.exists()]
     done = len(records) - sum(len(chunks[number]) for number in todo)
-    if done:
+    if again:
+        log.say(f"Trying {len(again):,} scans again that failed before.")
+    elif done:
         log.say(f"Continuing after {done:,} scans of an interrupted run.")
+    log.rewind(done)
     failed = 0
     reads = read_ahead([chunks[number] for number in todo], partial(read_or_reason, preprocess=job.preprocess), config)
     with log.progress(label, len(records), "scans", done) as update:
@@ -171,22 +173,26 @@ def read_or_reason(path: Path, preprocess: Preprocess) -> Scan | str:
         return f"{path}: {type(error).__name__}: {error}"
 
 
-def write_failed(path: Path, outcomes: list[Outcome]) -> int:
-    """List the scans that failed, with reasons; no file where none did. Returns their number."""
+def failures_of(outcomes: list[Outcome]) -> list[dict[str, str]]:
+    """Return path, id and reason of the scans that failed."""
     failed = [outcome for outcome in outcomes if outcome.reason]
-    if failed:
-        rows = [{"path": o.record.path, "id": o.record.identity, "reason": o.reason} for o in failed]
-        write_table(path, FAILED_COLUMNS, rows)
-    return len(failed)
+    return [{"path": str(o.record.path), "id": o.record.identity, "reason": o.reason} for o in failed]
 
 
-def clear_checkpoints(folder: RunFolder) -> None:
-    """Delete what an interrupted job would have continued from."""
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+def clear_checkpoints(folder: RunFolder, failed: int) -> None:
+    """Delete what an interrupted job would have continued from; where scans failed, the next start needs it."""
+    if not failed:
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def claim_checkpoints(path: Path, params: Params, records: list[Record]) -> None:
+def claim_checkpoints(path: Path, params: Params, records: list[Record], may_differ: Collection[str] = ()) -> None:
     """Record what a job is made of, or refuse what was made of other weights or files.
+
+    Args:
+        path: The record.
+        params: Of the model.
+        records: Of the job.
+        may_differ: Identities of scans that failed: their files may have been repaired.
 
     Raises:
         InputError: The checkpoints belong to another job.
@@ -195,13 +201,25 @@ def claim_checkpoints(path: Path, params: Params, records: list[Record]) -> None
     for name, leaf in named_leaves(params).items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(leaf).data)
-    for record in records:
-        status = record.path.stat() if record.path.exists() else None
-        digest.update(repr((record, status and (status.st_size, status.st_mtime_ns))).encode())
-    own = {"digest": digest.hexdigest()}
-    if path.exists() and read_record(path) != own:
-        raise InputError(path, "batches of these weights and scans", "those of others", "start anew with --no-resume")
+    own = {"weights": digest.hexdigest(), "scans": [_stamp(record) for record in records]}
+    if path.exists():
+        found = read_record(path)
+        scans = found.get("scans", [])
+        is_same = found.get("weights") == own["weights"] and len(scans) == len(records)
+        if not is_same or any(
+            old != new and record.identity not in may_differ
+            for old, new, record in zip(scans, own["scans"], records, strict=True)
+        ):
+            advice = "start anew with --no-resume"
+            raise InputError(path, "batches of these weights and scans", "those of others", advice)
     write_json(path, own)
+
+
+def _stamp(record: Record) -> str:
+    """Return a digest of a record and its file's size and time."""
+    status = record.path.stat() if record.path.exists() else None
+    text = repr((record, status and (status.st_size, status.st_mtime_ns)))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _run_chunk(
@@ -242,6 +260,15 @@ def _store(path: Path, outcomes: list[Outcome]) -> None:
     text = json.dumps([{"warnings": list(o.warnings), "reason": o.reason} for o in outcomes])
     with atomic_path(path) as temporary:
         np.savez(temporary, **{"outcomes": np.array(text), **arrays})  # pyright: ignore
+
+
+def _failed_in(path: Path, chunk: list[Record]) -> list[str]:
+    """Return the identities of the scans that failed in a stored batch."""
+    if not path.exists():
+        return []
+    with np.load(path, allow_pickle=False) as stored:
+        told = json.loads(str(stored["outcomes"]))
+    return [record.identity for record, one in zip(chunk, told, strict=True) if one["reason"]]
 
 
 def _restore(path: Path, chunk: list[Record]) -> list[Outcome]:

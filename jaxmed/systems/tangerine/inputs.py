@@ -1,7 +1,6 @@
 """Scans that a model is applied to: which they are, and how each becomes the model's cube."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
 from jaxmed.errors import InputError
+from jaxmed.files import unique_names
 from jaxmed.io import dicom, nifti
 from jaxmed.io.tables import resolve_path, resolve_paths
 from jaxmed.models.published.preprocess import RANGE_TOLERANCE, Preprocess, load_input
@@ -171,16 +171,8 @@ def check_cubes(cubes: Shaped[Any, "..."], preprocess: Preprocess) -> Float[Any,
 
 def _named(found: list[tuple[str, Path, dict[str, str]]]) -> list[Record]:
     """Give every record a name of its own, made from where its file lies."""
-    records, taken = [], set()
-    for cell, path, row in found:
-        stem = re.sub(r"(\.nii)?\.(gz|nii|npz|npy|dcm|ima)$", "", cell, flags=re.IGNORECASE)
-        name = re.sub(r"[^\w.+-]+", "_", stem.strip("./").replace("/", "__"))[-120:] or "scan"
-        number, unique = 2, name
-        while unique.lower() in taken:  # some file systems do not tell case
-            unique, number = f"{name}_{number}", number + 1
-        taken.add(unique.lower())
-        records.append(Record(unique, path, dict(row)))
-    return records
+    names = unique_names([cell for cell, _, _ in found], (*SUFFIXES, *DICOM_SUFFIXES, ".gz"))
+    return [Record(name, path, dict(row)) for name, (_, path, row) in zip(names, found, strict=True)]
 
 
 def _is_dicom(path: Path) -> bool:

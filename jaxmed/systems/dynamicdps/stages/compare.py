@@ -52,6 +52,7 @@ from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 
 IN_DISTRIBUTION, OTHER_CONTRAST = "in-distribution", "other contrast"
+TRIES_FAILED_AGAIN = True
 LEAST_HEAD = 0.1
 """Share of head that an image needs."""
 Program: TypeAlias = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, float]]

@@ -10,26 +10,28 @@ from typing import Any, Literal
 import jax
 
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
+from jaxmed.files import unique_names, write_json
 from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
-from jaxmed.recipes.each_file import Tell, each_file, write_failed
+from jaxmed.recipes.each_file import TABLES, Tell, each_file, write_failed
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import digest_of
 from jaxmed.systems.dynamicdps.enhance_page import write_page
 from jaxmed.systems.dynamicdps.enhancement import make_program
 from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
 from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_calibration
-from jaxmed.systems.dynamicdps.reading import find_files
-from jaxmed.systems.dynamicdps.scans import Inputs, Plan, load, make_name, process
+from jaxmed.systems.dynamicdps.reading import SUFFIXES, find_files
+from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, load, process
 from jaxmed.systems.dynamicdps.stages import calibrate
 from jaxmed.systems.dynamicdps.stages.calibrate import pair_files
 from jaxmed.systems.dynamicdps.volumes import TilingConfig
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.volume import Volume
+
+TRIES_FAILED_AGAIN = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +231,9 @@ def list_inputs(config: Config) -> list[Inputs]:
         return [*pair_files(paths, config.input, place)]
 
     places = [partners(place) for place in (config.initial, config.mask, config.labels)]
-    return [Inputs(make_name(path, config.input), path, *others) for path, *others in zip(paths, *places, strict=True)]
+    root = config.input if config.input.is_dir() else config.input.parent
+    names = unique_names([path.relative_to(root) for path in paths], SUFFIXES, tuple(MAPS), TABLES)
+    return [Inputs(name, path, *others) for name, path, *others in zip(names, paths, *places, strict=True)]
 
 
 def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:

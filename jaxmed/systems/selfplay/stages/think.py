@@ -12,11 +12,11 @@ import numpy as np
 
 from jaxmed.arrays.types import Params
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, write_json
+from jaxmed.files import atomic_path, unique_names, write_json
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.imaging import dice
 from jaxmed.models.policy import TopkUnetConfig
-from jaxmed.recipes.each_file import Tell, each_file, write_failed
+from jaxmed.recipes.each_file import TABLES, Tell, each_file, write_failed
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay.data import DataConfig, read_manifest
@@ -35,6 +35,9 @@ from jaxmed.versions import software_versions
 KEPT_STEPS = 12
 """Of the debate that the report shows."""
 EMBEDDED_FILES = 2
+TRIES_FAILED_AGAIN = True
+ENDINGS = ("mask", "agreement", "thought")
+"""Of the results of a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +205,10 @@ def list_jobs(config: Config) -> list[Job]:
             raise InputError(place, f"a folder, as --input has {len(paths)} files", "one file", f"check --{name}")
         return found
 
+    names = unique_names([path.name for path in paths], SUFFIXES, ENDINGS, TABLES)
     return [
-        Job(_stem(path), path, partner(config.mask, path, "mask"), partner(config.box, path, "box")) for path in paths
+        Job(name, path, partner(config.mask, path, "mask"), partner(config.box, path, "box"))
+        for name, path in zip(names, paths, strict=True)
     ]
 
 
@@ -224,7 +229,7 @@ def make_notes(trained: Trained, config: Config) -> list[str]:
 def process(
     config: Config, trained: Trained, policy: Params | None, job: Job, key: Any, outputs: Path, tell: Tell
 ) -> dict[str, Any]:
-    """Think about one file and write what comes of it; the record is written last."""
+    """Think about one file, write what comes of it, and return its record."""
     scan = read_scan(job.path, trained.frame, job.box, tiles=config.tiles)
     think_key, debate_key = jax.random.split(key)
 
@@ -269,7 +274,6 @@ def process(
         answers = [*found.trace.masks, found.first]
         *course, first = (float(np.mean([dice(t, m) for t, m in zip(truth, masks, strict=True)])) for masks in answers)
         row["curve"]["dice"], row["dice"], row["first_dice"] = course, course[-1], first
-    write_json(outputs / f"{job.name}.json", row)
     return row
 
 
@@ -299,11 +303,3 @@ def write_scans(folder: Path, rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     write_table(folder / "scans.csv", columns, table)
-
-
-def _stem(path: Path) -> str:
-    name = path.name
-    for suffix in sorted(SUFFIXES, key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return path.stem

@@ -35,6 +35,7 @@ from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 
 ARMS = ("pretrained", "scratch")
 CURVE_COLUMNS = ("epoch", "seconds", "value")
+TRIES_FAILED_AGAIN = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, write_json
 from jaxmed.io.tables import write_table
 from jaxmed.models.published.load import Published, load_published
+from jaxmed.recipes.each_file import write_failed
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.batch_job import (
     Arrays,
@@ -24,9 +25,9 @@ from jaxmed.systems.tangerine.batch_job import (
     Job,
     Outcome,
     clear_checkpoints,
+    failures_of,
     lay_out,
     run_job,
-    write_failed,
 )
 from jaxmed.systems.tangerine.embed_page import write_page
 from jaxmed.systems.tangerine.embedding import DEFINITIONS, Kind, encoder_with_head, features, with_dtype
@@ -37,6 +38,8 @@ from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.versions import software_versions
+
+TRIES_FAILED_AGAIN = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +131,11 @@ def run(config: Config, folder: RunFolder) -> int:
     if space:
         write_table(folder.outputs / "neighbours.csv", list(space["neighbours"][0]), space["neighbours"])
         write_table(folder.outputs / "plane.csv", list(space["plane"][0]), space["plane"])
-    failed = write_failed(folder.outputs / "failed.csv", outcomes)
+    failed = failures_of(outcomes)
+    write_failed(folder.outputs, failed)
     summary = {
         "scans": len(done),
-        "failed": failed,
+        "failed": len(failed),
         "lengths": {kind: int(done[0].arrays[kind].shape[0]) for kind in config.kinds} if done else {},
         "kind": main_kind(config.kinds),
         "explained": space.get("explained"),
@@ -143,7 +147,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "seconds": {"read and check": ready - began, "embed, compilation included": computed - ready},
     }
     write_json(folder.outputs / "summary.json", summary)
-    clear_checkpoints(folder)
+    clear_checkpoints(folder, len(failed))
     write_page(folder.path)
     return 1 if failed else 0
 

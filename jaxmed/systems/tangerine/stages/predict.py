@@ -1,7 +1,6 @@
 """TANGERINE predict: probabilities, and a map of what moved them, on the grid of each scan."""
 
 import dataclasses
-import re
 import shlex
 import time
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 from jaxmed.arrays.types import Params
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, write_json
+from jaxmed.files import atomic_path, unique_names, write_json
 from jaxmed.io import dicom, nifti
 from jaxmed.io.tables import write_table
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
@@ -22,6 +21,7 @@ from jaxmed.models.published.load import load_published
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
+from jaxmed.recipes.each_file import write_failed
 from jaxmed.recipes.probe import fit_probe
 from jaxmed.report.overlay import cut_slices
 from jaxmed.synthesis.phantoms.chest import ChestConfig
@@ -32,9 +32,9 @@ from jaxmed.systems.tangerine.batch_job import (
     Job,
     Outcome,
     clear_checkpoints,
+    failures_of,
     lay_out,
     run_job,
-    write_failed,
 )
 from jaxmed.systems.tangerine.embedding import features, with_dtype
 from jaxmed.systems.tangerine.inputs import CUBES, FrameConfig, Record, Scan, find_records, read_scan
@@ -56,6 +56,7 @@ MAP_DEFINITION = (
 )
 # Of the embedded chests: enough to fit a probe, few enough for seconds.
 EMBEDDED_SHAPE = (32, 32, 32)
+TRIES_FAILED_AGAIN = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,14 +189,15 @@ def run(config: Config, folder: RunFolder) -> int:
     computed = time.monotonic()
     done = [outcome for outcome in outcomes if not outcome.reason]
     write_predictions(folder.outputs / "predictions.csv", done, task, config.threshold)
-    previews = write_previews(folder.outputs / "previews", done[: config.shown], config.maps, preprocess)
+    previews = write_previews(folder.outputs / "previews", done[: config.shown], config.maps, task, preprocess)
     scores, further = score(outcomes, targets, task, config)
     for note in further:
         log.say(f"Note: {note}")
-    failed = write_failed(folder.outputs / "failed.csv", outcomes)
+    failed = failures_of(outcomes)
+    write_failed(folder.outputs, failed)
     summary = {
         "scans": len(done),
-        "failed": failed,
+        "failed": len(failed),
         "task": to_record(task),
         "maps": config.maps,
         "threshold": config.threshold,
@@ -209,7 +211,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "seconds": {"read and check": ready - began, "predict and map, compilation included": computed - ready},
     }
     write_json(folder.outputs / "summary.json", summary)
-    clear_checkpoints(folder)
+    clear_checkpoints(folder, len(failed))
     write_page(folder.path)
     return 1 if failed else 0
 
@@ -273,7 +275,7 @@ def write_maps(
     for output, patches in zip(arrays["mapped"].tolist(), arrays["maps"], strict=True):
         name = task.names[output]
         volume = to_grid(patches, preprocess, scan.grid)
-        stem = folder / map_stem(record.identity, name)
+        stem = folder / map_stem(record.identity, task, output)
         nifti.write(stem.with_name(stem.name + ".nii.gz"), volume, reference=reference)
         if not patches.any():
             warnings.append(f"the map of '{name}' is 0 everywhere: no patch raises it")
@@ -292,9 +294,9 @@ def write_maps(
     return {"values": arrays["values"], "mapped": arrays["mapped"]}, tuple(warnings)
 
 
-def map_stem(identity: str, name: str) -> str:
-    """Return the name of a map's file, without suffix."""
-    return f"{identity}__{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name) or 'output'}"
+def map_stem(identity: str, task: Task, output: int) -> str:
+    """Return the name of the map of an output of a scan, without suffix."""
+    return f"{identity}__{unique_names(task.names)[output]}"
 
 
 def write_predictions(path: Path, done: list[Outcome], task: Task, threshold: float) -> None:
@@ -351,17 +353,20 @@ def score(
     return rows, notes
 
 
-def write_previews(folder: Path, done: list[Outcome], maps: Maps, preprocess: Preprocess) -> list[dict[str, Any]]:
+def write_previews(
+    folder: Path, done: list[Outcome], maps: Maps, task: Task, preprocess: Preprocess
+) -> list[dict[str, Any]]:
     """Keep a few slices of the first scans and of their first map, for the report."""
     if maps == "none":
         return []
     previews = []
     for outcome in done:
         task_output = int(outcome.arrays["mapped"][0])
-        stem = next((folder.parent / "maps").glob(f"{_escape(outcome.record.identity)}__*.nii.gz"), None)
-        if stem is None:
-            continue
-        overlay, scan = nifti.read(stem), read_volume(outcome.record.path, preprocess)
+        stem = map_stem(outcome.record.identity, task, task_output)
+        overlay, scan = (
+            nifti.read(folder.parent / "maps" / f"{stem}.nii.gz"),
+            read_volume(outcome.record.path, preprocess),
+        )
         if outcome.record.path.suffix.lower() in CUBES:  # slice, row, column: turned to lie as one reads
             overlay = Volume.make(np.ascontiguousarray(overlay.array.transpose(2, 1, 0)), np.eye(4))
         slices = cut_slices(scan, overlay)
@@ -381,10 +386,6 @@ def read_volume(path: Path, preprocess: Preprocess) -> Volume:
         cube = read_scan(path, preprocess).cube[..., 0] * (preprocess.high - preprocess.low) + preprocess.low
         return Volume.make(np.ascontiguousarray(cube.transpose(2, 1, 0)), np.eye(4))
     return nifti.read(path) if path.name.lower().endswith(nifti.SUFFIXES) else dicom.read_series(path)
-
-
-def _escape(name: str) -> str:
-    return re.sub(r"([\[\]*?])", r"[\1]", name)
 
 
 def _compute(config: ClassifierConfig, task: Task, maps: Maps, params: Params, cubes: Any) -> dict[str, Any]:
