@@ -26,7 +26,7 @@ def code(width, place):
 # Remainders of the division by three are 0, 1, 2 and 0; 50 has parts of 16, 17, 17, and 1024's are 341, 341, 342.
 @pytest.mark.parametrize("width", [48, 64, 50, 96])
 @pytest.mark.parametrize("edge", [2, 4])
-def test_3d_table_is_the_released_one_bit_for_bit(width, edge):
+def test_3d_table_is_the_released_one_up_to_the_last_bit(width, edge):
     table = sincos_3d(width, (edge,) * 3)
     first = width // 3
     second = first + (1 if width % 3 > 1 else 0)

@@ -12,6 +12,7 @@ import pytest
 
 from jaxmed.cli import main
 from jaxmed.config import to_record
+from jaxmed.diffusion.posterior.dynamicdps import REPO2026
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
@@ -23,6 +24,7 @@ from jaxmed.systems.dynamicdps.calibration import digest_of
 from jaxmed.systems.dynamicdps.networks import write_network
 from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_calibration
 from jaxmed.systems.dynamicdps.reading import FrameConfig
+from jaxmed.systems.dynamicdps.stages import compare as compare_stage
 from jaxmed.systems.dynamicdps.stages import enhance as stage
 from jaxmed.volume import Volume
 
@@ -356,7 +358,8 @@ def test_presets_of_the_method_become_its_settings():
     calibrated = Calibrated(START, ACQUISITION, 20, "")
     strict, repo = (MethodConfig(preset).build(calibrated) for preset in ("strict", "repo2026"))
     assert strict.start.rule == "monotone" and repo.start.rule == "repo" and repo.line == "mixed"
-    assert strict.search.max_evaluations == repo.search.max_evaluations == 6
+    assert (strict.search.max_evaluations, repo.search.max_evaluations) == (6, 10)
+    assert MethodConfig(max_trials=4).build(calibrated).search.max_evaluations == 4
     assert strict.sampler.num_steps == 20 and strict.noise_std is None
     # As often for the noise walked through: of 1000 steps every fifth above the fifth, of 200 every one.
     rhythm = {steps: MethodConfig(start="fixed", fixed_start=9, steps=steps).build(None) for steps in (0, 400, 200, 20)}
@@ -366,6 +369,18 @@ def test_presets_of_the_method_become_its_settings():
     assert fixed.search is None and fixed.first_step == 3.0 and fixed.noise_std == 0.1
     assert fixed.sampler.num_steps is None and fixed.start.fixed == 49 and fixed.fidelity.edge_weight == 0
     assert MethodConfig(step=3.0).build(calibrated).search.max_step == 3.0
+
+
+def test_the_paper_preset_is_the_released_rules_and_search():
+    bank = dataclasses.replace(START, steps_per_bin=250)
+    config = stage.paper()
+    found = config.method.build(Calibrated(bank, ACQUISITION, 0, ""))
+    # The bank is that of the prior; what is done with it, and all else, is the authors'.
+    start = StartTime(rule="repo", means=bank.means, tau=0.4, scale=1.0, steps_per_bin=250)
+    assert found == dataclasses.replace(REPO2026, start=start)
+    assert config.samples == 1 and "the authors' code of April 2026" in config.method.describe()
+    assert compare_stage.paper().method == config.method
+    assert "ours" in MethodConfig.__doc__ and "our line search" in MethodConfig().describe()
 
 
 @pytest.mark.slow

@@ -21,7 +21,15 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxmed.arrays.types import KeyArray
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.chain import Chain, enter, make_chain, reverse
-from jaxmed.diffusion.posterior.fidelity import FIDELITY2025, Evaluation, Fidelity, Operator, evaluate, norm
+from jaxmed.diffusion.posterior.fidelity import (
+    FIDELITY2025,
+    FIDELITY2026,
+    Evaluation,
+    Fidelity,
+    Operator,
+    evaluate,
+    norm,
+)
 from jaxmed.diffusion.posterior.info import Info
 from jaxmed.diffusion.posterior.start_time import StartTime, choose_start
 from jaxmed.diffusion.samplers import Ancestral, Ddim, sample_keys
@@ -379,7 +387,12 @@ def _choose(is_so: Bool[Array, " batch"], yes: Any, no: Any) -> Any:
 STRICT = DynamicDps()
 FIXED = DynamicDps(start=StartTime(rule="fixed"), search=None, low_step=None)
 REPO2026 = DynamicDps(
-    start=StartTime(rule="repo"), search=line_search.REPO2026, restarts=True, line="mixed", level="present"
+    start=StartTime(rule="repo"),
+    fidelity=FIDELITY2026,
+    search=line_search.REPO2026,
+    restarts=True,
+    line="mixed",
+    level="present",
 )
 REPO2025 = DynamicDps(
     start=StartTime(rule="repo"),

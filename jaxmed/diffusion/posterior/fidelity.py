@@ -7,7 +7,7 @@ do; the other terms want images.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,19 +32,22 @@ class Fidelity:
     Attributes:
         edge_weight: Of the difference of Sobel magnitudes.
         similarity_weight: Of the structural dissimilarity of patches.
-        factor: What images are multiplied by before edges and similarity are taken: [0, 2] becomes [0, 1].
+        halves: Which images of [0, 2] become [0, 1] before they are compared. all: both, for edges and similarity.
+            release: for edges each whose largest value exceeds 1; for similarity none, in whose constants the range is
+            still taken for 1.
         patch: Edge of a patch in voxels; smaller images are one patch. What is left at the far rims is not compared.
         window: Taps of SSIM's Gaussian window, odd; only windows inside a patch count.
         window_sigma: Its standard deviation in voxels.
 
-    Source: github.com/edshkim98/DynamicDPS of 2026-04-29; July 2025 has similarity_weight 0.5.
-    Deviation: always halved, where the authors halve what exceeds 1; single precision with a safe root, where they take
-        SSIM in double; windows that stick out of a patch are left out.
+    Source: github.com/edshkim98/DynamicDPS of 2026-04-29 (`FIDELITY2026`); July 2025 has similarity_weight 0.5
+        (`FIDELITY2025`).
+    Deviation: by default all are halved, which makes L smooth where the release has a jump, and gives SSIM's constants
+        the range that they are for; single precision with a safe root, where the authors take SSIM in double.
     """
 
     edge_weight: float = 0.5
     similarity_weight: float = 0.1
-    factor: float = 0.5
+    halves: Literal["all", "release"] = "all"
     patch: int = 32
     window: int = 11
     window_sigma: float = 1.5
@@ -54,9 +57,8 @@ class Fidelity:
         for name in ("edge_weight", "similarity_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        for name in ("factor", "window_sigma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        if not self.window_sigma > 0:
+            raise ValueError(f"window_sigma: expected a positive number, found {self.window_sigma}")
         if self.window % 2 == 0 or not 1 <= self.window <= self.patch:
             raise ValueError(f"window: expected an odd number up to the patch of {self.patch}, found {self.window}")
 
@@ -80,14 +82,21 @@ def fidelity(
     predicted = operator(image)
     residual = norm(measurement - predicted)
     loss = residual
-    ours, theirs = config.factor * predicted, config.factor * measurement
-    axes = tuple(range(measurement.ndim - 1))
     if config.edge_weight:
-        edges = sobel_magnitude(theirs, axes) - sobel_magnitude(ours, axes)
-        loss += config.edge_weight * norm(edges)
+        axes = tuple(range(measurement.ndim - 1))
+        theirs, ours = (sobel_magnitude(_halved(image, config), axes) for image in (measurement, predicted))
+        loss += config.edge_weight * norm(theirs - ours)
     if config.similarity_weight:
-        loss += config.similarity_weight * norm(1 - patch_similarity(theirs, ours, config))
+        factor = 0.5 if config.halves == "all" else 1.0
+        loss += config.similarity_weight * norm(1 - patch_similarity(factor * measurement, factor * predicted, config))
     return loss, residual
+
+
+def _halved(image: Float[Array, "..."], config: Fidelity) -> Float[Array, "..."]:
+    """Return an image of [0, 2] as one of [0, 1]; in the release that is what exceeds 1 somewhere."""
+    if config.halves == "all":
+        return 0.5 * image
+    return jnp.where(jnp.max(image) > 1, 0.5 * image, image)
 
 
 def norm(values: Float[Array, "..."]) -> Scalar:
@@ -98,7 +107,7 @@ def norm(values: Float[Array, "..."]) -> Scalar:
 def patch_similarity(
     first: Float[Array, "..."], second: Float[Array, "..."], config: Fidelity
 ) -> Float[Array, " patch"]:
-    """Return the mean structural similarity within each patch of two images in [0, 1].
+    """Return the mean structural similarity within each patch of two images, whose range is taken for 1.
 
     Args:
         first: (*space, channel).
@@ -189,5 +198,5 @@ def evaluate(
 
 
 PLAIN = Fidelity(edge_weight=0.0, similarity_weight=0.0)
-FIDELITY2025 = Fidelity(similarity_weight=0.5)
-FIDELITY2026 = Fidelity()
+FIDELITY2025 = Fidelity(similarity_weight=0.5, halves="release")
+FIDELITY2026 = Fidelity(halves="release")

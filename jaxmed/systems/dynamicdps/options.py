@@ -40,11 +40,12 @@ class MethodConfig:
     """How estimates are refined.
 
     Attributes:
-        preset: strict: bracketing and zoom under the strong Wolfe conditions. repo2026 and repo2025: the authors' code.
-            fixed: one step size for all steps.
+        preset: strict: ours, with bracketing and zoom under the strong Wolfe conditions. repo2026: the authors' code
+            of April 2026, with its rule of starts, data term and search. repo2025: that of July 2025, as the paper was
+            published: a search at every step. fixed: one step size for all steps.
         start: bank: by the residual, from a calibration. fixed: always `fixed_start`.
         fixed_start: Steps after the first: 49 of 1000 are 5 %.
-        max_trials: Evaluations of one line search, at most.
+        max_trials: Evaluations of one line search, at most; 0 takes the preset's: 6 of strict, 10 of the authors'.
         step: Step size before the first search; of preset fixed always.
         noise: Standard deviation of the measurement's noise, in [0, 2]: a sample stops once it fits as well as that
             allows. 0 walks to the end.
@@ -56,7 +57,7 @@ class MethodConfig:
     preset: Literal["strict", "repo2026", "repo2025", "fixed"] = "strict"
     start: Literal["bank", "fixed"] = "bank"
     fixed_start: int = 49
-    max_trials: int = 6
+    max_trials: int = 0
     step: float = 1.0
     noise: float = 0.0
     steps: int = 0
@@ -66,10 +67,27 @@ class MethodConfig:
         if self.fixed_start < 0 or self.steps < 0:
             found = self.fixed_start, self.steps
             raise ValueError(f"fixed_start, steps: expected 0 or more, found {found}")
-        if self.max_trials < 2:
-            raise ValueError(f"max_trials: expected 2 or more, found {self.max_trials}")
+        if self.max_trials < 0 or self.max_trials == 1:
+            raise ValueError(f"max_trials: expected 2 or more, or 0, found {self.max_trials}")
         if not self.step > 0 or not self.noise >= 0:
             raise ValueError(f"step, noise: expected above 0, and 0 or more, found {self.step:g}, {self.noise:g}")
+
+    @property
+    def is_release(self) -> bool:
+        """Whether this is the authors' code."""
+        return self.preset.startswith("repo")
+
+    def describe(self) -> str:
+        """Say whose method this is."""
+        match self.preset:
+            case "strict":
+                return "DynamicDPS with our line search (strict); --preset paper is the authors' code"
+            case "repo2026":
+                return "DynamicDPS as in the authors' code of April 2026: its rule of starts, data term and line search"
+            case "repo2025":
+                return "DynamicDPS as in the authors' code of July 2025: its rule of starts, data term and line search"
+            case "fixed":
+                return "DynamicDPS without line searches: one step size"
 
     def build(self, calibrated: Calibrated | None) -> DynamicDps:
         """Return the method's own settings.
@@ -93,12 +111,15 @@ class MethodConfig:
             if calibrated.steps != steps:
                 found = f"one of {calibrated.steps or 'all'}"
                 raise InputError("calibration", f"a bank of {steps} steps", found, "leave --method.steps out")
-            rule = "repo" if self.preset.startswith("repo") else "monotone"
-            start = dataclasses.replace(calibrated.start, rule=rule)
+            start = calibrated.start
+            if self.is_release:
+                # A bank of one's own, and the authors' way to read it.
+                authors = base.start
+                start = dataclasses.replace(start, rule=authors.rule, tau=authors.tau, scale=authors.scale)
         if steps and self.start == "fixed" and self.fixed_start >= steps:
             raise InputError("method.fixed-start", f"less than the {steps} steps of the chain", self.fixed_start)
         search, length = base.search, VpDiscrete().num_steps
-        if search is not None:
+        if search is not None and self.max_trials:
             search = dataclasses.replace(search, max_evaluations=self.max_trials)
         if isinstance(search, Wolfe):
             search = dataclasses.replace(search, max_step=max(search.max_step, self.step))

@@ -112,8 +112,8 @@ class Config:
 
 
 def paper() -> Config:
-    """20 subjects of 10 slices, DPS of 1000 steps, two contrasts, as far as the paper's protocol is known."""
-    return Config(subjects=20)
+    """20 subjects of 10 slices, DPS of 1000 steps, DynamicDPS as in the authors' code of April 2026, two contrasts."""
+    return Config(method=MethodConfig("repo2026"), subjects=20)
 
 
 def laptop() -> Config:

@@ -81,8 +81,8 @@ class Config:
 
 
 def paper() -> Config:
-    """One sample, the authors' data term, searches of at most ten trials."""
-    return Config(method=MethodConfig(max_trials=10), batch_size=4)
+    """The authors' code of April 2026 (method.preset repo2026): its starts, data term and search; one sample."""
+    return Config(method=MethodConfig("repo2026"), batch_size=4)
 
 
 def laptop() -> Config:
@@ -238,7 +238,7 @@ def list_inputs(config: Config) -> list[Inputs]:
 
 def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:
     """Say what a user should know about this run."""
-    notes = [f"Weights: {plan.network.licence}."]
+    notes = [f"Method: {config.method.describe()}.", f"Weights: {plan.network.licence}."]
     if plan.frame.spacing:
         size = f"{plan.frame.spacing:g} mm"
         notes.append(f"The prior's images have voxels of {size}: what a scan shows below that is lost in the result.")
