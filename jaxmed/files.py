@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxmed.errors import InputError
+
+# The names that `atomic_path` and a check for a writable place use for a moment, and a kill leaves behind.
+LEFTOVER = re.compile(r"\.([0-9a-f]{12}|writable)-")
 
 # What a user can cause while writing, and what helps against it.
 WRITE_ADVICE = {
@@ -94,6 +98,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what killed runs left half-written under temporary names in a folder and those below it."""
+    for place, folders, names in os.walk(folder):
+        for name in names:
+            if LEFTOVER.match(name):
+                Path(place, name).unlink(missing_ok=True)
+        for name in [name for name in folders if LEFTOVER.match(name)]:
+            shutil.rmtree(Path(place, name))
+            folders.remove(name)
 
 
 def make_folder(path: str | Path) -> Path:

@@ -1,8 +1,8 @@
 """The folder that every run writes, in one layout.
 
-config.json (complete, re-runnable), metrics.jsonl, checkpoints/, outputs/, inputs/ (embedded data only), report.html
-and log.txt. `open_run` looks and decides without writing anything; `start` makes the folder. The report is written
-last, so a run that has one is complete.
+config.json (complete, re-runnable), inputs.json (sizes and times of the files that were given), metrics.jsonl,
+checkpoints/, outputs/, inputs/ (embedded data only), report.html and log.txt. `open_run` looks and decides without
+writing anything; `start` makes the folder. The report is written last, so a run that has one is complete.
 """
 
 import dataclasses
@@ -13,11 +13,14 @@ from typing import Any, Literal
 
 from jaxmed.config import read_record, to_record
 from jaxmed.errors import InputError
-from jaxmed.files import make_folder, write_json
+from jaxmed.files import LEFTOVER, make_folder, remove_leftovers, write_json
+from jaxmed.train.run_inputs import Inputs, changed_inputs, find_inputs
 from jaxmed.versions import software_versions
 
+# config.json goes first: what a kill leaves of a run that is being replaced is then no run any more.
 OWN_NAMES = (
     "config.json",
+    "inputs.json",
     "metrics.jsonl",
     "checkpoints",
     "outputs",
@@ -59,12 +62,16 @@ class RunFolder:
         options: How the user wants it run.
         record: What config.json holds or will hold: system, stage, config and versions.
         status: "new", "unfinished" (of the same configuration) or "complete".
+        inputs: Sizes and times of the files that the configuration names.
+        is_begun: Whether `start` has made the folder ready in this process.
     """
 
     path: Path
     options: RunOptions
     record: dict[str, Any]
     status: Literal["new", "unfinished", "complete"]
+    inputs: Inputs = dataclasses.field(default_factory=dict)
+    is_begun: bool = dataclasses.field(default=False, init=False, compare=False)
 
     @property
     def outputs(self) -> Path:
@@ -95,7 +102,8 @@ def open_run(
         tries_failed_again: A batch job: a run that ended with failures is unfinished, since its files may be repaired.
 
     Raises:
-        InputError: The place holds something else, a run of another configuration, or cannot be written.
+        InputError: The place holds something else, a run of another configuration or of files that have changed
+            since, or cannot be written.
     """
     path = options.out.expanduser().absolute()
     record = {
@@ -117,11 +125,28 @@ def open_run(
         status = "new"
     if status == "complete" and tries_failed_again and (path / "outputs" / "failed.csv").exists():
         status = "unfinished"
-    return RunFolder(path, options, record, status)
+    inputs = find_inputs(config, path)
+    if status != "new" and (changed := changed_inputs(path, inputs)):
+        told = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+        raise InputError(
+            path,
+            "input files as they were when this run began",
+            told,
+            "run it again with --overwrite, or choose another --out",
+        )
+    return RunFolder(path, options, record, status, inputs)
 
 
-def start(run: RunFolder) -> None:
-    """Make the folder ready: emptied of an older run unless this one continues it."""
+def start(run: RunFolder, *, is_shared: bool = False) -> None:
+    """Make the folder ready: emptied of an older run unless this one continues it. A second call does nothing.
+
+    Args:
+        run: The folder.
+        is_shared: Whether other processes may be writing in it, whose temporary files are left alone.
+    """
+    if run.is_begun:
+        return
+    object.__setattr__(run, "is_begun", True)
     if run.status == "new":
         for name in OWN_NAMES:
             place = run.path / name
@@ -130,7 +155,10 @@ def start(run: RunFolder) -> None:
             else:
                 place.unlink(missing_ok=True)
     run.report.unlink(missing_ok=True)  # a run that goes on is not complete
+    if not is_shared:
+        remove_leftovers(run.path)
     make_folder(run.outputs)
+    write_json(run.path / "inputs.json", run.inputs)
     write_json(run.path / "config.json", run.record)
 
 
@@ -138,7 +166,8 @@ def _find_status(path: Path, record: dict[str, Any]) -> Literal["new", "unfinish
     if not path.exists() or not any(path.iterdir()):
         return "new"
     if not (path / "config.json").exists():
-        foreign = next((item.name for item in path.iterdir() if item.name not in OWN_NAMES), None)
+        names = sorted(item.name for item in path.iterdir())
+        foreign = next((name for name in names if name not in OWN_NAMES and not LEFTOVER.match(name)), None)
         if foreign is not None:
             raise InputError(
                 path, "a new or empty folder, or a run", f"a folder holding {foreign}", "choose another --out"

@@ -1,6 +1,7 @@
 """`jaxmed selfplay`: the stages on files, and the mistakes that a user can make with them."""
 
 import csv
+import importlib
 import json
 import shutil
 
@@ -274,3 +275,30 @@ def test_mistakes_end_in_one_line(arguments, said, thought, weights, manifest, t
     error = capsys.readouterr().err
     assert error.startswith("jaxmed: ") and error.count("\n") == 1 and said in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["meta-train", "train-policy", "adapt", "think", "compare"])
+def test_files_over_an_embedded_run_start_from_nothing(stage, thought, weights, manifest, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    for name in ("inputs/puzzles", "checkpoints/state/40", "outputs/system1"):
+        (out / name).mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps({"system": "selfplay", "stage": stage, "config": {}}))
+
+    class Begun(Exception):
+        """The stage is past its checks."""
+
+    def begin(path, *_):
+        assert not (path / "checkpoints").exists() and not (path / "inputs").exists()
+        assert [place.name for place in path.iterdir() if place.name == "outputs"] and not any(
+            (path / "outputs").iterdir()
+        )
+        raise Begun
+
+    module = importlib.import_module(f"jaxmed.systems.selfplay.stages.{stage.replace('-', '_')}")
+    monkeypatch.setattr(module, "Log", begin)
+    given = ["--input", thought / "inputs" / "test"] if stage == "think" else ["--data.manifest", manifest]
+    given += {"meta-train": ["--preset", "smoke", "--data.embedded", 0], "think": ["--weights", weights]}.get(
+        stage, ["--weights", thought / "inputs" / "meta", *(["--task", "star"] if stage != "train-policy" else [])]
+    )
+    with pytest.raises(Begun):
+        run(stage, *given, "--overwrite", "--out", out)

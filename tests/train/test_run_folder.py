@@ -1,14 +1,16 @@
 """Run folders and logs."""
 
+import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from jaxmed.errors import InputError
 from jaxmed.systems.noddi.stages.fit import Config
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunOptions, open_run, start
+from jaxmed.train.run_folder import OWN_NAMES, RunOptions, open_run, start
 
 pytestmark = pytest.mark.core
 
@@ -104,3 +106,104 @@ def test_quiet_prints_nothing_but_keeps_the_log(tmp_path, capsys):
         update(10)
     assert capsys.readouterr().err == ""
     assert "hello" in (tmp_path / "log.txt").read_text()
+
+
+def test_overwriting_removes_everything_a_run_owns(tmp_path):
+    path = tmp_path / "run"
+    start(open_fit(path))
+    owned = [name for name in OWN_NAMES if name not in ("config.json", "inputs.json", "outputs")]
+    for name in owned:
+        (path / name).mkdir()
+        (path / name / "old").write_text("old")
+    run = open_fit(path, overwrite=True)
+    start(run)
+    assert not [name for name in owned if (path / name).exists()]
+    (path / "inputs").mkdir()  # what the stage writes after it began stays, however often it begins
+    start(run)
+    assert (path / "inputs").exists()
+
+
+def test_leftovers_of_a_killed_run_are_swept_and_are_not_foreign_files(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / ".0123456789ab-config.json").write_text("{")  # killed before there was a configuration
+    start(open_fit(path))
+    left = [path / "outputs" / ".fedcba987654-maps.nii.gz", path / "checkpoints" / "state" / ".writable-x1" / "a"]
+    for place in left:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("half")
+    kept = path / "outputs" / ".hidden"
+    kept.write_text("not a temporary name")
+    start(open_fit(path), is_shared=True)
+    assert all(place.exists() for place in left)
+    start(open_fit(path))
+    assert [place.name for place in path.rglob(".*")] == [".hidden"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Every kind of field that names files."""
+
+    manifest: Path | None = None
+    inner: Config = Config()
+    several: tuple[Path, ...] = ()
+    external: tuple[str, ...] = ()
+    cache: Path | None = None
+    rate: float = 0.5
+
+
+@pytest.fixture
+def given(tmp_path):
+    for name in ("scans/a.nii", "scans/series/1.dcm", "scans/.DS_Store", "b.nii", "c.nii", "x.nii", "cache/0.npy"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "all.csv").write_text("path;age\nb.nii;61.5\n scans/series ;7\nnone.nii;\n")
+    (tmp_path / "other.csv").write_text("path\nx.nii\n")
+    return Given(
+        tmp_path / "all.csv", Config(dwi=tmp_path / "c.nii"), (tmp_path / "scans",), (f"far:other={tmp_path}/other.csv",),
+        tmp_path / "cache",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "is_input"),
+    [
+        ("all.csv", True), ("b.nii", True), ("scans/series/1.dcm", True), ("c.nii", True), ("scans/a.nii", True),
+        ("other.csv", True), ("x.nii", True), ("cache/0.npy", False), ("scans/.DS_Store", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_files_replaced_in_place_are_noticed(tmp_path, given, name, is_input, is_complete):
+    path = tmp_path / "run"
+    start(open_fit(path, given))
+    if is_complete:
+        (path / "report.html").write_text("page")
+    assert open_fit(path, given).status == ("complete" if is_complete else "unfinished")
+    time = (tmp_path / name).stat().st_mtime_ns
+    os.utime(tmp_path / name, ns=(time, time + 10**9))
+    if not is_input:
+        open_fit(path, given)
+        return
+    with pytest.raises(InputError, match=f"as they were when this run began, found .*{name} changed; .*--overwrite"):
+        open_fit(path, given)
+    assert open_fit(path, given, overwrite=True).status == "new"
+    (path / "outputs" / "failed.csv").write_text(f"path,id,reason\n{tmp_path / name},a,broken\n")
+    assert open_fit(path, given).status != "new"  # a file that failed may be repaired
+
+
+def test_files_that_came_and_went_are_noticed(tmp_path, given):
+    path = tmp_path / "run"
+    start(open_fit(path, given))
+    (tmp_path / "scans" / "new.nii").write_text("n")
+    (tmp_path / "b.nii").unlink()
+    with pytest.raises(InputError, match=r"b\.nii gone; .*new\.nii new"):
+        open_fit(path, given)
+
+
+def test_a_run_inside_a_run_does_not_count_the_outer_runs_files(tmp_path, given):
+    outer, inner = tmp_path / "run", tmp_path / "run" / "inputs" / "meta"
+    start(open_fit(outer, given))
+    (outer / "inputs").mkdir()
+    (outer / "inputs" / "made.csv").write_text("path\na\n")
+    assert open_fit(inner, Given(manifest=outer / "inputs" / "made.csv")).inputs == {}
+    assert open_fit(tmp_path / "other", Given(manifest=outer / "inputs" / "made.csv")).inputs

@@ -85,8 +85,7 @@ def run(config: Config, folder: RunFolder) -> int:
     if any(record.split == "test" for record in read_manifest(config.data, config.seed)):
         test, further = read_cases(config.data, frame, "test", config.seed)
         test, failed = choose_task(test, task)[0], failed + further
-    if not (folder.path / "inputs").exists():
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     log.say(f"Adapting to '{task}' by {len(shots.images)} labelled images of {len(set(shots.subjects))} subjects.")
     ready = time.monotonic()

@@ -120,8 +120,7 @@ def run(config: Config, folder: RunFolder) -> int:
         # Every arm has its network, so that they differ in nothing else.
         config = dataclasses.replace(config, think=thinking)
     material = read_material(config, frame)
-    if not (folder.path / "inputs").exists():
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     test = material.test
     log.say(f"'{material.task}': {len(test.images)} test images of {len(set(test.subjects))} subjects.")

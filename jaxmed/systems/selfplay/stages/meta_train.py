@@ -107,8 +107,7 @@ def run(config: Config, folder: RunFolder) -> int:
     if has_held_out:
         held_out, further = read_cases(config.data, config.frame, "validation", config.seed)
         failed += further
-    if not (folder.path / "inputs").exists():
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard)
     log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
     log.say(f"Looked at: {', '.join(held_out.task_names)}." if has_held_out else "No task is held out to look at.")

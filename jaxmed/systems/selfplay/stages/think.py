@@ -117,8 +117,7 @@ def run(config: Config, folder: RunFolder) -> int:
     jobs = list_jobs(config)
     if len(jobs) == 1:
         read_scan(jobs[0].path, trained.frame, jobs[0].box, tiles=config.tiles)  # a single broken file is a mistake
-    if not (folder.path / "inputs").exists():
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     notes = make_notes(trained, config)
     for note in notes:

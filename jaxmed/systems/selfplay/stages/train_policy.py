@@ -115,8 +115,7 @@ def run(config: Config, folder: RunFolder) -> int:
     if any(record.split == "validation" for record in read_manifest(config.data, config.seed)):
         held_out, further = read_cases(config.data, frame, "validation", config.seed)
         failed, has_held_out = failed + further, True
-    if not (folder.path / "inputs").exists():
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard)
     log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
     ready = time.monotonic()

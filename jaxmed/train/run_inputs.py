@@ -1,0 +1,132 @@
+"""The files that a configuration names: their sizes and times, and which have changed since a run began.
+
+A run of the same configuration on other files is another run. Every path of the configuration counts, and NAME=CSV
+too: a file; the files that the cells of a table name; what lies in a folder, of an older run its outputs alone. What
+a run writes itself does not count: its own folder, that of the run around it, and caches.
+"""
+
+import csv
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from jaxmed.config import read_record
+
+# Per folder, per file: size in bytes and time of the last change in ns.
+Inputs: TypeAlias = dict[str, dict[str, list[int]]]
+TABLES = (".csv", ".tsv")
+
+
+def find_inputs(config: object, run: Path) -> Inputs:
+    """Look at every file that a configuration names.
+
+    Args:
+        config: Of a stage.
+        run: Its folder, which need not exist.
+    """
+    own = [run, *(parent for parent in run.parents if _is_around(parent, run))]
+    found: Inputs = {}
+    for place in _named(config):
+        for path in _files(place):
+            if not any(path.is_relative_to(folder) for folder in own):
+                try:
+                    status = path.stat()
+                except OSError:  # the stage will say what is wrong with it
+                    continue
+                found.setdefault(str(path.parent), {})[path.name] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def changed_inputs(run: Path, inputs: Inputs) -> list[str]:
+    """Say what has changed since a run began; files that it failed on may be repaired.
+
+    Args:
+        run: Its folder.
+        inputs: As they are now.
+    """
+    if not (run / "inputs.json").is_file():
+        return []
+    then, now = _by_path(read_record(run / "inputs.json")), _by_path(inputs)
+    failed = _failed(run / "outputs" / "failed.csv")
+    words = []
+    for path in sorted({*then, *now}):
+        if then.get(path) != now.get(path) and os.path.realpath(path) not in failed:
+            what = "changed" if path in then and path in now else "gone" if path in then else "new"
+            words.append(f"{path} {what}")
+    return words
+
+
+def _is_around(parent: Path, run: Path) -> bool:
+    return run.relative_to(parent).parts[0] in ("inputs", "checkpoints") and (parent / "config.json").is_file()
+
+
+def _named(value: object, name: str = "") -> Iterator[Path]:
+    if name == "cache":
+        return
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _named(getattr(value, field.name), field.name)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _named(item)
+    elif isinstance(value, Path):
+        yield value.absolute()
+    elif isinstance(value, str) and "=" in value and os.path.isfile(value.partition("=")[2]):
+        yield Path(value.partition("=")[2]).absolute()
+
+
+def _files(place: Path) -> Iterator[Path]:
+    """Yield a file and what it names, or the files of a folder."""
+    if place.is_dir():
+        if (place / "config.json").is_file() and (place / "outputs").is_dir():
+            place = place / "outputs"
+        for folder, folders, names in os.walk(place):
+            # Hidden files come and go with whoever looks into a folder.
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+    elif place.is_file():
+        yield place
+        if place.suffix.lower() in TABLES:
+            for path in _cells(place):
+                yield from _files(path) if path.suffix.lower() not in TABLES else [path]
+
+
+def _cells(table: Path) -> Iterator[Path]:
+    """Yield the files and folders that cells of a table name."""
+    text = table.read_bytes().decode("utf-8-sig", errors="replace")
+    lines = text.splitlines()
+    mark = max(",;\t", key=(lines[0] if lines else "").count)
+    for row in _rows(lines, mark):
+        for cell in map(str.strip, row):
+            if ("." in cell or "/" in cell) and not _is_number(cell):
+                path = table.parent / os.path.expanduser(cell)
+                if os.path.exists(path) and path != table.parent:
+                    yield Path(os.path.normpath(path))
+
+
+def _rows(lines: Iterable[str], mark: str) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(lines, delimiter=mark)
+    except csv.Error:  # its reader will say what is wrong with it
+        return
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _by_path(inputs: Inputs) -> dict[str, list[int]]:
+    return {os.path.join(folder, name): entry for folder, names in inputs.items() for name, entry in names.items()}
+
+
+def _failed(path: Path) -> set[str]:
+    if not path.is_file():
+        return set()
+    with path.open(encoding="utf-8", newline="") as file:
+        return {os.path.realpath(row["path"]) for row in csv.DictReader(file) if row.get("path")}
