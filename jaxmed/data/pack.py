@@ -26,7 +26,7 @@ from jaxtyping import Shaped
 from jaxmed.data.records import FileSource
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, require_file, write_json
-from jaxmed.io.numpy_files import map_array
+from jaxmed.io.numpy_files import map_array, write_npz
 from jaxmed.volume import Volume
 
 INDEX, VALUES, VERSION = "pack.json", "values.npz", 1
@@ -130,8 +130,7 @@ def pack(
         # Also after an error or Ctrl-C: what is done is written down, and the next call starts there.
         executor.shutdown(wait=True, cancel_futures=True)
         columns: dict[str, Any] = {name: np.asarray(column) for name, column in source.values.items()}
-        with atomic_path(folder / VALUES) as temporary:
-            np.savez(temporary, **columns)
+        write_npz(folder / VALUES, columns)
         is_complete = all(record is not None for record in records)
         write_json(folder / INDEX, {**head, "complete": is_complete, "records": records})
     return open_pack(folder, check_sources=False)

@@ -1,4 +1,4 @@
-"""Arrays in .npy and .npz files, read by several threads at once.
+"""Arrays in .npy and .npz files, read by several threads at once, and written as the same bytes every time.
 
 NumPy has Python parse the header of a file, and Python up to 3.12 counts the depth of that parser for all threads
 together. jax runs Python code in the garbage collector, where another thread may take over: about one read in a few
@@ -7,11 +7,13 @@ thousand then ends in a SystemError. Here headers are parsed one at a time; voxe
 
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Shaped
+
+from jaxmed.files import atomic_path
 
 _one_header = threading.Lock()
 # By the version of the format; version 3 is for structured types alone.
@@ -79,3 +81,21 @@ def _read(file) -> Shaped[np.ndarray, "..."]:
         raise ValueError(f"{len(content)} bytes of {count * dtype.itemsize}")
     array = np.frombuffer(content, dtype, count)
     return array.reshape(shape[::-1]).T if is_column_major else array.reshape(shape)
+
+
+def write_npz(path: str | Path, arrays: Mapping[str, object], *, is_compressed: bool = False) -> None:
+    """Write arrays by name as a .npz file, wholly or not at all.
+
+    NumPy's own function stores the time of day, so that equal arrays make different files.
+
+    Raises:
+        InputError: The place cannot be written or is full.
+        ValueError: An array holds Python objects.
+    """
+    method = zipfile.ZIP_DEFLATED if is_compressed else zipfile.ZIP_STORED
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            member.compress_type = method
+            with archive.open(member, "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)

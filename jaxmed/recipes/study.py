@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from jaxmed.config import read_record, to_record
 from jaxmed.errors import InputError
-from jaxmed.files import make_folder, write_json
+from jaxmed.files import make_folder, remove_leftovers, write_json
 from jaxmed.io.tables import write_table
 from jaxmed.train.log import Log
 
@@ -167,7 +167,7 @@ def run_study(
         raise InputError("cells of the study", "different ones", "one of them twice")
     digest = _open_study(folder, config)
     if process_count == 1:
-        _remove_leftovers(folder)
+        remove_leftovers(folder / "outputs")  # of several processes, they may be another's work in progress
     ours = cells[process_index::process_count]
     waiting = [cell for cell in ours if _read_result(folder, cell, digest) is None]
     num_skipped, num_run = len(ours) - len(waiting), 0
@@ -225,12 +225,6 @@ def _open_study(folder: Path, config: object) -> str:
     for name in ("cells", "failures"):
         make_folder(folder / "outputs" / name)
     return _digest(record)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    # What a kill in the middle of writing leaves; with several processes it may be another's work in progress.
-    for path in (folder / "outputs" / "cells").glob(".*.json"):
-        path.unlink(missing_ok=True)
 
 
 def _store(folder: Path, cell: Cell, digest: str, outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +40,13 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run. Saving returns as soon as the arrays are copied; writing goes on behind."""
 
-    def __init__(self, folder: Path, record: dict[str, Any] | None = None, keep: int = 2) -> None:
+    def __init__(self, folder: Path, record: dict[str, Any] | None = None, keep: int | None = 2) -> None:
         """Open a folder of checkpoints, made where it is missing.
 
         Args:
             folder: Its place.
             record: Configuration to keep beside every state.
-            keep: How many of the newest stay.
+            keep: How many of the newest stay; None keeps all.
         """
         make_folder(folder)
         self.folder, self.record = folder, record or {}
@@ -138,8 +138,12 @@ class Checkpoints:
 
     def discard_after(self, step: int) -> None:
         """Delete checkpoints later than a step: the run that continues from there will write them again."""
-        for later in [other for other in self.steps() if other > step]:
-            self._manager.delete(later)
+        self.keep_only([other for other in self.steps() if other <= step])
+
+    def keep_only(self, steps: Sequence[int]) -> None:
+        """Delete every checkpoint but some."""
+        for other in [other for other in self.steps() if other not in steps]:
+            self._manager.delete(other)
 
     def _read(self, step: int, state: Any) -> Any:
         stored = _storable(state)

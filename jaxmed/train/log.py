@@ -37,6 +37,7 @@ class Log:
         """
         self.folder, self.quiet, self.is_writer = folder, quiet or not is_writer, is_writer
         self._board = _open_board(folder / "tensorboard") if tensorboard and is_writer else None
+        self._earlier: dict[tuple[Any, ...], dict[str, float]] | None = None
 
     def say(self, text: str) -> None:
         """Print a line and keep it with the time."""
@@ -49,7 +50,7 @@ class Log:
             file.write(f"{now}  {text}\n")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Append the numbers of a step.
+        """Append the numbers of a step; those of an earlier start that this one takes again give way.
 
         Raises:
             ValueError: One of them is not finite.
@@ -59,23 +60,46 @@ class Log:
                 raise ValueError(f"step {step}: {name} is {value}")
         if not self.is_writer:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._write_line({"step": step, **values})
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
 
+    def _write_line(self, line: dict[str, float]) -> None:
+        if self._earlier is None:
+            # Whole again before anything is appended: a kill may have left half a line.
+            self._rewrite(self.read_metrics())
+        assert self._earlier is not None
+        old = self._earlier.pop(_name_of(line), None)
+        if old is None:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        elif old != line:
+            earlier = self._earlier
+            self._rewrite([line if other == old else other for other in self.read_metrics()])
+            self._earlier = earlier
+
+    def _rewrite(self, lines: list[dict[str, float]]) -> None:
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        self._earlier = {_name_of(line): line for line in lines}
+
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the numbers written so far; a line that a killed run left half-written is left out."""
         return read_metrics(self.folder)
 
-    def rewind(self, step: int) -> None:
-        """Forget the numbers of steps that a resumed run will take again."""
-        path = self.folder / "metrics.jsonl"
-        if self.is_writer and path.exists():
-            kept = [line for line in self.read_metrics() if line["step"] <= step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    def rewind(self, step: int, part: str = "") -> None:
+        """Forget the numbers of steps that a resumed run will take again.
+
+        Args:
+            step: The last one that stays.
+            part: Only numbers called PART/NAME; all where empty.
+        """
+        if self.is_writer and (self.folder / "metrics.jsonl").exists():
+            self._rewrite([
+                line for line in self.read_metrics()
+                if line["step"] <= step or (part and not any(name.startswith(f"{part}/") for name in line))
+            ])  # fmt: skip
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
@@ -151,6 +175,10 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
             with contextlib.suppress(json.JSONDecodeError):
                 found.append(json.loads(line))
     return found
+
+
+def _name_of(line: dict[str, float]) -> tuple[Any, ...]:
+    return (line["step"], *line)
 
 
 def _open_board(folder: Path) -> Any:

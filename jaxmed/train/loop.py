@@ -95,7 +95,7 @@ def fit(
         Interrupted: SIGTERM or Ctrl-C; the step at hand is finished and saved first.
     """
     record = {"run": folder.record}
-    best = Checkpoints(folder.checkpoints / "best", record, keep=1) if config.best else None
+    best = Checkpoints(folder.checkpoints / "best", record, keep=None) if config.best else None
     with Checkpoints(folder.checkpoints / "state", record, config.keep) as checkpoints, _catch_signals() as signals:
         restored = checkpoints.restore(state)
         done = 0
@@ -109,6 +109,8 @@ def fit(
         with contextlib.closing(_placed(batches, done, mesh)) as stream:
             state = run.advance(state, done, stream, signals)
     if best is not None:
+        best.wait()
+        best.keep_only(best.steps()[-1:])
         best.close()
     return state
 
@@ -196,6 +198,9 @@ class _Run:
                                      f"in {config.patience} evaluations.")  # fmt: skip
                         is_save = is_last = True
                 if is_save and saved != done:
+                    if self.best is not None:
+                        # A run that continues from this state does not evaluate it again: its best must be there.
+                        self.best.wait()
                     self.checkpoints.save(done, state)
                     saved = done
                 if stop is not None:
@@ -252,7 +257,16 @@ class _Run:
                 known = ", ".join(key.removeprefix("evaluation/") for key in values)
                 raise InputError("loop.best", f"a metric of the evaluation ({known})", self.config.best)
             if self.history.add(values[name], self.config):
-                self.best.save(number, state)
+                self._keep_best(number, state)
+
+    def _keep_best(self, number: int, state: Any) -> None:
+        """Save a new best; the one that a run continuing from the last saved state needs stays until the next."""
+        assert self.best is not None
+        self.checkpoints.wait()
+        self.best.wait()
+        last = max(self.checkpoints.steps(), default=0)
+        self.best.keep_only([step for step in self.best.steps() if step <= last][-1:])
+        self.best.save(number, state)
 
     @contextlib.contextmanager
     def _trace(self, first: int) -> Iterator[Callable[[int], None]]:
@@ -282,7 +296,7 @@ def restore_best(folder: RunFolder, state: State) -> State:
     Raises:
         InputError: There is none.
     """
-    with Checkpoints(folder.checkpoints / "best", keep=1) as best:
+    with Checkpoints(folder.checkpoints / "best", keep=None) as best:
         restored = best.restore(state)
     if restored is None:
         raise InputError(folder.checkpoints / "best", "a saved state", "none", "was the run evaluated?")

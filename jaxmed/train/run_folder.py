@@ -5,6 +5,7 @@ checkpoints/, outputs/, inputs/ (embedded data only), report.html and log.txt. `
 writing anything; `start` makes the folder. The report is written last, so a run that has one is complete.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -148,18 +149,25 @@ def start(run: RunFolder, *, is_shared: bool = False) -> None:
         return
     object.__setattr__(run, "is_begun", True)
     if run.status == "new":
-        for name in OWN_NAMES:
-            place = run.path / name
-            if place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place)
-            else:
-                place.unlink(missing_ok=True)
+        remove(run)
     run.report.unlink(missing_ok=True)  # a run that goes on is not complete
     if not is_shared:
         remove_leftovers(run.path)
     make_folder(run.outputs)
     write_json(run.path / "inputs.json", run.inputs)
     write_json(run.path / "config.json", run.record)
+
+
+def remove(run: RunFolder) -> None:
+    """Delete everything that a run owns."""
+    for name in OWN_NAMES:
+        place = run.path / name
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in there, or there is no folder
+        run.path.rmdir()
 
 
 def _find_status(path: Path, record: dict[str, Any]) -> Literal["new", "unfinished", "complete", "other"]:
@@ -174,9 +182,14 @@ def _find_status(path: Path, record: dict[str, Any]) -> Literal["new", "unfinish
             )
         return "new"
     found = read_record(path / "config.json")
-    if any(found.get(name) != record[name] for name in ("system", "stage", "config")):
+    if any(_shared(found.get(name)) != _shared(record[name]) for name in ("system", "stage", "config")):
         return "other"
     return "complete" if (path / "report.html").exists() else "unfinished"
+
+
+def _shared(config: Any) -> Any:
+    """Return a configuration without which part of a shared run a command takes."""
+    return {name: value for name, value in config.items() if name != "process"} if isinstance(config, dict) else config
 
 
 def _check_writable(path: Path) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from jaxmed.io.numpy_files import array_names, map_array, read_array, read_member
+from jaxmed.io.numpy_files import array_names, map_array, read_array, read_member, write_npz
 
 pytestmark = pytest.mark.core
 ARRAYS = {
@@ -76,3 +76,19 @@ def test_threads_do_not_disturb_each_other(tmp_path):
     finally:
         gc.callbacks.remove(yield_to_others)
         gc.set_threshold(*threshold)
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_equal_arrays_make_equal_bytes_whatever_the_time(tmp_path, monkeypatch, is_compressed):
+    arrays = {"a": np.arange(6.0).reshape(2, 3).T, "words": np.array(["x", "yz"]), "none": np.zeros((0, 2), np.int16)}
+    write_npz(tmp_path / "one.npz", arrays, is_compressed=is_compressed)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    write_npz(tmp_path / "two.npz", arrays, is_compressed=is_compressed)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as found:
+        assert found.files == list(arrays)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        write_npz(tmp_path / "one.npz", {"a": np.array([object()])})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]

@@ -12,6 +12,7 @@ import pytest
 import toy
 
 from jaxmed.errors import InputError, Interrupted
+from jaxmed.train.checkpoint import Checkpoints
 from jaxmed.train.log import Log, read_metrics
 from jaxmed.train.loop import LoopConfig, fit, restore_best
 from jaxmed.train.mesh import MeshConfig, make_mesh
@@ -174,3 +175,48 @@ def test_a_log_of_another_process_writes_nothing(tmp_path):
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         LoopConfig(**settings)
+
+
+class Killed(BaseException):
+    """What happens to a process at once, without any saying."""
+
+
+@pytest.mark.parametrize("place", ["before the state", "after the state"])
+def test_a_kill_around_a_save_keeps_the_best_of_an_undisturbed_run(tmp_path, parts, monkeypatch, place):
+    """Writing goes on behind the run: here the best state is written as late as possible, when it is waited for."""
+    scores = dict(zip(range(1, 13), [0.1, 0.2, 0.3, 0.2, 0.5, 0.4, 0.6, 0.3, 0.3, 0.9, 0.8, 0.7], strict=True))
+    config = dataclasses.replace(CONFIG, evaluate_every=1, save_every=5, best="auroc")
+
+    def evaluate(state):
+        return {"auroc": scores[int(state.step)]}
+
+    save, wait, waiting = Checkpoints.save, Checkpoints.wait, {}
+
+    def late_save(self, step, state):
+        if self.folder.name == "best":
+            waiting[self.folder] = (step, jax.tree.map(jnp.copy, state))  # the step takes its state's place
+            return
+        if step == 10 and place == "before the state":
+            raise Killed
+        save(self, step, state)
+        if step == 10:
+            wait(self)
+            raise Killed
+
+    def late_wait(self):
+        if self.folder in waiting:
+            save(self, *waiting.pop(self.folder))
+        wait(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", late_save)
+        patch.setattr(Checkpoints, "wait", late_wait)
+        with pytest.raises(Killed):
+            run(tmp_path / "cut", parts, config, evaluate=evaluate)
+    _, folder = run(tmp_path / "cut", parts, config, evaluate=evaluate)
+    _, other = run(tmp_path / "whole", parts, config, evaluate=evaluate)
+    assert saved(tmp_path / "cut", "best") == saved(tmp_path / "whole", "best") == [10]
+    best, wanted = restore_best(folder, parts[1]), restore_best(other, parts[1])
+    jax.tree.map(np.testing.assert_array_equal, best.params, wanted.params)
+    lines = [[line["step"] for line in read_metrics(tmp_path / name)] for name in ("cut", "whole")]
+    assert lines[0] == lines[1]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from jaxmed.errors import InputError
 from jaxmed.systems.noddi.stages.fit import Config
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import OWN_NAMES, RunOptions, open_run, start
+from jaxmed.train.run_folder import OWN_NAMES, RunOptions, open_run, remove, start
 
 pytestmark = pytest.mark.core
 
@@ -90,6 +91,30 @@ def test_metrics_are_json_lines_and_finite(tmp_path):
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}]
 
 
+def test_numbers_that_a_resumed_run_takes_again_stand_once(tmp_path):
+    log = Log(tmp_path, quiet=True)
+    lines = [{"step": step, "a/loss": 0.1 * step} for step in (1, 2, 3)] + [{"step": 1, "b/loss": 0.5}]
+    for line in lines:
+        log.metrics(line["step"], {name: value for name, value in line.items() if name != "step"})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "b/lo')  # killed while it wrote
+    again = Log(tmp_path, quiet=True)
+    again.metrics(3, {"a/loss": 0.1 * 3})
+    again.metrics(1, {"b/loss": 0.25})
+    again.metrics(2, {"b/loss": 0.125})
+    lines[-1] = {"step": 1, "b/loss": 0.25}
+    assert again.read_metrics() == [*lines, {"step": 2, "b/loss": 0.125}]
+    again.rewind(1, "a")
+    assert again.read_metrics() == [lines[0], lines[-1], {"step": 2, "b/loss": 0.125}]
+    again.metrics(1, {"a/loss": 0.1})
+    again.metrics(2, {"a/loss": 0.5})
+    again.rewind(1)
+    assert again.read_metrics() == [lines[0], lines[-1]]
+    again.metrics(2, {"b/loss": 1.0})
+    again.metrics(2, {"b/loss": 1.0})  # twice in one run is what the stage says
+    assert len(again.read_metrics()) == 4
+
+
 def test_progress_without_a_terminal_is_plain_lines(tmp_path, capsys):
     with Log(tmp_path).progress("Fitting", 10, "voxels") as update:
         update(5)
@@ -160,8 +185,8 @@ def given(tmp_path):
     (tmp_path / "all.csv").write_text("path;age\nb.nii;61.5\n scans/series ;7\nnone.nii;\n")
     (tmp_path / "other.csv").write_text("path\nx.nii\n")
     return Given(
-        tmp_path / "all.csv", Config(dwi=tmp_path / "c.nii"), (tmp_path / "scans",), (f"far:other={tmp_path}/other.csv",),
-        tmp_path / "cache",
+        tmp_path / "all.csv", Config(dwi=tmp_path / "c.nii"), (tmp_path / "scans",),
+        (f"far:other={tmp_path}/other.csv",), tmp_path / "cache",
     )  # fmt: skip
 
 
@@ -207,3 +232,32 @@ def test_a_run_inside_a_run_does_not_count_the_outer_runs_files(tmp_path, given)
     (outer / "inputs" / "made.csv").write_text("path\na\n")
     assert open_fit(inner, Given(manifest=outer / "inputs" / "made.csv")).inputs == {}
     assert open_fit(tmp_path / "other", Given(manifest=outer / "inputs" / "made.csv")).inputs
+
+
+def test_commands_for_parts_of_a_run_share_its_folder(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Part:
+        processes: int = 2
+        process: int = 0
+
+    start(open_fit(tmp_path / "run", Part()))
+    assert open_fit(tmp_path / "run", Part(process=1)).status == "unfinished"
+    with pytest.raises(InputError, match="another configuration"):
+        open_fit(tmp_path / "run", Part(processes=3))
+
+
+def test_a_run_that_was_half_deleted_starts_from_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    start(open_fit(path))
+    (path / "checkpoints" / "state").mkdir(parents=True)
+
+    def killed(place):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(open_fit(path))
+    assert (path / "checkpoints").exists() and open_fit(path).status == "new"
+    monkeypatch.undo()
+    remove(open_fit(path))
+    assert not path.exists()

@@ -170,6 +170,7 @@ def fit_in_folder(
         state = programs(config)[0](jax.vmap(jax.random.key)(run_seeds), problem)
         found = checkpoints.restore(state)
         done = 0 if found is None else found.step
+        log.rewind(done, name)
         if found is not None:
             log.say(f"Continuing after round {done} of an interrupted run.")
             state = found.state

@@ -11,7 +11,8 @@ from jaxtyping import Float
 
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, require_file, write_json
+from jaxmed.files import require_file, write_json
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.models.graph_diffusion import EXPERTS
 from jaxmed.solvers.fixed_grid import Trajectory, interpolate
@@ -39,9 +40,7 @@ class Course(NamedTuple):
 def write_course(folder: Path, fit: Fit, cohort: Cohort, regions: tuple[str, ...], stages: int) -> None:
     """Write course.npz and model.json for later stages, course.csv and weights.csv for people."""
     course = fit.course
-    with atomic_path(folder / "course.npz") as temporary:
-        times, states, slopes = map(np.asarray, course)
-        np.savez(temporary, times=times, states=states, slopes=slopes)
+    write_npz(folder / "course.npz", dict(zip(("times", "states", "slopes"), course, strict=True)))
     write_json(
         folder / "model.json",
         {"regions": list(regions), "scale": [cohort.low, cohort.high], "stages": stages, "unit": "years of stage"},

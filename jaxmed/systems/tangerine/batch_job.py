@@ -19,7 +19,8 @@ from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, make_folder, write_json
+from jaxmed.files import make_folder, write_json
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import SHARDING_RULES
 from jaxmed.systems.tangerine.inputs import Record, Scan, read_scan
@@ -258,8 +259,7 @@ def _tell(outcome: Outcome, log: Log) -> None:
 def _store(path: Path, outcomes: list[Outcome]) -> None:
     arrays = {f"{place}/{name}": array for place, o in enumerate(outcomes) for name, array in o.arrays.items()}
     text = json.dumps([{"warnings": list(o.warnings), "reason": o.reason} for o in outcomes])
-    with atomic_path(path) as temporary:
-        np.savez(temporary, **{"outcomes": np.array(text), **arrays})  # pyright: ignore
+    write_npz(path, {"outcomes": np.array(text), **arrays})
 
 
 def _failed_in(path: Path, chunk: list[Record]) -> list[str]:

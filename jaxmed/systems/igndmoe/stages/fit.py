@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import scipy.stats
 
-from jaxmed.files import atomic_path, write_json
+from jaxmed.files import write_json
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import read_table
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.systems.igndmoe.alignment import Alignment
@@ -130,8 +131,7 @@ def write_fitted_visits(path: Path, config: Config, inputs: Inputs, kept: Fit) -
     for role in sorted(set(inputs.roles)):
         chosen = present & np.array([found == role for found in inputs.roles])[:, None]
         arrays |= {f"{role}_measured": np.asarray(visits.values)[chosen], f"{role}_predicted": predicted[chosen]}
-    with atomic_path(path) as temporary:
-        np.savez(temporary, **arrays)
+    write_npz(path, arrays)
 
 
 def summarise(config: Config, inputs: Inputs, kept: Fit, files: Files, notes: list[str]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxmed.arrays.visits import Visits, first_visits
-from jaxmed.files import atomic_path, write_json
+from jaxmed.files import write_json
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.systems.igndmoe.apply import read_inputs
 from jaxmed.systems.igndmoe.apply_page import write_forecast_page as write_page
@@ -90,8 +91,8 @@ def run(config: Config, folder: RunFolder) -> None:
         notes.append("Nobody was seen twice: how good forecasts are cannot be told from this table.")
     present = np.asarray(visits.present) & several[:, None] & (np.arange(visits.present.shape[1]) > 0)
     forecast = predictions(course, visits, baseline)[present]
-    with atomic_path(folder.outputs / "later_visits.npz") as temporary:
-        np.savez(temporary, measured=np.asarray(visits.values)[present], forecast=forecast)
+    later = {"measured": np.asarray(visits.values)[present], "forecast": forecast}
+    write_npz(folder.outputs / "later_visits.npz", later)
     for note in notes:
         log.say(f"Note: {note}")
     summary = {

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, write_json, write_text
+from jaxmed.files import write_json, write_text
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import MicrostructureModel
@@ -265,13 +266,5 @@ def save_scores(
         name: np.stack([np.stack([getattr(one, name) for one in found.values()]) for found in scores.values()])
         for name in Scores._fields
     }
-    with atomic_path(path) as temporary:
-        np.savez(
-            temporary,
-            grid=grid,
-            weight=weight,
-            bound=np.stack(list(bounds.values())),
-            bias=stacked["bias"],
-            sd=stacked["sd"],
-            rmse=stacked["rmse"],
-        )
+    kept = {name: stacked[name] for name in ("bias", "sd", "rmse")}
+    write_npz(path, {"grid": grid, "weight": weight, "bound": np.stack(list(bounds.values())), **kept})

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, write_json
+from jaxmed.files import write_json
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.physics.acquisition import find_shells
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
@@ -245,8 +246,7 @@ def _sample(config: Config, scan: Scan, model: MicrostructureModel, rows: Estima
 
 
 def _save(path: Path, digest: str, rows: Estimates) -> None:
-    with atomic_path(path) as temporary:
-        np.savez(temporary, digest=np.array(digest), **rows._asdict())
+    write_npz(path, {"digest": np.array(digest), **rows._asdict()})
 
 
 def _restore(path: Path, digest: str) -> Estimates | None:

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, write_json
+from jaxmed.files import write_json
 from jaxmed.io.gradients import write_gradients
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import find_shells, two_shell_protocol
 from jaxmed.physics.microstructure import simulate
@@ -184,7 +185,5 @@ def write_validation(path: Path, key: jax.Array, network: Network) -> None:
     bvals, bvecs = np.array(table.bvals), np.array(table.bvecs)
     voxels = simulate(key, model, VALIDATION_VOXELS, bvals, bvecs, (VALIDATION_SNR, VALIDATION_SNR))
     estimate = predict(network, voxels.signals)
-    with atomic_path(path) as temporary:
-        np.savez(
-            temporary, truth=np.asarray(voxels.parameters), estimate=estimate, weight=model.relevance(voxels.parameters)
-        )
+    weight = model.relevance(voxels.parameters)
+    write_npz(path, {"truth": voxels.parameters, "estimate": estimate, "weight": weight})

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, write_json
+from jaxmed.files import write_json
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
@@ -201,8 +202,7 @@ def write_examples(path: Path, system: SystemOne, cases: Cases) -> None:
     some = np.linspace(0, len(cases.images) - 1, min(SHOWN, len(cases.images))).round().astype(int)
     images = cases.images[some]
     soft = np.asarray(jax.jit(partial(system_one.generate, system.config))(system.params, jnp.asarray(images)))
-    with atomic_path(path) as temporary:
-        np.savez_compressed(temporary, images=images, masks=cases.masks[some], generated=soft)
+    write_npz(path, {"images": images, "masks": cases.masks[some], "generated": soft}, is_compressed=True)
 
 
 def write_failed(folder: Path, failed: tuple[Failure, ...]) -> None:

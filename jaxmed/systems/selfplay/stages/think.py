@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxmed.arrays.types import Params
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, unique_names, write_json
+from jaxmed.files import unique_names, write_json
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.imaging import dice
 from jaxmed.models.policy import TopkUnetConfig
@@ -251,8 +252,7 @@ def process(
         )  # fmt: skip
         arrays |= {f"debate_{name}": value for name, value in game._asdict().items()}
         arrays["debate_image"] = scan.images[largest]
-    with atomic_path(outputs / f"{job.name}_thought.npz") as temporary:
-        np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]
+    write_npz(outputs / f"{job.name}_thought.npz", arrays, is_compressed=True)
     row = {
         "name": job.name,
         "images": len(scan.images),

@@ -392,15 +392,21 @@ def _encoder_of(config: Config, published: Published) -> VitConfig:
     )  # fmt: skip
 
 
-def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
-    """Write phantom chests and those of another scanner and, without weights, pre-train a small model on the first."""
+def make_embedded(config: Config, folder: RunFolder, *, is_shared: bool = False) -> tuple[Config, list[str]]:
+    """Write phantom chests and those of another scanner and, without weights, pre-train a small model on the first.
+
+    Args:
+        config: Of adapt, or of a stage with the same data.
+        folder: The run, begun here.
+        is_shared: As for `run_folder.start`.
+    """
     if config.data.manifest or config.data.external:
         raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
     published = None if config.weights is None else load_published(config.weights, "tangerine")
     size = config.image_size if any(config.image_size) else (32, 32, 32)
     if published is not None:
         size = published.preprocess.size
-    start(folder)
+    start(folder, is_shared=is_shared)
     log = Log(folder.path, folder.options.quiet)
     finding: Literal["effusion"] = "effusion"
     chests = ChestConfig(severity=(0.7, 1.0))
@@ -409,11 +415,14 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
         fractions=(0.5, 0.2, 0.3),
     )  # fmt: skip
     scanner = dataclasses.replace(chests, noise=40.0, field_of_view=(350.0, 350.0, 330.0))
-    other = write_chest_cohort(
-        folder.path / "inputs" / "elsewhere", config.seed + 1, max(config.data.embedded // 4, 8), size, scanner,
+    elsewhere = folder.path / "inputs" / "elsewhere"
+    cohort = write_chest_cohort(
+        elsewhere, config.seed + 1, max(config.data.embedded // 4, 8), size, scanner,
         finding=finding, fractions=(0.0, 0.0, 1.0),
     )  # fmt: skip
-    rows = [{**row, "subject": f"elsewhere_{row['subject']}"} for row in read_table(other).rows]
+    # A table of its own: what is written over its source is another after every start.
+    rows = [{**row, "subject": f"elsewhere_{row['subject']}"} for row in read_table(cohort).rows]
+    other = elsewhere / "renamed.csv"
     write_table(other, list(rows[0]), rows)
     data = DataConfig(manifest, group="seen", external=(f"elsewhere:other={other}",))
     config = dataclasses.replace(config, data=data)

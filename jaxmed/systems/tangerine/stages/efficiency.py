@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ from jaxmed.systems.tangerine.stages import adapt as adapt_stage
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.optimizer import OptimizerConfig
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, remove, start
 
 ARMS = ("pretrained", "scratch")
 CURVE_COLUMNS = ("epoch", "seconds", "value")
@@ -120,8 +119,7 @@ def run(config: Config, folder: RunFolder) -> int:
         raise InputError(scans.table.path, "scans with split 'test', on which every cell is scored", "none")
     rows = {split: np.flatnonzero(splits == split) for split in ("train", "validation", "test")}
     draws = _draw_fractions(config, scans, rows["train"])
-    if not is_embedded:
-        start(folder)
+    start(folder, is_shared=config.processes > 1)
     log = Log(folder.path, folder.options.quiet, is_writer=jax.process_index() == 0)
     notes += [*scans.notes, *first.notes]
     for note in notes:
@@ -157,7 +155,7 @@ def run(config: Config, folder: RunFolder) -> int:
              **{f"{kind} of {name}": float(value) for name, value in zip(task.names, values[place], strict=True)}}
             for place, row in enumerate(rows["test"])
         ]  # fmt: skip
-        shutil.rmtree(nested.path)  # checkpoints of a finished cell serve nobody
+        remove(nested)  # checkpoints of a finished cell serve nobody
         best = -curve.best if metric == "loss" else curve.best
         return Outcome({**found, "validation": best, "records": len(train), "step": adapted.step}, subjects)
 
@@ -221,7 +219,7 @@ def write_results(folder: Path, results: Any, metric: str, summary: dict[str, An
 
 
 def _make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
-    changed, notes = adapt_stage.make_embedded(config, folder)
+    changed, notes = adapt_stage.make_embedded(config, folder, is_shared=config.processes > 1)
     data = dataclasses.replace(changed.data, external=())
     return dataclasses.replace(config, data=data, weights=changed.weights), notes
 

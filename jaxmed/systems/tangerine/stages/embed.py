@@ -15,6 +15,7 @@ from jaxtyping import Float32
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, write_json
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.models.published.load import Published, load_published
 from jaxmed.recipes.each_file import write_failed
@@ -216,8 +217,7 @@ def write_embeddings(folder: Path, done: list[Outcome], kinds: tuple[Kind, ...],
             writer.writerow([record.path, record.identity, *cells, "; ".join(outcome.warnings), *numbers])
     texts = {"id": [o.record.identity for o in done], "path": [str(o.record.path) for o in done]}
     texts |= {name: [o.record.row.get(name, "") for o in done] for name in further if name not in texts | arrays}
-    with atomic_path(folder / "embeddings.npz") as temporary:
-        np.savez(temporary, **arrays, **{name: np.array(values, str) for name, values in texts.items()})  # pyright: ignore
+    write_npz(folder / "embeddings.npz", {**arrays, **{name: np.array(values, str) for name, values in texts.items()}})
     write_json(
         folder / "embeddings.json",
         {

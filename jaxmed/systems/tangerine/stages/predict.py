@@ -13,8 +13,9 @@ import numpy as np
 from jaxmed.arrays.types import Params
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, unique_names, write_json
+from jaxmed.files import unique_names, write_json
 from jaxmed.io import dicom, nifti
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
 from jaxmed.models.published.load import load_published
@@ -371,8 +372,7 @@ def write_previews(
             overlay = Volume.make(np.ascontiguousarray(overlay.array.transpose(2, 1, 0)), np.eye(4))
         slices = cut_slices(scan, overlay)
         name = f"{outcome.record.identity}.npz"
-        with atomic_path(folder / name) as temporary:
-            np.savez_compressed(temporary, **slices._asdict())
+        write_npz(folder / name, slices._asdict(), is_compressed=True)
         previews.append(
             {"file": name, "id": outcome.record.identity, "output": task_output,
              "values": [float(value) for value in outcome.arrays["values"]]}
