@@ -5,7 +5,8 @@ mapped file costs no decompression at all, the page cache serves it to every wor
 that it touches, packing continues where it was stopped, and one damaged record is one file. The price is disk: int16
 or float16 halve it. Folders hold at most a thousand records.
 
-    pack.json                    settings, and per field: file, shape, type, affine, and its source's size, time and sum
+    pack.json                    settings, and per field: file, its sum, shape, type, affine, and its source's size,
+                                 time and sum
     values.npz                   numbers beside the files (ages, labels), one column each
     0000/0000012.image.npy
 """
@@ -16,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +100,8 @@ def pack(
     """Read every record once, transform it and store it.
 
     Records that an earlier call packed from unchanged files with equal settings are kept, so a call that was stopped
-    continues. Each file is written wholly or not at all.
+    continues; every kept file is read, and packed again with a warning where its bits have changed. Each file is
+    written wholly or not at all.
 
     Args:
         source: What to pack.
@@ -133,7 +136,7 @@ def pack(
         write_npz(folder / VALUES, columns)
         is_complete = all(record is not None for record in records)
         write_json(folder / INDEX, {**head, "complete": is_complete, "records": records})
-    return open_pack(folder, check_sources=False)
+    return _open(folder, _read_index(folder))
 
 
 def open_pack(folder: str | Path, *, check_sources: bool = True) -> PackedSource:
@@ -145,7 +148,7 @@ def open_pack(folder: str | Path, *, check_sources: bool = True) -> PackedSource
             are not compared.
 
     Raises:
-        InputError: When there is no pack, it was not finished, or a source has changed since.
+        InputError: When there is no pack, it was not finished, a source has changed since, or a packed file has.
     """
     folder = Path(folder)
     index = _read_index(folder)
@@ -157,6 +160,16 @@ def open_pack(folder: str | Path, *, check_sources: bool = True) -> PackedSource
         if stale:
             found = f"{len(stale)} changed: {', '.join(stale[:3])}{', ...' if len(stale) > 3 else ''}"
             raise InputError(folder, "sources as they were packed", found, "run the packing again")
+    entries = [entry for record in index["records"] for entry in record.values()]
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        whole = list(executor.map(functools.partial(_is_whole, folder), entries))
+    if damaged := [entry["file"] for entry, is_whole in zip(entries, whole, strict=True) if not is_whole]:
+        found = f"{len(damaged)} damaged: {', '.join(damaged[:3])}{', ...' if len(damaged) > 3 else ''}"
+        raise InputError(folder, "records as they were packed", found, "run the packing again")
+    return _open(folder, index)
+
+
+def _open(folder: Path, index: Mapping[str, Any]) -> PackedSource:
     with np.load(require_file(folder / VALUES, "the values of a pack")) as values:
         columns = {name: values[name] for name in values.files}
     return PackedSource(folder, tuple(index["records"]), columns, (index["transform"], index["dtype"]))
@@ -182,7 +195,11 @@ def _pack_record(
     if old is not None and all(
         _is_unchanged(entry["source"]) and (folder / entry["file"]).is_file() for entry in old.values()
     ):
-        return old
+        damaged = [entry["file"] for entry in old.values() if not _is_whole(folder, entry)]
+        if not damaged:
+            return old
+        told = "its bits are not those that were written; it is packed again. Is the disk in order?"
+        warnings.warn(f"{folder / damaged[0]}: {told}", stacklevel=2)
     fingerprints = {name: _fingerprint(path) for name, path in paths.items()}
     fields = {name: value for name, value in source[index].items() if name in paths}
     if transform is not None:
@@ -199,8 +216,10 @@ def _pack_record(
         place = Path(f"{index // 1000:04d}") / f"{index:07d}.{name}.npy"
         with atomic_path(folder / place) as temporary:
             np.save(temporary, array, allow_pickle=False)
+            total = _sum(str(temporary))
         record[name] = {
             "file": place.as_posix(),
+            "sha256": total,
             "shape": array.shape,
             "dtype": array.dtype.name,
             "affine": value.affine if is_volume else None,
@@ -278,6 +297,11 @@ def _is_unchanged(source: Mapping[str, Any]) -> bool:
         return False
     # Copying a data set changes times and not contents, so a time alone proves nothing.
     return status.st_mtime_ns == source["mtime_ns"] or _sum(source["path"]) == source["sha256"]
+
+
+def _is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
+    path = folder / entry["file"]
+    return path.is_file() and _sum(str(path)) == entry.get("sha256")
 
 
 def _sum(path: str) -> str:

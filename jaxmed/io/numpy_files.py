@@ -7,6 +7,7 @@ thousand then ends in a SystemError. Here headers are parsed one at a time; voxe
 
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -99,3 +100,14 @@ def write_npz(path: str | Path, arrays: Mapping[str, object], *, is_compressed: 
             member.compress_type = method
             with archive.open(member, "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+
+
+def restore_npz(path: Path) -> dict[str, Shaped[np.ndarray, "..."]] | None:
+    """Read back all arrays of a .npz file that a run may continue from; None where it is missing or damaged.
+
+    Every member has a checksum, so that a changed bit is noticed.
+    """
+    try:
+        return {name: read_member(path, name) for name in array_names(path)}
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return None

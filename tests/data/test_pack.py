@@ -112,6 +112,23 @@ def test_a_damaged_packed_file_is_named(source, tmp_path):
         packed[1]
 
 
+@pytest.mark.parametrize("bit", [3, 8 * 90 + 5, -1])
+def test_a_flipped_bit_is_found_before_a_run(source, tmp_path, bit):
+    whole = pack(source, tmp_path / "pack")
+    place = tmp_path / "pack" / "0000" / "0000002.image.npy"
+    content = place.read_bytes()
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    place.write_bytes(changed)
+    with pytest.raises(InputError, match=r"as they were packed, found 1 damaged: 0000/0000002.image.npy; run the pack"):
+        open_pack(tmp_path / "pack")
+    kept = (tmp_path / "pack" / "0000" / "0000001.image.npy").stat().st_mtime_ns
+    with pytest.warns(UserWarning, match=r"0000002.image.npy: its bits are not those that were written"):
+        again = pack(source, tmp_path / "pack")
+    assert place.read_bytes() == content and repr(again) == repr(whole) == repr(open_pack(tmp_path / "pack"))
+    assert (tmp_path / "pack" / "0000" / "0000001.image.npy").stat().st_mtime_ns == kept
+
+
 def test_pictures_pack_as_uint8_only_when_whole(tmp_path):
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(tmp_path / "a.png")
     source = FileSource({"image": (tmp_path / "a.png",)})

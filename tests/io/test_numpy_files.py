@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from jaxmed.io.numpy_files import array_names, map_array, read_array, read_member, write_npz
+from jaxmed.io.numpy_files import array_names, map_array, read_array, read_member, restore_npz, write_npz
 
 pytestmark = pytest.mark.core
 ARRAYS = {
@@ -92,3 +92,21 @@ def test_equal_arrays_make_equal_bytes_whatever_the_time(tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match="allow_pickle"):
         write_npz(tmp_path / "one.npz", {"a": np.array([object()])})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]
+
+
+@pytest.mark.parametrize("place", [10, 200, 700, -40])
+def test_what_a_run_continues_from_is_whole_or_not_there(tmp_path, place):
+    path = tmp_path / "part.npz"
+    assert restore_npz(path) is None
+    write_npz(path, ARRAYS)
+    found = restore_npz(path)
+    assert found is not None and set(found) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[name], array)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+    again = restore_npz(path)
+    assert again is None or all(np.array_equal(again[name], array) for name, array in ARRAYS.items())
+    path.write_bytes(content[: len(content) // 2])
+    assert restore_npz(path) is None

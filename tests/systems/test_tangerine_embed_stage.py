@@ -135,7 +135,7 @@ def test_a_run_is_not_continued_with_other_files(weights, scans, tmp_path, monke
     nifti.write(scans / "scan_0.nii.gz", scan(9))
     capsys.readouterr()
     assert embed(weights, tmp_path / "run", "--input", scans, "--quiet") == 2
-    assert "start anew with --no-resume" in only_line(capsys)
+    assert "scan_0.nii.gz changed; run it again with --overwrite" in only_line(capsys)
     assert embed(weights, tmp_path / "run", "--input", scans, "--quiet", "--no-resume") == 0
 
 

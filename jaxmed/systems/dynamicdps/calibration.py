@@ -17,7 +17,8 @@ from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.dps import Dps, dps
 from jaxmed.diffusion.posterior.start_time import Calibration, StartTime, bin_means, calibrate
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, make_folder
+from jaxmed.files import make_folder
+from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.lowfield import Fit, FitConfig, LowField, fit, make_operator, simulate
 
 
@@ -57,13 +58,13 @@ def record_bank(
     rows = []
     for first in range(0, len(measurement), batch_size):
         count = min(batch_size, len(measurement) - first)
-        path = parts / f"{first:06d}.npy"
-        if not path.exists():
+        path = parts / f"{first:06d}.npz"
+        stored = restore_npz(path)
+        if stored is None:
             indices = np.minimum(np.arange(first, first + batch_size), len(measurement) - 1)
             residuals = np.asarray(run(params, key, measurement[indices], indices))[::-1, :count].T
-            with atomic_path(path) as temporary:
-                np.save(temporary, residuals)
-        rows.append(np.load(path, allow_pickle=False))
+            write_npz(path, stored := {"residuals": residuals})
+        rows.append(stored["residuals"])
         if progress is not None:
             progress(first + count)
     return np.concatenate(rows)

@@ -1,10 +1,9 @@
 """A model over many scans: read ahead, compute in batches of one shape, keep what is done, go on past broken files."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Shaped
 
-from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
-from jaxmed.config import read_record
 from jaxmed.errors import InputError
-from jaxmed.files import make_folder, write_json
-from jaxmed.io.numpy_files import write_npz
+from jaxmed.files import make_folder
+from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import SHARDING_RULES
 from jaxmed.systems.tangerine.inputs import Record, Scan, read_scan
@@ -97,17 +94,16 @@ def run_job(
         One outcome per record, in their order.
 
     Raises:
-        InputError: The place cannot be written, or holds what was made of other scans or weights.
+        InputError: The place cannot be written.
     """
     parts = folder.checkpoints / "batches"
     make_folder(parts)
     chunks = [records[start : start + config.size] for start in range(0, len(records), config.size)]
     stored = [parts / f"{number:06d}.npz" for number in range(len(chunks))]
     failures = [_failed_in(path, chunk) for path, chunk in zip(stored, chunks, strict=True)]
-    again = {identity for found in failures for identity in found}
-    claim_checkpoints(folder.checkpoints / "job.json", params, records, again)
+    again = {identity for found in failures for identity in found or ()}
     placed = jax.device_put(params, layout(params, mesh, SHARDING_RULES))
-    todo = [number for number, path in enumerate(stored) if failures[number] or not path.exists()]
+    todo = [number for number, found in enumerate(failures) if found is None or found]
     done = len(records) - sum(len(chunks[number]) for number in todo)
     if again:
         log.say(f"Trying {len(again):,} scans again that failed before.")
@@ -186,43 +182,6 @@ def clear_checkpoints(folder: RunFolder, failed: int) -> None:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def claim_checkpoints(path: Path, params: Params, records: list[Record], may_differ: Collection[str] = ()) -> None:
-    """Record what a job is made of, or refuse what was made of other weights or files.
-
-    Args:
-        path: The record.
-        params: Of the model.
-        records: Of the job.
-        may_differ: Identities of scans that failed: their files may have been repaired.
-
-    Raises:
-        InputError: The checkpoints belong to another job.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, leaf in named_leaves(params).items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(leaf).data)
-    own = {"weights": digest.hexdigest(), "scans": [_stamp(record) for record in records]}
-    if path.exists():
-        found = read_record(path)
-        scans = found.get("scans", [])
-        is_same = found.get("weights") == own["weights"] and len(scans) == len(records)
-        if not is_same or any(
-            old != new and record.identity not in may_differ
-            for old, new, record in zip(scans, own["scans"], records, strict=True)
-        ):
-            advice = "start anew with --no-resume"
-            raise InputError(path, "batches of these weights and scans", "those of others", advice)
-    write_json(path, own)
-
-
-def _stamp(record: Record) -> str:
-    """Return a digest of a record and its file's size and time."""
-    status = record.path.stat() if record.path.exists() else None
-    text = repr((record, status and (status.st_size, status.st_mtime_ns)))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def _run_chunk(
     job: Job, params: Params, chunk: list[Record], scans: list[Scan | str], size: int, mesh: Mesh
 ) -> list[Outcome]:
@@ -262,23 +221,25 @@ def _store(path: Path, outcomes: list[Outcome]) -> None:
     write_npz(path, {"outcomes": np.array(text), **arrays})
 
 
-def _failed_in(path: Path, chunk: list[Record]) -> list[str]:
-    """Return the identities of the scans that failed in a stored batch."""
-    if not path.exists():
-        return []
-    with np.load(path, allow_pickle=False) as stored:
-        told = json.loads(str(stored["outcomes"]))
+def _failed_in(path: Path, chunk: list[Record]) -> list[str] | None:
+    """Return the identities of the scans that failed in a stored batch; None where it is missing or damaged."""
+    stored = restore_npz(path)
+    if stored is None:
+        return None
+    told = json.loads(str(stored["outcomes"]))
     return [record.identity for record, one in zip(chunk, told, strict=True) if one["reason"]]
 
 
 def _restore(path: Path, chunk: list[Record]) -> list[Outcome]:
-    with np.load(path, allow_pickle=False) as stored:
-        told = json.loads(str(stored["outcomes"]))
-        arrays: list[Arrays] = [{} for _ in chunk]
-        for name in stored:
-            place, _, rest = name.partition("/")
-            if rest:
-                arrays[int(place)][rest] = stored[name]
+    stored = restore_npz(path)
+    if stored is None:
+        raise InputError(path, "a batch as it was stored", "a damaged one", "the same command computes it again")
+    told = json.loads(str(stored["outcomes"]))
+    arrays: list[Arrays] = [{} for _ in chunk]
+    for name, array in stored.items():
+        place, _, rest = name.partition("/")
+        if rest:
+            arrays[int(place)][rest] = array
     return [
         Outcome(record, tuple(one["warnings"]), one["reason"], kept)
         for record, one, kept in zip(chunk, told, arrays, strict=True)

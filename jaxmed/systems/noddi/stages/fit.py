@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
-from jaxmed.io.numpy_files import write_npz
+from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.acquisition import find_shells
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
@@ -250,12 +250,12 @@ def _save(path: Path, digest: str, rows: Estimates) -> None:
 
 
 def _restore(path: Path, digest: str) -> Estimates | None:
-    if not path.exists():
+    stored = restore_npz(path)
+    if stored is None:
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        if str(stored["digest"]) != digest:
-            raise InputError(path, "rows of this scan", "rows of another", "start anew with --no-resume")
-        return Estimates(*(stored[name] for name in Estimates._fields))
+    if str(stored["digest"]) != digest:
+        raise InputError(path, "rows of this scan", "rows of another", "start anew with --no-resume")
+    return Estimates(*(stored[name] for name in Estimates._fields))
 
 
 def describe_maps(rows: Estimates, model: MicrostructureModel, scan: Scan, config: Config) -> list[str]:
