@@ -275,6 +275,6 @@ def test_a_full_disk_stops_the_job_in_one_line(weights, scans, tmp_path, monkeyp
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(np.lib.format, "write_array", full)
     assert embed(weights, tmp_path / "run", "--input", scans, "--quiet") == 2
     assert "expected enough space to write, found no space left on device" in only_line(capsys)
