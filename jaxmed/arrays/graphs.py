@@ -42,6 +42,20 @@ def symmetrise(matrix: Float[np.ndarray, "node node"]) -> Float[np.ndarray, "nod
     return symmetric
 
 
+def mirror_triangle(matrix: Float[np.ndarray, "node node"]) -> Float[np.ndarray, "node node"] | None:
+    """Return the symmetric matrix of which one triangle alone is filled, the other zero or NaN; None for any other.
+
+    The diagonal is not looked at, and comes out as zero.
+    """
+    upper, lower = np.triu(matrix, 1), np.tril(matrix, -1)
+    below = np.tri(len(matrix), k=-1, dtype=bool)
+    for filled, empty, place in ((upper, lower, below), (lower, upper, below.T)):
+        nothing = (empty[place] == 0).all() or (len(matrix) > 2 and np.isnan(empty[place]).all())
+        if nothing and np.isfinite(filled).all() and (filled != 0).any():
+            return filled + filled.T
+    return None
+
+
 def keep_strongest(adjacency: Float[np.ndarray, "node node"], fraction: float) -> Float[np.ndarray, "node node"]:
     """Keep the strongest share of all possible edges; ties at the threshold stay.
 

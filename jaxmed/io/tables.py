@@ -1,20 +1,19 @@
-"""CSV manifests and tables: one row per record, checked columns.
+"""Tables with named columns: one row per record, checked columns.
 
-Separators (comma, semicolon, tab) are found from the header line; a byte-order mark, quoted cells,
-blank lines and spaces around cells are understood. Cells stay strings until a column is asked for
+How a file is encoded and separated is found out by `jaxmed.io.sheets`. Cells stay strings until a column is asked for
 as numbers, and every complaint names the line of the file.
 """
 
 import csv
 import dataclasses
-import difflib
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from jaxmed.errors import InputError
-from jaxmed.files import require_file, write_text
+from jaxmed.errors import InputError, closest
+from jaxmed.files import write_text
+from jaxmed.io.sheets import Sheet, is_missing, read_sheet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +25,19 @@ class Table:
         columns: Names of the columns, in the order of the file.
         rows: One dict of strings per record; empty cells are empty strings.
         lines: Line of the file on which each record ends.
+        sheet: The cells it was made of.
     """
 
     path: Path
     columns: tuple[str, ...]
     rows: tuple[dict[str, str], ...]
     lines: tuple[int, ...]
+    sheet: Sheet
+
+    @property
+    def note(self) -> str:
+        """Return how the file is separated, encoded and writes decimals, where that is out of the ordinary."""
+        return self.sheet.note
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -43,18 +49,18 @@ class Table:
         return [row[name] for row in self.rows]
 
     def floats(self, name: str, *, allow_missing: bool = False) -> list[float]:
-        """Return one column as finite numbers; empty cells are NaN where they may be missing."""
+        """Return one column as finite numbers; cells such as "" and NaN are NaN where they may be missing."""
         values = []
         for cell, line in zip(self.column(name), self.lines, strict=True):
-            if allow_missing and cell.lower() in ("", "na", "nan"):
+            if allow_missing and is_missing(cell):
                 values.append(math.nan)
                 continue
             try:
-                value = float(cell)
+                value = self.sheet.number(cell)
             except ValueError:
                 value = math.nan
             if not math.isfinite(value):
-                advice = "write decimals with a point" if "," in cell else ""
+                advice = "write decimals with a point and thousands without a mark" if "," in cell else ""
                 raise self.wrong(line, f"a number under '{name}'", _shown(cell), advice)
             values.append(value)
         return values
@@ -76,7 +82,7 @@ def read_table(path: str | Path, required: Sequence[str] = (), optional: Sequenc
     """Read a table and check its columns.
 
     Args:
-        path: A CSV or TSV file with a header line.
+        path: A text file with a header line; see `jaxmed.io.sheets.read_sheet` for its forms.
         required: Columns that must be there, with no empty cell.
         optional: Columns that are understood when they are there. Columns of other names are
             kept, unless the name is a near miss of an absent optional one.
@@ -85,34 +91,27 @@ def read_table(path: str | Path, required: Sequence[str] = (), optional: Sequenc
         InputError: When the file is missing or empty, has no record, a required column is absent or
             has an empty cell, a header is double, or a row is longer or shorter than the header.
     """
-    path = require_file(path, "a CSV file")
-    text = _decode(path)
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark))))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, lines, columns = [], [], ()
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not any(cells):
-                continue
-            if not columns:
-                columns = _checked_header(path, cells)
-                continue
-            if len(cells) != len(columns):
-                where = f"{path} line {reader.line_num}"
-                advice = "quote cells that hold a separator" if len(cells) > len(columns) else ""
-                raise InputError(where, f"{len(columns)} cells", f"{len(cells)}", advice)
-            rows.append(dict(zip(columns, cells, strict=True)))
-            lines.append(reader.line_num)
-    except csv.Error as error:
-        where = f"{path} line {reader.line_num}"
-        raise InputError(where, "a CSV row", error, "check the quotes") from error
-    if not columns:
-        raise InputError(path, "a table with a header line", "only blank lines")
-    if not rows:
+    sheet = read_sheet(path, required)
+    path = sheet.path
+    cells, lines = zip(
+        *((row, line) for row, line in zip(sheet.rows, sheet.lines, strict=True) if any(row)), strict=True
+    )
+    above = sheet.comment_as_header()
+    if required and set(required) <= set(above) and not set(required) <= set(cells[0]):
+        columns = above
+    else:
+        columns, cells, lines = cells[0], cells[1:], lines[1:]
+    if columns[0] == "" and all(row[0] == str(index) for index, row in enumerate(cells)):
+        columns, cells = columns[1:], tuple(row[1:] for row in cells)  # pandas numbers its rows
+    columns = _checked_header(path, columns)
+    for row, line in zip(cells, lines, strict=True):
+        if len(row) != len(columns):
+            advice = "quote cells that hold a separator" if len(row) > len(columns) else ""
+            raise InputError(f"{path} line {line}", f"{len(columns)} cells", f"{len(row)}", advice)
+    if not cells:
         raise InputError(path, "at least one record", "a header and nothing below it")
-    table = Table(path, columns, tuple(rows), tuple(lines))
+    rows = tuple(dict(zip(columns, row, strict=True)) for row in cells)
+    table = Table(path, columns, rows, lines, sheet)
     require_columns(table, required)
     _refuse_near_misses(table, optional)
     for name in required:
@@ -145,9 +144,8 @@ def require_columns(table: Table, names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in table.columns:
-            near = difflib.get_close_matches(name.lower(), [c.lower() for c in table.columns], 1)
-            original = next((c for c in table.columns if near and c.lower() == near[0]), None)
-            advice = f"did you mean '{original}'?" if original else "add it, or name another column"
+            near = closest(name, table.columns)
+            advice = f"did you mean '{near}'?" if near else "add it, or name another column"
             found = f"the columns {', '.join(table.columns)}"
             raise InputError(table.path, f"a column '{name}'", found, advice)
 
@@ -204,33 +202,21 @@ def resolve_paths(table: Table, column: str = "path") -> list[Path]:
     return paths
 
 
-def _decode(path: Path) -> str:
-    content = path.read_bytes()
-    is_wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-    try:
-        text = content.decode("utf-16" if is_wide else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(path, "a UTF-8 text", f"other bytes ({error})", "save as UTF-8") from error
-    if "\0" in text:
-        raise InputError(path, "a CSV file", "something that is not text", "check the path")
-    return text
-
-
-def _checked_header(path: Path, cells: list[str]) -> tuple[str, ...]:
+def _checked_header(path: Path, cells: tuple[str, ...]) -> tuple[str, ...]:
     doubles = sorted({cell for cell in cells if cells.count(cell) > 1})
     if "" in cells:
         raise InputError(path, "a name for every column", f"column {cells.index('') + 1} without")
     if doubles:
         raise InputError(path, "different column names", f"'{doubles[0]}' twice", "rename one")
-    return tuple(cells)
+    return cells
 
 
 def _refuse_near_misses(table: Table, optional: Sequence[str]) -> None:
     # A misspelt optional column would be ignored in silence, and the run would look fine.
     for name in set(optional) - set(table.columns):
-        near = difflib.get_close_matches(name, table.columns, 1, cutoff=0.8)
-        if near and near[0] not in optional:
-            raise InputError(table.path, f"a column '{name}' or none", f"'{near[0]}'", "rename it")
+        near = closest(name, table.columns, cutoff=0.8)
+        if near and near not in optional:
+            raise InputError(table.path, f"a column '{name}' or none", f"'{near}'", "rename it")
 
 
 def _shown(cell: str) -> str:

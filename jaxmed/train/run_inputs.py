@@ -8,11 +8,13 @@ a run writes itself does not count: its own folder, that of the run around it, a
 import csv
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
 from jaxmed.config import read_record
+from jaxmed.errors import InputError
+from jaxmed.io.sheets import read_sheet
 
 # Per folder, per file: size in bytes and time of the last change in ns.
 Inputs: TypeAlias = dict[str, dict[str, list[int]]]
@@ -95,30 +97,16 @@ def _files(place: Path) -> Iterator[Path]:
 
 def _cells(table: Path) -> Iterator[Path]:
     """Yield the files and folders that cells of a table name."""
-    text = table.read_bytes().decode("utf-8-sig", errors="replace")
-    lines = text.splitlines()
-    mark = max(",;\t", key=(lines[0] if lines else "").count)
-    for row in _rows(lines, mark):
-        for cell in map(str.strip, row):
-            if ("." in cell or "/" in cell) and not _is_number(cell):
+    try:
+        sheet = read_sheet(table)
+    except InputError:  # its reader will say what is wrong with it
+        return
+    for row in sheet.rows:
+        for cell in row:
+            if ("." in cell or "/" in cell) and not sheet.is_number(cell):
                 path = table.parent / os.path.expanduser(cell)
                 if os.path.exists(path) and path != table.parent:
                     yield Path(os.path.normpath(path))
-
-
-def _rows(lines: Iterable[str], mark: str) -> Iterator[list[str]]:
-    try:
-        yield from csv.reader(lines, delimiter=mark)
-    except csv.Error:  # its reader will say what is wrong with it
-        return
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
 
 
 def _by_path(inputs: Inputs) -> dict[str, list[int]]:

@@ -38,6 +38,53 @@ def test_separators_marks_quotes_and_blank_lines(tmp_path, mark, encoding, end):
     assert len(table) == 2
 
 
+ROWS = [["subject", "age", "Größe"], ["s 1", "70.5", "1.25"], ["s2", "61", ""], ["s3", "8e1", "2"]]
+
+
+@pytest.mark.parametrize("decimal", [".", ","])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+@pytest.mark.parametrize("mark", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
+def test_tables_as_programs_write_them(tmp_path, mark, encoding, decimal):
+    quote = '"' if mark == decimal else ""
+    for index in (False, True):
+        for comment in ("", "# exported on Monday\n\n", "% two\n# lines; a, b\n"):
+            rows = [[f"{quote}{cell.replace('.', decimal)}{quote}" for cell in row] for row in ROWS]
+            if index:
+                rows = [["", *rows[0]], *([str(i), *row] for i, row in enumerate(rows[1:]))]
+            text = comment + "".join(mark.join(row) + "\r\n" for row in rows)
+            table = read_table(make(tmp_path, text, encoding=encoding), ("subject", "age"))
+            assert table.columns == ("subject", "age", "Größe") and table.column("subject") == ["s 1", "s2", "s3"]
+            assert table.floats("age") == [70.5, 61, 80]
+            assert table.floats("Größe", allow_missing=True)[::2] == [1.25, 2]
+            assert table.lines[0] == 2 + comment.count("\n")
+            found = [word in table.note for word in ("separated by", "decimal commas", "in Latin-1", "in UTF-")]
+            is_wide = encoding in ("utf-16", "utf-16-le", "utf-32")
+            assert found == [mark != ",", decimal == ",", encoding == "latin-1", is_wide]
+
+
+def test_tables_between_blanks_and_headers_in_a_comment(tmp_path):
+    table = read_table(make(tmp_path, "subject  age L_a\ns1   70.5   1\ns2 61 \t 2\n"), ("subject", "age"))
+    assert table.floats("age") == [70.5, 61] and "blanks" in table.note
+    table = read_table(make(tmp_path, "#subject\tage\ns1\t70.5\ns2\t61\n"), ("subject", "age"))
+    assert table.column("subject") == ["s1", "s2"]
+    # Words of one column are no columns.
+    assert read_table(make(tmp_path, "path\na b.nii\nc d.nii\n")).column("path") == ["a b.nii", "c d.nii"]
+
+
+@pytest.mark.parametrize("cell", ["", "NA", "n/a", "NaN", "nan", "<NA>", "#N/A", "null", "None", "."])
+def test_words_for_what_was_not_measured(tmp_path, cell):
+    table = read_table(make(tmp_path, f"a,b\n1,{cell}\n2,3\n"))
+    assert math.isnan(table.floats("b", allow_missing=True)[0])
+    with pytest.raises(InputError, match="line 2: expected a number under 'b'"):
+        table.floats("b")
+
+
+def test_thousands_and_mixed_decimals_are_no_numbers(tmp_path):
+    for text in ("a;b\n1,234;1\n2,345;1\n", "a;b\n1,5;1\n2.5;1\n"):
+        with pytest.raises(InputError, match="decimals with a point and thousands without"):
+            read_table(make(tmp_path, text)).floats("a")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

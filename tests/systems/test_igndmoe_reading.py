@@ -47,6 +47,8 @@ def test_names_may_stand_in_a_file_of_their_own(tmp_path):
     assert find_regions(("R_a",), found) == (2,)
     with pytest.raises(InputError, match=r"seeds: expected regions .* 'R_b'; did you mean 'R_a'"):
         find_regions(("R_b",), found)
+    with pytest.raises(InputError, match=r"labels.csv: expected 4 names of regions, found 3"):
+        read(tmp_path, "0,2,1,1\n2,0,0,1\n1,0,0,1\n1,1,1,0\n", labels=labels)
 
 
 MISTAKES = {
@@ -61,7 +63,7 @@ MISTAKES = {
     "only zeros": ("L_a,L_b\n0,0\n0,0\n", "found only zeros"),
     "one region": ("L_a\n1\n", "two regions"),
     "an edge to itself": ("source,target,weight\nL_a,L_a,1\n", "line 2: .* connected with itself"),
-    "an edge twice": ("source,target,weight\nL_a,L_b,1\nL_b,L_a,1\n", "line 3: .* again"),
+    "an edge twice": ("source,target,weight\nL_a,L_b,1\nL_a,L_b,1\n", "line 3: .* again"),
     "blank": ("\n\n", "only blank lines"),
 }
 
@@ -71,6 +73,80 @@ def test_mistakes_of_a_connectome_are_told(tmp_path, name):
     text, expected = MISTAKES[name]
     with pytest.raises(InputError, match=expected):
         read(tmp_path, text)
+
+
+FULL = np.array([[0, 2, 1], [2, 0, 4], [1, 4, 0]])
+
+
+@pytest.mark.parametrize("empty", ["0", "nan", "", "NA"])
+@pytest.mark.parametrize("diagonal", ["0", "nan", "7", ""])
+@pytest.mark.parametrize("cut", [np.triu, np.tril])
+def test_one_triangle_is_mirrored_and_not_averaged_with_nothing(tmp_path, cut, diagonal, empty):
+    kept = cut(np.ones((3, 3)), 1 if cut is np.triu else -1) > 0
+    cells = [[str(FULL[i, j]) if kept[i, j] else empty for j in range(3)] for i in range(3)]
+    for i in range(3):
+        cells[i][i] = diagonal
+    text = "L_a,L_b,R_a\n" + "\n".join(map(",".join, cells))
+    for repair in (False, True):
+        found, notes = read(tmp_path, text, repair=repair)
+        np.testing.assert_array_equal(found.adjacency, FULL / 4)
+        assert any("mirrored" in note for note in notes)
+        assert any("with themselves" in note for note in notes) == (diagonal == "7")
+
+
+def test_a_diagonal_of_nan_is_no_connection(tmp_path):
+    found, _ = read(tmp_path, "L_a,L_b,R_a\nnan,2,1\n2,nan,0\n1,0,nan\n")
+    np.testing.assert_array_equal(found.adjacency, [[0, 1, 0.5], [1, 0, 0], [0.5, 0, 0]])
+
+
+def test_edges_in_both_directions_may_differ_only_where_that_is_repaired(tmp_path):
+    text = "source,target,weight\nL_a,L_b,2\nL_b,L_a,{}\n"
+    found, notes = read(tmp_path, text.format(2))
+    np.testing.assert_array_equal(found.adjacency, [[0, 1], [1, 0]])
+    assert "both directions" in notes[0]
+    with pytest.raises(
+        InputError, match="symmetric matrix, found 2 from 'L_a' to 'L_b' and 1 back; --data.graph.repair"
+    ):
+        read(tmp_path, text.format(1))
+
+
+def test_names_of_a_file_and_of_the_matrix_must_be_the_same(tmp_path):
+    labels = write(tmp_path / "labels.csv", "R_a\nL_a\nL_b\n")
+    found, notes = read(tmp_path, MATRIX, labels=labels)
+    assert found.regions == ("R_a", "L_a", "L_b") and "put into the order of labels.csv" in notes[0]
+    np.testing.assert_array_equal(found.adjacency, [[0, 0.5, 0], [0.5, 0, 1], [0, 1, 0]])
+    write(labels, "x\ny\nz\n")
+    with pytest.raises(InputError, match="labels.csv: expected the names that a.csv has, found none 'L_a'; drop"):
+        read(tmp_path, MATRIX, labels=labels)
+    edges = "".join(f"{u} {v} {w}\n" for u, v, w in ((1, 2, 2), (3, 1, 1), (3, 2, 1), (4, 1, 1), (4, 2, 1)))
+    write(labels, "a\nb\nc\nd\n")
+    found, _ = read(tmp_path, edges, labels=labels)
+    np.testing.assert_array_equal(found.adjacency[0], [0, 1, 0.5, 0.5])
+    assert found.regions == ("a", "b", "c", "d")
+
+
+def test_a_file_of_names_beside_a_matrix_without_them_is_pointed_to(tmp_path):
+    bare = "0,2,1\n2,0,0\n1,0,0\n"
+    with pytest.raises(InputError, match="names of regions, found none; add a header .* by --data.graph.labels"):
+        read(tmp_path, bare)
+    write(tmp_path / "a_labels.txt", "L_a\nL_b\nR_a\n")
+    with pytest.raises(InputError, match=r"give --data.graph.labels \S*a_labels.txt, which lies beside it and holds 3"):
+        read(tmp_path, bare)
+
+
+@pytest.mark.parametrize("name", ["entorhinal", "Entorhinal"])
+def test_a_region_without_its_side_is_asked_about(tmp_path, name):
+    found, _ = read(tmp_path, "L_entorhinal,R_entorhinal,L_insula\n0,2,1\n2,0,0\n1,0,0\n")
+    with pytest.raises(InputError, match="may be L_entorhinal or R_entorhinal: name one of them, or both"):
+        find_regions((name,), found)
+    with pytest.raises(InputError, match=f"'{name[0]}insula'; did you mean 'L_insula'"):
+        find_regions((name[0] + "insula",), found)
+    with pytest.raises(InputError) as caught:
+        find_regions(("R_insula",), found)
+    assert "did you mean 'L_insula'" not in str(caught.value)
+    found, _ = read(tmp_path, "ctx-lh-entorhinal,entorhinal_R\n0,1\n1,0\n")
+    with pytest.raises(InputError, match="may be ctx-lh-entorhinal or entorhinal_R"):
+        find_regions((name,), found)
 
 
 def test_what_can_be_repaired_is_repaired_when_asked_and_said(tmp_path):

@@ -1,20 +1,19 @@
 """Read connectomes and tables of visits, and say what is wrong with them in one line."""
 
-import csv
 import dataclasses
+import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxmed.arrays.graphs import Edges, components, keep_strongest, matrix_of, rescale
+from jaxmed.arrays.graphs import components, keep_strongest, mirror_triangle, rescale
 from jaxmed.arrays.visits import Visits, pad_visits
-from jaxmed.errors import InputError, nearest
-from jaxmed.files import require_file
+from jaxmed.errors import SIDES, InputError, nearest, side_of
+from jaxmed.io.connectomes import Square, names_beside, order_by_name, read_names, read_square
 from jaxmed.io.tables import Table, read_table
 
-EDGE_COLUMNS = ("source", "target", "weight")
 KNOWN_COLUMNS = ("subject", "age", "split")
 ASYMMETRY = 1e-6
 """Largest difference between a weight and its mirror image, relative to the largest weight."""
@@ -54,6 +53,17 @@ class ConnectomeConfig:
             raise ValueError(f"density: expected a share above 0 and at most 1, found {self.density:g}")
 
 
+@dataclasses.dataclass(frozen=True)
+class ConnectomeDataConfig:
+    """How a connectome is read where there is no cohort beside it, under the names of `job.DataConfig`.
+
+    Attributes:
+        graph: What is done to the connectome as read.
+    """
+
+    graph: ConnectomeConfig = dataclasses.field(default_factory=ConnectomeConfig)
+
+
 class Cohort(NamedTuple):
     """A table of visits as arrays.
 
@@ -81,7 +91,7 @@ def read_connectome(path: Path | None, config: ConnectomeConfig, notes: list[str
     """Read a square matrix or a list of edges.
 
     Args:
-        path: CSV file: a matrix, with a header of names or with `config.labels`, or the columns source, target, weight.
+        path: A text file; see `jaxmed.io.connectomes.read_square` for its forms.
         config: Names and repairs.
         notes: What a reader must know is added.
 
@@ -90,11 +100,8 @@ def read_connectome(path: Path | None, config: ConnectomeConfig, notes: list[str
     """
     if path is None:
         raise InputError("connectome", "a file", "nothing", "give --connectome FILE, or try --preset smoke")
-    rows = _rows(path)
-    if tuple(cell.lower() for cell in rows[0]) == EDGE_COLUMNS:
-        regions, matrix = _from_edges(path)
-    else:
-        regions, matrix = _from_matrix(path, rows, config.labels)
+    square = read_square(path, notes)
+    regions, matrix = _name(path, square, config.labels, notes)
     matrix = _checked(path, regions, matrix, config.repair, notes)
     if config.density is not None:
         matrix = keep_strongest(matrix, config.density)
@@ -108,82 +115,56 @@ def read_connectome(path: Path | None, config: ConnectomeConfig, notes: list[str
     return Connectome(path, regions, rescale(matrix, "max").astype(np.float32))
 
 
-def _rows(path: Path) -> list[list[str]]:
-    require_file(path, "a CSV file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(path, "a UTF-8 text", "other bytes", "save as CSV") from error
-    rows = [
-        [cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)
-    ]
-    if not rows:
-        raise InputError(path, "a matrix", "only blank lines")
-    return rows
-
-
-def _from_edges(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    table = read_table(path, EDGE_COLUMNS)
-    ends = list(zip(table.column("source"), table.column("target"), strict=True))
-    regions = tuple(dict.fromkeys(name for pair in ends for name in pair))
-    place = {name: index for index, name in enumerate(regions)}
-    seen = set()
-    for (one, other), line in zip(ends, table.lines, strict=True):
-        if one == other:
-            raise table.wrong(line, "edges between two regions", f"'{one}' connected with itself", "drop the row")
-        if frozenset((one, other)) in seen:
-            raise table.wrong(line, "each edge once", f"'{one}' and '{other}' again", "drop one of the rows")
-        seen.add(frozenset((one, other)))
-    senders, receivers = (np.array([place[pair[side]] for pair in ends], np.int32) for side in (0, 1))
-    return regions, matrix_of(Edges(senders, receivers, np.array(table.floats("weight"))), len(regions))
-
-
-def _from_matrix(path: Path, rows: list[list[str]], labels: Path | None) -> tuple[tuple[str, ...], np.ndarray]:
-    header = None
-    if not all(_is_number(cell) for cell in rows[0]):
-        header, rows = rows[0], rows[1:]
-        if rows and not _is_number(rows[0][0]):  # names of rows too
-            header, rows = header[1:], [row[1:] for row in rows]
-    width = len(rows[0]) if rows else 0
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(rows):
-            raise InputError(path, f"a square matrix, {len(rows)} values in row {number}", f"{len(row)}")
-        for column, cell in enumerate(row, 1):
-            if not _is_number(cell) or not np.isfinite(float(cell)):
-                raise InputError(path, f"a finite number in row {number}, column {column}", f"'{cell}'")
-    if labels is not None:
-        header = [cell for row in _rows(labels) for cell in row]
-    if header is None:
-        raise InputError(
-            path, "names of regions", "none", "add a header line, or name a file of them by the option graph.labels"
-        )
-    if len(header) != width:
-        raise InputError(labels or path, f"{width} names of regions", f"{len(header)}")
-    doubles = sorted({name for name in header if header.count(name) > 1})
-    if doubles:
-        raise InputError(labels or path, "different names of regions", f"'{doubles[0]}' twice")
-    return tuple(header), np.array(rows, float)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+def _name(path: Path, square: Square, labels: Path | None, notes: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Give a matrix its names: its own, or those of a file; both only where they say the same."""
+    count = len(square.matrix)
+    if labels is None:
+        if square.regions is not None:
+            return square.regions, square.matrix
+        beside = names_beside(path, count)
+        advice = "add a header line, or name a file of them by --data.graph.labels"
+        if beside:
+            advice = f"give --data.graph.labels {beside[0]}, which lies beside it and holds {count} names"
+        raise InputError(path, "names of regions", "none", advice)
+    names = read_names(labels, count)
+    if square.regions is None:
+        return names, square.matrix
+    if all(name.isdecimal() for name in square.regions):
+        numbers = [int(name) for name in square.regions]
+        if sorted(numbers) not in (list(range(count)), list(range(1, count + 1))):
+            expected = f"regions numbered from 0 to {count - 1} or from 1 to {count}"
+            raise InputError(path, expected, f"numbers from {min(numbers)} to {max(numbers)}")
+        order = np.argsort(numbers)
+        return names, square.matrix[np.ix_(order, order)]
+    absent = [name for name in square.regions if name not in names]
+    if absent:
+        advice = "drop --data.graph.labels, or the names in the connectome"
+        raise InputError(labels, f"the names that {path.name} has", f"none '{absent[0]}'", advice)
+    if names != square.regions:
+        notes.append(f"The regions of {path.name} were put into the order of {labels.name} by their names.")
+    return names, order_by_name(square, names, path, "rows")
 
 
 def _checked(path: Path, regions: tuple[str, ...], matrix: np.ndarray, repair: bool, notes: list[str]) -> np.ndarray:
     if len(regions) < 2:
         raise InputError(path, "two regions or more", f"{len(regions)}")
-    if (np.diag(matrix) != 0).any():
-        notes.append(f"Connections of {np.count_nonzero(np.diag(matrix))} regions with themselves are left out.")
-    matrix = matrix - np.diag(np.diag(matrix))
+    diagonal = np.nan_to_num(np.diag(matrix))
+    if diagonal.any():
+        notes.append(f"Connections of {np.count_nonzero(diagonal)} regions with themselves are left out.")
+    matrix = np.where(np.eye(len(matrix), dtype=bool), 0.0, matrix)
+    mirrored = mirror_triangle(matrix)
+    if mirrored is not None:
+        notes.append("One triangle of the connectome is filled: it is mirrored to the other.")
+        matrix = mirrored
+    if np.isnan(matrix).any():
+        u, v = np.argwhere(np.isnan(matrix))[0]
+        where = f"a finite number in row {u + 1}, column {v + 1}"
+        raise InputError(path, where, f"'nan' from '{regions[u]}' to '{regions[v]}'", "write 0 for no connection")
     largest = np.abs(matrix).max()
     if largest == 0:
         raise InputError(path, "a connection", "only zeros")
     difference = np.abs(matrix - matrix.T)
-    advice = "the option graph.repair takes the mean of both, and 0 for negative weights"
+    advice = "--data.graph.repair takes the mean of both, and 0 for negative weights"
     if difference.max() > ASYMMETRY * largest:
         u, v = np.unravel_index(difference.argmax(), difference.shape)
         found = f"{matrix[u, v]:g} from '{regions[u]}' to '{regions[v]}' and {matrix[v, u]:g} back"
@@ -210,9 +191,22 @@ def find_regions(names: tuple[str, ...], connectome: Connectome, field: str = "s
         advice = "for tau: --seeds and the two entorhinal regions"
         raise InputError(field, "names of the regions where the disease starts", "nothing", advice)
     for name in names:
-        if name not in connectome.regions:
-            raise InputError(field, "regions of the connectome", f"'{name}'", nearest(name, connectome.regions))
+        if name in connectome.regions:
+            continue
+        words = _words(name)
+        sides = (
+            [] if side_of(name) else [r for r in connectome.regions if side_of(r) and _words(r)[-len(words) :] == words]
+        )
+        if sides:
+            advice = f"it may be {' or '.join(sides)}: name one of them, or both"
+            raise InputError(field, "regions of the connectome", f"'{name}'", advice)
+        raise InputError(field, "regions of the connectome", f"'{name}'", nearest(name, connectome.regions))
     return tuple(connectome.regions.index(name) for name in names)
+
+
+def _words(region: str) -> list[str]:
+    """Return the words of a region's name in lower case, without the one for its side."""
+    return [word for word in re.findall(r"[^\W_]+", region.lower()) if word not in SIDES]
 
 
 def read_centroids(path: Path, regions: tuple[str, ...]) -> Float[np.ndarray, "region 3"]:

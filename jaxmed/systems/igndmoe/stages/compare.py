@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.arrays.graphs import GraphOperators, graph_operators
+from jaxmed.arrays.graphs import GraphOperators, graph_operators, mirror_triangle
 from jaxmed.arrays.visits import Visits
 from jaxmed.errors import InputError, nearest
 from jaxmed.files import write_json
+from jaxmed.io.connectomes import order_by_name, read_square
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.statistics import holm, wilcoxon
 from jaxmed.models.graph_diffusion import Equation, ProgressionConfig
-from jaxmed.physics.agents import STEP, make_agent_graph
+from jaxmed.physics.agents import STEP, AgentGraph, make_agent_graph
 from jaxmed.systems.igndmoe import maps
 from jaxmed.systems.igndmoe.compare_page import write_page
 from jaxmed.systems.igndmoe.comparing import ORDER, Held, choose, compare_models, criteria
@@ -42,9 +43,10 @@ class MapConfig:
             thickness.
         weight: Column, on [0, 1], that modulates growth in weighted FKPP; none leaves that model out.
         size: Column of region sizes in voxels, for agents.
-        synthesis: Column of the z-score of the gene that makes the protein, for agents.
-        clearance: Column of the z-score of the gene that clears it, for agents.
-        lengths: CSV matrix of connection lengths in mm, in the order of the connectome; none leaves agents out.
+        synthesis: Column of the expression of the gene that makes the protein, for agents; standardised over regions.
+        clearance: Column of the expression of the gene that clears it, likewise.
+        lengths: File of connection lengths in mm, in every form that a connectome may have; without names in its
+            order. None leaves agents out.
         mixture_seeds: Seeds from which the mixture is fitted, the best of FKPP first; 0 for every region. The other
             models always try every seed.
     """
@@ -232,7 +234,7 @@ def _run_map(config: Config, folder: RunFolder) -> None:
     target, known = columns["value"], np.isfinite(columns["value"])
     # Every seed's course by a matrix exponential.
     graph = graph_operators(connectome.adjacency, config.fit.laplacian, is_sparse=False)
-    agents = _agents(config.map, connectome, columns)
+    agents = _agents(config.map, connectome, columns, notes)
     start(folder)
     log = Log(folder.path, folder.options.quiet)
     scores = [maps.score_diffusion(graph, target, known), maps.score_fkpp(graph, target, known)]
@@ -321,28 +323,36 @@ def _read_map(config: MapConfig, connectome: Connectome, notes: list[str]) -> di
     return columns
 
 
-def _agents(config: MapConfig, connectome: Connectome, columns: dict[str, np.ndarray]) -> Any:
+def _agents(
+    config: MapConfig, connectome: Connectome, columns: dict[str, np.ndarray], notes: list[str]
+) -> AgentGraph | None:
     if config.lengths is None or "size" not in columns:
         return None
     count = len(connectome.regions)
-    try:
-        lengths = np.loadtxt(config.lengths, delimiter=",", ndmin=2)
-    except (OSError, ValueError) as error:
-        raise InputError(config.lengths, "a CSV matrix of numbers without a header", str(error)) from error
-    if lengths.shape != (count, count):
-        raise InputError(config.lengths, f"{count} x {count} lengths", f"{lengths.shape[0]} x {lengths.shape[1]}")
-    shortest = lengths[connectome.adjacency > 0].min()
+    square = read_square(config.lengths, notes)
+    lengths = order_by_name(square, connectome.regions, config.lengths, "lengths")
+    mirrored = mirror_triangle(lengths)
+    lengths = lengths if mirrored is None else mirrored
+    is_linked = connectome.adjacency > 0
+    if not np.isfinite(lengths[is_linked]).all():
+        raise InputError(config.lengths, "a length wherever regions are connected", "an empty cell")
+    shortest = lengths[is_linked].min()
     if not shortest > STEP:
         raise InputError(config.lengths, f"lengths above {STEP:g} mm where regions are connected", f"{shortest:g}")
     if columns["size"].min() <= 0:
         raise InputError(config.file or "map", "positive sizes", f"{columns['size'].min():g}")
-    zeros = np.zeros(count)
-    synthesis, clearance = columns.get("synthesis", zeros), columns.get("clearance", zeros)
+    synthesis, clearance = (_z_score(columns.get(name, np.zeros(count))) for name in ("synthesis", "clearance"))
     adjacency, lengths, sizes, synthesis, clearance = (
         jnp.asarray(array, jnp.float32)
         for array in (connectome.adjacency, lengths, columns["size"], synthesis, clearance)
     )
     return make_agent_graph(adjacency, lengths, sizes, synthesis, clearance)
+
+
+def _z_score(values: np.ndarray) -> np.ndarray:
+    """Standardise over regions (n - 1), as the released simulator does with what it is given."""
+    deviation = values.std(ddof=1)
+    return (values - values.mean()) / deviation if deviation > 0 else np.zeros_like(values)
 
 
 def _fit_mixture(

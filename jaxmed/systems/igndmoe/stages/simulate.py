@@ -14,7 +14,7 @@ from jaxmed.io.tables import write_table
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
 from jaxmed.systems.igndmoe.options import ATTRIBUTION, FitConfig
-from jaxmed.systems.igndmoe.reading import ConnectomeConfig, find_regions, read_connectome
+from jaxmed.systems.igndmoe.reading import ConnectomeDataConfig, find_regions, read_connectome
 from jaxmed.systems.igndmoe.recovery import Planted, plant_on, stage_curve
 from jaxmed.systems.igndmoe.simulate_page import write_page
 from jaxmed.train.log import Log
@@ -57,7 +57,7 @@ class Config:
 
     Attributes:
         connectome: CSV file of a connectome; without it one is drawn on random points in two hemispheres.
-        graph: What is done to the connectome as read.
+        data: How the connectome is read.
         seeds: Regions where the disease starts; the first of each hemisphere on an embedded connectome.
         regions: Of the embedded connectome.
         density: Share of possible edges of the embedded connectome.
@@ -67,7 +67,7 @@ class Config:
     """
 
     connectome: Path | None = None
-    graph: ConnectomeConfig = dataclasses.field(default_factory=ConnectomeConfig)
+    data: ConnectomeDataConfig = dataclasses.field(default_factory=ConnectomeDataConfig)
     seeds: tuple[str, ...] = ()
     regions: int = 68
     density: float = 0.25
@@ -102,7 +102,7 @@ def run(config: Config, folder: RunFolder) -> None:
         seeds = tuple(regions.index(name) for name in config.seeds if name in regions)
         seeds = seeds or (0, (config.regions + 1) // 2)
     else:
-        connectome = read_connectome(config.connectome, config.graph, notes)
+        connectome = read_connectome(config.connectome, config.data.graph, notes)
         regions, adjacency = connectome.regions, connectome.adjacency
         seeds = find_regions(config.seeds, connectome)
     start(folder)
