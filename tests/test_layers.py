@@ -34,6 +34,7 @@ HOMES = {
     "matplotlib": {"report"},
     "tyro": {"cli.py"},
     "blackjax": {"systems/noddi/posterior.py"},
+    "mctx": {"rl/search.py"},
     "torch": set(),
 }
 

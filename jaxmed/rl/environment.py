@@ -207,7 +207,7 @@ def _mark_both(
         marked = _above_percentile(game.fraction, action), jnp.clip(rival, 0, 1) != 0
     else:
         marked = (mark_flips(game, shape, chosen) for chosen in (action, rival))
-    flips, rival_flips = (_spread(game.blocks(shape), each).reshape(len(each), -1) for each in marked)
+    flips, rival_flips = (spread_blocks(game.blocks(shape), each).reshape(len(each), -1) for each in marked)
     return flips, rival_flips
 
 
@@ -241,7 +241,7 @@ def update_best(best: Best, state: State) -> Best:
     winner = jnp.argmax(values, axis=1)
     value = jnp.take_along_axis(values, winner[:, None], axis=1)[:, 0]
     is_better = value > best.value
-    mask = jnp.where(_broadcast(is_better, best.mask), state.mask[winner], best.mask)
+    mask = jnp.where(expand_like(is_better, best.mask), state.mask[winner], best.mask)
     return Best(mask, jnp.where(is_better, value, best.value))
 
 
@@ -257,12 +257,14 @@ def _above_percentile(fraction: float, action: Float[Array, "game *grid"]) -> Bo
     return (clipped >= threshold[:, None]).reshape(action.shape)
 
 
-def _spread(edges: tuple[int, ...], grid: Bool[Array, "game *grid"]) -> Bool[Array, "game *shape"]:
+def spread_blocks(edges: tuple[int, ...], grid: Bool[Array, "game *grid"]) -> Bool[Array, "game *shape"]:
+    """Return a mask of voxels from one of super-pixels with these edges."""
     for axis, edge in enumerate(edges, start=1):
         if edge > 1:
             grid = jnp.repeat(grid, edge, axis=axis)
     return grid
 
 
-def _broadcast(flag: Bool[Array, " game"], mask: Bool[Array, "game *shape"]) -> Bool[Array, "game ..."]:
+def expand_like(flag: Bool[Array, " game"], mask: Bool[Array, "game *shape"]) -> Bool[Array, "game ..."]:
+    """Give a flag of each game as many axes as a mask has."""
     return flag.reshape(-1, *(1,) * (mask.ndim - 1))

@@ -260,13 +260,13 @@ def _rollout(
             game, action, own_rival, chance.log_prob(parameters, action), chance.log_prob(own, own_rival), value,
             reward, is_done, final, info.is_won,
         )  # fmt: skip
-        return (_restart(cases, after, is_done, image_key), environment.update_best(best, after)), record
+        return (restart(cases, after, is_done, image_key), environment.update_best(best, after)), record
 
     (game, best), records = jax.lax.scan(advance, (state.game, state.best), jax.random.split(step_key, config.steps))
     return game, best, records
 
 
-def _restart(cases: Cases, game: environment.State, is_done: Bool[Array, " game"], key: KeyArray) -> environment.State:
+def restart(cases: Cases, game: environment.State, is_done: Bool[Array, " game"], key: KeyArray) -> environment.State:
     """Begin the games that were cut anew, on images drawn at random."""
     fresh = environment.reset(cases, jax.random.randint(key, is_done.shape, 0, len(cases.images)))
 
@@ -312,7 +312,7 @@ def _propose(
         proposals = (policy.distribution.sample(key, blank) for key in (own_key, rival_key))
         after, reward, is_done, info = environment.step(config.game, judge, game, *proposals)
         best = environment.update_best(best, after)
-        return (_restart(cases, after, is_done, image_key), best), (reward, info.is_won)
+        return (restart(cases, after, is_done, image_key), best), (reward, info.is_won)
 
     start = (state.game, state.best)
     (game, best), (reward, is_won) = jax.lax.scan(advance, start, jax.random.split(key, config.steps))

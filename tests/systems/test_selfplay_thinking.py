@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import scipy.special
 
+from jaxmed.errors import InputError
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.search import SearchConfig
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems import selfplay
 from jaxmed.systems.selfplay import system_one
@@ -252,3 +255,17 @@ def test_the_released_players_think(system, images, rule):
     found = think(jax.random.key(1), system, images, Budget(256, patience=0), config)
     assert found.trace.steps.tolist() == [0, 128, 256] and (np.diff(found.trace.values, axis=0) >= 0).all()
     assert found.policy is not None and "mean" in found.policy
+
+
+def test_searching_a_tree_gets_somewhere_and_counts_its_simulations(system, images):
+    config = dataclasses.replace(CONFIG, mode="mcts", search=SearchConfig(simulations=4))
+    found = think(jax.random.key(1), system, images, Budget(2 * 4 * SIZE, patience=0), config)
+    assert found.trace.steps.tolist() == [0, 4 * SIZE, 8 * SIZE]
+    assert (np.diff(found.trace.values, axis=0) >= 0).all() and (found.values > found.trace.values[0]).all()
+    assert found.policy is None and 0 <= found.agreement.min() <= found.agreement.max() <= 1
+
+
+def test_without_mctx_the_search_is_refused_by_name(system, images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mctx", None)
+    with pytest.raises(InputError, match="think.mode: expected the package mctx for tree search, found none installed"):
+        think(jax.random.key(1), system, images, Budget(SIZE), dataclasses.replace(CONFIG, mode="mcts"))

@@ -23,11 +23,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.models.mask_verifier import make_verifier
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
-from jaxmed.rl import selfplay
+from jaxmed.rl import search, selfplay
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.opponents import OpponentConfig
 from jaxmed.rl.policies import Policy, make_policy
 from jaxmed.rl.ppo import SB3, PpoConfig
+from jaxmed.rl.search import SearchConfig, SearchState
 from jaxmed.rl.selfplay import Problem, SelfPlayConfig
 from jaxmed.systems.selfplay.corruption import corrupt
 from jaxmed.systems.selfplay.gradient import climb
@@ -67,8 +68,11 @@ class ThinkConfig:
 
     Attributes:
         mode: learn: self-play with a policy that learns; propose: random proposals under the same rules; grad: flip
-            what the verifier's gradient asks for.
+            what the verifier's gradient asks for; mcts: both players search a tree of flips (needs mctx, the extra
+            "search"). A step of a game costs two looks of the verifier; a step of a searched one counts as
+            `search.simulations` steps.
         play: Rules, players and learning; its mode is set by this one.
+        search: The search of mode mcts.
         policy: The network that proposes.
         prior_weight: How much System I's own evidence counts beside the verifier: the score's logit is that of D plus
             this times the log-likelihood ratio of a mask against System I's first one, per voxel of that (of the size
@@ -82,8 +86,9 @@ class ThinkConfig:
         adapt: Steps and rate of it.
     """
 
-    mode: Literal["learn", "propose", "grad"] = "learn"
+    mode: Literal["learn", "propose", "grad", "mcts"] = "learn"
     play: SelfPlayConfig = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=64, steps=64)
+    search: SearchConfig = SearchConfig()
     policy: TopkUnetConfig | GaussianMlpConfig = TopkUnetConfig()
     prior_weight: float = 3.0
     levels: tuple[float, ...] = ()
@@ -308,21 +313,27 @@ def _start(
             return (masks, flips_left), (values, masks), time.perf_counter() - began
 
         return size, advance
-    play = dataclasses.replace(config.play, mode=config.mode)
-    if play.games % len(images):
-        # Every image gets as many games as every other.
-        play = dataclasses.replace(play, games=-(-play.games // len(images)) * len(images))
-    player = player_of(config, shape)
+    # Every image gets as many games as every other.
+    play = dataclasses.replace(config.play, games=-(-config.play.games // len(images)) * len(images))
     problem = selfplay.make_problem(functools.partial(score_masks, system), judge, images, start)
-    first = _begin(play, player, key, problem, policy)
-    program = _iterate.lower(system, play, player, problem, first).compile()
+    size = play.steps_per_iteration
+    if config.mode == "mcts":
+        search.require_mctx()
+        first = search.init(key, play.games, problem)
+        program = _search.lower(system, config.search, play.game, play.steps, problem, first).compile()
+        size *= config.search.simulations
+    else:
+        play = dataclasses.replace(play, mode=config.mode)
+        player = player_of(config, shape)
+        first = _begin(play, player, key, problem, policy)
+        program = _iterate.lower(system, play, player, problem, first).compile()
 
     def play_on(state: Any) -> Any:
         began = time.perf_counter()
-        new, _ = jax.block_until_ready(program(problem, first if state is None else state))
+        new = jax.block_until_ready(program(problem, first if state is None else state))
         return new, (new.best.value, new.best.mask), time.perf_counter() - began
 
-    return play.steps_per_iteration, play_on
+    return size, play_on
 
 
 def player_of(config: ThinkConfig, shape: tuple[int, ...]) -> Policy:
@@ -346,8 +357,15 @@ def _begin(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _iterate(
     system: SystemOneConfig, play: SelfPlayConfig, player: Policy, problem: Problem, state: selfplay.State
-) -> tuple[selfplay.State, dict[str, Array]]:
-    return selfplay.iterate(play, player, functools.partial(score_masks, system), problem, state)
+) -> selfplay.State:
+    return selfplay.iterate(play, player, functools.partial(score_masks, system), problem, state)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _search(
+    system: SystemOneConfig, config: SearchConfig, game: PixelGame, steps: int, problem: Problem, state: SearchState
+) -> SearchState:
+    return search.iterate(config, game, functools.partial(score_masks, system), steps, problem, state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

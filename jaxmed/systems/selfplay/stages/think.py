@@ -19,6 +19,7 @@ from jaxmed.metrics.imaging import dice
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.recipes.each_file import TABLES, Tell, each_file, write_failed
 from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.search import require_mctx
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay.data import DataConfig, read_manifest
 from jaxmed.systems.selfplay.debate import debate
@@ -111,6 +112,8 @@ def run(config: Config, folder: RunFolder) -> int:
     if config.input is None or config.weights is None:
         missing = "input" if config.input is None else "weights"
         raise InputError(missing, "images and System I", "nothing", f"give --{missing}, or try --preset smoke")
+    if config.think.mode == "mcts":
+        require_mctx()
     trained, policy = load_system_one(config.weights), None
     if config.policy_weights is not None:
         thinking, policy = load_policy(config.policy_weights, config.think, trained.frame.size)
