@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmed.contents import NEVER, START, recognise
 from jaxmed.errors import InputError
 
 # The names that `atomic_path` and a check for a writable place use for a moment, and a kill leaves behind.
@@ -36,21 +38,32 @@ WRITE_ADVICE = {
 
 LONGEST_NAME = 120
 """Bytes of a name of results: endings and suffixes follow, and file systems end at 255."""
+# Opening these may wait for ever.
+SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+# What may be unpacked at any ratio, in bytes; above, at most so many times the size of the packed file. Scans shrink to
+# a half or a tenth, and only images of almost nothing, which are small, to a hundredth and less.
+FREELY_UNPACKED = 2**31
+LARGEST_RATIO = 40
 
 
-def require_file(path: str | Path, what: str, suffixes: Sequence[str] = ()) -> Path:
+def require_file(path: str | Path, what: str, suffixes: Sequence[str] = (), kinds: Sequence[str] | None = None) -> Path:
     """Check that a file can be opened and looks like what is wanted.
+
+    Pipes, sockets and devices are refused, unopened, and so is what stands in for a file that was not fetched: a Git
+    LFS pointer, a web page.
 
     Args:
         path: The file.
         what: What it should be, for the message, such as "a NIfTI file".
         suffixes: Allowed endings in lower case; empty for any.
+        kinds: What the first bytes may say (`contents.recognise`); None for anything. Content that is not recognised
+            passes: its reader will tell.
 
     Returns:
         The same path.
 
     Raises:
-        InputError: When it is missing, a folder, of another suffix, empty or not readable.
+        InputError: When it is missing, no regular file, of another suffix or content, empty or not readable.
     """
     path = Path(path)
     try:
@@ -61,13 +74,53 @@ def require_file(path: str | Path, what: str, suffixes: Sequence[str] = ()) -> P
         if suffixes and not path.name.lower().endswith(tuple(suffixes)):
             found = f"the suffix '{path.suffix}'"
             raise InputError(path, what, found, f"use one of {', '.join(suffixes)}")
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            found = SPECIAL.get(stat.S_IFMT(status.st_mode), "no regular file")
+            raise InputError(path, what, found, "write its content to a file, and name that")
+        if status.st_size == 0:
             raise InputError(path, what, "an empty file", "copy or make it again")
-        with path.open("rb"):
-            pass
+        with path.open("rb") as file:
+            content = recognise(file.read(START))
     except OSError as error:
         raise InputError(path, f"{what} that can be read", _reason(error)) from error
+    if content is not None and content.kind in (NEVER if kinds is None else {content.kind} - set(kinds)):
+        raise InputError(path, what, content.name, content.advice)
     return path
+
+
+def require_room(path: str | Path, num_bytes: int, packed: int | None = None) -> None:
+    """Refuse what a file claims to hold, before memory is taken for it.
+
+    Args:
+        path: The file.
+        num_bytes: Of its content, as its header says.
+        packed: Bytes of the compressed content; None where it is stored as it is.
+
+    Raises:
+        InputError: It is more than the machine's memory, or grows more than `LARGEST_RATIO` times beyond 2 GiB.
+    """
+    if packed is not None and num_bytes > max(FREELY_UNPACKED, LARGEST_RATIO * packed):
+        limit = f"at most {_size(FREELY_UNPACKED)}, or {LARGEST_RATIO} times the size of the file"
+        found = f"{_size(num_bytes)} packed into {_size(packed)}"
+        raise InputError(path, f"{limit}, when unpacked", found, "unpack it yourself if it is what it should be")
+    memory = _memory()
+    if memory is not None and num_bytes > memory:
+        expected = f"data that fit into this machine's memory of {_size(memory)}"
+        raise InputError(path, expected, _size(num_bytes), "cut it, or use a larger machine")
+
+
+def _memory() -> int | None:
+    """Return the bytes of the machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _size(num_bytes: float) -> str:
+    power = min(max(int(num_bytes).bit_length() - 1, 0) // 10, 4)
+    return f"{num_bytes / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 @contextlib.contextmanager
@@ -179,9 +232,9 @@ def _fold(name: str) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8, wholly or not at all."""
+    """Write a text as UTF-8, wholly or not at all; bytes of file names that are no UTF-8 are written as codes."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def write_json(path: str | Path, record: object) -> None:

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.core
 
 PACKAGE = Path(__file__).resolve().parents[1] / "jaxmed"
 ROWS = [
-    {"errors", "files", "volume", "versions"},
+    {"errors", "contents", "files", "volume", "versions"},
     {"arrays", "io", "config"},
     {"nn", "physics", "solvers", "metrics"},
     {"models", "synthesis"},
