@@ -9,6 +9,14 @@ from jaxtyping import Float, Float64, Shaped
 
 from jaxmed.errors import InputError
 
+# Beyond these no scanner measures: what is larger stands for "no value" (-3.4e38, -1e30, 9.97e36, the ends of int32),
+# and squares of what is smaller leave single precision.
+LARGEST_INTENSITY = 1e9
+SMALLEST_INTENSITY = 1e-15
+GRID_TOLERANCE = 0.01
+"""Distance in voxels, of the smallest edge, between equal corners of two grids that are one: float32 and quaternions
+round by less than a thousandth, numbers written with four decimals by some thousandths."""
+
 
 class Grid(NamedTuple):
     """Where voxels stand.
@@ -96,15 +104,14 @@ def check_affine(affine: Float[np.ndarray, "4 4"], where: str) -> None:
         )
 
 
-def require_same_grid(a: Volume | Grid, b: Volume | Grid, name_a: str, name_b: str, tolerance: float = 1e-3) -> None:
-    """Refuse two volumes that are not sampled at the same points.
+def require_same_grid(a: Volume | Grid, b: Volume | Grid, name_a: str, name_b: str) -> None:
+    """Refuse two volumes that are not sampled at the same points, up to `GRID_TOLERANCE` of a voxel.
 
     Args:
         a: The volume to check.
         b: The volume it has to match.
         name_a: File or field of `a`.
         name_b: File or field of `b`.
-        tolerance: Largest distance allowed between equal corners, in mm.
 
     Raises:
         InputError: When shapes differ, or a corner voxel lies elsewhere.
@@ -113,9 +120,15 @@ def require_same_grid(a: Volume | Grid, b: Volume | Grid, name_a: str, name_b: s
     advice = "resample one onto the other first"
     if a.shape != b.shape:
         raise InputError(name_a, f"the shape of {name_b}, {b.shape}", f"{a.shape}", advice)
-    distance = corner_distance(a, b)
-    if not distance <= tolerance:
-        raise InputError(name_a, f"the grid of {name_b}", f"an affine that differs by {distance:.3g} mm", advice)
+    if not is_same_grid(a, b):
+        limit = GRID_TOLERANCE * min(affine_spacing(b.affine))
+        found = f"an affine that differs by {corner_distance(a, b):.3g} mm"
+        raise InputError(name_a, f"the grid of {name_b}, to {limit:.2g} mm", found, advice)
+
+
+def is_same_grid(a: Grid, b: Grid) -> bool:
+    """Return whether two grids of one shape are one, up to `GRID_TOLERANCE` of the smallest edge of a voxel."""
+    return corner_distance(a, b) <= GRID_TOLERANCE * min(affine_spacing(b.affine))
 
 
 def corner_distance(a: Grid, b: Grid) -> float:
@@ -123,3 +136,56 @@ def corner_distance(a: Grid, b: Grid) -> float:
     corners = np.array([*itertools.product(*((0, n - 1) for n in a.shape))], float)
     difference = a.affine - b.affine
     return float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
+
+
+def require_intensities(
+    array: Shaped[np.ndarray, "..."], where: object, *, fill: float | None = None, allow_missing: bool = False
+) -> Shaped[np.ndarray, "..."]:
+    """Refuse intensities that are none: NaN, Inf, and beyond `LARGEST_INTENSITY`.
+
+    Args:
+        array: Floating point.
+        where: The file, for messages.
+        fill: What takes their place; None refuses them.
+        allow_missing: Whether some voxels may be without a value; all of them come as NaN.
+
+    Returns:
+        The array; a copy where voxels were replaced.
+
+    Raises:
+        InputError: Some voxels (with `allow_missing`, all, or more than half of what is not 0) have no value, or the
+            largest is so small that its square is 0.
+    """
+    # NaN shows in both ends, and the rule below holds for none of its comparisons.
+    with np.errstate(invalid="ignore"):
+        low, high = float(array.min()), float(array.max())
+        if -LARGEST_INTENSITY <= low and high <= LARGEST_INTENSITY:
+            _require_size(max(-low, high), where)
+            return array
+        has_value = np.abs(array) <= LARGEST_INTENSITY
+    finite = np.isfinite(array)
+    bad = array.size - int(finite.sum())
+    absurd = array[finite & ~has_value]
+    is_scaled = absurd.size > 0 and (
+        not has_value.any() or (allow_missing and 2 * absurd.size > np.count_nonzero(array))
+    )
+    if is_scaled:
+        expected = f"intensities of at most {LARGEST_INTENSITY:g} in size"
+        found = f"{absurd.size} voxels of {array.size} beyond, such as {absurd[0]:.3g}"
+        raise InputError(where, expected, found, "divide the intensities by a power of ten")
+    if has_value.any() and (fill is not None or allow_missing):
+        result = np.where(has_value, array, array.dtype.type(np.nan if fill is None else fill))
+        _require_size(float(np.nanmax(np.abs(result))), where)
+        return result
+    if absurd.size:
+        expected = f"intensities of at most {LARGEST_INTENSITY:g} in size"
+        found = f"{absurd.size} voxels of {array.size} beyond, such as {absurd[0]:.3g} (a fill value?)"
+        raise InputError(where, expected, found, "replace them with --fill VALUE")
+    found = f"{bad} NaN or Inf voxels of {array.size}"
+    raise InputError(where, "finite voxels", found, "repair them, or replace them with --fill VALUE")
+
+
+def _require_size(largest: float, where: object) -> None:
+    if 0 < largest < SMALLEST_INTENSITY:
+        expected = f"a largest intensity above {SMALLEST_INTENSITY:g} in size"
+        raise InputError(where, expected, f"{largest:.3g}", "multiply the intensities by a power of ten")

@@ -3,14 +3,18 @@
 import errno
 import itertools
 import json
+import os
 import pickle
+import socket
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxmed import files
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, require_file, unique_names, write_json, write_text
+from jaxmed.files import atomic_path, require_file, require_room, unique_names, write_json, write_text
 from jaxmed.volume import Volume, require_same_grid
 
 pytestmark = pytest.mark.core
@@ -84,6 +88,42 @@ def test_unusable_files_are_told(tmp_path, name, found):
         require_file(tmp_path / name, "a NIfTI file", (".nii",))
 
 
+@pytest.mark.parametrize(("kind", "found"), [("pipe", "a named pipe"), ("socket", "a socket"), ("device", "a device")])
+def test_what_is_no_regular_file_is_told_unopened(tmp_path, monkeypatch, kind, found):
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    path = Path("a.nii")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=f"a.nii: expected a NIfTI file, found {found}; write its content to a file"):
+        require_file(path, "a NIfTI file", (".nii",))
+
+
+def test_claims_of_a_header_are_held_against_memory_and_the_packed_size(monkeypatch):
+    monkeypatch.setattr(files, "_memory", lambda: 2**34)
+    require_room("a.nii", 2**34)
+    with pytest.raises(
+        InputError, match="a.nii: expected data that fit into this machine's memory of 16 GiB, found 2 TiB"
+    ):
+        require_room("a.nii", 2**41)
+    require_room("a.nii.gz", 2**31, 10)  # small ones at any ratio
+    require_room("a.nii.gz", 2**33, 2**28)
+    with pytest.raises(InputError, match=r"expected at most 2 GiB, or 40 times .*, found 8 GiB packed into 8 MiB;"):
+        require_room("a.nii.gz", 2**33, 2**23)
+
+
+def test_file_names_that_are_no_utf8_can_be_written(tmp_path):
+    name = os.fsdecode(b"caf\xe9.nii")
+    write_text(tmp_path / "a.txt", name)
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == r"caf\udce9.nii"
+    write_json(tmp_path / "a.json", {"path": Path(name)})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": name}
+
+
 def test_volume_refuses_what_has_no_place():
     array = np.zeros((2, 3, 4), np.float32)
     assert Volume.make(array, np.diag([1.0, 2.0, 3.0, 1.0])).spacing == (1, 2, 3)
@@ -96,11 +136,13 @@ def test_volume_refuses_what_has_no_place():
         Volume(array, np.eye(4), (1.0, 1.0, 2.0))
 
 
-def test_grids_match_within_a_micrometre_at_the_corners():
-    a = Volume.make(np.zeros((200, 3, 4)), np.eye(4))
-    near, far = np.eye(4), np.eye(4)
-    near[0, 0] += 4e-6
-    far[0, 0] += 6e-6
+@pytest.mark.parametrize("edge", [1e-2, 1.0, 30.0])
+def test_grids_match_within_a_hundredth_of_a_voxel_at_the_corners(edge):
+    scale = np.diag([edge, edge, 4 * edge, 1])
+    a = Volume.make(np.zeros((201, 3, 4)), scale)
+    near, far = scale.copy(), scale.copy()
+    near[0, 0] += 4e-5 * edge
+    far[0, 0] += 6e-5 * edge
     require_same_grid(a, Volume.make(a.array, near), "a.nii", "b.nii")
     with pytest.raises(InputError, match="a.nii: expected the grid of b.nii"):
         require_same_grid(a, Volume.make(a.array, far), "a.nii", "b.nii")

@@ -11,7 +11,7 @@ Voxels keep their stored axis order; `arrays.grid.reorient` turns them to RAS.
 import gzip
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -21,25 +21,34 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 from numpy.typing import DTypeLike
 
+from jaxmed.contents import START, recognise
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, require_file
+from jaxmed.files import atomic_path, require_file, require_room
 from jaxmed.volume import (
     Grid,
     Volume,
     affine_shear,
     affine_spacing,
     check_affine,
-    corner_distance,
+    is_same_grid,
+    require_intensities,
     require_same_grid,
 )
 
 SUFFIXES = (".nii", ".nii.gz")
 SHEAR_TOLERANCE = 1e-3
-FORM_TOLERANCE = 1e-2  # mm at the corners; the qform's float32 quaternion alone costs about 1e-4
 MILLIMETRES = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # by the code in xyzt_units
 WRITABLE = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4")
 # Deflate cannot do better, so a header that promises more is wrong before anything is unpacked.
 LARGEST_GZIP_RATIO = 1032
+# Some bytes after the last voxel are harmless; of more the header tells nothing.
+SPARE_BYTES = 2**28
+# By how much b^2 + c^2 + d^2 of a quaternion may exceed 1: numbers written with four decimals do.
+QUATERNION_TOLERANCE = 1e-3
+
+# How far labels may be from whole numbers: by the rounding of single precision, and by half a step of a slope.
+ROUNDING = 1e-3
+LARGEST_LABEL_STEP = 0.25
 
 Header = nib.Nifti1Header | nib.Nifti2Header
 
@@ -51,6 +60,7 @@ def read(
     allow_nonfinite: bool = False,
     allow_constant: bool = True,
     allow_shear: bool = False,
+    fill: float | None = None,
     dtype: DTypeLike = np.float32,
 ) -> Volume:
     """Read a .nii or .nii.gz file, NIfTI-1 or -2, with its intensity scaling applied.
@@ -61,15 +71,17 @@ def read(
     Args:
         path: The file.
         dimensions: Numbers of axes that are welcome after dropping; None for 3 or 4.
-        allow_nonfinite: Whether NaN and Inf may pass.
+        allow_nonfinite: Whether some voxels may be without a value: NaN, Inf, or beyond any intensity
+            (`volume.LARGEST_INTENSITY`). All of them come as NaN.
         allow_constant: Whether a volume of one single value may pass.
         allow_shear: Whether array axes may be oblique to each other.
+        fill: Value of voxels that have none; None refuses them.
         dtype: Type of the voxels; an integer type asks for whole numbers (labels).
 
     Raises:
         InputError: For whatever is wrong with the file.
     """
-    path = require_file(path, "a NIfTI file", SUFFIXES)
+    path = _require(path)
     found = _inspect(path)
     wanted = tuple(dimensions or (3, 4))
     if len(found.shape) not in wanted:
@@ -79,7 +91,6 @@ def read(
             f"{len(found.shape)}D of shape {found.shape}",
             "choose one volume or channel of it" if len(found.shape) > min(wanted) else "",
         )
-    check_affine(found.affine, str(path))
     shear = affine_shear(found.affine)
     if shear > SHEAR_TOLERANCE and not allow_shear:
         raise InputError(
@@ -90,10 +101,7 @@ def read(
         )
     array = _voxels(path, found, np.dtype(dtype))
     if array.dtype.kind == "f":
-        bad = array.size - int(np.isfinite(array).sum())
-        if bad and (not allow_nonfinite or bad == array.size):
-            found_ = f"{bad} NaN or Inf voxels of {array.size}"
-            raise InputError(path, "finite voxels", found_, "mask or repair them first")
+        array = require_intensities(array, path, fill=fill, allow_missing=allow_nonfinite)
     if not allow_constant and array.min() == array.max():
         value = array.flat[0]
         what = "all zero" if value == 0 else f"{value:g} everywhere"
@@ -109,9 +117,8 @@ def describe(path: str | Path) -> dict[str, object]:
         form ("sform", "qform" or "pixdim": where the affine came from), sform_code, qform_code,
         forms_agree (None unless both are set), shear (largest cosine between two axes).
     """
-    path = require_file(path, "a NIfTI file", SUFFIXES)
+    path = _require(path)
     found = _inspect(path)
-    check_affine(found.affine, str(path))
     codes = "".join(str(code) for code in nib.aff2axcodes(found.affine))
     return {
         "shape": found.shape,
@@ -183,6 +190,10 @@ class _Found(NamedTuple):
     forms_agree: bool | None
 
 
+def _require(path: str | Path) -> Path:
+    return require_file(path, "a NIfTI file", SUFFIXES, ("nifti", "pair", "gzip"))
+
+
 def _inspect(path: Path) -> _Found:
     header = _header(path)
     dtype = header.get_data_dtype()
@@ -199,36 +210,69 @@ def _inspect(path: Path) -> _Found:
 
 
 def _header(path: Path) -> Header:
-    with path.open("rb") as file:
-        start = file.read(544)
-    is_gzip = start[:2] == b"\x1f\x8b"
-    if is_gzip != path.name.lower().endswith(".gz"):
-        found = "a gzip file named .nii" if is_gzip else "a file that is not gzip"
-        raise InputError(path, "a NIfTI file", found, "rename it to what it is")
-    if is_gzip:
-        try:
-            with gzip.open(path) as file:
-                start = file.read(544)
-        except (EOFError, OSError, zlib.error) as error:
-            raise _damaged(path, error) from error
-    for header_class, size, magic in (
-        (nib.Nifti1Header, 348, slice(344, 348)),
-        (nib.Nifti2Header, 540, slice(4, 12)),
+    start = _start(path)
+    for header_class, size, magic, dim in (
+        (nib.Nifti1Header, 348, slice(344, 348), slice(40, 42)),
+        (nib.Nifti2Header, 540, slice(4, 12), slice(16, 24)),
     ):
-        if start[:4] not in (size.to_bytes(4, "little"), size.to_bytes(4, "big")):
+        order: Literal["little", "big"] = "little" if start[:1] != b"\0" else "big"
+        if start[:4] != size.to_bytes(4, order):
             continue
         if len(start) < size:
             raise InputError(path, "a whole NIfTI file", "one that ends in its header", "copy again")
         if start[magic][:2] != b"n+":
             advice = "convert Analyze and .hdr/.img pairs first"
             raise InputError(path, "a NIfTI file", "a header of another format", advice)
+        # By this number nibabel guesses the order of bytes, which the first four tell already.
+        axes = int.from_bytes(start[dim], order, signed=True)
+        if not 1 <= axes <= 7:
+            raise InputError(path, "1 to 7 axes (dim[0])", axes, "make the file again")
         try:
             # nibabel prints what it mends; a user should see one line or none.
             with imageglobals.LoggingOutputSuppressor():
-                return header_class(start[:size])
-        except (HeaderDataError, ValueError) as error:
+                stored = header_class(start[:size], endianness="<" if order == "little" else ">", check=False)
+                header = header_class(start[:size], stored.endianness)
+        except (HeaderDataError, ValueError, OverflowError) as error:
             raise InputError(path, "a valid NIfTI header", error, "make the file again") from error
-    raise InputError(path, "a NIfTI file", "something that is not an image", "check the path")
+        offset = float(header["vox_offset"])
+        if not (np.isfinite(offset) and offset >= header.single_vox_offset and offset == int(offset)):
+            expected = f"voxels from byte {header.single_vox_offset} on or later (vox_offset)"
+            raise InputError(path, expected, f"{offset:g}", "repair the header, or make the file again")
+        for name in ("sform_code", "qform_code"):
+            if int(stored[name]) > 0 and int(header[name]) != int(stored[name]):
+                raise InputError(path, f"an {name} from 0 to 5", int(stored[name]), "repair the header")
+        # nibabel makes voxel sizes of 0 to 1, which only says the right thing of axes of one voxel.
+        lengths = np.asarray(stored["dim"][1:4], np.int64)
+        header["pixdim"][1:4] = np.where((lengths > 1) & (stored["pixdim"][1:4] == 0), 0, header["pixdim"][1:4])
+        return header
+    found = recognise(start)
+    name, advice = (found.name, found.advice) if found else ("something that is not an image", "check the path")
+    raise InputError(path, "a NIfTI file", name, advice)
+
+
+def _start(path: Path) -> bytes:
+    """Return the first bytes of the volume, unpacked where the name says that it is packed."""
+    with path.open("rb") as file:
+        start = file.read(START)
+    is_named_gzip = path.name.lower().endswith(".gz")
+    if start[:2] == b"\x1f\x8b" and not is_named_gzip:
+        raise InputError(path, "a NIfTI file", "a gzip file named .nii", f"rename it to {path.name}.gz")
+    if start[:2] == b"\x1f\x8b":
+        try:
+            with gzip.open(path) as file:
+                start = file.read(START)
+        except (EOFError, OSError, zlib.error) as error:
+            raise _damaged(path, error) from error
+        if not start:
+            raise InputError(path, "a NIfTI file", "a gzip file of nothing", "make it again")
+        if (found := recognise(start)) is not None and found.kind != "nifti":
+            raise InputError(path, "a NIfTI file", f"{found.name} packed with gzip", found.advice)
+    elif is_named_gzip:
+        found = recognise(start)
+        name = found.name if found else "a file that is not gzip"
+        advice = f"rename it to {path.name[:-3]}" if found and found.kind == "nifti" else "check the path"
+        raise InputError(path, "a NIfTI file packed with gzip", name, advice)
+    return start
 
 
 def _check_size(path: Path, header: Header, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -243,6 +287,7 @@ def _check_size(path: Path, header: Header, shape: tuple[int, ...], dtype: np.dt
             f"{size} in a truncated file",
             "copy it again",
         )
+    require_room(path, wanted, size if is_gzip else None)
 
 
 def _place(path: Path, header: Header, shape: tuple[int, ...]) -> tuple[Float64[np.ndarray, "4 4"], str, bool | None]:
@@ -254,20 +299,41 @@ def _place(path: Path, header: Header, shape: tuple[int, ...]) -> tuple[Float64[
     qform = None
     if int(header["qform_code"]) > 0:
         try:
-            qform = header.get_qform()
+            qform = _qform(header)
         except (HeaderDataError, ValueError) as error:
             if sform is None:
                 raise InputError(path, "a valid qform", error, "repair the header") from error
     if sform is not None:
+        check_affine(np.asarray(sform, np.float64), str(path))
         agree = None
         if qform is not None:
             grids = [Grid((shape[0], shape[1], shape[2]), scale @ form) for form in (sform, qform)]
-            agree = corner_distance(*grids) < FORM_TOLERANCE
+            agree = is_same_grid(*grids)
         return scale @ np.asarray(sform, np.float64), "sform", agree
     if qform is not None:
         return scale @ np.asarray(qform, np.float64), "qform", None
     spacing = np.abs(header["pixdim"][1:4].astype(np.float64))
+    if not (np.isfinite(spacing).all() and spacing.min() > 0):
+        advice = "repair the header: it has neither an sform nor a qform"
+        raise InputError(path, "voxel sizes above 0 (pixdim)", spacing.tolist(), advice)
     return scale @ np.diag([*spacing, 1.0]), "pixdim", None
+
+
+def _qform(header: Header) -> Float64[np.ndarray, "4 4"]:
+    """Return the affine of the qform; a quaternion that is too long by rounding is shortened, as nifti_clib does."""
+    names = ("quatern_b", "quatern_c", "quatern_d")
+    numbers = np.array([float(header[name]) for name in (*names, "qoffset_x", "qoffset_y", "qoffset_z")])
+    spacing = header["pixdim"][1:4]
+    if not (np.isfinite([*numbers, *spacing]).all() and spacing.min() > 0):
+        raise ValueError("a quaternion, offsets and voxel sizes of which one is not finite, or a size that is 0")
+    squared = float(np.sum(numbers[:3] ** 2))
+    if squared > 1 + QUATERNION_TOLERANCE:
+        raise ValueError(f"b^2 + c^2 + d^2 = {squared:g} of its quaternion, which is at most 1")
+    if squared > 1:
+        header = header.copy()
+        for name, value in zip(names, numbers[:3] / np.sqrt(squared) * (1 - 1e-7), strict=True):
+            header[name] = value
+    return np.asarray(header.get_qform(), np.float64)
 
 
 def _voxels(path: Path, found: _Found, dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
@@ -276,9 +342,7 @@ def _voxels(path: Path, found: _Found, dtype: np.dtype) -> Shaped[np.ndarray, ".
     count, offset = int(np.prod(found.shape)), header.get_data_offset()
     try:
         if path.name.lower().endswith(".gz"):
-            content = _inflate(path)
-            if len(content) < offset + count * raw_dtype.itemsize:
-                raise EOFError("the stream ends before the last voxel")
+            content = _inflate(path, offset + count * raw_dtype.itemsize)
             raw = np.frombuffer(content, raw_dtype, count, offset)
         else:
             raw = np.fromfile(path, raw_dtype, count, offset=offset)
@@ -294,25 +358,46 @@ def _voxels(path: Path, found: _Found, dtype: np.dtype) -> Shaped[np.ndarray, ".
         raw = apply_read_scaling(raw, np.float64(slope), np.float64(intercept))
     raw = raw.reshape(found.shape, order="F")
     if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        is_whole = raw.dtype.kind in "iu" or bool(np.all(raw == np.rint(raw)))
-        if not is_whole or raw.min() < limits.min or raw.max() > limits.max:
-            expected = f"whole numbers from {limits.min} to {limits.max}"
-            raise InputError(path, expected, f"values in [{raw.min():g}, {raw.max():g}]")
+        raw = _whole(path, raw, np.iinfo(dtype), abs(slope))
     with np.errstate(over="ignore"):  # beyond float32 becomes Inf, which is counted and refused
         return _row_major(raw, dtype.newbyteorder("="))
 
 
-def _inflate(path: Path) -> bytes:
-    """Unpack every member to the end of the file, so that all sums are checked and no damaged voxel passes."""
-    packed, parts = path.read_bytes(), []
-    while packed.strip(b"\0"):
-        member = zlib.decompressobj(wbits=31)  # in one call: a quarter faster than gzip.open
-        parts.append(member.decompress(packed))
-        if not member.eof:
-            raise EOFError("the stream ends before its end marker")
-        packed = member.unused_data
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def _whole(path: Path, raw: Shaped[np.ndarray, "..."], limits: np.iinfo, step: float) -> Shaped[np.ndarray, "..."]:
+    """Return labels; stored with a slope, they come back up to half a step of it, and are rounded."""
+    expected = f"whole numbers from {limits.min} to {limits.max} (labels)"
+    if raw.dtype.kind == "f":
+        if not np.isfinite(raw).all():
+            bad = raw.size - int(np.isfinite(raw).sum())
+            raise InputError(path, expected, f"{bad} NaN or Inf voxels of {raw.size}", "repair them first")
+        whole = np.rint(raw)
+        deviation = float(np.abs(raw - whole).max())
+        if deviation > min(max(step / 2 if step < 1 else 0.0, ROUNDING), LARGEST_LABEL_STEP):
+            found = f"fractions, {deviation:.2g} away from whole numbers"
+            raise InputError(path, expected, found, "give labels, not an image or probabilities")
+        raw = whole
+    if raw.min() < limits.min or raw.max() > limits.max:
+        raise InputError(path, expected, f"values in [{raw.min():g}, {raw.max():g}]")
+    return raw
+
+
+def _inflate(path: Path, wanted: int) -> bytearray:
+    """Unpack so many bytes, and read on to the end of the file: all sums are checked, and no damaged voxel passes."""
+    content = bytearray(wanted)
+    with gzip.open(path) as file:
+        filled, view = 0, memoryview(content)
+        while filled < wanted:
+            # In parts, or gzip takes as much memory again.
+            count = file.readinto(view[filled : filled + 2**24])
+            if not count:
+                raise EOFError("the stream ends before the last voxel")
+            filled += count
+        while count := len(file.read(2**20)):
+            filled += count
+            if filled > 2 * wanted + SPARE_BYTES:
+                found = f"more than {filled} when unpacked"
+                raise InputError(path, f"about {wanted} bytes, as the header says", found, "make the file again")
+    return content
 
 
 def _row_major(array: Shaped[np.ndarray, "x y ..."], dtype: np.dtype) -> Shaped[np.ndarray, "x y ..."]:
@@ -346,13 +431,13 @@ def _new_header(volume: Volume) -> Header:
     header.set_sform(volume.affine, code=1)
     header.set_qform(volume.affine, code=1, strip_shears=True)
     written = Grid(volume.grid.shape, np.asarray(header.get_qform(), np.float64))
-    if corner_distance(volume.grid, written) > FORM_TOLERANCE:
+    if not is_same_grid(written, volume.grid):
         header["qform_code"] = 0
     return header
 
 
 def _reference_header(volume: Volume, reference: Path, name: str) -> Header:
-    reference = require_file(reference, "a NIfTI file", SUFFIXES)
+    reference = _require(reference)
     found = _inspect(reference)
     x, y, z = found.shape[:3]
     require_same_grid(volume, Grid((x, y, z), found.affine), name, str(reference))

@@ -10,7 +10,7 @@ import pytest
 
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.volume import Volume
+from jaxmed.volume import Grid, Volume, require_same_grid
 
 pytestmark = pytest.mark.core
 
@@ -211,7 +211,7 @@ def test_wrong_files_are_told_what_is_wrong(tmp_path, array):
         with pytest.raises(InputError, match=words):
             nifti.read(files[name])
     assert nifti.read(files["shear.nii"], allow_shear=True).array.shape == (5, 6, 7)
-    assert np.isnan(nifti.read(files["nonfinite.nii"], allow_nonfinite=True).array).sum() == 1
+    assert np.isnan(nifti.read(files["nonfinite.nii"], allow_nonfinite=True).array).sum() == 2
 
 
 def test_dimensions_are_checked_before_voxels_are_read(tmp_path):
@@ -321,3 +321,187 @@ def test_unwritable_volumes_are_refused(tmp_path, array):
         nifti.write(tmp_path / "a.nii", Volume.make(array * 1j, np.eye(4)))
     with pytest.raises(InputError, match="NIfTI file name"):
         nifti.write(tmp_path / "a.img", Volume.make(array, np.eye(4)))
+
+
+# Every number of a header, by where it stands in NIfTI-1 and NIfTI-2.
+PLACES = {
+    "dim0": (40, "i2", 16, "i8"), "dim1": (42, "i2", 24, "i8"), "dim4": (48, "i2", 48, "i8"),
+    "datatype": (70, "i2", 12, "i2"), "bitpix": (72, "i2", 14, "i2"), "qfac": (76, "f4", 104, "f8"),
+    "pixdim1": (80, "f4", 112, "f8"), "pixdim4": (92, "f4", 136, "f8"), "vox_offset": (108, "f4", 168, "i8"),
+    "scl_slope": (112, "f4", 176, "f8"), "scl_inter": (116, "f4", 184, "f8"), "cal_max": (124, "f4", 192, "f8"),
+    "toffset": (136, "f4", 216, "f8"), "qform_code": (252, "i2", 344, "i4"), "sform_code": (254, "i2", 348, "i4"),
+    "quatern_b": (256, "f4", 352, "f8"), "qoffset_x": (268, "f4", 376, "f8"), "srow_x0": (280, "f4", 400, "f8"),
+    "srow_z3": (324, "f4", 520, "f8"), "xyzt_units": (123, "u1", 500, "i4"), "intent_code": (68, "i2", 504, "i4"),
+}  # fmt: skip
+VALUES = (0, -1, 8, 0.5, 1e30, np.nan, np.inf, -np.inf)
+
+
+def patched(array, kind, code, order, name, value, affine=OBLIQUE):
+    image = kind(array, affine, kind.header_class(endianness=order))
+    image.header["qform_code"], image.header["sform_code"] = {"q": (1, 0), "s": (0, 1), "p": (0, 0)}[code]
+    content = bytearray(image.header.binaryblock + b"\0" * 4 + array.astype(order + "f4").tobytes(order="F"))
+    magic, offset = ((344, b"n+1\0"), 352) if kind is nib.Nifti1Image else ((4, b"n+2\0"), 544)
+    content[magic[0] : magic[0] + 4] = magic[1]
+    places = {key: place[:2] if kind is nib.Nifti1Image else place[2:] for key, place in PLACES.items()}
+    for key, number in (("vox_offset", offset), (name, value)):
+        place, dtype = places[key]
+        with np.errstate(all="ignore"):
+            number = (
+                np.clip(np.nan_to_num(number, posinf=1e9), -128, 127) if dtype[0] in "iu" and key == name else number
+            )
+            data = np.array(number, order + dtype).tobytes()
+        content[place : place + len(data)] = data
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("code", "sqp")
+def test_whatever_a_number_of_the_header_is_the_voxels_are_right_or_it_is_told(tmp_path, array, kind, order, code):
+    path, again, read = tmp_path / "a.nii", tmp_path / "b.nii.gz", 0
+    for name in PLACES:
+        for value in VALUES:
+            path.write_bytes(patched(array, kind, code, order, name, value))
+            try:
+                volume = nifti.read(path)
+            except InputError as error:
+                assert str(error).startswith(f"{path}: expected ") and "\n" not in str(error)
+                continue
+            read += 1
+            if name not in ("scl_slope", "scl_inter", "dim1"):
+                np.testing.assert_array_equal(volume.array, array, err_msg=f"{name} {value}")
+            assert np.isfinite(volume.array).all() and np.isfinite(volume.spacing).all()
+            nifti.write(again, volume, reference=path)
+            np.testing.assert_array_equal(nifti.read(again).affine, volume.affine)
+    assert read > len(PLACES) * len(VALUES) / 3
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("vox_offset", np.nan, "voxels from byte 352 on"), ("vox_offset", np.inf, "voxels from byte 352 on"),
+        ("vox_offset", 0, "voxels from byte"), ("vox_offset", -16, "voxels from byte|valid NIfTI header"),
+        ("dim0", 0, "1 to 7 axes"), ("dim0", 8, "1 to 7 axes"), ("dim0", -3, "1 to 7 axes"),
+        ("dim1", -5, "at least one voxel"), ("pixdim1", np.nan, r"voxel sizes above 0 \(pixdim\)"),
+        ("pixdim1", np.inf, r"voxel sizes above 0 \(pixdim\)"), ("pixdim1", 0, r"voxel sizes above 0 \(pixdim\)"),
+    ],
+)  # fmt: skip
+def test_impossible_numbers_of_the_header_are_named(tmp_path, array, kind, name, value, words):
+    if kind is nib.Nifti2Image and name == "vox_offset" and not np.isfinite(value):
+        pytest.skip("NIfTI-2 has a whole number there")
+    (tmp_path / "a.nii").write_bytes(patched(array, kind, "p", "<", name, value))
+    with pytest.raises(InputError, match=words):
+        nifti.read(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("excess", [0, 1e-7, 5e-7, 1e-5, 5e-4])
+def test_quaternions_longer_than_one_by_rounding_are_read(tmp_path, array, excess):
+    turn = np.array([0.6, 0.64, 0.48])  # of length 1 without a fourth part: half a turn
+    content = bytearray(patched(array, nib.Nifti1Image, "q", "<", "qfac", 1))
+    content[80:92] = np.array([0.7, 0.8, 2.5], "<f4").tobytes()
+    content[256:268] = (turn * np.sqrt(1 + excess)).astype("<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    expected = (2 * np.outer(turn, turn) - np.eye(3)) @ np.diag([0.7, 0.8, 2.5])
+    np.testing.assert_allclose(nifti.read(tmp_path / "a.nii").affine[:3, :3], expected, atol=2e-3)
+    content[256:268] = (turn * 1.1).astype("<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(InputError, match="expected a valid qform, found .* which is at most 1; repair the header"):
+        nifti.read(tmp_path / "a.nii")
+
+
+def test_a_mask_with_the_qform_alone_lies_on_the_grid_of_its_scan(tmp_path):
+    generator = np.random.default_rng(0)
+    scan, mask = nib.Nifti1Image(np.zeros((200, 220, 180), np.uint8), None), nib.Nifti1Header()
+    for _ in range(100):
+        turn = nib.eulerangles.euler2mat(*generator.uniform(-np.pi, np.pi, 3)) @ np.diag([1, -1, 1.2])
+        affine = nib.affines.from_matvec(turn, generator.uniform(-100, 100, 3)).astype(np.float32).astype(float)
+        mask.set_data_shape(scan.shape)
+        mask.set_qform(affine, 1)
+        require_same_grid(Grid(scan.shape, mask.get_qform()), Grid(scan.shape, affine), "mask", "scan")
+
+
+def test_gzip_of_many_members_is_read_as_it_streams(tmp_path, array):
+    content = save(tmp_path / "a.nii", np.tile(array, (8, 8, 8))).read_bytes()
+    cut = [content[start : start + 100] for start in range(0, len(content), 100)]
+    (tmp_path / "a.nii.gz").write_bytes(b"".join(gzip.compress(part, 1) for part in cut) + bytes(512))
+    np.testing.assert_array_equal(nifti.read(tmp_path / "a.nii.gz").array, nifti.read(tmp_path / "a.nii").array)
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(content) + b"garbage")
+    with pytest.raises(InputError, match="a damaged one"):
+        nifti.read(tmp_path / "b.nii.gz")
+
+
+def test_what_a_file_claims_is_bounded_before_it_is_unpacked(tmp_path, array, monkeypatch):
+    content = save(tmp_path / "a.nii", array).read_bytes()
+    monkeypatch.setattr(nifti, "SPARE_BYTES", 1000)
+    (tmp_path / "tail.nii.gz").write_bytes(gzip.compress(content + bytes(100)))
+    np.testing.assert_array_equal(nifti.read(tmp_path / "tail.nii.gz").array, array)
+    (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(content + bytes(10**7)))
+    with pytest.raises(InputError, match="bomb.nii.gz: expected about 1192 bytes, as the header says, found more than"):
+        nifti.read(tmp_path / "bomb.nii.gz")
+    for name, size, edge in (("claim.nii.gz", 2**25, 1500), ("sparse.nii", 2**43, 10_000)):
+        claim = content[:42] + np.array([edge] * 3, "i2").tobytes() + content[48:]
+        with (tmp_path / name).open("wb") as file:  # what follows takes no room on the disk
+            file.write(gzip.compress(claim) if name.endswith(".gz") else claim)
+            file.truncate(size)
+    with pytest.raises(InputError, match="expected at most 2 GiB, or 40 times .*, found 12.57 GiB packed into 32 MiB"):
+        nifti.read(tmp_path / "claim.nii.gz")
+    with pytest.raises(InputError, match="fit into this machine's memory"):
+        nifti.read(tmp_path / "sparse.nii")
+
+
+@pytest.mark.parametrize("fill", [np.finfo(np.float32).min, -1e30, 1e20, 9.97e36, -(2.0**31), np.nan, np.inf])
+def test_fill_values_are_refused_or_replaced(tmp_path, array, fill):
+    bad = array.copy()
+    bad[:, :2, :2] = fill
+    path = save(tmp_path / "a.nii", bad)
+    with pytest.raises(InputError, match=r"a\.nii: expected .*20 .*of 210.*; .*--fill VALUE"):
+        nifti.read(path)
+    expected = array.copy()
+    expected[:, :2, :2] = -1000
+    np.testing.assert_array_equal(nifti.read(path, fill=-1000).array, expected)
+    assert np.isnan(nifti.read(path, allow_nonfinite=True).array).sum() == 20
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64, np.float64])
+def test_ends_of_integers_are_fill_values_too(tmp_path, dtype):
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    array[0, 0, 0] = np.iinfo(dtype).max if np.dtype(dtype).kind in "iu" else 1e200
+    with pytest.raises(InputError, match="--fill VALUE"):
+        nifti.read(save(tmp_path / "a.nii", array))
+    array[0, 0, 0] = 99
+    np.testing.assert_array_equal(nifti.read(save(tmp_path / "b.nii", array)).array, array)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e12, 1e-20, 1e-42])
+def test_intensities_out_of_all_proportion_are_told(tmp_path, array, scale):
+    path = save(tmp_path / "a.nii", np.abs(array) * np.float32(scale))
+    for options in ({}, {"allow_nonfinite": True}):
+        with pytest.raises(InputError, match=r"a\.nii: expected .*(power of ten|--fill)"):
+            nifti.read(path, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8])
+@pytest.mark.parametrize("largest", [40, 530, 2035])
+def test_labels_stored_with_a_slope_are_read(tmp_path, dtype, largest):
+    labels = np.random.default_rng(0).integers(0, largest + 1, (6, 7, 8))
+    labels[0, 0, :2] = 0, largest
+    if np.iinfo(dtype).max < largest:
+        return
+    image = nib.Nifti1Image(labels.astype(np.float64), OBLIQUE)
+    image.header.set_data_dtype(dtype)
+    image.to_filename(tmp_path / "a.nii")
+    assert nib.load(tmp_path / "a.nii").dataobj.slope != 1
+    np.testing.assert_array_equal(nifti.read(tmp_path / "a.nii", dtype=np.int32).array, labels)
+
+
+def test_fractions_are_no_labels_and_the_message_says_so(tmp_path, array):
+    for name, wrong in (("image", array * 500), ("probability", np.abs(array) % 1), ("half", np.round(array) + 0.5)):
+        image = nib.Nifti1Image(wrong.astype(np.float64), OBLIQUE)
+        image.header.set_data_dtype(np.int16)
+        image.to_filename(tmp_path / f"{name}.nii")
+        with pytest.raises(InputError, match=r"\(labels\), found fractions, .* away from whole numbers"):
+            nifti.read(tmp_path / f"{name}.nii", dtype=np.int32)
+    array[0, 0, 0] = np.nan
+    with pytest.raises(InputError, match=r"\(labels\), found 1 NaN or Inf voxels of 210"):
+        nifti.read(save(tmp_path / "nan.nii", array), dtype=np.int32)
