@@ -1,4 +1,4 @@
-"""2D images: PNG, JPEG and TIFF through Pillow, and arrays in .npy and .npz.
+"""2D images, and masks as images: PNG, JPEG and TIFF through Pillow, and arrays in .npy and .npz.
 
 Images are stored as seen: first axis rows from the top, second axis columns from the left, then,
 for colour, red, green, blue. 8-bit and 16-bit integers are scaled to [0, 1] by 255 and 65535, bits
@@ -6,8 +6,10 @@ to 0 and 1, in every format; other integers and floating point values are kept a
 """
 
 import struct
+import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from jaxtyping import Float32, Shaped
 from PIL import Image, ImageOps
 
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, require_file
+from jaxmed.files import atomic_path, require_file, require_room
 from jaxmed.io.numpy_files import array_names, read_array, read_member
+from jaxmed.volume import require_intensities
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 ARRAY_SUFFIXES = (".npy", ".npz")
@@ -45,6 +48,7 @@ def read_image(
     key: str | None = None,
     allow_nonfinite: bool = False,
     allow_constant: bool = True,
+    fill: float | None = None,
 ) -> Float32[np.ndarray, "..."]:
     """Read a grayscale or colour image.
 
@@ -58,6 +62,7 @@ def read_image(
         key: Name of the array in an .npz file; needed when it holds several.
         allow_nonfinite: Whether NaN and Inf may pass.
         allow_constant: Whether an image of one single value may pass.
+        fill: Value of pixels that have none (NaN, Inf, beyond `volume.LARGEST_INTENSITY`); None refuses them.
 
     Returns:
         row, column for grayscale, row, column, 3 for colour, with pages before them; arrays
@@ -66,19 +71,35 @@ def read_image(
     Raises:
         InputError: For whatever is wrong with the file.
     """
-    path = require_file(path, "an image", PICTURE_SUFFIXES + ARRAY_SUFFIXES)
-    is_array = path.suffix.lower() in ARRAY_SUFFIXES
-    pixels = _read_array(path, key) if is_array else _read_picture(path)
-    if pixels.ndim not in (2, 3, 4) or pixels.size == 0:
-        raise InputError(path, "an image of 2 to 4 axes", f"shape {pixels.shape}")
+    path, pixels = _read(path, key, _pixels)
     image = _to_float(path, pixels)
-    bad = image.size - int(np.isfinite(image).sum())
-    if bad and not allow_nonfinite:
-        found = f"{bad} NaN or Inf pixels of {image.size}"
-        raise InputError(path, "finite pixels", found, "mask or repair them first")
+    if not allow_nonfinite or fill is not None:
+        image = require_intensities(image, path, fill=fill)
     if not allow_constant and image.min() == image.max():
         raise InputError(path, "an image with contrast", f"{image.flat[0]:g} everywhere")
     return image
+
+
+def read_levels(path: str | Path, *, key: str | None = None) -> Shaped[np.ndarray, "..."]:
+    """Read a mask or a label image with the values that are stored, unscaled, one per pixel.
+
+    Palettes give their numbers, or grey values where all colours in use are grey. Of pictures in two colours, black
+    gives 0 and the other 1. EXIF orientation and pages are as in `read_image`.
+
+    Args:
+        path: As in `read_image`.
+        key: As in `read_image`.
+
+    Returns:
+        row, column, with pages before them; arrays keep their axes.
+
+    Raises:
+        InputError: For whatever is wrong with the file; it is of several colours, or transparency alone tells anything.
+    """
+    path, levels = _read(path, key, _levels)
+    if levels.dtype.kind not in "biuf":
+        raise InputError(path, "real numbers", f"{levels.dtype}")
+    return levels
 
 
 def write_png(path: str | Path, image: Shaped[np.ndarray, "row column *channel"]) -> None:
@@ -110,22 +131,46 @@ def write_png(path: str | Path, image: Shaped[np.ndarray, "row column *channel"]
         Image.fromarray(np.ascontiguousarray(image)).save(temporary, format="PNG")
 
 
-def _read_picture(path: Path) -> Shaped[np.ndarray, "..."]:
+def _read(
+    path: str | Path, key: str | None, pixels_of: Callable[[Image.Image, bool], Shaped[np.ndarray, "..."]]
+) -> tuple[Path, Shaped[np.ndarray, "..."]]:
+    path = require_file(path, "an image", PICTURE_SUFFIXES + ARRAY_SUFFIXES)
+    is_array = path.suffix.lower() in ARRAY_SUFFIXES
+    kinds = ("npy", "zip") if is_array else ("png", "jpeg", "tiff")
+    require_file(path, "a NumPy file" if is_array else "a PNG, JPEG or TIFF image", kinds=kinds)
+    pixels = _read_array(path, key) if is_array else _read_picture(path, pixels_of)
+    if pixels.ndim not in (2, 3, 4) or pixels.size == 0:
+        raise InputError(path, "an image of 2 to 4 axes", f"shape {pixels.shape}")
+    return path, pixels
+
+
+def _read_picture(
+    path: Path, pixels_of: Callable[[Image.Image, bool], Shaped[np.ndarray, "..."]]
+) -> Shaped[np.ndarray, "..."]:
     try:
-        with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as picture:
+        with warnings.catch_warnings(), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as picture:
+            # Pillow warns of images that are half as large as those that it refuses.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             # Only TIFF has pages; an MPO's further pictures are previews or other views.
             count = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
-            pages = []
+            pages, size = [], 0
             for index in range(count):
                 if index:
                     picture.seek(index)
+                size += picture.width * picture.height * len(picture.getbands())
+                require_room(path, size, path.stat().st_size)
                 picture.load()
-                pages.append(_pixels(ImageOps.exif_transpose(picture), picture.format == "TIFF"))
+                pages.append(pixels_of(ImageOps.exif_transpose(picture), picture.format == "TIFF"))
     except Image.UnidentifiedImageError as error:
         advice = "check the path"
         raise InputError(path, "an image", "something that is not an image", advice) from error
     except Image.DecompressionBombError as error:
         raise InputError(path, "an image of ordinary size", error, "cut it into tiles") from error
+    except InputError:
+        raise
+    except _SeveralColours as error:
+        advice = "give a grey picture, or one of black and one colour"
+        raise InputError(path, "a mask of two values", error, advice) from error
     except DECODE_ERRORS as error:
         raise InputError(path, "a whole image", f"a damaged one ({error})", "copy again") from error
     shapes = {page.shape for page in pages}
@@ -151,6 +196,50 @@ def _pixels(picture: Image.Image, is_tiff: bool) -> Shaped[np.ndarray, "..."]:
         # Channels are cut, not converted: conversion to RGB would blend in some Pillow versions.
         return np.asarray(picture.convert("RGBA"))[..., :3]
     return np.asarray(picture.convert("RGB"))
+
+
+class _SeveralColours(Exception):
+    """A mask whose colours do not tell what is inside."""
+
+
+def _levels(picture: Image.Image, is_tiff: bool) -> Shaped[np.ndarray, "row column"]:
+    if picture.mode == "P":
+        levels = _palette_levels(picture)
+    else:
+        levels = _pixels(picture, is_tiff)
+        if levels.ndim == 3:
+            levels = _colour_levels(levels)
+    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
+        alpha = np.asarray(picture.convert("RGBA"))[..., 3]
+        if levels.min() == levels.max() and alpha.min() != alpha.max():
+            raise _SeveralColours("one colour, of which some is transparent")
+    return levels
+
+
+def _palette_levels(picture: Image.Image) -> Shaped[np.ndarray, "row column"]:
+    numbers = np.asarray(picture)
+    used = np.unique(numbers)
+    palette = np.array(picture.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    if used[-1] >= len(palette):
+        return numbers
+    colours = palette[used]
+    if (colours == colours[:, :1]).all():
+        return palette[numbers][..., 0]
+    is_black = (colours == 0).all(1)
+    if len(used) == 2 and is_black.sum() == 1:
+        return (numbers == used[~is_black][0]).astype(np.uint8)
+    return numbers
+
+
+def _colour_levels(pixels: Shaped[np.ndarray, "row column 3"]) -> Shaped[np.ndarray, "row column"]:
+    if (pixels == pixels[..., :1]).all():
+        return pixels[..., 0]
+    colours = np.unique(pixels.reshape(-1, 3), axis=0)
+    is_black = (colours == 0).all(1)
+    if len(colours) == 2 and is_black.any():
+        return (pixels != 0).any(-1).astype(np.uint8)
+    told = ", ".join(str(tuple(colour)) for colour in colours[:4].tolist())
+    raise _SeveralColours(f"{len(colours)} colours: {told}" + (", ..." if len(colours) > 4 else ""))
 
 
 def _read_array(path: Path, key: str | None) -> Shaped[np.ndarray, "..."]:

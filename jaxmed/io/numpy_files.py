@@ -9,12 +9,14 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from io import BufferedIOBase
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxmed.files import atomic_path
+from jaxmed.files import atomic_path, require_room
 
 _one_header = threading.Lock()
 # By the version of the format; version 3 is for structured types alone.
@@ -41,9 +43,12 @@ def read_array(path: Path) -> Shaped[np.ndarray, "..."]:
     Raises:
         ValueError: It is damaged, or holds Python objects.
         OSError: It cannot be read.
+        InputError: It is larger than the machine's memory.
     """
+    size = path.stat().st_size
+    require_room(path, size)
     with path.open("rb") as file:
-        return _read(file)
+        return _read(file, size)
 
 
 def array_names(path: Path) -> list[str]:
@@ -63,12 +68,17 @@ def read_member(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
         KeyError: There is no such array.
         ValueError: It is damaged, or holds Python objects.
         zipfile.BadZipFile: The archive is damaged.
+        InputError: It would grow beyond all measure when unpacked; see `files.require_room`.
     """
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-        return _read(file)
+    with zipfile.ZipFile(path) as archive:
+        found = archive.getinfo(f"{name}.npy")
+        require_room(f"{path}, array '{name}'", found.file_size, found.compress_size)
+        with archive.open(found) as file:
+            return _read(file, found.file_size)
 
 
-def _read(file) -> Shaped[np.ndarray, "..."]:
+def _read(file: BufferedIOBase | IO[bytes], size: int) -> Shaped[np.ndarray, "..."]:
+    """Read an array from the bytes of a .npy file, of which there are `size`."""
     with _one_header:
         version = np.lib.format.read_magic(file)
         if version not in _HEADERS:
@@ -77,6 +87,8 @@ def _read(file) -> Shaped[np.ndarray, "..."]:
     if dtype.hasobject:
         raise ValueError("an array of Python objects (pickled)")
     count = int(np.prod(shape, dtype=object)) if shape else 1
+    if count < 0 or count * dtype.itemsize > size:
+        raise ValueError(f"{size} bytes where shape {shape} of {dtype} needs {count * dtype.itemsize}")
     content = file.read(count * dtype.itemsize)
     if len(content) < count * dtype.itemsize:
         raise ValueError(f"{len(content)} bytes of {count * dtype.itemsize}")

@@ -363,15 +363,18 @@ def test_pictures_of_colour_and_images_as_masks_are_refused(tmp_path):
         read_scan(tmp_path / "c.png", SMALL)
     write_png(tmp_path / "g.png", texture((8, 8)))
     scan = read_scan(tmp_path / "g.png", SMALL)
-    with pytest.raises(InputError, match="a mask of two values, found"):
+    with pytest.raises(InputError, match="a mask of two values, such as 0 and 1, found the values"):
         read_truth(tmp_path / "g.png", scan, SMALL)
     with pytest.raises(InputError, match="NIfTI, or an array of item, x, y, z, for images of"):
         read_scan(tmp_path / "g.png", FrameConfig((8, 8, 8)))
     write_volume(tmp_path / "a.nii.gz", texture())
-    with pytest.raises(InputError, match="a mask of whole numbers, found fractions"):
+    with pytest.raises(
+        InputError, match=r"a mask of two values, such as 0 and 1, found the values .* in all\); cut probabilities"
+    ):
         read_truth(tmp_path / "a.nii.gz", read_scan(tmp_path / "a.nii.gz", SMALL), SMALL)
+    write_volume(tmp_path / "m.nii.gz", box_mask())
     with pytest.raises(InputError, match="1 of kind picture"):
-        read_truth(tmp_path / "a.nii.gz", scan, SMALL)
+        read_truth(tmp_path / "m.nii.gz", scan, SMALL)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Shaped
+from jaxtyping import Float32, Shaped
 
 from jaxmed.arrays.grid import reorient, resample
 from jaxmed.data.transforms import percentile_range, window
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, read_image
+from jaxmed.io.masks import read_mask
 from jaxmed.volume import Grid, Volume, require_same_grid
 
 Intensity = Literal["unit", "ct", "percentile"]
@@ -25,7 +26,6 @@ SUFFIXES = (*nifti.SUFFIXES, *PICTURE_SUFFIXES, *ARRAY_SUFFIXES)
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 # Rows of a picture run down: against y.
 PICTURE_AFFINE = np.diag([1.0, -1.0, 1.0, 1.0])
-SMEARED = (".jpg", ".jpeg")
 LEAST_SHARE = 4
 """An image has to fill this part (one in so many voxels) of a window along each axis."""
 LEAST_HU = 2.0
@@ -118,21 +118,23 @@ def load_mask(path: Path, loaded: Loaded, frame: FrameConfig, value: int | None 
         path: Of the mask: on the grid of the image, or a picture or .npy file of its shape.
         loaded: The image.
         frame: As it was loaded.
-        value: Of a NIfTI label map, which of its labels counts; None takes all above 0. Of pictures, all above half of
-            their largest value count.
+        value: Which label counts; None takes the larger of two values (`io.masks`), or all labels of a NIfTI map.
 
     Raises:
         InputError: For whatever is wrong with the file, or its grid is another.
     """
-    stored, kind = _read(path, frame, is_mask=True)
+    found, grid = read_mask(path, value=value, allow_labels=True)
+    if grid is None:
+        stored, kind = _as_volumes(found.astype(np.float32), path, frame)
+    else:
+        stored, kind = [Volume.make(found.astype(np.float32), grid.affine)], "volume"
     if kind != loaded.kind or len(stored) != len(loaded.volumes):
-        found = f"{len(stored)} of kind {kind}"
-        raise InputError(path, f"{len(loaded.volumes)} of kind {loaded.kind}, as {loaded.path}", found)
+        other = f"{len(stored)} of kind {kind}"
+        raise InputError(path, f"{len(loaded.volumes)} of kind {loaded.kind}, as {loaded.path}", other)
     masks = []
     for volume in stored:
         require_same_grid(volume.grid, loaded.grid, str(path), str(loaded.path))
-        mask = _binary(volume.array, path, kind, value)
-        moved = _resampled(reorient(Volume.make(mask.astype(np.float32), volume.affine)), frame, kind, loaded.axis)
+        moved = _resampled(reorient(volume), frame, kind, loaded.axis)
         masks.append(Volume.make(moved.array >= 0.5, moved.affine))
     return tuple(masks)
 
@@ -144,15 +146,20 @@ def planes(volumes: tuple[Volume, ...], axis: int | None) -> list[Shaped[np.ndar
     return list(np.moveaxis(volumes[0].array, axis, 0))
 
 
-def _read(path: Path, frame: FrameConfig, is_mask: bool = False) -> tuple[list[Volume], Kind]:
+def _read(path: Path, frame: FrameConfig) -> tuple[list[Volume], Kind]:
     """Read a file as volumes: a picture is a plane, and a stack of pictures a volume with the items along z."""
     if path.name.lower().endswith(nifti.SUFFIXES):
-        return [nifti.read(path, dimensions=(3,), allow_constant=is_mask)], "volume"
-    array = read_image(path, allow_constant=is_mask)
+        return [nifti.read(path, dimensions=(3,), allow_constant=False)], "volume"
+    array = read_image(path, allow_constant=False)
     is_picture = path.name.lower().endswith(PICTURE_SUFFIXES)
     if is_picture and array.ndim == 3 and array.shape[2] == 3 and np.ptp(array, axis=2).max() == 0:
         array = array[..., 0]  # grey, saved in colour
-    if is_picture and array.ndim != 2:
+    return _as_volumes(array, path, frame)
+
+
+def _as_volumes(array: Shaped[np.ndarray, "..."], path: Path, frame: FrameConfig) -> tuple[list[Volume], Kind]:
+    """Place the pixels of a picture, or the items of an array."""
+    if path.name.lower().endswith(PICTURE_SUFFIXES) and array.ndim != 2:
         raise InputError(path, "a grey picture", f"shape {array.shape}", "convert it, or split its pages")
     # In 3D a stack alone is welcome: three axes could be a stack of pictures as well.
     if array.ndim not in ((2, 3) if frame.is_sliced else (4,)):
@@ -219,22 +226,3 @@ def _check_size(loaded: Loaded, frame: FrameConfig) -> None:
         found = " x ".join(map(str, lengths))
         advice = "use a smaller --frame.size, or a finer --frame.spacing"
         raise InputError(loaded.path, f"{least} voxels or more for images of {frame.size}", found, advice)
-
-
-def _binary(array: Shaped[np.ndarray, "..."], path: Path, kind: Kind, value: int | None) -> Bool[np.ndarray, "..."]:
-    if kind != "volume":
-        if value is not None:
-            raise InputError(path, "a NIfTI label map, of which a value is asked for", f"a {kind}")
-        # Masks are stored as 0 and 1 or as 0 and 255; JPEG smears them.
-        count = len(np.unique(array))
-        if count > 2 and not path.name.lower().endswith(SMEARED):
-            raise InputError(path, "a mask of two values", f"{count} values", "give a mask, not an image")
-        return array > max(float(array.max()), 0.0) / 2
-    if (array != np.rint(array)).any():
-        raise InputError(path, "a mask of whole numbers", "fractions", "give a mask, not an image or a probability")
-    if value is None:
-        return array > 0
-    if not (array == value).any():
-        labels = ", ".join(f"{label:g}" for label in np.unique(array)[:20])
-        raise InputError(path, f"the label {value}", f"the labels {labels}")
-    return array == value
