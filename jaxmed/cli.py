@@ -80,6 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (MemoryError, RuntimeError) as error:
+        # jax raises a RuntimeError of its own when a device, or this machine, has no memory left.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "take a smaller batch, model or volume (--preset laptop or smoke), or a machine with more"
+        return _fail(
+            str(InputError("memory", "enough for this run", str(error)[:200] or "none left", advice)), arguments
+        )
     except OSError as error:
         if error.errno not in WRITE_ADVICE:
             raise
@@ -143,6 +151,7 @@ def load_stage(system: str, stage: str) -> ModuleType:
 
 def _run_stage(system: str, stage: str, arguments: list[str]) -> int:
     module = load_stage(system, stage)
+    from jaxmed.train.log import keep_speaking
     from jaxmed.train.run_folder import open_run
 
     config, options = parse_stage(module, f"jaxmed {system} {stage}", arguments)
@@ -151,7 +160,8 @@ def _run_stage(system: str, stage: str, arguments: list[str]) -> int:
     if folder.status == "complete":
         print(f"Complete already, nothing was run: {folder.report}  (--overwrite runs it again)")
         return 0
-    code = module.run(config, folder)
+    with contextlib.nullcontext() if options.quiet else keep_speaking():
+        code = module.run(config, dataclasses.replace(folder, smaller=_smaller(module, arguments)))
     print(f"Report: {folder.report}")
     return code or 0
 
@@ -220,6 +230,16 @@ def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:
 
 def _presets(module: ModuleType) -> list[str]:
     return [name for name in ("smoke", "laptop", "paper") if hasattr(module, name)]
+
+
+def _smaller(module: ModuleType, arguments: list[str]) -> str:
+    """Return the largest preset below the one in use, with what it says of itself."""
+    presets = _presets(module)
+    chosen = _take(arguments, "--preset")[1] or "paper"
+    below = presets[: presets.index(chosen)]
+    if not below:
+        return ""
+    return f"--preset {below[-1]} ({(getattr(module, below[-1]).__doc__ or '').splitlines()[0].rstrip('.')})"
 
 
 def _default(module: ModuleType, program: str, preset: str | None, stored: str | None) -> Any:

@@ -27,8 +27,9 @@ from jaxmed.nn.model import make_model
 from jaxmed.objectives.supervised import task_losses
 from jaxmed.recipes.adapt_program import Augment, Plan, make_program, make_span
 from jaxmed.recipes.probe import fit_probe
+from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import compare_arrays
-from jaxmed.train.log import Log
+from jaxmed.train.log import Log, at_work
 from jaxmed.train.loop import LoopConfig, fit, restore_best
 from jaxmed.train.mesh import MeshConfig, data_share, layout, make_mesh, shard_batch
 from jaxmed.train.optimizer import OptimizerConfig
@@ -153,7 +154,8 @@ def adapt(
         start: {"encoder": ...}, from `take_encoder` or an earlier run, and optionally {"head": ...}; what is not there
             is drawn.
     """
-    check_run(config, model, task)
+    shapes = check_run(config, model, task)
+    announce(log, "Drawing and reading the parameters", params=shapes, smaller=folder.smaller)
     config = in_steps(config, len(train))
     labelled = Labelled(transform, task, loss_weights(config, task))
     has_variants = augment is not None or config.token_keep < 1 or config.mix.is_on
@@ -170,8 +172,11 @@ def adapt(
     return found._replace(params={"encoder": encoder, **found.params})
 
 
-def check_run(config: AdaptConfig, model: ClassifierConfig, task: Task) -> None:
+def check_run(config: AdaptConfig, model: ClassifierConfig, task: Task) -> Params:
     """Check that head and weights fit the task, and batch and model the devices, before anything is written.
+
+    Returns:
+        Shapes of the parameters.
 
     Raises:
         InputError: They do not.
@@ -189,10 +194,12 @@ def check_run(config: AdaptConfig, model: ClassifierConfig, task: Task) -> None:
         raise InputError("loader.batch_size", expected, size, "change the batch size, --accumulation or --mesh.data")
     image = jax.ShapeDtypeStruct((1, *model.encoder.image_size, model.encoder.channels), np.float32)
     try:
-        layout(jax.eval_shape(make_model(Classifier(model)).init, jax.random.key(0), image), mesh, SHARDING_RULES)
+        shapes = jax.eval_shape(make_model(Classifier(model)).init, jax.random.key(0), image)
+        layout(shapes, mesh, SHARDING_RULES)
     except ValueError as error:
         expected = "a number of devices that divides heads and hidden widths"
         raise InputError("mesh.model", expected, f"{mesh.shape['model']} ({error})", "change --mesh.model") from error
+    return shapes
 
 
 def score(
@@ -317,7 +324,8 @@ def _train(
     )
     program = make_program(plan, mesh)
     span = make_span(rate.peak_lr, rate.end_lr, rate.warmup_steps, config.loop.steps)
-    state = program.create(jax.random.key(config.seed), start, span)
+    with at_work("Drawing the parameters"):
+        state = program.create(jax.random.key(config.seed), start, span)
     reading = dataclasses.replace(config.loader, seed=config.seed)
     batches = make_loader(train, transform, reading, *data_share(mesh))
     run = _head_scorer(model.head, mesh) if is_pairs else _scorer(model, mesh)

@@ -21,6 +21,7 @@ from jaxmed.errors import InputError
 from jaxmed.models.mae import FROZEN, SHARDING_RULES, Mae, MaeConfig
 from jaxmed.nn.model import Model, make_model
 from jaxmed.objectives.masked import masked_loss, masked_targets
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, data_share, layout, make_mesh, shard_batch
@@ -123,7 +124,8 @@ def pretrain(
     """
     config = in_steps(config, len(source))
     mesh = make_mesh(config.mesh)
-    check_fit(config, mesh)
+    shapes = check_fit(config, mesh)
+    announce(log, "Drawing the parameters", params=shapes, smaller=folder.smaller)
     model = make_model(Mae(config.model))
     settings = dataclasses.replace(config.optimizer, frozen=(*config.optimizer.frozen, *FROZEN))
     optimizer = make_optimizer(settings, config.loop.steps)
@@ -154,8 +156,11 @@ def pretrain(
     return state.params, pictures
 
 
-def check_fit(config: PretrainConfig, mesh: Mesh) -> None:
+def check_fit(config: PretrainConfig, mesh: Mesh) -> Params:
     """Check that the batch and the model divide over the devices, before anything is written.
+
+    Returns:
+        Shapes of the parameters.
 
     Raises:
         InputError: They do not.
@@ -170,6 +175,7 @@ def check_fit(config: PretrainConfig, mesh: Mesh) -> None:
     except ValueError as error:
         expected = "a number of devices that divides heads and hidden widths"
         raise InputError("mesh.model", expected, f"{mesh.shape['model']} ({error})", "change --mesh.model") from error
+    return shapes
 
 
 def _initialise(model: Model, config: MaeConfig, key: KeyArray, start: Params | None = None) -> Params:

@@ -1,14 +1,17 @@
 """What a run says while it works: lines, numbers and progress.
 
 Lines go to the terminal and to log.txt; numbers to metrics.jsonl, one object per line, all finite; progress is a rich
-bar on a terminal and a plain line every few seconds otherwise.
+bar on a terminal and a plain line every few seconds otherwise. While a stage runs, `keep_speaking` breaks every
+silence, whatever the stage is busy with.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +21,90 @@ from jaxmed.errors import InputError
 from jaxmed.files import write_text
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_OF_SILENCE = 8.0
+
+
+@dataclasses.dataclass
+class Work:
+    """What is being done, and since when on the monotonic clock."""
+
+    label: str
+    began: float
+
+
+class Screen:
+    """What the terminal last showed of this process, and what the process is busy with.
+
+    Attributes:
+        spoken: When something was last printed, on the monotonic clock.
+        last: The last line that was no heartbeat.
+        began: When that was printed.
+        work: What is being done, the innermost last.
+        is_silent: Nothing is to be said: another process speaks, or a bar moves by itself.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing said."""
+        self.spoken = self.began = time.monotonic()
+        self.last = ""
+        self.work: list[Work] = []
+        self.is_silent = False
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.spoken = self.began = time.monotonic()
+        self.last = text
+        print(text, file=sys.stderr, flush=True)
+
+    def heartbeat(self, now: float) -> str:
+        """Return what breaks a silence; empty while there is none."""
+        if self.is_silent or now - self.spoken < SECONDS_OF_SILENCE:
+            return ""
+        label = f"Still at work after '{self.last[:60]}'" if self.last else "Reading and checking the inputs"
+        work = ([Work(label, self.began)] + self.work)[-1]
+        return f"{work.label}: {duration(now - work.began)} so far"
+
+
+_SCREEN = Screen()  # one per process, as there is one terminal
+
+
+@contextlib.contextmanager
+def keep_speaking(seconds: float = 1.0) -> Iterator[None]:
+    """Say every few seconds what is being done and for how long, wherever the block itself says nothing.
+
+    A compiler, the first step of a large model or a reader of many files holds a stage up for minutes: a thread speaks
+    meanwhile. Its lines go to the terminal alone.
+
+    Args:
+        seconds: Between looks at the clock.
+    """
+    ended = threading.Event()
+    _SCREEN.__init__()
+
+    def watch() -> None:
+        while not ended.wait(seconds):
+            if text := _SCREEN.heartbeat(time.monotonic()):
+                _SCREEN.spoken = time.monotonic()
+                print(text, file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=watch, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def at_work(label: str) -> Iterator[Work]:
+    """Name what the block does, for the lines of `keep_speaking`; what it yields may be changed."""
+    work = Work(label, time.monotonic())
+    _SCREEN.work.append(work)
+    try:
+        yield work
+    finally:
+        _SCREEN.work.remove(work)
 
 
 class Log:
@@ -36,13 +123,14 @@ class Log:
             InputError: TensorBoard's writer is not installed.
         """
         self.folder, self.quiet, self.is_writer = folder, quiet or not is_writer, is_writer
+        _SCREEN.is_silent = _SCREEN.is_silent or not is_writer
         self._board = _open_board(folder / "tensorboard") if tensorboard and is_writer else None
         self._earlier: dict[tuple[Any, ...], dict[str, float]] | None = None
 
     def say(self, text: str) -> None:
         """Print a line and keep it with the time."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            _SCREEN.say(text)
         if not self.is_writer:
             return
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -112,7 +200,8 @@ class Log:
             done: Where a resumed run begins.
 
         Yields:
-            A function to call with the amount done so far and, if wanted, a few words to show beside it.
+            A function to call with the amount done so far and, if wanted, a few words to show beside it. Called with
+            `done` again, it starts the clock anew: compilation then counts for nothing in the rate.
         """
         if self.quiet:
             yield lambda amount, note="": None
@@ -120,22 +209,25 @@ class Log:
             with _bar(label, total, unit, done) as update:
                 yield update
         else:
-            yield self._lines(label, total, unit, done)
+            with at_work(f"{label}, {done:,} of {total:,} {unit} done, the next") as work:
+                yield self._lines(work, label, total, unit, done)
 
-    def _lines(self, label: str, total: int, unit: str, done: int) -> Callable[..., None]:
+    def _lines(self, work: Work, label: str, total: int, unit: str, done: int) -> Callable[..., None]:
         began = last = time.monotonic()
 
         def update(amount: int, note: str = "") -> None:
-            nonlocal last
+            nonlocal began, last
             now = time.monotonic()
+            began = now if amount == done else began
+            work.label, work.began = f"{label}, {amount:,} of {total:,} {unit} done, the next", now
             if now - last < SECONDS_BETWEEN_LINES and amount < total:
                 return
             last = now
             rate = (amount - done) / max(now - began, 1e-9)
-            ending = f" in {_duration(now - began)}"
+            ending = f" in {duration(now - began)}"
             if amount < total:
                 # Before the first is done, nobody knows.
-                ending = f", {_duration((total - amount) / rate)} left" if rate else ""
+                ending = f", {duration((total - amount) / rate)} left" if rate else ""
             note = f", {note}" if note else ""
             speed = f", {_rate(rate)} a second" if rate else ""
             self.say(f"{label}: {amount:,} of {total:,} {unit}{speed}{note}{ending}")
@@ -146,7 +238,14 @@ class Log:
 @contextlib.contextmanager
 def _bar(label: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -154,17 +253,30 @@ def _bar(label: str, total: int, unit: str, done: int) -> Iterator[Callable[...,
         MofNCompleteColumn(),
         TextColumn(unit),
         TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     began = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with _moving(), Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total, completed=done, rate="")
 
         def update(amount: int, note: str = "") -> None:
+            nonlocal began
+            began = time.monotonic() if amount == done else began
             rate = (amount - done) / max(time.monotonic() - began, 1e-9)
             progress.update(task, completed=amount, rate=f"{_rate(rate)}/s {note}".rstrip())
 
         yield update
+
+
+@contextlib.contextmanager
+def _moving() -> Iterator[None]:
+    """Keep the heartbeat out of a bar, whose clock moves by itself."""
+    before, _SCREEN.is_silent = _SCREEN.is_silent, True
+    try:
+        yield
+    finally:
+        _SCREEN.is_silent, _SCREEN.spoken = before, time.monotonic()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -193,8 +305,13 @@ def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 2.5 s, 3 min 4 s, 5 h 6 min."""
+    if 0 < seconds < 0.1:
+        return f"{seconds * 1e3:.3g} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 48 * 60:
+        return f"{minutes // 1440} days"
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

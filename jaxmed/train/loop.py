@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmed.errors import InputError, Interrupted
+from jaxmed.train.announce import announce, require_memory
 from jaxmed.train.checkpoint import Checkpoints
-from jaxmed.train.log import Log
+from jaxmed.train.log import Log, at_work
 from jaxmed.train.mesh import shard_batch
 from jaxmed.train.run_folder import RunFolder
 
@@ -105,7 +106,7 @@ def fit(
         log.rewind(done)
         if best is not None:
             best.discard_after(done)
-        run = _Run(config, step, log, folder, checkpoints, best, evaluate, _History.read(log, config))
+        run = _Run(config, step, log, folder, checkpoints, best, evaluate, _History.read(log, config), mesh.size)
         with contextlib.closing(_placed(batches, done, mesh)) as stream:
             state = run.advance(state, done, stream, signals)
     if best is not None:
@@ -162,6 +163,7 @@ class _Run:
     best: Checkpoints | None
     evaluate: Callable[..., Mapping[str, float]] | None
     history: _History
+    num_devices: int
 
     def advance(self, state: Any, done: int, stream: Iterator[Any], signals: list[int]) -> Any:
         """Take the steps that are left."""
@@ -169,11 +171,12 @@ class _Run:
         if done >= config.steps or self._is_out_of_patience():
             return state
         batch = next(stream, None)
-        step, flops = self._compile(state, batch)
+        step, flops = self._compile(state, batch, config.steps - done)
         pending: collections.deque[tuple[int, Any]] = collections.deque()
         saved = done
         with self.log.progress("Training", config.steps, "steps", done) as update, self._trace(first) as trace:
             began = time.monotonic()
+            update(done)
             while True:
                 if batch is None:
                     raise InputError("data", f"a batch for step {done + 1:,}", "no more records")
@@ -217,17 +220,28 @@ class _Run:
             return signal.SIGTERM if self.checkpoints.reached_preemption(done) else None
         return signals[0] if signals else None
 
-    def _compile(self, state: Any, batch: Any) -> tuple[Callable[..., Any], float]:
-        """Compile the step ahead of time, which tells its operations too."""
-        if batch is None or not hasattr(self.step, "lower"):
+    def _compile(self, state: Any, batch: Any, count: int) -> tuple[Callable[..., Any], float]:
+        """Say what is coming, and compile the step ahead of time; return it and its operations."""
+        if batch is None:
+            return self.step, 0.0
+        traced = None
+        if hasattr(self.step, "trace"):
+            with at_work("Tracing the step"):
+                traced = self.step.trace(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+        flops = announce(
+            self.log, "Training", params=getattr(state, "params", state), held=state, batch=batch,
+            program=None if traced is None else traced.jaxpr, count=count, devices=self.num_devices,
+            smaller=self.folder.smaller,
+        )  # fmt: skip
+        if traced is None:
             return self.step, 0.0
         began = time.monotonic()
-        compiled = self.step.lower(state, batch).compile()
-        analysis = compiled.cost_analysis() or {}
-        flops = max(float(analysis.get("flops", 0.0)), 0.0)
-        self.log.say(
-            f"Compiled the step in {time.monotonic() - began:.1f} s: {flops / 1e9:,.2f} GFLOP, {_memory(compiled)}."
-        )
+        with at_work("Compiling the step"):
+            compiled = traced.lower().compile()
+        held, space = _bytes(compiled)
+        memory = f"{held / 1e9:,.2f} GB for state and batch and {space / 1e9:,.2f} GB to work in" if held else "unknown"
+        self.log.say(f"Compiled the step in {time.monotonic() - began:.1f} s. Memory it takes: {memory}.")
+        require_memory(held + space, self.folder.smaller)
         return compiled, flops
 
     def _check(self, number: int, metrics: Mapping[str, jax.Array], began: float, first: int) -> None:
@@ -303,13 +317,13 @@ def restore_best(folder: RunFolder, state: State) -> State:
     return restored.state
 
 
-def _memory(compiled: Any) -> str:
-    """Say what a compiled step will take of each device's memory, before it takes it."""
+def _bytes(compiled: Any) -> tuple[float, float]:
+    """Return what a compiled step takes of each device: for arguments and results, and to work in; 0 where unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
-        return "memory unknown"
+        return 0.0, 0.0
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return f"{held / 1e9:,.2f} GB for state and batch and {analysis.temp_size_in_bytes / 1e9:,.2f} GB to work in"
+    return float(held), float(analysis.temp_size_in_bytes)
 
 
 def _is_due(number: int, interval: int) -> bool:

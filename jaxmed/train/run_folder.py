@@ -65,6 +65,7 @@ class RunFolder:
         status: "new", "unfinished" (of the same configuration) or "complete".
         inputs: Sizes and times of the files that the configuration names.
         is_begun: Whether `start` has made the folder ready in this process.
+        smaller: The preset that fits a CPU, in words, for work that turns out long; empty where there is none.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class RunFolder:
     status: Literal["new", "unfinished", "complete"]
     inputs: Inputs = dataclasses.field(default_factory=dict)
     is_begun: bool = dataclasses.field(default=False, init=False, compare=False)
+    smaller: str = ""
 
     @property
     def outputs(self) -> Path:

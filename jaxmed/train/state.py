@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.train.log import at_work
 from jaxmed.train.mesh import Rules, layout
 
 
@@ -62,4 +63,5 @@ def create_state(
         return TrainState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params), root_key)
 
     shapes = jax.eval_shape(create, key, *arguments)
-    return jax.jit(create, out_shardings=layout(shapes, mesh, rules))(key, *arguments)
+    with at_work("Drawing the parameters"):
+        return jax.jit(create, out_shardings=layout(shapes, mesh, rules))(key, *arguments)

@@ -26,6 +26,7 @@ from jaxmed.systems.igndmoe.reading import (
     read_cohort,
     read_connectome,
 )
+from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import Checkpoints
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
@@ -174,6 +175,11 @@ def fit_in_folder(
         if found is not None:
             log.say(f"Continuing after round {done} of an interrupted run.")
             state = found.state
+        announce(
+            log, f"Fitting {len(run_seeds)} of '{config.model.equation}' at once ({name})", params=state.params,
+            held=state, batch=inputs.cohort.visits.values, count=config.loops - done, unit="rounds",
+            smaller=folder.smaller,
+        )  # fmt: skip
         update = bars.enter_context(log.progress(f"Fitting ({name})", config.loops, "rounds", done))
         loop = done
 

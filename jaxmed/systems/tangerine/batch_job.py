@@ -21,6 +21,7 @@ from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import SHARDING_RULES
 from jaxmed.systems.tangerine.inputs import Record, Scan, read_scan
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig, layout, make_mesh, shard_batch
 from jaxmed.train.run_folder import RunFolder
@@ -112,6 +113,13 @@ def run_job(
     log.rewind(done)
     failed = 0
     reads = read_ahead([chunks[number] for number in todo], partial(read_or_reason, preprocess=job.preprocess), config)
+    if todo:
+        cubes = jax.ShapeDtypeStruct((config.size, *job.preprocess.size, 1), np.float32)
+        program = jax.make_jaxpr(job.compute)(params, cubes)
+        announce(
+            log, label, params=params, batch=cubes, program=program, count=len(todo), unit="batches",
+            devices=mesh.size, smaller=folder.smaller,
+        )  # fmt: skip
     with log.progress(label, len(records), "scans", done) as update:
         for count, (number, scans) in enumerate(zip(todo, reads, strict=True), 1):
             if folder.options.profile and count == 1:

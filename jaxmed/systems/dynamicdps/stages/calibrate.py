@@ -34,6 +34,7 @@ from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior
 from jaxmed.systems.dynamicdps.options import CALIBRATION, Calibrated
 from jaxmed.systems.dynamicdps.reading import FrameConfig, cut_images, find_files, head_of, read_scan
 from jaxmed.systems.dynamicdps.stages import train_prior
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.volume import require_same_grid
@@ -276,6 +277,10 @@ def _record(
 ) -> Float32[np.ndarray, "run step"]:
     operator = make_operator(measurement.shape[1:-1], acquisition)
     settings = Dps(config.scale, Ancestral(num_steps=config.steps or None), PLAIN)
+    announce(
+        log, f"Recording chains of {config.steps or 1000:,} steps, {config.batch_size} at a time",
+        params=network.params, batch=measurement, count=len(measurement), unit="runs", smaller=folder.smaller,
+    )  # fmt: skip
     with log.progress("Recording", len(measurement), "runs") as update:
         return record_bank(
             partial(make_prior, network), network.params, jax.random.key(config.seed + 1), measurement, operator,

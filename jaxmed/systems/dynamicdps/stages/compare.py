@@ -48,6 +48,7 @@ from jaxmed.systems.dynamicdps.scoring import (
     score_subject,
 )
 from jaxmed.systems.dynamicdps.stages import calibrate, train_initial
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 
@@ -176,6 +177,10 @@ def run(config: Config, folder: RunFolder) -> int:
         name: make_scorer(study.prior.frame.size, condition.acquisition, config.score)
         for name, condition in study.conditions.items()
     }
+    announce(
+        log, f"Comparing on {images} images, {config.batch_size} at a time", params=study.prior.params,
+        count=len(cells), unit="cells", smaller=folder.smaller,
+    )  # fmt: skip
     programs: dict[tuple[str, str], Program] = {}
     ready = time.monotonic()
 

@@ -27,6 +27,7 @@ from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, load, process
 from jaxmed.systems.dynamicdps.stages import calibrate
 from jaxmed.systems.dynamicdps.stages.calibrate import pair_files
 from jaxmed.systems.dynamicdps.volumes import TilingConfig
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.volume import Volume
@@ -115,6 +116,10 @@ def run(config: Config, folder: RunFolder) -> int:
     log = Log(folder.path, folder.options.quiet)
     for note in (notes := make_notes(config, plan, calibrated)):
         log.say(f"Note: {note}")
+    announce(
+        log, f"Refining by a chain of {plan_steps(config, calibrated):,} steps, {config.batch_size} images at a time",
+        params=network.params, count=len(inputs), unit="scans", smaller=folder.smaller,
+    )  # fmt: skip
     ready = time.monotonic()
 
     def work(number: int, one: Inputs, _: Tell) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from jaxmed.systems.igndmoe.job import DataConfig, Files, read_inputs, write_emb
 from jaxmed.systems.igndmoe.measures import row_correlations
 from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.reading import Connectome, read_connectome
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
 
@@ -160,6 +161,10 @@ def _run_visits(config: Config, folder: RunFolder) -> None:
         start(folder)
     log = Log(folder.path, folder.options.quiet)
     visits = inputs.cohort.visits
+    announce(
+        log, f"Comparing on {config.folds} folds from {config.starts} starts each", batch=visits.values,
+        count=len(config.models), unit="models", smaller=folder.smaller,
+    )  # fmt: skip
     with log.progress("Comparing", len(config.models), "models", 0) as update:
         done = 0
 
@@ -237,6 +242,8 @@ def _run_map(config: Config, folder: RunFolder) -> None:
     agents = _agents(config.map, connectome, columns, notes)
     start(folder)
     log = Log(folder.path, folder.options.quiet)
+    count = config.map.mixture_seeds or len(target)
+    announce(log, f"Fitting one map of {len(target)} regions; the mixture", count=count, unit="seeds")
     scores = [maps.score_diffusion(graph, target, known), maps.score_fkpp(graph, target, known)]
     if config.map.weight is not None:
         scores.append(maps.score_fkpp(graph, target, known, columns["weight"]))

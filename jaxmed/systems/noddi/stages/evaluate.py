@@ -36,6 +36,7 @@ from jaxmed.systems.noddi.evaluation import (
 from jaxmed.systems.noddi.network import ForwardConfig, Network, Table, load, require_table
 from jaxmed.systems.noddi.scan import read_table
 from jaxmed.systems.noddi.training import TrainConfig, train
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
 
@@ -194,6 +195,10 @@ def estimate_all(
     noise_key, direction_key = jax.random.split(jax.random.key(config.seed))
     each = len(grid) * config.repeats
     estimates, bounds = {}, {}
+    announce(
+        log, f"Scoring {', '.join(estimators)} at {len(config.snr)} levels of noise", count=each * len(config.snr),
+        unit="voxels",
+    )  # fmt: skip
     with log.progress("Scoring", each * len(config.snr), "voxels") as update:
         for number, snr in enumerate(config.snr):
             estimates[snr] = estimate(

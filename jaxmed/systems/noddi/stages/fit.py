@@ -23,6 +23,7 @@ from jaxmed.systems.noddi.page import write_page
 from jaxmed.systems.noddi.posterior import Posterior, PosteriorConfig, require_blackjax, sample_posterior
 from jaxmed.systems.noddi.reading import Scan
 from jaxmed.systems.noddi.writing import write_maps
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.volume import Volume
@@ -192,6 +193,8 @@ def _fit(config: Config, scan: Scan, folder: RunFolder, log: Log) -> tuple[Estim
     total, done = int(scan.mask.sum()), 0 if finished is None else len(finished.fitted)
     if done:
         log.say(f"Continuing after {done:,} voxels of an interrupted run.")
+    size = f"{len(scan.gradients.bvals)} images of {' x '.join(map(str, scan.mask.shape))} voxels"
+    announce(log, f"Fitting a '{config.fit.model}' model to {size}", count=total - done, unit="voxels")
     last_save = began = time.monotonic()
     blocks = 0
     with log.progress("Fitting", total, "voxels", done) as update:
@@ -230,7 +233,8 @@ def _sample(config: Config, scan: Scan, model: MicrostructureModel, rows: Estima
         return None
     assert scan.sigma is not None  # read_scan refuses
     fitted = rows.fitted
-    log.say(f"Sampling the posterior of {int(fitted.sum()):,} voxels.")
+    steps = max(50, config.posterior_samples // 2) + config.posterior_samples
+    announce(log, f"Sampling the posterior by chains of {steps:,} steps", count=int(fitted.sum()), unit="voxels")
     return sample_posterior(
         jax.random.key(config.seed),
         model,

@@ -21,6 +21,7 @@ from jaxmed.systems.noddi.network import Network, predict, save
 from jaxmed.systems.noddi.scan import read_table
 from jaxmed.systems.noddi.train_page import write_page
 from jaxmed.systems.noddi.training import State, TrainConfig, Trained, train
+from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import Checkpoints
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
@@ -91,6 +92,10 @@ def run(config: Config, folder: RunFolder) -> None:
     log = Log(folder.path, folder.options.quiet)
     for note in notes:
         log.say(f"Note: {note}")
+    announce(
+        log, f"Training {config.train.restarts} networks on {config.train.signals:,} signals of {len(bvals)} images",
+        count=config.train.epochs, unit="epochs", smaller=folder.smaller,
+    )  # fmt: skip
     train_key, validation_key = jax.random.split(jax.random.key(config.seed))
     trained = train_in_folder(train_key, bvals, bvecs, config.train, folder, log)
     seconds = time.monotonic() - began

@@ -23,6 +23,7 @@ from jaxmed.systems.selfplay.stages import meta_train
 from jaxmed.systems.selfplay.stages.meta_train import prepare_data, write_examples, write_failed
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
 from jaxmed.systems.selfplay.thinking import judge_masks
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 
@@ -88,6 +89,7 @@ def run(config: Config, folder: RunFolder) -> int:
     start(folder)
     log = Log(folder.path, folder.options.quiet)
     log.say(f"Adapting to '{task}' by {len(shots.images)} labelled images of {len(set(shots.subjects))} subjects.")
+    announce(log, "Adapting", params=trained.system.params, batch=shots.images, count=config.adapt.steps)
     ready = time.monotonic()
     adapt_key, probe_key = jax.random.split(jax.random.key(config.seed))
     images, masks = jnp.asarray(shots.images), jnp.asarray(shots.masks)

@@ -29,6 +29,7 @@ from jaxmed.systems.selfplay.stages.meta_train import write_failed
 from jaxmed.systems.selfplay.supervised import fit_supervised
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
 from jaxmed.systems.selfplay.thinking import LAPTOP, Budget, ThinkConfig, choose_level, judge_masks, think
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
 
@@ -126,6 +127,10 @@ def run(config: Config, folder: RunFolder) -> int:
     log.say(f"'{material.task}': {len(test.images)} test images of {len(set(test.subjects))} subjects.")
     ready = time.monotonic()
     outcomes: list[Outcome] = []
+    announce(
+        log, f"Comparing on {len(test.images)} images up to {config.budgets[-1]:,} steps", count=config.num_seeds,
+        params=trained.system.params, batch=test.images, unit="seeds", smaller=folder.smaller,
+    )  # fmt: skip
     with log.progress("Comparing", config.num_seeds, "seeds") as update:
         for number in range(config.num_seeds):
             outcomes += run_seed(config, trained, taught, material, config.seed + number, log)

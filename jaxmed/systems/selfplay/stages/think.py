@@ -30,6 +30,7 @@ from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_res
 from jaxmed.systems.selfplay.stages import adapt
 from jaxmed.systems.selfplay.think_page import write_page
 from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, Budget, ThinkConfig, Thought, think
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.versions import software_versions
@@ -126,6 +127,11 @@ def run(config: Config, folder: RunFolder) -> int:
     notes = make_notes(trained, config)
     for note in notes:
         log.say(f"Note: {note}")
+    budget = f"{config.budget.seconds:g} s" if config.budget.seconds else f"{config.budget.steps:,} steps"
+    announce(
+        log, f"Thinking for {budget} about each", params=trained.system.params, count=len(jobs), unit="files",
+        smaller=folder.smaller,
+    )  # fmt: skip
     ready = time.monotonic()
 
     def work(number: int, job: Job, tell: Tell) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jaxmed.files import write_json
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.models.heads import predict_values
 from jaxmed.models.vit import VitConfig
-from jaxmed.recipes.adapt import AdaptConfig, Labelled, adapt, loss_weights, measure, score
+from jaxmed.recipes.adapt import AdaptConfig, Labelled, adapt, check_run, loss_weights, measure, score
 from jaxmed.recipes.study import Cell, Outcome, make_cells, run_study
 from jaxmed.recipes.study_tables import compare, summarise, write_tables
 from jaxmed.systems.tangerine.convergence import Curve, reach_table, read_curve, smallest_matching
@@ -27,6 +27,7 @@ from jaxmed.systems.tangerine.efficiency_page import write_page
 from jaxmed.systems.tangerine.labels import LabelledSource
 from jaxmed.systems.tangerine.records import Prepared, volume_source
 from jaxmed.systems.tangerine.stages import adapt as adapt_stage
+from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.optimizer import OptimizerConfig
@@ -130,6 +131,8 @@ def run(config: Config, folder: RunFolder) -> int:
     cache = config.data.cache or folder.path / "inputs" / "volumes"
     source = LabelledSource(volume_source(scans.cohort.paths, first.preprocess, cache), scans.cohort.targets)
     transform = Prepared(first.preprocess)
+    shapes = check_run(config.recipe(config.class_weights), first.model, task)
+    announce(log, "Training", params=shapes, count=len(cells), unit="cells", smaller=folder.smaller)
     ready = time.monotonic()
 
     def run_cell(cell: Cell) -> Outcome:
