@@ -39,7 +39,7 @@ STAGES = {
     "dynamicdps train-initial": "train a conditional enhancer on pairs made by the low-field simulator",
     "dynamicdps calibrate": "the bank that chooses starts, its compression, and the acquisition, for one prior",
     "dynamicdps enhance": "refine scans: images, uncertainty, residuals and tissue volumes on the grid of each",
-    "dynamicdps compare": "conditional models, DPS, DDRM, DDNM, DiffPIR, PiGDM, CCDF and DynamicDPS on the same scans",
+    "dynamicdps compare": "conditional models, DynamicDPS and eleven other solvers on the same scans",
     "igndmoe simulate": "patients of a disease that spreads on a connectome, with the truth",
     "igndmoe fit": "the course of a disease, stages of subjects, weights of mechanisms over stage",
     "igndmoe stage": "stages of new subjects on a fitted course",

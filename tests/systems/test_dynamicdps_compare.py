@@ -23,7 +23,7 @@ from jaxmed.recipes.study import Cell, Result
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.mixture import make_isotropic
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.dynamicdps.arms import ARMS, STARTS_FROM_ESTIMATE, ArmConfig, length_of, make_arm
+from jaxmed.systems.dynamicdps.arms import ARMS, PUBLISHED, STARTS_FROM_ESTIMATE, ArmConfig, length_of, make_arm
 from jaxmed.systems.dynamicdps.comparison import NOISE, average, compare, plan_cells
 from jaxmed.systems.dynamicdps.networks import write_network
 from jaxmed.systems.dynamicdps.reading import FrameConfig
@@ -119,7 +119,8 @@ def test_every_method_moves_towards_the_truth(problem, name):
 def test_lengths_are_those_of_the_authors_unless_a_budget_is_given():
     assert length_of("dps", 1000, ArmConfig()) == 1000 and length_of("ddrm", 1000, ArmConfig()) == 20
     assert length_of("dps", 100, ArmConfig()) == 100
-    assert {length_of(name, 1000, ArmConfig(evaluations=70)) for name in ("dps", "ddnm", "ccdf", "pigdm")} == {70}
+    assert {length_of(name, 1000, ArmConfig(evaluations=70)) for name in PUBLISHED} == {70}
+    assert {"reddiff", "daps", "pnp-dpir"} < set(PUBLISHED) < set(ARMS)
     assert set(STARTS_FROM_ESTIMATE) < set(ARMS)
     with pytest.raises(InputError, match="arm: expected one of .*, found 'dsp'"):
         make_arm("dsp", lambda params: None, SIZE, PLAIN_SCAN, STRICT)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxmed.io import nifti
 from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField
+from jaxmed.systems.dynamicdps.arms import ARMS
 from jaxmed.systems.dynamicdps.calibration import digest_of
 from jaxmed.systems.dynamicdps.networks import write_network
 from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_calibration
@@ -226,6 +228,24 @@ def test_calibration_and_strict_searches_by_the_command_line(place, tmp_path):
     # The estimate is the untrained network's, not the scan.
     initial, scan = nifti.read(enhanced / "outputs" / "r0_initial.nii.gz"), nifti.read(tmp_path / "low" / "r0.nii.gz")
     assert np.abs(initial.array - scan.array).max() > 50
+
+
+def test_another_method_of_the_comparison_is_chosen_by_name(place, tmp_path):
+    """Without a calibration, since only DynamicDPS asks a bank where to start."""
+    scan = place / "scans" / "s0.nii.gz"
+    code = run(
+        "enhance", "--input", scan, "--weights", place / "prior", "--solver", "pnp-dpir", "--budget.evaluations", "3",
+        "--batch-size", "3", "--no-tissue", "--out", tmp_path / "run", "--quiet",
+    )  # fmt: skip
+    assert code == 0
+    row = json.loads((tmp_path / "run" / "outputs" / "s0.json").read_text())
+    assert row["evaluations"] == 3 and len(row["curve"]) == 3
+    summary = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())
+    assert "Method: PnP-DPIR from an empty image." in summary["notes"]
+    sidecar = json.loads((tmp_path / "run" / "outputs" / "s0_enhanced.json").read_text())
+    assert sidecar["constants"]["method"] == {"solver": "pnp-dpir", "evaluations": 3, "scale": 0.3}
+    assert nifti.read(tmp_path / "run" / "outputs" / "s0_enhanced.nii.gz").array.std() > 0
+    assert {*get_args(stage.Solver)} == {*ARMS} - {"conditional"}
 
 
 def test_a_prior_of_volumes_refines_a_scan_in_blended_tiles(tmp_path):

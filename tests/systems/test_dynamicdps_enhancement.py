@@ -10,9 +10,12 @@ import pytest
 
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.ccdf import Ccdf
+from jaxmed.diffusion.posterior.daps import Daps
 from jaxmed.diffusion.posterior.dps import Dps
 from jaxmed.diffusion.posterior.dynamicdps import FIXED
 from jaxmed.diffusion.posterior.fidelity import PLAIN
+from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir
+from jaxmed.diffusion.posterior.reddiff import Reddiff
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral
 from jaxmed.diffusion.schedule import VpDiscrete
@@ -66,7 +69,9 @@ def test_any_differentiable_function_is_an_operator(key):
 def test_the_config_chooses_the_method(key):
     operator = blur(SIZE, 0.7)
     x = jnp.asarray(RNG.uniform(0.5, 1.5, (2, *SIZE, 1)), jnp.float32)
-    for config, evaluations in ((CONFIG, 5), (Dps(0.1, CHAIN), 20), (Ccdf(4, CHAIN), 5)):
+    for config, evaluations in ((CONFIG, 5), (Dps(0.1, CHAIN), 20), (Ccdf(4, CHAIN), 5),
+                                (Reddiff(num_steps=6), 6), (Daps(num_levels=2, ode_steps=3), 6),
+                                (PnpDpir(num_steps=6), 6)):  # fmt: skip
         image, info = jax.jit(lambda x, config=config: enhance(key, prior(PARAMS), x, operator, x, config))(x)
         assert image.shape == x.shape
         np.testing.assert_array_equal(info.evaluations, evaluations)

@@ -9,10 +9,9 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.types import KeyArray
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.fidelity import Operator
-from jaxmed.diffusion.posterior.guidance import begin, linearise, make_info
+from jaxmed.diffusion.posterior.guidance import begin, make_info, proximal_fit
 from jaxmed.diffusion.posterior.info import Info
 from jaxmed.diffusion.samplers import Ddim, draw_noise, grid, sample_keys
-from jaxmed.solvers.conjugate_gradient import conjugate_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +79,10 @@ def diffpir(
     def advance(x: Float[Array, "batch ..."], row) -> tuple[Array, Array]:
         time, alpha, sigma, weight, next_alpha, next_sigma, left = row
         mean = denoiser.denoise(x, jnp.full(batch, time))
-        at = linearise(operator, mean, measurement)
-
-        def seen(change: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-            return at.push(at.pull(change)) + weight * change
-
-        # argmin |y - A u|^2 + weight |u - mean|^2, solved in the space of the measurement.
-        fitted = mean + at.pull(conjugate_gradient(seen, at.misfit, config.solver_steps))
+        fitted, residual = proximal_fit(operator, mean, measurement, weight, config.solver_steps)
         noise = (x - alpha * fitted) / sigma
         fresh = draw_noise(keys, left, x.shape[1:], x.dtype)
         blend = jnp.sqrt(1 - config.renewal) * noise + jnp.sqrt(config.renewal) * fresh
-        residual = jnp.sqrt(jnp.sum(at.misfit**2, axis=tuple(range(1, at.misfit.ndim))))
         return (next_alpha * fitted + next_sigma * blend).astype(x.dtype), residual
 
     real = jnp.promote_types(initial.dtype, jnp.float32)

@@ -18,6 +18,7 @@ from jaxmed.diffusion.posterior.fidelity import Operator, norm
 from jaxmed.diffusion.posterior.info import Info
 from jaxmed.diffusion.samplers import HeunSteps, Sampler, SamplerState, draw_noise, grid, plan, sample_keys, step
 from jaxmed.diffusion.schedule import Schedule
+from jaxmed.solvers.conjugate_gradient import conjugate_gradient
 
 
 class Linearised(NamedTuple):
@@ -41,6 +42,31 @@ def linearise(
     predicted, push = jax.linearize(jax.vmap(lambda image: operator(image)), images)
     transposed = jax.linear_transpose(push, images)
     return Linearised(measurement - predicted, push, lambda change: transposed(change)[0])
+
+
+def proximal_fit(
+    operator: Operator,
+    images: Float[Array, "batch ..."],
+    measurement: Float[Array, "batch ..."],
+    weight: Float[Array, ""],
+    num_steps: int,
+) -> tuple[Float[Array, "batch ..."], Float[Array, " batch"]]:
+    """Return argmin_u |y - A u|^2 + weight |u - image|^2, A linearised at the image, and |y - A(image)|.
+
+    It is solved in the space of the measurement by so many steps of conjugate gradients.
+    """
+    at = linearise(operator, images, measurement)
+
+    def seen(change: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+        return at.push(at.pull(change)) + weight * change
+
+    fitted = images + at.pull(conjugate_gradient(seen, at.misfit, num_steps))
+    return fitted, norms(at.misfit)
+
+
+def norms(values: Float[Array, "batch ..."]) -> Float[Array, " batch"]:
+    """Return the Euclidean norm of each sample, with gradient 0 at 0."""
+    return jax.vmap(norm)(values)
 
 
 def residual_norms(

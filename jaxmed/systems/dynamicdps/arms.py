@@ -1,9 +1,10 @@
 """The methods that are compared, each as one function from measurements and estimates to images.
 
 All see the same prior. Methods that start from an estimate get it from the conditional model; the others start from
-noise. DPS, DiffPIR, PiGDM and DynamicDPS take the operator as it is. DDRM, DDNM and CCDF are made for linear operators:
-they get the linear part and the measurement with its contrast undone, y^(1 / gamma), which is exact for gamma = 1 and
-an approximation at the borders of tissues otherwise.
+noise, RED-diff and PnP-DPIR from an empty image. DDRM, DDNM and CCDF are made for linear operators: they get the linear
+part and the measurement with its contrast undone, y^(1 / gamma), which is exact for gamma = 1 and an approximation at
+the borders of tissues otherwise. So does DAPS, whose Langevin steps would be as small as the background's contrast is
+steep. The others take the operator as it is.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior import dynamicdps as dynamic
 from jaxmed.diffusion.posterior.ccdf import Ccdf, ccdf
+from jaxmed.diffusion.posterior.daps import Daps, daps
 from jaxmed.diffusion.posterior.ddnm import Ddnm, ddnm
 from jaxmed.diffusion.posterior.ddrm import Ddrm, ddrm, separable_spectrum
 from jaxmed.diffusion.posterior.diffpir import Diffpir, diffpir
@@ -28,6 +30,8 @@ from jaxmed.diffusion.posterior.dps import Dps, dps
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps, dynamicdps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
 from jaxmed.diffusion.posterior.pigdm import Pigdm, pigdm
+from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir, pnp_dpir
+from jaxmed.diffusion.posterior.reddiff import Reddiff, reddiff
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral, Ddim
 from jaxmed.errors import InputError, nearest
@@ -41,14 +45,22 @@ ARMS = {
     "ddnm": "DDNM from noise",
     "diffpir": "DiffPIR from noise",
     "pigdm": "PiGDM from noise",
+    "reddiff": "RED-diff from an empty image",
+    "daps": "DAPS from noise",
+    "pnp-dpir": "PnP-DPIR from an empty image",
     "ccdf": "CCDF from the conditional model's image",
     "dynamicdps": "DynamicDPS from the conditional model's image",
 }
 STARTS_FROM_ESTIMATE = ("conditional", "dps-warm", "ccdf", "dynamicdps")
 # What each method's authors use; a chain that is shorter limits it.
-PUBLISHED = {"dps": 1000, "dps-warm": 50, "ddrm": 20, "ddnm": 100, "diffpir": 100, "pigdm": 100, "ccdf": 200}
+PUBLISHED = {
+    **{"dps": 1000, "dps-warm": 50, "ddrm": 20, "ddnm": 100, "diffpir": 100, "pigdm": 100, "ccdf": 200},
+    **{"reddiff": 1000, "daps": 1000, "pnp-dpir": 24},
+}
+ODE_STEPS = 5
+"""Of DAPS, at each of its levels."""
 CUTOFF = 0.1
-"""Singular values below this share of the largest are unseen by DDRM, DDNM and CCDF: they would blow up noise."""
+"""Singular values below this share of the largest are unseen by DDRM, DDNM, DAPS and CCDF: they would blow up noise."""
 TYPICAL = 0.4
 """Standard deviation of intensities on [0, 2]. Times the root of the number of voxels it bounds that of any direction
 of the image's space, such as overall brightness: with PiGDM's usual 1, for white images, its steps along those
@@ -118,7 +130,7 @@ def make_arm(
         raise InputError("arm", f"one of {', '.join(ARMS)}", f"'{name}'", nearest(name, ARMS))
     if name == "conditional":
         return _conditional
-    run = _solver(name, size, acquisition, method, config)
+    run = make_solver(name, size, acquisition, method, config)
 
     def arm(params: Params, key: KeyArray, measurement: Array, estimate: Array, indices: Array) -> Outcome:
         start = estimate if name in STARTS_FROM_ESTIMATE else jnp.zeros_like(estimate)
@@ -139,10 +151,18 @@ def _conditional(params: Params, key: KeyArray, measurement: Array, estimate: Ar
     return Outcome(jnp.clip(estimate, 0.0, 2.0), none, none)
 
 
-def _solver(
+def make_solver(
     name: str, size: tuple[int, ...], acquisition: LowField, method: DynamicDps, config: ArmConfig
 ) -> Callable[..., tuple[Array, Any]]:
-    """Return (key, denoiser, measurement, start, indices) -> (image, info)."""
+    """Return a method but "conditional", as (key, denoiser, measurement, start, indices) -> (image, info).
+
+    Args:
+        name: One of ARMS.
+        size: Axes of space of an image.
+        acquisition: From image to measurement.
+        method: Settings of DynamicDPS; its sampler's chain is everyone's.
+        config: Budget and step.
+    """
     operator = make_operator(size, acquisition)
     chain = method.sampler
     if name == "dynamicdps":
@@ -163,6 +183,10 @@ def _solver(
         case "pigdm":
             largest = TYPICAL * math.prod(size) ** 0.5
             return _plain(pigdm, operator, Pigdm(noise_std=noise, data_std=largest, sampler=Ddim(length, eta=1.0)))
+        case "reddiff":
+            return _plain(reddiff, operator, Reddiff(num_steps=length))
+        case "pnp-dpir":
+            return _plain(pnp_dpir, operator, PnpDpir(noise, num_steps=length))
     undone = partial(_undo_contrast, gamma=acquisition.gamma)
     # The power that undoes the contrast stretches noise where the image is bright, at 1 or so, by its slope.
     noise = noise / min(acquisition.gamma, 1.0)
@@ -170,6 +194,10 @@ def _solver(
         spectrum = separable_spectrum(axis_matrices(size, acquisition), (*size, 1), CUTOFF)
         return _plain(ddrm, spectrum, Ddrm(noise_std=noise, num_steps=length), undone)
     linear = linear_part(size, acquisition, CUTOFF)
+    if name == "daps":
+        # Few steps at each of many levels; what is left of the division is not used.
+        steps = min(ODE_STEPS, length)
+        return _plain(daps, linear.apply, Daps(noise, length // steps, steps), undone)
     if name == "ccdf":
         return _plain(ccdf, linear, Ccdf(length - 1, chain), undone)
     spread = noise * _noise_gain(size, acquisition)

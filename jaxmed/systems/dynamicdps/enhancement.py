@@ -12,11 +12,19 @@ from jaxtyping import Array, Float, Float32, Int
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.ccdf import Ccdf, ccdf
+from jaxmed.diffusion.posterior.daps import Daps, daps
+from jaxmed.diffusion.posterior.ddnm import Ddnm, ddnm
+from jaxmed.diffusion.posterior.diffpir import Diffpir, diffpir
 from jaxmed.diffusion.posterior.dps import Dps, dps
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps, dynamicdps
+from jaxmed.diffusion.posterior.exact import Exact, exact
 from jaxmed.diffusion.posterior.info import Info
+from jaxmed.diffusion.posterior.pigdm import Pigdm, pigdm
+from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir, pnp_dpir
+from jaxmed.diffusion.posterior.reddiff import Reddiff, reddiff
 
-Method: TypeAlias = DynamicDps | Dps | Ccdf
+Method: TypeAlias = DynamicDps | Dps | Ccdf | Ddnm | Diffpir | Pigdm | Exact | Reddiff | Daps | PnpDpir
+"""The method is told by its settings. DDRM alone is not among them: it wants a spectrum, not an operator."""
 Operator: TypeAlias = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 
@@ -35,8 +43,10 @@ def enhance(
         key: Consumed.
         denoiser: The prior.
         measurement: y.
-        operator: From one image to its measurement: any differentiable function (`Ccdf` wants a `LinearOperator`).
-        initial: The conditional model's images.
+        operator: From one image to its measurement: any differentiable function (`Ccdf` and `Ddnm` want a
+            `LinearOperator`).
+        initial: The conditional model's images. `DynamicDps` and `Ccdf` start from them, the others from noise or from
+            an empty image: of these it gives the shape.
         config: Method and its settings.
         indices: Numbers of the samples, which name their random numbers; 0 to batch - 1 when absent.
 
@@ -46,11 +56,23 @@ def enhance(
     match config:
         case DynamicDps():
             return dynamicdps(key, denoiser, measurement, operator, initial, config, indices)
-        case Dps():
-            # Without the estimate: pure noise.
-            return dps(key, denoiser, measurement, operator, jnp.zeros_like(initial), config, indices)
         case Ccdf():
             return ccdf(key, denoiser, measurement, operator, initial, config, indices)
+    solver = SOLVERS[type(config)]
+    return solver(key, denoiser, measurement, operator, jnp.zeros_like(initial), config, indices)
+
+
+SOLVERS: dict[type, Callable[..., tuple[Array, Info]]] = {
+    Dps: dps,
+    Ddnm: ddnm,
+    Diffpir: diffpir,
+    Pigdm: pigdm,
+    Exact: exact,
+    Reddiff: reddiff,
+    Daps: daps,
+    PnpDpir: pnp_dpir,
+}
+"""What begins without an estimate, by its settings."""
 
 
 class Samples(NamedTuple):
@@ -97,7 +119,13 @@ class Program(NamedTuple):
     batch_size: int
 
 
-def make_program(prior: Callable[[Params], Denoiser], operator: Operator, config: Method, batch_size: int) -> Program:
+def make_program(
+    prior: Callable[[Params], Denoiser],
+    operator: Operator,
+    config: Method,
+    batch_size: int,
+    solver: Callable[..., tuple[Array, Info]] | None = None,
+) -> Program:
     """Compile-once form of `enhance`: parameters are an argument, not constants of the program.
 
     Args:
@@ -105,10 +133,13 @@ def make_program(prior: Callable[[Params], Denoiser], operator: Operator, config
         operator: Of one image.
         config: Method and its settings.
         batch_size: Samples at a time.
+        solver: (key, denoiser, measurement, initial, indices) -> (image, Info), instead of the config's method.
     """
 
     @jax.jit
     def run(params: Params, key: KeyArray, measurement: Array, initial: Array, indices: Array) -> tuple[Array, Info]:
+        if solver is not None:
+            return solver(key, prior(params), measurement, initial, indices)
         return enhance(key, prior(params), measurement, operator, initial, config, indices)
 
     @jax.jit

@@ -18,7 +18,7 @@ from jaxmed.io import nifti
 from jaxmed.io.images import write_png
 from jaxmed.metrics.tissue import TISSUES, fit_tissue, label_volumes, mixture_volumes
 from jaxmed.physics.lowfield import LowField
-from jaxmed.systems.dynamicdps.enhancement import Method, Program, Samples
+from jaxmed.systems.dynamicdps.enhancement import Program, Samples
 from jaxmed.systems.dynamicdps.networks import Network
 from jaxmed.systems.dynamicdps.reading import FrameConfig, Scan, head_of, read_scan, restore_scan, to_picture
 from jaxmed.systems.dynamicdps.volumes import TilingConfig, apply_network, cut_tiles, refine
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
         initial: Conditional network; None where estimates come from files, or are the measurements.
         frame: How scans become images.
         tiling: How images larger than the prior's are cut.
-        method: Settings of the refinement.
+        method: Settings of the refinement, as a record.
         acquisition: Of the operator.
         num_samples: Posterior samples per image.
         wants_tissue: Whether tissue volumes are measured.
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     initial: Network | None
     frame: FrameConfig
     tiling: TilingConfig
-    method: Method
+    method: dict[str, Any]
     acquisition: LowField
     num_samples: int
     wants_tissue: bool
@@ -201,7 +201,7 @@ def write_maps(
     is_nifti = inputs.path.name.lower().endswith(nifti.SUFFIXES)
     constants = {
         "intensity_of_2": scan.high,
-        "method": to_record(plan.method),
+        "method": plan.method,
         "acquisition": to_record(plan.acquisition),
         "samples": plan.num_samples,
         "prior": str(plan.network.path),

@@ -5,10 +5,16 @@ import shlex
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
+from jaxmed.arrays.types import KeyArray
+from jaxmed.config import to_record
+from jaxmed.diffusion.denoiser import Denoiser
+from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
 from jaxmed.io import nifti
@@ -17,12 +23,13 @@ from jaxmed.metrics.tissue import TISSUES
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
 from jaxmed.recipes.each_file import TABLES, Tell, each_file, write_failed
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
+from jaxmed.systems.dynamicdps.arms import ARMS, STARTS_FROM_ESTIMATE, ArmConfig, make_solver
 from jaxmed.systems.dynamicdps.calibration import digest_of
 from jaxmed.systems.dynamicdps.enhance_page import write_page
 from jaxmed.systems.dynamicdps.enhancement import make_program
 from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
 from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_calibration
-from jaxmed.systems.dynamicdps.reading import SUFFIXES, find_files
+from jaxmed.systems.dynamicdps.reading import SUFFIXES, TOP, find_files
 from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, load, process
 from jaxmed.systems.dynamicdps.stages import calibrate
 from jaxmed.systems.dynamicdps.stages.calibrate import pair_files
@@ -33,6 +40,9 @@ from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
 from jaxmed.volume import Volume
 
 TRIES_FAILED_AGAIN = True
+Solver: TypeAlias = Literal[
+    "dynamicdps", "dps", "dps-warm", "ddrm", "ddnm", "diffpir", "pigdm", "reddiff", "daps", "pnp-dpir", "ccdf"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +57,8 @@ class Config:
         calibration: A run of calibrate for this prior: bank and acquisition.
         acquisition: From high field to low field, where there is no calibration.
         method: How estimates are refined.
+        solver: DynamicDPS, or another method of compare's. Those but dps-warm and ccdf do not look at the estimate.
+        budget: Evaluations and step of these others.
         samples: Posterior samples per image: with two or more there is a map of uncertainty.
         axis: Slices of a 2D prior; as trained by default.
         tiling: How images larger than the prior's are cut.
@@ -65,6 +77,8 @@ class Config:
     calibration: Path | None = None
     acquisition: LowField = LOWFIELD2026
     method: MethodConfig = MethodConfig()
+    solver: Solver = "dynamicdps"
+    budget: ArmConfig = ArmConfig()
     samples: int = 1
     axis: Literal["", "axial", "coronal", "sagittal"] = ""
     tiling: TilingConfig = TilingConfig()
@@ -197,7 +211,10 @@ def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -
     if calibrated is not None and calibrated.prior != digest_of(network.params):
         raise InputError("calibration", "one of this prior", "one of another", "calibrate again")
     acquisition = config.acquisition if calibrated is None else calibrated.acquisition
-    method = config.method.build(calibrated)
+    is_dynamic = config.solver == "dynamicdps"
+    # Only DynamicDPS asks the bank where to start.
+    asked = config.method if is_dynamic else dataclasses.replace(config.method, start="fixed", fixed_start=0)
+    method = asked.build(calibrated)
     initial = None
     if config.initial is not None and is_run(config.initial):
         initial = load_initial(config.initial)
@@ -209,8 +226,22 @@ def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -
         operator = make_operator(frame.size, acquisition)
     except ValueError as error:
         raise InputError("acquisition", f"one for {len(frame.size)} axes", str(error)) from error
-    program = make_program(partial(make_prior, network), operator, method, config.batch_size)
-    return Plan(network, program, initial, frame, config.tiling, method, acquisition, config.samples, config.tissue)
+    solver = None if is_dynamic else _other_solver(config, frame.size, acquisition, method)
+    program = make_program(partial(make_prior, network), operator, method, config.batch_size, solver)
+    settings = {"solver": config.solver} | to_record(method if is_dynamic else config.budget)
+    return Plan(network, program, initial, frame, config.tiling, settings, acquisition, config.samples, config.tissue)
+
+
+def _other_solver(config: Config, size: tuple[int, ...], acquisition: LowField, method: DynamicDps) -> Any:
+    """Return a method of compare's; its images are held in [0, 2], as those of DynamicDPS are."""
+    solve = make_solver(config.solver, size, acquisition, method, config.budget)
+
+    def solver(key: KeyArray, denoiser: Denoiser, measurement: Array, initial: Array, indices: Array) -> Any:
+        begin = initial if config.solver in STARTS_FROM_ESTIMATE else jnp.zeros_like(initial)
+        image, info = solve(key, denoiser, measurement, begin, indices)
+        return jnp.clip(image, 0.0, TOP), info
+
+    return solver
 
 
 def is_run(place: Path) -> bool:
@@ -243,7 +274,8 @@ def list_inputs(config: Config) -> list[Inputs]:
 
 def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:
     """Say what a user should know about this run."""
-    notes = [f"Method: {config.method.describe()}.", f"Weights: {plan.network.licence}."]
+    method = config.method.describe() if config.solver == "dynamicdps" else ARMS[config.solver]
+    notes = [f"Method: {method}.", f"Weights: {plan.network.licence}."]
     if plan.frame.spacing:
         size = f"{plan.frame.spacing:g} mm"
         notes.append(f"The prior's images have voxels of {size}: what a scan shows below that is lost in the result.")
