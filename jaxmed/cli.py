@@ -329,12 +329,12 @@ def _weights(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    from pathlib import Path
+    from jaxmed.files import expand_home
 
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print("usage: jaxmed report RUN\n\nWrite RUN/report.html again from what the run left in its folder.")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    folder = Path(arguments[0]).expanduser().absolute()
+    folder = expand_home(arguments[0]).absolute()
     record = read_record(folder / "config.json")
     module = load_stage(str(record.get("system")), str(record.get("stage")))
     module.report(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxmed.errors import InputError, nearest
-from jaxmed.files import require_file
+from jaxmed.files import expand_home, require_file
 
 Config = TypeVar("Config")
 
@@ -59,7 +59,7 @@ def resolve_paths(config: Config) -> Config:
 
     def resolve(value: Any) -> Any:
         if isinstance(value, Path):
-            return value.expanduser().absolute()
+            return expand_home(value).absolute()
         if isinstance(value, tuple):
             return tuple(resolve(item) for item in value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -123,6 +123,14 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
+def expand_home(path: str | Path) -> Path:
+    """Replace a leading ~ by the home of a user; a name such as ~$scan.nii, of no user, is left as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling that takes the place of `path` when the block ends well.

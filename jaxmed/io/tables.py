@@ -8,11 +8,12 @@ import csv
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jaxmed.errors import InputError, closest
-from jaxmed.files import write_text
+from jaxmed.files import expand_home, write_text
 from jaxmed.io.sheets import Sheet, is_missing, read_sheet
 
 
@@ -170,7 +171,8 @@ def require_disjoint_subjects(table: Table, subject: str = "subject", split: str
     """
     splits: dict[str, set[str]] = {}
     for name, part in zip(table.column(subject), table.column(split), strict=True):
-        splits.setdefault(name, set()).add(part)
+        if name:  # an empty cell says nothing about who it is
+            splits.setdefault(name, set()).add(part)
     torn = {name: parts for name, parts in splits.items() if len(parts) > 1}
     if torn:
         name, parts = next(iter(torn.items()))
@@ -182,8 +184,11 @@ def require_disjoint_subjects(table: Table, subject: str = "subject", split: str
 
 
 def resolve_path(cell: str, folder: str | Path) -> Path:
-    """Return the file that a cell names: relative to `folder`, absolute as it is."""
-    return Path(folder) / Path(cell).expanduser()
+    """Return the file that a cell names: relative to `folder`, absolute as it is.
+
+    "~/" is the user's home; nothing else is replaced, neither variables nor back-slashes.
+    """
+    return Path(folder) / expand_home(cell)
 
 
 def resolve_paths(table: Table, column: str = "path") -> list[Path]:
@@ -197,9 +202,21 @@ def resolve_paths(table: Table, column: str = "path") -> list[Path]:
     if missing:
         found = f"{len(missing)} of {len(paths)} missing: {', '.join(missing[:3])}"
         found += ", ..." if len(missing) > 3 else ""
-        advice = f"paths start at the table's folder {table.path.parent}"
+        cells = [cell for cell, path in zip(table.column(column), paths, strict=True) if not path.exists()]
+        advice = _path_advice(cells[0]) or f"paths start at the table's folder {table.path.parent}"
         raise InputError(table.path, f"existing files under '{column}'", found, advice)
     return paths
+
+
+def _path_advice(cell: str) -> str:
+    """Say what is odd about a path that leads nowhere."""
+    if "://" in cell:
+        return "write the path of the file itself, not an address"
+    if re.search(r"(^|[/\\])\$\{?\w|%\w+%", cell):
+        return "variables in a cell are taken as they are: write the whole path"
+    if "\\" in cell:
+        return "write / between folders, not a back-slash"
+    return ""
 
 
 def _checked_header(path: Path, cells: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from jaxmed.config import read_record, to_record
 from jaxmed.errors import InputError
-from jaxmed.files import LEFTOVER, make_folder, remove_leftovers, write_json
+from jaxmed.files import LEFTOVER, expand_home, make_folder, remove_leftovers, write_json
 from jaxmed.train.run_inputs import Inputs, changed_inputs, find_inputs
 from jaxmed.versions import software_versions
 
@@ -108,7 +108,7 @@ def open_run(
         InputError: The place holds something else, a run of another configuration or of files that have changed
             since, or cannot be written.
     """
-    path = options.out.expanduser().absolute()
+    path = expand_home(options.out).absolute()
     record = {
         "system": system,
         "stage": stage,

@@ -21,7 +21,6 @@ from jaxmed.models.published.load import load_published
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import VitConfig
 from jaxmed.systems.tangerine.checking import check_volumes
-from jaxmed.systems.tangerine.records import split_unlabelled
 from jaxmed.systems.tangerine.stages import pretrain as stage
 from jaxmed.train.log import Log, read_metrics
 from jaxmed.train.loop import LoopConfig
@@ -244,17 +243,6 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
 def table(folder, columns, *rows):
     write_table(folder / "scans.csv", columns, [dict(zip(columns, row, strict=True)) for row in rows])
     return folder / "scans.csv"
-
-
-def test_splits_are_those_of_the_table_or_drawn_by_subject(tmp_path):
-    rows = [(f"{number}.nii.gz", f"s{number // 2}") for number in range(20)]
-    drawn = split_unlabelled(read_table(table(tmp_path, ("path", "subject"), *rows)), 0.2, 0)
-    assert drawn.count("validation") == 4 and drawn[::2] == drawn[1::2]
-    told = [(path, subject, "test" if subject == "s3" else "train") for path, subject in rows]
-    splits = split_unlabelled(read_table(table(tmp_path, ("path", "subject", "split"), *told)), 0.2, 0)
-    assert splits == [row[2] for row in told]
-    single = read_table(table(tmp_path, ("path",), ("a.nii.gz",)))
-    assert split_unlabelled(single, 0.2, 0) == ["train"]
 
 
 def test_test_rows_are_left_alone(scans, tmp_path):

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxmed.arrays.filters import downsample
 from jaxmed.arrays.types import KeyArray
-from jaxmed.data.splits import SPLITS, split_subjects
+from jaxmed.data.cohort import groups_of_files, hold_out, require_files_apart, split_unlabelled
 from jaxmed.data.transforms import random_crop
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.io.tables import Table, read_table, require_disjoint_subjects, resolve_paths
+from jaxmed.io.tables import Table, read_table, resolve_paths
 from jaxmed.systems.dynamicdps.reading import (
     FrameConfig,
     cut_images,
@@ -170,7 +170,7 @@ def list_files(data: DataConfig, place: Path | None, seed: int) -> Listed:
     splits: list[str] = []
     if data.manifest is not None:
         table = read_table(data.manifest, required=("path",), optional=("subject", "split", "kind"))
-        paths, kinds, splits = resolve_paths(table), kinds_of(table), splits_of(table, data.validation, seed)
+        paths, kinds, splits = resolve_paths(table), kinds_of(table), split_unlabelled(table, data.validation, seed)
     loose = [(path, "image") for path in (() if place is None else find_files(place))]
     loose += [(path, "labels") for path in (() if data.labels is None else find_files(data.labels))]
     # Drawn apart, so that both kinds are held out where there are two or more of each.
@@ -178,7 +178,8 @@ def list_files(data: DataConfig, place: Path | None, seed: int) -> Listed:
         found = [path for path, other in loose if other == kind]
         paths += found
         kinds += [kind] * len(found)
-        splits += _draw([str(path) for path in found], data.validation, seed)
+        splits += hold_out(groups_of_files(found), data.validation, seed)
+    require_files_apart(data.manifest or "input, data.labels", paths, splits)
     if "train" not in splits:
         raise InputError(data.manifest, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
     return Listed(tuple(paths), tuple(kinds), tuple(splits))
@@ -192,23 +193,6 @@ def kinds_of(table: Table) -> list[str]:
         if cell not in ("", *KINDS):
             raise table.wrong(line, f"one of {', '.join(KINDS)} under 'kind'", f"'{cell}'")
     return [cell or "image" for cell in table.column("kind")]
-
-
-def splits_of(table: Table, share: float, seed: int) -> list[str]:
-    """Return "train", "validation" or "test" per row: the table's own, or a draw of whole subjects.
-
-    Raises:
-        InputError: A split has another name, or the same subject (or file) stands in two splits.
-    """
-    if "split" not in table.columns:
-        return _draw([row.get("subject") or row["path"] for row in table.rows], share, seed)
-    for cell, line in zip(table.column("split"), table.lines, strict=True):
-        if cell not in SPLITS:
-            raise table.wrong(line, f"one of {', '.join(SPLITS)} under 'split'", f"'{cell}'")
-    require_disjoint_subjects(table, "path")
-    if "subject" in table.columns:
-        require_disjoint_subjects(table)
-    return table.column("split")
 
 
 def read_images(listed: Listed, split: str, data: DataConfig, frame: FrameConfig, threads: int) -> ImageSource | None:
@@ -282,12 +266,6 @@ class ImageMaker:
         if self.axis is not None:
             image = jnp.where(jax.random.bernoulli(flip_key, self.flip), jnp.flip(image, self.axis), image)
         return image[..., None]
-
-
-def _draw(subjects: list[str], share: float, seed: int) -> list[str]:
-    if not share or len(set(subjects)) < 2:
-        return ["train"] * len(subjects)
-    return split_subjects(subjects, (1 - share, share, 0.0), seed)
 
 
 def _cut_file(path: Path, kind: str, data: DataConfig, frame: FrameConfig) -> Shaped[np.ndarray, "image ..."]:

@@ -9,10 +9,11 @@ from typing import NamedTuple, cast
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Shaped
 
+from jaxmed.data.cohort import groups_of, stated_splits
 from jaxmed.data.records import record_seed
 from jaxmed.data.splits import split_subjects
 from jaxmed.errors import InputError
-from jaxmed.io.tables import Table, read_table, require_disjoint_subjects, resolve_path
+from jaxmed.io.tables import read_table, resolve_path
 from jaxmed.synthesis.phantoms.write_puzzles import Counts, write_puzzle_cohort
 from jaxmed.systems.selfplay.frames import INTENSITIES, FrameConfig, Intensity, load, load_mask, planes
 from jaxmed.systems.selfplay.scans import cut_window, middle_of, name_item, place
@@ -168,7 +169,7 @@ def read_manifest(config: DataConfig, seed: int) -> tuple[Record, ...]:
         raise InputError("data.manifest", "a CSV file", "none", "give one, or try --preset smoke")
     required = ("path", config.mask, "task", "subject")
     table = read_table(config.manifest, required=required, optional=("split", "intensity", "value"))
-    splits = _splits(table, config.fractions, seed)
+    splits = stated_splits(table, SPLITS) or split_subjects(groups_of(table), config.fractions, seed)
     records = []
     for number, (row, line, split) in enumerate(zip(table.rows, table.lines, splits, strict=True)):
         intensity, value = row.get("intensity", ""), row.get("value", "")
@@ -233,17 +234,6 @@ def read_cases(
             by_task.setdefault(record.task, []).extend(outcome)
     cases = _gather({task: _thin(cases, config.max_items) for task, cases in by_task.items()})
     return cases._replace(spacing=frame.spacing), failures
-
-
-def _splits(table: Table, fractions: tuple[float, float, float], seed: int) -> list[str]:
-    if "split" not in table.columns:
-        return split_subjects(table.column("subject"), fractions, seed)
-    for cell, line in zip(table.column("split"), table.lines, strict=True):
-        if cell not in SPLITS:
-            raise table.wrong(line, f"one of {', '.join(SPLITS)} under 'split'", f"'{cell}'")
-    require_disjoint_subjects(table)
-    require_disjoint_subjects(table, "path")
-    return table.column("split")
 
 
 def _cut_record(record: Record, config: DataConfig, frame: FrameConfig, seed: int) -> list[_Case]:

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from jaxmed.data.cohort import groups_of, stated_splits, subjects_of
 from jaxmed.data.records import Source
 from jaxmed.data.splits import SPLITS, split_subjects, write_split_table
 from jaxmed.errors import InputError
-from jaxmed.io.tables import Table, read_table, require_columns, require_disjoint_subjects, resolve_path, resolve_paths
+from jaxmed.io.tables import Table, read_table, require_columns, resolve_path, resolve_paths
 from jaxmed.models.heads import Task
 from jaxmed.objectives.supervised import TaskKind
 from jaxmed.systems.tangerine.scores import MISSING
@@ -284,29 +285,17 @@ def take(cohort: Cohort, rows: np.ndarray) -> Cohort:
     )
 
 
-def subjects_of(table: Table) -> list[str]:
-    """Return whose scan each record is: its own column, or the file itself."""
-    return table.column("subject") if "subject" in table.columns else table.column("path")
-
-
 def find_splits(table: Table, config: LabelConfig, fractions: tuple[float, float, float], seed: int) -> list[str]:
     """Return the split of each record: the table's own column, or a draw of subjects with equal shares of labels.
 
     Raises:
         InputError: A split has another name, a subject stands in two, or there is nothing to train or select on.
     """
-    if "split" in table.columns:
-        splits = table.column("split")
-        for split, line in zip(splits, table.lines, strict=True):
-            if split not in SPLITS:
-                raise table.wrong(line, f"one of {', '.join(SPLITS)} under 'split'", f"'{split}'")
-        require_disjoint_subjects(table, "path")
-        if "subject" in table.columns:
-            require_disjoint_subjects(table)
-    else:
+    splits = stated_splits(table)
+    if splits is None:
         labels = ["/".join(row[name] for name in config.columns) for row in table.rows]
         is_many = len(set(labels)) > MOST_CLASSES  # values of a regression, say
-        splits = split_subjects(subjects_of(table), fractions, seed, None if is_many else labels)
+        splits = split_subjects(groups_of(table), fractions, seed, None if is_many else labels)
     for split in ("train", "validation"):
         if split not in splits:
             raise InputError(table.path, f"records with split '{split}'", f"only {', '.join(sorted(set(splits)))}")

@@ -9,9 +9,8 @@ import numpy as np
 
 from jaxmed.data.pack import PackConfig, PackedSource, pack
 from jaxmed.data.records import FileSource
-from jaxmed.data.splits import SPLITS, split_subjects
 from jaxmed.errors import InputError
-from jaxmed.io.tables import Table, read_table, require_disjoint_subjects
+from jaxmed.io.tables import Table, read_table
 from jaxmed.models.published.preprocess import Preprocess, load_input
 
 SUFFIXES = (".nii", ".nii.gz", ".npz", ".npy")
@@ -63,28 +62,3 @@ def volume_source(
     if cache is None:
         return source
     return pack(source, cache, Prepared(preprocess), PackConfig("float16"))
-
-
-def split_unlabelled(table: Table, share: float, seed: int) -> list[str]:
-    """Return "train", "validation" or "test" per row: the table's own column "split", or a draw of subjects.
-
-    Args:
-        table: With the column path, and optionally subject and split; a row without subject is one of its own.
-        share: Of the subjects to draw for validation; at least one where there are two or more, none at 0.
-        seed: Of the draw.
-
-    Raises:
-        InputError: A split has another name, or the same subject (or file) stands in two splits.
-    """
-    if "split" in table.columns:
-        for row, line in zip(table.rows, table.lines, strict=True):
-            if row["split"] not in SPLITS:
-                raise table.wrong(line, f"one of {', '.join(SPLITS)} under 'split'", f"'{row['split']}'")
-        require_disjoint_subjects(table, "path")
-        if "subject" in table.columns:
-            require_disjoint_subjects(table)
-        return table.column("split")
-    subjects = [row.get("subject") or row["path"] for row in table.rows]
-    if not share or len(set(subjects)) < 2:
-        return ["train"] * len(table)
-    return split_subjects(subjects, (1 - share, share, 0.0), seed)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxmed.arrays.types import Params
+from jaxmed.data.cohort import stated_splits, subjects_of
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, make_folder, write_json
 from jaxmed.io.tables import read_table, resolve_paths, write_table
@@ -340,12 +341,11 @@ def _listed(manifest: Path) -> list[tuple[str, Path, Path | None]]:
     table = read_table(manifest, required=("path",), optional=("subject", "labels", "split"))
     paths = resolve_paths(table)
     labels = resolve_paths(table, "labels") if "labels" in table.columns else [None] * len(paths)
-    rows = list(zip(table.rows, paths, labels, strict=True))
-    if "split" in table.columns:
-        rows = [row for row in rows if row[0]["split"] == "test"]
-        if not rows:
-            raise InputError(manifest, "rows with split 'test'", "none", "leave the column out to use all")
-    return [(row.get("subject") or path.stem, path, place) for row, path, place in rows]
+    splits = stated_splits(table) or ["test"] * len(paths)
+    rows = list(zip(subjects_of(table), paths, labels, splits, strict=True))
+    if "test" not in splits:
+        raise InputError(manifest, "rows with split 'test'", "none", "leave the column out to use all")
+    return [(subject, path, place) for subject, path, place, split in rows if split == "test"]
 
 
 def _read_images(

@@ -11,11 +11,12 @@ import numpy as np
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import to_record
+from jaxmed.data.cohort import file_keys, subject_notes
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import SubsetSource
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
+from jaxmed.files import expand_home, write_json
 from jaxmed.io.tables import Table, read_table, write_table
 from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task
 from jaxmed.models.published.load import OWN_LICENCE, Published, load_published, resize_positions
@@ -42,7 +43,6 @@ from jaxmed.systems.tangerine.labels import (
     parse_externals,
     read_cohort,
     read_labelled,
-    subjects_of,
     take,
     write_splits,
 )
@@ -86,7 +86,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         # The tables' places are part of words, so nobody else makes them absolute.
         words = [word.partition("=") for word in self.external]
-        whole = tuple(f"{name}{mark}{Path(path).expanduser().absolute() if path else ''}" for name, mark, path in words)
+        whole = tuple(f"{name}{mark}{expand_home(path).absolute() if path else ''}" for name, mark, path in words)
         object.__setattr__(self, "external", whole)
 
 
@@ -333,23 +333,32 @@ def read_scans(config: Config) -> Scans:
     notes = [f"The labels are {task.kind}: {', '.join(task.names)}."]
     if task.kind == "binary" and task.names != config.label.columns:
         notes[0] += " --label.positive chooses another positive class."
-    if "subject" not in table.columns:
-        notes.append("Without a column 'subject' every scan counts as a subject of its own.")
+    notes += subject_notes(table)
     if "test" not in splits:
         notes.append("No scan of the manifest has the split 'test': only external sets tell of new scans.")
     others = []
-    known = set(subjects_of(table)) if "subject" in table.columns else set()
+    learnt = [path for path, split in zip(cohort.paths, splits, strict=True) if split != "test"]
     for external in externals:
         other = read_labelled(external.path, config.label)
         words = [external.name] * len(other)
-        others.append((external, read_cohort(other, config.label, meaning, words, may_miss=True)))
-        both = sorted(known & set(subjects_of(other)))
+        found = read_cohort(other, config.label, meaning, words, may_miss=True)
+        others.append((external, found))
+        keys = file_keys([*learnt, *found.paths])
+        if shared := set(keys[: len(learnt)]) & set(keys[len(learnt) :]):
+            path = found.paths[keys.index(next(iter(shared)), len(learnt)) - len(learnt)]
+            expected = f"scans for {external.name} that are not trained or selected on"
+            raise InputError(external.path, expected, f"{len(shared)} of {table.path}: {path}", "take them out")
+        both = sorted(_named_subjects(table) & _named_subjects(other))
         if both:
             notes.append(
                 f"{external.name} has subjects of the same name as the manifest ({', '.join(both[:3])}): if they are "
                 "the same people, its scores are too good."
             )
     return Scans(table, cohort, meaning, others, notes)
+
+
+def _named_subjects(table: Table) -> set[str]:
+    return set(table.column("subject")) - {""} if "subject" in table.columns else set()
 
 
 def read_start(config: Config, task: Task) -> Start:

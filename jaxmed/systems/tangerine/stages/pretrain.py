@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float64
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.data.augment import draw_flips, flip
+from jaxmed.data.cohort import split_unlabelled, subject_notes
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import SubsetSource
 from jaxmed.errors import InputError
@@ -40,7 +41,7 @@ from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.checking import check_volumes
 from jaxmed.systems.tangerine.inputs import CUBES, find_scans, read_scan
 from jaxmed.systems.tangerine.pretrain_page import write_page
-from jaxmed.systems.tangerine.records import Prepared, read_manifest, split_unlabelled, volume_source
+from jaxmed.systems.tangerine.records import Prepared, read_manifest, volume_source
 from jaxmed.train.checkpoint import compare_arrays, export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
@@ -311,7 +312,8 @@ def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
         raise InputError(table.path, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
     training, held_out = ([paths[row] for row in np.flatnonzero(splits == name)] for name in ("train", "validation"))
     chosen = (*training, *held_out)
-    notes = check_volumes(chosen, preprocess, config.data.check, config.loader.num_threads)
+    notes = [] if manifest is None or "subject" not in table.columns else subject_notes(table)
+    notes += check_volumes(chosen, preprocess, config.data.check, config.loader.num_threads)
     return Volumes(chosen, len(training), notes)
 
 
