@@ -27,6 +27,7 @@ from jaxmed.systems.tangerine.labels import (
     read_targets,
 )
 from jaxmed.systems.tangerine.stages import adapt as stage
+from jaxmed.train.run_folder import RunOptions, open_run
 from jaxmed.volume import Volume
 
 AXIAL = np.diag([-2.0, -2.0, 3.0, 1.0])
@@ -140,6 +141,17 @@ def test_a_killed_run_continues_to_the_same_predictions(full, data, tmp_path, mo
     assert "Continuing after step" in (out / "log.txt").read_text()
     for name in ("predictions.csv", "metrics.csv"):
         assert (out / "outputs" / name).read_text() == (full / "outputs" / name).read_text()
+
+
+def test_embedded_chests_are_the_same_after_every_start(data, tmp_path):
+    config = stage.Config(data=stage.DataConfig(embedded=6), weights=data / "mae")
+    inputs = []
+    for _ in range(2):
+        made, _ = stage.make_embedded(config, open_run("tangerine", "adapt", config, RunOptions(tmp_path / "run")))
+        inputs.append({p: p.read_bytes() for p in (tmp_path / "run" / "inputs").rglob("*") if p.is_file()})
+    assert inputs[0] == inputs[1]
+    (elsewhere,) = stage.parse_externals(made.data.external)
+    assert read_table(elsewhere.path).column("subject")[0] == "elsewhere_chest_0000"
 
 
 TASKS = {
@@ -363,7 +375,10 @@ MISTAKES = {
     "a class of another word": (cell(4, "label", "7"), [], "line 5: expected one of 0, 1 under 'label'"),
     "unknown split": (cell(3, "split", "trian"), [], "one of train, validation, test under 'split', found 'trian'"),
     "subject in two splits": (cell(1, "subject", "s0_2"), [], "every subject in one split, found 's0_2' in"),
-    "file in two splits": (cell(1, "path", "2.nii.gz"), [], "every subject in one split, found '2.nii.gz' in"),
+    "file in two splits": (cell(1, "path", "2.nii.gz"), [], "every file in one split, found '2.nii.gz' (line 2) in"),
+    "file in two splits by another path": (
+        cell(1, "path", "../here/2.nii.gz"), [], "every file in one split, found '../here/2.nii.gz' (line 2) in"
+    ),
     "nothing to select on": (column_of("split", "train"), [], "records with split 'validation'"),
     "missing file": (lambda folder: (folder / "here" / "0.nii.gz").unlink(), [], "1 of 48 missing"),
     "broken training file": (
@@ -380,6 +395,9 @@ MISTAKES = {
     "external of another group": (None, ["--data.external", "a:new=there.csv"], "a group of seen, unseen, other"),
     "external named test": (None, ["--data.external", "test=there.csv"], "'test' again"),
     "external table missing": (None, ["--data.external", "a=nowhere.csv"], "nowhere.csv"),
+    "external trained on": (
+        None, ["--data.external", "a=HERE"], "scans for a that are not trained or selected on, found 36 of"
+    ),
     "batch in parts": (None, ["--accumulation", "3"], "loader.batch_size: expected a multiple of 3 parts"),
     "wrong size": (None, ["--image-size", "17", "16", "16"], "image size"),
     "weights for classes": (None, ["--class-weights", "1", "2"], "expected one per output, 1 (label), found 2"),
@@ -405,6 +423,7 @@ def test_a_mistake_ends_in_one_line_and_nothing_is_written(mistake, data, tmp_pa
     if "CLASSIFIER" in options:
         export(classifier(BINARY), tmp_path / "classifier")
         options = [str(tmp_path / "classifier") if word == "CLASSIFIER" else word for word in options]
+    options = [word.replace("HERE", str(folder / "here" / "scans.csv")) for word in options]
     assert run(folder, tmp_path / "run", *options) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("jaxmed: ") and "Traceback" not in error, error
