@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxmed.data.splits import SPLITS, split_subjects
 from jaxmed.errors import InputError
+from jaxmed.io.sheets import is_missing
 from jaxmed.io.tables import Table, require_disjoint_subjects, resolve_path
 
 
@@ -23,7 +24,7 @@ def subjects_of(table: Table, column: str = "path") -> list[str]:
         column: Of the files.
     """
     groups = groups_of(table, column)
-    return [row.get("subject") or group for row, group in zip(table.rows, groups, strict=True)]
+    return [name or group for name, group in zip(_stated_subjects(table), groups, strict=True)]
 
 
 def groups_of(table: Table, column: str = "path") -> list[str]:
@@ -34,7 +35,7 @@ def groups_of(table: Table, column: str = "path") -> list[str]:
         column: Of the files.
     """
     cells = table.column(column)
-    subjects = table.column("subject") if "subject" in table.columns else [""] * len(cells)
+    subjects = _stated_subjects(table)
     roots = _join(
         list(range(len(cells))),
         file_keys(resolve_path(cell, table.path.parent) for cell in cells),
@@ -134,10 +135,17 @@ def subject_notes(table: Table) -> list[str]:
     """Say what a table does not say about subjects: who stands in two splits then, nobody can see."""
     if "subject" not in table.columns:
         return ["Without a column 'subject' every scan counts as a subject of its own."]
-    empty = table.column("subject").count("")
+    empty = _stated_subjects(table).count("")
     if not empty:
         return []
     return [f"{empty:,} of {len(table):,} records have no subject: each of these counts as a subject of its own."]
+
+
+def _stated_subjects(table: Table) -> list[str]:
+    """Return the cells under "subject", empty where nothing is said."""
+    if "subject" not in table.columns:
+        return [""] * len(table)
+    return ["" if is_missing(cell) else cell for cell in table.column("subject")]
 
 
 def _identity(path: str) -> str:

@@ -6,6 +6,7 @@ and not on the order of the rows: subjects are sorted by name before they are pe
 """
 
 import collections
+import dataclasses
 import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -225,7 +226,7 @@ def write_split_table(
         return {**row, **{name: str(resolve_path(row[name], folder)) for name in named if row[name]}}
 
     rows = tuple({**moved(row), "split": split} for row, split in zip(table.rows, splits, strict=True))
-    require_disjoint_subjects(Table(Path(path), columns, rows, table.lines), subject)
+    require_disjoint_subjects(dataclasses.replace(table, path=Path(path), columns=columns, rows=rows), subject)
     write_table(path, columns, rows)
 
 

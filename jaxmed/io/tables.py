@@ -123,6 +123,19 @@ def read_table(path: str | Path, required: Sequence[str] = (), optional: Sequenc
     return table
 
 
+def make_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    """Make a table of records that come from no file of cells, such as those found in a folder.
+
+    Args:
+        path: Where they come from, for messages.
+        columns: Their fields.
+        rows: A cell for every field of each.
+    """
+    cells = tuple(tuple(row[name] for name in columns) for row in rows)
+    lines = tuple(range(1, len(rows) + 1))
+    return Table(path, tuple(columns), tuple(map(dict, rows)), lines, Sheet(path, cells, lines, (), ",", ".", "UTF-8"))
+
+
 def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
     """Write a comma-separated table, wholly or not at all; None becomes an empty cell.
 
@@ -171,7 +184,7 @@ def require_disjoint_subjects(table: Table, subject: str = "subject", split: str
     """
     splits: dict[str, set[str]] = {}
     for name, part in zip(table.column(subject), table.column(split), strict=True):
-        if name:  # an empty cell says nothing about who it is
+        if not is_missing(name):  # an empty cell says nothing about who it is
             splits.setdefault(name, set()).add(part)
     torn = {name: parts for name, parts in splits.items() if len(parts) > 1}
     if torn:

@@ -119,6 +119,9 @@ def test_an_empty_subject_is_one_of_its_own(folder):
                       ("path", "subject", "split"))  # fmt: skip
     assert stated_splits(stated) == splits
     assert subject_notes(table_of(folder, [("a.nii", "p")], ("path", "subject"))) == []
+    missing = table_of(folder, [("a.nii", "NA", "train"), ("b.nii", "nan", "test"), ("c.nii", "na", "test")],
+                       ("path", "subject", "split"))  # fmt: skip
+    assert stated_splits(missing) == ["train", "test", "test"] and subjects_of(missing) == ["a.nii", "b.nii", "c.nii"]
     assert "Without a column 'subject'" in subject_notes(table_of(folder, [("a.nii", "train")]))[0]
 
 

@@ -17,6 +17,7 @@ from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import SubsetSource
 from jaxmed.errors import InputError
 from jaxmed.files import expand_home, write_json
+from jaxmed.io.sheets import is_missing
 from jaxmed.io.tables import Table, read_table, write_table
 from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task
 from jaxmed.models.published.load import OWN_LICENCE, Published, load_published, resize_positions
@@ -358,7 +359,7 @@ def read_scans(config: Config) -> Scans:
 
 
 def _named_subjects(table: Table) -> set[str]:
-    return set(table.column("subject")) - {""} if "subject" in table.columns else set()
+    return {name for name in table.column("subject") if not is_missing(name)} if "subject" in table.columns else set()
 
 
 def read_start(config: Config, task: Task) -> Start:

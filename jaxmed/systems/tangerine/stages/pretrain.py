@@ -20,7 +20,7 @@ from jaxmed.data.records import SubsetSource
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
-from jaxmed.io.tables import Table, resolve_paths
+from jaxmed.io.tables import make_table, resolve_paths
 from jaxmed.models.mae import Mae, MaeConfig
 from jaxmed.models.published.load import (
     OWN_LICENCE,
@@ -306,7 +306,7 @@ def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
     else:
         assert place is not None
         paths = list(find_scans(place))
-        table = Table(place, ("path",), tuple({"path": str(path)} for path in paths), tuple(range(len(paths))))
+        table = make_table(place, ("path",), [{"path": str(path)} for path in paths])
     splits = np.array(split_unlabelled(table, config.data.validation, config.seed))
     if "train" not in splits:
         raise InputError(table.path, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
