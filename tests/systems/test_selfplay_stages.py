@@ -162,12 +162,12 @@ def test_every_arm_answers_for_every_case(compared):
     rows = rows_of(compared / "outputs" / "cases.csv")
     arms = {row["arm"] for row in rows}
     assert arms == {
-        "System I", "System I, mean of flips", "supervised, few labels", "supervised, all labels", "self-play",
+        "System I", "System I, mean of flips", "supervised, few labels", "supervised, all labels", "MAML", "self-play",
         "random proposals", "verifier's gradient", "verifier's level",
         "System I above 0.3", "System I above 0.7",
         "self-play, policy taught",
     }  # fmt: skip
-    assert len(rows) == 4 * (7 + 4 * 2)
+    assert len(rows) == 4 * (8 + 4 * 2)
     summary = json.loads((compared / "outputs" / "summary.json").read_text())
     assert summary["arms"].keys() == arms | {ELSEWHERE}
     for arm in arms:

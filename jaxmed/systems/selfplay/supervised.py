@@ -1,7 +1,13 @@
-"""The generator alone, trained on labels by cross-entropy: what System I and System II are compared with."""
+"""The generator alone, trained on labels by cross-entropy: what System I and System II are compared with.
 
+Either from scratch on the labels there are, or by MAML: from parameters that a few steps on the few labels of any
+familiar task turn into a good network for it.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +18,10 @@ from jaxtyping import Array, Bool, Float
 from jaxmed.arrays.types import Params
 from jaxmed.models.mask_generator import GeneratorConfig, make_generator
 from jaxmed.systems.selfplay.augmentation import AugmentConfig, augment
+from jaxmed.systems.selfplay.data import Cases
+
+Loss: TypeAlias = Callable[[Params, Any], Array]
+"""(parameters, batch) -> loss."""
 
 
 def fit_supervised(
@@ -69,9 +79,124 @@ def _step(
     images: Array,
     masks: Array,
 ) -> tuple[Params, Any]:
-    def loss(params: Params) -> Array:
-        logits = make_generator(config).apply(params, images[..., None])
-        return optax.sigmoid_binary_cross_entropy(logits, masks).mean()
+    update, opt_state = optimizer.update(jax.grad(partial(mask_loss, config))(params, (images, masks)), opt_state)
+    return jax.tree.map(jnp.add, params, update), opt_state
 
-    update, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
+
+def mask_loss(config: GeneratorConfig, params: Params, batch: tuple[Array, Array]) -> Array:
+    """Return the cross-entropy of the masks of a batch, (images, masks as 0 and 1)."""
+    images, masks = batch
+    logits = make_generator(config).apply(params, images[..., None])
+    return optax.sigmoid_binary_cross_entropy(logits, masks).mean()
+
+
+# MAML ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class MamlConfig:
+    """Model-agnostic meta-learning of the generator.
+
+    Attributes:
+        steps: Tasks seen in meta-training; 0 leaves the arm out.
+        inner_steps: Gradient steps on the labelled images of a task, in training and on the new task.
+        inner_rate: Learning rate of these plain gradient steps.
+        rate: Learning rate of Adam on the start; it falls to 0 by half a cosine.
+        queries: Images of the task by which the result of the inner steps is judged.
+
+    Source: Finn et al., arXiv:1703.03400, with second derivatives.
+    """
+
+    steps: int = 400
+    inner_steps: int = 4
+    inner_rate: float = 0.1
+    rate: float = 1e-3
+    queries: int = 8
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or min(self.inner_steps, self.queries) < 1:
+            found = (self.steps, self.inner_steps, self.queries)
+            raise ValueError(f"steps, inner_steps, queries: expected 0 or more, 1 or more, 1 or more, found {found}")
+        for name in ("inner_rate", "rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a number above 0, found {getattr(self, name)}")
+
+
+def take_inner_steps(loss: Loss, params: Params, batch: Any, rate: float, steps: int) -> Params:
+    """Return parameters after plain gradient steps on a batch; differentiable by the parameters it began with."""
+    for _ in range(steps):  # unrolled: on a CPU XLA's weight gradients of convolutions crawl inside loops
+        params = jax.tree.map(lambda leaf, slope: leaf - rate * slope, params, jax.grad(loss)(params, batch))
+    return params
+
+
+def maml_loss(loss: Loss, params: Params, support: Any, queries: Any, rate: float, steps: int) -> Array:
+    """Return the loss on a task's queries after inner steps on its support (MAML, algorithm 1)."""
+    return loss(take_inner_steps(loss, params, support, rate, steps), queries)
+
+
+def fit_maml(
+    seed: int,
+    config: GeneratorConfig,
+    maml: MamlConfig,
+    cases: Cases,
+    shots: int,
+    variants: AugmentConfig = AugmentConfig(),
+) -> Params:
+    """Learn a start for the generator on familiar tasks, as {"generator": ...}.
+
+    Args:
+        seed: The seed of parameters, tasks and images.
+        config: Sizes of the network.
+        maml: How it is learnt.
+        cases: Labelled images of the familiar tasks.
+        shots: Labelled images of a task that the inner steps see.
+        variants: Fresh variants of the images of every task.
+    """
+    params = make_generator(config).init(jax.random.key(seed), jnp.zeros((1, *cases.images.shape[1:], 1)))
+    optimizer = optax.adam(optax.cosine_decay_schedule(maml.rate, max(maml.steps, 1)))
+    opt_state, generator = optimizer.init(params), np.random.default_rng((seed, 13))
+    step = jax.jit(partial(_maml_step, config, maml, optimizer, shots))
+    root = jax.random.fold_in(jax.random.key(seed), 2)
+    places = [np.flatnonzero(cases.tasks == number) for number in range(len(cases.task_names))]
+    for number in range(maml.steps):
+        place = places[generator.integers(len(places))]
+        count = shots + maml.queries
+        chosen = generator.choice(place, count, replace=len(place) < count)
+        seen, truth = jnp.asarray(cases.images[chosen]), jnp.asarray(cases.masks[chosen], jnp.float32)
+        params, opt_state = step(params, opt_state, *augment(jax.random.fold_in(root, number), variants, seen, truth))
+    return {"generator": params}
+
+
+def adapt_maml(
+    config: GeneratorConfig,
+    maml: MamlConfig,
+    params: Params,
+    images: Float[np.ndarray, "case *space"],
+    masks: Bool[np.ndarray, "case *space"],
+) -> Params:
+    """Take the inner steps on the labelled images of a new task, as {"generator": ...}."""
+    batch = jnp.asarray(images), jnp.asarray(masks, jnp.float32)
+    found = _inner(config, maml, params["generator"], batch)
+    return {"generator": found}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _inner(config: GeneratorConfig, maml: MamlConfig, params: Params, batch: tuple[Array, Array]) -> Params:
+    return take_inner_steps(partial(mask_loss, config), params, batch, maml.inner_rate, maml.inner_steps)
+
+
+def _maml_step(
+    config: GeneratorConfig,
+    maml: MamlConfig,
+    optimizer: optax.GradientTransformation,
+    shots: int,
+    params: Params,
+    opt_state: Any,
+    images: Array,
+    masks: Array,
+) -> tuple[Params, Any]:
+    support, queries = (images[:shots], masks[:shots]), (images[shots:], masks[shots:])
+    loss = partial(mask_loss, config)
+    slope = jax.grad(maml_loss, argnums=1)(loss, params, support, queries, maml.inner_rate, maml.inner_steps)
+    update, opt_state = optimizer.update(slope, opt_state)
     return jax.tree.map(jnp.add, params, update), opt_state

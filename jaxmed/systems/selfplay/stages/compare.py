@@ -26,7 +26,7 @@ from jaxmed.systems.selfplay.networks import Trained, load_for
 from jaxmed.systems.selfplay.policy_training import load_policy
 from jaxmed.systems.selfplay.stages.adapt import choose_task, draw_shots, make_embedded
 from jaxmed.systems.selfplay.stages.meta_train import write_failed
-from jaxmed.systems.selfplay.supervised import fit_supervised
+from jaxmed.systems.selfplay.supervised import MamlConfig, adapt_maml, fit_maml, fit_supervised
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
 from jaxmed.systems.selfplay.thinking import LAPTOP, Budget, ThinkConfig, choose_level, judge_masks, think
 from jaxmed.train.announce import announce
@@ -54,6 +54,7 @@ class Config:
         together: Images that are thought about jointly.
         num_seeds: Draws of labelled images, adaptations and players.
         supervised_steps: Of the networks that are trained on labels alone.
+        maml: The same network by MAML: a start learnt on the familiar tasks, a few plain steps on the labelled images.
         augment: Fresh variants of the familiar tasks' images for the network that is supervised by all labels: those
             of meta-training, or the comparison is not fair. Both supervised networks see the labelled images of the
             new task in the variants of `adapt.augment`, as System I does.
@@ -73,6 +74,7 @@ class Config:
     together: int = 8
     num_seeds: int = 3
     supervised_steps: int = 400
+    maml: MamlConfig = MamlConfig()
     augment: AugmentConfig = AugmentConfig()
     seed: int = 0
 
@@ -104,7 +106,7 @@ def smoke() -> Config:
     return Config(
         data=DataConfig(embedded=24), task="star", shots=4, adapt=AdaptConfig(steps=8, rate=1e-3),
         budgets=(256, 1024), think=ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8, 16), value_width=16)),
-        cases=4, together=4, num_seeds=1, supervised_steps=30,
+        cases=4, together=4, num_seeds=1, supervised_steps=30, maml=MamlConfig(steps=20, inner_steps=2),
     )  # fmt: skip
 
 
@@ -231,6 +233,11 @@ def run_seed(
             few=len(shots.images), variants_of_few=config.adapt.augment,
         )  # fmt: skip
         found.append(_answer(name, seed, system, test, _segment(system.config, params, test.images)))
+    if material.training is not None and config.maml.steps:
+        network = system.config.generator
+        params = fit_maml(seed, network, config.maml, material.training, len(shots.images), config.augment)
+        params = adapt_maml(network, config.maml, params, shots.images, shots.masks)
+        found.append(_answer("MAML", seed, system, test, _segment(system.config, params, test.images)))
     if config.think.levels:
         found.append(_answer(LEVEL, seed, system, test, _choose_levels(config, system, test.images)))
         probability = _probability(system.config, system.params, test.images)
