@@ -197,7 +197,7 @@ def _size_fields(published: "Published") -> list[tuple[str, str]]:
     ]  # fmt: skip
     if isinstance(config, ClassifierConfig):
         head = config.head
-        inner = f", hidden layer of {head.hidden} with BatchNorm" if head.hidden else ""
+        inner = "".join(f", hidden layer of {width} with BatchNorm" for width in head.hidden_widths)
         fields.append(("head", f"{head.outputs} outputs on '{head.pool}' features{inner}"))
         told = "not told: give --task and --names when importing"
         task = told if published.task is None else f"{published.task.kind}: {', '.join(published.task.names)}"
@@ -213,7 +213,8 @@ def _unet_fields(config: "GuidedUnetConfig") -> list[tuple[str, str]]:
     updown = "inside residual blocks" if config.resblock_updown else "by convolutions"
     variance = ", and as many for the variance" if config.learn_sigma else ""
     return [
-        ("input", f"{config.dimensions}D, {config.channels} channel(s), multiples of {config.divisor} voxels"),
+        ("input", f"{config.dimensions}D, {config.channels} channel(s), multiples of {config.divisor} voxels"
+                  + (" along the last two axes" if config.keeps_depth else "")),
         ("outputs", f"{config.outputs} channel(s){variance}"),
         ("levels", f"{_times(config.widths)} channels, {config.blocks} blocks each, resampled {updown}"),
         ("attention", f"at factors {', '.join(map(str, config.attention_factors)) or '(none)'} and in the middle; "

@@ -34,6 +34,8 @@ def main() -> None:
     write_tangerine_classifier("class", tangerine.Classifier(sizes, 4, pooling=False), 4)
     write_guided("plain", guided.PLAIN)
     write_guided("released", guided.RELEASED)
+    write_guided("volume", guided.VOLUME, (3, 4, 2))
+    write_guided("thin", guided.THIN, (3, 4, 2))
 
 
 def write_tangerine_mae(name: str, sizes: tangerine.Sizes, seed: int) -> None:
@@ -60,12 +62,17 @@ def write_tangerine_classifier(name: str, model: tangerine.Classifier, seed: int
     tensors = {key: value.numpy() for key, value in model.state_dict().items()}
     safetensors.write(FOLDER / f"tangerine_{name}.safetensors", tensors)
     write_outputs(f"tangerine_{name}", image=image, features=features, logits=logits)
+    if isinstance(model.head, torch.nn.Linear):
+        with torch.no_grad():
+            embeddings = model.embeddings(image)
+        write_outputs(f"tangerine_{name}_embeddings", image=image, **embeddings)
 
 
-def write_guided(name: str, sizes: guided.Sizes) -> None:
+def write_guided(name: str, sizes: guided.Sizes, space: tuple[int, ...] = ()) -> None:
     """Write what every part of a U-Net returns; its weights are drawn from their names, and not stored."""
     model = guided.fill(guided.Unet(sizes))
-    image = torch.rand((2, sizes.channels, *(8,) * sizes.dimensions), generator=torch.Generator().manual_seed(0))
+    space = space or (8,) * sizes.dimensions
+    image = torch.rand((2, sizes.channels, *space), generator=torch.Generator().manual_seed(0))
     time = torch.tensor([3.0, 721.0])
     with torch.no_grad():
         output, trace = model(image, time)

@@ -48,6 +48,12 @@ def random_masking(noise: Float[Array, "batch token"], mask_ratio: float) -> Mas
     return Masking(order[:, :keep], order[:, keep:])
 
 
+def all_kept(batch: int, num_tokens: int) -> Masking:
+    """Return the masking that hides nothing."""
+    kept = jnp.broadcast_to(jnp.arange(num_tokens), (batch, num_tokens))
+    return Masking(kept, kept[:, :0])
+
+
 def hidden_mask(masking: Masking) -> Bool[Array, "batch token"]:
     """Return a map of the tokens in their own order, True where hidden."""
     rows = jnp.arange(masking.hidden.shape[0])[:, None]

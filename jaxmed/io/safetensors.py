@@ -1,8 +1,8 @@
 """Safetensors files: names to NumPy arrays.
 
-The format is eight bytes of header length, a JSON header and the raw tensors, so it is read here
-without a framework: bfloat16 and float8 have no place in that package's NumPy side, and a mapped
-file costs no memory until a tensor is used.
+The safetensors library reads and checks the header: names, types, shapes, and that tensors cover the file without
+holes or overlaps. The values are viewed here, where it would copy them: a mapped file costs no memory until a tensor is
+used. Files are written here because the library orders metadata at random: the same weights shall be the same bytes.
 
 Source: the format description at https://github.com/huggingface/safetensors (README, "Format").
 """
@@ -11,9 +11,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
 from jaxtyping import Shaped
 
 from jaxmed.errors import InputError
@@ -37,7 +39,7 @@ DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype(bool),
 }
-LARGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+MOST_AXES = 64  # of a NumPy array
 
 
 def read(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -47,28 +49,20 @@ def read(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
         InputError: When the file is missing, truncated or not safetensors.
     """
     path = require_file(path, "a safetensors file")
-    header, start = _header(path)
-    content = np.memmap(path, np.uint8, mode="r")[start:]
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            found = f"the entry {entry}"
-            raise InputError(path, f"type, shape and place of '{name}'", found) from error
-        if min(shape, default=0) < 0 or not 0 <= begin <= end:
-            raise InputError(path, f"type, shape and place of '{name}'", f"the entry {entry}")
-        if end > content.size:
-            found = f"{start + content.size} in a truncated file"
-            raise InputError(path, f"{start + end} bytes", found, "copy it again")
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            found = f"{end - begin} bytes"
-            raise InputError(path, f"{dtype} of shape {shape} for '{name}'", found)
-        tensors[name] = np.asarray(content[begin:end]).view(dtype).reshape(shape)
-    return tensors
+    tensors, position = {}, path.stat().st_size
+    with _open(path) as file:
+        entries = [(name, file.get_slice(name)) for name in file.offset_keys()]
+        kinds = [(name, entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries]
+    content = np.memmap(path, np.uint8, mode="r")
+    # Tensors cover the end of the file without holes, as the library made sure.
+    for name, kind, shape in reversed(kinds):
+        if kind not in DTYPES:
+            raise InputError(path, f"'{name[:200]}' of a type among {', '.join(DTYPES)}", kind)
+        if len(shape) > MOST_AXES:
+            raise InputError(path, f"'{name[:200]}' of at most {MOST_AXES} axes", f"{len(shape)} of them")
+        end, position = position, position - math.prod(shape) * DTYPES[kind].itemsize
+        tensors[name] = np.asarray(content[position:end]).view(DTYPES[kind]).reshape(shape)
+    return dict(reversed(tensors.items()))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -77,11 +71,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         InputError: When the file is missing, truncated or not safetensors.
     """
-    header, _ = _header(require_file(path, "a safetensors file"))
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise InputError(path, "metadata of strings", f"{metadata!r}")
-    return {str(name): str(value) for name, value in metadata.items()}
+    with _open(require_file(path, "a safetensors file")) as file:
+        return dict(file.metadata() or {})
 
 
 def write(
@@ -124,21 +115,13 @@ def write(
             file.write(array.tobytes())
 
 
-def _header(path: Path) -> tuple[dict, int]:
-    size = path.stat().st_size
+def _open(path: Path) -> Any:
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        first = file.read(1)
-        if size < 8 or length > LARGEST_HEADER or first != b"{":
-            raise InputError(path, "a safetensors file", "other content", "check the path")
-        if 8 + length > size:
-            found = f"{size} in a truncated file"
-            raise InputError(path, f"more than {8 + length} bytes", found, "copy it again")
-        text = first + file.read(length - 1)
+        start = file.read(9)
+    if len(start) < 9 or start[8:] != b"{":
+        raise InputError(path, "a safetensors file", "other content", "check the path")
     try:
-        header = json.loads(text)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(path, "a safetensors header", error, "copy it again") from error
-    if not isinstance(header, dict):
-        raise InputError(path, "a safetensors header", type(header).__name__)
-    return header, 8 + length
+        return safetensors.safe_open(path, "np")  # pyright: ignore[reportAttributeAccessIssue]
+    except (safetensors.SafetensorError, OSError, ValueError) as error:  # pyright: ignore[reportAttributeAccessIssue]
+        found = f"a damaged or truncated one ({str(error)[:200]})"
+        raise InputError(path, "a safetensors file", found, "copy it again") from error

@@ -45,16 +45,25 @@ class HeadConfig:
             "class" takes the class token after the encoder's final norm.
         hidden: Width of a hidden layer with leaky ReLU and BatchNorm; 0 for a linear head.
         norm: Whether "concat" and "mean" have their layer norm; a logistic probe stands on the features as they are.
+        second_hidden: Width of a second hidden layer like the first; 0 for none. Such heads are run, not trained.
     """
 
     outputs: int = 1
     pool: Literal["concat", "mean", "class"] = "concat"
     hidden: int = 0
     norm: bool = True
+    second_hidden: int = 0
 
     def __post_init__(self) -> None:
         if self.outputs < 1 or self.hidden < 0:
             raise ValueError(f"outputs, hidden: expected 1 or more and 0 or more, found {self.outputs, self.hidden}")
+        if self.second_hidden < 0 or (self.second_hidden and not self.hidden):
+            raise ValueError(f"second_hidden: expected 0, or a width beside hidden, found {self.second_hidden}")
+
+    @property
+    def hidden_widths(self) -> tuple[int, ...]:
+        """Widths of the hidden layers."""
+        return tuple(width for width in (self.hidden, self.second_hidden) if width)
 
 
 class BatchNorm(nn.Module):
@@ -95,6 +104,9 @@ class Head(nn.Module):
         if config.hidden:
             self.hidden = Linear(config.hidden)
             self.batch_norm = BatchNorm()
+        if config.second_hidden:
+            self.hidden_2 = Linear(config.second_hidden)
+            self.batch_norm_2 = BatchNorm()
         # PyTorch truncates at 2, not at two deviations: nothing is cut.
         self.linear = Linear(config.outputs, kernel_init=nn.initializers.normal(2e-5))
 
@@ -106,6 +118,11 @@ class Head(nn.Module):
         if self.config.hidden:
             features = nn.leaky_relu(self.hidden(features), 0.01)
             features, moments = self.batch_norm(features, training)
+        if self.config.second_hidden:
+            if training:
+                raise ValueError("training: expected a head with at most one hidden layer, found two")
+            features = nn.leaky_relu(self.hidden_2(features), 0.01)
+            features, _ = self.batch_norm_2(features)
         return self.linear(features), moments
 
     def features(self, tokens: Float[Array, "batch token width"]) -> Float[Array, "batch feature"]:

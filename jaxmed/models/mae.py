@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmed.arrays.masking import Masking, random_masking
+from jaxmed.arrays.masking import Masking, all_kept, draw_noise, random_masking
+from jaxmed.arrays.types import KeyArray
 from jaxmed.models.vit import SHARDING_RULES as VIT_RULES
 from jaxmed.models.vit import Blocks, Vit, VitConfig, _position_init
 from jaxmed.nn.transformer import BlockConfig, LayerNorm, Linear
@@ -116,16 +117,26 @@ class Mae(nn.Module):
         self.decoder = Decoder(self.config)
 
     def __call__(
-        self, image: Float[Array, "batch ..."], noise: Float[Array, "batch token"], *, all_patches: bool = False
+        self,
+        image: Float[Array, "batch ..."],
+        noise: Float[Array, "batch token"] | None = None,
+        *,
+        key: KeyArray | None = None,
+        all_patches: bool = False,
     ) -> MaeOutput:
-        """Return tokens, prediction and masking.
+        """Return tokens, prediction and masking; with neither key nor noise nothing is hidden.
 
         Args:
             image: [batch, *image_size, channels].
-            noise: One uniform number per patch (`arrays.masking.draw_noise`); the smallest are kept.
+            noise: One uniform number per patch (`arrays.masking.draw_noise`), of which the smallest are kept, for a
+                masking of the caller's; drawn from the key by default.
+            key: Switches masking on.
             all_patches: Predict kept patches too, to look at.
         """
-        masking = random_masking(noise, self.config.mask_ratio)
+        tokens = self.config.encoder.num_tokens
+        if noise is None and key is not None:
+            noise = draw_noise(jax.random.split(key, image.shape[0]), tokens)
+        masking = all_kept(image.shape[0], tokens) if noise is None else random_masking(noise, self.config.mask_ratio)
         tokens = self.encoder(image, masking.kept)
         return MaeOutput(tokens, self.decoder(tokens, masking, all_patches), masking)
 

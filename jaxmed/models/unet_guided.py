@@ -49,6 +49,8 @@ class GuidedUnetConfig:
         dtype: Of activations and products; norms, softmax, time and result are float32.
         remat: Recompute whole levels in the backward pass: less memory, a third more work.
         attention: See `nn.attention.self_attention`; "blocks" serves volumes with many tokens.
+        keeps_depth: Whether the first axis of a volume is never halved, as in the official code, which made it for
+            slices far apart; our own networks halve every axis.
     """
 
     dimensions: Literal[2, 3] = 2
@@ -69,8 +71,11 @@ class GuidedUnetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     attention: AttentionKind = "xla"
+    keeps_depth: bool = False
 
     def __post_init__(self) -> None:
+        if self.keeps_depth and self.dimensions != 3:
+            raise ValueError(f"keeps_depth: expected volumes, found {self.dimensions} dimensions")
         if self.dimensions not in (2, 3):
             raise ValueError(f"dimensions: expected 2 or 3, found {self.dimensions}")
         for name in ("channels", "outputs", "width", "blocks", "heads", "groups"):
@@ -99,13 +104,18 @@ class GuidedUnetConfig:
 
     @property
     def divisor(self) -> int:
-        """What the voxels along every axis must be a multiple of."""
+        """What the voxels along every axis that is halved must be a multiple of."""
         return 2 ** (len(self.multipliers) - 1)
 
     @property
     def time_width(self) -> int:
         """Entries of the embedded time."""
         return 4 * self.width
+
+    @property
+    def first_halved(self) -> int:
+        """The first axis of space that is halved between levels."""
+        return 1 if self.keeps_depth else 0
 
     def heads_of(self, width: int) -> int:
         """Attention heads over so many channels."""
@@ -181,7 +191,8 @@ class DownLevel(nn.Module):
             if config.resblock_updown:
                 h = ResidualBlock(config, width, "down", name="resample")(h, time, keys[-1])
             else:
-                h = Convolution(width, stride=2, dtype=config.dtype, name="resample")(h)
+                first = config.first_halved
+                h = Convolution(width, stride=2, unstrided=first, dtype=config.dtype, name="resample")(h)
             skips.append(h)
         return h, skips
 
@@ -218,7 +229,7 @@ class UpLevel(nn.Module):
             if config.resblock_updown:
                 h = ResidualBlock(config, width, "up", name="resample")(h, time, keys[-1])
             else:
-                h = Convolution(width, dtype=config.dtype, name="resample")(double(h))
+                h = Convolution(width, dtype=config.dtype, name="resample")(double(h, config.first_halved))
         return h
 
 
@@ -238,7 +249,9 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array | None, key: Any = None) -> jax.Array:
         config, features, dtype = self.config, self.features, self.config.dtype
-        resize = {"": lambda image: image, "down": halve, "up": double}[self.resample]
+        first = config.first_halved
+        resize = {"": lambda image: image, "down": lambda image: halve(image, first),
+                  "up": lambda image: double(image, first)}[self.resample]  # fmt: skip
         h = nn.silu(GroupNorm(config.groups, name="norm1")(x)).astype(dtype)
         h = Convolution(features, dtype=dtype, name="conv1")(resize(h))
         x = resize(x)
@@ -280,26 +293,28 @@ class AttentionBlock(nn.Module):
         return x + Linear(width, config.dtype, nn.initializers.zeros, name="out")(mixed).reshape(x.shape)
 
 
-def halve(x: Float[Array, "batch *space channel"]) -> Float[Array, "batch *half channel"]:
-    """Return the mean of every 2 x 2 (x 2) voxels."""
-    lengths = [part for length in x.shape[1:-1] for part in (length // 2, 2)]
-    return x.reshape(x.shape[0], *lengths, x.shape[-1]).mean(axis=range(2, 2 * x.ndim - 3, 2))
+def halve(x: Float[Array, "batch *space channel"], first: int = 0) -> Float[Array, "batch *half channel"]:
+    """Return the mean of every 2 x 2 (x 2) voxels, along the axes of space from `first` on."""
+    kept, lengths = x.shape[1 : 1 + first], [part for length in x.shape[1 + first : -1] for part in (length // 2, 2)]
+    pairs = x.reshape(x.shape[0], *kept, *lengths, x.shape[-1])
+    return pairs.mean(axis=range(2 + first, pairs.ndim - 1, 2))
 
 
-def double(x: Float[Array, "batch *space channel"]) -> Float[Array, "batch *twice channel"]:
-    """Return every voxel twice along each axis (nearest neighbour)."""
-    spatial = x.ndim - 2
-    spread = jnp.expand_dims(x, [2 * axis + 2 for axis in range(spatial)])
-    full = [part for length in x.shape[1:-1] for part in (length, 2)]
-    spread = jnp.broadcast_to(spread, (x.shape[0], *full, x.shape[-1]))
-    return spread.reshape(x.shape[0], *(2 * length for length in x.shape[1:-1]), x.shape[-1])
+def double(x: Float[Array, "batch *space channel"], first: int = 0) -> Float[Array, "batch *twice channel"]:
+    """Return every voxel twice along the axes of space from `first` on (nearest neighbour)."""
+    kept, lengths = x.shape[1 : 1 + first], x.shape[1 + first : -1]
+    spread = jnp.expand_dims(x, [2 * axis + 2 + first for axis in range(len(lengths))])
+    full = [part for length in lengths for part in (length, 2)]
+    spread = jnp.broadcast_to(spread, (x.shape[0], *kept, *full, x.shape[-1]))
+    return spread.reshape(x.shape[0], *kept, *(2 * length for length in lengths), x.shape[-1])
 
 
 def _check(config: GuidedUnetConfig, x: jax.Array, t: jax.Array | None) -> None:
     if x.ndim != config.dimensions + 2 or x.shape[-1] != config.channels:
         raise ValueError(f"x: expected {config.dimensions} axes of space and {config.channels} channels, got {x.shape}")
-    if any(length % config.divisor for length in x.shape[1:-1]):
-        raise ValueError(f"x: expected multiples of {config.divisor} along each axis, got {x.shape[1:-1]}")
+    if any(length % config.divisor for length in x.shape[1 + config.first_halved : -1]):
+        which = "each axis but the first" if config.keeps_depth else "each axis"
+        raise ValueError(f"x: expected multiples of {config.divisor} along {which}, got {x.shape[1:-1]}")
     if (t is None) == config.with_time:
         raise ValueError(f"t: expected {'a time' if config.with_time else 'none'}, as with_time says")
 

@@ -17,6 +17,8 @@ from jaxmed.arrays.types import KeyArray
 from jaxmed.nn.attention import AttentionKind
 from jaxmed.nn.transformer import Block, BlockConfig, DropPath, LayerNorm, Linear
 
+FINAL_EPSILON = 1e-6  # of the final norm
+
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
@@ -147,7 +149,7 @@ class Vit(nn.Module):
         self.position = self.param("position", _position_init(config.width, config.grid))
         self.blocks = Blocks(config.block, config.depth, config.drop_path_rate, config.remat, config.scan)
         if config.final_norm:
-            self.norm = LayerNorm(1e-6)
+            self.norm = LayerNorm(FINAL_EPSILON)
 
     def __call__(
         self,

@@ -42,6 +42,7 @@ class Convolution(nn.Module):
         features: Channels of y.
         size: Edge of the window, in voxels.
         stride: Voxels between windows; with `size` also the rule at the edges (see above).
+        unstrided: How many of the first axes of space have windows at every voxel all the same.
         dtype: Of the products.
         kernel_init: Of the kernel [*window, channel, feature]; by default uniform with variance 1 / (3 fan-in),
             PyTorch's, from which the published networks were trained. Deviation: biases start at 0.
@@ -50,6 +51,7 @@ class Convolution(nn.Module):
     features: int
     size: int = 3
     stride: int = 1
+    unstrided: int = 0
     dtype: str = "float32"
     kernel_init: Any = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -59,7 +61,11 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*window, x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         convolve = conv3d if x.ndim == 5 else conv2d
-        y = convolve(x.astype(self.dtype), jnp.asarray(kernel, self.dtype), self.stride)
+        # Of mixed strides there is no fast road: windows at every voxel, of which the rest is dropped.
+        y = convolve(x.astype(self.dtype), jnp.asarray(kernel, self.dtype), 1 if self.unstrided else self.stride)
+        if self.unstrided:
+            kept, thinned = slice(None), slice(None, None, self.stride)
+            y = y[(kept, *(kept,) * self.unstrided, *(thinned,) * (x.ndim - 2 - self.unstrided))]
         return y + bias.astype(self.dtype)
 
 

@@ -1,5 +1,7 @@
 """A Flax module as two pure functions."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +15,8 @@ class Model(NamedTuple):
 
     Attributes:
         init: `init(key, *inputs) -> params`, float32.
-        apply: `apply(params, *inputs, **options)`; options are those of the module's call.
+        apply: `apply(params, *inputs, key=None, **options)`; a key switches on what is random in the module (dropout,
+            stochastic depth, masking), options are those of the module's call.
     """
 
     init: Callable[..., Params]
@@ -21,12 +24,20 @@ class Model(NamedTuple):
 
 
 def make_model(module: nn.Module) -> Model:
-    """Turn a module into a `Model`."""
+    """Turn a module into a `Model`; equal modules are one model, so that what was compiled for one serves the other."""
+    return _make_model(module)  # pyright: ignore[reportArgumentType]  modules are frozen, and hashed by their fields
+
+
+@functools.lru_cache(maxsize=128)
+def _make_model(module: nn.Module) -> Model:
+    is_random = "key" in inspect.signature(module.__call__).parameters  # pyright: ignore[reportAttributeAccessIssue]
 
     def init(key: KeyArray, *inputs: Any, **options: Any) -> Params:
         return dict(module.init(key, *inputs, **options)["params"])
 
-    def apply(params: Params, *inputs: Any, **options: Any) -> Any:
-        return module.apply({"params": params}, *inputs, **options)
+    def apply(params: Params, *inputs: Any, key: KeyArray | None = None, **options: Any) -> Any:
+        # Nothing is random in a module that takes no key.
+        random = {} if key is None or not (is_random or "method" in options) else {"key": key}
+        return module.apply({"params": params}, *inputs, **random, **options)
 
     return Model(init, apply)

@@ -58,29 +58,68 @@ def test_wrong_files_are_told(tmp_path, tensors):
     safetensors.write(path, tensors)
     good = path.read_bytes()
 
-    def entry(**fields):
+    def entry(more=None, **fields):
         header = {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | fields}
-        text = json.dumps(header).encode()
+        header = [header] if more == [] else header | (more or {})
+        text = b"{" * (more == []) + json.dumps(header).encode()
         return len(text).to_bytes(8, "little") + text + b"\0" * 8
 
     path.write_bytes(entry())
     np.testing.assert_array_equal(safetensors.read(path)["x"], [0, 0])
+    other = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     for content, words in [
         (good[:-1], "truncated"),
+        (good + b"1", "damaged"),
         (good[:20], "truncated"),
         (good[:5], "other content"),
         (b"PK\x03\x04" * 10, "other content"),
+        (b"\xff" * 8 + b"{", "damaged"),
         ((9).to_bytes(8, "little") + b"{" + b"x" * 20, "header"),
-        (entry(dtype="X9"), "'x'"),
-        (entry(shape=[3]), "shape .3,. for 'x'"),
-        (entry(shape=[-2]), "'x'"),
-        (entry(data_offsets=[8, 0]), "'x'"),
+        (entry(dtype="X9"), "X9"),
+        (entry(dtype="F4", shape=[16]), "'x' of a type among"),
+        (entry(shape=[3]), "damaged"),
+        (entry(shape=[-2]), "damaged"),
+        (entry(shape=[2**40, 2**40]), "overflow"),
+        (entry(shape=[2**64]), "damaged"),
+        (entry(shape=[1] * 70 + [2]), "'x' of at most 64 axes, found 71"),
+        (entry(shape=[2.5]), "damaged"),
+        (entry(shape={"a": 1}), "damaged"),
+        (entry(data_offsets=[8, 0]), "damaged"),
         (entry(data_offsets=[0, 10**12]), "truncated"),
+        (entry(data_offsets=[0, float("inf")]), "damaged"),
+        (entry(data_offsets=[float("nan"), 8]), "damaged"),
+        (entry(shape=[1], data_offsets=[4, 8]), "damaged"),  # a hole before it
+        (entry(shape=[1], data_offsets=[0, 4]), "damaged"),  # and behind it
+        (entry(more={"y": other}), "invalid offset"),  # in the place of another
+        (entry(more={"y": {**other, "data_offsets": [8, 12]}}), "damaged"),
+        (entry(more={"__metadata__": {"a": 1}}), "damaged"),
+        (entry(more={"__metadata__": []}), "damaged"),
+        (entry(more=[]), "damaged"),
         (b"", "empty"),
     ]:
         path.write_bytes(content)
-        with pytest.raises(InputError, match=words):
+        for call in (safetensors.read, safetensors.read_metadata)[: 1 if "'x'" in words else 2]:
+            with pytest.raises(InputError, match=words) as caught:
+                call(path)
+            assert str(caught.value).startswith(f"{path}: expected ") and "\n" not in str(caught.value)
+
+
+def test_a_deep_or_endless_header_is_told(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for text in (b'{"a":' + b"[" * 200_000, b'{"a":' + b"9" * 200_000 + b"}", b'{"a":1e999}', b'{"\xff":1}'):
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(InputError, match="damaged"):
             safetensors.read(path)
+
+
+def test_tensors_are_views_of_the_file_and_cost_no_memory(tmp_path, tensors):
+    path = tmp_path / "a.safetensors"
+    safetensors.write(path, tensors)
+    for array in safetensors.read(path).values():
+        assert array.size == 0 or (not array.flags.owndata and not array.flags.writeable)
+    content = path.read_bytes()
+    safetensors.write(path, tensors)
+    assert path.read_bytes() == content
 
 
 def test_types_that_the_format_lacks_are_refused(tmp_path):

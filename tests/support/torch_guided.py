@@ -31,6 +31,8 @@ PLAIN = Sizes(width=32, multipliers=(1, 2, 2), attention=(2, 4))
 RELEASED = Sizes(3, 6, 32, (1, 2), 2, (2,), head_channels=16, updown=True)
 ADDED = Sizes(width=32, multipliers=(1, 1), attention=(), scale_shift=False)
 VOLUME = Sizes(width=32, multipliers=(1, 2), attention=(2,), dimensions=3)
+# Resampled inside residual blocks, and small enough to be stored.
+THIN = Sizes(width=32, multipliers=(1, 1), attention=(), head_channels=16, updown=True, dimensions=3)
 
 
 def conv(dimensions, *arguments, **options):
@@ -42,7 +44,8 @@ def norm(channels):
 
 
 def nearest(x):
-    return functional.interpolate(x, scale_factor=2, mode="nearest")
+    """Double the last two axes: of volumes the first stays, as in the official class."""
+    return functional.interpolate(x, scale_factor=(1, 2, 2) if x.ndim == 5 else 2, mode="nearest")
 
 
 class Block(nn.Module):
@@ -59,7 +62,7 @@ class Block(nn.Module):
 
     def resize(self, x):
         if self.resample == "down":
-            return {2: functional.avg_pool2d, 3: functional.avg_pool3d}[self.sizes.dimensions](x, 2)
+            return functional.avg_pool2d(x, 2) if x.ndim == 4 else functional.avg_pool3d(x, (1, 2, 2))
         return nearest(x) if self.resample == "up" else x
 
     def forward(self, x, time):
@@ -98,7 +101,8 @@ class Attention(nn.Module):
 class Down(nn.Module):
     def __init__(self, sizes, channels):
         super().__init__()
-        self.op = conv(sizes.dimensions, channels, channels, 3, stride=2, padding=1)
+        stride = (1, 2, 2) if sizes.dimensions == 3 else 2
+        self.op = conv(sizes.dimensions, channels, channels, 3, stride=stride, padding=1)
 
     def forward(self, x):
         return self.op(x)

@@ -188,6 +188,14 @@ class Classifier(Encoder):
             features = self.norm(x)[:, 0]
         return features, self.head(features)
 
+    def embeddings(self, image):
+        """Return what the released exporter writes: tokens after the last block, before any norm; and pre_logits."""
+        x = self.encode(image)
+        first, mean = x[:, 0], x[:, 1:].mean(dim=1)
+        concat = torch.cat([first, mean], dim=1)
+        last = self.fc_norm(concat) if self.pooling else self.norm(x)[:, 0]
+        return {"class": first, "pooled": mean, "concat": concat, "pre_logits": last}
+
 
 def randomise(model, seed):
     """Give every trained parameter and every stored moment its own random value, and switch to evaluation."""

@@ -1,8 +1,10 @@
 """Features: what each kind is, of a masked autoencoder and of a classifier, from every form a scan can have."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_tangerine import SIZE, axial, classifier, cubes, masked_autoencoder, scan
@@ -10,6 +12,7 @@ from tiny_tangerine import SIZE, axial, classifier, cubes, masked_autoencoder, s
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.models.mae import MaeConfig
+from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.vit import Vit
 from jaxmed.nn.model import make_model
 from jaxmed.systems import tangerine
@@ -17,6 +20,7 @@ from jaxmed.systems.tangerine.embedding import KINDS, encoder_with_head, feature
 from jaxmed.systems.tangerine.feature_space import DUPLICATE, find_neighbours, principal_plane
 from jaxmed.volume import Volume
 
+REFERENCES = Path(__file__).resolve().parents[1] / "references"
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 
 
@@ -59,11 +63,62 @@ def test_pre_logits_of_a_classifier_are_what_enters_its_head():
     np.testing.assert_allclose(jax.jit(published.model.apply)(published.params, cubes())[0], logits, atol=1e-5)
 
 
-def test_a_head_that_pools_the_class_token_reads_it_after_the_final_norm():
+@pytest.mark.parametrize("name", ["linear", "class"])
+def test_embeddings_of_classifiers_equal_those_of_the_exporter_in_pytorch(name):
+    """Before any final norm; scripts/make_references.py wrote them with tests/support/torch_tangerine.py."""
+    published = load_published(REFERENCES / f"tangerine_{name}.safetensors", heads=2)
+    with np.load(REFERENCES / f"tangerine_{name}_embeddings.npz") as stored:
+        for kind in KINDS:
+            found = tangerine.embed(published, stored["image"], kind)
+            np.testing.assert_allclose(found, stored[kind], atol=2e-5, rtol=0, err_msg=kind)
+
+
+def test_a_head_that_pools_the_class_token_has_its_final_norm_in_pre_logits_alone():
     published = classifier(pool="class")
-    tokens = tokens_of(published, cubes(), final_norm=True)
-    for kind in ("class", "pre_logits"):
-        np.testing.assert_allclose(tangerine.embed(published, cubes(), kind), tokens[:, 0], **CLOSE)
+    raw, normed = (tokens_of(published, cubes(), final_norm=final_norm) for final_norm in (False, True))
+    expected = {"class": raw[:, 0], "pooled": raw[:, 1:].mean(1), "pre_logits": normed[:, 0]}
+    for kind, value in expected.items():
+        np.testing.assert_allclose(tangerine.embed(published, cubes(), kind), value, **CLOSE)
+    assert np.abs(raw - normed).max() > 0.1
+
+
+def test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_cubes(mae):
+    """Gradients against finite differences of a projection, by the weights as a pytree and by the cubes."""
+    given, kind = jnp.asarray(cubes(2)), "pre_logits"
+    along = np.random.default_rng(1).standard_normal(48).astype(np.float32)
+
+    @jax.jit
+    def loss(published, given):
+        return (tangerine.embed_cubes(published, given, kind) @ along).mean()
+
+    by_weights, by_cubes = jax.jit(jax.grad(loss, argnums=(0, 1)))(mae, given)
+    assert isinstance(by_weights, Published) and by_weights.config == mae.config
+    assert jax.tree.structure(by_weights) == jax.tree.structure(mae)
+    rng, step = np.random.default_rng(0), 1e-2
+    direction = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32) / leaf.size**0.5, mae)
+    push = rng.standard_normal(given.shape).astype(np.float32) / given.size**0.5
+
+    def difference(at):
+        return float(at(step) - at(-step)) / (2 * step)
+
+    slope = difference(lambda h: loss(jax.tree.map(lambda leaf, way: leaf + h * way, mae, direction), given))
+    products = jax.tree.map(lambda gradient, way: jnp.vdot(gradient, way), by_weights, direction)
+    np.testing.assert_allclose(sum(jax.tree.leaves(products)), slope, rtol=2e-2, atol=1e-5)
+    slope = difference(lambda h: loss(mae, given + h * push))
+    np.testing.assert_allclose(jnp.vdot(by_cubes, push), slope, rtol=2e-2, atol=1e-6)
+    mapped = jax.jit(jax.vmap(lambda cube: tangerine.embed_cubes(mae, cube[None], kind)[0]))(given)
+    np.testing.assert_allclose(mapped, tangerine.embed(mae, given, kind), atol=2e-5)
+
+
+def test_the_driver_refuses_traced_arrays_and_names_the_core(mae):
+    for call in (
+        lambda: jax.jit(lambda given: tangerine.embed(mae, given))(cubes()),
+        lambda: jax.vmap(lambda given: tangerine.embed(mae, given))(cubes()),
+        lambda: jax.grad(lambda given: tangerine.embed(mae, given).sum())(cubes()),
+        lambda: jax.jit(lambda published: tangerine.embed(published, cubes()))(mae),
+    ):
+        with pytest.raises(InputError, match=r"a traced array; call tangerine.embed_cubes\("):
+            call()
 
 
 def test_a_batch_of_one_is_the_element_of_a_batch(mae):

@@ -2,18 +2,20 @@
 
 The names are those of ADM (256x256_diffusion_uncond.pt and the others without classes), of diffusion posterior sampling
 (ffhq_10m.pt, imagenet256.pt) and of DynamicDPS, whose codes share the class. Heads of attention leave no trace in
-shapes: the released networks have known ones, for others they have to be told. Nor does the noise schedule: that of ADM
-and DPS is linear, that of DynamicDPS a cosine.
+shapes: the released networks have known ones, for others they have to be told, or to stand in the arguments that a file
+keeps. Nor does the noise schedule: that of ADM and DPS is linear, that of DynamicDPS a cosine. Volumes keep the first
+axis of space whole, as the class does: only the last two are halved.
 
 Source: arXiv:2105.05233, arXiv:2209.14687, arXiv:2503.01075, and their official codes.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jaxmed.errors import InputError
 from jaxmed.models.published.image_preprocess import ImagePreprocess
-from jaxmed.models.published.names import Entry, layer_norm, linear, reshaped
+from jaxmed.models.published.names import Entry, count_parts, layer_norm, linear, reshaped, shape_of, told
 from jaxmed.models.unet_guided import GuidedUnetConfig
 
 NAME = "guided_diffusion"
@@ -30,6 +32,10 @@ KEYS = (
 )
 COUNTERS: tuple[str, ...] = ()
 COARSEST = 8  # voxels of the last level of every released network
+# Channels of the input, width, blocks and levels of the released networks, to their heads and channels of a head: the
+# prior of DynamicDPS; ADM (256 pixels without classes, LSUN, ImageNet); FFHQ.
+LEVELS = (1, 1, 2, 2, 4, 4)
+HEADS: dict[tuple[int, int, int, tuple[int, ...]], tuple[int, int]] = {(1, 128, 2, LEVELS): (4, 0), (3, 256, 2, LEVELS): (4, 64), (3, 128, 1, LEVELS): (4, 64)}
 
 
 def recognises(tensors: Mapping[str, Any]) -> bool:
@@ -38,7 +44,11 @@ def recognises(tensors: Mapping[str, Any]) -> bool:
 
 
 def infer(
-    where: str, tensors: Mapping[str, Any], heads: int | None = None, decoder_heads: int | None = None
+    where: str,
+    tensors: Mapping[str, Any],
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> GuidedUnetConfig:
     """Return the sizes of a network from the shapes of its tensors.
 
@@ -47,6 +57,7 @@ def infer(
         tensors: By their original names.
         heads: Attention heads, where the network is not a released one.
         decoder_heads: Not of this family.
+        settings: The arguments of the training code, where the file holds them.
 
     Raises:
         InputError: Tensors that tell sizes are missing or contradict each other, heads are unknown, or the network
@@ -57,9 +68,8 @@ def infer(
     if "label_emb.weight" in tensors:
         raise InputError(where, "a network without classes", "'label_emb.weight'", "take an unconditional one")
     stem, head = (_shape(where, tensors, name) for name in ("input_blocks.0.0.weight", "out.2.weight"))
-    numbers = {int(name.split(".")[1]) for name in tensors if name.startswith("output_blocks.")}
-    ups = [number for number in sorted(numbers) if _resamples(tensors, number)]
-    parts = max(numbers, default=0) + 1
+    parts = count_parts(where, tensors, "output_blocks")
+    ups = [number for number in range(parts) if _resamples(tensors, number)]
     per_level = ups[0] + 1 if ups else parts
     if parts % per_level or per_level < 2:
         raise InputError(where, "decoder levels of one length", f"{parts} parts, the first level of {per_level}")
@@ -72,14 +82,15 @@ def infer(
         raise InputError(where, f"levels of multiples of {width} channels", f"{widths}", "such networks are not built")
     embed = f"output_blocks.{starts[0]}.0.emb_layers.1.weight"
     learns = head[0] == 2 * stem[1]
-    num_heads, head_channels = _heads(where, stem[1], levels, heads)
+    multipliers = tuple(found // width for found in widths)
+    num_heads, head_channels = _heads(where, (stem[1], width, per_level - 1, multipliers), heads, settings)
     try:
         return GuidedUnetConfig(
             dimensions=3 if len(stem) == 5 else 2,
             channels=stem[1],
             outputs=stem[1] if learns else head[0],
             width=width,
-            multipliers=tuple(found // width for found in widths),
+            multipliers=multipliers,
             blocks=per_level - 1,
             attention_factors=tuple(
                 2**level for level, start in enumerate(starts) if f"output_blocks.{start}.1.norm.weight" in tensors
@@ -90,6 +101,7 @@ def infer(
             scale_shift=not with_time or _shape(where, tensors, embed)[0] == 2 * widths[0],
             resblock_updown=bool(ups) and not _has_conv(tensors, ups[0]),
             learn_sigma=learns,
+            keeps_depth=len(stem) == 5 and levels > 1,
         )
     except InputError:
         raise
@@ -127,9 +139,15 @@ def preprocess(config: GuidedUnetConfig) -> ImagePreprocess:
     return ImagePreprocess(size, config.channels, high=255.0, bottom=-1.0, top=1.0, fit="cover")
 
 
-def notes(config: GuidedUnetConfig) -> tuple[str, ...]:
+def notes(config: GuidedUnetConfig, settings: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, ...]:
     """Say what a file does not."""
-    found = ["the file does not hold the noise schedule: ADM and DPS use linear betas, DynamicDPS a cosine"]
+    found = []
+    if _sizes(config) not in HEADS and not {"use_new_attention_order", "num_heads_upsample"} & set(settings):
+        found.append(
+            "the file does not say how attention is laid out: taken as in the released networks, heads before queries, "
+            "keys and values (no use_new_attention_order) and as many heads in the decoder (no num_heads_upsample)"
+        )
+    found += ["the file does not hold the noise schedule: ADM and DPS use linear betas, DynamicDPS a cosine"]
     if config.channels == 1:
         found.append("its range is taken to be [0, 2], as in DynamicDPS")
     return tuple(found)
@@ -211,14 +229,35 @@ def _conv(name: str, path: str, config: GuidedUnetConfig, inputs: int, outputs: 
     ]
 
 
-def _heads(where: str, channels: int, levels: int, told: int | None) -> tuple[int, int]:
-    """Return heads and channels of a head: 4 heads in DynamicDPS and ADM's 128 pixels, 64 channels in the others."""
-    if told is not None:
-        return told, 0
-    if channels not in (1, 3):
-        expected = "one or three channels, of which networks were released"
-        raise InputError(where, expected, channels, "shapes do not tell heads: jaxmed weights import --heads N")
-    return (4, 0) if channels == 1 or levels == 5 else (4, 64)
+def _sizes(config: GuidedUnetConfig) -> tuple[int, int, int, tuple[int, ...]]:
+    return config.channels, config.width, config.blocks, config.multipliers
+
+
+def _heads(
+    where: str, sizes: tuple[int, int, int, tuple[int, ...]], given: int | None, settings: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return heads and channels of a head: as told, as the arguments say, or of the released network of these sizes."""
+    if settings.get("use_new_attention_order") is True:
+        expected = "attention with heads before queries, keys and values"
+        advice = "such networks are not built: save it with reordered rows of qkv"
+        raise InputError(where, expected, "use_new_attention_order in its arguments", advice)
+    in_file, upsample = settings.get("num_heads"), settings.get("num_heads_upsample", -1)
+    if upsample not in (-1, None, in_file):
+        expected = "as many heads in the decoder as in the encoder"
+        raise InputError(
+            where, expected, f"num_heads_upsample {str(upsample)[:20]} in its arguments", "such networks are not built"
+        )
+    channels = settings.get("num_head_channels")
+    if type(channels) is int and channels > 0 and given is None:
+        return 4, channels
+    heads = told(where, "heads", given, settings, ("num_heads",)) if channels in (-1, None) else given
+    if heads is not None:
+        return heads, 0
+    if sizes not in HEADS:
+        expected = "the sizes of a released network, whose heads are known"
+        found = f"{sizes[0]} channel(s), width {sizes[1]}, levels {' '.join(map(str, sizes[3]))}"
+        raise InputError(where, expected, found, "shapes do not tell heads: jaxmed weights import --heads N")
+    return HEADS[sizes]
 
 
 def _resamples(tensors: Mapping[str, Any], number: int) -> bool:
@@ -233,6 +272,4 @@ def _has_conv(tensors: Mapping[str, Any], number: int) -> bool:
 
 
 def _shape(where: str, tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    if name not in tensors:
-        raise InputError(where, "weights of guided_diffusion", f"no '{name}'", "see jaxmed weights list")
-    return tuple(tensors[name].shape)
+    return shape_of(where, NAME, tensors, name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
@@ -67,10 +68,22 @@ class ImportReport(NamedTuple):
     licence: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a stage says on the screen of the weights it was given: tensors without a place, missing ones, notes."""
+        found = []
+        if self.missing and set(self.left_over) & _siblings(self.missing):
+            found.append(f"the decoder is not whole (no {listed(self.missing)}): the encoder alone is used")
+        elif self.left_over:
+            count = len(self.left_over)
+            found.append(f"{count} tensors of the file have no place in the model: {listed(self.left_over)}")
+        return (*found, *self.notes)
 
+
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A model with its weights.
+    """A model with its weights. A pytree whose leaves are those of `params`: jit, vmap and grad take it as it is.
 
     Attributes:
         model: `model.apply(params, ...)` runs it: `models.mae.Mae`, or its encoder where the decoder is missing
@@ -92,6 +105,23 @@ class Published:
     task: Task | None = None
     extras: Mapping[str, Integer[np.ndarray, ""]] = dataclasses.field(default_factory=dict)
 
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Return params, and what is static: it decides what is compiled, and compares by value."""
+        extras = tuple(sorted((name, int(count)) for name, count in self.extras.items()))
+        static = (self.model, self.preprocess, self.config, self.report, self.task, extras)
+        return ((jax.tree_util.GetAttrKey("params"), self.params),), static
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, leaves: Any) -> "Published":
+        """Return weights of leaves of any kind: arrays, tracers, gradients."""
+        model, preprocess, config, report, task, extras = static
+        made = object.__new__(cls)  # no check of types: leaves may be anything while a tree is walked
+        counts = {name: np.asarray(count, np.int64) for name, count in extras}
+        fields = (model, leaves[0], preprocess, config, report, task, counts)
+        for field, value in zip(dataclasses.fields(cls), fields, strict=True):
+            object.__setattr__(made, field.name, value)
+        return made
+
 
 def load_published(
     path: str | Path,
@@ -107,7 +137,8 @@ def load_published(
         path: A .safetensors file; a PyTorch checkpoint (.pth, .pt, .bin), of which no code is run; a run or its
             outputs/model; or a run's checkpoints, checkpoints/state or checkpoints/state/STEP.
         family: Whose weights they are; "auto" looks at the names.
-        heads: Attention heads of the encoder, for files whose width was not published: shapes do not tell them.
+        heads: Attention heads of the encoder, for files whose width was not published: shapes do not tell them, and
+            not every file holds the arguments of its training.
         decoder_heads: Of the decoder, likewise.
         task: What the outputs of a classifier mean, for files that do not say it.
 
@@ -115,7 +146,7 @@ def load_published(
         InputError: The file cannot be read or is of another model; the encoder, or a classifier's head, is not wholly
             there; a tensor has another shape than it should.
     """
-    source = read_source(Path(path))
+    source = read_source(Path(path), lambda tensors: any(module.recognises(tensors) for module in FAMILIES))
     module = _find_family(source, family)
     config = _find_config(source, module, heads, decoder_heads)
     entries = module.entries(config)
@@ -131,7 +162,7 @@ def load_published(
         tuple(name for name in found.left_over if name not in counters),
         found.missing,
         str(source.record.get("licence", OWN_LICENCE if source.is_own else module.LICENCE)),
-        found.notes + (() if source.record else module.notes(config)),
+        found.notes + source.notes + (() if source.record else module.notes(config, source.settings)),
     )
     preprocess = _find_preprocess(source, module, config)
     return Published(_make_model(config, found.params), found.params, preprocess, config, report, task, extras)
@@ -207,6 +238,12 @@ def resize_positions(published: Published, image_size: tuple[int, ...]) -> Publi
     return dataclasses.replace(published, model=model, params=params, config=config, preprocess=preprocess)
 
 
+def _siblings(missing: tuple[str, ...]) -> set[str]:
+    """Return names of the decoder, of which some are missing."""
+    entries = tangerine.entries(MaeConfig())
+    return {entry.name for entry in entries if entry.part == "decoder"} - set(missing)
+
+
 def _find_family(source: Source, family: str) -> ModuleType:
     told = source.record.get("family")
     if family != "auto":
@@ -240,7 +277,7 @@ def _find_config(source: Source, module: ModuleType, heads: int | None, decoder_
     if record.get("config") is None:
         if source.is_own:
             raise InputError(source.where, "a record with the model's sizes ('config')", "none")
-        return module.infer(source.where, source.tensors, heads, decoder_heads)
+        return module.infer(source.where, source.tensors, heads, decoder_heads, source.settings)
     kind = CONFIGS.get(str(record.get("kind")))
     if kind is None:
         raise InputError(source.where, f"a record of kind {' or '.join(CONFIGS)}", f"kind {record.get('kind')}")

@@ -6,6 +6,7 @@ way back is exact.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jaxmed.nn.transformer import BlockConfig
 
 # Parts of a model that a file may lack as a whole.
 OPTIONAL = ("decoder",)
+LONGEST_NAME = 120  # characters shown of a tensor's name
 
 
 class Entry(NamedTuple):
@@ -175,6 +177,50 @@ def cube_root(where: str, name: str, count: int) -> int:
     return edge
 
 
+def shape_of(
+    where: str, family: str, tensors: Mapping[str, Any], name: str, dimensions: int | None = None
+) -> tuple[int, ...]:
+    """Return the shape of a tensor that tells sizes.
+
+    Raises:
+        InputError: It is missing, empty, or of other dimensions.
+    """
+    if name not in tensors:
+        raise InputError(where, f"weights of {family}", f"no '{name}'", "see jaxmed weights list")
+    shape = tuple(tensors[name].shape)
+    if dimensions is not None and len(shape) != dimensions:
+        raise InputError(where, f"'{name}' of {dimensions} dimensions", f"shape {shape}")
+    if 0 in shape:
+        raise InputError(where, f"numbers in '{name}'", f"an empty tensor of shape {shape}")
+    return shape
+
+
+def count_parts(where: str, names: Iterable[str], stem: str) -> int:
+    """Return the number of numbered parts, such as blocks: the last number and one; gaps show as missing tensors.
+
+    Raises:
+        InputError: The last number is far beyond what is there.
+    """
+    numbers = {int(match[1]) for name in names if (match := re.match(rf"{stem}\.(\d{{1,9}})\.", name))}
+    last = max(numbers, default=0)
+    if last > 2 * len(numbers) + 100:
+        found = f"'{stem}.{last}' in a file that holds {len(numbers)} of them"
+        raise InputError(where, f"'{stem}' numbered without gaps", found, "give the whole file, as it was published")
+    return last + 1
+
+
+def told(where: str, option: str, given: int | None, settings: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """Return a number that shapes do not tell: what the user gives, or what the file's arguments say.
+
+    Raises:
+        InputError: They disagree.
+    """
+    said = [settings[name] for name in names if type(settings.get(name)) is int and settings[name] > 0]
+    if said and given not in (None, said[0]):
+        raise InputError(option, f"{said[0]}, as the arguments in {where} say", given, f"leave --{option} out")
+    return said[0] if said else given
+
+
 def put(tree: Params, path: str, leaf: Any) -> None:
     """Set a leaf of a nested dict, making the dicts above it."""
     *parents, last = path.split("/")
@@ -185,7 +231,7 @@ def put(tree: Params, path: str, leaf: Any) -> None:
 
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Return names in a line, cut after some."""
-    names = list(names)
+    names = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 

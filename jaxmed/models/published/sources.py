@@ -8,8 +8,9 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -22,16 +23,39 @@ from jaxmed.config import read_record, to_record
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
 from jaxmed.io import pickles, safetensors
+from jaxmed.io.pickle_names import Tensor, Unread
 from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.parameters import load_parameters
 from jaxmed.models.published.names import cube_root, listed, put
 from jaxmed.models.vit import VitConfig
 
-WRAPPERS = ("model", "model_state", "state_dict", "model_state_dict")
+# Keys under which training codes keep a state dict, the preferred first.
+WRAPPERS = (
+    *("model", "model_state", "state_dict", "model_state_dict", "module", "net", "network", "params"),
+    *("teacher", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema", "ema", "student"),
+    *("encoder", "backbone", "target_encoder"),
+)
 PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of wrapping modules, of torch.compile
+# Of a model inside a larger one: taken off where the names are of no known family with them.
+ROLES = (
+    "teacher.",
+    "ema.",
+    "ema_model.",
+    "model_ema.",
+    "student.",
+    "encoder.",
+    "backbone.",
+    "net.",
+    "network.",
+    "trunk.",
+)
+SETTINGS = ("args", "config", "cfg", "hparams", "hyper_parameters", "hyperparameters", "model_args", "opt", "options")
+NO_MODEL = re.compile(r"optim|sched|scaler|loss|criterion", re.IGNORECASE)
 PICKLED = (".pth", ".pt", ".bin")
 # Under this name a safetensors file that this package wrote says, in JSON, what shapes do not.
 RECORD = "jaxmed_record"
+SMALL = 1 << 26  # bytes
+HIDDEN = ("head/hidden/bias", "head/hidden_2/bias")
 
 
 class Source(NamedTuple):
@@ -42,16 +66,24 @@ class Source(NamedTuple):
         tensors: By name.
         record: "family", "kind", "config", "preprocess", "task", "licence" and "extras", as far as the place says them.
         is_own: Whether names are the paths of parameters.
+        settings: What a training code kept beside its tensors (its args or configuration), by name.
+        notes: What a user should know of how the tensors were found, in sentences.
     """
 
     where: str
     tensors: dict[str, Shaped[np.ndarray, "..."]]
     record: dict[str, Any]
     is_own: bool
+    settings: Mapping[str, Any] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, is_known: Callable[[Mapping[str, Any]], bool]) -> Source:
     """Read a file or a folder of any supported kind.
+
+    Args:
+        path: The file or folder.
+        is_known: Whether names are those of a family; decides whether a prefix such as "encoder." belongs to them.
 
     Raises:
         InputError: It is missing, damaged, or of another kind.
@@ -62,10 +94,10 @@ def read_source(path: Path) -> Source:
     if suffix == ".safetensors":
         if path.name == "parameters.safetensors" and (path.parent / "record.json").exists():
             return _read_own(path.parent)
-        tensors = safetensors.read(path)
-        return Source(str(path), _strip(path, tensors), _read_metadata(path), is_own=False)
+        tensors, notes = _strip(path, safetensors.read(path), is_known)
+        return Source(str(path), tensors, _read_metadata(path), is_own=False, notes=notes)
     if suffix in PICKLED:
-        return Source(str(path), _strip(path, _unwrap(path, pickles.read_checkpoint(path))), {}, is_own=False)
+        return _read_pickled(path, is_known)
     require_file(path, "weights")
     expected = f"weights as .safetensors, {', '.join(PICKLED)}, or a folder of a run"
     raise InputError(path, expected, f"the suffix '{path.suffix}'", "check the path")
@@ -103,26 +135,94 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     return record
 
 
-def _unwrap(path: Path, content: Any) -> dict[str, Any]:
-    """Return the dict of tensors inside a checkpoint."""
-    while isinstance(content, dict) and not _arrays(content):
-        wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
-        if wrapper is None:
+def _read_pickled(path: Path, is_known: Callable[[Mapping[str, Any]], bool]) -> Source:
+    found: dict[str, Any] = {}
+
+    def choose(content: Any) -> dict[str, Any]:
+        found["settings"] = _settings(content)
+        tensors, found["notes"] = _unwrap(path, content)
+        return tensors
+
+    tensors, notes = _strip(path, pickles.read_checkpoint(path, choose), is_known)
+    size, stored = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if size > 4 * stored + SMALL:  # tensors that repeat a few numbers
+        raise InputError(
+            path, f"tensors that fit into its {stored:,} bytes", f"{size:,} bytes of them", "copy it again"
+        )
+    return Source(str(path), tensors, {}, False, found["settings"], (*found["notes"], *notes))
+
+
+def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the dict of tensors inside a checkpoint, and what else could have been taken."""
+    where, others = "", []
+    while isinstance(content, dict):
+        inner = {
+            name: _count(value)
+            for name, value in content.items()
+            if isinstance(name, str) and isinstance(value, dict) and not NO_MODEL.search(name) and _count(value)
+        }
+        known = [name for name in WRAPPERS if name in inner]
+        # A tensor beside a dict of tensors (a score, a queue) is not the model.
+        larger = [name for name in inner if inner[name] > _own_count(content)]
+        if not known and not larger:
             break
-        content = content[wrapper]
+        taken = known[0] if known else max(larger, key=lambda name: inner[name])
+        others += [f"{where}{name}" for name in inner if name != taken and 2 * inner[name] > inner[taken]]
+        where, content = f"{where}{taken}/", content[taken]
+    if isinstance(content, Unread):
+        raise InputError(path, "a dict of tensors", f"an object of {content.name}", "save the state dict")
     if not isinstance(content, dict):
         raise InputError(path, "a dict of tensors", f"a {type(content).__name__}", "save the state dict")
-    if not _arrays(content):
-        expected = f"tensors by name, or a dict of them under {', '.join(WRAPPERS)}"
-        raise InputError(path, expected, f"the keys {listed(map(str, content)) or '(none)'}", "save the state dict")
-    return {str(name): value for name, value in content.items()}
+    if not _own_count(content):
+        objects = [f"{name} (an object of {v.name})" for name, v in content.items() if isinstance(v, Unread)]
+        expected = f"tensors by name, or a dict of them under {', '.join(WRAPPERS[:4])}"
+        keys = listed([str(name) for name in content if not isinstance(content[name], Unread)] + objects)
+        raise InputError(path, expected, f"the keys {keys or '(none)'}", "save the state dict")
+    notes = ()
+    if others:
+        notes = (f"tensors under '{where[:-1]}' were taken; the file holds others under {listed(others)}",)
+    return {name: value for name, value in content.items() if _is_tensor(name, value)}, notes
 
 
-def _arrays(content: Mapping[Any, Any]) -> bool:
-    return any(isinstance(value, np.ndarray) for value in content.values())
+def _is_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, np.ndarray | Tensor)
 
 
-def _strip(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _own_count(content: Mapping[Any, Any]) -> int:
+    return sum(_is_tensor(name, value) for name, value in content.items())
+
+
+def _count(content: Mapping[Any, Any], depth: int = 3) -> int:
+    """Return the number of named tensors in a dict and the dicts in it."""
+    inner = [value for value in content.values() if isinstance(value, dict)] if depth else []
+    return _own_count(content) + sum(_count(value, depth - 1) for value in inner)
+
+
+def _settings(content: Any) -> dict[str, Any]:
+    """Return what a training code's arguments or configuration say, by the last part of the name; outer ones win."""
+    found: dict[str, Any] = {}
+    open_ = [content[name] for name in SETTINGS if name in content] if isinstance(content, dict) else []
+    for _ in range(4):
+        further = []
+        for value in open_:
+            if isinstance(value, Unread):  # a configuration's own class: its attributes
+                value = value.state if isinstance(value.state, dict) else {}
+                value = value.get("_content", value)  # omegaconf
+            for name, item in value.items() if isinstance(value, dict) else ():
+                if isinstance(item, Unread) and isinstance(item.state, dict) and "_val" in item.state:
+                    item = item.state["_val"]
+                if isinstance(item, dict | Unread):
+                    further.append(item)
+                elif isinstance(name, str) and isinstance(item, str | int | float | None):
+                    found.setdefault(name, item)
+        open_ = further[:1000]
+    return found
+
+
+def _strip(
+    path: Path, tensors: Mapping[str, Any], is_known: Callable[[Mapping[str, Any]], bool]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Take prefixes off names; say where a part of the names was taken for the model."""
     stripped: dict[str, Any] = {}
     for full, value in tensors.items():
         name = full
@@ -130,8 +230,28 @@ def _strip(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
             name = name.removeprefix(prefix)
         if name in stripped:
             raise InputError(path, "one tensor of each name", f"'{name}' twice, with and without a prefix")
-        stripped[name] = np.asarray(value)
-    return stripped
+        stripped[name] = value
+    inside = _inside(stripped, is_known, 3)
+    if inside is None or not inside[0]:
+        return stripped, ()
+    prefix, found = inside
+    return found, (f"names that begin with '{prefix}' were taken for the model",)
+
+
+def _inside(
+    tensors: dict[str, Any], is_known: Callable[[Mapping[str, Any]], bool], depth: int
+) -> tuple[str, dict[str, Any]] | None:
+    """Return the prefix without which names are of a known family, and the names without it."""
+    if is_known(tensors):
+        return "", tensors
+    for prefix in (*ROLES, *PREFIXES) if depth else ():
+        short = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if not short:
+            continue
+        rest = {name: value for name, value in tensors.items() if not name.startswith(prefix) and name not in short}
+        if (found := _inside(rest | short, is_known, depth - 1)) is not None:
+            return prefix + found[0], found[1]
+    return None
 
 
 def _newest_step(folder: Path) -> Path | None:
@@ -207,8 +327,8 @@ def _infer_classifier(where: str, tensors: Mapping[str, Shaped[np.ndarray, "..."
     pool = "class"
     if "head/norm/scale" in tensors:
         pool = "concat" if tensors["head/norm/scale"].size == 2 * width else "mean"
-    inner = tensors["head/hidden/bias"].size if "head/hidden/bias" in tensors else 0
+    inner, second = (tensors[name].size if name in tensors else 0 for name in HIDDEN)
     encoder = VitConfig(
         (grid * patch,) * 3, (patch,) * 3, 1, width, len(blocks), heads, hidden, final_norm=pool == "class"
     )
-    return ClassifierConfig(encoder, HeadConfig(outputs, pool, inner))
+    return ClassifierConfig(encoder, HeadConfig(outputs, pool, inner, second_hidden=second))

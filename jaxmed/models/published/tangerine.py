@@ -10,13 +10,25 @@ leaky ReLU, BatchNorm, linear) are its two classifiers.
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jaxmed.errors import InputError
 from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.mae import MaeConfig
-from jaxmed.models.published.names import Entry, blocks, cube_root, layer_norm, linear, patch_embedding, reshaped
+from jaxmed.models.published.names import (
+    Entry,
+    blocks,
+    count_parts,
+    cube_root,
+    layer_norm,
+    linear,
+    patch_embedding,
+    reshaped,
+    shape_of,
+    told,
+)
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import VitConfig
 
@@ -38,7 +50,7 @@ HEADS = {768: 12, 1024: 16, 1280: 16}
 DEPTHS = {768: 12, 1024: 24, 1280: 32}
 DECODER_HEADS = {512: 16}
 # BatchNorm's count of batches: nothing uses it, but a file that is written again holds it again.
-COUNTERS = ("head.2.num_batches_tracked",)
+COUNTERS = ("head.2.num_batches_tracked", "head.5.num_batches_tracked")
 
 
 def recognises(tensors: Mapping[str, Any]) -> bool:
@@ -48,7 +60,11 @@ def recognises(tensors: Mapping[str, Any]) -> bool:
 
 
 def infer(
-    where: str, tensors: Mapping[str, Any], heads: int | None = None, decoder_heads: int | None = None
+    where: str,
+    tensors: Mapping[str, Any],
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> MaeConfig | ClassifierConfig:
     """Return the sizes of a model from the shapes of its tensors.
 
@@ -57,6 +73,7 @@ def infer(
         tensors: By their original names.
         heads: Of the encoder; needed for widths that were not published.
         decoder_heads: Of the decoder, likewise.
+        settings: The arguments of the training code, where the file holds them: heads, mask ratio, target.
 
     Raises:
         InputError: Tensors that tell sizes are missing or contradict each other, or heads are unknown.
@@ -66,16 +83,23 @@ def infer(
     grid = cube_root(where, "pos_embed", rows - 1)
     width, channels, patch = kernel[0], kernel[1], kernel[2:]
     image_size = (patch[0] * grid, patch[1] * grid, patch[2] * grid)
-    is_classifier = any(name.startswith(("head.", "fc_norm.")) for name in tensors)
+    # A stray "head." beside a decoder is not a classifier's.
+    is_classifier = "decoder_embed.weight" not in tensors and any(
+        name.startswith(("head.", "fc_norm.")) for name in tensors
+    )
+    heads = told(where, "heads", heads, settings, ("num_heads", "heads", "encoder_num_heads", "n_heads"))
+    names = ("decoder_num_heads", "decoder_heads", "dec_num_heads")
+    decoder_heads = told(where, "decoder-heads", decoder_heads, settings, names)
     with_fc_norm = is_classifier and "fc_norm.weight" in tensors
     try:
         encoder = VitConfig(
-            image_size, patch, channels, width, _depth(tensors, "blocks"), _heads(where, width, heads, HEADS, "heads"),
-            _hidden(tensors, "blocks", 4 * width), final_norm=not with_fc_norm,
+            image_size, patch, channels, width, count_parts(where, tensors, "blocks"),
+            _heads(where, width, heads, HEADS, "heads"), _hidden(tensors, "blocks", 4 * width),
+            final_norm=not with_fc_norm,
         )  # fmt: skip
         if is_classifier:
             return ClassifierConfig(encoder, _infer_head(where, tensors, width))
-        return _infer_decoder(where, tensors, encoder, decoder_heads)
+        return _infer_decoder(where, tensors, encoder, decoder_heads, settings)
     except InputError:
         raise
     except ValueError as error:
@@ -100,13 +124,17 @@ def preprocess(config: MaeConfig | ClassifierConfig) -> Preprocess:
     return Preprocess(size=(x, y, z))
 
 
-def notes(config: MaeConfig | ClassifierConfig) -> tuple[str, ...]:
-    """Say how the sizes of a file differ from the published ones."""
+def notes(config: MaeConfig | ClassifierConfig, settings: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, ...]:
+    """Say how the sizes of a file differ from the published ones, and what its arguments contradict."""
     width, depth = config.encoder.width, config.encoder.depth
-    published = DEPTHS.get(width, depth)
-    if depth == published:
-        return ()
-    return (f"the encoder has {depth} blocks; the published one of width {width} has {published}",)
+    published, found = DEPTHS.get(width, depth), []
+    if depth != published:
+        found.append(f"the encoder has {depth} blocks; the published one of width {width} has {published}")
+    if isinstance(config, MaeConfig) and config.sigmoid and settings.get("norm_pix_loss") is True:
+        found.append(
+            "its arguments say norm_pix_loss, which no sigmoid can predict: its reconstructions are not images"
+        )
+    return tuple(found)
 
 
 def _encoder(config: VitConfig) -> list[Entry]:
@@ -142,58 +170,60 @@ def _head(config: HeadConfig, width: int) -> list[Entry]:
     found = [] if config.pool == "class" or not config.norm else [*layer_norm("fc_norm", "head/norm", features)]
     if not config.hidden:
         return [*found, *linear("head", "head/linear", features, config.outputs)]
-    size = (config.hidden,)
-    found += linear("head.0", "head/hidden", features, config.hidden)
-    found += layer_norm("head.2", "head/batch_norm", config.hidden)
-    found += [
-        reshaped("head.2.running_mean", "head/batch_norm/mean", size, size),
-        reshaped("head.2.running_var", "head/batch_norm/var", size, size),
-    ]
-    return [*found, *linear("head.3", "head/linear", config.hidden, config.outputs)]
+    for number, (ending, hidden) in enumerate(zip(("", "_2"), config.hidden_widths, strict=False)):
+        size, first = (hidden,), 3 * number
+        found += linear(f"head.{first}", f"head/hidden{ending}", features, hidden)
+        found += layer_norm(f"head.{first + 2}", f"head/batch_norm{ending}", hidden)
+        found += [
+            reshaped(f"head.{first + 2}.running_mean", f"head/batch_norm{ending}/mean", size, size),
+            reshaped(f"head.{first + 2}.running_var", f"head/batch_norm{ending}/var", size, size),
+        ]
+        features = hidden
+    last = 3 * len(config.hidden_widths)
+    return [*found, *linear(f"head.{last}", "head/linear", features, config.outputs)]
 
 
-def _infer_decoder(where: str, tensors: Mapping[str, Any], encoder: VitConfig, decoder_heads: int | None) -> MaeConfig:
+def _infer_decoder(
+    where: str, tensors: Mapping[str, Any], encoder: VitConfig, decoder_heads: int | None, settings: Mapping[str, Any]
+) -> MaeConfig:
     if "decoder_embed.weight" not in tensors:
         # Only the encoder counts then; the decoder's sizes are the published ones.
         return MaeConfig(encoder)
+    sigmoid, ratio = "decoder_pred.weight" not in tensors, settings.get("mask_ratio")
     width = _shape(where, tensors, "decoder_embed.weight", 2)[0]
     config = MaeConfig(
         encoder,
         decoder_width=width,
-        decoder_depth=_depth(tensors, "decoder_blocks"),
+        decoder_depth=count_parts(where, tensors, "decoder_blocks"),
         decoder_heads=_heads(where, width, decoder_heads, DECODER_HEADS, "decoder-heads"),
         decoder_hidden=_hidden(tensors, "decoder_blocks", 4 * width),
+        # Normalised targets and a sigmoid exclude each other: `notes` says where a file claims both.
+        norm_target=settings.get("norm_pix_loss") is True and not sigmoid,
+        sigmoid=sigmoid,
     )
-    return dataclasses.replace(config, sigmoid="decoder_pred.weight" not in tensors)
+    return dataclasses.replace(config, mask_ratio=ratio) if isinstance(ratio, float) and 0 < ratio < 1 else config
 
 
 def _infer_head(where: str, tensors: Mapping[str, Any], width: int) -> HeadConfig:
-    deeper = [name for name in tensors if (match := re.match(r"head\.(\d+)\.", name)) and int(match[1]) > 3]
-    if deeper:
-        raise InputError(where, "a head with at most one hidden layer", f"'{deeper[0]}'", "such heads are not built")
+    places = {int(match[1]) for name in tensors if (match := re.match(r"head\.(\d{1,9})\.", name))}
+    # Linear, leaky ReLU and BatchNorm, once or twice, then linear.
+    odd = places - {0, 2, 3, 5, 6}
+    if odd or (5 in places and 6 not in places):
+        expected = "a head with at most one hidden layer, or two with leaky ReLU and BatchNorm each"
+        raise InputError(where, expected, f"'head.{min(odd, default=5)}'", "such heads are not built")
     if "fc_norm.weight" not in tensors:
         pool = "class"
     else:
         features = _shape(where, tensors, "fc_norm.weight", 1)[0]
         pool = "mean" if features == width else "concat"
     if "head.0.weight" in tensors:
-        hidden = _shape(where, tensors, "head.0.weight", 2)[0]
-        return HeadConfig(_shape(where, tensors, "head.3.weight", 2)[0], pool, hidden)
+        widths = [_shape(where, tensors, f"head.{place}.weight", 2)[0] for place in sorted(places - {2, 5})]
+        return HeadConfig(widths[-1], pool, widths[0], second_hidden=widths[1] if len(widths) > 2 else 0)
     return HeadConfig(_shape(where, tensors, "head.weight", 2)[0], pool)
 
 
 def _shape(where: str, tensors: Mapping[str, Any], name: str, dimensions: int) -> tuple[int, ...]:
-    if name not in tensors:
-        raise InputError(where, "weights of tangerine", f"no '{name}'", "see jaxmed weights list")
-    if tensors[name].ndim != dimensions:
-        raise InputError(where, f"'{name}' of {dimensions} dimensions", f"shape {tensors[name].shape}")
-    return tuple(tensors[name].shape)
-
-
-def _depth(names: Collection[str], stem: str) -> int:
-    """Return the number of blocks up to the last one; gaps show as missing tensors."""
-    numbers = [int(match[1]) for name in names if (match := re.match(rf"{stem}\.(\d+)\.", name))]
-    return max(numbers, default=0) + 1
+    return shape_of(where, NAME, tensors, name, dimensions)
 
 
 def _hidden(tensors: Mapping[str, Any], stem: str, otherwise: int) -> int:
@@ -202,8 +232,8 @@ def _hidden(tensors: Mapping[str, Any], stem: str, otherwise: int) -> int:
     return next((len(tensor) for name, tensor in tensors.items() if pattern.match(name)), otherwise)
 
 
-def _heads(where: str, width: int, told: int | None, published: Mapping[int, int], option: str) -> int:
-    heads = published.get(width) if told is None else told
+def _heads(where: str, width: int, heads: int | None, published: Mapping[int, int], option: str) -> int:
+    heads = published.get(width) if heads is None else heads
     if heads is None:
         expected = f"a published width ({', '.join(map(str, published))}), whose number of heads is known"
         raise InputError(where, expected, width, f"shapes do not tell heads: jaxmed weights import --{option} N")

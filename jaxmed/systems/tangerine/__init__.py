@@ -33,15 +33,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxmed.systems.tangerine.embedding import embed as embed
+    from jaxmed.systems.tangerine.embedding import embed_cubes as embed_cubes
     from jaxmed.systems.tangerine.prediction import predict as predict
 
 
 def __getattr__(name: str) -> object:
     """Import a Python call when it is used: `jaxmed tangerine` must not wait for jax."""
-    if name == "embed":
-        from jaxmed.systems.tangerine.embedding import embed
+    if name in ("embed", "embed_cubes"):
+        from jaxmed.systems.tangerine import embedding
 
-        return embed
+        return getattr(embedding, name)
     if name == "predict":
         from jaxmed.systems.tangerine.prediction import predict
 

@@ -4,9 +4,14 @@ Source: TANGERINE, arXiv:2507.01881, the embedding export of the released code: 
 the patch tokens ("pooled"), one after the other ("concat"), and what enters the head after its layer norm
 ("pre_logits").
 
+`embed` is the driver on the host: it reads, prepares and checks. `embed_cubes` is its jittable core on prepared cubes,
+for jit, vmap and grad.
+
 What a reader of these numbers must know:
-- Of a masked autoencoder the whole volume goes in, nothing hidden, and tokens are taken after the last block: the final
-  norm of pre-training is not applied, because the fine-tuning model, whose features these are, has none.
+- Tokens are taken after the last block, before any final norm, as the released exporter takes them: that of a masked
+  autoencoder's pre-training is never applied (the fine-tuning model has none), that of a classifier on the class token
+  only in "pre_logits".
+- Of a masked autoencoder the whole volume goes in, nothing hidden.
 - No loss trains the class token of a masked autoencoder; it has only looked at the patches.
 - A masked autoencoder's file has no layer norm for "pre_logits": it is at its start, which standardises each scan's
   2048 numbers and learns nothing.
@@ -19,33 +24,39 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxmed.arrays.types import Params
-from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig, pool_tokens
+from jaxmed.errors import InputError
+from jaxmed.models.heads import ClassifierConfig, Head, HeadConfig, pool_tokens
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import Published
 from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.vit import FINAL_EPSILON, Vit
 from jaxmed.nn.model import make_model
+from jaxmed.nn.transformer import LayerNorm
 from jaxmed.systems.tangerine.inputs import Scan, check_cubes, read_scan
 from jaxmed.volume import Grid, Volume
 
 Kind: TypeAlias = Literal["class", "pooled", "concat", "pre_logits"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DEFINITIONS = {
-    "class": "the class token after the last block",
-    "pooled": "the mean of the patch tokens after the last block",
+    "class": "the class token after the last block, before any final norm",
+    "pooled": "the mean of the patch tokens after the last block, before any final norm",
     "concat": "class and pooled, one after the other",
-    "pre_logits": "what enters the head: concat (or what the head pools) after the head's layer norm",
+    "pre_logits": "what enters the head: concat (or what the head pools) after its layer norm",
 }
 
 
 def embed(
     published: Published, volume: Volume | str | Path | Shaped[Any, "..."], kind: Kind = "concat"
 ) -> Float[Array, "*batch feature"]:
-    """Return the features of one scan or of a batch of prepared cubes.
+    """Return the features of one scan or of a batch of prepared cubes; the driver on the host, which looks at values.
+
+    Inside jit, vmap or grad it refuses what is traced: call `embed_cubes` there.
 
     Args:
         published: A masked autoencoder or a classifier, from `load_published`.
@@ -60,10 +71,26 @@ def embed(
     Raises:
         InputError: The scan cannot be read or used; what is merely unexpected about it is a warning.
     """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in (volume, *jax.tree.leaves(published.params))):
+        advice = "call tangerine.embed_cubes(published, cubes) inside jit, vmap and grad"
+        raise InputError("volume", "values that can be looked at", "a traced array", advice)
     given = prepare(published.preprocess, volume)
-    config, params = encoder_with_head(published.config, published.params)
-    found = features(config, params, given.cubes)[kind]
+    found = embed_cubes(published, given.cubes, kind)
     return found[0] if given.is_single else found
+
+
+def embed_cubes(
+    published: Published, cubes: Float[Any, "batch d h w 1"], kind: Kind = "concat"
+) -> Float[Array, "batch feature"]:
+    """Return the features of prepared cubes; the jittable core of `embed`, which nothing on the host looks at.
+
+    Args:
+        published: As of `embed`; a pytree, so that parameters may be traced, mapped over and differentiated.
+        cubes: As `published.preprocess` returns them, one or more; values are not checked.
+        kind: As of `embed`.
+    """
+    config, params = encoder_with_head(published.config, published.params)
+    return features(config, params, cubes)[kind]
 
 
 # One compiled program per model and batch size, whoever calls: a loop over scans in a notebook must not trace each.
@@ -78,9 +105,13 @@ def features(
         params: Likewise.
         cubes: Prepared scans.
     """
-    tokens = make_model(Classifier(config)).apply(params, cubes, method="tokens")
+    bare = dataclasses.replace(config.encoder, final_norm=False)
+    tokens = make_model(Vit(bare)).apply(params["encoder"], cubes)
     pooled = pool_tokens(tokens)
-    last = make_model(Head(config.head)).apply(params["head"], tokens, method="features")
+    normed = tokens
+    if config.encoder.final_norm:
+        normed = make_model(LayerNorm(FINAL_EPSILON)).apply(params["encoder"]["norm"], tokens)
+    last = make_model(Head(config.head)).apply(params["head"], normed, method="features")
     return {"class": pooled.class_token, "pooled": pooled.pooled, "concat": pooled.concat, "pre_logits": last}
 
 

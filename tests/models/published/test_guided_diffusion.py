@@ -27,7 +27,11 @@ RELEASED = GuidedUnetConfig(
     channels=3, outputs=3, width=32, multipliers=(1, 2), attention_factors=(2,), resblock_updown=True,
     learn_sigma=True,
 )  # fmt: skip
-CONFIGS = {"plain": PLAIN, "released": RELEASED}
+VOLUME = GuidedUnetConfig(
+    dimensions=3, width=32, multipliers=(1, 2), blocks=1, attention_factors=(2,), keeps_depth=True
+)  # fmt: skip
+THIN = dataclasses.replace(VOLUME, multipliers=(1, 1), attention_factors=(), heads=2, resblock_updown=True)
+CONFIGS = {"plain": PLAIN, "released": RELEASED, "volume": VOLUME, "thin": THIN}
 TINY = GuidedUnetConfig(width=32, multipliers=(1,), blocks=1, attention_factors=())
 
 
@@ -97,7 +101,9 @@ def last(trace, level, number):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("config", [PLAIN, RELEASED, dataclasses.replace(TINY, dimensions=3, scale_shift=False)])
+@pytest.mark.parametrize(
+    "config", [PLAIN, RELEASED, VOLUME, dataclasses.replace(TINY, dimensions=3, scale_shift=False)]
+)
 def test_round_trip_is_exact(config, tmp_path):
     """Every tensor comes back under its name with its bits, and the exported file needs no hints."""
     published = load(tmp_path, config)
@@ -117,7 +123,7 @@ def test_round_trip_is_exact(config, tmp_path):
     "config",
     [
         DYNAMICDPS_PRIOR, CI_PRIOR, ADM_256, ENHANCER, RELEASED, PLAIN, TINY,
-        dataclasses.replace(CI_PRIOR, dimensions=3, attention_factors=(), scale_shift=False),
+        dataclasses.replace(CI_PRIOR, dimensions=3, attention_factors=(), scale_shift=False, keeps_depth=True),
     ],
 )  # fmt: skip
 def test_entries_are_all_parameters_and_sizes_are_inferred_from_shapes(config):
@@ -130,7 +136,7 @@ def test_entries_are_all_parameters_and_sizes_are_inferred_from_shapes(config):
     assert len({entry.name for entry in entries}) == len(entries)
     tensors = {entry.name: np.broadcast_to(np.float32(0), entry.shape) for entry in entries}
     assert guided_diffusion.recognises(tensors)
-    is_released = config in (DYNAMICDPS_PRIOR, ADM_256, ENHANCER)
+    is_released = config in (DYNAMICDPS_PRIOR, ADM_256)
     assert guided_diffusion.infer("file", tensors, None if is_released else config.heads) == config
 
 
@@ -214,14 +220,75 @@ def test_what_is_no_such_network_is_told_by_name(change, words, tmp_path):
 
 
 @pytest.mark.core
-def test_heads_of_other_channels_must_be_told(tmp_path):
-    config = dataclasses.replace(TINY, channels=2, outputs=2)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"channels": 2, "outputs": 2}, {"channels": 3, "outputs": 3}, {"with_time": False}, {"dimensions": 3}],
+)
+def test_heads_that_nobody_told_are_asked_for(tmp_path, changes):
+    """Only the released networks have known heads; the others load with none but those that are given."""
+    config = dataclasses.replace(TINY, **changes)
     path = write(tmp_path / "a.safetensors", config)
-    with pytest.raises(InputError, match="shapes do not tell heads: .* --heads N"):
+    with pytest.raises(InputError, match="sizes of a released network.* shapes do not tell heads: .* --heads N"):
         load_published(path)
     with pytest.raises(InputError, match="decoder-heads: expected none for this family"):
         load_published(path, heads=4, decoder_heads=2)
-    assert load_published(path, heads=4).config == config
+    published = load_published(path, heads=2)
+    assert published.config == dataclasses.replace(config, heads=2)
+    assert "does not say how attention is laid out" in published.report.notes[0]
+
+
+@pytest.mark.core
+def test_the_released_networks_need_no_hint():
+    released = {
+        "DynamicDPS": DYNAMICDPS_PRIOR,
+        "ADM": ADM_256,
+        "FFHQ": dataclasses.replace(ADM_256, width=128, blocks=1, attention_factors=(16,)),
+    }
+    for config in released.values():
+        tensors = {
+            entry.name: np.broadcast_to(np.float32(0), entry.shape) for entry in guided_diffusion.entries(config)
+        }
+        assert guided_diffusion.infer("file", tensors) == config
+        assert not any("attention" in note for note in guided_diffusion.notes(config))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"num_heads": 2}, (2, 0)),
+        ({"num_heads": 1, "num_head_channels": 16}, (4, 16)),
+        ({"num_heads": 2, "num_head_channels": -1, "num_heads_upsample": -1}, (2, 0)),
+        ({"num_heads": 2, "num_heads_upsample": 2, "use_new_attention_order": False}, (2, 0)),
+        ({"use_new_attention_order": True}, "expected attention with heads before queries, keys and values"),
+        ({"num_heads": 2, "num_heads_upsample": 1}, "found num_heads_upsample 1 in its arguments"),
+        ({"num_heads": 8}, "heads: expected 8, as the arguments in file say, found 4"),
+    ],
+)
+def test_the_arguments_in_a_file_tell_heads_or_refuse_what_is_not_built(settings, found):
+    tensors = {entry.name: np.zeros(entry.shape, np.float32) for entry in guided_diffusion.entries(TINY)}
+    given = 4 if isinstance(found, str) else None
+    if isinstance(found, str):
+        with pytest.raises(InputError) as caught:
+            guided_diffusion.infer("file", tensors, given, settings=settings)
+        assert found in str(caught.value)
+    else:
+        config = guided_diffusion.infer("file", tensors, given, settings=settings)
+        assert (config.heads, config.head_channels) == found
+        if "use_new_attention_order" in settings:
+            assert not any("laid out" in note for note in guided_diffusion.notes(config, settings))
+
+
+@pytest.mark.core
+def test_a_part_of_an_endless_number_is_refused_at_once():
+    for stem in ("output_blocks", "input_blocks"):
+        tensors = {entry.name: np.zeros(entry.shape, np.float32) for entry in guided_diffusion.entries(TINY)}
+        tensors[f"{stem}.99999999.0.in_layers.0.weight"] = np.zeros(32, np.float32)
+        if stem == "input_blocks":  # has no place in the network
+            assert guided_diffusion.infer("file", tensors, 4) == TINY
+        else:
+            with pytest.raises(InputError, match="numbered without gaps, found 'output_blocks.99999999'"):
+                guided_diffusion.infer("file", tensors, 4)
 
 
 @pytest.mark.core
