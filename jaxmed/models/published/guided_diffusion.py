@@ -35,7 +35,11 @@ COARSEST = 8  # voxels of the last level of every released network
 # Channels of the input, width, blocks and levels of the released networks, to their heads and channels of a head: the
 # prior of DynamicDPS; ADM (256 pixels without classes, LSUN, ImageNet); FFHQ.
 LEVELS = (1, 1, 2, 2, 4, 4)
-HEADS: dict[tuple[int, int, int, tuple[int, ...]], tuple[int, int]] = {(1, 128, 2, LEVELS): (4, 0), (3, 256, 2, LEVELS): (4, 64), (3, 128, 1, LEVELS): (4, 64)}
+HEADS: dict[tuple[int, int, int, tuple[int, ...]], tuple[int, int]] = {
+    (1, 128, 2, LEVELS): (4, 0),
+    (3, 256, 2, LEVELS): (4, 64),
+    (3, 128, 1, LEVELS): (4, 64),
+}
 
 
 def recognises(tensors: Mapping[str, Any]) -> bool:
