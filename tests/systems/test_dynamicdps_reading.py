@@ -15,6 +15,7 @@ from jaxmed.systems.dynamicdps.reading import (
     find_files,
     head_of,
     paste_images,
+    read_inside,
     read_labels,
     read_scan,
     restore_scan,
@@ -166,3 +167,67 @@ def test_colour_series_and_empty_folders_are_refused(tmp_path):
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         FrameConfig(**settings)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "scored", "shifted", "hounsfield"])
+@pytest.mark.parametrize("suffix", [".nii", ".npy"])
+def test_scans_below_zero_become_the_same_image_and_return(tmp_path, kind, suffix):
+    array, frame = head((24, 30, 18)), FrameConfig((8, 16), percentile=90.0)
+    array += np.float32(30) * np.random.default_rng(0).random(array.shape).astype(np.float32)
+    if suffix == ".npy":
+        array = array[:, :, 9:10]
+    scaled = {
+        "symmetric": array / array.max() * 2 - 1,
+        "scored": (array - array.mean()) / array.std(),
+        "shifted": array - 200,
+        "hounsfield": array * 3 - 1024,
+    }[kind]
+    paths = []
+    for name, values in (("a", array), ("b", scaled)):
+        paths.append(tmp_path / f"{name}{suffix}")
+        if suffix == ".npy":
+            np.save(paths[-1], values[:, ::-1, 0].T)
+        else:
+            write(paths[-1], values)
+    plain, scan = (read_scan(path, frame) for path in paths)
+    # The background is noise about 15, and becomes 0.
+    assert np.median(scan.volume.array[0]) == pytest.approx(0, abs=0.06)
+    assert np.abs(scan.volume.array - plain.volume.array).max() < 0.12
+    assert scan.low < 0 < plain.high and plain.low == 0
+    stored = reorient(restore_scan(scan.volume.array, scan)).array
+    kept = (scan.volume.array > 0) & (scan.volume.array < 2)
+    np.testing.assert_allclose(stored[kept], scaled[kept], rtol=1e-4, atol=1e-4 * np.ptp(scaled))
+    # A distance of nothing is nothing.
+    assert not restore_scan(np.zeros_like(stored), scan, is_difference=True).array.any()
+
+
+def test_noise_about_zero_stays_and_scores_within_a_mask_are_refused(tmp_path):
+    generator = np.random.default_rng(0)
+    array = head((24, 30, 18))
+    noisy = read_scan(write(tmp_path / "a.nii", array + generator.normal(0, 30, array.shape)), FrameConfig((8, 8)))
+    assert noisy.low == 0
+    inside = array > 0
+    scored = np.where(inside, generator.normal(0, 1, array.shape), 0)
+    with pytest.raises(InputError, match=r"b.nii: expected a scan whose background is its lowest .*; give it unscaled"):
+        read_scan(write(tmp_path / "b.nii", scored), FrameConfig((8, 8)))
+    with pytest.raises(InputError, match="whose background is its lowest"):
+        read_scan(write(tmp_path / "c.nii", array * 3 - 1024), FrameConfig((8, 8), high=4096.0))
+
+
+@pytest.mark.parametrize("inside", [1, 255, 0.5, 200])
+@pytest.mark.parametrize("outside", [0, 100])
+def test_masks_of_a_scan_are_read_by_their_values_and_on_its_grid(tmp_path, inside, outside):
+    array = head()
+    scan = read_scan(write(tmp_path / "a.nii", array), FrameConfig((8, 8)))
+    mask = np.where(array > 0, max(inside, outside), min(inside, outside)).astype(np.float32)
+    np.testing.assert_array_equal(read_inside(write(tmp_path / "m.nii", mask), scan), array > 0)
+    labels = (array > 0) * np.float32(3) + (array > 500)
+    np.testing.assert_array_equal(read_inside(write(tmp_path / "l.nii", labels), scan), array > 0)
+    with pytest.raises(InputError, match="the shape of|the grid of"):
+        read_inside(write(tmp_path / "o.nii", mask, spacing=3.0), scan)
+    write_png(tmp_path / "m.png", (array[..., 4] > 0).astype(np.uint8))
+    with pytest.raises(InputError, match="give NIfTI"):
+        read_inside(tmp_path / "m.png", scan)
+    write_png(tmp_path / "p.png", array[..., 4] / 700)
+    picture = read_scan(tmp_path / "p.png", FrameConfig((8, 8)))
+    np.testing.assert_array_equal(read_inside(tmp_path / "m.png", picture), picture.volume.array > 0)

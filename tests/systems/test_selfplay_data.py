@@ -471,3 +471,34 @@ def test_organs_and_lesions_become_manifests_without_shared_subjects(shared_data
         for r in read_manifest(DataConfig(path), 0) if r.split == "test"
     ]  # fmt: skip
     assert len(tested) == len(set(tested)) == 7 and {r.subject for r in records if r.task == "lesion"} == set(tested)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".npy"])
+@pytest.mark.parametrize("bits", [10, 12])
+def test_pictures_that_use_a_few_of_their_bits_are_told_and_scaled_on_request(tmp_path, suffix, bits):
+    pixels = (texture((16, 16)) * (2**bits - 1)).astype(np.uint16)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".npy":
+        np.save(path, pixels)
+    else:
+        Image.fromarray(pixels).save(path)
+    with pytest.raises(InputError, match="values that reach across .*; set --frame.intensity percentile"):
+        read_scan(path, SMALL)
+    found = read_scan(path, dataclasses.replace(SMALL, intensity="percentile")).images
+    assert found.min() == 0 and found.max() == 1
+    Image.fromarray(np.uint16(pixels * 2 ** (16 - bits))).save(tmp_path / "whole.png")
+    assert read_scan(tmp_path / "whole.png", SMALL).images.max() > 0.9
+
+
+@pytest.mark.parametrize("values", [(100, 200), (0, 1), (0, 255)])
+def test_the_larger_of_two_greys_is_inside(tmp_path, values):
+    mask = box_mask()[..., 1]
+    write_png(tmp_path / "a.png", texture(mask.shape))
+    Image.fromarray(np.where(mask, values[1], values[0]).astype(np.uint8)).save(tmp_path / "m.png")
+    coloured = Image.fromarray(mask.astype(np.uint8))
+    coloured.putpalette([10, 20, 30, 200, 0, 0])
+    coloured.save(tmp_path / "p.png")
+    scan = read_scan(tmp_path / "a.png", SMALL)
+    for name in ("m.png", "p.png"):
+        truth = read_truth(tmp_path / name, scan, SMALL)
+        assert truth.sum() == mask.sum()

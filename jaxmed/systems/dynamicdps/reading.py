@@ -1,8 +1,8 @@
 """Scans as the images of a network in [0, 2], and images back on the grid and the scale of the scan.
 
 A scan is turned to RAS+, resampled where a voxel size is asked for, and scaled: its background is 0, and a percentile
-of the intensities inside the head becomes a fixed value, so that scans of any unit look alike. What was done is kept
-beside the image, and `restore_scan` undoes it.
+of the intensities inside the head becomes a fixed value, so that scans of any unit look alike, those in [-1, 1] or with
+a mean of 0 too. What was done is kept beside the image, and `restore_scan` undoes it.
 
 Source: DynamicDPS, arXiv:2503.01075, official code, for the range [0, 2]; it divides by 4096, which only suits data in
 that unit (`high` does the same).
@@ -17,17 +17,21 @@ from jaxtyping import Bool, Float32, Int32, Shaped
 from scipy import ndimage
 
 from jaxmed.arrays.foreground import find_foreground
-from jaxmed.arrays.grid import reorient, resample, restore
+from jaxmed.arrays.grid import reorient, resample, resample_to, restore
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, read_image
-from jaxmed.volume import Grid, Volume
+from jaxmed.io.masks import read_mask
+from jaxmed.volume import Grid, Volume, require_same_grid
 
 SUFFIXES = (*nifti.SUFFIXES, *PICTURE_SUFFIXES, *ARRAY_SUFFIXES)
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 TOP = 2.0
 FLUID, FLUID_DISTANCE = 24, 5.0  # mm
 # Rows of a picture run down and its columns to the right: x and y of a volume of one plane, seen as it is shown.
+# A background this far below 0 is one of its own, and more than such a share of voxels so far below it is no noise;
+# distances as shares of the range from the background to the 99.5th percentile.
+LEAST_SHIFT, LARGEST_DEPTH, LARGEST_SHARE = 0.02, 0.3, 0.01
 PICTURE_AFFINE = np.diag([1.0, -1.0, 1.0, 1.0])
 
 
@@ -73,7 +77,8 @@ class Scan(NamedTuple):
     Attributes:
         volume: Intensities in [0, 2], RAS+, at the frame's voxel size.
         grid: Of the file.
-        high: Stored intensity that became 2; what was above is clipped, and what was below 0 is 0.
+        high: Stored intensity that became 2; what was above is clipped.
+        low: Stored intensity that became 0, that of the background; what was below is clipped.
         is_picture: Whether the file is a 2D image without a place in the world.
         path: The file.
     """
@@ -81,6 +86,7 @@ class Scan(NamedTuple):
     volume: Volume
     grid: Grid
     high: float
+    low: float
     is_picture: bool
     path: Path
 
@@ -123,9 +129,32 @@ def read_scan(path: Path, frame: FrameConfig) -> Scan:
     """
     stored, is_picture = _read(path)
     volume = _resampled(reorient(stored), frame, order=1)
-    high = frame.high or _find_high(path, volume.array, frame)
-    scaled = np.clip(volume.array * np.float32(TOP / high), 0.0, TOP).astype(np.float32)
-    return Scan(Volume.make(scaled, volume.affine), stored.grid, high, is_picture, path)
+    low = _find_low(path, volume.array, frame)
+    above = volume.array - np.float32(low)
+    high = frame.high or low + _find_high(path, above, frame)
+    scaled = np.clip(above * np.float32(TOP / (high - low)), 0.0, TOP).astype(np.float32)
+    return Scan(Volume.make(scaled, volume.affine), stored.grid, high, low, is_picture, path)
+
+
+def read_inside(path: Path, scan: Scan) -> Bool[np.ndarray, "x y z"]:
+    """Read the mask of a scan, or a label map of its brain, onto the grid of `scan.volume`.
+
+    Raises:
+        InputError: For whatever is wrong with the file, its grid is another, or nothing is inside.
+    """
+    inside, grid = read_mask(path, allow_labels=True)
+    if grid is None and (not scan.is_picture or inside.ndim != 2):
+        raise InputError(path, f"a mask of {scan.path}", f"a picture or array of shape {inside.shape}", "give NIfTI")
+    if grid is None:
+        inside, affine = np.ascontiguousarray(inside.T[:, :, None]), PICTURE_AFFINE
+    else:
+        affine = grid.affine
+    mask = Volume.make(inside.astype(np.float32), affine)
+    require_same_grid(mask, scan.grid, str(path), str(scan.path))
+    moved = resample_to(reorient(mask), scan.volume.grid, order=1).array > 0.5
+    if not moved.any():
+        raise InputError(path, "a mask with voxels", "none", "check the mask")
+    return moved
 
 
 def read_labels(path: Path, frame: FrameConfig) -> Volume:
@@ -145,15 +174,19 @@ def read_labels(path: Path, frame: FrameConfig) -> Volume:
     return Volume.make(np.where(distance <= FLUID_DISTANCE, labels, 0).astype(np.int32), volume.affine)
 
 
-def restore_scan(array: Shaped[np.ndarray, "x y z"], scan: Scan) -> Volume:
+def restore_scan(array: Shaped[np.ndarray, "x y z"], scan: Scan, *, is_difference: bool = False) -> Volume:
     """Bring a result on the grid of `scan.volume` back onto the grid, and the intensities, of the file.
 
     Args:
         array: Intensities in [0, 2].
         scan: Where they belong.
+        is_difference: Whether they are distances between intensities, whose 0 stays 0.
     """
-    stored = np.asarray(array, np.float32) * np.float32(scan.high / TOP)
-    return restore(Volume.make(stored, scan.volume.affine), scan.grid)
+    stored = np.asarray(array, np.float32) * np.float32((scan.high - scan.low) / TOP)
+    restored = restore(Volume.make(stored, scan.volume.affine), scan.grid)
+    if is_difference or not scan.low:
+        return restored
+    return Volume.make(restored.array + np.float32(scan.low), restored.affine)
 
 
 def to_picture(volume: Volume) -> Float32[np.ndarray, "row column"]:
@@ -257,6 +290,21 @@ def _resampled(volume: Volume, frame: FrameConfig, order: int) -> Volume:
     axis = AXES[frame.axis] if frame.is_sliced else None
     x, y, z = (own if index == axis else frame.spacing for index, own in enumerate(volume.spacing))
     return resample(volume, (x, y, z), order=order, antialias=order > 0)
+
+
+def _find_low(path: Path, array: Shaped[np.ndarray, "x y z"], frame: FrameConfig) -> float:
+    """Return the intensity of the background, by the faces of the volume: 0, or a lower one in scaled scans."""
+    sides = [np.take(array, (0, -1), axis) for axis in range(3) if array.shape[axis] > 1]
+    background = float(np.median(np.concatenate([side.reshape(-1) for side in sides])))
+    top = float(np.percentile(array, 99.5))
+    span = max(top - background, 0.0)
+    low = background if background < -LEAST_SHIFT * span and not frame.high else 0.0
+    deep = float(np.mean(array < low - LARGEST_DEPTH * max(top - low, 0.0)))
+    if top > low and deep > LARGEST_SHARE:
+        expected = "a scan whose background is its lowest intensity"
+        found = f"{deep:.0%} of it below a background of {low:g}, down to {array.min():g}"
+        raise InputError(path, expected, found, "give it unscaled: not divided by its deviation within a mask")
+    return low
 
 
 def _find_high(path: Path, array: Shaped[np.ndarray, "x y z"], frame: FrameConfig) -> float:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from jaxmed.arrays.grid import reorient, resample_to
+from jaxmed.arrays.grid import resample_to
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
@@ -20,10 +20,18 @@ from jaxmed.metrics.tissue import TISSUES, fit_tissue, label_volumes, mixture_vo
 from jaxmed.physics.lowfield import LowField
 from jaxmed.systems.dynamicdps.enhancement import Program, Samples
 from jaxmed.systems.dynamicdps.networks import Network
-from jaxmed.systems.dynamicdps.reading import FrameConfig, Scan, head_of, read_scan, restore_scan, to_picture
+from jaxmed.systems.dynamicdps.reading import (
+    FrameConfig,
+    Scan,
+    head_of,
+    read_inside,
+    read_scan,
+    restore_scan,
+    to_picture,
+)
 from jaxmed.systems.dynamicdps.volumes import TilingConfig, apply_network, cut_tiles, refine
 from jaxmed.versions import software_versions
-from jaxmed.volume import Volume, require_same_grid
+from jaxmed.volume import Volume
 
 STATUS = ("converged", "at the largest step", "decrease only", "no decrease", "not downhill", "below precision")
 """What `solvers.line_search` calls 0 to 5."""
@@ -118,14 +126,8 @@ def load(inputs: Inputs, frame: FrameConfig) -> Loaded:
     head = head_of(scan.volume.array)
     brain = head
     if inputs.mask is not None:
-        mask = nifti.read(inputs.mask, dimensions=(3,))
-        require_same_grid(mask.grid, scan.grid, str(inputs.mask), str(inputs.path))
-        binary = Volume.make((mask.array > 0).astype(np.float32), mask.affine)
-        brain = resample_to(reorient(binary), grid, order=1).array > 0.5
-        if not brain.any():
-            raise InputError(inputs.mask, "a mask with voxels", "none", "check the mask")
         # A mask says what the brain is; what lies outside is not refined.
-        head = brain
+        head = brain = read_inside(inputs.mask, scan)
     labels = None
     if inputs.labels is not None:
         labels = nifti.read(inputs.labels, dimensions=(3,), dtype=np.int32, allow_constant=False)
@@ -200,6 +202,7 @@ def write_maps(
     """Write maps on the grid and in the unit of the scan, each with a sidecar."""
     is_nifti = inputs.path.name.lower().endswith(nifti.SUFFIXES)
     constants = {
+        "intensity_of_0": scan.low,
         "intensity_of_2": scan.high,
         "method": plan.method,
         "acquisition": to_record(plan.acquisition),
@@ -208,7 +211,7 @@ def write_maps(
         "licence": plan.network.licence,
     }
     for name, array in maps.items():
-        volume = restore_scan(array, scan)
+        volume = restore_scan(array, scan, is_difference=name in ("uncertainty", "difference"))
         path = folder / f"{inputs.name}_{name}.nii.gz"
         nifti.write(path, volume, reference=inputs.path if is_nifti else None)
         if scan.is_picture and name == "enhanced":

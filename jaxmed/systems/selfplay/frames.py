@@ -28,6 +28,8 @@ AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 PICTURE_AFFINE = np.diag([1.0, -1.0, 1.0, 1.0])
 LEAST_SHARE = 4
 """An image has to fill this part (one in so many voxels) of a window along each axis."""
+LEAST_UNIT = 4095 / 65535
+"""A range that ends below this is no image in [0, 1]: data of 12 bits in 16, or labels."""
 LEAST_HU = 2.0
 """A range of values below this is no CT scan in HU."""
 
@@ -41,9 +43,10 @@ class FrameConfig:
         axis: The slices of volumes: axial is across z (foot to head), coronal across y, sagittal across x.
         spacing: Voxel size in mm; of slices within their plane, their distance stays. None keeps that of the file;
             pictures and .npy files have none and stay as they are.
-        intensity: "unit" takes values as they are, which have to lie in [0, 1] (8-bit pictures are divided by 255);
-            "ct" maps a window in HU to [0, 1]; "percentile" maps the range between two percentiles of the volume, or
-            of the picture, to [0, 1]. The last two clip.
+        intensity: "unit" takes values as they are, which have to lie in [0, 1] (pictures of 8 bits are divided by 255,
+            of 16 by 65535) and to reach beyond a sixteenth of it, which data of 12 bits stored in 16 do not; "ct" maps
+            a window in HU to [0, 1]; "percentile" maps the range between two percentiles of the volume, or of the
+            picture, to [0, 1]. The last two clip.
         hu_window: Of "ct", in HU.
         percentiles: Of "percentile".
     """
@@ -201,6 +204,9 @@ def _to_unit(array: Shaped[np.ndarray, "..."], frame: FrameConfig, where: str) -
             if low < -1e-3 or high > 1 + 1e-3:
                 advice = "scale the file, or set --frame.intensity ct or percentile"
                 raise InputError(where, "values in [0, 1]", f"values in [{low:g}, {high:g}]", advice)
+            if high <= LEAST_UNIT * (1 + 1e-6):
+                advice = "set --frame.intensity percentile (data of 12 bits or less, stored in 16?)"
+                raise InputError(where, "values that reach across [0, 1]", f"values in [{low:g}, {high:g}]", advice)
             return np.clip(array, 0, 1).astype(np.float32)
         case "ct":
             if high - low < LEAST_HU:
