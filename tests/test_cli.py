@@ -1,5 +1,7 @@
 """The command line's own words."""
 
+import io
+import os
 import subprocess
 import sys
 
@@ -101,3 +103,23 @@ def test_a_closed_pipe_ends_quietly():
     command = f"{sys.executable} -m jaxmed doctor | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_names_that_no_screen_can_show_are_told_by_their_codes(tmp_path, monkeypatch, encoding):
+    shown = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", shown[0])
+    monkeypatch.setattr(sys, "stderr", shown[1])
+    name = os.fsdecode(b"caf\xe9-\xc3\xa9")
+    assert main(["report", str(tmp_path / name)]) == 2
+    print(name)
+    for stream in shown:
+        stream.flush()
+        assert rb"caf\udce9-" in stream.buffer.getvalue()
+
+
+def test_a_run_folder_whose_name_is_no_utf8_is_refused(tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9")
+    assert main(["noddi", "simulate", "--preset", "smoke", "--out", str(tmp_path / name)]) == 2
+    assert "expected a folder whose name is UTF-8, found surrogates not allowed; choose" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -151,7 +151,7 @@ class FileSource:
         """Return the fields and a digest of the paths and values."""
         digest = hashlib.sha256()
         for paths in self.files.values():
-            digest.update("\0".join(map(str, paths)).encode())
+            digest.update("\0".join(map(str, paths)).encode(errors="backslashreplace"))
         for column in self.values.values():
             digest.update(np.ascontiguousarray(column).tobytes())
         names = ", ".join((*self.files, *self.values))

@@ -266,7 +266,7 @@ def _by_class(subjects: Sequence[str], labels: Sequence[Hashable] | None, seed: 
 
 def _permuted(names: Sequence[str], seed: int) -> list[str]:
     # By a hash of (seed, name): a subject that joins or leaves changes nothing in the order of the others.
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode(errors="backslashreplace")).digest())
 
 
 def _one_row_each(flags: Bool[np.ndarray, " record"], subjects: Sequence[str] | None, seed: int) -> list[int]:

@@ -134,7 +134,7 @@ class Log:
         if not self.is_writer:
             return
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with (self.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{now}  {text}\n")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

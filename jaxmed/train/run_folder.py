@@ -195,6 +195,11 @@ def _shared(config: Any) -> Any:
 
 
 def _check_writable(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        # Orbax, which writes the checkpoints, takes no other names.
+        raise InputError(path, "a folder whose name is UTF-8", error.reason, "choose another --out") from error
     if path.exists() and not path.is_dir():
         raise InputError(path, "a folder for the run", "a file", "choose another --out")
     existing = next(parent for parent in (path, *path.parents) if parent.exists())

@@ -207,7 +207,10 @@ def write_embeddings(folder: Path, done: list[Outcome], kinds: tuple[Kind, ...],
     arrays = {kind: np.array([outcome.arrays[kind] for outcome in done], np.float32) for kind in kinds}
     columns = [f"{kind}_{place}" for kind in kinds if done for place in range(arrays[kind].shape[1])]
     # Row by row: 100,000 scans of 2048 features are not held as text.
-    with atomic_path(folder / "embeddings.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with (
+        atomic_path(folder / "embeddings.csv") as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "id", *further, "warnings", *columns])
         for place, outcome in enumerate(done):
