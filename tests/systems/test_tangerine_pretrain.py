@@ -368,7 +368,7 @@ TABLES = {
     "file in two splits": (
         ("path", "split"),
         [("scan_0.nii.gz", "train"), ("scan_0.nii.gz", "validation")],
-        "every subject in one split",
+        "every file in one split",
     ),
 }
 
