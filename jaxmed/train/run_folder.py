@@ -1,7 +1,8 @@
 """The folder that every run writes, in one layout.
 
 config.json (complete, re-runnable), inputs.json (sizes and times of the files that were given), metrics.jsonl,
-checkpoints/, outputs/, inputs/ (embedded data only), report.html and log.txt. `open_run` looks and decides without
+checkpoints/, outputs/, inputs/ (embedded data only), timing.json, report.html and log.txt. Equal runs have equal bytes
+in outputs/, so that how long each took stands in a file of its own. `open_run` looks and decides without
 writing anything; `start` makes the folder. The report is written last, so a run that has one is complete.
 """
 
@@ -26,6 +27,7 @@ OWN_NAMES = (
     "checkpoints",
     "outputs",
     "inputs",
+    "timing.json",
     "report.html",
     "log.txt",
     "profile",
@@ -158,6 +160,22 @@ def start(run: RunFolder, *, is_shared: bool = False) -> None:
     make_folder(run.outputs)
     write_json(run.path / "inputs.json", run.inputs)
     write_json(run.path / "config.json", run.record)
+
+
+def write_summary(run: RunFolder, summary: dict[str, Any]) -> None:
+    """Write what a run found to outputs/summary.json, and its "seconds" to timing.json."""
+    write_json(run.path / "timing.json", {"seconds": summary.get("seconds", {})})
+    write_json(run.outputs / "summary.json", {name: value for name, value in summary.items() if name != "seconds"})
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read what `write_summary` wrote of the run in a folder; without its timing there are no "seconds" to show."""
+    timing = path / "timing.json"
+    return (
+        {"seconds": {}}
+        | read_record(path / "outputs" / "summary.json")
+        | (read_record(timing) if timing.exists() else {})
+    )
 
 
 def remove(run: RunFolder) -> None:

@@ -10,12 +10,13 @@ from jaxmed.report.bands import Band, banded_curves
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.systems.dynamicdps.options import CALIBRATION, Calibrated, read_calibration
+from jaxmed.train.run_folder import read_summary
 
 
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     calibrated = read_calibration(folder)
     bank = _read_bank(folder / "outputs" / "bank.csv")
     write_report(

@@ -13,6 +13,7 @@ from jaxmed.report.figures import Bar, MapStyle, bars, slice_maps
 from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
 from jaxmed.systems.dynamicdps.comparison import NOISE, plan_cells
 from jaxmed.systems.dynamicdps.scoring import MEASURES, MOST_EXAMPLES
+from jaxmed.train.run_folder import read_summary
 
 SHOWN = ("psnr", "residual", "volume_error", "false_lesions")
 # Headings of the tables; what is not among them is in outputs/means.csv and differences.csv.
@@ -30,7 +31,7 @@ TOLD = (
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     cells = plan_cells(summary["arms"], summary["initials"], tuple(summary["conditions"]))
     study = read_record(folder / "outputs" / "study.json")["config"]
     results, failures = read_results(cells, folder, study), read_failures(cells, folder)

@@ -11,6 +11,7 @@ from jaxmed.io import nifti
 from jaxmed.metrics.tissue import TISSUES
 from jaxmed.report.figures import MapStyle, curves, slice_maps
 from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
+from jaxmed.train.run_folder import read_summary
 from jaxmed.volume import Volume
 
 MOST_PICTURES = 8
@@ -21,7 +22,7 @@ TITLES |= {"uncertainty": "Uncertainty"}
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     scans = summary["scans"]
     sections = [Section("Notes", [Note(text) for text in summary["notes"]])]
     sections += [_scan_section(folder / "outputs", scan) for scan in scans[:MOST_PICTURES]]

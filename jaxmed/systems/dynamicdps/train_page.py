@@ -10,6 +10,7 @@ from jaxmed.io import nifti
 from jaxmed.report.figures import MapStyle, curves, slice_maps
 from jaxmed.report.page import Section, Table, Text, write_report
 from jaxmed.train.log import read_metrics
+from jaxmed.train.run_folder import read_summary
 
 STYLE = MapStyle(colormap="gray", limits=(0.0, 2.0))
 ONE_MM = (1.0, 1.0, 1.0)
@@ -84,7 +85,7 @@ def write_initial_page(folder: Path) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, float]]]:
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     return read_record(folder / "config.json"), summary, read_metrics(folder)
 
 

@@ -22,7 +22,7 @@ from jaxmed.systems.dynamicdps.reading import AXES, FrameConfig
 from jaxmed.systems.dynamicdps.records import DataConfig, ImageMaker, ImageSource, Listed, list_files, read_images
 from jaxmed.systems.dynamicdps.synthetic import SyntheticConfig
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
 
@@ -143,7 +143,7 @@ def write_images(folder: Path, name: str, images: Float32[np.ndarray, "image ...
         write_json(folder / f"{stem}.json", sidecar)
 
 
-def write_summary(folder: RunFolder, stage: str, images: Images, params: Params, **further: Any) -> None:
+def write_training_summary(folder: RunFolder, stage: str, images: Images, params: Params, **further: Any) -> None:
     """Write outputs/summary.json, of which the report is made."""
     summary = {
         "counts": images.counts,
@@ -151,7 +151,7 @@ def write_summary(folder: RunFolder, stage: str, images: Images, params: Params,
         "device": jax.devices()[0].device_kind,
         "command": f"jaxmed dynamicdps {stage} --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
     }
-    write_json(folder.outputs / "summary.json", summary | further)
+    write_summary(folder, summary | further)
 
 
 def is_first() -> bool:

@@ -9,12 +9,13 @@ from jaxmed.config import read_record
 from jaxmed.io.tables import read_table
 from jaxmed.report.figures import agreement, histograms
 from jaxmed.report.page import Block, Note, Section, Table, Text, Tile, write_report
+from jaxmed.train.run_folder import read_summary
 
 
 def write_stage_page(folder: Path) -> None:
     """Write report.html of a staging run."""
     outputs = folder / "outputs"
-    summary = read_record(outputs / "summary.json")
+    summary = read_summary(outputs.parent)
     table = read_table(outputs / "stages.csv")
     stages, errors = np.array(table.floats("stage")), np.array(table.floats("rms_error"))
     figure = histograms(
@@ -36,7 +37,7 @@ def write_stage_page(folder: Path) -> None:
 def write_forecast_page(folder: Path) -> None:
     """Write report.html of a forecasting run."""
     outputs = folder / "outputs"
-    summary = read_record(outputs / "summary.json")
+    summary = read_summary(outputs.parent)
     rows = [(name, s["visits"], s["mse"], s["r"], s["r2"]) for name, s in summary["scores"].items()]
     blocks: list[Block] = [
         Table(

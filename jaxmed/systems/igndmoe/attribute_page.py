@@ -11,6 +11,7 @@ from jaxmed.models.graph_diffusion import EXPERTS
 from jaxmed.report.bands import Band, banded_curves
 from jaxmed.report.figures import histograms
 from jaxmed.report.page import Figure, Note, Section, Table, Text, Tile, write_report
+from jaxmed.train.run_folder import read_summary
 
 FEWER = 4
 """Every fourth point of a curve is drawn: its marks would touch otherwise."""
@@ -19,7 +20,7 @@ FEWER = 4
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record, outputs = read_record(folder / "config.json"), folder / "outputs"
-    summary = read_record(outputs / "summary.json")
+    summary = read_summary(outputs.parent)
     tiles: list[Tile] = [
         (
             f"{name.capitalize()} falls",

@@ -11,6 +11,7 @@ from jaxmed.report.figures import Bar, bars
 from jaxmed.report.page import Note, Section, Table, Text, Tile, write_report
 from jaxmed.report.regions import glass_brain
 from jaxmed.report.scatter import scatter
+from jaxmed.train.run_folder import read_summary
 
 MOST_SEEDS = 10
 
@@ -18,7 +19,7 @@ MOST_SEEDS = 10
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record, outputs = read_record(folder / "config.json"), folder / "outputs"
-    summary = read_record(outputs / "summary.json")
+    summary = read_summary(outputs.parent)
     tiles, sections = _visits(summary) if summary["kind"] == "visits" else _map(outputs, summary)
     sections.append(Section("How to read it", [*(Note(note) for note in summary["notes"]), _reading(summary)]))
     write_report(

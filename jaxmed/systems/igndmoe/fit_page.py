@@ -12,6 +12,7 @@ from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.report.regions import glass_brain
 from jaxmed.systems.igndmoe.results import read_course
 from jaxmed.train.log import read_metrics
+from jaxmed.train.run_folder import read_summary
 
 MOST_CURVES = 8
 LEADING = {"igndmoe": "a mixture of three mechanisms", "fkpp": "diffusion and growth", "ndm": "network diffusion"}
@@ -20,7 +21,7 @@ LEADING = {"igndmoe": "a mixture of three mechanisms", "fkpp": "diffusion and gr
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json, metrics.jsonl and outputs/."""
     record, outputs = read_record(folder / "config.json"), folder / "outputs"
-    summary = read_record(outputs / "summary.json")
+    summary = read_summary(outputs.parent)
     scores = summary["scores"]
     said = "test" if "test" in scores else "train"
     tiles: list[tuple[str, object, str]] = [

@@ -9,6 +9,7 @@ from jaxmed.io.tables import read_table
 from jaxmed.report.figures import curves, histograms
 from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.report.regions import glass_brain
+from jaxmed.train.run_folder import read_summary
 
 MOST_CURVES = 10
 
@@ -16,7 +17,7 @@ MOST_CURVES = 10
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record, outputs = read_record(folder / "config.json"), folder / "outputs"
-    summary = read_record(outputs / "summary.json")
+    summary = read_summary(outputs.parent)
     regions, truth = tuple(summary["regions"]), outputs / "truth"
     course, weights = read_table(truth / "course.csv"), read_table(truth / "weights.csv")
     times = np.array(course.floats("stage"))

@@ -10,6 +10,7 @@ from jaxmed.report.figures import curves
 from jaxmed.report.page import Section, Table, Text, write_report
 from jaxmed.systems.noddi.evaluation import DEFINED, Scores, bias_curve
 from jaxmed.systems.noddi.predict_page import map_label
+from jaxmed.train.run_folder import read_summary
 
 SHOWN_SNR = 20.0
 """Noise level of the curves over the truth; the nearest one there is."""
@@ -18,7 +19,7 @@ SHOWN_SNR = 20.0
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     with np.load(folder / "outputs" / "scores.npz", allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     repeats = record["config"]["repeats"]

@@ -5,12 +5,13 @@ from typing import Any
 
 from jaxmed.config import read_record
 from jaxmed.report.page import Section, Table, Text, write_report
+from jaxmed.train.run_folder import read_summary
 
 
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     write_report(
         folder / "report.html",
         title="A network as ONNX",

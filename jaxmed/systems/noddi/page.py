@@ -9,6 +9,7 @@ from jaxmed.config import read_record
 from jaxmed.io import nifti
 from jaxmed.report.figures import MapStyle, agreement, histograms, map_comparison, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text, write_report
+from jaxmed.train.run_folder import read_summary
 from jaxmed.volume import Volume
 
 LABELS = {"ndi": "NDI", "odi": "ODI", "fwf": "FWF", "dot": "Dot"}
@@ -29,7 +30,7 @@ FLAG_WORDS = {
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     names = {name: LABELS[name] for name in summary["parameters"]}
     read = {name: _read(folder / "outputs" / f"{name}.nii.gz") for name in [*names, "residual"]}
     maps = {label: read[name] for name, label in (names | {"residual": "Residual"}).items()}

@@ -10,6 +10,7 @@ from jaxmed.config import read_record
 from jaxmed.io import nifti
 from jaxmed.report.figures import MapStyle, agreement, histograms, map_comparison, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text, write_report
+from jaxmed.train.run_folder import read_summary
 from jaxmed.volume import Volume
 
 WATER = 0.9
@@ -19,7 +20,7 @@ WATER = 0.9
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     maps = {map_label(output["name"]): read_map(folder, output["name"]) for output in summary["outputs"]}
     mask = read_map(folder, "mask").array > 0
     tissue = mask & (maps["FWF"].array < WATER) if "FWF" in maps else mask

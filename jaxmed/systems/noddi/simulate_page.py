@@ -9,13 +9,14 @@ from jaxmed.config import read_record
 from jaxmed.io import nifti
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Section, Table, Text, write_report
+from jaxmed.train.run_folder import read_summary
 from jaxmed.volume import Volume
 
 
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     config, outputs = record["config"], folder / "outputs"
     mask = reorient(nifti.read(outputs / "mask.nii.gz"), "RAS").array > 0
     write_report(

@@ -9,6 +9,7 @@ from jaxmed.config import read_record
 from jaxmed.report.figures import agreement, curves
 from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.train.log import read_metrics
+from jaxmed.train.run_folder import read_summary
 
 DEFINED = 0.5
 """Estimates are compared where at least this share of the voxel lets the signal depend on the parameter."""
@@ -17,7 +18,7 @@ DEFINED = 0.5
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json, metrics.jsonl and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     lines = read_metrics(folder)
     settings = record["config"]["train"]
     write_report(

@@ -11,12 +11,13 @@ from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
 from jaxmed.report.scatter import scatter
 from jaxmed.systems.selfplay.meta_page import example_figure
 from jaxmed.train.log import read_metrics
+from jaxmed.train.run_folder import read_summary
 
 
 def write_page(folder: Path) -> None:
     """Write report.html of an adapt run."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     sections = [Section("Warnings", [Note(text, "warning") for text in summary["warnings"]])]
     if summary["failed"]:
         text = f"Records that could not be used: {summary['failed']}; see outputs/failed.csv."

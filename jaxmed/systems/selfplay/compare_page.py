@@ -11,12 +11,13 @@ from jaxmed.report.bands import Band, banded_curves
 from jaxmed.report.figures import Bar, bars
 from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
 from jaxmed.report.scatter import scatter
+from jaxmed.train.run_folder import read_summary
 
 
 def write_page(folder: Path) -> None:
     """Write report.html of a compare run."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     sections = [Section("Notes", [Note(text) for text in summary["notes"]])]
     if summary["failed"]:
         text = f"Records that could not be used: {summary['failed']}; see outputs/failed.csv."

@@ -11,12 +11,13 @@ from jaxmed.report.figures import curves
 from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
 from jaxmed.train.log import read_metrics
+from jaxmed.train.run_folder import read_summary
 
 
 def write_page(folder: Path) -> None:
     """Write report.html of a meta-train run."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     lines = read_metrics(folder)
     last = next((line for line in reversed(lines) if "evaluation/overlap" in line), {})
     which = "a task that is not trained on" if summary["held_out"] else "the tasks that are trained on"

@@ -8,12 +8,13 @@ from jaxmed.config import read_record
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
 from jaxmed.train.log import read_metrics
+from jaxmed.train.run_folder import read_summary
 
 
 def write_page(folder: Path) -> None:
     """Write report.html of a train-policy run."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     lines = read_metrics(folder)
     last = next(line for line in reversed(lines) if "evaluation/score_gain" in line)
     which = f"'{summary['looked_at']}', which it was not taught on" if summary["looked_at"] else "a task of training"

@@ -10,6 +10,7 @@ from jaxmed.report.figures import curves
 from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.page import Block, Figure, Note, Section, Table, Text, write_report
 from jaxmed.systems.selfplay.meta_page import plane
+from jaxmed.train.run_folder import read_summary
 
 MOST_FILES = 6
 MOST_IMAGES = 8
@@ -24,7 +25,7 @@ STOPS = {
 def write_page(folder: Path) -> None:
     """Write report.html of a think run."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     rows = summary["scans"]
     sections = [Section("Notes", [Note(text) for text in summary["notes"]])]
     if summary["failed"]:

@@ -17,6 +17,7 @@ from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.systems.tangerine.pretrain_page import series
 from jaxmed.systems.tangerine.scores import MISSING
 from jaxmed.train.log import read_metrics
+from jaxmed.train.run_folder import read_summary
 
 GROUPS = {
     "seen": "distribution seen in pre-training",
@@ -39,7 +40,7 @@ FEWEST_FOR_CALIBRATION = 20
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json, metrics.jsonl and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     task = from_record(Task, summary["task"], str(folder / "outputs" / "summary.json"))
     scores = read_rows(folder / "outputs" / "metrics.csv")
     how = {"full": "Fine-tuned from", "frozen": "A head trained on", "logistic": "A linear probe on"}[summary["mode"]]

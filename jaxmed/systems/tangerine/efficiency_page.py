@@ -11,6 +11,7 @@ from jaxmed.recipes.study import make_cells, read_failures, read_results
 from jaxmed.recipes.study_tables import compare, comparison_table, summarise, summary_curves, summary_table
 from jaxmed.report.bands import Band, banded_curves
 from jaxmed.report.page import Figure, Note, Section, Table, Text, write_report
+from jaxmed.train.run_folder import read_summary
 
 NAMES = {"auroc": "AUROC", "loss": "Loss"}
 
@@ -18,7 +19,7 @@ NAMES = {"auroc": "AUROC", "loss": "Loss"}
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     config = record["config"]
     cells = make_cells({
         "arm": tuple(summary["arms"]), "fraction": tuple(summary["fractions"]),

@@ -12,6 +12,7 @@ from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.report.scatter import scatter
 from jaxmed.systems.tangerine.embedding import DEFINITIONS
 from jaxmed.systems.tangerine.feature_space import DUPLICATE
+from jaxmed.train.run_folder import read_summary
 
 SHOWN = 20  # rows of a table
 MOST_GROUPS = 12
@@ -21,7 +22,7 @@ MOST_NAMES = 16  # written beside the points of the picture
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     sections = [_notes_section(summary)]
     if summary["explained"]:
         sections.append(_plane_section(read_table(folder / "outputs" / "plane.csv"), summary))

@@ -15,6 +15,7 @@ from jaxmed.report.overlay import Slices, overlay_slices
 from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.report.slices import display_range
 from jaxmed.systems.tangerine.embed_page import SHOWN, troubles
+from jaxmed.train.run_folder import read_summary
 
 FEWEST_FOR_HISTOGRAM = 8
 MOST_HISTOGRAMS = 12
@@ -23,7 +24,7 @@ MOST_HISTOGRAMS = 12
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     task = from_record(Task, summary["task"], str(folder / "outputs" / "summary.json"))
     sections = [Section("Weights", [Note(text) for text in summary["notes"]])]
     if summary["scans"]:

@@ -11,6 +11,7 @@ from jaxmed.io import nifti
 from jaxmed.report.figures import MapStyle, curves, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.train.log import read_metrics
+from jaxmed.train.run_folder import read_summary
 
 STYLE = MapStyle(colormap="gray", limits=(0.0, 1.0))
 
@@ -18,7 +19,7 @@ STYLE = MapStyle(colormap="gray", limits=(0.0, 1.0))
 def write_page(folder: Path) -> None:
     """Write report.html of a run folder from its config.json, metrics.jsonl and outputs/."""
     record = read_record(folder / "config.json")
-    summary = read_record(folder / "outputs" / "summary.json")
+    summary = read_summary(folder)
     lines = read_metrics(folder)
     write_report(
         folder / "report.html",

@@ -36,7 +36,7 @@ from jaxmed.systems.dynamicdps.reading import FrameConfig, cut_images, find_file
 from jaxmed.systems.dynamicdps.stages import train_prior
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
 from jaxmed.volume import require_same_grid
 
 LEAST_HEAD = 0.1
@@ -169,7 +169,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed dynamicdps calibrate --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read": ready - began, "fit and run, compilation included": computed - ready},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     log.say(f"Compression: tau {rule.tau:.3g} at scale {rule.scale:.3g}; the first bin ends at {rule.means[0]:.3g}.")
     write_page(folder.path)
 

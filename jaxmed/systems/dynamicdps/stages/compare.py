@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from jaxmed.arrays.types import Params
 from jaxmed.data.cohort import stated_splits, subjects_of
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, make_folder, write_json
+from jaxmed.files import atomic_path, make_folder
 from jaxmed.io.tables import read_table, resolve_paths, write_table
 from jaxmed.physics.lowfield import LowField
 from jaxmed.recipes.study import Cell, Result, run_study
@@ -51,7 +51,7 @@ from jaxmed.systems.dynamicdps.scoring import (
 from jaxmed.systems.dynamicdps.stages import calibrate, train_initial
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
 
 IN_DISTRIBUTION, OTHER_CONTRAST = "in-distribution", "other contrast"
 TRIES_FAILED_AGAIN = True
@@ -207,7 +207,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "command": f"jaxmed dynamicdps compare --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and estimate": ready - began, "run the cells, compilation included": finished - ready},
     }  # fmt: skip
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     keep_examples(folder.outputs, study)
     write_page(folder.path)
     return done.exit_code

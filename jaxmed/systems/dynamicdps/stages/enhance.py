@@ -16,7 +16,7 @@ from jaxmed.config import to_record
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
-from jaxmed.files import unique_names, write_json
+from jaxmed.files import unique_names
 from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES
@@ -36,7 +36,7 @@ from jaxmed.systems.dynamicdps.stages.calibrate import pair_files
 from jaxmed.systems.dynamicdps.volumes import TilingConfig
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
 from jaxmed.volume import Volume
 
 TRIES_FAILED_AGAIN = True
@@ -156,7 +156,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "command": f"jaxmed dynamicdps enhance --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and check": ready - began, "refine, compilation included": computed - ready},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
     return 1 if failed else 0
 

@@ -33,7 +33,7 @@ from jaxmed.systems.dynamicdps.training import (
     read_training_images,
     tell,
     write_images,
-    write_summary,
+    write_training_summary,
 )
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
@@ -178,7 +178,7 @@ def run(config: Config, folder: RunFolder) -> None:
         write_images(folder.outputs, name, getattr(shown, name), definition)
     seconds = {"read and cut": ready - began, "train, compilation included": trained - ready}
     quality = {name: _mean_psnr(getattr(shown, name), shown.truth) for name in ("measurement", "enhanced")}
-    write_summary(folder, "train-initial", images, params, seconds=seconds, psnr=quality)
+    write_training_summary(folder, "train-initial", images, params, seconds=seconds, psnr=quality)
     write_initial_page(folder.path)
 
 

@@ -31,7 +31,7 @@ from jaxmed.systems.dynamicdps.training import (
     read_training_images,
     tell,
     write_images,
-    write_summary,
+    write_training_summary,
 )
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
@@ -165,7 +165,7 @@ def run(config: Config, folder: RunFolder) -> None:
     write_images(folder.outputs, "training", example_images(config, images), "images as the prior is trained on them")
     seconds = {"read and cut": ready - began, "train, compilation included": trained - ready}
     seconds["draw"] = time.monotonic() - trained
-    write_summary(
+    write_training_summary(
         folder, "train-prior", images, params, seconds=seconds, drawn=[float(drawn.mean()), float(drawn.std())]
     )
     write_prior_page(folder.path)

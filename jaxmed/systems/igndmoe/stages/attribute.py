@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
 from jaxmed.io.tables import write_table
 from jaxmed.models.graph_diffusion import EXPERTS
 from jaxmed.systems.igndmoe.attribute_page import write_page
@@ -29,7 +28,7 @@ from jaxmed.systems.igndmoe.measures import score
 from jaxmed.systems.igndmoe.options import ATTRIBUTION, FitConfig
 from jaxmed.systems.igndmoe.results import Course
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed igndmoe attribute --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read, fit and compile": time.monotonic() - began},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
 
 

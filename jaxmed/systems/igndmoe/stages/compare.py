@@ -13,7 +13,6 @@ import numpy as np
 from jaxmed.arrays.graphs import GraphOperators, graph_operators, mirror_triangle
 from jaxmed.arrays.visits import Visits
 from jaxmed.errors import InputError, nearest
-from jaxmed.files import write_json
 from jaxmed.io.connectomes import order_by_name, read_square
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.statistics import holm, wilcoxon
@@ -29,7 +28,7 @@ from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.reading import Connectome, read_connectome
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _finish(folder: RunFolder, log: Log, summary: dict[str, Any], began: float) 
         "command": f"jaxmed igndmoe compare --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read, fit and score": time.monotonic() - began},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
 
 

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import scipy.stats
 
-from jaxmed.files import write_json
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import read_table
 from jaxmed.models.graph_diffusion import ProgressionConfig
@@ -32,7 +31,7 @@ from jaxmed.systems.igndmoe.reading import read_centroids
 from jaxmed.systems.igndmoe.results import Course, write_centroids, write_course, write_stages
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +114,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed igndmoe fit --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read, fit and compile": seconds},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
 
 

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jaxmed.arrays.visits import Visits, first_visits
-from jaxmed.files import write_json
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.systems.igndmoe.apply import read_inputs
@@ -18,7 +17,7 @@ from jaxmed.systems.igndmoe.fitting import stage_program
 from jaxmed.systems.igndmoe.measures import predictions, score
 from jaxmed.systems.igndmoe.results import predict
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.run_folder import RunFolder, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed igndmoe forecast --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read, stage and forecast": time.monotonic() - began},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     log.metrics(0, {"subjects": len(cohort.subjects), "followed": int(several.sum())})
     write_page(folder.path)
 

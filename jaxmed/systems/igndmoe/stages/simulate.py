@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jaxmed.config import to_record
-from jaxmed.files import write_json
 from jaxmed.io.tables import write_table
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
@@ -18,7 +17,7 @@ from jaxmed.systems.igndmoe.reading import ConnectomeDataConfig, find_regions, r
 from jaxmed.systems.igndmoe.recovery import Planted, plant_on, stage_curve
 from jaxmed.systems.igndmoe.simulate_page import write_page
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +126,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed igndmoe simulate --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"simulate, write and study": time.monotonic() - began},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     log.metrics(0, {"subjects": config.cohort.subjects, "visits": visits})
     write_page(folder.path)
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxmed.files import write_json
 from jaxmed.systems.igndmoe.apply import read_inputs
 from jaxmed.systems.igndmoe.apply_page import write_stage_page as write_page
 from jaxmed.systems.igndmoe.fitting import stage_program
 from jaxmed.systems.igndmoe.measures import score
 from jaxmed.systems.igndmoe.results import write_stages
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.run_folder import RunFolder, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed igndmoe stage --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and stage": time.monotonic() - began},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     log.metrics(0, {"subjects": len(cohort.subjects), "clipped": clipped})
     write_page(folder.path)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import write_json, write_text
+from jaxmed.files import write_text
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import two_shell_protocol
@@ -38,7 +38,7 @@ from jaxmed.systems.noddi.scan import read_table
 from jaxmed.systems.noddi.training import TrainConfig, train
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 BOUND = "Cramer-Rao bound"
 
@@ -138,7 +138,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed noddi evaluate --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"in all, compilation included": time.monotonic() - began},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     for number, snr in enumerate(config.snr):
         found = [row for row in rows if row["snr"] == snr and row["estimator"] != BOUND]
         log.metrics(

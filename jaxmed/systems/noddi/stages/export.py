@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import simulate
 from jaxmed.systems.noddi.deployment import export_onnx, load_onnx, run_onnx
@@ -18,7 +17,7 @@ from jaxmed.systems.noddi.network import Network, load, predict, predict_exactly
 from jaxmed.systems.noddi.scan import require_path
 from jaxmed.systems.noddi.stages import train as training
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 LARGEST_DIFFERENCE = 1e-6
 """Allowed between ONNX Runtime and jax in double precision, as a share of each parameter's range."""
@@ -94,7 +93,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed noddi export --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": seconds,
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     log.metrics(config.rows, {"largest_difference": largest})
     write_page(folder.path)
 

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.acquisition import find_shells
 from jaxmed.physics.microstructure import MicrostructureModel
@@ -25,7 +24,7 @@ from jaxmed.systems.noddi.reading import Scan
 from jaxmed.systems.noddi.writing import write_maps
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 from jaxmed.volume import Volume
 
 SECONDS_BETWEEN_SAVES = 20.0
@@ -136,7 +135,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "device": jax.devices()[0].device_kind,
         "seconds": {"read and check": read_seconds, "fit, compilation included": fit_seconds},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     log.metrics(int(summary["voxels"]), summary["medians"] | {"converged": summary["converged"]})
     write_page(folder.path)
 

@@ -29,7 +29,7 @@ from jaxmed.systems.noddi.predict_page import write_page
 from jaxmed.systems.noddi.scan import Signals, read_signals, require_path
 from jaxmed.systems.noddi.stages import train as training
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 from jaxmed.volume import Volume
 
 
@@ -152,7 +152,7 @@ def run(config: Config, folder: RunFolder) -> None:
             "write": written - estimated,
         },
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     log.metrics(len(values), medians)
     write_page(folder.path)
 

@@ -18,7 +18,7 @@ from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, write_
 from jaxmed.systems.noddi.scan import read_table
 from jaxmed.systems.noddi.simulate_page import write_page
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 from jaxmed.volume import Volume
 
 
@@ -99,7 +99,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed noddi simulate --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"simulate and write": time.monotonic() - began},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     log.metrics(0, {"voxels": voxels, "images": len(bvals)})
     write_page(folder.path)
 

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
 from jaxmed.io.gradients import write_gradients
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.models.mlp import MlpConfig
@@ -24,7 +23,7 @@ from jaxmed.systems.noddi.training import State, TrainConfig, Trained, train
 from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import Checkpoints
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 SECONDS_BETWEEN_SAVES = 20.0
 VALIDATION_VOXELS = 5000
@@ -118,7 +117,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed noddi train --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"simulate, label and train, compilation included": seconds},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
 
 

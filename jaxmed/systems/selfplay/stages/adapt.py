@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
 from jaxmed.io.tables import write_table
 from jaxmed.systems.selfplay.adapt_page import write_page
 from jaxmed.systems.selfplay.augmentation import AugmentConfig
@@ -25,7 +24,7 @@ from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, ge
 from jaxmed.systems.selfplay.thinking import judge_masks
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
 
 TRUSTED = 0.5
 """Correlation of the verifier's scores with Dice below which its advice is not worth much."""
@@ -132,7 +131,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "command": f"jaxmed selfplay adapt --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and cut": ready - began, "adapt and score, compilation included": adapted - ready},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
     return 1 if failed else 0
 

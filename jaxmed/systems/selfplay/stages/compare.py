@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.types import Params
-from jaxmed.files import write_json
 from jaxmed.io.tables import write_table
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
@@ -31,7 +30,7 @@ from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, ge
 from jaxmed.systems.selfplay.thinking import LAPTOP, Budget, ThinkConfig, choose_level, judge_masks, think
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 MODES = {"self-play": "learn", "random proposals": "propose", "verifier's gradient": "grad"}
 
@@ -154,7 +153,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "command": f"jaxmed selfplay compare --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and cut": ready - began, "compare, compilation included": compared - ready},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
     return 1 if material.failed else 0
 

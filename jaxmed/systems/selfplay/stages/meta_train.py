@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.models.mask_generator import GeneratorConfig
@@ -27,7 +26,7 @@ from jaxmed.systems.selfplay.system_one import MetaConfig, MetaState, SystemOne,
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 EVALUATED = 128
 SHOWN = 8
@@ -140,7 +139,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "command": f"jaxmed selfplay meta-train --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and cut": ready - began, "train, compilation included": trained - ready},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
     return 1 if failed else 0
 

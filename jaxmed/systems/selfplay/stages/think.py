@@ -32,7 +32,7 @@ from jaxmed.systems.selfplay.think_page import write_page
 from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, Budget, ThinkConfig, Thought, think
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
 from jaxmed.versions import software_versions
 
 KEPT_STEPS = 12
@@ -157,7 +157,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "command": f"jaxmed selfplay think --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and check": ready - began, "think, compilation included": thought - ready},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
     return 1 if failed else 0
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.files import write_json
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
@@ -41,7 +40,7 @@ from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, ThinkConfig, player_
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 LOOKS = 2
 
@@ -163,7 +162,7 @@ def run(config: Config, folder: RunFolder) -> int:
             "match of snapshots": played - visited,
         },
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
     return 1 if failed else 0
 

@@ -16,7 +16,7 @@ from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import SubsetSource
 from jaxmed.errors import InputError
-from jaxmed.files import expand_home, write_json
+from jaxmed.files import expand_home
 from jaxmed.io.sheets import is_missing
 from jaxmed.io.tables import Table, read_table, write_table
 from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task
@@ -55,7 +55,7 @@ from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +303,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "seconds": {"read and check": ready - began, "adapt, compilation included": trained - ready,
                     "score, with intervals": scored - trained},
     }  # fmt: skip
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
     return 1 if failed else 0
 

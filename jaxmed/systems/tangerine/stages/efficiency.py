@@ -15,7 +15,6 @@ from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import SubsetSource
 from jaxmed.data.splits import label_fractions
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.models.heads import predict_values
 from jaxmed.models.vit import VitConfig
@@ -31,7 +30,7 @@ from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.optimizer import OptimizerConfig
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, remove, start
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, remove, start, write_summary
 
 ARMS = ("pretrained", "scratch")
 CURVE_COLUMNS = ("epoch", "seconds", "value")
@@ -180,7 +179,7 @@ def run(config: Config, folder: RunFolder) -> int:
     if done.results:
         for line in write_results(folder.outputs, done.results, metric, summary):
             log.say(line)
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
     return done.exit_code
 

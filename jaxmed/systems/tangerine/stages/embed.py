@@ -37,7 +37,7 @@ from jaxmed.systems.tangerine.inputs import FrameConfig, Record, Scan, find_reco
 from jaxmed.systems.tangerine.stages import pretrain
 from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start
+from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
 from jaxmed.versions import software_versions
 
 TRIES_FAILED_AGAIN = True
@@ -147,7 +147,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "command": f"jaxmed tangerine embed --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and check": ready - began, "embed, compilation included": computed - ready},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     clear_checkpoints(folder, len(failed))
     write_page(folder.path)
     return 1 if failed else 0

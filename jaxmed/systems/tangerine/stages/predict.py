@@ -46,7 +46,7 @@ from jaxmed.systems.tangerine.stages.embed import DataConfig, licence_note
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
 
@@ -211,7 +211,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "command": f"jaxmed tangerine predict --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and check": ready - began, "predict and map, compilation included": computed - ready},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     clear_checkpoints(folder, len(failed))
     write_page(folder.path)
     return 1 if failed else 0

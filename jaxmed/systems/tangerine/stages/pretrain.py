@@ -47,7 +47,7 @@ from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.optimizer import OptimizerConfig
-from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.run_folder import RunFolder, start, write_summary
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
 
@@ -253,7 +253,7 @@ def run(config: Config, folder: RunFolder) -> None:
         "command": f"jaxmed tangerine pretrain --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and check": ready - began, "train, compilation included": trained - ready},
     }
-    write_json(folder.outputs / "summary.json", summary)
+    write_summary(folder, summary)
     write_page(folder.path)
 
 
