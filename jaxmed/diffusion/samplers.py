@@ -203,6 +203,9 @@ def sample(
 ) -> Float[Array, "batch ..."]:
     """Draw images from a diffusion prior.
 
+    Under `jit`, under `vmap` (over keys, or what the denoiser closes over), and differentiable through the denoiser
+    forward and in reverse.
+
     Args:
         key: Consumed.
         denoiser: The prior.

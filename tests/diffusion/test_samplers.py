@@ -289,3 +289,31 @@ def test_counts_that_do_not_fit_are_named(key):
         diffusion.sample(key, denoiser, (3, 2), Ddim(2), indices=jnp.arange(2))
     with pytest.raises(ValueError, match="chunk"):
         diffusion.sample(key, denoiser, (3, 2), Ddim(2), chunk=0)
+
+
+@pytest.mark.parametrize("sampler", [Ddim(4, eta=0.5), Heun(3)], ids=["chain", "Heun"])
+def test_the_call_composes_with_jit_vmap_and_grad(sampler, key):
+    """The images move with what the denoiser closes over: a Gaussian prior's mean and variance."""
+
+    def draw(key, mean, log_variance):
+        def denoise(x, t):
+            alpha, sigma = CHAIN.alpha(t)[:, None], CHAIN.sigma(t)[:, None]
+            variance = jnp.exp(log_variance)
+            return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x - alpha * mean)
+
+        return diffusion.sample(key, Denoiser(denoise, CHAIN), (2, 3), sampler)
+
+    inputs = jnp.array([0.3, -0.2, 1.0]), jnp.array([-0.5, 0.2, 0.0])
+    jitted = jax.jit(draw)
+    whole = jitted(key, *inputs)
+    keys = jnp.stack([key, jax.random.key(7)])
+    mapped = jax.jit(jax.vmap(draw, (0, None, None)))(keys, *inputs)
+    np.testing.assert_allclose(mapped[0], whole, rtol=1e-5, atol=1e-5)
+    assert np.abs(mapped[1] - mapped[0]).max() > 0.1
+    total = lambda *inputs: jnp.sum(jnp.sin(jitted(key, *inputs)))  # noqa: E731
+    towards = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.3, 1.0, -1.0])
+    ahead, behind = (total(*(x + h * d for x, d in zip(inputs, towards, strict=True))) for h in (1e-2, -1e-2))
+    gradient = jax.grad(total, (0, 1))(*inputs)
+    found = sum(jnp.vdot(g, d) for g, d in zip(gradient, towards, strict=True))
+    np.testing.assert_allclose(found, (ahead - behind) / 2e-2, rtol=5e-3)
+    np.testing.assert_allclose(jax.jvp(total, inputs, towards)[1], found, rtol=1e-4)

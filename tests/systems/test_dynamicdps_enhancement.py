@@ -22,6 +22,7 @@ from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.physics.lowfield import FitConfig, LowField
 from jaxmed.physics.operators import blur
+from jaxmed.solvers.line_search import Wolfe
 from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic
 from jaxmed.systems import dynamicdps
 from jaxmed.systems.dynamicdps.calibration import digest_of, fit_acquisition, make_start, measure, record_bank
@@ -75,6 +76,34 @@ def test_the_config_chooses_the_method(key):
         image, info = jax.jit(lambda x, config=config: enhance(key, prior(PARAMS), x, operator, x, config))(x)
         assert image.shape == x.shape
         np.testing.assert_array_equal(info.evaluations, evaluations)
+
+
+def test_the_call_composes_with_jit_vmap_and_grad(key):
+    """Without searches against a finite difference; with them reverse mode is refused, in words."""
+    rng = np.random.default_rng(4)
+    with jax.enable_x64(True):
+        params = {"means": CENTRES.astype(jnp.float64)}
+        initial = jnp.asarray(rng.uniform(0.7, 1.3, (2, *SIZE, 1)))
+        y = jax.vmap(measured)(2 * initial - 1)
+        inputs = params, y, initial
+
+        def refine(key, params, y, initial, config=CONFIG):
+            return dynamicdps.enhance(key, prior(params), y, measured, initial, config)
+
+        jitted = jax.jit(refine)
+        image, _ = jitted(key, *inputs)
+        mapped, _ = jax.jit(jax.vmap(refine, (0, None, 0, 0)))(key[None], params, y[None], initial[None])
+        np.testing.assert_allclose(mapped[0], image, rtol=1e-6)
+        total = lambda *inputs: jnp.sum(jnp.sin(jitted(key, *inputs)[0]))  # noqa: E731
+        towards = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), inputs)
+        ahead, behind = (total(*jax.tree.map(lambda x, d, h=h: x + h * d, inputs, towards)) for h in (1e-6, -1e-6))
+        gradient = jax.grad(total, (0, 1, 2))(*inputs)
+        found = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(towards), strict=True))
+        np.testing.assert_allclose(found, (ahead - behind) / 2e-6, rtol=1e-5)
+        assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(gradient))
+        searched = dataclasses.replace(CONFIG, search=Wolfe(max_evaluations=3))
+        with pytest.raises(TypeError, match="give search=None, or differentiate forward"):
+            jax.grad(lambda y: jnp.sum(refine(key, params, y, initial, searched)[0]))(y)
 
 
 @pytest.fixture(scope="module")

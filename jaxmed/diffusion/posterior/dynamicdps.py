@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxmed.arrays.derivatives import forward_only
 from jaxmed.arrays.types import KeyArray
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.chain import Chain, enter, make_chain, reverse
@@ -39,6 +40,10 @@ from jaxmed.solvers.line_search import NOT_DESCENT, Heuristic, Wolfe
 
 ARRIVE, TRY, LOOK = 0, 1, 2
 """Phases of a run."""
+NO_REVERSE = (
+    "dynamicdps: expected a configuration without searches for a gradient in reverse, found a line search, which ends "
+    "when its values say so; give search=None, or differentiate forward (jax.jvp, jax.jacfwd)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +173,11 @@ def dynamicdps(
     Returns:
         The images, and the run's record with one row per step of the whole chain, most noise first; residuals of steps
         before a sample's start, or after it stopped, are NaN.
+
+    Raises:
+        TypeError: Its gradient is taken in reverse with searches on. `jit`, `vmap` and forward mode take every
+            configuration, reverse mode those with `search=None`. Which step a sample starts at, which image of the walk
+            comes back and when a search ends are choices, whose derivatives are 0.
     """
     keys = sample_keys(key, jnp.arange(len(initial)) if indices is None else indices)
     chain = make_chain(denoiser.schedule, config.sampler, initial.dtype)
@@ -177,12 +187,29 @@ def dynamicdps(
         initial = jnp.clip(initial, *config.clip)
     start = choose_start(residuals(measurement, operator, initial), config.start)
     problem = _Problem(keys, denoiser, measurement, operator, chain, start, config)
-    state = _begin(problem, initial)
-    end = jax.lax.while_loop(
-        lambda state: (state.left >= 0) & ~jnp.all(state.is_stopped), lambda state: _advance(problem, state), state
-    )
+    end = _run(problem, _begin(problem, initial))
     image = end.best if config.clip is None else jnp.clip(end.best, *config.clip)
-    return image, end.info
+    return (image, end.info) if config.search is None else forward_only((image, end.info), NO_REVERSE)
+
+
+def _run(problem: _Problem, state: _State) -> _State:
+    """Advance until no step is left, or none is wanted."""
+    config = problem.config
+
+    def is_going(state: _State) -> Bool[Array, ""]:
+        return (state.left >= 0) & ~jnp.all(state.is_stopped)
+
+    if config.search is not None:
+        return jax.lax.while_loop(is_going, partial(_advance, problem), state)
+
+    # Every pass is a step, so that their number has a bound, which reverse mode needs. It keeps where each began, and
+    # runs the network once more on its way back.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def advance(state: _State, _: None) -> tuple[_State, None]:
+        return jax.lax.cond(is_going(state), partial(_advance, problem), lambda state: state, state), None
+
+    length = config.start.fixed + 1 if config.start.rule == "fixed" else len(problem.chain.time)
+    return jax.lax.scan(advance, state, length=length)[0]
 
 
 def residuals(

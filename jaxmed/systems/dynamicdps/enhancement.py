@@ -52,6 +52,10 @@ def enhance(
 
     Returns:
         The images, and the record of the run.
+
+    Raises:
+        TypeError: The gradient of `DynamicDps` with searches is taken in reverse. `jit`, `vmap` and forward mode take
+            every method, and reverse mode every other one: `DynamicDps(search=None)` too.
     """
     match config:
         case DynamicDps():
