@@ -42,7 +42,7 @@ MAGIC: tuple[tuple[int, bytes, Content], ...] = (
     (4, b"n+2\0\r\n\x1a\n", Content("nifti", "a NIfTI-2 volume")),
     (4, b"ni2\0\r\n\x1a\n", Content("pair", "the header of a NIfTI-2 pair (.hdr, .img)", "convert the pair to .nii")),
     (128, b"DICM", Content("dicom", "a DICOM file", "give it under its own name, such as .dcm")),
-    (0, b"PK\x03\x04", Content("zip", "a zip archive", "unpack it first")),
+    (0, b"PK\x03\x04", Content("zip", "a zip archive", "unpack it first; export Excel workbooks as CSV")),
     (0, b"PK\x05\x06", Content("zip", "an empty zip archive", "make it again")),
     (257, b"ustar", Content("tar", "a tar archive", "unpack it first")),
     (0, b"\x1f\x8b", Content("gzip", "a gzip file")),

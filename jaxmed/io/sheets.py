@@ -25,7 +25,7 @@ LARGEST = 2**30
 """Bytes; above, a file is no table."""
 LOOKED_AT = 500
 """Records that decide on the separator."""
-TEXT = "a text in UTF-8, UTF-16 or Latin-1"
+TEXT = "a table as text (UTF-8, UTF-16 or Latin-1)"
 _COMMENT = ("#", "%")
 _BYTE_ORDER_MARKS = {
     b"\xef\xbb\xbf": ("utf-8-sig", "UTF-8"),
@@ -33,16 +33,6 @@ _BYTE_ORDER_MARKS = {
     b"\0\0\xfe\xff": ("utf-32", "UTF-32"),
     b"\xff\xfe": ("utf-16", "UTF-16"),
     b"\xfe\xff": ("utf-16", "UTF-16"),
-}
-_OTHER_FILES = {
-    b"PK\x03\x04": "a zip archive, as Excel's workbooks are",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
-    b"\x1f\x8b": "a gzip archive",
-    b"MATLAB": "a MATLAB file",
-    b"\x93NUMPY": "a NumPy array",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
-    b"<!DOCTYPE": "a web page",
-    b"<html": "a web page",
 }
 _POINT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf(inity)?|nan", re.IGNORECASE)
 _COMMA = re.compile(r"[-+]?\d*,\d+(e[-+]?\d+)?", re.IGNORECASE)
@@ -124,7 +114,7 @@ def read_sheet(path: str | Path, header: Sequence[str] = ()) -> Sheet:
     Raises:
         InputError: The file is missing, empty, too large, no text, or its quotes do not match.
     """
-    path = require_file(path, "a CSV file")
+    path = require_file(path, TEXT, kinds=())
     source = _read_text(path)
     mark = _find_mark(source, path, header)
     found = list(_records(source.text, mark, path, source.skipped))
@@ -156,9 +146,6 @@ def _read_text(path: Path) -> _Text:
 
 
 def _decode(content: bytes, path: Path) -> tuple[str, str]:
-    for start, other in _OTHER_FILES.items():
-        if content.lstrip()[:40].lower().startswith(start.lower()):
-            raise InputError(path, TEXT, other, "save the table as CSV, or check the path")
     codecs = [_BYTE_ORDER_MARKS[mark] for mark in _BYTE_ORDER_MARKS if content.startswith(mark)][:1]
     if not codecs and content.count(b"\0") > len(content) / 4:
         # Letters of the West have a zero byte in UTF-16: the second, or the first.

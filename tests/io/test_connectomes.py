@@ -172,7 +172,7 @@ def test_the_rest_is_refused_with_the_reason(tmp_path, name):
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        (b"PK\x03\x04....", "Excel"),
+        (b"PK\x03\x04....", "zip archive.* Excel"),
         (b"version https://git-lfs.github.com/spec/v1\noid 1", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"\x93NUMPY\x01\x00", "NumPy"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.arrays.visits import Visits, take_subjects
+from jaxmed.arrays.visits import Visits, count_values, mark_missing, take_subjects
 from jaxmed.solvers.fixed_grid import interpolate, solve_fixed
 from jaxmed.systems.igndmoe.alignment import align, subject_errors
 from jaxmed.systems.igndmoe.loss import ROUNDING, profiled_error, regularisers, stage_visits
@@ -84,6 +84,46 @@ def test_the_profiled_error_is_that_of_subjects_staged_anew():
     profiled = float(profiled_error(prepared, early))
     again = float(weights @ staged(early, visits).errors)
     assert fixed > 3 * again and abs(profiled - again) < 0.1 * (fixed - again)
+
+
+HOLES = np.random.default_rng(5).random((*PRESENT.shape, 3)) < 0.3
+HOLES[0, 0], HOLES[2] = (True, True, False), False
+
+
+def with_holes(visits):
+    """The same visits without the values of some regions."""
+    return mark_missing(visits._replace(values=np.where(HOLES, np.nan, visits.values).astype(np.float32)))
+
+
+def test_regions_that_were_not_measured_do_not_count():
+    visits = with_holes(seen(ONSETS))
+    np.testing.assert_array_equal(visits.measured, PRESENT[..., None] & ~HOLES)
+    np.testing.assert_array_equal(count_values(visits), (PRESENT[..., None] & ~HOLES).sum(axis=(1, 2)))
+    found = staged(COURSE, visits)
+    np.testing.assert_allclose(found.onsets, ONSETS, atol=0.02)
+    noise = np.random.default_rng(0).normal(0, 0.05, visits.values.shape).astype(np.float32)
+    noisy = visits._replace(values=np.where(visits.measured, visits.values + noise, 0))
+    at = jnp.asarray(ONSETS + 0.37)
+    residuals = np.where(PRESENT[..., None] & ~HOLES, noisy.values - interpolate(COURSE, at[:, None] + GAPS), 0)
+    direct = np.square(residuals).sum(axis=(1, 2))
+    np.testing.assert_allclose(jax.jit(subject_errors)(COURSE, noisy, at), direct, atol=2e-6)
+    # The profiled error: what is left of the residuals beside the direction in which a stage can change.
+    weights = jnp.array([1.0, 0.0, 2.0, 1.0])
+    prepared = jax.jit(stage_visits)(COURSE, noisy, at, weights)
+    roots = np.sqrt(np.asarray(weights))[:, None, None]
+    np.testing.assert_array_equal(np.asarray(prepared.directions)[HOLES], 0)
+    along = (np.asarray(prepared.directions) * residuals * roots).sum(axis=(1, 2))
+    expected = (weights * direct).sum() - (along**2).sum()
+    np.testing.assert_allclose(profiled_error(prepared, COURSE), expected, atol=2e-5)
+
+
+def test_what_stands_where_nothing_was_measured_changes_nothing():
+    visits = with_holes(seen(ONSETS))
+    other = visits._replace(measured=np.ones_like(HOLES))
+    assert not np.allclose(staged(COURSE, other).onsets, staged(COURSE, visits).onsets, atol=0.1)
+    nothing = np.isnan(np.full_like(visits.values, np.nan))
+    emptied = mark_missing(visits._replace(values=np.where(nothing & (np.arange(4) == 1)[:, None, None], np.nan, 0.5)))
+    assert not emptied.present[1].any() and float(staged(COURSE, emptied).errors[1]) == 0
 
 
 def test_a_subject_at_an_end_cannot_move():

@@ -1,15 +1,19 @@
 """Comparing models and attributing a course: folds, criteria, the simplest good model, bands, what is left out."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.arrays.visits import Visits, mark_missing
 from jaxmed.models.graph_diffusion import ProgressionConfig
+from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.systems.igndmoe import maps
 from jaxmed.systems.igndmoe.attribution import ablations, bands, contributions, draw_weights
 from jaxmed.systems.igndmoe.comparing import Held, choose, criteria, make_folds
 from jaxmed.systems.igndmoe.fitting import Fit
-from jaxmed.systems.igndmoe.measures import row_correlations
+from jaxmed.systems.igndmoe.measures import row_correlations, score
+from jaxmed.systems.igndmoe.results import Course
 
 pytestmark = pytest.mark.core
 
@@ -55,6 +59,29 @@ def test_correlations_of_rows_are_pearsons():
     expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(first, second, strict=True)]
     np.testing.assert_allclose(row_correlations(first, second), expected)
     assert np.isnan(row_correlations(np.ones((1, 4)), rng.normal(size=(1, 4)))[0])
+
+
+def test_correlations_and_scores_leave_out_what_was_not_measured():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 4, 9))
+    first[0, 3], first[2, :5], first[3, 1:] = np.nan, np.nan, np.nan
+    for row in (0, 1, 2):
+        known = np.isfinite(first[row])
+        expected = np.corrcoef(first[row][known], second[row][known])[0, 1]
+        assert row_correlations(first, second)[row] == pytest.approx(expected)
+    assert np.isnan(row_correlations(first, second)[3])
+    times = np.linspace(0, 10, 5, dtype=np.float32)
+    line = Trajectory(*map(jnp.asarray, (times, np.tile(times[:, None] / 10, 3), np.full((5, 3), 0.1, np.float32))))
+    course = Course(line, (), (0.0, 1.0), 8)
+    values = np.array([[[0.1, 0.2, np.nan], [0.4, np.nan, 0.6]], [[0.7, 0.8, np.nan], [0, 0, 0]]], np.float32)
+    visits = mark_missing(Visits(values, np.array([[0, 2], [0, 0]], np.float32), np.array([[1, 1], [1, 0]], bool)))
+    found = score(course, visits, np.array([1.0, 7.0], np.float32), np.ones(2, bool))
+    errors = [0, 0.1, 0.1, 0.3, 0, 0.1]
+    assert found["sse"] == pytest.approx(np.square(errors).sum(), abs=1e-6) and found["visits"] == 3
+    assert found["mse"] == pytest.approx(np.square(errors).mean(), abs=1e-6)
+    # Of the third region one value is known: it has no spread. Of the first two, residuals against spreads.
+    shares = [1 - 0.01 / np.square([0.1 - 0.4, 0, 0.7 - 0.4]).sum(), 1 - 0.02 / np.square([0.3, 0.3]).sum()]
+    assert found["r2"] == pytest.approx(np.median(shares), abs=1e-5)
 
 
 def test_draws_resample_training_subjects_only():

@@ -185,7 +185,10 @@ WRONG = {
     "region missing": (TABLE.replace("L_b", "L_bb"), "column for region 'L_b', found none; did you mean 'L_bb'"),
     "age missing": (TABLE.replace("s2,61,", "s2,,"), "line 3: expected a value under 'age'"),
     "age impossible": (TABLE.replace("s2,61,", "s2,610,"), "line 3: expected an age from 0 to 120 years, found 610"),
-    "value missing": (TABLE.replace("1.3,1.0,2.0", "1.3,,2.0"), "line 3: expected a number under 'L_b'"),
+    "value no number": (TABLE.replace("1.3,1.0,2.0", "1.3,x,2.0"), "line 3: expected a number under 'L_b', found 'x'"),
+    "no value at all": ("subject,age,L_a,L_b,R_a\ns1,70,,,\ns2,61,NA,,\n", "values of regions, found only empty cells"),
+    "ages in months": (TABLE.replace("s1,7", "s1,84").replace("s2,61", "s2,732"), "are they months .* divide by 12"),
+    "no column for a region": (TABLE.replace(",R_a", ""), "cells|column for region 'R_a', found none; give it one of"),
     "value negative": (TABLE.replace("1.3,1.0,2.0", "1.3,-1.0,2.0"), "line 3: .* under 'L_b', found -1"),
     "value far too large": (TABLE.replace("1.3,1.0,2.0", "1.3,1.0,200"), "line 3: .* under 'R_a', found 200"),
     "visit twice": (TABLE.replace("s1,72.5", "s1,70"), "one row per visit, found subject 's1' again at age 70"),
@@ -199,6 +202,43 @@ def test_mistakes_of_a_table_are_told(tmp_path, name):
     text, expected = WRONG[name]
     with pytest.raises(InputError, match=expected):
         cohort(tmp_path, text)
+
+
+@pytest.mark.parametrize("cell", ["", "NA", "nan", "n/a"])
+def test_what_was_not_measured_is_left_out_and_said(tmp_path, cell):
+    lines = ["s1,70,{0},{0},1.2", "s1,71,{0},{0},{0}", "s2,61,1.3,{0},2.0", "s3,60,{0},{0},{0}", "s1,72.5,1.2,{0},1.5"]
+    found, notes = cohort(tmp_path, "subject,age,L_a,L_b,R_a\n" + "\n".join(lines).format(cell) + "\n")
+    assert found.subjects == ("s1", "s2") and (found.low, found.high) == (1.2, 2.0)
+    np.testing.assert_allclose(found.visits.gaps, [[0, 2.5], [0, 0]])
+    np.testing.assert_array_equal(found.visits.present, [[True, True], [True, False]])
+    measured = [[[False, False, True], [True, False, True]], [[True, False, True], [False, False, False]]]
+    np.testing.assert_array_equal(found.visits.measured, measured)
+    np.testing.assert_allclose(found.visits.values[0], [[0, 0, 0], [0, 0, 0.375]], atol=1e-6)
+    said = " ".join(notes)
+    assert "10 of 15 values were not measured" in said and "Never measured: L_b." in said
+    assert "left out: 's1' (line 3), 's3' (line 5)" in said
+
+
+def test_units_that_may_be_others_are_asked_about_once(tmp_path):
+    _, notes = cohort(tmp_path, TABLE.replace(",70,", ",0,").replace(",61,", ",0,").replace(",72.5,", ",30,"))
+    assert sum("Are they months" in note for note in notes) == 1
+    _, notes = cohort(tmp_path, TABLE.replace("1.0", "0.8").replace("1.1", "0.9"))
+    asked = [note for note in notes if "Are they SUVR?" in note]
+    assert len(asked) == 1 and asked[0].startswith("3 of 9 values are below 1, the lowest 0.8.")
+    assert not any("?" in note for note in cohort(tmp_path, TABLE)[1])
+    assert not any("?" in note for note in cohort(tmp_path, TABLE.replace("1.0", "0.8"), scale=(0.5, 2.0))[1])
+
+
+def test_cohorts_come_in_every_form_of_tables(tmp_path):
+    rows = [line.split(",") for line in TABLE.strip().split("\n")]
+    text = "# exported\n" + "\n".join(";".join(cell.replace(".", ",") for cell in row) for row in rows)
+    expected = cohort(tmp_path, TABLE)[0]
+    path = tmp_path / "u.csv"
+    for encoding in ("utf-8-sig", "utf-16", "latin-1"):
+        path.write_bytes(text.encode(encoding))
+        found = read_cohort(path, REGIONS, "minmax", notes := [])
+        np.testing.assert_array_equal(found.visits.values, expected.visits.values)
+        assert "semicolons" in notes[0] and "decimal commas" in notes[0]
 
 
 def test_splits_belong_to_subjects(tmp_path):

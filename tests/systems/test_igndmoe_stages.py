@@ -93,6 +93,39 @@ def test_forecasts_from_the_first_visit_beat_no_change(places, tmp_path):
     assert (second >= first - 1e-6).all()
 
 
+def test_a_cohort_with_missing_regions_is_fitted_staged_and_forecast(places, tmp_path):
+    # A tenth of the values and all of one region were not measured; decimal commas, semicolons, in Latin-1.
+    header, *lines = (line.split(",") for line in inputs(places)[3].read_text().strip().split("\n"))
+    rng, first = np.random.default_rng(0), header.index("L_region01")
+    for cells in lines:
+        cells[first + 2] = ""
+        for column in np.flatnonzero(rng.random(8) < 0.1):
+            cells[first + column] = rng.choice(["", "NA", "nan"])
+    text = "\n".join(";".join(cells).replace(".", ",") for cells in [header, *lines])
+    (tmp_path / "holes.csv").write_bytes(text.encode("latin-1"))
+    words = [*inputs(places)[:3], tmp_path / "holes.csv", *inputs(places)[4:]]
+    assert run("fit", *words, *TINY, "--out", tmp_path / "fit") == 0
+    summary = json.loads((tmp_path / "fit" / "outputs" / "summary.json").read_text())
+    said = " ".join(summary["notes"])
+    assert f"Never measured: {header[first + 2]}." in said and "semicolons, with decimal commas" in said
+    assert summary["scores"]["test"]["mse"] < 1.5 * 0.03**2 / (summary["scale"][1] - summary["scale"][0]) ** 2
+    complete, holed = (rows_of(path / "fit" / "outputs" / "stages.csv") for path in (places, tmp_path))
+    pairs = [(float(a["stage"]), float(b["stage"])) for a, b in zip(complete, holed, strict=True)]
+    assert scipy.stats.spearmanr(*np.array(pairs).T)[0] > 0.98
+    assert (tmp_path / "fit" / "report.html").exists()
+    words = ["--weights", tmp_path / "fit", "--table", tmp_path / "holes.csv"]
+    assert run("stage", *words, "--out", tmp_path / "stage") == 0
+    again = rows_of(tmp_path / "stage" / "outputs" / "stages.csv")
+    np.testing.assert_allclose([float(r["stage"]) for r in again], [float(r["stage"]) for r in holed], atol=1e-3)
+    assert run("forecast", *words, "--out", tmp_path / "forecast") == 0
+    scores = json.loads((tmp_path / "forecast" / "outputs" / "summary.json").read_text())["scores"]
+    assert scores["staged with the first visit"]["mse"] < 0.5 * scores["no change since the first visit"]["mse"]
+    words = [*inputs(places)[:3], tmp_path / "holes.csv", *inputs(places)[4:], *TINY[2:-2]]
+    assert run("compare", *words, "--models", "fkpp", "--folds", 2, "--starts", 1, "--out", tmp_path / "compare") == 0
+    model = json.loads((tmp_path / "compare" / "outputs" / "summary.json").read_text())["models"][0]
+    assert 0 < model["mse"] < 1.5 * 0.03**2 / (summary["scale"][1] - summary["scale"][0]) ** 2
+
+
 def test_a_map_made_by_diffusion_is_explained_from_its_own_seed(places, tmp_path):
     connectome = read_connectome(inputs(places)[1], ConnectomeConfig(), [])
     matrix = np.asarray(laplacian(jnp.asarray(connectome.adjacency), "random_walk"), float)

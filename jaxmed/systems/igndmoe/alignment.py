@@ -2,7 +2,8 @@
 
 Squared distances from visits to points of the trajectory need no loop over regions. Every point is a combination z w of
 the states and slopes at two grid points (`solvers.fixed_grid`), so |y - z w|^2 = |y|^2 - 2 w (z y) + w (z z') w, with
-z y of all visits from one matrix product and z z' computed once.
+z y of all visits from one matrix product and z z' computed once. Where regions were not measured, z z' is a sum over
+the others: then it is computed for every visit and interval of the grid.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxmed.arrays.visits import Visits
+from jaxmed.arrays.visits import Visits, is_measured
 from jaxmed.solvers.fixed_grid import Trajectory, hermite_weights
 
 GOLDEN = 0.6180339887498949
@@ -22,7 +23,7 @@ class Alignment(NamedTuple):
 
     Attributes:
         onsets: Stage at the first visit, in years on the trajectory.
-        errors: Sum of squared errors over a subject's visits and regions.
+        errors: Sum of squared errors over a subject's visits and measured regions.
         clipped: Whether the best stage lies at an end of the trajectory, so that the true one may be beyond.
     """
 
@@ -37,12 +38,13 @@ class Products(NamedTuple):
     Attributes:
         squares: |y|^2 of every visit.
         cross: Of visits with states, then slopes, of the grid.
-        gram: Of states and slopes with each other.
+        gram: Of states and slopes with each other; where regions were not measured, of the two states and slopes of
+            each interval, over the regions of each visit.
     """
 
     squares: Float[Array, "subject visit"]
     cross: Float[Array, "subject visit twice_time"]
-    gram: Float[Array, "twice_time twice_time"]
+    gram: Float[Array, "twice_time twice_time"] | Float[Array, "subject visit interval 4 4"]
 
 
 def align(trajectory: Trajectory, visits: Visits, num_stages: int = 512, num_polish: int = 20) -> Alignment:
@@ -91,7 +93,13 @@ def subject_errors(
 def _products(trajectory: Trajectory, visits: Visits) -> Products:
     z = jnp.concatenate([trajectory.states, trajectory.slopes])
     values = jnp.asarray(visits.values)
-    return Products(jnp.sum(values**2, axis=-1), values @ z.T, z @ z.T)
+    if visits.measured is None:
+        return Products(jnp.sum(values**2, axis=-1), values @ z.T, z @ z.T)
+    ends = (trajectory.states[:-1], trajectory.states[1:], trajectory.slopes[:-1], trajectory.slopes[1:])
+    pairs = jnp.stack(ends, axis=1)  # interval, which of four, region
+    measured = is_measured(visits).astype(z.dtype)
+    gram = jnp.einsum("svn,tjn,tkn->svtjk", measured, pairs, pairs)
+    return Products(jnp.sum(values**2, axis=-1), values @ z.T, gram)
 
 
 def _errors(products: Products, trajectory: Trajectory, visits: Visits, onsets: Array) -> Array:
@@ -101,6 +109,9 @@ def _errors(products: Products, trajectory: Trajectory, visits: Visits, onsets: 
     place = jnp.concatenate([pair, pair + count], axis=-1)
     w = jnp.concatenate([weights.states, weights.slopes], axis=-1)
     cross = jnp.sum(w * jnp.take_along_axis(products.cross, place, axis=-1), axis=-1)
-    gram = products.gram[place[..., :, None], place[..., None, :]]
+    if products.gram.ndim == 2:
+        gram = products.gram[place[..., :, None], place[..., None, :]]
+    else:
+        gram = jnp.take_along_axis(products.gram, weights.left[..., None, None, None], axis=2)[:, :, 0]
     errors = products.squares - 2 * cross + jnp.einsum("...j,...jk,...k->...", w, gram, w)
     return jnp.sum(jnp.where(visits.present, jnp.maximum(errors, 0.0), 0.0), axis=1)

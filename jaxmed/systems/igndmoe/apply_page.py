@@ -49,7 +49,8 @@ def write_forecast_page(folder: Path) -> None:
     ]
     if summary["followed"]:
         with np.load(outputs / "later_visits.npz") as stored:
-            measured, forecast = stored["measured"].ravel(), stored["forecast"].ravel()
+            is_known = np.isfinite(stored["measured"])
+            measured, forecast = stored["measured"][is_known], stored["forecast"][is_known]
         caption = "Regional values at later visits, forecast from the first visit alone."
         blocks.append(agreement({"value": measured}, {"value": forecast}, caption=caption))
     text = "outputs/forecasts.csv has a row per subject and horizon, in the unit of the table."

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmed.arrays.graphs import GraphOperators
-from jaxmed.arrays.visits import Visits
+from jaxmed.arrays.visits import Visits, count_values
 from jaxmed.models.graph_diffusion import Equation
 from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.systems.igndmoe.fitting import Fit, fit_runs
@@ -94,7 +94,7 @@ def compare_models(
 def _collect(
     model: str, fitted: Fit, visits: Visits, fold_of: np.ndarray, runs: list[tuple[int, int]], stages: int
 ) -> Held:
-    counts = np.asarray(visits.present).sum(axis=1) * visits.values.shape[-1]
+    counts = np.asarray(count_values(visits))
     errors, rows = np.zeros(len(counts)), []
     starts = sum(fold == 0 for fold, _ in runs)
     for index, (fold, start) in enumerate(runs):
@@ -112,7 +112,7 @@ def criteria(held: Held, values: int, subjects: int) -> tuple[float | None, floa
 
     Args:
         held: Held-out results; their mean squared error stands for the likelihood.
-        values: Measurements: visits times regions.
+        values: Measurements, of all regions at all visits.
         subjects: Number of stages fitted.
 
     Returns:

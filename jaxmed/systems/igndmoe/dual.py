@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.graphs import GraphOperators
 from jaxmed.arrays.types import KeyArray, Params, Scalar
-from jaxmed.arrays.visits import Visits
+from jaxmed.arrays.visits import Visits, count_values
 from jaxmed.models.graph_diffusion import ProgressionConfig, Rates, make_progression_model, set_mechanism
 from jaxmed.nn.model import Model
 from jaxmed.physics.progression import fkpp
@@ -305,8 +305,8 @@ def _trajectory_step(
 
 
 def _mean_errors(problem: Problem, errors: Array) -> tuple[Array, Array]:
-    """Return mean squared errors of training and validation subjects, per visit and region."""
-    counts = jnp.sum(problem.visits.present, axis=1) * problem.seeds.shape[0]
+    """Return mean squared errors of training and validation subjects, per value."""
+    counts = count_values(problem.visits)
 
     def mean(weights: Array) -> Array:
         return jnp.sum(weights * errors) / jnp.maximum(jnp.sum(weights * counts), 1.0)

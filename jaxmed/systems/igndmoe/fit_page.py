@@ -127,9 +127,10 @@ def _scores_section(outputs: Path, scores: dict[str, dict[str, Any]]) -> Section
     )
     with np.load(outputs / "fitted_visits.npz") as stored:
         roles = [role for role in scores if f"{role}_measured" in stored]
+        known = {role: np.isfinite(stored[f"{role}_measured"]) for role in roles}
         figure = agreement(
-            {role: stored[f"{role}_measured"].ravel() for role in roles},
-            {role: stored[f"{role}_predicted"].ravel() for role in roles},
+            {role: stored[f"{role}_measured"][known[role]] for role in roles},
+            {role: stored[f"{role}_predicted"][known[role]] for role in roles},
             caption="Regional values, observed (across) against predicted by the course at the subject's stage (up).",
         )
     return Section("Errors", [table, figure])

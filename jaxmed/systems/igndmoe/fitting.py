@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.graphs import GraphOperators
 from jaxmed.arrays.types import Params
-from jaxmed.arrays.visits import Visits
+from jaxmed.arrays.visits import Visits, mark_missing
 from jaxmed.models.graph_diffusion import make_progression_model
 from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.systems.igndmoe import dual
@@ -90,7 +90,7 @@ def fit_runs(
         state: Of an interrupted or an earlier run, to go on from.
         watch: Called after every round with the state to keep and what the round did.
     """
-    problem = make_problem(visits, graph, seeds, train, validation)
+    problem = make_problem(mark_missing(visits), graph, seeds, train, validation)
     start, advance, finish = programs(config)
     current = start(jax.vmap(jax.random.key)(run_seeds), problem) if state is None else state
     while not bool(jnp.all(current.finished)):
@@ -133,7 +133,7 @@ def make_problem(
     if visits.values.shape[-1] != regions:
         raise ValueError(f"visits: expected {regions} regions as in the graph, got {visits.values.shape[-1]}")
     mask = jnp.zeros(regions).at[jnp.array(seeds)].set(1.0)
-    on_device = Visits(*(jnp.asarray(leaf) for leaf in visits))
+    on_device = jax.tree.map(jnp.asarray, visits)
     return dual.Problem(on_device, graph, mask, jnp.asarray(train, jnp.float32), jnp.asarray(validation, jnp.float32))
 
 

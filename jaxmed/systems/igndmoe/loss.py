@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import Scalar
-from jaxmed.arrays.visits import Visits
+from jaxmed.arrays.visits import Visits, is_measured
 from jaxmed.solvers.fixed_grid import Trajectory, interpolate, interpolation_matrix
 
 # Below this product of squared norms two experts count as different: one of them is still nothing.
@@ -39,11 +39,13 @@ class Staged(NamedTuple):
         matrix: Takes states and slopes to all visits, times the root of the subject's weight.
         values: Of all visits, times the same.
         directions: Of a subject's predictions as its stage changes, of length 1; 0 where a stage cannot change.
+        measured: 1 where a visit has a value of a region, else 0; None where every visit has all.
     """
 
     matrix: Float[Array, "row twice_time"]
     values: Float[Array, "row region"]
     directions: Float[Array, "subject visit region"]
+    measured: Float[Array, "row region"] | None
 
 
 def stage_visits(
@@ -61,14 +63,17 @@ def stage_visits(
     root = jnp.sqrt(jnp.where(visits.present, weights[:, None], 0.0)).reshape(-1, 1)
     values = jnp.asarray(visits.values).reshape(at.size, -1) * root
     slopes = jax.jvp(lambda t: interpolate(course, t), (at,), (jnp.ones_like(at),))[1]
-    slopes = jnp.where(visits.present[..., None], slopes, 0.0)
+    slopes = jnp.where(is_measured(visits), slopes, 0.0)
     length = jnp.sqrt(jnp.sum(slopes**2, axis=(1, 2), keepdims=True))
     # At an end of the course a stage can only stay.
     last = course.times[-1] - jnp.max(jnp.where(visits.present, visits.gaps, 0.0), axis=1)
     margin = 1e-3 * course.times[-1]
     is_free = ((onsets > margin) & (onsets < last - margin))[:, None, None] & (length > SMALLEST_SLOPE)
     directions = jnp.where(is_free, slopes / jnp.where(is_free, length, 1.0), 0.0)
-    return Staged(interpolation_matrix(course.times, at.reshape(-1)) * root, values, directions)
+    measured = None
+    if visits.measured is not None:
+        measured = jnp.asarray(is_measured(visits), values.dtype).reshape(values.shape)
+    return Staged(interpolation_matrix(course.times, at.reshape(-1)) * root, values, directions, measured)
 
 
 def profiled_error(staged: Staged, course: Trajectory) -> Scalar:
@@ -81,6 +86,8 @@ def profiled_error(staged: Staged, course: Trajectory) -> Scalar:
     Source: variable projection, Golub and Pereyra 1973, in Kaufman's form.
     """
     residuals = staged.values - staged.matrix @ jnp.concatenate([course.states, course.slopes])
+    if staged.measured is not None:
+        residuals = residuals * staged.measured
     along = jnp.sum(staged.directions * residuals.reshape(staged.directions.shape), axis=(1, 2))
     return jnp.sum(residuals**2) - jnp.sum(along**2)
 

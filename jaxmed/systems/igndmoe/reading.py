@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from jaxmed.arrays.graphs import components, keep_strongest, mirror_triangle, rescale
 from jaxmed.arrays.visits import Visits, pad_visits
-from jaxmed.errors import SIDES, InputError, nearest, side_of
+from jaxmed.errors import SIDES, InputError, closest, nearest, side_of
 from jaxmed.io.connectomes import Square, names_beside, order_by_name, read_names, read_square
 from jaxmed.io.tables import Table, read_table
 
@@ -18,6 +18,8 @@ KNOWN_COLUMNS = ("subject", "age", "split")
 ASYMMETRY = 1e-6
 """Largest difference between a weight and its mirror image, relative to the largest weight."""
 HIGHEST_SUVR = 20.0
+OLDEST, YOUNG = 120, 18
+"""Years; a cohort whose median age is below the second may give times since a first visit."""
 
 
 class Connectome(NamedTuple):
@@ -237,8 +239,10 @@ def read_cohort(
 ) -> Cohort:
     """Read a table of visits: subject, age, optionally split, and a column for every region.
 
+    An empty cell, or a word such as NA, is a value that was not measured; a visit at which nothing was is left out.
+
     Args:
-        path: CSV file.
+        path: A text file; see `jaxmed.io.sheets.read_sheet` for its forms.
         regions: Of the connectome; each needs a column.
         scaling: "minmax" brings the smallest value of all subjects and regions to 0 and the largest to 1; "none" takes
             values as they are, on [0, 1].
@@ -254,19 +258,25 @@ def read_cohort(
     for region in regions:
         if region not in table.columns:
             others = [name for name in table.columns if name not in KNOWN_COLUMNS]
-            raise InputError(path, f"a column for region '{region}'", "none", nearest(region, others) if others else "")
+            near = closest(region, others)
+            advice = f"did you mean '{near}'?" if near else "give it one of empty cells if it was not measured"
+            raise InputError(path, f"a column for region '{region}'", "none", advice)
     extra = [name for name in table.columns if name not in (*KNOWN_COLUMNS, *regions)]
     if extra:
         notes.append(f"Columns that are no region of the connectome are not used: {', '.join(extra)}.")
+    if table.note:
+        notes.append(table.note)
     ages = np.array(table.floats("age"))
-    values = np.array([table.floats(region) for region in regions]).T
+    values = np.array([table.floats(region, allow_missing=True) for region in regions]).T
     _check_values(table, regions, ages, values, scaling)
-    order = _rows_by_subject(table, ages, notes)
+    _ask(ages, values, scaling if scale is None else "none", notes)
+    _note_missing(table, regions, values, notes)
+    order = _rows_by_subject(table, ages, np.atleast_1d(np.isfinite(values).any(axis=1)), notes)
     low, high = _scale(path, values, scaling, scale, notes)
     scaled = ((values - low) / (high - low)).astype(np.float32)
-    if scale is not None and (scaled.min() < -0.05 or scaled.max() > 1.05):
-        text = f"Values reach from {values.min():g} to {values.max():g}, beyond those of the fit ({low:g} to {high:g})."
-        notes.append(text)
+    if scale is not None and (np.nanmin(scaled) < -0.05 or np.nanmax(scaled) > 1.05):
+        reach = f"from {np.nanmin(values):g} to {np.nanmax(values):g}"
+        notes.append(f"Values reach {reach}, beyond those of the fit ({low:g} to {high:g}).")
     visits = pad_visits([scaled[rows] for rows in order.values()], [ages[rows] for rows in order.values()])
     counts = visits.present.sum(axis=1)
     if counts.max() == 1:
@@ -276,24 +286,67 @@ def read_cohort(
 
 
 def _check_values(
-    table: Table, regions: tuple[str, ...], ages: np.ndarray, values: np.ndarray, scaling: Literal["minmax", "none"]
+    table: Table,
+    regions: tuple[str, ...],
+    ages: np.ndarray,
+    values: np.ndarray,
+    scaling: Literal["minmax", "none"],
 ) -> None:
     for age, line in zip(ages, table.lines, strict=True):
-        if not 0 <= age <= 120:
-            raise table.wrong(line, "an age from 0 to 120 years", f"{age:g}", "ages are in years")
+        if not 0 <= age <= OLDEST:
+            is_months = OLDEST < ages.max() <= 12 * OLDEST and ages.min() >= 0
+            advice = f"are they months (up to {ages.max():g})? divide by 12" if is_months else "ages are in years"
+            raise table.wrong(line, f"an age from 0 to {OLDEST} years", f"{age:g}", advice)
+    if np.isnan(values).all():
+        raise InputError(table.path, "values of regions", "only empty cells")
     highest = HIGHEST_SUVR if scaling == "minmax" else 1.0
     wrong = np.argwhere((values < 0) | (values > highest))
     if len(wrong):
         row, column = wrong[0]
         expected = f"a value from 0 to {highest:g} under '{regions[column]}'"
-        advice = "check the units" if scaling == "minmax" else "give --data.scaling minmax for values on another scale"
+        advice = "give --data.scaling minmax for values on another scale"
+        if scaling == "minmax":
+            advice = "leave the cell empty if it was not measured" if values[row, column] < 0 else "check the units"
         raise table.wrong(table.lines[row], expected, f"{values[row, column]:g}", advice)
 
 
-def _rows_by_subject(table: Table, ages: np.ndarray, notes: list[str]) -> dict[str, np.ndarray]:
+def _ask(ages: np.ndarray, values: np.ndarray, scaling: Literal["minmax", "none"], notes: list[str]) -> None:
+    """Ask about units that are possible and look like others."""
+    if np.median(ages) < YOUNG:
+        reach = f"from {ages.min():g} to {ages.max():g}"
+        notes.append(f"Ages reach {reach} and are read as years. Are they months since a first visit? Divide by 12.")
+    below = int((values < 1).sum())
+    if scaling == "minmax" and below and np.nanmin(values) >= 0:
+        share = f"{below} of {np.isfinite(values).sum()} values are below 1, the lowest {np.nanmin(values):g}"
+        notes.append(
+            f"{share}. Are they SUVR? A region without uptake has about 1. If they are scaled to [0, 1] already, give "
+            "--data.scaling none."
+        )
+
+
+def _note_missing(table: Table, regions: tuple[str, ...], values: np.ndarray, notes: list[str]) -> None:
+    missing = np.isnan(values)
+    if not missing.any():
+        return
+    notes.append(f"{missing.sum()} of {missing.size} values were not measured; they are left out of errors and scores.")
+    never = [
+        region for region, is_missing in zip(regions, np.atleast_1d(missing.all(axis=0)), strict=True) if is_missing
+    ]
+    if never:
+        notes.append(f"Never measured: {', '.join(never)}. What the course says there rests on the connectome alone.")
+    empty = np.flatnonzero(missing.all(axis=1))
+    if len(empty):
+        subjects = table.column("subject")
+        named = ", ".join(f"'{subjects[row]}' (line {table.lines[row]})" for row in empty[:5])
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        notes.append(f"Visits without any value are left out: {named}{more}.")
+
+
+def _rows_by_subject(table: Table, ages: np.ndarray, is_used: np.ndarray, notes: list[str]) -> dict[str, np.ndarray]:
     rows: dict[str, list[int]] = {}
     for index, subject in enumerate(table.column("subject")):
-        rows.setdefault(subject, []).append(index)
+        if is_used[index]:
+            rows.setdefault(subject, []).append(index)
     order, out_of_order = {}, 0
     for subject, indices in rows.items():
         times = ages[indices]
@@ -317,7 +370,7 @@ def _scale(
         return scale
     if scaling == "none":
         return 0.0, 1.0
-    low, high = float(values.min()), float(values.max())
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if low == high:
         raise InputError(path, "values that differ", f"{low:g} everywhere")
     notes.append(f"Values from {low:g} to {high:g}, over all subjects and regions, are scaled to [0, 1].")

@@ -15,6 +15,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from jaxmed.arrays.graphs import LaplacianKind, graph_operators
+from jaxmed.arrays.visits import count_values
 from jaxmed.models.graph_diffusion import Equation
 from jaxmed.synthesis.phantoms.connectome import Cohort, CohortConfig, random_connectome, simulate_cohort
 from jaxmed.systems.igndmoe import dual
@@ -99,7 +100,7 @@ def choices(planted: Planted, recipes: dict[Equation, FitConfig]) -> tuple[list[
     Returns:
         A name per cohort, and per model the sum of squared errors of held-out subjects, (cohort,).
     """
-    counts = np.asarray(planted.problems.visits.present).sum(axis=2) * planted.problems.seeds.shape[1]
+    counts = np.asarray(count_values(planted.problems.visits))
     errors, parameters = {}, {}
     for equation, recipe in recipes.items():
         fitted = fit_problems(planted.problems, recipe, np.arange(len(planted.cohorts)))

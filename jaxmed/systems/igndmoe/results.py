@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxmed.arrays.visits import count_values
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import require_file, write_json
@@ -71,8 +72,8 @@ def write_weights(path: Path, fit: Fit) -> None:
 def write_stages(path: Path, cohort: Cohort, staged: Alignment, roles: tuple[str, ...] | None = None) -> None:
     """Write one row per subject: stage, error, and whether the stage lies at an end of the course."""
     counts = np.asarray(cohort.visits.present).sum(axis=1)
-    regions = cohort.visits.values.shape[-1]
-    errors = np.sqrt(np.asarray(staged.errors) / (counts * regions)) * (cohort.high - cohort.low)
+    values = np.asarray(count_values(cohort.visits))
+    errors = np.sqrt(np.asarray(staged.errors) / values) * (cohort.high - cohort.low)
     rows = [
         {
             "subject": name,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.graphs import GraphOperators, graph_operators, mirror_triangle
-from jaxmed.arrays.visits import Visits
+from jaxmed.arrays.visits import count_values, pad_visits
 from jaxmed.errors import InputError, nearest
 from jaxmed.io.connectomes import order_by_name, read_square
 from jaxmed.io.tables import read_table, write_table
@@ -183,7 +183,7 @@ def _run_visits(config: Config, folder: RunFolder) -> None:
         notes.append(f"Runs that ended in numbers that are not finite: {', '.join(failed)}.")
     rows = [{"model": held.model, **row} for held in results for row in held.rows]
     write_table(folder.outputs / "runs.csv", tuple(rows[0]), rows)
-    values = int(np.asarray(visits.present).sum()) * len(inputs.connectome.regions)
+    values = int(np.asarray(count_values(visits)).sum())
     summary = {
         "kind": "visits",
         "subjects": len(inputs.cohort.subjects),
@@ -366,9 +366,7 @@ def _fit_mixture(
 ) -> maps.MapScore:
     """Fit the mixture to the map as one subject seen once, from the seeds that FKPP prefers."""
     low, high = np.nanmin(target), np.nanmax(target)
-    # Regions without a value take the mean, and are not scored.
-    filled = np.where(known, (target - low) / (high - low), (np.nanmean(target) - low) / (high - low))
-    visits = Visits(filled[None, None].astype(np.float32), np.zeros((1, 1), np.float32), np.ones((1, 1), bool))
+    visits = pad_visits([((target - low) / (high - low))[None].astype(np.float32)], [np.zeros(1)])
     recipe = dataclasses.replace(config, validation=0.0, model=dataclasses.replace(config.model, equation="igndmoe"))
     by_seed, predictions, stages = np.full(len(target), np.nan), {}, {}
     parameters = 0

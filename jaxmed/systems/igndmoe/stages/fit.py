@@ -25,7 +25,7 @@ from jaxmed.systems.igndmoe.job import (
     role_weights,
     write_embedded,
 )
-from jaxmed.systems.igndmoe.measures import predictions, score
+from jaxmed.systems.igndmoe.measures import measured_values, predictions, score
 from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.reading import read_centroids
 from jaxmed.systems.igndmoe.results import Course, write_centroids, write_course, write_stages
@@ -122,14 +122,14 @@ report = write_page
 
 
 def write_fitted_visits(path: Path, config: Config, inputs: Inputs, kept: Fit) -> None:
-    """Write measured and predicted values of all visits of each role, (visit, region) on [0, 1]."""
+    """Write measured and predicted values of all visits of each role, (visit, region) on [0, 1]; NaN: not measured."""
     course = Course(kept.course, inputs.connectome.regions, (0.0, 1.0), config.fit.stages)
     visits = inputs.cohort.visits
     predicted, present = predictions(course, visits, np.asarray(kept.onsets)), np.asarray(visits.present)
     arrays = {}
     for role in sorted(set(inputs.roles)):
         chosen = present & np.array([found == role for found in inputs.roles])[:, None]
-        arrays |= {f"{role}_measured": np.asarray(visits.values)[chosen], f"{role}_predicted": predicted[chosen]}
+        arrays |= {f"{role}_measured": measured_values(visits)[chosen], f"{role}_predicted": predicted[chosen]}
     write_npz(path, arrays)
 
 

@@ -14,7 +14,7 @@ from jaxmed.io.tables import write_table
 from jaxmed.systems.igndmoe.apply import read_inputs
 from jaxmed.systems.igndmoe.apply_page import write_forecast_page as write_page
 from jaxmed.systems.igndmoe.fitting import stage_program
-from jaxmed.systems.igndmoe.measures import predictions, score
+from jaxmed.systems.igndmoe.measures import measured_values, predictions, score
 from jaxmed.systems.igndmoe.results import predict
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, write_summary
@@ -90,7 +90,7 @@ def run(config: Config, folder: RunFolder) -> None:
         notes.append("Nobody was seen twice: how good forecasts are cannot be told from this table.")
     present = np.asarray(visits.present) & several[:, None] & (np.arange(visits.present.shape[1]) > 0)
     forecast = predictions(course, visits, baseline)[present]
-    later = {"measured": np.asarray(visits.values)[present], "forecast": forecast}
+    later = {"measured": measured_values(visits)[present], "forecast": forecast}
     write_npz(folder.outputs / "later_visits.npz", later)
     for note in notes:
         log.say(f"Note: {note}")
@@ -117,8 +117,10 @@ def _unchanged(visits: Visits, several: np.ndarray) -> dict[str, float | int | N
     present = np.asarray(visits.present) & several[:, None] & (np.arange(visits.present.shape[1]) > 0)
     if not present.any():
         return {"sse": None, "r": None, "mse": None, "r2": None, "visits": 0}
-    values = np.asarray(visits.values)
+    values = measured_values(visits)
     errors = np.square(values - values[:, :1])[present]
-    return {
-        "sse": float(errors.sum()), "r": None, "mse": float(errors.mean()), "r2": None, "visits": int(present.sum())
-    }  # fmt: skip
+    known = np.isfinite(errors)  # regions measured at both visits
+    if not known.any():
+        return {"sse": None, "r": None, "mse": None, "r2": None, "visits": 0}
+    sse = float(errors[known].sum())
+    return {"sse": sse, "r": None, "mse": sse / int(known.sum()), "r2": None, "visits": int(present.sum())}
