@@ -44,7 +44,7 @@ def from_record(kind: type[Config], record: object, where: str) -> Config:
 
 def read_record(path: str | Path) -> dict[str, Any]:
     """Read a JSON object, saying what is wrong with a file that is none."""
-    path = require_file(path, "a JSON file")
+    path = require_file(path, "a JSON file", kinds=("json",))
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

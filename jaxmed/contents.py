@@ -42,8 +42,8 @@ MAGIC: tuple[tuple[int, bytes, Content], ...] = (
     (4, b"n+2\0\r\n\x1a\n", Content("nifti", "a NIfTI-2 volume")),
     (4, b"ni2\0\r\n\x1a\n", Content("pair", "the header of a NIfTI-2 pair (.hdr, .img)", "convert the pair to .nii")),
     (128, b"DICM", Content("dicom", "a DICOM file", "give it under its own name, such as .dcm")),
-    (0, b"PK\x03\x04", Content("zip", "a zip archive", "unpack it first; export Excel workbooks as CSV")),
-    (0, b"PK\x05\x06", Content("zip", "an empty zip archive", "make it again")),
+    (0, b"PK\x03\x04", Content("zip", "a zip archive")),
+    (0, b"PK\x05\x06", Content("zip", "an empty zip archive")),
     (257, b"ustar", Content("tar", "a tar archive", "unpack it first")),
     (0, b"\x1f\x8b", Content("gzip", "a gzip file")),
     (4, b"1AY&SY", Content("bzip2", "a bzip2 file", "unpack it first")),
@@ -82,12 +82,27 @@ def recognise(start: bytes) -> Content | None:
     """
     for place, magic, content in MAGIC:
         if start[place : place + len(magic)] == magic:
-            return _inside(start) if content.kind == "gzip" else content
-    if start[:2] in PICKLES and b"." in start[2:] + b".":
+            look = {"gzip": _inside, "zip": _archive}.get(content.kind)
+            return look(start) if look else content
+    if start[:2] in PICKLES:
         return Content("pickle", "a Python pickle")
     if len(start) >= 512 and not start.strip(b"\0"):
         return Content("zeros", "nothing but zero bytes at its start", "copy it again: the copy was interrupted")
     return _document(start)
+
+
+def _archive(start: bytes) -> Content:
+    """Tell archives by the name of their first member, which stands at the start."""
+    name = start[30 : 30 + int.from_bytes(start[26:28], "little")]
+    if not name:
+        return Content("zip", "an empty zip archive", "make it again")
+    if name.endswith(b"/data.pkl"):
+        return Content("zip", "a PyTorch checkpoint", "name it .pth")
+    if name.endswith(b".npy"):
+        return Content("zip", "a NumPy archive (.npz)")
+    if name.startswith((b"[Content_Types]", b"_rels/", b"xl/", b"docProps/")):
+        return Content("zip", "an Office document, such as .xlsx", "export the table as CSV")
+    return Content("zip", "a zip archive", "unpack it first; export Excel workbooks as CSV")
 
 
 def _inside(start: bytes) -> Content:
@@ -99,9 +114,9 @@ def _inside(start: bytes) -> Content:
     if not inner:
         return Content("gzip", "a gzip file of nothing", "make it again")
     found = recognise(inner)
-    if found is None or found.kind == "nifti":
-        return Content("gzip", f"{found.name} packed with gzip" if found else "a gzip file")
-    return Content(found.kind if found.kind in NEVER else "gzip", f"{found.name} packed with gzip", found.advice)
+    if found is None:
+        return Content("gzip", "a gzip file")
+    return Content(found.kind if found.kind in NEVER else "gzip", f"{found.name} (packed with gzip)", found.advice)
 
 
 def _document(start: bytes) -> Content | None:

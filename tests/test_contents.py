@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxmed.config import read_record
 from jaxmed.contents import recognise
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
-from jaxmed.io import nifti
+from jaxmed.io import gradients, nifti, onnx, pickles, safetensors
 from jaxmed.io.images import read_image
+from jaxmed.io.tables import read_table
 
 pytestmark = pytest.mark.core
 
@@ -69,9 +71,12 @@ FOREIGN = {
     "json": (b'{"message": "404"}', "a JSON document"),
     "zip": (as_zip(), "a zip archive"),
     "empty zip": (empty_zip(), "an empty zip archive"),
+    "npz": (as_zip("a.npy"), "a NumPy archive"),
+    "checkpoint": (as_zip("archive/data.pkl"), "a PyTorch checkpoint"),
+    "xlsx": (as_zip("[Content_Types].xml"), "an Office document"),
     "tar": (as_tar(), "a tar archive"),
-    "tgz": (gzip.compress(as_tar()), "a tar archive packed with gzip"),
-    "packed page": (gzip.compress(HTML), r"a web page \(HTML\) packed with gzip"),
+    "tgz": (gzip.compress(as_tar()), r"a tar archive \(packed with gzip\)"),
+    "packed page": (gzip.compress(HTML), r"a web page \(HTML\) \(packed with gzip\)"),
     "packed lfs": (gzip.compress(LFS), "a Git LFS pointer"),
     "empty gzip": (gzip.compress(b""), "a gzip file of nothing"),
     "bzip2": (bz2.compress(b"x"), "a bzip2 file"),
@@ -87,6 +92,7 @@ FOREIGN = {
     "pdf": (b"%PDF-1.7\n", "a PDF document"),
     "zeros": (bytes(4000), "nothing but zero bytes"),
 }
+ZIPS = ("zip", "empty zip", "npz", "checkpoint", "xlsx")
 NEVER = ("lfs", "annex", "html", "xhtml", "error", "appledouble", "packed page", "packed lfs")
 
 
@@ -110,7 +116,7 @@ def test_readers_say_what_a_misnamed_file_is(tmp_path, name, suffix):
     ):
         read(path)  # what it is, is among what is read
         return
-    if name in ("zip", "empty zip") and suffix in (".npy", ".npz"):  # archives are read, and hold no array
+    if name in ZIPS and suffix in (".npy", ".npz"):  # archives are read, and hold no array
         words = "the arrays|bad file"
     if content[:2] == b"\x1f\x8b" and suffix == ".nii" and name not in NEVER:
         words = "a gzip file named .nii"
@@ -122,6 +128,25 @@ def test_readers_say_what_a_misnamed_file_is(tmp_path, name, suffix):
 def test_what_stands_in_for_a_file_is_refused_for_every_reader(tmp_path, name):
     (tmp_path / "a.csv").write_bytes(FOREIGN[name][0])
     assert told(lambda path: require_file(path, "a table"), tmp_path / "a.csv")
+
+
+OTHERS = {
+    ".pth": (pickles.read_checkpoint, (*ZIPS, "pickle")),
+    ".safetensors": (safetensors.read, ()),
+    ".csv": (read_table, ()),
+    ".bval": (lambda path: gradients.read_gradients(path, path), ()),
+    ".onnx": (onnx.load, ()),
+    ".json": (read_record, ("json",)),
+}
+
+
+@pytest.mark.parametrize("suffix", OTHERS)
+def test_readers_of_weights_tables_and_settings_say_so_too(tmp_path, suffix):
+    read, own = OTHERS[suffix]
+    for name, (content, words) in FOREIGN.items():
+        if name not in own:
+            (tmp_path / f"a{suffix}").write_bytes(content)
+            assert re.search(words, told(read, tmp_path / f"a{suffix}")), name
 
 
 def test_text_and_tables_are_not_mistaken():

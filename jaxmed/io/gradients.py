@@ -72,7 +72,7 @@ def read_gradients(
 
 
 def _read_numbers(path: str | Path, what: str) -> Float64[np.ndarray, "row column"]:
-    path = require_file(path, f"a text file of {what}")
+    path = require_file(path, f"a text file of {what}", kinds=())
     try:
         lines = path.read_text(encoding="utf-8-sig").replace(",", " ").splitlines()
         rows = [[float(word) for word in line.split()] for line in lines if line.strip()]

@@ -266,7 +266,7 @@ def _start(path: Path) -> bytes:
         if not start:
             raise InputError(path, "a NIfTI file", "a gzip file of nothing", "make it again")
         if (found := recognise(start)) is not None and found.kind != "nifti":
-            raise InputError(path, "a NIfTI file", f"{found.name} packed with gzip", found.advice)
+            raise InputError(path, "a NIfTI file", f"{found.name} (packed with gzip)", found.advice)
     elif is_named_gzip:
         found = recognise(start)
         name = found.name if found else "a file that is not gzip"

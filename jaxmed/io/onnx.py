@@ -147,7 +147,7 @@ def load(path: str | Path, threads: int = 0) -> Session:
         InputError: The package is missing, or the file is no such network.
     """
     runtime = _import("onnxruntime")
-    path = require_file(path, "an ONNX file", (".onnx",))
+    path = require_file(path, "an ONNX file", (".onnx",), kinds=())
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

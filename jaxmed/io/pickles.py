@@ -65,7 +65,7 @@ def read_checkpoint(path: str | Path, choose: Callable[[Any], Any] | None = None
         InputError: The file is missing, damaged, no checkpoint, asks for more than the bounds above, or mentions a name
             that no checkpoint needs; that name is given, and nothing of it was run.
     """
-    path = require_file(path, "a PyTorch checkpoint")
+    path = require_file(path, "a PyTorch checkpoint", kinds=("zip", "pickle"))
     advice = "save the state dict alone, or convert it to safetensors where it was made"
     try:
         with _Short(io.FileIO(path)) as file:

@@ -72,7 +72,7 @@ def test_wrong_files_are_told(tmp_path, tensors):
         (good + b"1", "damaged"),
         (good[:20], "truncated"),
         (good[:5], "other content"),
-        (b"PK\x03\x04" * 10, "other content"),
+        (b"PK\x03\x04" * 10, "a zip archive"),
         (b"\xff" * 8 + b"{", "damaged"),
         ((9).to_bytes(8, "little") + b"{" + b"x" * 20, "header"),
         (entry(dtype="X9"), "X9"),
