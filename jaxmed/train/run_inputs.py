@@ -54,7 +54,8 @@ def changed_inputs(run: Path, inputs: Inputs) -> list[str]:
     failed = _failed(run / "outputs" / "failed.csv")
     words = []
     for path in sorted({*then, *now}):
-        if then.get(path) != now.get(path) and os.path.realpath(path) not in failed:
+        real = os.path.realpath(path)
+        if then.get(path) != now.get(path) and failed.isdisjoint((real, *map(str, Path(real).parents))):
             what = "changed" if path in then and path in now else "gone" if path in then else "new"
             words.append(f"{path} {what}")
     return words
@@ -114,7 +115,10 @@ def _by_path(inputs: Inputs) -> dict[str, list[int]]:
 
 
 def _failed(path: Path) -> set[str]:
+    """Return the records that failed (folders among them), and the files that the reasons name, such as a mask."""
     if not path.is_file():
         return set()
     with path.open(encoding="utf-8", newline="") as file:
-        return {os.path.realpath(row["path"]) for row in csv.DictReader(file) if row.get("path")}
+        rows = [row for row in csv.DictReader(file) if row.get("path")]
+    told = [(row.get("reason") or "").partition(": expected ")[0] for row in rows]
+    return {os.path.realpath(name) for name in (*(row["path"] for row in rows), *filter(os.path.isabs, told))}

@@ -28,6 +28,7 @@ from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_cal
 from jaxmed.systems.dynamicdps.reading import FrameConfig
 from jaxmed.systems.dynamicdps.stages import compare as compare_stage
 from jaxmed.systems.dynamicdps.stages import enhance as stage
+from jaxmed.train import log
 from jaxmed.volume import Volume
 
 TINY = GuidedUnetConfig(width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=2, groups=4)
@@ -152,7 +153,7 @@ def test_a_run_goes_on_where_it_was_stopped(place, done, tmp_path, monkeypatch):
     (copy / "outputs" / "s1.json").rename(copy / "s1.json")
     asked = []
 
-    def process(plan, one, key, folder):
+    def process(plan, one, key, folder, tell):
         asked.append((one.name, int(jax.random.key_data(key)[-1])))
         if one.name == "s2":
             raise InputError("s2.nii.gz", "a scan", "a broken one")
@@ -172,7 +173,7 @@ def test_a_repaired_scan_is_tried_again_by_the_same_command(place, done, tmp_pat
     shutil.copytree(done, copy)
     asked = []
 
-    def process(plan, one, key, folder):
+    def process(plan, one, key, folder, tell):
         asked.append(one.name)
         return json.loads((copy / "outputs" / "s1.json").read_text()) | {"name": one.name, "path": str(one.path)}
 
@@ -230,15 +231,23 @@ def test_calibration_and_strict_searches_by_the_command_line(place, tmp_path):
     assert np.abs(initial.array - scan.array).max() > 50
 
 
-def test_another_method_of_the_comparison_is_chosen_by_name(place, tmp_path):
-    """Without a calibration, since only DynamicDPS asks a bank where to start."""
+def test_another_method_of_the_comparison_is_chosen_by_name(place, tmp_path, monkeypatch, capsys):
+    """Without a calibration, since only DynamicDPS asks a bank where to start; one scan says how far it is."""
+    monkeypatch.setattr(log, "SECONDS_BETWEEN_LINES", 0.0)
     scan = place / "scans" / "s0.nii.gz"
     code = run(
         "enhance", "--input", scan, "--weights", place / "prior", "--solver", "pnp-dpir", "--budget.evaluations", "3",
-        "--batch-size", "3", "--no-tissue", "--out", tmp_path / "run", "--quiet",
+        "--batch-size", "3", "--out", tmp_path / "run",
     )  # fmt: skip
     assert code == 0
     row = json.loads((tmp_path / "run" / "outputs" / "s0.json").read_text())
+    said = capsys.readouterr().err
+    assert "Refining 1 scans; for every batch: 3 passes of 3 x 16 x 16 x 1" in said
+    assert all(f"Refining: 0 of 1 scans, s0: {done} of {row['images']} images" in said for done in (3, row["images"]))
+    with (tmp_path / "run" / "outputs" / "volumes.csv").open() as file:
+        tissue = list(csv.DictReader(file))
+    assert list(tissue[0]) == ["id", "image", "csf_ml", "grey_ml", "white_ml"]
+    assert float(tissue[0]["csf_ml"]) == pytest.approx(row["volumes_ml"]["input"]["csf"], rel=1e-5)
     assert row["evaluations"] == 3 and len(row["curve"]) == 3
     summary = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())
     assert "Method: PnP-DPIR from an empty image." in summary["notes"]

@@ -214,6 +214,10 @@ def test_files_replaced_in_place_are_noticed(tmp_path, given, name, is_input, is
     assert open_fit(path, given, overwrite=True).status == "new"
     (path / "outputs" / "failed.csv").write_text(f"path,id,reason\n{tmp_path / name},a,broken\n")
     assert open_fit(path, given).status != "new"  # a file that failed may be repaired
+    (path / "outputs" / "failed.csv").write_text(f"path,id,reason\n{tmp_path},a,broken\n")
+    assert open_fit(path, given).status != "new"  # and so may one of a series in a folder
+    (path / "outputs" / "failed.csv").write_text(f"path,id,reason\n/elsewhere,a,{tmp_path / name}: expected a mask\n")
+    assert open_fit(path, given).status != "new"  # or what belongs to a record
 
 
 def test_files_that_came_and_went_are_noticed(tmp_path, given):

@@ -1,5 +1,6 @@
 """One scan from file to refined file: read, estimate, refine, measure tissue, write maps with their sidecars."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float32
 from jaxmed.arrays.grid import resample_to
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import to_record
+from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
@@ -30,6 +32,7 @@ from jaxmed.systems.dynamicdps.reading import (
     to_picture,
 )
 from jaxmed.systems.dynamicdps.volumes import TilingConfig, apply_network, cut_tiles, refine
+from jaxmed.train.log import duration
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
 
@@ -52,7 +55,8 @@ class Plan(NamedTuple):
         initial: Conditional network; None where estimates come from files, or are the measurements.
         frame: How scans become images.
         tiling: How images larger than the prior's are cut.
-        method: Settings of the refinement, as a record.
+        method: Settings of DynamicDPS, whose chain any other solver walks.
+        settings: Of the solver that is used, as a record.
         acquisition: Of the operator.
         num_samples: Posterior samples per image.
         wants_tissue: Whether tissue volumes are measured.
@@ -63,7 +67,8 @@ class Plan(NamedTuple):
     initial: Network | None
     frame: FrameConfig
     tiling: TilingConfig
-    method: dict[str, Any]
+    method: DynamicDps
+    settings: dict[str, Any]
     acquisition: LowField
     num_samples: int
     wants_tissue: bool
@@ -135,9 +140,16 @@ def load(inputs: Inputs, frame: FrameConfig) -> Loaded:
 
 
 def process(
-    plan: Plan, inputs: Inputs, key: KeyArray, folder: Path, progress: Callable[[int], None] | None = None
+    plan: Plan, inputs: Inputs, key: KeyArray, folder: Path, tell: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """Refine a scan and write its maps; return its row of the summary.
+
+    Args:
+        plan: The same for all scans.
+        inputs: The scan, and what belongs to it.
+        key: Consumed.
+        folder: Where to write.
+        tell: Takes a line about how far it is.
 
     Raises:
         InputError: For whatever is wrong with the files, or when the result is not finite.
@@ -153,6 +165,18 @@ def process(
         batch = plan.program.batch_size
         estimate = apply_network(plan.initial.model.apply, plan.initial.params, tiles, batch)
         tiles = cut_tiles(y, estimate, loaded.head, plan.frame, plan.tiling)
+    total = len(tiles.measurement) * plan.num_samples
+    unit = "images" if plan.num_samples == 1 else f"images, {plan.num_samples} of each"
+
+    first: list[tuple[int, float]] = []
+
+    def progress(done: int) -> None:
+        now, left = time.monotonic(), ""
+        if first:  # the first batch waits for the compiler, and tells nothing of the others
+            left = f", {duration((now - first[0][1]) / (done - first[0][0]) * (total - done))} left"
+        first.append((done, now))
+        tell(f"{inputs.name}: {done:,} of {total:,} {unit}{left}")
+
     refined = refine(plan.program, plan.network.params, key, tiles, plan.num_samples, progress)
     if not np.isfinite(refined.image).all():
         raise InputError(inputs.path, "a finite result", "NaN or Inf", "check the weights and the acquisition")
@@ -204,7 +228,7 @@ def write_maps(
     constants = {
         "intensity_of_0": scan.low,
         "intensity_of_2": scan.high,
-        "method": plan.method,
+        "method": plan.settings,
         "acquisition": to_record(plan.acquisition),
         "samples": plan.num_samples,
         "prior": str(plan.network.path),

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxmed.arrays.types import KeyArray
+from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import to_record
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
+from jaxmed.diffusion.posterior.fidelity import evaluate
+from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names
 from jaxmed.io import nifti
@@ -23,7 +25,7 @@ from jaxmed.metrics.tissue import TISSUES
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
 from jaxmed.recipes.each_file import TABLES, Tell, each_file, write_failed
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.dynamicdps.arms import ARMS, STARTS_FROM_ESTIMATE, ArmConfig, make_solver
+from jaxmed.systems.dynamicdps.arms import ARMS, STARTS_FROM_ESTIMATE, ArmConfig, length_of, make_solver
 from jaxmed.systems.dynamicdps.calibration import digest_of
 from jaxmed.systems.dynamicdps.enhance_page import write_page
 from jaxmed.systems.dynamicdps.enhancement import make_program
@@ -130,14 +132,11 @@ def run(config: Config, folder: RunFolder) -> int:
     log = Log(folder.path, folder.options.quiet)
     for note in (notes := make_notes(config, plan, calibrated)):
         log.say(f"Note: {note}")
-    announce(
-        log, f"Refining by a chain of {plan_steps(config, calibrated):,} steps, {config.batch_size} images at a time",
-        params=network.params, count=len(inputs), unit="scans", smaller=folder.smaller,
-    )  # fmt: skip
+    tell_size(config, plan, len(inputs), folder, log)
     ready = time.monotonic()
 
-    def work(number: int, one: Inputs, _: Tell) -> dict[str, Any]:
-        return process(plan, one, jax.random.fold_in(jax.random.key(config.seed), number), folder.outputs)
+    def work(number: int, one: Inputs, tell: Tell) -> dict[str, Any]:
+        return process(plan, one, jax.random.fold_in(jax.random.key(config.seed), number), folder.outputs, tell)
 
     rows, failed = each_file(
         inputs, work, folder.outputs, log, "Refining", "scans",
@@ -229,7 +228,9 @@ def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -
     solver = None if is_dynamic else _other_solver(config, frame.size, acquisition, method)
     program = make_program(partial(make_prior, network), operator, method, config.batch_size, solver)
     settings = {"solver": config.solver} | to_record(method if is_dynamic else config.budget)
-    return Plan(network, program, initial, frame, config.tiling, settings, acquisition, config.samples, config.tissue)
+    return Plan(
+        network, program, initial, frame, config.tiling, method, settings, acquisition, config.samples, config.tissue
+    )
 
 
 def _other_solver(config: Config, size: tuple[int, ...], acquisition: LowField, method: DynamicDps) -> Any:
@@ -242,6 +243,31 @@ def _other_solver(config: Config, size: tuple[int, ...], acquisition: LowField, 
         return jnp.clip(image, 0.0, TOP), info
 
     return solver
+
+
+def tell_size(config: Config, plan: Plan, count: int, folder: RunFolder, log: Log) -> None:
+    """Say how large a batch is and how long it may take: how often the network meets it, forward and backward."""
+    method = plan.method
+    if config.solver == "dynamicdps":
+        steps = method.start.fixed + 1 if method.start.rule == "fixed" else method.start.steps_per_bin
+        searched = [left for left in range(method.search_above + 1, steps) if left % method.search_every == 0]
+        passes = steps + (len(searched) * method.search.max_evaluations if method.search else 0)
+    else:
+        passes = length_of(config.solver, method.sampler.num_steps or VpDiscrete().num_steps, config.budget)
+    size = plan.frame.size
+    operator = make_operator(size, plan.acquisition)
+
+    def meet(params: Params, images: Array, times: Array) -> Any:
+        denoiser = make_prior(plan.network, params)
+        return evaluate(denoiser, images, operator, method.fidelity, images, times)
+
+    images = jax.ShapeDtypeStruct((config.batch_size, *size, 1), jnp.float32)
+    times = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)
+    announce(
+        log, f"Refining {count:,} scans; for every batch", params=plan.network.params, batch=images,
+        program=jax.make_jaxpr(meet)(plan.network.params, images, times), count=passes, unit="passes",
+        smaller=folder.smaller,
+    )  # fmt: skip
 
 
 def is_run(place: Path) -> bool:
@@ -314,9 +340,9 @@ def write_tables(folder: Path, rows: list[dict[str, Any]]) -> None:
     ]
     write_table(folder / "scans.csv", columns, table)
     volumes = [
-        {"id": row["name"], "image": image, **{name: f"{values[name]:.6g}" for name in TISSUES}}
+        {"id": row["name"], "image": image, **{f"{name}_ml": f"{values[name]:.6g}" for name in TISSUES}}
         for row in rows
         for image, values in row.get("volumes_ml", {}).items()
     ]
     if volumes:
-        write_table(folder / "volumes.csv", ("id", "image", *TISSUES), volumes)
+        write_table(folder / "volumes.csv", ("id", "image", *(f"{name}_ml" for name in TISSUES)), volumes)
