@@ -257,7 +257,6 @@ def test_a_wrong_table_ends_in_one_line_and_nothing_is_written(mistake, scans, t
 OPTIONS = {
     "nothing to read": ([], "at least one of them, found none"),
     "two places": (["--input", "{scans}", "--data.manifest", "{scans}/scan_1.nii.gz"], "one of them, found both"),
-    "embedded and files": (["--input", "{scans}", "--data.embedded", "3"], "no files beside embedded data"),
     "missing folder": (["--input", "nowhere"], "nowhere: expected"),
     "missing weights": (["--input", "{scans}", "--weights", "nowhere.pt"], "nowhere.pt"),
     "weights that are none": (["--input", "{scans}", "--weights", "{scans}/scan_1.nii.gz"], "weights"),

@@ -336,7 +336,6 @@ def words_of(stage, places, tmp_path):
             "ONNX Runtime refuses"),
         "no dicom there": (
             ["predict", "--weights", net, *scan_words(scan), "--dicom-source", tmp_path / "empty"], "no DICOM image"),
-        "weights for embedded training": (["export", "--preset", "smoke", "--weights", net], "drop --preset"),
         "export without weights": (["export"], "weights: expected a file, found nothing"),
         "train without a table": (["train"], "bvals: expected a file, found nothing"),
         "train for one shell": (

@@ -397,8 +397,6 @@ def test_embedded_puzzles_take_the_road_of_files(tmp_path):
     support, test = (read_cases(config, FrameConfig((16, 16)), split)[0] for split in ("support", "test"))
     assert support.task_names == test.task_names == ("blob", "star")
     assert not set(support.subjects) & set(test.subjects)
-    with pytest.raises(InputError, match="no manifest beside embedded data"):
-        write_embedded(dataclasses.replace(config, embedded=4), SMALL, 0, tmp_path)
 
 
 def test_real_lesions_are_cut_about_their_masks(shared_data, tmp_path):

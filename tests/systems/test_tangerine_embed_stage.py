@@ -223,7 +223,6 @@ OTHER_MISTAKES = {
     "no such folder": (lambda s, w: ["--input", s / "nowhere"], "expected a volume or a folder of volumes"),
     "neither": (lambda s, w: [], "data.manifest, input: expected one of them, found neither"),
     "both": (lambda s, w: ["--input", s, "--data.manifest", s / "scans.csv"], "expected one of them, found both"),
-    "files beside embedded": (lambda s, w: ["--preset", "smoke", "--input", s], "no files beside embedded data"),
     "empty manifest": (manifest("path,label\n"), "expected at least one record"),
     "no path": (manifest("file\nscan_0.nii.gz\n"), "expected a column 'path'"),
     "misspelt column": (manifest("path,lable\nscan_0.nii.gz,1\n"), "'lable'"),

@@ -386,7 +386,6 @@ def test_a_wrong_table_ends_in_one_line_and_nothing_is_written(mistake, copy, tm
 OPTIONS = {
     "neither": ([], "data.manifest, input: expected one of them, found neither"),
     "both": (["--input", "{scans}", "--data.manifest", "{scans}/scan_1.nii.gz"], "expected one of them, found both"),
-    "embedded and files": (["--input", "{scans}", "--data.embedded", "3"], "no files beside embedded data"),
     "missing folder": (["--input", "nowhere"], "nowhere: expected"),
     "missing table": (["--data.manifest", "nowhere.csv"], "nowhere.csv: expected"),
     "missing weights": (["--input", "{scans}", "--weights", "nowhere.pth"], "nowhere.pth"),

@@ -47,7 +47,7 @@ class DataConfig:
         patches: Patches of a volume in an epoch, for networks in 3D.
         finer: Label maps are read, and their images drawn, with voxels this many times as small along each axis of an
             image; means over them make the image, in which structures then mix at their borders as in a scan.
-        embedded: Generate this many phantom brains instead of reading files.
+        embedded: Generate this many phantom brains where no files are given.
     """
 
     manifest: Path | None = None

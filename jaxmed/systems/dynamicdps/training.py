@@ -49,16 +49,15 @@ def read_training_images(
     Raises:
         InputError: For whatever is wrong with a table or a file.
     """
-    if data.embedded:
-        if data.manifest or data.labels or place:
-            raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
+    is_synthetic = data.embedded > 0 and not (data.manifest or data.labels or place)
+    if is_synthetic:
         data = _write_embedded(data, frame, folder, seed)
         place = None
     listed = list_files(data, place, seed)
     training = read_images(listed, "train", data, frame, threads)
     held_out = read_images(listed, "validation", data, frame, threads)
     assert training is not None
-    if not data.embedded and is_first():
+    if is_first():
         start(folder)
     wait_for_first("folder")
     return Images(training, held_out, _count(listed, training, held_out))

@@ -10,7 +10,7 @@ from jaxmed.arrays.graphs import graph_operators
 from jaxmed.errors import InputError
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.systems.igndmoe.fitting import fit
-from jaxmed.systems.igndmoe.job import DataConfig, Files, write_embedded
+from jaxmed.systems.igndmoe.job import DataConfig, write_embedded
 from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.systems.igndmoe.reading import Cohort, ConnectomeConfig, find_regions, read_cohort, read_connectome
 from jaxmed.systems.igndmoe.results import Course, read_course, write_course
@@ -29,17 +29,16 @@ def read_inputs(folder: RunFolder, weights: Path | None, table: Path | None, emb
     """Read and check a course and a table, or make both, and start the run.
 
     Raises:
-        InputError: One cannot be read, they do not fit together, or files were given beside embedded data.
+        InputError: One cannot be read, or they do not fit together.
     """
     notes: list[str] = []
-    if embedded is not None:
+    if embedded is not None and weights is None and table is None:
         start(folder)
-        weights, table = embedded_fit(folder, embedded, seed, (weights, table))
+        weights, table = embedded_fit(folder, embedded, seed)
     course = read_course(weights)
     cohort = read_cohort(table, course.regions, "minmax", notes, course.scale)
     check_followed(cohort, course, table)
-    if embedded is None:
-        start(folder)
+    start(folder)
     return Inputs(course, cohort, notes)
 
 
@@ -56,27 +55,17 @@ def check_followed(cohort: Cohort, course: Course, table: Path | None) -> None:
         raise InputError(table or "table", f"subjects followed for less than the course, {last:g} years", found)
 
 
-def embedded_fit(
-    folder: RunFolder, subjects: int, seed: int, given: tuple[Path | None, Path | None]
-) -> tuple[Path, Path]:
-    """Simulate two cohorts of one disease, fit the growth and diffusion of the first; return its run and the second.
-
-    Raises:
-        InputError: Files were given too.
-    """
-    for path in given:
-        if path is not None:
-            raise InputError("data", "no files beside embedded data", path, "drop --preset, or the files")
+def embedded_fit(folder: RunFolder, subjects: int, seed: int) -> tuple[Path, Path]:
+    """Simulate two cohorts of one disease, fit the growth and diffusion of the first; return its run and the second."""
     notes: list[str] = []
-    nothing = Files(None, None, (), "none")
-    old = write_embedded(DataConfig(embedded=max(subjects, 40)), nothing, folder.path / "inputs" / "fitted", seed)
+    old = write_embedded(DataConfig(embedded=max(subjects, 40)), folder.path / "inputs" / "fitted", seed)
     connectome = read_connectome(old.connectome, ConnectomeConfig(), notes)
     cohort = read_cohort(old.table, connectome.regions, "none", notes)
     config = FitConfig(model=ProgressionConfig(equation="fkpp"), grid_steps=32, stages=64, steps=15, loops=2)
     fitted = fit(cohort.visits, graph_operators(connectome.adjacency), config, find_regions(old.seeds, connectome))
     write_course(folder.path / "inputs" / "fitted", fitted, cohort, connectome.regions, config.stages)
     # The same connectome, so the same disease, with other patients.
-    new = write_embedded(DataConfig(embedded=subjects), nothing, folder.path / "inputs" / "new", seed)
+    new = write_embedded(DataConfig(embedded=subjects), folder.path / "inputs" / "new", seed)
     jax.block_until_ready(fitted.onsets)
     assert new.table is not None
     return folder.path / "inputs" / "fitted", new.table

@@ -44,7 +44,7 @@ class DataConfig:
             values as they are, on [0, 1].
         fractions: Shares of training, validation and test subjects where the table has no split. The paper keeps 35
             and 35 of 216.
-        embedded: Patients of a simulated cohort to use in place of files.
+        embedded: Patients of a simulated cohort to use where neither connectome nor table is given.
         embedded_regions: Of its connectome.
     """
 
@@ -97,15 +97,8 @@ class Inputs(NamedTuple):
     roles: tuple[str, ...]
 
 
-def write_embedded(data: DataConfig, given: Files, folder: Path, seed: int) -> Files:
-    """Write a simulated cohort as files, and return where they are.
-
-    Raises:
-        InputError: Files were given too.
-    """
-    for path in (given.connectome, given.table):
-        if path is not None:
-            raise InputError("data.embedded", "no files beside embedded data", path, "drop --preset, or the files")
+def write_embedded(data: DataConfig, folder: Path, seed: int) -> Files:
+    """Write a simulated cohort as files, and return where they are."""
     assert data.embedded is not None
     connectome = random_connectome(seed, data.embedded_regions, 0.4)
     regions = region_names(data.embedded_regions)

@@ -38,8 +38,8 @@ class DataConfig:
         min_voxels: Mask voxels that an image needs, at the frame's voxel size; slices with fewer are left out.
         shift: Largest distance of the middle of the mask from the middle of its image along each axis, in voxels, drawn
             evenly for each case; images stay inside their file, so at its sides the distance is larger.
-        embedded: Generate this many puzzles per familiar family, and half as many per novel one, instead of reading
-            files.
+        embedded: Generate this many puzzles per familiar family, and half as many per novel one, where no manifest is
+            given.
     """
 
     manifest: Path | None = None
@@ -142,12 +142,7 @@ def write_embedded(config: DataConfig, frame: FrameConfig, seed: int, folder: Pa
         frame: Of whose size they are.
         seed: Of the puzzles.
         folder: Gets the files; what is there already stays.
-
-    Raises:
-        InputError: There are files besides.
     """
-    if config.manifest is not None:
-        raise InputError("data.embedded", "no manifest beside embedded data", "both", "drop --preset, or the manifest")
     half = max(config.embedded // 2, 1)
     counts = Counts(train=config.embedded, validation=half, support=min(half, 16), test=half)
     manifest = write_puzzle_cohort(folder, seed, counts, frame.size)

@@ -62,7 +62,7 @@ class Config:
         steps: Of the chain; 0 for all 1000. Another number is another sampler: enhance takes the bank's.
         bins: Of the bank.
         share: Share of familiar estimates that is to start in the first bin.
-        embedded: Make so many phantom brains and a tiny prior instead of reading files.
+        embedded: Make so many phantom brains where no scans are given, and a tiny prior where no weights are.
         seed: Of noise and runs.
     """
 
@@ -103,7 +103,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded phantom brains, a tiny prior trained on the spot, and a chain of 100 steps, in seconds."""
+    """A chain of 100 steps, in seconds: your scans or phantom brains, your prior or a tiny one made on the spot."""
     acquisition = LowField(gamma=0.8, scale=2.0, sigma=1.0, radius=4, noise=0.02)
     return Config(acquisition=acquisition, runs=6, batch_size=6, steps=100, embedded=6)
 
@@ -125,7 +125,7 @@ class References(NamedTuple):
 def run(config: Config, folder: RunFolder) -> None:
     """Read references, fit the acquisition, record the bank, choose the compression, write the report."""
     began = time.monotonic()
-    if config.embedded:
+    if config.embedded and (config.input is None or config.weights is None):
         config = make_embedded(config, folder)
     if config.weights is None or config.input is None:
         missing = "weights" if config.weights is None else "input"
@@ -133,8 +133,7 @@ def run(config: Config, folder: RunFolder) -> None:
     network = load_prior(config.weights)
     initial = None if config.initial is None else load_initial(config.initial)
     references = read_references(config, network.frame)
-    if not config.embedded:
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     log.say(
         f"{len(references.images)} reference images of {len(set(n.split(',')[0] for n in references.names))} scans."
@@ -178,11 +177,13 @@ report = write_page
 
 
 def make_embedded(config: Config, folder: RunFolder) -> Config:
-    """Write phantom brains and train a tiny prior on others, where none is given."""
+    """Write phantom brains where no scans are given, and train a tiny prior on others where none is given."""
     if config.input is not None:
-        raise InputError("embedded", "no files beside embedded data", config.input, "drop --preset, or --input")
+        find_files(config.input)  # a mistake there costs no training
     start(folder)
     weights = config.weights or train_tiny_prior(folder, config.seed)
+    if config.input is not None:
+        return dataclasses.replace(config, weights=weights)
     size = load_prior(weights).frame.size
     # Another seed than that of the prior's own phantoms.
     manifest = write_brain_cohort(folder.path / "inputs" / "brains", config.seed + 1, config.embedded, size)

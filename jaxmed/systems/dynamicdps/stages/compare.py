@@ -81,7 +81,8 @@ class Config:
         subjects: At most so many; 0 for all.
         score: What counts as hallucination.
         batch_size: Images at a time.
-        embedded: Compare on so many phantom brains, with networks trained on the spot.
+        embedded: Compare on so many phantom brains where no scans are given, and with networks trained on the spot
+            where none are given.
         seed: Of noise and samples.
     """
 
@@ -112,6 +113,11 @@ class Config:
         if self.other_gamma < 0:
             raise ValueError(f"other_gamma: expected a positive power, or 0, found {self.other_gamma:g}")
 
+    @property
+    def has_scans(self) -> bool:
+        """Whether scans to compare on are given: they take the place of phantoms, whatever the preset."""
+        return self.manifest is not None or self.input is not None
+
 
 def paper() -> Config:
     """20 subjects of 10 slices, DPS of 1000 steps, DynamicDPS as in the authors' code of April 2026, two contrasts."""
@@ -125,7 +131,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded phantom brains, tiny networks trained on the spot, four methods on a chain of 100 steps, in seconds."""
+    """Four methods on a chain of 100 steps, in seconds: your scans and networks, or phantoms and tiny networks."""
     return Config(
         acquisition=LowField(gamma=1.0, scale=2.0, sigma=0.7, radius=3, noise=0.01),
         arms=("conditional", "dps", "ddnm", "dynamicdps"),
@@ -164,12 +170,11 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read and check, run every cell that is not finished, write tables and report. Returns 1 when cells failed."""
     began = time.monotonic()
     asked = config
-    if config.embedded:
+    if config.embedded and (not config.has_scans or config.weights is None or not config.initial):
         config = make_embedded(config, folder)
     study = read_study(config)
     method = config.method.build(_read_bank(config, study.prior))
-    if not config.embedded:
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     images = sum(len(subject.images) for subject in study.subjects)
     log.say(f"{images} images of {len(study.subjects)} subjects, {len(study.initials)} conditional models.")
@@ -370,9 +375,11 @@ def _read_images(
 
 
 def make_embedded(config: Config, folder: RunFolder) -> Config:
-    """Write phantom brains, and train a tiny prior, its calibration and a conditional model where none is given."""
-    if config.manifest is not None or config.input is not None:
-        raise InputError("embedded", "no files beside embedded data", "both", "drop --preset, or the files")
+    """Write phantom brains, and train a tiny prior, its calibration and a conditional model, where none is given."""
+    if config.manifest is not None:
+        _listed(config.manifest)  # a mistake there costs no training
+    if config.input is not None:
+        find_files(config.input)
     start(folder)
     place, log = folder.path / "inputs", Log(folder.path, folder.options.quiet)
     weights = config.weights or calibrate.train_tiny_prior(folder, config.seed)
@@ -386,6 +393,8 @@ def make_embedded(config: Config, folder: RunFolder) -> Config:
     if not initial:
         settings = dataclasses.replace(train_initial.smoke(), acquisition=config.acquisition, gamma=(1.0, 1.0))
         initial = (_nested("train-initial", train_initial, settings, place / "initial", log),)
+    if config.has_scans:
+        return dataclasses.replace(config, weights=weights, initial=initial, calibration=calibration)
     size = load_prior(weights).frame.size
     brain = BrainConfig(lesion_probability=0.0)
     # Another seed than those of the networks' own phantoms.

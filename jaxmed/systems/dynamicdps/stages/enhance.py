@@ -69,7 +69,7 @@ class Config:
         labels: Label map of the scan, or a folder of them: its volumes stand beside the measured ones.
         tissue: Measure CSF, grey and white matter of input, estimate and result (T1-weighted scans).
         batch_size: Images at a time.
-        embedded: Refine so many phantom brains instead of reading files.
+        embedded: Refine so many phantom brains where no scans are given; make a tiny prior where none is given.
         seed: Of the samples.
     """
 
@@ -115,8 +115,7 @@ def smoke() -> Config:
 def run(config: Config, folder: RunFolder) -> int:
     """Read and check, refine every scan, write maps, tables and the report. Returns 1 when scans failed."""
     began = time.monotonic()
-    is_embedded = config.embedded > 0
-    if is_embedded:
+    if config.embedded and (config.input is None or config.weights is None):
         config = make_embedded(config, folder)
     if config.input is None or config.weights is None:
         missing = "input" if config.input is None else "weights"
@@ -127,8 +126,7 @@ def run(config: Config, folder: RunFolder) -> int:
     inputs = list_inputs(config)
     if len(inputs) == 1:
         load(inputs[0], plan.frame)  # a single broken file is a mistake, not a failure among many
-    if not is_embedded:
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     for note in (notes := make_notes(config, plan, calibrated)):
         log.say(f"Note: {note}")
@@ -164,9 +162,9 @@ report = write_page
 
 
 def make_embedded(config: Config, folder: RunFolder) -> Config:
-    """Write phantom brains as low-field scans, and make a tiny prior and its calibration where none is given."""
+    """Write phantom brains as low-field scans where none are given; so with a tiny prior and its calibration."""
     if config.input is not None:
-        raise InputError("embedded", "no files beside embedded data", config.input, "drop --preset, or --input")
+        list_inputs(config)  # a mistake there costs no training
     start(folder)
     place = folder.path / "inputs"
     if config.calibration is None:
@@ -179,6 +177,8 @@ def make_embedded(config: Config, folder: RunFolder) -> Config:
         config = dataclasses.replace(config, weights=weights, calibration=nested.path)
     if config.weights is None or config.calibration is None:
         raise InputError("weights", "a prior beside the calibration", "nothing", "give both, or neither")
+    if config.input is not None:
+        return config
     acquisition = read_calibration(config.calibration).acquisition
     size = load_prior(config.weights).frame.size
     manifest = write_brain_cohort(place / "truth", config.seed + 2, config.embedded, size)

@@ -129,7 +129,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """A tiny network on embedded phantom brains of 32 x 32, in seconds."""
+    """A tiny network at 32 x 32, in seconds: on your scans, or on phantom brains."""
     return Config(
         data=DataConfig(embedded=40),
         frame=FrameConfig((32, 32)),

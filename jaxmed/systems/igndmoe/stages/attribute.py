@@ -59,6 +59,11 @@ class Config:
         if self.fit.model.equation != "igndmoe":
             raise ValueError(f"fit.model.equation: expected igndmoe, found {self.fit.model.equation}")
 
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the data are generated: files given take their place, whatever the preset."""
+        return self.data.embedded is not None and self.connectome is None and self.table is None
+
 
 def paper() -> Config:
     """The paper's experts, fifty draws of your cohort, and every part left out."""
@@ -80,12 +85,11 @@ def run(config: Config, folder: RunFolder) -> None:
     """Fit the cohort, its draws and its ablations; write weights, contributions and stages with bands."""
     began, notes = time.monotonic(), []
     files = Files(config.connectome, config.table, config.seeds, config.data.scaling)
-    if config.data.embedded is not None:
+    if config.is_synthetic:
         start(folder)
-        files = write_embedded(config.data, files, folder.path / "inputs", config.fit.seed)
+        files = write_embedded(config.data, folder.path / "inputs", config.fit.seed)
     inputs = read_inputs(files, config.data, config.fit, notes)
-    if config.data.embedded is None:
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     for note in notes:
         log.say(f"Note: {note}")

@@ -101,6 +101,11 @@ class Config:
         if not self.models or len(set(self.models)) < len(self.models):
             raise ValueError(f"models: expected different names, found {self.models}")
 
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the data are generated: files given take their place, whatever the preset."""
+        return self.data.embedded is not None and self.connectome is None and self.table is None
+
 
 def paper() -> Config:
     """Ten folds, three starts, every model."""
@@ -108,14 +113,14 @@ def paper() -> Config:
 
 
 def laptop() -> Config:
-    """Five folds of a simulated cohort, every model, in minutes."""
+    """Five folds, every model, in minutes: of your cohort, or of a simulated one."""
     return Config(
         data=DataConfig(embedded=100, embedded_regions=20), folds=5, starts=1, fit=FitConfig(steps=40, loops=8)
     )
 
 
 def smoke() -> Config:
-    """Two folds and two models of a small simulated cohort, in seconds."""
+    """Two folds and two models, in seconds: of your cohort, or of a small simulated one."""
     recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=20, loops=2)
     return Config(data=DataConfig(embedded=40), models=("ndm", "fkpp"), folds=2, starts=1, fit=recipe)
 
@@ -149,15 +154,14 @@ def _finish(folder: RunFolder, log: Log, summary: dict[str, Any], began: float) 
 def _run_visits(config: Config, folder: RunFolder) -> None:
     began, notes = time.monotonic(), []
     files = Files(config.connectome, config.table, config.seeds, config.data.scaling)
-    if config.data.embedded is not None:
+    if config.is_synthetic:
         start(folder)
-        files = write_embedded(config.data, files, folder.path / "inputs", config.fit.seed)
+        files = write_embedded(config.data, folder.path / "inputs", config.fit.seed)
     inputs = read_inputs(files, config.data, config.fit, notes)
     if len(inputs.cohort.subjects) < 2 * config.folds:
         found = f"{len(inputs.cohort.subjects)} for {config.folds} folds"
         raise InputError("folds", "two subjects or more in every fold", found, "lower --folds")
-    if config.data.embedded is None:
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     visits = inputs.cohort.visits
     announce(
@@ -231,7 +235,7 @@ def _tests(results: list[Held]) -> list[dict[str, Any]]:
 
 def _run_map(config: Config, folder: RunFolder) -> None:
     began, notes = time.monotonic(), []
-    if config.table is not None or config.data.embedded is not None:
+    if config.table is not None:
         raise InputError("map.file", "a map or a table of visits", "both", "drop one of them")
     connectome = read_connectome(config.connectome, config.data.graph, notes)
     columns = _read_map(config.map, connectome, notes)

@@ -61,6 +61,11 @@ class Config:
         if self.starts < 1:
             raise ValueError(f"starts: expected 1 or more, found {self.starts}")
 
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the data are generated: files given take their place, whatever the preset."""
+        return self.data.embedded is not None and self.connectome is None and self.table is None
+
 
 def paper() -> Config:
     """The paper's equation and split, three starts, on your files."""
@@ -73,7 +78,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """A small simulated cohort, in seconds."""
+    """A small model, in seconds: your cohort, or a small simulated one."""
     recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=20, loops=2)
     return Config(data=DataConfig(embedded=40), fit=recipe, starts=1)
 
@@ -83,13 +88,12 @@ def run(config: Config, folder: RunFolder) -> None:
     began = time.monotonic()
     notes: list[str] = []
     files = Files(config.connectome, config.table, config.seeds, config.data.scaling)
-    if config.data.embedded is not None:
+    if config.is_synthetic:
         start(folder)
-        files = write_embedded(config.data, files, folder.path / "inputs", config.fit.seed)
+        files = write_embedded(config.data, folder.path / "inputs", config.fit.seed)
     inputs = read_inputs(files, config.data, config.fit, notes)
     centroids = None if config.centroids is None else read_centroids(config.centroids, inputs.connectome.regions)
-    if config.data.embedded is None:
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     for note in notes:
         log.say(f"Note: {note}")

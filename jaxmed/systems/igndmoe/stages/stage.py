@@ -24,7 +24,7 @@ class Config:
     Attributes:
         weights: Run folder of `jaxmed igndmoe fit`.
         table: CSV file with a row per visit: subject, age in years, a column for every region of the fit, in its unit.
-        embedded: Patients to simulate, with a course fitted to others, in place of files.
+        embedded: Patients to simulate, with a course fitted to others, where neither is given.
         seed: Of the embedded patients.
     """
 
@@ -40,7 +40,7 @@ def paper() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded patients on an embedded fit, in seconds."""
+    """In seconds: your patients on your fit, or simulated ones on a fit of others."""
     return Config(embedded=20)
 
 

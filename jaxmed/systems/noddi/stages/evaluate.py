@@ -57,7 +57,7 @@ class Config:
         points: Values of each parameter; the grid holds all combinations.
         repeats: Noise repetitions of each point.
         snr: Signal-to-noise ratios at b = 0.
-        embedded: Train two tiny networks, on true and on fitted labels, for the embedded protocol first.
+        embedded: Train two tiny networks, on true and on fitted labels, where neither networks nor files are given.
         seed: Of directions and noise.
     """
 
@@ -98,9 +98,7 @@ def smoke() -> Config:
 def run(config: Config, folder: RunFolder) -> None:
     """Read the networks, score them and the fit, compute the bound, write tables and the report."""
     began = time.monotonic()
-    if config.embedded:
-        if config.weights or config.bvals is not None:
-            raise InputError("embedded", "no files beside embedded networks", "both", "drop --preset, or the files")
+    if config.embedded and not config.weights and config.bvals is None and config.bvecs is None:
         start(folder)
         log = Log(folder.path, folder.options.quiet)
         networks = train_embedded(config.seed, log)

@@ -56,7 +56,7 @@ class Config:
             deviation beside those of the fit; 0 for none. 300 take hundreds of times as long as the fit. Needs the
             noise level, and the extra "posterior".
         fit: Model, its constants and tolerances.
-        embedded_shape: Voxels (x, y, z) of the embedded brain slab to simulate and fit in place of files.
+        embedded_shape: Voxels (x, y, z) of the brain slab to simulate and fit where no --dwi is given.
         embedded_snr: Signal-to-noise ratio of the embedded slab, white matter, unweighted.
         seed: Of the embedded slab and of Markov chains; a fit itself draws nothing.
     """
@@ -95,12 +95,12 @@ def paper() -> Config:
 
 
 def smoke() -> Config:
-    """A small embedded slab, in seconds."""
+    """In seconds: your scan, or a small simulated slab."""
     return Config(embedded_shape=(32, 38, 2))
 
 
 def laptop() -> Config:
-    """An embedded slab large enough to look at."""
+    """Your scan, or a simulated slab large enough to look at."""
     return Config(embedded_shape=(96, 112, 8))
 
 
@@ -108,9 +108,7 @@ def run(config: Config, folder: RunFolder) -> None:
     """Read and check a scan, fit it, write maps and the report."""
     began = time.monotonic()
     truth = None
-    if config.embedded_shape is not None:
-        if config.dwi is not None:
-            raise InputError("dwi", "no file beside embedded data", config.dwi, "drop --preset, or --dwi")
+    if config.embedded_shape is not None and config.dwi is None:
         start(folder)
         files = write_diffusion_slab(folder.path / "inputs", config.seed, config.embedded_shape, config.embedded_snr)
         truth = files.truth

@@ -24,9 +24,9 @@ from jaxmed.systems.noddi.deployment import (
     write_dicom,
     write_maps,
 )
-from jaxmed.systems.noddi.network import Network, constants, load, predict
+from jaxmed.systems.noddi.network import Network, Table, constants, load, predict
 from jaxmed.systems.noddi.predict_page import write_page
-from jaxmed.systems.noddi.scan import Signals, read_signals, require_path
+from jaxmed.systems.noddi.scan import Signals, read_signals, read_table, require_path
 from jaxmed.systems.noddi.stages import train as training
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start, write_summary
@@ -49,7 +49,7 @@ class Config:
         dicom_source: Folder of the DICOM series that the scan was converted from: maps are written as DICOM too, in
             its study, on its geometry.
         dicom: Which DICOM: "parametric-map" (floating point), "mr-image" (16 bit, thousandths, for every viewer).
-        embedded_shape: Voxels (x, y, z) of the embedded brain slab to take in place of files; without weights a small
+        embedded_shape: Voxels (x, y, z) of the brain slab to take where no --dwi is given; without weights a small
             network is trained first.
         embedded_snr: Signal-to-noise ratio of the embedded slab, white matter, unweighted.
         seed: Of the embedded slab and the network trained for it.
@@ -83,7 +83,7 @@ def paper() -> Config:
 
 
 def smoke() -> Config:
-    """An embedded slab, and a tiny network trained for it, in seconds."""
+    """In seconds: your scan or a simulated slab, your network or a tiny one trained for it."""
     return Config(embedded_shape=(32, 38, 2))
 
 
@@ -92,26 +92,29 @@ def run(config: Config, folder: RunFolder) -> None:
     began = time.monotonic()
     log = None
     truth = None
-    if config.embedded_shape is not None:
-        if config.dwi is not None:
-            raise InputError("dwi", "no file beside embedded data", config.dwi, "drop --preset, or --dwi")
+    if config.embedded_shape is not None and config.dwi is None:
         found = None if config.weights is None else read_weights(config)
         start(folder)
         log = Log(folder.path, folder.options.quiet)
         files = write_diffusion_slab(folder.path / "inputs", config.seed, config.embedded_shape, config.embedded_snr)
         truth = files.truth
         if found is None:
-            log.say("No weights were given: a tiny network is trained for the embedded protocol.")
-            settings = training.smoke().train
-            key, (bvals, bvecs) = jax.random.key(config.seed), two_shell_protocol()
-            network = training.train_in_folder(key, bvals, bvecs, settings, folder, log).network
-            found = deploy(network, folder, config)
+            found = train_tiny(*two_shell_protocol(), config, folder, log)
         config = dataclasses.replace(config, dwi=files.dwi, bvals=files.bvals, bvecs=files.bvecs, mask=files.mask)
         began = time.monotonic()
         scan = read_signals(config.dwi, config.bvals, config.bvecs, config.mask, table_of(found))
         stack = read_source(config, scan)
     else:
-        found = read_weights(config)
+        if config.embedded_shape is not None and config.weights is None and config.bvals is not None:
+            threshold = training.smoke().train.b0_threshold
+            table = read_table(config.bvals, config.bvecs, threshold)
+            own = Table.make(table.bvals, table.bvecs, threshold)
+            read_signals(config.dwi, config.bvals, config.bvecs, config.mask, own)  # a mistake there costs no training
+            start(folder)
+            log = Log(folder.path, folder.options.quiet)
+            found = train_tiny(table.bvals, table.bvecs, config, folder, log)
+        else:
+            found = read_weights(config)
         scan = read_signals(config.dwi, config.bvals, config.bvecs, config.mask, table_of(found))
         stack = read_source(config, scan)
         start(folder)
@@ -175,6 +178,16 @@ def read_weights(config: Config) -> Network | Deployed:
         found = f"{'an' if is_onnx else 'no'} .onnx file for --runtime {config.runtime}"
         raise InputError(path, wanted, found, f"give --runtime {'onnx' if is_onnx else 'jax'}")
     return load_onnx(path, config.threads) if is_onnx else load(path)
+
+
+def train_tiny(
+    bvals: np.ndarray, bvecs: np.ndarray, config: Config, folder: RunFolder, log: Log
+) -> Network | Deployed:
+    """Train the network of train's preset smoke for a protocol, in the form that the runtime runs."""
+    log.say("No weights were given: a tiny network is trained for this protocol, which is good for a trial alone.")
+    settings = training.smoke().train
+    trained = training.train_in_folder(jax.random.key(config.seed), bvals, bvecs, settings, folder, log)
+    return deploy(trained.network, folder, config)
 
 
 def deploy(network: Network, folder: RunFolder, config: Config) -> Network | Deployed:

@@ -37,7 +37,7 @@ class Config:
     Attributes:
         bvals: FSL text file of b-values in s/mm^2; the order of the images is part of the protocol.
         bvecs: FSL text file of unit gradient directions, 3 x N or N x 3.
-        embedded: Take the embedded two-shell protocol (9 + 30 + 60 images) in place of files.
+        embedded: Take a two-shell protocol (9 + 30 + 60 images) where no files are given.
         allow_single_shell: Train NODDI although only one shell is weighted. Its maps are not NODDI.
         train: Labels, network, length.
         seed: Of signals, network and order.
@@ -57,7 +57,7 @@ def paper() -> Config:
 
 
 def laptop() -> Config:
-    """The embedded protocol and 150,000 signals, in minutes on a few cores."""
+    """150,000 signals of your protocol, or of one of two shells, in minutes on a few cores."""
     network = MlpConfig(width=128)
     settings = TrainConfig(
         network=network, signals=150_000, held_out=10_000, epochs=40, batch_size=1024, restarts=2, snr=(10.0, 50.0)
@@ -66,7 +66,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """A tiny network for the embedded protocol, in seconds."""
+    """A tiny network for your protocol, or one of two shells, in seconds."""
     network = MlpConfig(width=48)
     settings = TrainConfig(network=network, signals=8192, held_out=2048, epochs=20, batch_size=128, restarts=2)
     return Config(embedded=True, train=settings)
@@ -75,9 +75,7 @@ def smoke() -> Config:
 def run(config: Config, folder: RunFolder) -> None:
     """Read the protocol, train, export the network, write the report."""
     began = time.monotonic()
-    if config.embedded:
-        if config.bvals is not None or config.bvecs is not None:
-            raise InputError("embedded", "no files beside the embedded protocol", "both", "drop --preset, or the files")
+    if config.embedded and config.bvals is None and config.bvecs is None:
         bvals, bvecs = two_shell_protocol()
         notes: list[str] = []
     else:

@@ -68,7 +68,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded puzzles; System I is meta-trained on the spot where there are no weights."""
+    """In seconds: your images or puzzles, your System I or a tiny one that is meta-trained on the spot."""
     return Config(data=DataConfig(embedded=24), task="star", shots=4, adapt=AdaptConfig(steps=8, rate=1e-3))
 
 
@@ -140,12 +140,19 @@ report = write_page
 
 
 def make_embedded(config: Any, folder: RunFolder) -> Any:
-    """Write puzzles, and meta-train a tiny System I on them where no weights are given.
+    """Write puzzles where there is no manifest, and meta-train a tiny System I on puzzles where there are no weights.
 
     Args:
         config: Of a stage with `data`, `frame`, `weights` and `seed`.
         folder: The run, begun here.
     """
+    if config.data.manifest is not None:
+        if config.weights is not None:
+            return config
+        read_manifest(config.data, config.seed)  # a mistake there costs no training
+        start(folder)
+        puzzles = DataConfig(embedded=config.data.embedded)
+        return dataclasses.replace(config, weights=train_tiny(puzzles, folder, config.seed))
     frame = config.frame or (meta_train.smoke().frame if config.weights is None else None)
     if frame is None:
         assert config.weights is not None

@@ -100,7 +100,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded puzzles and tiny networks, in seconds."""
+    """Tiny networks, in seconds: your images, or puzzles."""
     play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
     return Config(
         data=DataConfig(embedded=24), task="star", shots=4, adapt=AdaptConfig(steps=8, rate=1e-3),

@@ -83,7 +83,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded puzzles, tiny networks and a few steps, in seconds."""
+    """A few steps, in seconds: your images or puzzles, your System I or a tiny one made on the spot."""
     play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
     config = ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8, 16), value_width=16))
     return Config(budget=Budget(steps=1024), think=config, data=DataConfig(embedded=24))
@@ -108,7 +108,7 @@ class Job(NamedTuple):
 def run(config: Config, folder: RunFolder) -> int:
     """Think about every file; write masks, confidence and courses, and the report. Returns 1 when files failed."""
     began = time.monotonic()
-    if config.data.embedded:
+    if config.data.embedded and (config.input is None or config.weights is None):
         config = make_embedded(config, folder)
     if config.input is None or config.weights is None:
         missing = "input" if config.input is None else "weights"
@@ -166,9 +166,9 @@ report = write_page
 
 
 def make_embedded(config: Config, folder: RunFolder) -> Config:
-    """Write puzzles, adapt a tiny System I to a novel family where none is given, and think about its test images."""
+    """Adapt a tiny System I to a novel family of puzzles where none is given, and think about them without files."""
     if config.input is not None:
-        raise InputError("data.embedded", "no files beside embedded data", config.input, "drop --preset, or --input")
+        list_jobs(config)  # a mistake there costs no training
     prepared = adapt.make_embedded(dataclasses.replace(adapt.smoke(), data=config.data, weights=config.weights), folder)
     weights = config.weights
     if weights is None:
@@ -179,6 +179,8 @@ def make_embedded(config: Config, folder: RunFolder) -> Config:
             Log(folder.path, folder.options.quiet).say(text)
             adapt.run(settings, nested)
         weights = nested.path
+    if config.input is not None:
+        return dataclasses.replace(config, weights=weights)
     records = read_manifest(prepared.data, config.seed)
     chosen = [row for row in records if row.split == "test" and row.task == prepared.task][:EMBEDDED_FILES]
     places = {"images": folder.path / "inputs" / "test", "masks": folder.path / "inputs" / "test_masks"}

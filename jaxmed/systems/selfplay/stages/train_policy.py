@@ -90,7 +90,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded puzzles, tiny networks and a few visits, in seconds."""
+    """Tiny networks and a few visits, in seconds: your images, or puzzles."""
     play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
     return Config(
         data=DataConfig(embedded=24),

@@ -73,7 +73,7 @@ class DataConfig:
             them anew in every epoch.
         check: Training and validation scans that are read from end to end before the run, evenly spread; of the
             others only the headers are.
-        embedded: Generate this many phantom chests, and a set of another scanner, instead of reading files.
+        embedded: Generate this many phantom chests, and a set of another scanner, where no manifest is given.
     """
 
     manifest: Path | None = None
@@ -170,6 +170,11 @@ class Config:
             raise ValueError("class_weights: expected none beside balance, found some")
         self.recipe(())  # refuses what the recipe does
 
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the data are generated: files given take their place, whatever the preset."""
+        return self.data.embedded > 0 and self.data.manifest is None and not self.data.external
+
     def recipe(self, weights: tuple[float, ...]) -> AdaptConfig:
         """Return what the recipe needs to know."""
         return AdaptConfig(
@@ -185,10 +190,11 @@ def paper() -> Config:
 
 
 def laptop() -> Config:
-    """A small model, pre-trained and adapted on 1,000 embedded chests of 32^3, in minutes."""
+    """A small model at 32^3, in minutes: on your scans, or pre-trained and adapted on 1,000 phantom chests."""
     return Config(
         data=DataConfig(embedded=1000),
         image_size=(32, 32, 32),
+        encoder=pretrain.laptop().model.encoder,
         optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, weight_decay=0.05, layer_decay=0.75),
         epochs=8,
         warmup_epochs=0.5,
@@ -199,11 +205,12 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """A tiny model, pre-trained and adapted on embedded chests, in seconds."""
+    """A tiny model at 32^3, in seconds: on your scans, or pre-trained and adapted on phantom chests."""
     # A hundred steps: the head with BatchNorm learns in these, a linear one would need many more.
     return Config(
         data=DataConfig(embedded=150),
         image_size=(32, 32, 32),
+        encoder=pretrain.smoke().model.encoder,
         hidden=16,
         optimizer=OptimizerConfig(peak_lr=2e-3, end_lr=1e-5, weight_decay=0.05, layer_decay=0.75),
         epochs=32,
@@ -253,7 +260,7 @@ class Start(NamedTuple):
 def run(config: Config, folder: RunFolder) -> int:
     """Read and check, adapt, score every set, export the model, write the report. Returns 1 when scans failed."""
     began = time.monotonic()
-    is_embedded, notes = config.data.embedded > 0, []
+    is_embedded, notes = config.is_synthetic, []
     if is_embedded:
         config, notes = make_embedded(config, folder)
     scans = read_scans(config)
@@ -410,8 +417,6 @@ def make_embedded(config: Config, folder: RunFolder, *, is_shared: bool = False)
         folder: The run, begun here.
         is_shared: As for `run_folder.start`.
     """
-    if config.data.manifest or config.data.external:
-        raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
     published = None if config.weights is None else load_published(config.weights, "tangerine")
     size = config.image_size if any(config.image_size) else (32, 32, 32)
     if published is not None:

@@ -75,7 +75,7 @@ def paper() -> Config:
 
 
 def laptop() -> Config:
-    """A small model on embedded chests with fluid or without: 10 % and all labels, three seeds, in minutes."""
+    """A small model at 32^3, 10 % and all labels, three seeds, in minutes: on your scans, or on phantom chests."""
     return Config(
         data=adapt_stage.DataConfig(embedded=1000),
         image_size=(32, 32, 32),
@@ -94,7 +94,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """A tiny model on embedded chests, two fractions, two seeds, in seconds."""
+    """A tiny model at 32^3, two fractions, two seeds, in seconds: on your scans, or on phantom chests."""
     return dataclasses.replace(
         laptop(), data=adapt_stage.DataConfig(embedded=60), epochs=4, warmup_epochs=1, evaluate_epochs=2,
         loader=LoaderConfig(batch_size=12), fractions=(0.25, 1.0), seeds=2,
@@ -105,7 +105,7 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read and check, run every cell that is not finished, write tables and report. Returns 1 when cells failed."""
     began = time.monotonic()
     study = {**to_record(config), "processes": None, "process": None}
-    is_embedded, notes = config.data.embedded > 0, []
+    is_embedded, notes = config.is_synthetic, []
     if is_embedded:
         config, notes = _make_embedded(config, folder)
     scans = adapt_stage.read_scans(config)

@@ -51,7 +51,7 @@ class DataConfig:
         manifest: CSV with the column path (NIfTI in HU, a DICOM folder, or .npz with an array "volume" in [0, 1]).
             Every further column is carried into the results; label colours the picture.
         split: Only rows of the manifest with this word under split; empty for all.
-        embedded: Generate this many phantom chests instead of reading files.
+        embedded: Generate this many phantom chests where no files are given, and a tiny model where no weights are.
     """
 
     manifest: Path | None = None
@@ -89,6 +89,11 @@ class Config:
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise ValueError(f"kinds: expected one or more, each once, found {' '.join(self.kinds) or 'none'}")
 
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the data are generated: files given take their place, whatever the preset."""
+        return self.data.embedded > 0 and self.data.manifest is None and self.input is None
+
 
 def paper() -> Config:
     """Both features of the released code (class and pooled, concatenated), in bfloat16 on all devices."""
@@ -96,7 +101,7 @@ def paper() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded chests and a tiny model pre-trained on them on the spot, in seconds."""
+    """A tiny model, in seconds: your scans or phantom chests, your weights or some pre-trained on the spot."""
     return Config(data=DataConfig(embedded=12), kinds=("class", "pooled", "concat", "pre_logits"))
 
 
@@ -104,8 +109,9 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read and check, embed every scan, write tables, picture and report. Returns 1 when scans failed."""
     began = time.monotonic()
     notes: list[str] = []
-    is_embedded = config.data.embedded > 0
-    if is_embedded:
+    if not config.is_synthetic:
+        find_records(config.data.manifest, config.input, config.data.split)
+    if config.is_synthetic or (config.data.embedded and config.weights is None):
         config, notes = make_embedded(config, folder)
     records = find_records(config.data.manifest, config.input, config.data.split)
     if config.weights is None:
@@ -115,8 +121,7 @@ def run(config: Config, folder: RunFolder) -> int:
     mesh = lay_out(config.batch, config.mesh)
     if len(records) == 1:
         read_scan(records[0].path, preprocess)  # a single broken file is a mistake, not a failure among many
-    if not is_embedded:
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     notes += [licence_note(published), *kind_notes(published, config.kinds)]
     for note in notes:
@@ -157,14 +162,14 @@ report = write_page
 
 
 def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
-    """Write phantom chests and, where no weights are given, pre-train a tiny model on some of them."""
-    if config.data.manifest or config.input:
-        raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
+    """Write phantom chests where no scans are given; where no weights are, pre-train a tiny model on such chests."""
     published = None if config.weights is None else load_published(config.weights, "tangerine")
     shape = (32, 32, 32) if published is None else published.preprocess.size
     start(folder)
     manifest = write_chest_cohort(folder.path / "inputs", config.seed, config.data.embedded, shape)
-    config = dataclasses.replace(config, data=DataConfig(manifest=manifest, split=config.data.split))
+    is_synthetic = config.is_synthetic
+    if is_synthetic:
+        config = dataclasses.replace(config, data=DataConfig(manifest=manifest, split=config.data.split))
     if published is not None:
         return config, []
     # Without held-out chests nothing but the training step has to be compiled.
@@ -178,6 +183,8 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
         Log(folder.path, folder.options.quiet).say("Pre-training a tiny model on the embedded chests first.")
         pretrain.run(settings, nested)
     note = "Chests are phantoms, and the model is a tiny one that was pre-trained on some of them for this run."
+    if not is_synthetic:
+        note = "No weights were given: the features are those of a tiny model of phantom chests, and mean nothing."
     return dataclasses.replace(config, weights=nested.outputs / "model"), [note]
 
 

@@ -140,6 +140,11 @@ class Config:
         if self.shown < 0:
             raise ValueError(f"shown: expected 0 or more, found {self.shown}")
 
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the data are generated: files given take their place, whatever the preset."""
+        return self.data.embedded > 0 and self.data.manifest is None and self.input is None
+
 
 def paper() -> Config:
     """A map of the predicted class of every scan, in bfloat16 on all devices."""
@@ -147,16 +152,17 @@ def paper() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded chests, and a tiny classifier of emphysema made on the spot, in seconds."""
-    return Config(data=DataConfig(embedded=60, split="test"), shown=3)
+    """In seconds: your scans or phantom chests, your weights or a tiny classifier of emphysema made on the spot."""
+    return Config(data=DataConfig(embedded=60), shown=3)
 
 
 def run(config: Config, folder: RunFolder) -> int:
     """Read and check, predict every scan, write tables, maps and report. Returns 1 when scans failed."""
     began = time.monotonic()
     notes: list[str] = []
-    is_embedded = config.data.embedded > 0
-    if is_embedded:
+    if not config.is_synthetic:
+        find_records(config.data.manifest, config.input, config.data.split)
+    if config.is_synthetic or (config.data.embedded and config.weights is None):
         config, notes = make_embedded(config, folder)
     records = find_records(config.data.manifest, config.input, config.data.split)
     if config.weights is None:
@@ -168,8 +174,7 @@ def run(config: Config, folder: RunFolder) -> int:
     mesh = lay_out(config.batch, config.mesh)
     if len(records) == 1:
         read_scan(records[0].path, preprocess)  # a single broken file is a mistake, not a failure among many
-    if not is_embedded:
-        start(folder)
+    start(folder)
     log = Log(folder.path, folder.options.quiet)
     notes.append(licence_note(published))
     for note in notes:
@@ -221,9 +226,7 @@ report = write_page
 
 
 def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
-    """Write phantom chests and, where no weights are given, make a tiny classifier from their training split."""
-    if config.data.manifest or config.input:
-        raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
+    """Write phantom chests where no scans are given; where no weights are, fit a tiny classifier to such chests."""
     published = None if config.weights is None else load_published(config.weights, "tangerine")
     shape = EMBEDDED_SHAPE if published is None else published.preprocess.size
     start(folder)
@@ -231,7 +234,9 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
         folder.path / "inputs", config.seed, config.data.embedded, shape, ChestConfig(severity=(0.7, 1.0)),
         finding="emphysema", fractions=(0.5, 0.2, 0.3),
     )  # fmt: skip
-    config = dataclasses.replace(config, data=DataConfig(manifest=manifest, split=config.data.split))
+    is_synthetic = config.is_synthetic
+    if is_synthetic:
+        config = dataclasses.replace(config, data=DataConfig(manifest=manifest, split=config.data.split or "test"))
     if published is not None:
         return config, []
     place = folder.path / "inputs" / "model"
@@ -240,6 +245,8 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
         "Chests are phantoms. The model is a tiny encoder with random weights under a logistic probe, fitted for this "
         "run to the training chests (emphysema or not)."
     )
+    if not is_synthetic:
+        note = "No weights were given: the model is a tiny classifier of phantom chests; its predictions mean nothing."
     return dataclasses.replace(config, weights=place), [note]
 
 

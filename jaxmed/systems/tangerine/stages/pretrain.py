@@ -69,7 +69,7 @@ class DataConfig:
             One that turns out broken later stops the run and is named.
         cache: Folder in which prepared volumes are kept (float16, 34 MB each at 256^3), so that later epochs and runs
             read them in place. Empty prepares them anew in every epoch.
-        embedded: Generate this many phantom chests instead of reading files.
+        embedded: Generate this many phantom chests where no files are given.
     """
 
     manifest: Path | None = None
@@ -138,6 +138,11 @@ class Config:
         if min(self.epochs, self.warmup_epochs) < 0:
             raise ValueError(f"epochs, warmup_epochs: expected 0 or more, found {self.epochs, self.warmup_epochs}")
 
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the data are generated: files given take their place, whatever the preset."""
+        return self.data.embedded > 0 and self.data.manifest is None and self.input is None
+
 
 def small_model(edge: int, patch: int, width: int, depth: int) -> MaeConfig:
     """Return a masked autoencoder that a laptop can train."""
@@ -158,7 +163,7 @@ def paper() -> Config:
 
 
 def laptop() -> Config:
-    """A small model on 600 of 1,000 embedded chests of 32^3, in about a minute."""
+    """A small model at 32^3, in minutes: on your scans, or on 600 of 1,000 phantom chests."""
     return Config(
         data=DataConfig(embedded=1000),
         model=small_model(32, 8, 96, 3),
@@ -172,7 +177,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """A tiny model on a few embedded chests, in seconds."""
+    """A tiny model at 32^3, in seconds: on your scans, or on a few phantom chests."""
     return Config(
         data=DataConfig(embedded=16),
         model=small_model(32, 8, 64, 2),
@@ -207,7 +212,7 @@ def run(config: Config, folder: RunFolder) -> None:
     published = None if config.weights is None else read_start(config.weights, settings.model)
     warm = None if config.warm_start is None else read_warm_start(config.warm_start, entries(settings.model))
     given = warm or published
-    if config.data.embedded:
+    if config.is_synthetic:
         volumes = make_embedded(config, folder, preprocess)
     else:
         volumes = find_volumes(config, preprocess)
@@ -277,8 +282,6 @@ def make_embedded(config: Config, folder: RunFolder, preprocess: Preprocess) -> 
 
     Of them a fifth is held out, and a fifth is left to tests of what grows on the model.
     """
-    if config.data.manifest or config.input:
-        raise InputError("data.embedded", "no files beside embedded data", "both", "drop --preset, or the files")
     place = folder.path / "inputs"
     if is_first():
         start(folder)
