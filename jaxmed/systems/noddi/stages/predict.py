@@ -180,9 +180,7 @@ def read_weights(config: Config) -> Network | Deployed:
     return load_onnx(path, config.threads) if is_onnx else load(path)
 
 
-def train_tiny(
-    bvals: np.ndarray, bvecs: np.ndarray, config: Config, folder: RunFolder, log: Log
-) -> Network | Deployed:
+def train_tiny(bvals: np.ndarray, bvecs: np.ndarray, config: Config, folder: RunFolder, log: Log) -> Network | Deployed:
     """Train the network of train's preset smoke for a protocol, in the form that the runtime runs."""
     log.say("No weights were given: a tiny network is trained for this protocol, which is good for a trial alone.")
     settings = training.smoke().train
