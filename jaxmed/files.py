@@ -131,6 +131,56 @@ def expand_home(path: str | Path) -> Path:
         return Path(path)
 
 
+def walk_files(folder: str | Path) -> Iterator[Path]:
+    """Yield the ordinary files under a folder in the order of their names.
+
+    Hidden files and folders (".DS_Store", the "._" companions of macOS, our own temporary files) and "__MACOSX" are
+    passed over, and so are pipes and devices. Links are followed; a file or folder that several names lead to comes
+    once, under the name that does without a link where there is one.
+
+    Args:
+        folder: The folder; its own name may be hidden.
+
+    Raises:
+        InputError: A folder cannot be read.
+    """
+    linked: list[Path] = []
+    seen: set[str] = set()
+
+    def walk(place: str) -> Iterator[Path]:
+        real = os.path.realpath(place)
+        if real in seen:
+            return
+        seen.add(real)
+        try:
+            with os.scandir(place) as entries:
+                ordered = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise InputError(place, "a folder that can be read", _reason(error), "change its permissions") from error
+        for entry in ordered:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_symlink():
+                linked.append(Path(entry.path))
+            elif entry.is_dir():
+                yield from walk(entry.path)
+            elif entry.is_file() and (real := os.path.realpath(entry.path)) not in seen:
+                seen.add(real)
+                yield Path(entry.path)
+
+    def everything() -> Iterator[Path]:
+        yield from walk(os.fspath(folder))
+        while linked:  # after what lies here itself
+            path = linked.pop(0)
+            if path.is_dir():
+                yield from walk(os.fspath(path))
+            elif path.is_file() and os.path.realpath(path) not in seen:
+                seen.add(os.path.realpath(path))
+                yield path
+
+    yield from sorted(everything())
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling that takes the place of `path` when the block ends well.

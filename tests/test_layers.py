@@ -29,7 +29,7 @@ HOMES = {
     "nibabel": {"io/nifti.py"},
     "onnx": {"io/onnx.py"},
     "onnxruntime": {"io/onnx.py"},
-    "pydicom": {"io/dicom.py", "io/dicom_diffusion.py", "io/parametric_map.py"},
+    "pydicom": {"io/dicom_files.py", "io/dicom_pixels.py", "io/dicom.py", "io/parametric_map.py"},
     "highdicom": {"io/parametric_map.py"},
     "matplotlib": {"report"},
     "tyro": {"cli.py"},

@@ -2,44 +2,57 @@
 
 The array axes are column, row, slice as stored (for an axial scan: towards the patient's left,
 back and head). The affine turns DICOM's LPS+ patient coordinates into RAS+, in mm, by negating the
-first two world axes. Values are rescaled (HU for CT) frame by frame; padding values stay as stored.
+first two world axes. Values are rescaled (HU for CT) frame by frame, or go through the modality's table;
+padding values stay as stored.
+
+Positions are text of a few decimals: slices every 1.25 mm that are written as 1.2, 2.5, 3.8 are no gaps, and their
+distance is that of a line through all of them. A slice that is there twice counts once.
 
 Source: DICOM PS3.3, C.7.6.2.1.1 (image plane), C.11.1 (modality transformation), C.7.6.16 (frames).
 """
 
-import importlib
-import struct
+import decimal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float64, Shaped
 
 from jaxmed.errors import InputError
-from jaxmed.volume import Volume
+from jaxmed.io.dicom_files import (
+    Image,
+    choose_series,
+    collect_warnings,
+    count_frames,
+    find_images,
+    group_series,
+    list_files,
+    read_numbers,
+    require_pydicom,
+    text_of,
+    warning_notes,
+)
+from jaxmed.io.dicom_pixels import decode
+from jaxmed.volume import Grid, Volume
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-# What pydicom raises on damaged or undecodable data: it has no error of its own.
-READ_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-)
 ORIENTATION_TOLERANCE = 1e-4  # of direction cosines; writers round them to 6 digits
 SPACING_TOLERANCE = 0.02  # of the slice distance
+ROUNDING_TOLERANCE = 0.1  # besides, where positions have few decimals; without one slice some are off by 0.2 and more
 SHEAR_TOLERANCE = 1e-3  # as io/nifti.py: gantry tilt of 0.06 degrees
+CONVERT = "convert the series with dcm2niix, and give its NIfTI file"
+APART = (
+    "EchoTime", "EffectiveEchoTime", "EchoNumbers", "InversionTime", "TemporalPositionIdentifier",
+    "TemporalPositionIndex", "DiffusionBValue", "TriggerTime", "ImageType", "FrameType", "ConvolutionKernel",
+    "AcquisitionNumber", "AcquisitionTime",
+)  # fmt: skip
+"""What may tell images at one place apart."""
 
 
-class _Frame(NamedTuple):
+class Frame(NamedTuple):
     """One slice: where it is, and how its numbers are to be read."""
 
     path: Path
@@ -48,9 +61,21 @@ class _Frame(NamedTuple):
     position: tuple[float, ...]  # of the first pixel's centre, LPS+, mm
     orientation: tuple[float, ...]
     spacing: tuple[float, float]  # between rows, between columns, mm
-    thickness: float | None
     slope: float
     intercept: float
+    groups: tuple["Dataset", ...]  # where its attributes stand, the header last
+
+
+class Read(NamedTuple):
+    """A series as a volume.
+
+    Attributes:
+        volume: Columns, rows and slices.
+        notes: What was passed over, and what is unexpected.
+    """
+
+    volume: Volume
+    notes: tuple[str, ...]
 
 
 def read_series(path: str | Path, *, series: str | None = None, allow_shear: bool = False) -> Volume:
@@ -58,29 +83,70 @@ def read_series(path: str | Path, *, series: str | None = None, allow_shear: boo
 
     Args:
         path: A folder (searched with its subfolders; files that are not DICOM images are passed
-            over) or a single file.
-        series: SeriesInstanceUID to read; needed when the folder holds several.
+            over), a DICOMDIR, or a single file.
+        series: SeriesInstanceUID or SeriesDescription to read; needed when the folder holds several.
         allow_shear: Whether slices may be displaced sideways (gantry tilt).
 
     Raises:
         InputError: When there is no such series, or it is not one regular stack of slices: several
-            series, mixed sizes or orientations, missing or double slices, damaged or
+            series, mixed sizes or orientations, missing slices, different ones at one place, damaged or
             compressed data that cannot be decoded.
     """
-    path = Path(path)
-    require_pydicom()
-    headers = _headers(path)
-    if not headers:
-        advice = "name the folder that holds the .dcm files"
-        raise InputError(path, "a DICOM image series", "no DICOM image", advice)
-    members = _choose(path, headers, series)
-    frames = [frame for file, header in members for frame in _frames(file, header)]
-    order, affine = _arrange(path, frames, allow_shear)
-    array = _pixels(members, frames, order)
-    bad = array.size - int(np.isfinite(array).sum())
-    if bad:
-        raise InputError(path, "finite voxels", f"{bad} NaN or Inf voxels of {array.size}")
-    return Volume.make(array, affine)
+    return read_with_notes(path, series=series, allow_shear=allow_shear).volume
+
+
+def read_with_notes(
+    path: str | Path, *, series: str | None = None, allow_shear: bool = False, files: Sequence[Path] = ()
+) -> Read:
+    """Do what `read_series` does, and tell what is unexpected.
+
+    Args:
+        path: As there.
+        series: As there.
+        allow_shear: As there.
+        files: What to look at instead of everything under the path.
+
+    Raises:
+        InputError: As there.
+    """
+    path, warned = Path(path), []
+    images, notes = open_series(path, series, files, warned)
+    with collect_warnings(warned):
+        frames = [frame for image in images for frame in read_frames(image)]
+    frames, copies = drop_copies(path, frames, warned)
+    order, affine, further = arrange(path, frames, allow_shear)
+    array = np.empty((frames[0].shape[1], frames[0].shape[0], len(frames)), np.float32)
+    places: dict[Path, list[int]] = {}
+    for z, item in enumerate(order):
+        places.setdefault(frames[item].path, []).append(z)
+    for file, slices in places.items():
+        stored = decode(file, warned)
+        for z in slices:
+            frame = frames[order[z]]
+            array[..., z] = rescale(stored[frame.number], frame).T
+    require_finite(path, array)
+    return Read(Volume.make(array, affine), (*notes, *copies, *further, *warning_notes(warned)))
+
+
+def read_grid(path: str | Path, *, series: str | None = None, files: Sequence[Path] = ()) -> Grid:
+    """Return where the voxels of a series stand, from its headers.
+
+    Args:
+        path: A folder or a single file; see `read_series`.
+        series: As there.
+        files: What to look at instead of everything under the path.
+
+    Raises:
+        InputError: See `read_series`.
+    """
+    path, warned = Path(path), []
+    images, _ = open_series(path, series, files, warned)
+    with collect_warnings(warned):
+        frames = [frame for image in images for frame in read_frames(image)]
+    frames, _ = drop_copies(path, frames, warned)
+    _, affine, _ = arrange(path, frames, False)
+    rows, columns = frames[0].shape
+    return Grid((columns, rows, len(frames)), affine)
 
 
 class Stack(NamedTuple):
@@ -110,29 +176,21 @@ def read_stack(path: str | Path, *, series: str | None = None) -> Stack:
 
     Args:
         path: A folder or a single file; see `read_series`.
-        series: SeriesInstanceUID to read; needed when the folder holds several.
+        series: As there.
 
     Raises:
         InputError: See `read_series`.
     """
-    path = Path(path)
-    require_pydicom()
-    headers = _headers(path)
-    if not headers:
-        raise InputError(path, "a DICOM image series", "no DICOM image", "name the folder that holds the .dcm files")
-    frames, owners, seen = [], [], set()
-    for file, header in _choose(path, headers, series):
-        for frame in _frames(file, header):
-            place = tuple(round(value, 3) for value in frame.position)
-            if place not in seen:
-                seen.add(place)
-                frames.append(frame)
-                owners.append(header)
-    order, affine = _arrange(path, frames, allow_shear=False)
+    path, warned = Path(path), []
+    images, _ = open_series(path, series, (), warned)
+    with collect_warnings(warned):
+        places = group_places([frame for image in images for frame in read_frames(image)])
+    frames = [group[0] for group in places]
+    order, affine, _ = arrange(path, frames, allow_shear=False)
     first = frames[order[0]]
     return Stack(
         path,
-        tuple(owners[index] for index in order),
+        tuple(frames[index].groups[-1] for index in order),
         (first.shape[1], first.shape[0]),
         affine,
         (*first.spacing, float(np.linalg.norm(affine[:3, 2]))),
@@ -144,129 +202,164 @@ def read_stack(path: str | Path, *, series: str | None = None) -> Stack:
 def list_series(path: str | Path) -> dict[str, str]:
     """Return the SeriesInstanceUIDs under a folder, each with its description and file count."""
     require_pydicom()
-    found: dict[str, list[str]] = {}
-    for _, header in _headers(Path(path)):
-        text = str(header.get("SeriesDescription", "")) or "no description"
-        found.setdefault(_uid(header), []).append(text)
-    return {uid: f"{texts[0]}, {len(texts)} files" for uid, texts in found.items()}
+    with collect_warnings([]):
+        groups = group_series(find_images(list_files(Path(path))))
+    return {
+        uid: f"{text_of(images[0].header, 'SeriesDescription') or 'no description'}, {len(images)} files"
+        for uid, images in groups.items()
+    }
 
 
-def require_pydicom(package: str = "pydicom") -> None:
-    """Check that a package of the extra `dicom` is installed.
+def open_series(
+    path: Path, series: str | None, files: Sequence[Path], warned: list[str]
+) -> tuple[list[Image], list[str]]:
+    """Read the headers of one series; return its images, and notes on what was passed over.
+
+    Args:
+        path: Where to look.
+        series: Which series, where there are several.
+        files: What to look at instead of everything under the path.
+        warned: Gets pydicom's warnings.
 
     Raises:
-        InputError: It is not.
+        InputError: There is no image, no such series, or a file that should be a slice is damaged.
     """
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        advice = "pip install 'jaxmed[dicom]'"
-        raise InputError("DICOM", f"the package {package}", "none installed", advice) from error
+    require_pydicom()
+    with collect_warnings(warned):
+        images = find_images(files or list_files(path))
+        if not images:
+            advice = "name the folder that holds the .dcm files"
+            raise InputError(path, "a DICOM image series", "no DICOM image", advice)
+        return choose_series(path, images, series)
 
 
-def _headers(path: Path) -> list[tuple[Path, "Dataset"]]:
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
+def read_frames(image: Image) -> list[Frame]:
+    """Gather each frame's attributes, which enhanced files keep in functional groups.
 
-    if not path.exists():
-        raise InputError(path, "a DICOM folder or file", "no such path", "check the path")
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    headers = []
-    for file in files:
-        try:
-            header = dcmread(file, stop_before_pixels=True)
-        except InvalidDicomError:
-            continue
-        except READ_ERRORS as error:
-            raise InputError(file, "a whole DICOM file", f"a damaged one ({error})") from error
-        if "Rows" in header:
-            headers.append((file, header))
-        elif not _is_other_object(header):
-            # pydicom reads as far as a cut file goes; passing over it could drop the last slice.
-            raise InputError(file, "a whole DICOM image", "no Rows in its header", "copy it again")
-    return headers
-
-
-def _is_other_object(header: "Dataset") -> bool:
-    """Whether it is a report, a presentation state, a DICOMDIR: a known class, but no image."""
-    meta = getattr(header, "file_meta", {})
-    kind = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
-    return kind is not None and kind.name != str(kind) and "Image Storage" not in kind.name
-
-
-def _uid(header: "Dataset") -> str:
-    return str(header.get("SeriesInstanceUID", "(no SeriesInstanceUID)"))
-
-
-def _choose(path: Path, headers: list[tuple[Path, "Dataset"]], series: str | None) -> list[tuple[Path, "Dataset"]]:
-    found = sorted({_uid(header) for _, header in headers})
-    if series is None and len(found) > 1:
-        listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-        advice = "name one of them as series"
-        raise InputError(path, "one series", f"{len(found)}: {listed}", advice)
-    if series is not None and series not in found:
-        raise InputError(path, f"the series {series}", f"{', '.join(found[:5])}")
-    chosen = series or found[0]
-    return [(file, header) for file, header in headers if _uid(header) == chosen]
-
-
-def _frames(file: Path, header: "Dataset") -> list[_Frame]:
-    """Gather each frame's attributes, which enhanced files keep in functional groups."""
-    if int(header.get("SamplesPerPixel", 1)) != 1:
+    Raises:
+        InputError: One is missing, or is no such number.
+    """
+    file, header = image
+    if "MOSAIC" in text_of(header, "ImageType").upper().split("\\"):
+        raise InputError(file, "one slice per image", "a mosaic", CONVERT)
+    if text_of(header, "SamplesPerPixel") not in ("", "1"):
         raise InputError(file, "one value per pixel", "a colour image", "convert it to grayscale")
+    shape = [_required(file, header, name, 1)[0] for name in ("Rows", "Columns")]
+    if min(shape) < 1 or shape != [int(length) for length in shape]:
+        raise InputError(file, "rows and columns", f"{shape[0]:g} and {shape[1]:g}", "export it again")
     shared = [*header.get("SharedFunctionalGroupsSequence", [])]
     per_frame = [*header.get("PerFrameFunctionalGroupsSequence", [])]
-    count = int(header.get("NumberOfFrames", 1) or 1)
+    count = count_frames(file, header)
     if count > 1 and len(per_frame) != count:
         found = f"{len(per_frame)} of them for {count} frames"
         raise InputError(file, "a functional group per frame", found)
+    has_table = bool(header.get("ModalityLUTSequence"))
     frames = []
     for index in range(count):
-        places = [*per_frame[index : index + 1], *shared]
-        plane = _group(places, "PlanePositionSequence", header)
-        turn = _group(places, "PlaneOrientationSequence", header)
-        pixel = _group(places, "PixelMeasuresSequence", header)
-        values = _group(places, "PixelValueTransformationSequence", header)
-        thickness = pixel.get("SpacingBetweenSlices") or pixel.get("SliceThickness")
-        rows, columns = _numbers(file, pixel, "PixelSpacing", 2)
+        groups = (*per_frame[index : index + 1], *shared, header)
+        pixel = group_of(groups, "PixelMeasuresSequence")
+        values = group_of(groups, "PixelValueTransformationSequence")
+        rows, columns = _required(file, pixel, "PixelSpacing", 2)
+        if min(rows, columns) <= 0:
+            raise InputError(file, "a PixelSpacing above 0 mm", f"{rows:g} and {columns:g}", "export it again")
+        slope = read_numbers(file, values, "RescaleSlope", 1)
+        intercept = read_numbers(file, values, "RescaleIntercept", 1)
+        if slope == (0.0,):
+            raise InputError(file, "a RescaleSlope other than 0", "0", "export it again")
         frames.append(
-            _Frame(
+            Frame(
                 file,
                 index,
-                (int(header.Rows), int(header.Columns)),
-                _numbers(file, plane, "ImagePositionPatient", 3),
-                _numbers(file, turn, "ImageOrientationPatient", 6),
+                (int(shape[0]), int(shape[1])),
+                _required(file, group_of(groups, "PlanePositionSequence"), "ImagePositionPatient", 3),
+                _required(file, group_of(groups, "PlaneOrientationSequence"), "ImageOrientationPatient", 6),
                 (rows, columns),
-                float(thickness) if thickness else None,
-                float(values.get("RescaleSlope", 1)),
-                float(values.get("RescaleIntercept", 0)),
+                1.0 if slope is None or has_table else slope[0],
+                0.0 if intercept is None or has_table else intercept[0],
+                groups,
             )
         )
     return frames
 
 
-def _group(places: Sequence["Dataset"], name: str, header: "Dataset") -> "Dataset":
-    for place in places:
-        items = place.get(name)
+def group_of(groups: Sequence["Dataset"], name: str) -> "Dataset":
+    """Return the functional group of that name of a frame, or its header."""
+    for group in groups[:-1]:
+        items = group.get(name)
         if items:
             return items[0]
-    return header
+    return groups[-1]
 
 
-def _numbers(file: Path, source: "Dataset", name: str, count: int) -> tuple[float, ...]:
-    try:
-        values = tuple(float(value) for value in source[name].value)
-    except (KeyError, TypeError, ValueError):
-        values = ()
-    if len(values) != count or not np.isfinite(values).all():
-        advice = "only cross-sectional images have a place in space"
-        found = f"{values}" if values else "none"
-        raise InputError(file, f"{count} numbers in {name}", found, advice)
+def _required(file: Path, source: "Dataset", name: str, count: int) -> tuple[float, ...]:
+    values = read_numbers(file, source, name, count)
+    if values is None:
+        advice = "only cross-sectional images have a place in space" if count > 1 else "copy it again"
+        expected = f"{count} numbers in {name}" if count > 1 else f"a number in {name}"
+        raise InputError(file, expected, "none", advice)
     return values
 
 
-def _arrange(path: Path, frames: list[_Frame], allow_shear: bool) -> tuple[list[int], np.ndarray]:
-    """Order the frames along their normal and find the affine, column row slice to RAS+."""
+def group_places(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Return the frames at each place, in the order in which places are first met."""
+    found: dict[tuple[float, ...], list[Frame]] = {}
+    for frame in frames:
+        place = tuple(round(value, 3) + 0.0 for value in (*frame.position, *frame.orientation))
+        found.setdefault(place, []).append(frame)
+    return list(found.values())
+
+
+def drop_copies(path: Path, frames: list[Frame], warned: list[str]) -> tuple[list[Frame], list[str]]:
+    """Keep one of frames that stand at one place and show the same; return the frames, and a note.
+
+    Raises:
+        InputError: Frames at one place show different things.
+    """
+    places = group_places(frames)
+    if len(places) == len(frames):
+        return frames, []
+    for group in places:
+        images = [rescale(decode(frame.path, warned)[frame.number], frame) for frame in group]
+        if any(not np.array_equal(images[0], image) for image in images[1:]):
+            raise _mixed(path, places)
+    count = len(frames) - len(places)
+    note = f"{count} slice{'s are' if count > 1 else ' is'} there twice, alike in place and pixels: taken once"
+    return [group[0] for group in places], [note]
+
+
+def _mixed(path: Path, places: list[list[Frame]]) -> InputError:
+    """Return the error that says by what the images at one place differ."""
+    most = max(len(group) for group in places)
+    found = f"{most} different ones at {'each' if all(len(g) == most for g in places) else 'some'}"
+    for name in APART:
+        told = [[_told(frame, name) for frame in group] for group in places]
+        if all(len(set(words)) == len(words) for words in told) and all(all(words) for words in told):
+            values = sorted({word for words in told for word in words})
+            if len(values) <= 2 * most:
+                found += f", which differ in {name} ({', '.join(values[:6])})"
+                break
+    advice = "separate time points, echoes or b-values into folders of their own"
+    return InputError(path, "one slice per position", found, advice)
+
+
+def _told(frame: Frame, name: str) -> str:
+    for group in frame.groups:
+        inner = [group, *(item for sequence in _SEQUENCES for item in (group.get(sequence) or [])[:1])]
+        for place in inner:
+            if text := text_of(place, name):
+                return text
+    return ""
+
+
+_SEQUENCES = ("MREchoSequence", "FrameContentSequence", "MRImageFrameTypeSequence", "MRDiffusionSequence")
+
+
+def arrange(path: Path, frames: list[Frame], allow_shear: bool) -> tuple[list[int], np.ndarray, list[str]]:
+    """Order frames, no two at one place, along their normal; find the affine, column row slice to RAS+, and notes.
+
+    Raises:
+        InputError: They are no regular stack.
+    """
     first = frames[0]
     for frame in frames:
         if frame.shape != first.shape:
@@ -287,98 +380,83 @@ def _arrange(path: Path, frames: list[_Frame], allow_shear: bool) -> tuple[list[
         raise InputError(first.path, expected, f"{first.orientation}")
     normal = np.cross(along_row, along_column)
     positions = np.array([frame.position for frame in frames])
-    heights = positions @ normal
-    order = np.argsort(heights, kind="stable")
-    step = _slice_step(path, frames, positions[order], heights[order], normal, allow_shear)
-    affine = np.eye(4)
+    order = np.argsort(positions @ normal, kind="stable")
+    affine, notes = np.eye(4), []
     affine[:3, 0] = along_row * first.spacing[1]
     affine[:3, 1] = along_column * first.spacing[0]
-    affine[:3, 2] = step
-    affine[:3, 3] = positions[order[0]]
-    return order.tolist(), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-
-
-def _slice_step(
-    path: Path,
-    frames: list[_Frame],
-    positions: np.ndarray,
-    heights: np.ndarray,
-    normal: np.ndarray,
-    allow_shear: bool,
-) -> np.ndarray:
     if len(frames) == 1:
-        if not frames[0].thickness:
-            raise InputError(path, "the thickness of a single slice", "no SliceThickness")
-        return normal * frames[0].thickness
-    gaps = np.diff(heights)
+        affine[:3, 2], affine[:3, 3] = normal * _thickness(first), positions[0]
+    else:
+        affine[:3, 2], affine[:3, 3], notes = _fit_line(path, positions[order], normal, allow_shear)
+    return order.tolist(), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, notes
+
+
+def _thickness(frame: Frame) -> float:
+    pixel = group_of(frame.groups, "PixelMeasuresSequence")
+    for name in ("SpacingBetweenSlices", "SliceThickness"):
+        with collect_warnings([]):
+            found = read_numbers(frame.path, pixel, name, 1)
+        if found is not None and found[0] > 0:
+            return found[0]
+    raise InputError(frame.path, "the thickness of a single slice", "no SliceThickness")
+
+
+def _fit_line(
+    path: Path, positions: Float64[np.ndarray, "slice 3"], normal: Float64[np.ndarray, "3"], allow_shear: bool
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return step and start of the line through all positions, which are in order, and notes."""
+    count = len(positions)
+    step, start = np.polyfit(np.arange(count), positions, 1)
+    gaps = np.diff(positions @ normal)
     typical = float(np.median(gaps))
-    if gaps.min() < 1e-3:
-        found = f"{int((gaps < 1e-3).sum())} slices at the place of another"
-        advice = "separate time points, echoes or b-values first"
-        raise InputError(path, "one slice per position", found, advice)
-    if np.abs(gaps - typical).max() > SPACING_TOLERANCE * typical:
+    off = np.linalg.norm(positions - (start + np.arange(count)[:, None] * step), axis=1)
+    is_even = np.abs(gaps - typical).max() <= SPACING_TOLERANCE * typical
+    is_even &= off.max() <= SPACING_TOLERANCE * typical
+    allowed = SPACING_TOLERANCE * typical + np.minimum(_rounding(positions), ROUNDING_TOLERANCE * typical)
+    if typical <= 0 or (not is_even and (off > allowed).any()):
         worst = int(np.abs(gaps - typical).argmax())
-        found = f"{gaps[worst]:.4g} mm after slice {worst + 1} of {len(frames)}"
+        found = f"{gaps[worst]:.4g} mm after slice {worst + 1} of {count}"
+        if np.abs(gaps - typical).max() <= SPACING_TOLERANCE * typical:
+            found = f"slice {int(off.argmax()) + 1} of {count} {off.max():.3g} mm beside its place"
         advice = "copy the missing slices, or resample the series"
         raise InputError(path, f"slices every {typical:.4g} mm", found, advice)
-    step = (positions[-1] - positions[0]) / (len(positions) - 1)
     # Sideways displacement per slice, as the cosine that io/nifti.py bounds too.
     sideways = np.linalg.norm(step - (step @ normal) * normal) / np.linalg.norm(step)
     if sideways > SHEAR_TOLERANCE and not allow_shear:
         found = f"a tilt of {np.degrees(np.arcsin(sideways)):.2g} degrees"
         advice = "correct the gantry tilt first"
         raise InputError(path, "slices stacked along their normal", found, advice)
-    return step
+    distance = float(np.linalg.norm(step))
+    rounded = f"slice positions are rounded: the distance of {distance:.4g} mm is that of a line through all {count}"
+    return step, start, [] if is_even else [rounded]
 
 
-def _pixels(
-    members: list[tuple[Path, "Dataset"]], frames: list[_Frame], order: list[int]
-) -> Float32[np.ndarray, "x y z"]:
-    rows, columns = frames[0].shape
-    array = np.empty((columns, rows, len(frames)), np.float32)
-    place = {(frames[item].path, frames[item].number): z for z, item in enumerate(order)}
-    scaling = {(frame.path, frame.number): (frame.slope, frame.intercept) for frame in frames}
-    for file, _ in members:
-        stored = _decode(file)
-        stored = stored[None] if stored.ndim == 2 else stored
-        for index in range(len(stored)):
-            slope, intercept = scaling[file, index]
-            # In double precision, so that a large intercept rounds once.
-            array[..., place[file, index]] = stored[index].T * slope + intercept
-    return array
+def _rounding(positions: Float64[np.ndarray, "slice 3"]) -> Float64[np.ndarray, " slice"]:
+    """Return by how much each position may be off because its numbers have few decimals, in mm."""
+    total = np.zeros(len(positions))
+    for column in positions.T:
+        if np.ptp(column) == 0:
+            continue
+        numbers = [decimal.Decimal(repr(float(value))).normalize() for value in column]
+        decimals = max(max(0, -int(number.as_tuple().exponent)) for number in numbers)
+        digits = max(len(number.as_tuple().digits) for number in numbers)
+        # Writers keep so many decimals, or so many digits in all.
+        kept = [min(decimals, digits - max(0, number.adjusted() + 1)) for number in numbers]
+        total += 0.5 * 10.0 ** -np.array(kept, float)
+    return total
 
 
-def _decode(file: Path) -> np.ndarray:
-    from pydicom import dcmread
-
-    try:
-        data = dcmread(file)
-        if "PixelData" not in data and "FloatPixelData" not in data:
-            if "DoubleFloatPixelData" not in data:
-                raise EOFError("it has no pixel data")
-        _require_decoder(file, data)
-        pixels = data.pixel_array
-        expected = (int(data.get("NumberOfFrames", 1) or 1), int(data.Rows), int(data.Columns))
-        if pixels.size != np.prod(expected):
-            raise ValueError(f"{pixels.shape} pixels for {expected}")
-    except InputError:
-        raise
-    except READ_ERRORS as error:
-        found = f"a damaged one ({error})"
-        raise InputError(file, "a whole DICOM file", found, "copy it again") from error
-    return pixels.reshape(expected)
+def rescale(stored: Shaped[np.ndarray, "row column"], frame: Frame) -> Float64[np.ndarray, "row column"]:
+    """Return the values of a frame; in double precision, so that a large intercept rounds once."""
+    return stored.astype(np.float64) * frame.slope + frame.intercept
 
 
-def _require_decoder(file: Path, data: "Dataset") -> None:
-    from pydicom.pixels.decoders.base import get_decoder
+def require_finite(path: Path, array: Shaped[np.ndarray, "..."]) -> None:
+    """Refuse NaN and Inf.
 
-    syntax = data.file_meta.TransferSyntaxUID
-    if not syntax.is_compressed:
-        return
-    advice = "decompress the series first, for example with gdcmconv --raw or dcmdjpeg"
-    try:
-        is_available = get_decoder(syntax).is_available
-    except NotImplementedError:
-        is_available = False
-    if not is_available:
-        raise InputError(file, "pixels that can be decoded here", f"{syntax.name}", advice)
+    Raises:
+        InputError: There are some.
+    """
+    bad = array.size - int(np.isfinite(array).sum())
+    if bad:
+        raise InputError(path, "finite voxels", f"{bad} NaN or Inf voxels of {array.size}")

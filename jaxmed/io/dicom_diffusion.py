@@ -9,26 +9,24 @@ Source: DICOM PS3.3, C.8.13.5.9 (MR diffusion macro).
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.io.dicom import _arrange, _choose, _decode, _Frame, _frames, _group, _headers, require_pydicom
+from jaxmed.io.dicom import CONVERT, Frame, arrange, group_of, open_series, read_frames, require_finite, rescale
+from jaxmed.io.dicom_files import Image, collect_warnings, read_numbers, warning_notes
+from jaxmed.io.dicom_pixels import decode
 from jaxmed.io.gradients import MAX_NORM_ERROR, GradientTable, from_world
 from jaxmed.volume import Volume
 
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
-
-CONVERT = "convert the series with dcm2niix, and give its NIfTI, bval and bvec files"
 POSITION_STEP = 1e-2  # mm: positions closer than this are one slice
 
 
 class _Weighted(NamedTuple):
     """A frame, its place in the acquisition, and its weighting."""
 
-    frame: _Frame
+    frame: Frame
     order: tuple[int, int, int]
     bval: float
     direction: tuple[float, ...] | None  # patient coordinates, LPS+
@@ -51,54 +49,55 @@ def read_diffusion(
         InputError: There is no such series, b-values or directions are not in the standard tags, or frames do not
             make whole images on one grid.
     """
-    path = Path(path)
-    require_pydicom()
-    headers = _headers(path)
-    if not headers:
-        raise InputError(path, "a DICOM image series", "no DICOM image", "name the folder that holds the .dcm files")
-    members = _choose(path, headers, series)
-    weighted = [item for file, header in members for item in _weighted_frames(file, header, b0_threshold)]
+    path, warned = Path(path), []
+    members, notes = open_series(path, series, (), warned)
+    with collect_warnings(warned):
+        weighted = [item for image in members for item in _weighted_frames(image, b0_threshold)]
     images = _group_images(path, weighted)
-    places, affine = {}, np.eye(4)
+    places: dict[Path, list[tuple[int, int, Frame]]] = {}
+    affine = np.eye(4)
     for number, image in enumerate(images):
-        order, found = _arrange(path, [item.frame for item in image], False)
+        order, found, further = arrange(path, [item.frame for item in image], False)
         if number == 0:
             affine = found
+            notes += further
         elif len(image) != len(images[0]) or not np.allclose(found, affine, atol=1e-3):
             raise InputError(path, f"image {number + 1} on the grid of the first", "another grid", CONVERT)
         for z, item in enumerate(order):
-            places[image[item].frame.path, image[item].frame.number] = (z, number, image[item].frame)
-    array = _read_pixels(members, places, len(images[0]), len(images))
-    bad = array.size - int(np.isfinite(array).sum())
-    if bad:
-        raise InputError(path, "finite voxels", f"{bad} NaN or Inf voxels of {array.size}")
-    return Volume.make(array, affine), _make_table(path, images, affine, b0_threshold)
+            places.setdefault(image[item].frame.path, []).append((z, number, image[item].frame))
+    rows, columns = images[0][0].frame.shape
+    array = np.empty((columns, rows, len(images[0]), len(images)), np.float32)
+    for file, slices in places.items():
+        stored = decode(file, warned)
+        for z, number, frame in slices:
+            array[..., z, number] = rescale(stored[frame.number], frame).T
+    require_finite(path, array)
+    table = _make_table(path, images, affine, b0_threshold)
+    return Volume.make(array, affine), table._replace(notes=(*table.notes, *notes, *warning_notes(warned)))
 
 
-def _weighted_frames(file: Path, header: "Dataset", b0_threshold: float) -> list[_Weighted]:
-    if "MOSAIC" in [str(word) for word in header.get("ImageType", [])]:
-        raise InputError(file, "one slice per frame", "a mosaic", CONVERT)
-    shared = [*header.get("SharedFunctionalGroupsSequence", [])]
-    per_frame = [*header.get("PerFrameFunctionalGroupsSequence", [])]
+def _weighted_frames(image: Image, b0_threshold: float) -> list[_Weighted]:
+    file, header = image
+    acquisition, instance = (
+        int((read_numbers(file, header, name, 1) or (0,))[0]) for name in ("AcquisitionNumber", "InstanceNumber")
+    )
     found = []
-    for index, frame in enumerate(_frames(file, header)):
-        group = _group([*per_frame[index : index + 1], *shared], "MRDiffusionSequence", header)
-        bval = group.get("DiffusionBValue")
+    for index, frame in enumerate(read_frames(image)):
+        group = group_of(frame.groups, "MRDiffusionSequence")
+        bval = read_numbers(file, group, "DiffusionBValue", 1)
         if bval is None:
             raise InputError(file, "a b-value in the standard tag (0018,9087)", "none", CONVERT)
         inner = group.get("DiffusionGradientDirectionSequence") or [group]
-        orientation = inner[0].get("DiffusionGradientOrientation")
-        direction = None if orientation is None else tuple(float(value) for value in orientation)
-        if float(bval) > b0_threshold and (
-            direction is None or len(direction) != 3 or not np.isfinite(direction).all()
-        ):
-            expected = f"a direction in the standard tag (0018,9089) of the image at b = {float(bval):g}"
-            raise InputError(file, expected, f"{direction or 'none'}", CONVERT)
-        if float(bval) > b0_threshold and abs(np.linalg.norm(direction or ()) - 1) > MAX_NORM_ERROR:
-            found_ = f"length {np.linalg.norm(direction or ()):.3g}"
-            raise InputError(file, "a direction of unit length", found_, CONVERT)
-        order = (int(header.get("AcquisitionNumber") or 0), int(header.get("InstanceNumber") or 0), index)
-        found.append(_Weighted(frame, order, float(bval), direction if float(bval) > b0_threshold else None))
+        direction = None
+        if bval[0] > b0_threshold:
+            direction = read_numbers(file, inner[0], "DiffusionGradientOrientation", 3)
+            if direction is None:
+                expected = f"a direction in the standard tag (0018,9089) of the image at b = {bval[0]:g}"
+                raise InputError(file, expected, "none", CONVERT)
+            length = float(np.linalg.norm(direction))
+            if abs(length - 1) > MAX_NORM_ERROR:
+                raise InputError(file, "a direction of unit length", f"length {length:.3g}", CONVERT)
+        found.append(_Weighted(frame, (acquisition, instance, index), bval[0], direction))
     return found
 
 
@@ -117,17 +116,6 @@ def _group_images(path: Path, weighted: list[_Weighted]) -> list[list[_Weighted]
             raise InputError(path, "as many frames at every slice position", found, "copy the missing files")
         images += [list(image) for image in zip(*positions.values(), strict=True)]
     return sorted(images, key=lambda image: min(item.order for item in image))
-
-
-def _read_pixels(members, places, num_slices: int, num_images: int) -> np.ndarray:
-    first = next(iter(places.values()))[2]
-    rows, columns = first.shape
-    array = np.empty((columns, rows, num_slices, num_images), np.float32)
-    for file, _ in members:
-        for index, pixels in enumerate(_decode(file)):
-            z, number, frame = places[file, index]
-            array[..., z, number] = pixels.T * frame.slope + frame.intercept
-    return array
 
 
 def _make_table(path: Path, images: list[list[_Weighted]], affine: np.ndarray, b0_threshold: float) -> GradientTable:

@@ -16,7 +16,8 @@ from jaxtyping import Float, Float64, Shaped
 
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path
-from jaxmed.io.dicom import Stack, require_pydicom
+from jaxmed.io.dicom import Stack
+from jaxmed.io.dicom_files import require_pydicom
 from jaxmed.versions import package_version
 from jaxmed.volume import Volume, check_affine
 

@@ -22,17 +22,19 @@ def only_line(capsys):
     return captured.err
 
 
-def write_dicom(folder, volume):
-    """Write an axial scan as a classic CT series."""
+def make_slices(volume, **fields):
+    """Return the data sets of an axial scan as a classic CT series; fields overwrite attributes, None deletes them."""
     pydicom = pytest.importorskip("pydicom")
-    uid = pydicom.uid.generate_uid()
+    uid, study = pydicom.uid.generate_uid(), pydicom.uid.generate_uid()
+    slices = []
     for index in range(volume.array.shape[2]):
         data = pydicom.Dataset()
         data.file_meta = pydicom.dataset.FileMetaDataset()
         data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
         data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
         data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = pydicom.uid.generate_uid()
-        data.SeriesInstanceUID, data.Modality = uid, "CT"
+        data.SeriesInstanceUID, data.StudyInstanceUID, data.Modality = uid, study, "CT"
+        data.InstanceNumber = index + 1
         data.Columns, data.Rows = volume.array.shape[:2]
         data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
         data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
@@ -41,7 +43,53 @@ def write_dicom(folder, volume):
         x, y, z = volume.affine[:3, 3] + index * volume.affine[:3, 2]
         data.ImagePositionPatient, data.ImageOrientationPatient = [-x, -y, z], [1, 0, 0, 0, 1, 0]
         data.PixelData = np.ascontiguousarray(volume.array[:, :, index].T).astype("<i2").tobytes()
-        data.save_as(folder / f"{index:03d}.dcm", enforce_file_format=True)
+        change(data, **fields)
+        slices.append(data)
+    return slices
+
+
+def change(data, **fields):
+    """Overwrite attributes of a data set; None deletes them."""
+    for name, value in fields.items():
+        if value is None:
+            delattr(data, name)
+        else:
+            setattr(data, name, value)
+
+
+def save_slices(slices, folder, name="{:03d}.dcm"):
+    """Write data sets under numbered names; return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name.format(index) for index in range(len(slices))]
+    for data, path in zip(slices, paths, strict=True):
+        data.save_as(path, enforce_file_format=True)
+    return paths
+
+
+def strip_preamble(path, implicit=True):
+    """Rewrite a DICOM file as the bare data set, without preamble and meta information."""
+    pydicom = pytest.importorskip("pydicom")
+    data = pydicom.dcmread(path)
+    bare = pydicom.Dataset()
+    bare.update(data)
+    pydicom.dcmwrite(path, bare, implicit_vr=implicit, little_endian=True)
+
+
+def write_object(path, sop_class):
+    """Write a DICOM object that holds no image: an index, a report, something private."""
+    pydicom = pytest.importorskip("pydicom")
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = sop_class
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    data.SeriesInstanceUID = pydicom.uid.generate_uid()
+    data.save_as(path, enforce_file_format=True)
+
+
+def write_dicom(folder, volume):
+    """Write an axial scan as a classic CT series."""
+    return save_slices(make_slices(volume), folder)
 
 
 def raw_affine(path, row, column, value):

@@ -163,7 +163,7 @@ def test_a_killed_run_continues_to_the_same_numbers(tiny, scans, tmp_path, monke
 
 
 def test_prepared_volumes_in_a_cache_are_those_of_the_files(scans, tmp_path):
-    paths, preprocess = stage.find_scans(scans), Preprocess(size=(16, 16, 16))
+    paths, preprocess = stage.find_scans(scans, stage.KINDS).paths, Preprocess(size=(16, 16, 16))
     plain = stage.volume_source(paths, preprocess)
     packed = stage.volume_source(paths, preprocess, tmp_path / "cache")
     assert len(packed) == len(plain) == 10
@@ -249,7 +249,7 @@ def test_test_rows_are_left_alone(scans, tmp_path):
     rows = [(scans / f"scan_{n}.nii.gz", s) for n, s in ((1, "test"), (2, "validation"), (3, "train"), (4, "train"))]
     data = stage.DataConfig(manifest=table(tmp_path, ("path", "split"), *rows))
     volumes = stage.find_volumes(dataclasses.replace(TINY, data=data), Preprocess(size=(16, 16, 16)))
-    assert [path.name for path in volumes.paths] == ["scan_3.nii.gz", "scan_4.nii.gz", "scan_2.nii.gz"]
+    assert [scan.path.name for scan in volumes.scans] == ["scan_3.nii.gz", "scan_4.nii.gz", "scan_2.nii.gz"]
     assert volumes.num_training == 2 and volumes.notes == []
 
 

@@ -25,8 +25,9 @@ from jaxtyping import Float, Float32, Float64, Shaped
 from jaxmed.arrays.grid import orientation
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
-from jaxmed.io import dicom, nifti
+from jaxmed.io.images import ARRAY_SUFFIXES
 from jaxmed.io.numpy_files import array_names, read_array, read_member
+from jaxmed.io.scans import ScanFiles, read_volume
 from jaxmed.volume import Grid, Volume
 
 # What each axis of the cube should run along: D, H, W.
@@ -65,11 +66,11 @@ class Preprocess:
         if self.edge not in ("clamp", "zero"):
             raise ValueError(f"edge: expected clamp or zero, found '{self.edge}'")
 
-    def __call__(self, image: Volume | str | Path) -> Float32[np.ndarray, "d h w 1"]:
+    def __call__(self, image: Volume | ScanFiles | str | Path) -> Float32[np.ndarray, "d h w 1"]:
         """Return the cube that the model sees, in [0, 1].
 
         Args:
-            image: A CT in HU; or its NIfTI file, DICOM folder or DICOM file.
+            image: A CT in HU; or its NIfTI file, or DICOM folder or multi-frame file.
 
         Raises:
             InputError: It cannot be read, is not 3D, or holds NaN, Inf or one single value.
@@ -80,7 +81,7 @@ class Preprocess:
         cube /= np.float32(self.high - self.low)
         return np.clip(cube, 0.0, 1.0, out=cube)[..., None]
 
-    def resample(self, image: Volume | str | Path) -> Float32[np.ndarray, "d h w"]:
+    def resample(self, image: Volume | ScanFiles | str | Path) -> Float32[np.ndarray, "d h w"]:
         """Return the cube in HU, before the window.
 
         Args:
@@ -89,8 +90,12 @@ class Preprocess:
         Raises:
             InputError: As in a call.
         """
-        volume = image if isinstance(image, Volume) else _read(Path(image))
-        _check_array("volume" if isinstance(image, Volume) else str(image), volume.array)
+        if isinstance(image, Volume):
+            where, volume = "volume", image
+        else:
+            scan = image if isinstance(image, ScanFiles) else ScanFiles(Path(image))
+            where, volume = str(scan.path), read_volume(scan).volume
+        _check_array(where, volume.array)
         stored = np.transpose(volume.array, self._permutation)
         return _spline_resize(stored, self.size, self.edge)
 
@@ -161,21 +166,21 @@ class Preprocess:
         return ["xyz".index(letter) for letter in self.axis_order]
 
 
-def load_input(path: str | Path, preprocess: Preprocess) -> Float32[np.ndarray, "d h w 1"]:
+def load_input(scan: ScanFiles | str | Path, preprocess: Preprocess) -> Float32[np.ndarray, "d h w 1"]:
     """Return the model's cube for a file of any kind.
 
     Args:
-        path: A CT in HU as NIfTI, DICOM folder or DICOM file; or a cube that is normalised to [0, 1] already, with
-            axes D, H, W: .npz with the array "volume" (as in pre-training), or .npy. Axes of length 1 before or after
-            are dropped, and a cube of another size is resampled.
+        scan: A CT in HU as NIfTI, or DICOM folder or multi-frame file; or a cube that is normalised to [0, 1] already,
+            with axes D, H, W: .npz with the array "volume" (as in pre-training), or .npy. Axes of length 1 before or
+            after are dropped, and a cube of another size is resampled.
         preprocess: What the weights expect; the window and the axis order concern scans only.
 
     Raises:
         InputError: The file cannot be read, or is not what its kind has to be.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".npz", ".npy"):
-        return preprocess(path)
+    path = scan.path if isinstance(scan, ScanFiles) else Path(scan)
+    if path.is_dir() or path.suffix.lower() not in ARRAY_SUFFIXES:
+        return preprocess(scan)
     cube = _load_cube(path)
     _check_array(str(path), cube)
     low, high = float(cube.min()), float(cube.max())
@@ -184,12 +189,6 @@ def load_input(path: str | Path, preprocess: Preprocess) -> Float32[np.ndarray, 
         raise InputError(path, "values normalised to [0, 1]", f"[{low:g}, {high:g}]", advice)
     cube = _spline_resize(cube, preprocess.size, preprocess.edge)
     return np.clip(cube, 0.0, 1.0, out=cube)[..., None]
-
-
-def _read(path: Path) -> Volume:
-    if path.is_dir() or path.suffix.lower() in (".dcm", ".ima"):
-        return dicom.read_series(path)
-    return nifti.read(path, dimensions=(3,))
 
 
 def _load_cube(path: Path) -> Shaped[np.ndarray, "..."]:

@@ -18,6 +18,7 @@ from jaxmed.arrays.types import Params
 from jaxmed.errors import InputError
 from jaxmed.files import make_folder
 from jaxmed.io.numpy_files import restore_npz, write_npz
+from jaxmed.io.scans import ScanFiles
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import SHARDING_RULES
 from jaxmed.systems.tangerine.inputs import Record, Scan, read_scan
@@ -154,28 +155,28 @@ def lay_out(config: BatchConfig, mesh: MeshConfig) -> Mesh:
 
 
 def read_ahead(
-    chunks: list[list[Record]], read: Callable[[Path], Scan | str], config: BatchConfig
+    chunks: list[list[Record]], read: Callable[[ScanFiles], Scan | str], config: BatchConfig
 ) -> Iterator[list[Scan | str]]:
     """Yield the scans of each chunk, while threads read the next one."""
     pool = ThreadPoolExecutor(config.threads)
     try:
         waiting: list[list[Future[Scan | str]]] = []
         for chunk in [*chunks, []]:
-            waiting.append([pool.submit(read, record.path) for record in chunk])
+            waiting.append([pool.submit(read, record.scan) for record in chunk])
             if len(waiting) > 1:
                 yield [future.result() for future in waiting.pop(0)]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_or_reason(path: Path, preprocess: Preprocess) -> Scan | str:
+def read_or_reason(scan: ScanFiles, preprocess: Preprocess) -> Scan | str:
     """Read a scan, or say why it cannot be."""
     try:
-        return read_scan(path, preprocess)
+        return read_scan(scan, preprocess)
     except InputError as error:
         return str(error)
     except (OSError, MemoryError) as error:
-        return f"{path}: {type(error).__name__}: {error}"
+        return f"{scan.path}: {type(error).__name__}: {error}"
 
 
 def failures_of(outcomes: list[Outcome]) -> list[dict[str, str]]:

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmed.data.scans import describe
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
-from jaxmed.io import nifti
+from jaxmed.io.scans import ScanFiles, kind_of
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.systems.tangerine.inputs import read_scan
 
 
-def check_volumes(paths: Sequence[Path], preprocess: Preprocess, whole: int, threads: int) -> list[str]:
+def check_volumes(scans: Sequence[ScanFiles | Path], preprocess: Preprocess, whole: int, threads: int) -> list[str]:
     """Look at the header of every volume, and read some from end to end.
 
     Args:
-        paths: Files, or folders of DICOM slices.
+        scans: Files, or folders of DICOM slices.
         preprocess: What each will go through.
         whole: How many are read, evenly spread over the list; of the others only the headers are.
         threads: That read.
@@ -28,17 +29,19 @@ def check_volumes(paths: Sequence[Path], preprocess: Preprocess, whole: int, thr
     Raises:
         InputError: A volume is broken; where several are, the first three are named.
     """
+    scans = [scan if isinstance(scan, ScanFiles) else ScanFiles(scan) for scan in scans]
+    paths = [scan.path for scan in scans]
     is_whole = np.zeros(len(paths), bool)
     is_whole[np.linspace(0, len(paths) - 1, min(whole, len(paths))).round().astype(int)] = True
 
-    def look(path: Path, is_whole: np.bool_) -> tuple[str, ...] | InputError:
+    def look(scan: ScanFiles, is_whole: np.bool_) -> tuple[str, ...] | InputError:
         try:
-            return read_scan(path, preprocess).warnings if is_whole else _look_at_header(path, preprocess)
+            return read_scan(scan, preprocess).warnings if is_whole else _look_at_header(scan, preprocess)
         except InputError as error:
             return error
 
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(look, paths, is_whole))
+        found = list(pool.map(look, scans, is_whole))
     broken = [error for error in found if isinstance(error, InputError)]
     if len(broken) == 1:
         raise broken[0]
@@ -55,17 +58,12 @@ def check_volumes(paths: Sequence[Path], preprocess: Preprocess, whole: int, thr
     return [f"{where[0].name}{_others(len(where), len(paths))}: {warning}" for warning, where in places.items()]
 
 
-def _look_at_header(path: Path, preprocess: Preprocess) -> tuple[str, ...]:
-    if path.is_dir():
+def _look_at_header(scan: ScanFiles, preprocess: Preprocess) -> tuple[str, ...]:
+    if kind_of(scan.path) == "array":
+        require_file(scan.path, "a volume")
         return ()
-    if not path.name.lower().endswith(nifti.SUFFIXES):
-        require_file(path, "a volume")
-        return ()
-    header = nifti.describe(path)
-    shape, codes = header["shape"], header["orientation"]
-    if not isinstance(shape, tuple) or len(shape) != 3:
-        raise InputError(path, "3D data", f"shape {shape}", "choose one volume of it")
-    return tuple(preprocess.check_axes(codes)) if isinstance(codes, str) else ()
+    _, codes = describe(scan)
+    return () if codes is None else tuple(preprocess.check_axes(codes))
 
 
 def _others(number: int, total: int) -> str:

@@ -1,22 +1,25 @@
 """Scans that a model is applied to: which they are, and how each becomes the model's cube."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
+from jaxmed.data.scans import find_scans
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names
-from jaxmed.io import dicom, nifti
+from jaxmed.io import dicom_files
+from jaxmed.io.scans import SUFFIXES, Kind, ScanFiles, kind_of, read_volume
 from jaxmed.io.tables import resolve_path, resolve_paths
 from jaxmed.models.published.preprocess import RANGE_TOLERANCE, Preprocess, load_input
-from jaxmed.systems.tangerine.records import SUFFIXES, find_volumes, read_manifest
+from jaxmed.systems.tangerine.records import read_manifest
 from jaxmed.volume import Grid, Volume
 
-CUBES = (".npz", ".npy")
-DICOM_SUFFIXES = (".dcm", ".ima")
+KINDS: tuple[Kind, ...] = ("nifti", "dicom", "array")
+NAME_ENDINGS = (*(suffix for kind in KINDS for suffix in SUFFIXES.get(kind, ())), *dicom_files.SUFFIXES, ".gz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +48,18 @@ class Record:
 
     Attributes:
         identity: A name that is unique in the job and fit for a file.
-        path: Its file or DICOM folder.
+        scan: Its file or DICOM folder.
         row: Its row of the manifest; empty without one.
     """
 
     identity: str
-    path: Path
+    scan: ScanFiles
     row: dict[str, str]
+
+    @property
+    def path(self) -> Path:
+        """Its file or folder."""
+        return self.scan.path
 
 
 class Scan(NamedTuple):
@@ -68,13 +76,19 @@ class Scan(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def find_records(manifest: Path | None, place: Path | None, split: str = "") -> list[Record]:
+def find_records(
+    manifest: Path | None, place: Path | None, split: str = "", series: str = ""
+) -> tuple[list[Record], tuple[str, ...]]:
     """List the scans of a job.
 
     Args:
         manifest: Table with the column path; the rows are records.
         place: Instead of a table: a file, a DICOM folder, or a folder of such.
         split: Of a manifest, only rows with this word under "split"; empty for all.
+        series: Which DICOM series is meant where a folder holds several.
+
+    Returns:
+        The records, and notes on what was passed over.
 
     Raises:
         InputError: When there are none, or not a single one exists; a few missing files fail on their own, later.
@@ -83,9 +97,9 @@ def find_records(manifest: Path | None, place: Path | None, split: str = "") -> 
         found = "neither" if place is None else "both"
         raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
     if place is not None:
-        paths = find_scans(place)
-        root = place if place.is_dir() and paths != (place,) else place.parent
-        return _named([(path.relative_to(root).as_posix(), path, {}) for path in paths])
+        scans, notes = find_scans(place, KINDS, series)
+        root = place if place.is_dir() and [scan.path for scan in scans] != [place] else place.parent
+        return _named([(os.path.relpath(scan.path, root), scan, {}) for scan in scans]), notes
     assert manifest is not None
     table = read_manifest(manifest)
     rows = list(table.rows)
@@ -98,47 +112,26 @@ def find_records(manifest: Path | None, place: Path | None, split: str = "") -> 
     if not any(path.exists() for path in paths):
         resolve_paths(table)  # says which are missing, and from where they were looked for
     cells = [row["path"] if not Path(row["path"]).is_absolute() else Path(row["path"]).name for row in rows]
-    return _named(list(zip(cells, paths, rows, strict=True)))
+    return _named(
+        [(cell, ScanFiles(path, series), row) for cell, path, row in zip(cells, paths, rows, strict=True)]
+    ), ()
 
 
-def find_scans(place: Path) -> tuple[Path, ...]:
-    """Return a file, or the volumes and DICOM folders under a folder, in the order of their names.
-
-    Raises:
-        InputError: When there is none.
-    """
-    if not place.is_dir():
-        return find_volumes(place)
-    files = [path for path in sorted(place.rglob("*")) if path.is_file()]
-    volumes = {path for path in files if path.name.lower().endswith(SUFFIXES)}
-    series = {path.parent for path in files if path not in volumes and _is_dicom(path)}
-    found = tuple(sorted(volumes | series))
-    if not found:
-        raise InputError(place, f"volumes ({', '.join(SUFFIXES)}) or DICOM files", "none in this folder")
-    return found
-
-
-def read_scan(path: Path, preprocess: Preprocess) -> Scan:
+def read_scan(scan: ScanFiles | Path, preprocess: Preprocess) -> Scan:
     """Read a scan of any kind and look at it.
 
     Raises:
-        InputError: It is missing, damaged, not 3D, not finite, constant, or without a proper place in the world.
+        InputError: It is missing, damaged, not 3D, not finite, constant, a single slice, or without a proper place in
+            the world.
     """
-    if path.suffix.lower() in CUBES:
+    path = scan.path if isinstance(scan, ScanFiles) else scan
+    if kind_of(path) == "array":
         return Scan(load_input(path, preprocess), None, ())
-    warnings, knows_frame = [], True
-    if path.is_dir() or path.suffix.lower() in DICOM_SUFFIXES or _is_dicom(path):
-        volume = dicom.read_series(path)
-    else:
-        volume = nifti.read(path, dimensions=(3,), allow_constant=False)
-        header = nifti.describe(path)
-        knows_frame = header["orientation"] is not None
-        if not knows_frame:
-            warnings.append("the header states no orientation: whether the axes are as expected cannot be checked")
-        if header["forms_agree"] is False:
-            warnings.append("the header's sform and qform disagree: the sform was taken")
+    volume, knows_frame, warnings = read_volume(scan)
     if knows_frame:
-        warnings += preprocess.check_orientation(volume)
+        warnings += tuple(preprocess.check_orientation(volume))
+    else:
+        warnings += ("the header states no orientation: whether the axes are as expected cannot be checked",)
     try:
         cube = preprocess(volume)
     except InputError as error:
@@ -169,17 +162,7 @@ def check_cubes(cubes: Shaped[Any, "..."], preprocess: Preprocess) -> Float[Any,
     return batch
 
 
-def _named(found: list[tuple[str, Path, dict[str, str]]]) -> list[Record]:
+def _named(found: list[tuple[str, ScanFiles, dict[str, str]]]) -> list[Record]:
     """Give every record a name of its own, made from where its file lies."""
-    names = unique_names([cell for cell, _, _ in found], (*SUFFIXES, *DICOM_SUFFIXES, ".gz"))
-    return [Record(name, path, dict(row)) for name, (_, path, row) in zip(names, found, strict=True)]
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return path.is_file()
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    names = unique_names([cell for cell, _, _ in found], NAME_ENDINGS)
+    return [Record(name, scan, dict(row)) for name, (_, scan, row) in zip(names, found, strict=True)]

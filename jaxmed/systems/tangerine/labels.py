@@ -82,6 +82,7 @@ class Cohort(NamedTuple):
         splits: Of a manifest "train", "validation" or "test"; of an external set its name.
         targets: Labels as the loss takes them, regression values in their unit; NaN where missing.
         cells: The labels as written in the table.
+        series: Which DICOM series is meant where a folder holds several.
     """
 
     paths: tuple[Path, ...]
@@ -89,6 +90,7 @@ class Cohort(NamedTuple):
     splits: np.ndarray
     targets: Float32[np.ndarray, "record column"]
     cells: tuple[tuple[str, ...], ...]
+    series: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -253,7 +255,13 @@ def read_targets(table: Table, config: LabelConfig, meaning: Meaning) -> Float32
 
 
 def read_cohort(
-    table: Table, config: LabelConfig, meaning: Meaning, splits: Sequence[str], *, may_miss: bool = False
+    table: Table,
+    config: LabelConfig,
+    meaning: Meaning,
+    splits: Sequence[str],
+    *,
+    may_miss: bool = False,
+    series: str = "",
 ) -> Cohort:
     """Return the scans of a table.
 
@@ -263,6 +271,7 @@ def read_cohort(
         meaning: What they mean.
         splits: One word per record.
         may_miss: Whether files may be missing, to fail one by one later.
+        series: Which DICOM series is meant where a folder holds several.
 
     Raises:
         InputError: A label or a file is wrong.
@@ -271,7 +280,7 @@ def read_cohort(
     paths = [resolve_path(c, folder) for c in table.column("path")] if may_miss else resolve_paths(table)
     cells = tuple(tuple(row[name] for name in config.columns) for row in table.rows)
     targets = read_targets(table, config, meaning)
-    return Cohort(tuple(paths), np.array(subjects_of(table)), np.array(splits), targets, cells)
+    return Cohort(tuple(paths), np.array(subjects_of(table)), np.array(splits), targets, cells, series)
 
 
 def take(cohort: Cohort, rows: np.ndarray) -> Cohort:
@@ -282,6 +291,7 @@ def take(cohort: Cohort, rows: np.ndarray) -> Cohort:
         cohort.splits[rows],
         cohort.targets[rows],
         tuple(cohort.cells[row] for row in rows),
+        cohort.series,
     )
 
 

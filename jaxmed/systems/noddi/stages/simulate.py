@@ -11,7 +11,7 @@ import numpy as np
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
-from jaxmed.io.dicom import require_pydicom
+from jaxmed.io.dicom_files import require_pydicom
 from jaxmed.io.parametric_map import Quantity, new_stack, write_mr_images
 from jaxmed.physics.acquisition import find_shells, two_shell_protocol
 from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, write_diffusion_slab

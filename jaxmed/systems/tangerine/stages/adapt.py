@@ -17,6 +17,7 @@ from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import SubsetSource
 from jaxmed.errors import InputError
 from jaxmed.files import expand_home
+from jaxmed.io.scans import ScanFiles
 from jaxmed.io.sheets import is_missing
 from jaxmed.io.tables import Table, read_table, write_table
 from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task
@@ -108,6 +109,7 @@ class Config:
             norm, or "class" (the class token after the encoder's final norm).
         hidden: Width of a hidden layer with leaky ReLU and BatchNorm in the head, 64 in the released code; 0 for none.
         preprocess: How the files' axes lie, where it is not as the weights expect.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         mode: "full" trains everything; "frozen" the head alone; "logistic" fits an L2 logistic regression (ridge for
             regression) to standardised features.
         optimizer: AdamW with a cosine, and rates that fall towards the first layers.
@@ -139,6 +141,7 @@ class Config:
     pool: Literal["concat", "mean", "class"] = "concat"
     hidden: int = 0
     preprocess: FrameConfig = FrameConfig()
+    series: str = ""
     mode: Literal["full", "frozen", "logistic"] = "full"
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, end_lr=1e-6, weight_decay=0.05, layer_decay=0.75)
     epochs: float = 200
@@ -272,7 +275,10 @@ def run(config: Config, folder: RunFolder) -> int:
     check_run(recipe, first.model, scans.meaning.task)
     # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
     learnt = [path for path, split in zip(scans.cohort.paths, scans.cohort.splits, strict=True) if split != "test"]
-    unexpected = check_volumes(learnt, first.preprocess, config.data.check, config.loader.num_threads)
+    unexpected = check_volumes(
+        [ScanFiles(path, config.series) for path in learnt], first.preprocess, config.data.check,
+        config.loader.num_threads,
+    )  # fmt: skip
     if not is_embedded:
         start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, jax.process_index() == 0)
@@ -334,7 +340,7 @@ def read_scans(config: Config) -> Scans:
     splits = find_splits(table, config.label, config.data.fractions, config.seed)
     meaning = find_meaning(table, config.label, splits)
     task = meaning.task
-    cohort = read_cohort(table, config.label, meaning, splits)
+    cohort = read_cohort(table, config.label, meaning, splits, series=config.series)
     check_classes(cohort, task, table.path, config.select == "auroc")
     if config.select == "auroc" and task.kind == "regression":
         raise InputError("select", "loss, for a regression", "auroc")
@@ -349,7 +355,7 @@ def read_scans(config: Config) -> Scans:
     for external in externals:
         other = read_labelled(external.path, config.label)
         words = [external.name] * len(other)
-        found = read_cohort(other, config.label, meaning, words, may_miss=True)
+        found = read_cohort(other, config.label, meaning, words, may_miss=True, series=config.series)
         others.append((external, found))
         keys = file_keys([*learnt, *found.paths])
         if shared := set(keys[: len(learnt)]) & set(keys[len(learnt) :]):
@@ -468,7 +474,9 @@ def train_model(
     # Packing reads every scan once: those of the test split may be broken, and are read later.
     needed = np.sort(np.concatenate(list(rows.values())))
     paths = tuple(cohort.paths[row] for row in needed)
-    source = LabelledSource(volume_source(paths, first.preprocess, config.data.cache), cohort.targets[needed])
+    source = LabelledSource(
+        volume_source(paths, first.preprocess, config.data.cache, config.series), cohort.targets[needed]
+    )
     train, validation = (SubsetSource(source, np.searchsorted(needed, rows[s])) for s in ("train", "validation"))
     log.say(f"{len(train):,} scans to train on, {len(validation):,} to select on.")
     return adapt(

@@ -128,7 +128,9 @@ def run(config: Config, folder: RunFolder) -> int:
         "arm": ARMS, "fraction": config.fractions, "seed": tuple(range(config.seed, config.seed + config.seeds)),
     })  # fmt: skip
     cache = config.data.cache or folder.path / "inputs" / "volumes"
-    source = LabelledSource(volume_source(scans.cohort.paths, first.preprocess, cache), scans.cohort.targets)
+    source = LabelledSource(
+        volume_source(scans.cohort.paths, first.preprocess, cache, config.series), scans.cohort.targets
+    )
     transform = Prepared(first.preprocess)
     shapes = check_run(config.recipe(config.class_weights), first.model, task)
     announce(log, "Training", params=shapes, count=len(cells), unit="cells", smaller=folder.smaller)

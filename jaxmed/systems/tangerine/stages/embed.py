@@ -69,6 +69,7 @@ class Config:
         weights: Published or own weights: a masked autoencoder or a classifier.
         kinds: class (1024 numbers of the published model), pooled (1024), concat (2048), pre_logits (2048).
         preprocess: How the files' axes lie, where it is not as the weights expect.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         batch: Scans at a time, and threads that read them.
         mesh: The devices; by default one.
         dtype: Of the matrix products.
@@ -80,6 +81,7 @@ class Config:
     weights: Path | None = None
     kinds: tuple[Kind, ...] = ("concat",)
     preprocess: FrameConfig = FrameConfig()
+    series: str = ""
     batch: BatchConfig = BatchConfig()
     mesh: MeshConfig = MeshConfig(data=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -113,14 +115,15 @@ def run(config: Config, folder: RunFolder) -> int:
         find_records(config.data.manifest, config.input, config.data.split)
     if config.is_synthetic or (config.data.embedded and config.weights is None):
         config, notes = make_embedded(config, folder)
-    records = find_records(config.data.manifest, config.input, config.data.split)
+    records, passed = find_records(config.data.manifest, config.input, config.data.split, config.series)
+    notes += passed
     if config.weights is None:
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
     published = load_published(config.weights, "tangerine")
     preprocess = config.preprocess.apply(published.preprocess)
     mesh = lay_out(config.batch, config.mesh)
     if len(records) == 1:
-        read_scan(records[0].path, preprocess)  # a single broken file is a mistake, not a failure among many
+        read_scan(records[0].scan, preprocess)  # a single broken file is a mistake, not a failure among many
     start(folder)
     log = Log(folder.path, folder.options.quiet)
     notes += [licence_note(published), *kind_notes(published, config.kinds)]

@@ -14,8 +14,9 @@ from jaxmed.arrays.types import Params
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
-from jaxmed.io import dicom, nifti
+from jaxmed.io import nifti
 from jaxmed.io.numpy_files import write_npz
+from jaxmed.io.scans import ScanFiles, kind_of, read_volume
 from jaxmed.io.tables import write_table
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
 from jaxmed.models.published.load import load_published
@@ -38,7 +39,7 @@ from jaxmed.systems.tangerine.batch_job import (
     run_job,
 )
 from jaxmed.systems.tangerine.embedding import features, with_dtype
-from jaxmed.systems.tangerine.inputs import CUBES, FrameConfig, Record, Scan, find_records, read_scan
+from jaxmed.systems.tangerine.inputs import FrameConfig, Record, Scan, find_records, read_scan
 from jaxmed.systems.tangerine.predict_page import write_page
 from jaxmed.systems.tangerine.prediction import Maps, explain, require_classifier, to_grid
 from jaxmed.systems.tangerine.scores import read_targets, score_rows
@@ -114,6 +115,7 @@ class Config:
         threshold: Probability from which a binary label counts as predicted.
         shown: Scans whose map the report shows.
         preprocess: How the files' axes lie, where it is not as the weights expect.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         batch: Scans at a time, and threads that read them.
         mesh: The devices; by default one.
         dtype: Of the matrix products.
@@ -129,6 +131,7 @@ class Config:
     threshold: float = 0.5
     shown: int = 4
     preprocess: FrameConfig = FrameConfig()
+    series: str = ""
     batch: BatchConfig = BatchConfig()
     mesh: MeshConfig = MeshConfig(data=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -164,7 +167,8 @@ def run(config: Config, folder: RunFolder) -> int:
         find_records(config.data.manifest, config.input, config.data.split)
     if config.is_synthetic or (config.data.embedded and config.weights is None):
         config, notes = make_embedded(config, folder)
-    records = find_records(config.data.manifest, config.input, config.data.split)
+    records, passed = find_records(config.data.manifest, config.input, config.data.split, config.series)
+    notes += passed
     if config.weights is None:
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
     published = load_published(config.weights, "tangerine", task=config.task.task)
@@ -173,7 +177,7 @@ def run(config: Config, folder: RunFolder) -> int:
     preprocess = config.preprocess.apply(published.preprocess)
     mesh = lay_out(config.batch, config.mesh)
     if len(records) == 1:
-        read_scan(records[0].path, preprocess)  # a single broken file is a mistake, not a failure among many
+        read_scan(records[0].scan, preprocess)  # a single broken file is a mistake, not a failure among many
     start(folder)
     log = Log(folder.path, folder.options.quiet)
     notes.append(licence_note(published))
@@ -261,8 +265,8 @@ def make_classifier(place: Path, manifest: Path, seed: int) -> None:
     params = jax.jit(make_model(Classifier(model)).init)(jax.random.key(seed), image)
     found: dict[str, tuple[Any, Any]] = {}
     for split in ("train", "validation"):
-        records = find_records(manifest, None, split)
-        cubes = np.stack([read_scan(record.path, preprocess).cube for record in records])
+        records, _ = find_records(manifest, None, split)
+        cubes = np.stack([read_scan(record.scan, preprocess).cube for record in records])
         labels = np.array([[float(record.row["label"])] for record in records])
         found[split] = (np.asarray(features(model, params, cubes)["concat"]), labels)
     probe = fit_probe("binary", *found["train"], *found["validation"], np.ones(1))
@@ -373,9 +377,9 @@ def write_previews(
         stem = map_stem(outcome.record.identity, task, task_output)
         overlay, scan = (
             nifti.read(folder.parent / "maps" / f"{stem}.nii.gz"),
-            read_volume(outcome.record.path, preprocess),
+            read_hounsfield(outcome.record.scan, preprocess),
         )
-        if outcome.record.path.suffix.lower() in CUBES:  # slice, row, column: turned to lie as one reads
+        if kind_of(outcome.record.path) == "array":  # slice, row, column: turned to lie as one reads
             overlay = Volume.make(np.ascontiguousarray(overlay.array.transpose(2, 1, 0)), np.eye(4))
         slices = cut_slices(scan, overlay)
         name = f"{outcome.record.identity}.npz"
@@ -387,12 +391,12 @@ def write_previews(
     return previews
 
 
-def read_volume(path: Path, preprocess: Preprocess) -> Volume:
+def read_hounsfield(scan: ScanFiles, preprocess: Preprocess) -> Volume:
     """Read a scan to look at; a prepared cube as the HU that it stands for, turned to lie as one reads."""
-    if path.suffix.lower() in CUBES:
-        cube = read_scan(path, preprocess).cube[..., 0] * (preprocess.high - preprocess.low) + preprocess.low
+    if kind_of(scan.path) == "array":
+        cube = read_scan(scan, preprocess).cube[..., 0] * (preprocess.high - preprocess.low) + preprocess.low
         return Volume.make(np.ascontiguousarray(cube.transpose(2, 1, 0)), np.eye(4))
-    return nifti.read(path) if path.name.lower().endswith(nifti.SUFFIXES) else dicom.read_series(path)
+    return read_volume(scan).volume
 
 
 def _compute(config: ClassifierConfig, task: Task, maps: Maps, params: Params, cubes: Any) -> dict[str, Any]:

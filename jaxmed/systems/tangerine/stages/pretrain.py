@@ -17,9 +17,11 @@ from jaxmed.data.augment import draw_flips, flip
 from jaxmed.data.cohort import split_unlabelled, subject_notes
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import SubsetSource
+from jaxmed.data.scans import find_scans
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
+from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import make_table, resolve_paths
 from jaxmed.models.mae import Mae, MaeConfig
 from jaxmed.models.published.load import (
@@ -39,7 +41,7 @@ from jaxmed.recipes.pretrain_mae import PretrainConfig, Reconstruction, check_fi
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.checking import check_volumes
-from jaxmed.systems.tangerine.inputs import CUBES, find_scans, read_scan
+from jaxmed.systems.tangerine.inputs import KINDS, read_scan
 from jaxmed.systems.tangerine.pretrain_page import write_page
 from jaxmed.systems.tangerine.records import Prepared, read_manifest, volume_source
 from jaxmed.train.checkpoint import compare_arrays, export_parameters
@@ -95,6 +97,7 @@ class Config:
         weights: Published or own weights of a masked autoencoder to start from; random where empty.
         warm_start: A published 2D transformer in timm's names (MAE, say) whose blocks training starts from: tensors of
             the same name and shape are taken, patches, positions and prediction are drawn.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         preprocess: From a file to the model's input; its size is always that of the model's image.
         model: The masked autoencoder; its dtype is set by --dtype.
         optimizer: AdamW with a cosine.
@@ -113,6 +116,7 @@ class Config:
     input: Path | None = None
     weights: Path | None = None
     warm_start: Path | None = None
+    series: str = ""
     preprocess: Preprocess = Preprocess()
     model: MaeConfig = MaeConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, b1=0.9, b2=0.95, weight_decay=0.05)
@@ -194,12 +198,12 @@ class Volumes(NamedTuple):
     """The volumes of a run.
 
     Attributes:
-        paths: Files, or folders of DICOM slices: those to train on first, then those held out.
+        scans: Files, or folders of DICOM slices: those to train on first, then those held out.
         num_training: How many are trained on.
         notes: What is unexpected about them.
     """
 
-    paths: tuple[Path, ...]
+    scans: tuple[ScanFiles, ...]
     num_training: int
     notes: list[str]
 
@@ -223,16 +227,16 @@ def run(config: Config, folder: RunFolder) -> None:
     notes = [*volumes.notes, *start_notes(published, preprocess), *([] if warm is None else [warm.note])]
     for note in notes:
         log.say(f"Note: {note}")
-    counts = {"train": volumes.num_training, "validation": len(volumes.paths) - volumes.num_training}
+    counts = {"train": volumes.num_training, "validation": len(volumes.scans) - volumes.num_training}
     log.say(f"{counts['train']:,} volumes to train on, {counts['validation']:,} held out.")
     cache = config.data.cache or (folder.path / "inputs" / "volumes" if config.data.embedded else None)
     if cache is not None:
         log.say(f"Preparing volumes in {cache}; those that are there already stay.")
         if is_first():
-            volume_source(volumes.paths, preprocess, cache)
+            volume_source(volumes.scans, preprocess, cache)
         wait_for_first("cache")
-    source = volume_source(volumes.paths, preprocess, cache)
-    rows = np.arange(len(volumes.paths))
+    source = volume_source(volumes.scans, preprocess, cache)
+    rows = np.arange(len(volumes.scans))
     held_out = SubsetSource(source, rows[volumes.num_training :]) if counts["validation"] else None
 
     def augment(key: KeyArray, image: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -247,7 +251,7 @@ def run(config: Config, folder: RunFolder) -> None:
     export_parameters(folder.outputs / "model", params, model_record(settings.model, params, preprocess, published))
     if not is_first():
         return
-    write_pictures(folder.outputs, pictures, volumes.paths[volumes.num_training :], preprocess)
+    write_pictures(folder.outputs, pictures, volumes.scans[volumes.num_training :], preprocess)
     summary = {
         "volumes": counts,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -305,17 +309,20 @@ def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
         raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
     if manifest is not None:
         table = read_manifest(manifest)
-        paths = resolve_paths(table)
+        scans, passed = [ScanFiles(path, config.series) for path in resolve_paths(table)], ()
     else:
         assert place is not None
-        paths = list(find_scans(place))
-        table = make_table(place, ("path",), [{"path": str(path)} for path in paths])
+        scans, passed = find_scans(place, KINDS, config.series)
+        # Series of one study show one person.
+        rows = [{"path": str(scan.path), "subject": scan.study} for scan in scans]
+        table = make_table(place, ("path", "subject"), rows)
     splits = np.array(split_unlabelled(table, config.data.validation, config.seed))
     if "train" not in splits:
         raise InputError(table.path, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
-    training, held_out = ([paths[row] for row in np.flatnonzero(splits == name)] for name in ("train", "validation"))
+    training, held_out = ([scans[row] for row in np.flatnonzero(splits == name)] for name in ("train", "validation"))
     chosen = (*training, *held_out)
-    notes = [] if manifest is None or "subject" not in table.columns else subject_notes(table)
+    notes = [*passed]
+    notes += [] if manifest is None or "subject" not in table.columns else subject_notes(table)
     notes += check_volumes(chosen, preprocess, config.data.check, config.loader.num_threads)
     return Volumes(chosen, len(training), notes)
 
@@ -365,7 +372,7 @@ def model_record(model: MaeConfig, params: Params, preprocess: Preprocess, origi
 
 
 def write_pictures(
-    folder: Path, pictures: list[Reconstruction], paths: tuple[Path, ...], preprocess: Preprocess
+    folder: Path, pictures: list[Reconstruction], scans: tuple[ScanFiles, ...], preprocess: Preprocess
 ) -> None:
     """Write held-out volumes and their completion on the model's grid, in the scan's world, with sidecars."""
     kinds = {
@@ -373,8 +380,8 @@ def write_pictures(
         "seen": "the input with hidden patches 0",
         "completed": "the input with hidden patches as predicted",
     }
-    for number, (picture, path) in enumerate(zip(pictures, paths, strict=False)):
-        affine = AXIAL if path.suffix.lower() in CUBES else find_affine(path, preprocess)
+    for number, (picture, scan) in enumerate(zip(pictures, scans, strict=False)):
+        affine = find_affine(scan, preprocess)
         for name, definition in kinds.items():
             stem = f"held_out_{number}_{name}"
             nifti.write(folder / f"{stem}.nii.gz", Volume.make(getattr(picture, name)[..., 0], affine))
@@ -382,16 +389,16 @@ def write_pictures(
                 "definition": definition,
                 "unit": "1",
                 "constants": {"HU that is 0": preprocess.low, "HU that is 1": preprocess.high},
-                "source": str(path),
+                "source": str(scan.path),
                 "axes": "slice, row, column of the model; the affine leads to the scan's world",
                 "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
             }
             write_json(folder / f"{stem}.json", sidecar)
 
 
-def find_affine(path: Path, preprocess: Preprocess) -> Float64[np.ndarray, "4 4"]:
+def find_affine(scan: ScanFiles, preprocess: Preprocess) -> Float64[np.ndarray, "4 4"]:
     """Return where the voxels of a scan's cube stand."""
-    grid = read_scan(path, preprocess).grid
+    grid = read_scan(scan, preprocess).grid
     return AXIAL if grid is None else preprocess.cube_affine(grid)
 
 

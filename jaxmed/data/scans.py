@@ -1,0 +1,239 @@
+"""Which scans lie under a folder.
+
+A scan is a NIfTI file, a NumPy array, a picture, or a DICOM series. The slices of a series are brought together by
+their SeriesInstanceUID, in whichever folders they lie, and files need no suffix. Counted once, or not at all:
+
+- hidden files, and those that a link leads to a second time;
+- a DICOMDIR, which is an index of files that are there anyway; reports, plans and other objects without an image;
+- localisers, screenshots and single slices beside a series that can be a scan;
+- a NIfTI file in the folder of the series that it was made from, and pictures in a folder of DICOM slices.
+
+Where several series that can be scans lie in one folder nobody knows which is meant: that scan fails on being read,
+with a list of them, unless one was named.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmed.arrays.grid import orientation
+from jaxmed.errors import InputError
+from jaxmed.files import walk_files
+from jaxmed.io import dicom, nifti
+from jaxmed.io.dicom_files import (
+    INDEX,
+    NO_SERIES,
+    SORTING_TAGS,
+    SUFFIXES,
+    Image,
+    collect_warnings,
+    group_series,
+    is_scan,
+    list_names,
+    looks_like_dicom,
+    matches,
+    missing_slices,
+    read_image,
+    require_pydicom,
+    text_of,
+)
+from jaxmed.io.scans import SUFFIXES as KIND_SUFFIXES
+from jaxmed.io.scans import Kind, ScanFiles, kind_of, read_volume, require_depth, volume_kind
+
+
+class Found(NamedTuple):
+    """The scans under a folder.
+
+    Attributes:
+        scans: In the order of their paths, which are all different.
+        notes: What was counted once, or passed over.
+    """
+
+    scans: tuple[ScanFiles, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The path of each."""
+        return tuple(scan.path for scan in self.scans)
+
+
+def find_scans(place: Path, kinds: Sequence[Kind], series: str = "") -> Found:
+    """Return a file, or the scans under a folder.
+
+    Args:
+        place: A file of any kind, a DICOMDIR, a folder of DICOM slices, or a folder of such.
+        kinds: What is looked for in a folder.
+        series: SeriesInstanceUID or SeriesDescription of the DICOM series that are meant; empty for all.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not place.exists():
+        what = "scan" if "picture" in kinds else "volume"
+        raise InputError(place, f"a {what} or a folder of {what}s", "nothing", "check the path")
+    if place.is_file() and place.name.upper() != INDEX:
+        return Found((ScanFiles(place, series),), ())
+    root = place.absolute().parent if place.is_file() else place
+    files: dict[Kind | None, list[Path]] = {}
+    for path in walk_files(root):
+        files.setdefault(_kind(path), []).append(path)
+    scans, notes = [], []
+    if "dicom" in kinds and files.get("dicom"):
+        scans = _find_series(root, files["dicom"], files.get(None, []), series)
+    folders = {file.parent: scan for scan in scans for file in (scan.files or [scan.path / "any"])}
+    for kind in kinds:
+        for path in files.get(kind, []) if kind != "dicom" else []:
+            beside = folders.get(path.parent)
+            if kind == "nifti" and beside is not None and show_same(ScanFiles(path), beside):
+                notes.append(f"{path} shows the DICOM series beside it: taken once, from the DICOM files")
+            elif kind == "picture" and beside is not None:
+                notes.append(f"{path} lies in a folder of DICOM slices: passed over")
+            else:
+                scans.append(ScanFiles(path, series))
+    if not scans:
+        wanted = ", ".join(suffix for kind in kinds for suffix in KIND_SUFFIXES.get(kind, ()))
+        expected = f"scans ({wanted}{', or DICOM files' * ('dicom' in kinds)})"
+        raise InputError(place, expected, "none in this folder", "check the path")
+    return Found(tuple(sorted(scans, key=lambda scan: scan.path)), tuple(_shortened(notes)))
+
+
+def describe(scan: ScanFiles | Path) -> tuple[tuple[int, ...], str | None]:
+    """Return shape and orientation (such as "LPS"; None where it is not stated), from headers alone.
+
+    Raises:
+        InputError: As `read_volume`, as far as headers tell.
+    """
+    scan = scan if isinstance(scan, ScanFiles) else ScanFiles(scan)
+    kind = volume_kind(scan.path)
+    if kind == "dicom":
+        grid = dicom.read_grid(scan.path, series=scan.series or None, files=scan.files)
+        shape, codes = grid.shape, orientation(grid.affine)
+    else:
+        header = nifti.describe(scan.path)
+        shape, codes = header["shape"], header["orientation"]
+        assert isinstance(shape, tuple) and (codes is None or isinstance(codes, str))
+    if len(shape) != 3:
+        raise InputError(scan.path, "3D data", f"shape {shape}", "choose one volume of it")
+    require_depth(scan.path, kind, shape)
+    return shape, codes
+
+
+def show_same(scan: ScanFiles, other: ScanFiles) -> bool:
+    """Tell whether two scans are one, such as a series and its conversion: equal grids, and equal values but for scale.
+
+    Their axes may be stored in another order or direction.
+    """
+    try:
+        if sorted(describe(scan)[0]) != sorted(describe(other)[0]):
+            return False
+        one, two = (read_volume(which).volume for which in (scan, other))
+    except InputError:
+        return False
+    shift = np.linalg.inv(two.affine) @ one.affine
+    places = np.array([[axis] for axis in one.array.shape]) * np.random.default_rng(0).random((3, 4096))
+    places = np.floor(places).astype(int)
+    there = np.rint(shift[:3, :3] @ places + shift[:3, 3:]).astype(int)
+    is_inside = ((there >= 0) & (there < np.array(two.array.shape)[:, None])).all(axis=0)
+    if is_inside.mean() < 0.99:
+        return False
+    values = one.array[tuple(places[:, is_inside])], two.array[tuple(there[:, is_inside])]
+    return min(float(np.ptp(row)) for row in values) > 0 and float(np.corrcoef(*values)[0, 1]) > 0.99
+
+
+def _kind(path: Path) -> Kind | None:
+    return None if path.name.upper() == INDEX else kind_of(path)
+
+
+def _find_series(root: Path, files: list[Path], others: list[Path], series: str) -> list[ScanFiles]:
+    """Bring the images among DICOM files together as scans; what is damaged lies with those of its folder."""
+    require_pydicom()
+    images: list[Image] = []
+    damaged: list[Path] = []
+    with collect_warnings([]):  # heard again where the scan is read
+        for file in files:
+            try:
+                found = read_image(file, SORTING_TAGS)
+            except InputError:
+                damaged.append(file)
+                continue
+            if found is not None:
+                images.append(found)
+            elif file.suffix.lower() in SUFFIXES and not looks_like_dicom(file):
+                damaged.append(file)
+        damaged += missing_slices(others, [image.path for image in images])
+        if series and images and not any(matches(uid, group, series) for uid, group in group_series(images).items()):
+            raise InputError(root, f"the series {series}", list_names(images), "name one of these with --series")
+        groups = _connected(images, series)
+        scans = [_one_scan(group, images, damaged, series) for group in groups]
+    known = {file.parent for group in groups for file in (image.path for image in group)}
+    lost = sorted({file.parent for file in damaged} - known)
+    scans += [ScanFiles(folder, series) for folder in lost if not series]
+    return _unlike_paths(scans)
+
+
+def _connected(images: list[Image], series: str) -> list[list[Image]]:
+    """Return images by scan: those of one series, and of all series that share a folder with another."""
+    # Without an identifier the folder stands for one.
+    pools: dict[str, list[Image]] = {}
+    for uid, group in group_series(images).items():
+        for image in group:
+            pools.setdefault(f"{uid} {image.path.parent}" if uid == NO_SERIES else uid, []).append(image)
+    if series:
+        pools = {uid: group for uid, group in pools.items() if matches(uid, group, series)}
+    good = {uid: group for uid, group in pools.items() if is_scan(group)}
+    places = {image.path.parent for group in good.values() for image in group}
+    # What cannot be a scan counts only where nothing else lies: it then fails by itself, and is named.
+    alone = {
+        uid: group
+        for uid, group in pools.items()
+        if uid not in good and places.isdisjoint(i.path.parent for i in group)
+    }
+    merged: list[tuple[set[Path], list[Image]]] = []
+    for group in (*good.values(), *alone.values()):
+        folders = {image.path.parent for image in group}
+        joined = list(group)
+        for entry in [entry for entry in merged if entry[0] & folders]:
+            merged.remove(entry)
+            folders |= entry[0]
+            joined = entry[1] + joined
+        merged.append((folders, joined))
+    return [group for _, group in merged]
+
+
+def _one_scan(group: list[Image], images: list[Image], damaged: list[Path], series: str) -> ScanFiles:
+    """Return where the images of a scan lie: a folder, and the files where more lies under it."""
+    folders = sorted({image.path.parent for image in group})
+    base = folders[0]
+    while not all(folder == base or base in folder.parents for folder in folders):
+        base = base.parent
+    uids = {image.series for image in group}
+    bad = [file for file in damaged if file.parent in folders]
+    own = {image.path for image in group} | set(bad)
+    strangers = [
+        image for image in images
+        if image.path not in own and base in image.path.parents
+        # What shares a folder and cannot be a scan is passed over on reading, which says so.
+        and not (image.path.parent in folders and len(uids) == 1 and not series)
+    ]  # fmt: skip
+    studies = {text_of(image.header, "StudyInstanceUID") for image in group}
+    uid = next(iter(uids)) if series and len(uids) == 1 and NO_SERIES not in uids else series
+    if not strangers and all(file in own for file in damaged if base in file.parents):
+        return ScanFiles(base, uid, (), min(studies))
+    return ScanFiles(base, uid, tuple(sorted(own)), min(studies))
+
+
+def _unlike_paths(scans: list[ScanFiles]) -> list[ScanFiles]:
+    """Give scans of one folder the path of their first file's folder, or of that file."""
+    for choose in (lambda scan: scan.files[0].parent, lambda scan: scan.files[0]):
+        paths = [scan.path for scan in scans]
+        scans = [
+            scan._replace(path=choose(scan)) if scan.files and paths.count(scan.path) > 1 else scan for scan in scans
+        ]
+    return scans
+
+
+def _shortened(notes: list[str]) -> list[str]:
+    return notes if len(notes) <= 5 else [*notes[:4], f"{len(notes) - 4} more such files"]
