@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
+from jaxmed import files
 from jaxmed.arrays.graphs import laplacian
 from jaxmed.cli import main
 from jaxmed.systems.igndmoe.reading import ConnectomeConfig, read_connectome
@@ -69,6 +71,40 @@ def test_a_fit_finds_the_planted_stages_and_course(places):
 def test_a_complete_run_is_not_run_again(places, capsys):
     assert run("fit", *inputs(places), *TINY, "--out", places / "fit") == 0
     assert "Complete already" in capsys.readouterr().out
+
+
+class Killed(BaseException):
+    """The end of a process that could not say goodbye."""
+
+
+def files_of(path, name):
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes().replace(str(path).encode(), name)
+        for file in [*(path / "outputs").rglob("*"), path / "metrics.jsonl"] if file.is_file()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "stages.csv"])
+def test_a_fit_killed_at_a_write_ends_with_the_same_bytes(places, tmp_path, monkeypatch, name):
+    """Killed just before a file gets its name; the fast half of tests/train/test_kills.py."""
+    out, real, is_dead = tmp_path / "run", files.os.replace, [False]
+
+    def replace(source, target):
+        if Path(target).name == name:
+            is_dead[0] = True
+            raise Killed
+        real(source, target)
+
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", replace)
+        patch.setattr(Path, "unlink", lambda *a, **o: None if is_dead[0] else unlink(*a, **o))
+        with pytest.raises(Killed):
+            run("fit", *inputs(places), *TINY, "--out", out)
+    assert [path for path in out.rglob(".*") if files.LEFTOVER.match(path.name)]
+    assert run("fit", *inputs(places), *TINY, "--out", out) == 0
+    assert files_of(out, b"RUN") == files_of(places / "fit", b"RUN")
+    assert not [path for path in out.rglob(".*") if files.LEFTOVER.match(path.name)]
 
 
 def test_staging_the_same_subjects_gives_the_same_stages(places, tmp_path):
