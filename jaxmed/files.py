@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import time
 import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
@@ -211,15 +212,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete what killed runs left half-written under temporary names in a folder and those below it."""
+def remove_leftovers(folder: str | Path, min_age: float = 0.0) -> None:
+    """Delete what killed runs left half-written under temporary names in a folder and those below it.
+
+    Args:
+        folder: May be missing.
+        min_age: Seconds since a file was last written; where others may be writing, a younger one is left alone.
+    """
+    latest = time.time() - min_age
     for place, folders, names in os.walk(folder):
         for name in names:
-            if LEFTOVER.match(name):
-                Path(place, name).unlink(missing_ok=True)
+            path = Path(place, name)
+            if LEFTOVER.match(name) and (not min_age or path.stat().st_mtime < latest):
+                path.unlink(missing_ok=True)
         for name in [name for name in folders if LEFTOVER.match(name)]:
-            shutil.rmtree(Path(place, name))
             folders.remove(name)
+            if not min_age:
+                shutil.rmtree(Path(place, name))
 
 
 def make_folder(path: str | Path) -> Path:

@@ -27,7 +27,7 @@ from jaxtyping import Shaped
 
 from jaxmed.data.records import FileSource
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, require_file, write_json
+from jaxmed.files import atomic_path, remove_leftovers, require_file, write_json
 from jaxmed.io.numpy_files import map_array, write_npz
 from jaxmed.volume import Volume
 
@@ -121,6 +121,7 @@ def pack(
     if " at 0x" in repr(transform):
         raise ValueError(f"transform: expected a repr that is equal in every run, found {transform!r}")
     head = {"version": VERSION, "transform": repr(transform), "dtype": config.dtype}
+    remove_leftovers(folder, min_age=3600.0)  # a cache may be shared by runs of today
     known = _known_records(folder, head)
     records: list[dict[str, Any] | None] = [None] * len(source)
     work = functools.partial(_pack_record, source, folder, transform, config, known)

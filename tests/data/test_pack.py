@@ -129,6 +129,16 @@ def test_a_flipped_bit_is_found_before_a_run(source, tmp_path, bit):
     assert (tmp_path / "pack" / "0000" / "0000001.image.npy").stat().st_mtime_ns == kept
 
 
+def test_old_leftovers_of_a_shared_pack_are_swept(source, tmp_path):
+    pack(source, tmp_path / "pack")
+    old, young = (tmp_path / "pack" / "0000" / f".0123456789a{n}-0000001.image.npy" for n in "ab")
+    old.write_bytes(b"half")
+    young.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    pack(source, tmp_path / "pack")
+    assert young.exists() and not old.exists()
+
+
 def test_pictures_pack_as_uint8_only_when_whole(tmp_path):
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(tmp_path / "a.png")
     source = FileSource({"image": (tmp_path / "a.png",)})

@@ -67,6 +67,9 @@ def test_a_column_decides_who_is_held_out(folder):
     table = manifest(folder, rows)
     listed = list_files(DataConfig(manifest=table), None, 0)
     assert listed.kinds == ("image", "image", "labels") and listed.splits == ("train", "test", "validation")
+    rows = [("scans/a.nii.gz", "p", "train", ""), ("scans/b.nii.gz", "", "test", "")]
+    (note,) = list_files(DataConfig(manifest=manifest(folder, rows)), None, 0).notes
+    assert note == "1 of 2 records have no subject: each of these counts as a subject of its own."
 
 
 @pytest.mark.parametrize(

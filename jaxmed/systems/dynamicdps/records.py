@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxmed.arrays.filters import downsample
 from jaxmed.arrays.types import KeyArray
-from jaxmed.data.cohort import groups_of_files, hold_out, require_files_apart, split_unlabelled
+from jaxmed.data.cohort import groups_of_files, hold_out, require_files_apart, split_unlabelled, subject_notes
 from jaxmed.data.transforms import random_crop
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
@@ -78,11 +78,13 @@ class Listed(NamedTuple):
         paths: One per record.
         kinds: "image" or "labels".
         splits: "train", "validation" or "test".
+        notes: What a user should know about them.
     """
 
     paths: tuple[Path, ...]
     kinds: tuple[str, ...]
     splits: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def count(self, split: str, kind: str) -> int:
         """Return the number of files of a kind in a split."""
@@ -168,9 +170,11 @@ def list_files(data: DataConfig, place: Path | None, seed: int) -> Listed:
     paths: list[Path] = []
     kinds: list[str] = []
     splits: list[str] = []
+    notes: list[str] = []
     if data.manifest is not None:
         table = read_table(data.manifest, required=("path",), optional=("subject", "split", "kind"))
         paths, kinds, splits = resolve_paths(table), kinds_of(table), split_unlabelled(table, data.validation, seed)
+        notes = subject_notes(table)
     loose = [(path, "image") for path in (() if place is None else find_files(place))]
     loose += [(path, "labels") for path in (() if data.labels is None else find_files(data.labels))]
     # Drawn apart, so that both kinds are held out where there are two or more of each.
@@ -182,7 +186,7 @@ def list_files(data: DataConfig, place: Path | None, seed: int) -> Listed:
     require_files_apart(data.manifest or "input, data.labels", paths, splits)
     if "train" not in splits:
         raise InputError(data.manifest, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
-    return Listed(tuple(paths), tuple(kinds), tuple(splits))
+    return Listed(tuple(paths), tuple(kinds), tuple(splits), tuple(notes))
 
 
 def kinds_of(table: Table) -> list[str]:

@@ -34,11 +34,13 @@ class Images(NamedTuple):
         training: Images in memory.
         held_out: Those of other subjects; None for none.
         counts: Files and images by split and kind, in words' order.
+        notes: What a user should know about the files.
     """
 
     training: ImageSource
     held_out: ImageSource | None
     counts: dict[str, int]
+    notes: tuple[str, ...] = ()
 
 
 def read_training_images(
@@ -60,7 +62,7 @@ def read_training_images(
     if is_first():
         start(folder)
     wait_for_first("folder")
-    return Images(training, held_out, _count(listed, training, held_out))
+    return Images(training, held_out, _count(listed, training, held_out), listed.notes)
 
 
 def _write_embedded(data: DataConfig, frame: FrameConfig, folder: RunFolder, seed: int) -> DataConfig:
@@ -84,6 +86,8 @@ def _count(listed: Listed, training: ImageSource, held_out: ImageSource | None) 
 
 def tell(log: Log, images: Images) -> None:
     """Say what is trained on."""
+    for note in images.notes:
+        log.say(f"Note: {note}")
     counts = images.counts
     for split, words in (("train", "to train on"), ("validation", "held out")):
         log.say(
