@@ -231,3 +231,13 @@ def test_masks_of_a_scan_are_read_by_their_values_and_on_its_grid(tmp_path, insi
     write_png(tmp_path / "p.png", array[..., 4] / 700)
     picture = read_scan(tmp_path / "p.png", FrameConfig((8, 8)))
     np.testing.assert_array_equal(read_inside(tmp_path / "m.png", picture), picture.volume.array > 0)
+
+
+def test_fill_values_are_replaced_on_request(tmp_path):
+    array, frame = head(), FrameConfig((8, 8))
+    plain = read_scan(write(tmp_path / "a.nii", array), frame)
+    array[array == 0] = np.finfo(np.float32).min
+    path = write(tmp_path / "b.nii", array)
+    with pytest.raises(InputError, match="b.nii: expected intensities of at most .*; replace them with --fill VALUE"):
+        read_scan(path, frame)
+    np.testing.assert_array_equal(read_scan(path, frame, fill=0.0).volume.array, plain.volume.array)

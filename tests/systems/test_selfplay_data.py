@@ -500,3 +500,14 @@ def test_the_larger_of_two_greys_is_inside(tmp_path, values):
     for name in ("m.png", "p.png"):
         truth = read_truth(tmp_path / name, scan, SMALL)
         assert truth.sum() == mask.sum()
+
+
+def test_fill_values_are_replaced_on_request(tmp_path):
+    array = texture()
+    array[0] = -1e30
+    row = write_volume(tmp_path / "a.nii.gz", array), write_volume(tmp_path / "m.nii.gz", box_mask())
+    config = manifest(tmp_path, (*row, "t", "s", "train"))
+    with pytest.raises(InputError, match="a.nii.gz: expected intensities of at most .*--fill VALUE"):
+        read_cases(config, SMALL, "train")
+    cases, failures = read_cases(config, SMALL, "train", fill=0.5)
+    assert failures == () and cases.images.min() >= 0

@@ -121,13 +121,18 @@ def find_files(place: Path) -> tuple[Path, ...]:
     return found
 
 
-def read_scan(path: Path, frame: FrameConfig) -> Scan:
+def read_scan(path: Path, frame: FrameConfig, fill: float | None = None) -> Scan:
     """Read a NIfTI volume, or a grey 2D picture as a volume of one plane, 1 mm.
+
+    Args:
+        path: The file.
+        frame: Voxel size and scale.
+        fill: Intensity of voxels that have none; None refuses them.
 
     Raises:
         InputError: For whatever is wrong with the file: see `io.nifti.read`; or it is constant, or of colour.
     """
-    stored, is_picture = _read(path)
+    stored, is_picture = _read(path, fill)
     volume = _resampled(reorient(stored), frame, order=1)
     low = _find_low(path, volume.array, frame)
     above = volume.array - np.float32(low)
@@ -271,12 +276,12 @@ PAIRS = {
 }  # fmt: skip
 
 
-def _read(path: Path) -> tuple[Volume, bool]:
+def _read(path: Path, fill: float | None) -> tuple[Volume, bool]:
     if path.name.lower().endswith(nifti.SUFFIXES):
-        return nifti.read(path, dimensions=(3,), allow_constant=False), False
+        return nifti.read(path, dimensions=(3,), allow_constant=False, fill=fill), False
     if not path.name.lower().endswith(SUFFIXES):
         raise InputError(path, f"a scan ({', '.join(SUFFIXES)})", f"the suffix '{path.suffix}'", "convert it")
-    image = read_image(path, allow_constant=False)
+    image = read_image(path, allow_constant=False, fill=fill)
     if image.ndim == 3 and image.shape[2] in (3, 4) and np.ptp(image[..., :3], axis=2).max() == 0:
         image = image[..., 0]  # grey, saved in colour
     if image.ndim != 2:

@@ -199,7 +199,9 @@ def kinds_of(table: Table) -> list[str]:
     return [cell or "image" for cell in table.column("kind")]
 
 
-def read_images(listed: Listed, split: str, data: DataConfig, frame: FrameConfig, threads: int) -> ImageSource | None:
+def read_images(
+    listed: Listed, split: str, data: DataConfig, frame: FrameConfig, threads: int, fill: float | None = None
+) -> ImageSource | None:
     """Read every file of a split and cut it.
 
     Args:
@@ -208,6 +210,7 @@ def read_images(listed: Listed, split: str, data: DataConfig, frame: FrameConfig
         data: Which slices.
         frame: Size, axis, voxel size and scale.
         threads: That read.
+        fill: Intensity of voxels that have none; None refuses them.
 
     Returns:
         The images; None where the split is empty.
@@ -221,7 +224,7 @@ def read_images(listed: Listed, split: str, data: DataConfig, frame: FrameConfig
 
     def read(file: tuple[Path, str]) -> Shaped[np.ndarray, "image ..."] | InputError:
         try:
-            return _cut_file(*file, data, frame)
+            return _cut_file(*file, data, frame, fill)
         except InputError as error:
             return error
 
@@ -272,7 +275,9 @@ class ImageMaker:
         return image[..., None]
 
 
-def _cut_file(path: Path, kind: str, data: DataConfig, frame: FrameConfig) -> Shaped[np.ndarray, "image ..."]:
+def _cut_file(
+    path: Path, kind: str, data: DataConfig, frame: FrameConfig, fill: float | None
+) -> Shaped[np.ndarray, "image ..."]:
     if kind == "labels":
         if not path.name.lower().endswith(nifti.SUFFIXES):
             raise InputError(path, "a label map as NIfTI", f"the suffix '{path.suffix}'")
@@ -280,7 +285,7 @@ def _cut_file(path: Path, kind: str, data: DataConfig, frame: FrameConfig) -> Sh
         array = read_labels(path, frame).array.astype(np.uint8)
         head = array > 0
     else:
-        array = read_scan(path, frame).volume.array.astype(np.float16)
+        array = read_scan(path, frame, fill).volume.array.astype(np.float16)
         head = head_of(array.astype(np.float32))
     if not head.any():
         raise InputError(path, "a head", "background alone", "check the file")

@@ -60,6 +60,7 @@ class Plan(NamedTuple):
         acquisition: Of the operator.
         num_samples: Posterior samples per image.
         wants_tissue: Whether tissue volumes are measured.
+        fill: Intensity of voxels that have none; None refuses them.
     """
 
     network: Network
@@ -72,6 +73,7 @@ class Plan(NamedTuple):
     acquisition: LowField
     num_samples: int
     wants_tissue: bool
+    fill: float | None = None
 
 
 class Inputs(NamedTuple):
@@ -110,17 +112,22 @@ class Loaded(NamedTuple):
     labels: Volume | None
 
 
-def load(inputs: Inputs, frame: FrameConfig) -> Loaded:
+def load(inputs: Inputs, frame: FrameConfig, fill: float | None = None) -> Loaded:
     """Read and check a scan and what belongs to it.
+
+    Args:
+        inputs: The files.
+        frame: Of the prior.
+        fill: Intensity of voxels that have none; None refuses them.
 
     Raises:
         InputError: For whatever a user can have wrong in these files.
     """
-    scan = read_scan(inputs.path, frame)
+    scan = read_scan(inputs.path, frame, fill)
     grid = scan.volume.grid
     estimate = None
     if inputs.initial is not None:
-        other = read_scan(inputs.initial, frame)
+        other = read_scan(inputs.initial, frame, fill)
         moved = resample_to(other.volume, grid, order=1, fill=np.nan).array
         inside = float(np.isfinite(moved).mean())
         if inside < 0.5:
@@ -154,7 +161,7 @@ def process(
     Raises:
         InputError: For whatever is wrong with the files, or when the result is not finite.
     """
-    loaded = load(inputs, plan.frame)
+    loaded = load(inputs, plan.frame, plan.fill)
     y = np.asarray(loaded.scan.volume.array, np.float32)
     estimate = y if loaded.estimate is None else loaded.estimate
     tiles = cut_tiles(y, estimate, loaded.head, plan.frame, plan.tiling)

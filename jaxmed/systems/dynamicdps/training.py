@@ -44,7 +44,13 @@ class Images(NamedTuple):
 
 
 def read_training_images(
-    data: DataConfig, place: Path | None, frame: FrameConfig, folder: RunFolder, seed: int, threads: int
+    data: DataConfig,
+    place: Path | None,
+    frame: FrameConfig,
+    folder: RunFolder,
+    seed: int,
+    threads: int,
+    fill: float | None = None,
 ) -> Images:
     """Read all images of a run, embedded or from files; the run folder is begun once they are known to be good.
 
@@ -56,8 +62,8 @@ def read_training_images(
         data = _write_embedded(data, frame, folder, seed)
         place = None
     listed = list_files(data, place, seed)
-    training = read_images(listed, "train", data, frame, threads)
-    held_out = read_images(listed, "validation", data, frame, threads)
+    training = read_images(listed, "train", data, frame, threads, fill)
+    held_out = read_images(listed, "validation", data, frame, threads, fill)
     assert training is not None
     if is_first():
         start(folder)

@@ -181,7 +181,7 @@ def read_manifest(config: DataConfig, seed: int) -> tuple[Record, ...]:
 
 
 def read_cases(
-    config: DataConfig, frame: FrameConfig, split: str, seed: int = 0, threads: int = 2
+    config: DataConfig, frame: FrameConfig, split: str, seed: int = 0, threads: int = 2, fill: float | None = None
 ) -> tuple[Cases, tuple[Failure, ...]]:
     """Read every file of a split and cut its cases, each about the middle of its mask.
 
@@ -191,6 +191,7 @@ def read_cases(
         split: One of SPLITS.
         seed: Of shifts, and of the draw of subjects where there is no column split.
         threads: That read.
+        fill: Value of voxels that have none; None refuses them.
 
     Returns:
         The cases, and the records that could not be used.
@@ -208,7 +209,7 @@ def read_cases(
 
     def read(record: Record) -> list[_Case] | InputError:
         try:
-            return _cut_record(record, config, frame, seed)
+            return _cut_record(record, config, frame, seed, fill)
         except InputError as error:
             return error
 
@@ -231,11 +232,11 @@ def read_cases(
     return cases._replace(spacing=frame.spacing), failures
 
 
-def _cut_record(record: Record, config: DataConfig, frame: FrameConfig, seed: int) -> list[_Case]:
+def _cut_record(record: Record, config: DataConfig, frame: FrameConfig, seed: int, fill: float | None) -> list[_Case]:
     """Return the cases of one file: its slices or items with enough of the mask."""
     if record.intensity is not None:
         frame = dataclasses.replace(frame, intensity=record.intensity)
-    loaded = load(record.path, frame)
+    loaded = load(record.path, frame, fill)
     images = planes(loaded.volumes, loaded.axis)
     masks = planes(load_mask(record.mask, loaded, frame, record.value), loaded.axis)
     generator = record_seed(seed, 0, record.row)

@@ -92,14 +92,19 @@ class Loaded(NamedTuple):
     path: Path
 
 
-def load(path: Path, frame: FrameConfig) -> Loaded:
+def load(path: Path, frame: FrameConfig, fill: float | None = None) -> Loaded:
     """Read a NIfTI volume, a grey picture, or a .npy file; the first axis of a .npy stack is the item.
+
+    Args:
+        path: The file.
+        frame: Size, axis, voxel size and scale.
+        fill: Value of voxels that have none; None refuses them.
 
     Raises:
         InputError: For whatever is wrong with the file: damaged, not finite, constant, of colour, of another number of
             axes, of another range, or too small for the frame.
     """
-    stored, kind = _read(path, frame)
+    stored, kind = _read(path, frame, fill)
     axis = None
     if frame.is_sliced:
         axis = AXES[frame.axis] if kind == "volume" else 2
@@ -149,11 +154,11 @@ def planes(volumes: tuple[Volume, ...], axis: int | None) -> list[Shaped[np.ndar
     return list(np.moveaxis(volumes[0].array, axis, 0))
 
 
-def _read(path: Path, frame: FrameConfig) -> tuple[list[Volume], Kind]:
+def _read(path: Path, frame: FrameConfig, fill: float | None) -> tuple[list[Volume], Kind]:
     """Read a file as volumes: a picture is a plane, and a stack of pictures a volume with the items along z."""
     if path.name.lower().endswith(nifti.SUFFIXES):
-        return [nifti.read(path, dimensions=(3,), allow_constant=False)], "volume"
-    array = read_image(path, allow_constant=False)
+        return [nifti.read(path, dimensions=(3,), allow_constant=False, fill=fill)], "volume"
+    array = read_image(path, allow_constant=False, fill=fill)
     is_picture = path.name.lower().endswith(PICTURE_SUFFIXES)
     if is_picture and array.ndim == 3 and array.shape[2] == 3 and np.ptp(array, axis=2).max() == 0:
         array = array[..., 0]  # grey, saved in colour

@@ -115,7 +115,9 @@ def name_item(loaded: Loaded, item: int) -> str:
     return f"{loaded.path.name} {'slice' if loaded.kind == 'volume' else 'item'} {item}"
 
 
-def read_scan(path: Path, frame: FrameConfig, box: Path | None = None, *, tiles: bool = False) -> Scan:
+def read_scan(
+    path: Path, frame: FrameConfig, box: Path | None = None, *, tiles: bool = False, fill: float | None = None
+) -> Scan:
     """Read a file to be segmented.
 
     Args:
@@ -124,13 +126,14 @@ def read_scan(path: Path, frame: FrameConfig, box: Path | None = None, *, tiles:
         box: A mask, such as a box, on the grid of the file, in whose middle each image stands; slices without it are
             left out. None takes the middle of the file, and all slices.
         tiles: Whether images cover the whole of a file that is larger than one; they overlap by half.
+        fill: Value of voxels that have none; None refuses them.
 
     Raises:
         InputError: For whatever is wrong with the file or the box; see `load` and `load_mask`.
     """
     if box is not None and tiles:
         raise InputError("box, tiles", "one of them", "both", "drop one")
-    loaded = load(path, frame)
+    loaded = load(path, frame, fill)
     if len(loaded.volumes) > 1:
         raise InputError(path, "one volume", f"a stack of {len(loaded.volumes)}", "give them one by one")
     images = planes(loaded.volumes, loaded.axis)

@@ -63,6 +63,7 @@ class Config:
         bins: Of the bank.
         share: Share of familiar estimates that is to start in the first bin.
         embedded: Make so many phantom brains where no scans are given, and a tiny prior where no weights are.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: Of noise and runs.
     """
 
@@ -79,6 +80,7 @@ class Config:
     bins: int = 20
     share: float = 0.95
     embedded: int = 0
+    fill: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -211,7 +213,7 @@ def read_references(config: Config, frame: FrameConfig) -> References:
     partners = None if config.low is None else pair_files(paths, config.input, config.low)
     images, low, names = [], [], []
     for number, path in enumerate(paths):
-        scan = read_scan(path, frame)
+        scan = read_scan(path, frame, config.fill)
         head = head_of(scan.volume.array)
         cut, _ = cut_images(scan.volume.array, frame, head)
         share = cut_images(head, frame, head)[0].reshape(len(cut), -1).mean(1)
@@ -219,7 +221,7 @@ def read_references(config: Config, frame: FrameConfig) -> References:
         images += [cut[index] for index in kept]
         names += [f"{path.name}, {index}" for index in kept]
         if partners is not None:
-            other = read_scan(partners[number], frame)
+            other = read_scan(partners[number], frame, config.fill)
             require_same_grid(other.volume, scan.volume, str(partners[number]), str(path))
             other_cut, _ = cut_images(other.volume.array, frame, head)
             low += [other_cut[index] for index in kept]

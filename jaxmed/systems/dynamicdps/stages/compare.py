@@ -83,6 +83,7 @@ class Config:
         batch_size: Images at a time.
         embedded: Compare on so many phantom brains where no scans are given, and with networks trained on the spot
             where none are given.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: Of noise and samples.
     """
 
@@ -101,6 +102,7 @@ class Config:
     score: ScoreConfig = ScoreConfig()
     batch_size: int = 8
     embedded: int = 0
+    fill: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -333,7 +335,7 @@ def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
     for name, path, labels in files:
         if name not in grouped and config.subjects and len(grouped) == config.subjects:
             continue
-        grouped.setdefault(name, []).append(_read_images(path, labels, frame, config.slices))
+        grouped.setdefault(name, []).append(_read_images(path, labels, frame, config))
     subjects = []
     for name, parts in grouped.items():
         images = np.concatenate([images for images, _ in parts])
@@ -354,9 +356,9 @@ def _listed(manifest: Path) -> list[tuple[str, Path, Path | None]]:
 
 
 def _read_images(
-    path: Path, labels: Path | None, frame: FrameConfig, count: int
+    path: Path, labels: Path | None, frame: FrameConfig, config: Config
 ) -> tuple[Float32[np.ndarray, "image ..."], np.ndarray | None]:
-    scan = read_scan(path, frame)
+    scan = read_scan(path, frame, config.fill)
     head = head_of(scan.volume.array)
     images, _ = cut_images(scan.volume.array, frame, head)
     share = cut_images(head, frame, head)[0].reshape(len(images), -1).mean(1)
@@ -364,7 +366,7 @@ def _read_images(
     if not kept.size:
         advice = "check the scan, or the size of the prior's images"
         raise InputError(path, f"an image of which {LEAST_HEAD:.0%} is head", "none", advice)
-    chosen = kept[np.unique(np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int))]
+    chosen = kept[np.unique(np.linspace(0, len(kept) - 1, min(config.slices, len(kept))).round().astype(int))]
     found = None
     if labels is not None:
         volume = read_labels(labels, frame)

@@ -70,6 +70,7 @@ class Config:
         tissue: Measure CSF, grey and white matter of input, estimate and result (T1-weighted scans).
         batch_size: Images at a time.
         embedded: Refine so many phantom brains where no scans are given; make a tiny prior where none is given.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: Of the samples.
     """
 
@@ -89,6 +90,7 @@ class Config:
     tissue: bool = True
     batch_size: int = 8
     embedded: int = 0
+    fill: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -125,7 +127,7 @@ def run(config: Config, folder: RunFolder) -> int:
     plan = make_plan(config, network, calibrated)
     inputs = list_inputs(config)
     if len(inputs) == 1:
-        load(inputs[0], plan.frame)  # a single broken file is a mistake, not a failure among many
+        load(inputs[0], plan.frame, plan.fill)  # a single broken file is a mistake, not a failure among many
     start(folder)
     log = Log(folder.path, folder.options.quiet)
     for note in (notes := make_notes(config, plan, calibrated)):
@@ -229,8 +231,9 @@ def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -
     program = make_program(partial(make_prior, network), operator, method, config.batch_size, solver)
     settings = {"solver": config.solver} | to_record(method if is_dynamic else config.budget)
     return Plan(
-        network, program, initial, frame, config.tiling, method, settings, acquisition, config.samples, config.tissue
-    )
+        network, program, initial, frame, config.tiling, method, settings, acquisition, config.samples, config.tissue,
+        config.fill,
+    )  # fmt: skip
 
 
 def _other_solver(config: Config, size: tuple[int, ...], acquisition: LowField, method: DynamicDps) -> Any:

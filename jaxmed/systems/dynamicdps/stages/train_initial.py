@@ -66,6 +66,7 @@ class Config:
         mesh: The devices.
         samples: Images shown in the report.
         dtype: Of the products.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: Of parameters, noise and order.
     """
 
@@ -86,6 +87,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     samples: int = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
+    fill: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -153,7 +155,7 @@ def run(config: Config, folder: RunFolder) -> None:
     check_fit(settings, make_mesh(settings.mesh), config.frame.size)
     first, licence = read_start(config.weights, settings.model)
     images = read_training_images(
-        config.data, config.input, config.frame, folder, config.seed, config.loader.num_threads
+        config.data, config.input, config.frame, folder, config.seed, config.loader.num_threads, config.fill
     )
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, is_first())
     tell(log, images)

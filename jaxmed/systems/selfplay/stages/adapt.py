@@ -41,6 +41,7 @@ class Config:
         task: The new task, where the manifest has several.
         shots: Labelled images to adapt by, drawn from the support; 0 takes all.
         adapt: Steps and rate.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: Of the draw of labelled images, and of training.
     """
 
@@ -50,6 +51,7 @@ class Config:
     task: str = ""
     shots: int = 8
     adapt: AdaptConfig = AdaptConfig()
+    fill: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,12 +80,12 @@ def run(config: Config, folder: RunFolder) -> int:
     if config.data.embedded:
         config = make_embedded(config, folder)
     trained, frame = load_for(config.weights, config.frame)
-    support, failed = read_cases(config.data, frame, "support", config.seed)
+    support, failed = read_cases(config.data, frame, "support", config.seed, fill=config.fill)
     support, task = choose_task(support, config.task)
     shots = draw_shots(support, config.shots, config.seed)
     test = None
     if any(record.split == "test" for record in read_manifest(config.data, config.seed)):
-        test, further = read_cases(config.data, frame, "test", config.seed)
+        test, further = read_cases(config.data, frame, "test", config.seed, fill=config.fill)
         test, failed = choose_task(test, task)[0], failed + further
     start(folder)
     log = Log(folder.path, folder.options.quiet)

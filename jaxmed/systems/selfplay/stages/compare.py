@@ -57,6 +57,7 @@ class Config:
         augment: Fresh variants of the familiar tasks' images for the network that is supervised by all labels: those
             of meta-training, or the comparison is not fair. Both supervised networks see the labelled images of the
             new task in the variants of `adapt.augment`, as System I does.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: The first.
     """
 
@@ -75,6 +76,7 @@ class Config:
     supervised_steps: int = 400
     maml: MamlConfig = MamlConfig()
     augment: AugmentConfig = AugmentConfig()
+    fill: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -187,15 +189,15 @@ def read_material(config: Config, frame: FrameConfig) -> Material:
     Raises:
         InputError: For whatever is wrong with the manifest or its files.
     """
-    support, failed = read_cases(config.data, frame, "support", config.seed)
+    support, failed = read_cases(config.data, frame, "support", config.seed, fill=config.fill)
     support, task = choose_task(support, config.task)
-    test, further = read_cases(config.data, frame, "test", config.seed)
+    test, further = read_cases(config.data, frame, "test", config.seed, fill=config.fill)
     test, failed = choose_task(test, task)[0], failed + further
     if config.cases and config.cases < len(test.images):
         test = test.select(np.linspace(0, len(test.images) - 1, config.cases).round().astype(int))
     training, notes = None, []
     if any(record.split == "train" for record in read_manifest(config.data, config.seed)):
-        training, further = read_cases(config.data, frame, "train", config.seed)
+        training, further = read_cases(config.data, frame, "train", config.seed, fill=config.fill)
         failed += further
     else:
         notes.append("The manifest has no familiar tasks: no network is supervised by all labels.")

@@ -43,6 +43,7 @@ class Config:
         batch_size: Images of an inner step.
         loop: Tasks to see, and intervals of lines, saves and evaluations.
         mesh: The devices.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: Of parameters, tasks and batches.
     """
 
@@ -53,6 +54,7 @@ class Config:
     batch_size: int = 32
     loop: LoopConfig = LoopConfig(steps=5000, log_every=20, save_every=500, evaluate_every=250)
     mesh: MeshConfig = MeshConfig()
+    fill: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,11 +102,11 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read the tasks, train, export System I, show what it makes of held-out tasks. Returns 1 when records failed."""
     began = time.monotonic()
     config = prepare_data(config, folder)
-    training, failed = read_cases(config.data, config.frame, "train", config.seed)
+    training, failed = read_cases(config.data, config.frame, "train", config.seed, fill=config.fill)
     has_held_out = any(record.split == "validation" for record in read_manifest(config.data, config.seed))
     held_out = training
     if has_held_out:
-        held_out, further = read_cases(config.data, config.frame, "validation", config.seed)
+        held_out, further = read_cases(config.data, config.frame, "validation", config.seed, fill=config.fill)
         failed += further
     start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard)

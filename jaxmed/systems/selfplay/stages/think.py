@@ -57,6 +57,7 @@ class Config:
         think: How to think.
         policy_weights: A run of train-policy, whose policy each file begins with; a fresh one when absent.
         data: Embedded puzzles to think about instead of files.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: Of the players.
     """
 
@@ -69,6 +70,7 @@ class Config:
     think: ThinkConfig = ThinkConfig()
     policy_weights: Path | None = None
     data: DataConfig = DataConfig()
+    fill: float | None = None
     seed: int = 0
 
 
@@ -121,7 +123,9 @@ def run(config: Config, folder: RunFolder) -> int:
         config = dataclasses.replace(config, think=thinking)
     jobs = list_jobs(config)
     if len(jobs) == 1:
-        read_scan(jobs[0].path, trained.frame, jobs[0].box, tiles=config.tiles)  # a single broken file is a mistake
+        read_scan(
+            jobs[0].path, trained.frame, jobs[0].box, tiles=config.tiles, fill=config.fill
+        )  # a single broken file is a mistake
     start(folder)
     log = Log(folder.path, folder.options.quiet)
     notes = make_notes(trained, config)
@@ -241,7 +245,7 @@ def process(
     config: Config, trained: Trained, policy: Params | None, job: Job, key: Any, outputs: Path, tell: Tell
 ) -> dict[str, Any]:
     """Think about one file, write what comes of it, and return its record."""
-    scan = read_scan(job.path, trained.frame, job.box, tiles=config.tiles)
+    scan = read_scan(job.path, trained.frame, job.box, tiles=config.tiles, fill=config.fill)
     think_key, debate_key = jax.random.split(key)
 
     def watch(steps: int, value: float) -> None:

@@ -57,6 +57,7 @@ class Config:
         visit: What a visit to a task is.
         think: How to think; it always learns, in one round.
         loop: Visits to make, and intervals of lines, saves and evaluations.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: Of the policy, of visits and of players.
     """
 
@@ -67,6 +68,7 @@ class Config:
     visit: VisitConfig = VisitConfig()
     think: ThinkConfig = ThinkConfig()
     loop: LoopConfig = LoopConfig(steps=1000, log_every=1, save_every=50, evaluate_every=100)
+    fill: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,10 +111,10 @@ def run(config: Config, folder: RunFolder) -> int:
         assert isinstance(prepared, Config)
         config = prepared
     trained, frame = load_for(config.weights, config.frame)
-    training, failed = read_cases(config.data, frame, "train", config.seed)
+    training, failed = read_cases(config.data, frame, "train", config.seed, fill=config.fill)
     held_out, has_held_out = training, False
     if any(record.split == "validation" for record in read_manifest(config.data, config.seed)):
-        held_out, further = read_cases(config.data, frame, "validation", config.seed)
+        held_out, further = read_cases(config.data, frame, "validation", config.seed, fill=config.fill)
         failed, has_held_out = failed + further, True
     start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard)
