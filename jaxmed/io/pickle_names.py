@@ -57,7 +57,7 @@ DATA_MODULES = frozenset(
 )
 DATA_NAMES = frozenset(
     ("types SimpleNamespace", "functools partial", "random Random", "re _compile", "copyreg __newobj__")
-    + tuple(f"builtins {name}" for name in ("bool", "bytes", "range", "slice", "str", "type", "Ellipsis", "NoneType"))
+    + tuple(f"builtins {name}" for name in ("bool", "range", "slice", "str", "type", "Ellipsis", "NoneType"))
 )
 MOST_AXES = 64
 LONGEST_TEXT = 4096  # of paths and devices, whose parts could double at every step
@@ -385,6 +385,7 @@ REBUILD: dict[str, Callable[..., Any]] = {
     "builtins dict": lambda items=(): dict(_mapping(items)),
     "builtins tuple": lambda items=(): tuple(typed(items, list | tuple)),
     "builtins bytearray": lambda data=b"", *_: bytearray(as_bytes(data)),
+    "builtins bytes": lambda data=b"", *_: bytes(as_bytes(data)),  # empty, before protocol 3
     "builtins int": lambda value=0: _number(int, value),
     "builtins float": lambda value=0.0: _number(float, value),
     "builtins complex": lambda real=0.0, imag=0.0: complex(_number(float, real), _number(float, imag)),

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
 from jaxmed.io.pickle_names import STORAGE_NAMES, Global, Refused, Storage, Tensor, Unread, typed
-from jaxmed.io.pickle_opcodes import Budget, Interpreter, Plain, TooMuch, UnknownOpcode
+from jaxmed.io.pickle_opcodes import MOST_STEPS, Budget, Interpreter, Plain, TooMuch, UnknownOpcode
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LARGEST_PICKLE = 1 << 28  # bytes; tensors are not in it
@@ -169,7 +169,7 @@ def _read_zip(path: Path, file: _Short) -> Any:
             raise ValueError(f"two types for the storage {key}")
         return storages[key]
 
-    return Interpreter(persistent, Budget()).run(io.BytesIO(read(pickles[0], LARGEST_PICKLE)))
+    return Interpreter(persistent, Budget(MOST_STEPS)).run(io.BytesIO(read(pickles[0], LARGEST_PICKLE)))
 
 
 class _Bounded:
@@ -196,7 +196,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> Any:
         found = "something that is not a checkpoint"
         raise InputError(path, "a PyTorch checkpoint", found, "check the path")
     file.seek(0)
-    stream, budget = _Bounded(file), Budget()
+    stream, budget = _Bounded(file), Budget(MOST_STEPS)
     storages: dict[str, Storage] = {}
     views: dict[str, Storage] = {}
     order: Literal["<", ">"] = "<"

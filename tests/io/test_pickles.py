@@ -1,21 +1,30 @@
 """Checkpoints without torch: both layouts by hand, refusals without side effects, torch itself."""
 
 import argparse
+import datetime
+import decimal
+import enum
+import fractions
+import functools
 import io
 import os
 import pathlib
 import pickle
+import random
+import re
 import struct
 import sys
 import types
+import uuid
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxmed.errors import InputError
+from jaxmed.io.pickle_names import Unread
 from jaxmed.io.pickles import read_checkpoint
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -66,6 +75,7 @@ def torch_names(monkeypatch):
         "_rebuild_qtensor",
     ]
     module("torch._utils", **{name: function(name) for name in rebuilds})
+    module("torch._tensor", _rebuild_from_type_v2=function("_rebuild_from_type_v2"))
     module("torch.storage", UntypedStorage=type("UntypedStorage", (), {}))
     return torch
 
@@ -308,6 +318,120 @@ def test_deeply_shared_lists_cost_nothing(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("a/data.pkl", program + b".")
     assert len(read_checkpoint(tmp_path / "a.pth")) == 2
+
+
+class Kind(enum.Enum):
+    FIRST = 1
+
+
+class Settings(dict):
+    """As attribute dicts of training frameworks: a dict of another name."""
+
+
+class Names(list):
+    pass
+
+
+class Config:
+    """As the nodes of a configuration: attributes, a parent that is itself, tensors among them."""
+
+    def __init__(self, **content):
+        self.content, self.parent = content, self
+
+
+Pair = namedtuple("Pair", "first second")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("save", [save_zip, save_legacy])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_what_training_codes_keep_beside_their_tensors_is_inert_and_the_tensors_are_found(
+    tmp_path, torch_names, save, protocol
+):
+    """Each of these alone, and all of them in one file; what is not read is named, with what the file says of it."""
+    plain = {
+        "counter": (Counter({"a": 2, 5: 1, np.int64(3): 4}), {"a": 2, 5: 1, 3: 4}),
+        "defaultdict": (defaultdict(list, {"x": [1]}), {"x": [1]}),
+        "namespace": (argparse.Namespace(heads=4), {"heads": 4}),
+        "simple namespace": (types.SimpleNamespace(heads=4), {"heads": 4}),
+        "settings": (Settings(lr=0.1, more=Settings(a=1)), {"lr": 0.1, "more": {"a": 1}}),
+        "list": (Names(["a", "b"]), ["a", "b"]),
+        "path": (pathlib.PureWindowsPath("a/b"), "a/b"),
+        "bytes": (bytearray(b"12"), bytearray(b"12")),
+        "numpy scalar": (np.float32(0.5), 0.5),
+        "numpy bool": (np.bool_(True), True),
+        "numpy text": (np.array(["ab", "c"]), np.array(["ab", "c"])),
+        "numpy empty": (np.zeros((0, 3)), np.zeros((0, 3))),
+        "class": (defaultdict(Config), {}),
+        "range key": ({(1, "a"): 2}, {(1, "a"): 2}),
+        "infinite": (float("inf"), float("inf")),
+    }
+    unread = {
+        "enum": Kind.FIRST,
+        "config": Config(rate=0.1, deeper=Config(a=1)),
+        "named tuple": Pair(1, 2),
+        "date": datetime.datetime(2026, 1, 2, 3, 4),
+        "days": datetime.timedelta(days=3),
+        "decimal": decimal.Decimal("1.5"),
+        "fraction": fractions.Fraction(1, 3),
+        "uuid": uuid.UUID(int=7),
+        "random": random.Random(0),
+        "pattern": re.compile("a.*"),
+        "partial": functools.partial(Config, 1),
+        "range": range(3),
+        "slice": slice(1, 2),
+        "objects": np.array([{}, None], object),
+        "dates": np.array(["2026-01-01"], "M8[D]"),
+        "record": np.zeros(2, [("a", "f4"), ("b", "i2")]),
+        "generator": np.random.default_rng(0),
+    }
+    values = np.arange(6, dtype=np.float32)
+    content = {name: pair[0] for name, pair in plain.items()} | unread
+    for names in (*([name] for name in content), list(content)):
+        tensor = FakeTensor(FakeStorage("FloatStorage", values), (2, 3), (3, 1))
+        path = save(tmp_path / "a.pth", {"before": tensor, **{name: content[name] for name in names}}, protocol)
+        found = read_checkpoint(path)
+        np.testing.assert_array_equal(found["before"], values.reshape(2, 3))
+        for name in names:
+            if name in plain:
+                np.testing.assert_equal(found[name], plain[name][1])
+            else:
+                assert isinstance(found[name], Unread), name
+    assert found["config"].name.endswith("Config") and found["config"].state["content"]["rate"] == 0.1
+    assert found["config"].state["parent"] is found["config"]
+    assert found["date"].name == "datetime.datetime" and found["enum"].name.startswith(__name__)
+
+
+@pytest.mark.core
+def test_only_what_is_chosen_is_read(tmp_path, torch_names):
+    """An optimizer's moments may be damaged: nobody looks at them."""
+    good, bad = (FakeStorage("FloatStorage", np.full(4, value, np.float32)) for value in (1, 2))
+    content = {"model": {"w": FakeTensor(good, (4,), (1,))}, "optimizer": {"m": FakeTensor(bad, (4,), (1,))}}
+    path = save_zip(tmp_path / "a.pth", content)
+    data = bytearray(path.read_bytes())
+    data[data.index(bad.values.tobytes())] ^= 1
+    path.write_bytes(data)
+    found = read_checkpoint(path, lambda content: content["model"])
+    np.testing.assert_array_equal(found["w"], good.values)
+    with pytest.raises(InputError, match="damaged"):
+        read_checkpoint(path)
+
+
+@pytest.mark.core
+def test_tensors_with_attributes_are_tensors(tmp_path, torch_names):
+    values = np.arange(6, dtype=np.float32)
+    inner = FakeTensor(FakeStorage("FloatStorage", values), (6,), (1,))
+    reduced = inner.__reduce__()
+
+    class Subclass:
+        def __reduce__(self):
+            maker = sys.modules["torch._tensor"]._rebuild_from_type_v2
+            return maker, (reduced[0], torch_names.Tensor, reduced[1], {"tag": 1})
+
+    torch_names.Tensor = type("Tensor", (), {})
+    torch_names.Tensor.__module__ = "torch"
+    found = read_checkpoint(save_zip(tmp_path / "a.pth", {"w": Subclass()}))
+    np.testing.assert_array_equal(found["w"], values)
 
 
 @pytest.mark.core
