@@ -57,7 +57,10 @@ DATA_MODULES = frozenset(
 )
 DATA_NAMES = frozenset(
     ("types SimpleNamespace", "functools partial", "random Random", "re _compile", "copyreg __newobj__")
-    + tuple(f"builtins {name}" for name in ("bool", "range", "slice", "str", "type", "Ellipsis", "NoneType"))
+    + tuple(
+        f"builtins {name}"
+        for name in ("bool", "xrange", "unicode", "long", "range", "slice", "str", "type", "Ellipsis", "NoneType")
+    )
 )
 MOST_AXES = 64
 LONGEST_TEXT = 4096  # of paths and devices, whose parts could double at every step

@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         seen = self.embed(tokens).astype(jnp.float32)
         batch, hidden = masking.hidden.shape
         guessed = jnp.broadcast_to(self.mask_token, (batch, hidden, self.config.decoder_width))
-        patches = jnp.concatenate([seen[:, 1:], guessed], axis=1) + self.position[1:][masking.order]
+        patches = jnp.concatenate([seen[:, 1:], guessed], axis=1) + jnp.asarray(self.position)[1:][masking.order]
         x = jnp.concatenate([seen[:, :1] + self.position[0], patches], axis=1)
         x = self.norm(self.blocks(x)[:, 1 if all_patches else tokens.shape[1] :])
         prediction = self.prediction(x).astype(jnp.float32)

@@ -178,7 +178,7 @@ class Vit(nn.Module):
         position = self.position[None, 1:]
         if kept is not None:
             patches = take_tokens(patches, kept)
-            position = self.position[1:][kept]
+            position = jnp.asarray(self.position)[1:][kept]  # NumPy's own cannot be asked by traced places
         tokens = self.patch_embed(patches).astype(jnp.float32) + position
         first = jnp.broadcast_to(self.class_token + self.position[0], (image.shape[0], 1, config.width))
         return jnp.concatenate([first, tokens], axis=1)

@@ -79,6 +79,11 @@ class ImportReport(NamedTuple):
             found.append(f"{count} tensors of the file have no place in the model: {listed(self.left_over)}")
         return (*found, *self.notes)
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Whose weights these are, what their licence allows, and `remarks`: what a stage says."""
+        return (f"Weights: {self.family}, {self.kind}. Licence: {self.licence}.", *self.remarks)
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)

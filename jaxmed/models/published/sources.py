@@ -248,9 +248,9 @@ def _inside(
         short = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         if not short:
             continue
-        rest = {name: value for name, value in tensors.items() if not name.startswith(prefix) and name not in short}
-        if (found := _inside(rest | short, is_known, depth - 1)) is not None:
-            return prefix + found[0], found[1]
+        if (found := _inside(short, is_known, depth - 1)) is not None:
+            rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+            return prefix + found[0], rest | found[1]
     return None
 
 

@@ -36,7 +36,8 @@ def read_warm_start(path: Path, entries: Sequence[Entry]) -> WarmStart:
     Raises:
         InputError: It does not have every block of the encoder in the model's sizes: then it is no start worth having.
     """
-    source = read_source(path)
+    blocks = [entry.name for entry in entries if entry.name.startswith("blocks.")]
+    source = read_source(path, lambda tensors: any(name in tensors for name in blocks))
     if source.is_own:
         raise InputError(path, "a published file in timm's names", "weights of jaxmed", "use --weights")
     fitting = [

@@ -31,6 +31,7 @@ class Network(NamedTuple):
         config: Its sizes.
         path: Where it was read.
         licence: What may be done with it.
+        remarks: What a stage says of how it was read, in sentences.
     """
 
     model: Model
@@ -39,6 +40,7 @@ class Network(NamedTuple):
     config: GuidedUnetConfig
     path: Path
     licence: str
+    remarks: tuple[str, ...] = ()
 
 
 def write_network(folder: Path, params: Params, config: GuidedUnetConfig, frame: FrameConfig, **further: Any) -> None:
@@ -98,7 +100,8 @@ def _load(path: Path, kind: str, expected: str, advice: str) -> Network:
     if config.channels != 1 or config.outputs != 1 or config.learn_sigma:
         found = f"{config.channels} in and {config.outputs * (1 + config.learn_sigma)} out"
         raise InputError(path, f"{expected} of one channel", found, advice)
-    return Network(published.model, published.params, _frame(path, published), config, path, published.report.licence)
+    report, frame = published.report, _frame(path, published)
+    return Network(published.model, published.params, frame, config, path, report.licence, report.remarks)
 
 
 def _frame(path: Path, published: Published) -> FrameConfig:

@@ -1,10 +1,15 @@
 """Weights from every kind of file: published ones, runs and their checkpoints; wrong ones; positions of other sizes."""
 
+import argparse
 import dataclasses
+import datetime
 import gc
 import json
 import pickle
 import shutil
+import types
+import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.arrays.masking import draw_noise
 from jaxmed.arrays.position import sincos_3d
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.io import pickles, safetensors
-from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
+from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig, Task
 from jaxmed.models.mae import Mae, MaeConfig
 from jaxmed.models.published import tangerine
 from jaxmed.models.published.load import (
@@ -31,6 +37,7 @@ from jaxmed.models.published.load import (
 from jaxmed.models.published.names import to_tensor
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import VitConfig
+from jaxmed.nn.model import make_model
 from jaxmed.train.checkpoint import Checkpoints, export_parameters
 
 REFERENCES = Path(__file__).resolve().parents[2] / "references"
@@ -345,6 +352,222 @@ def test_metadata_that_is_not_readable_is_told(tmp_path):
     for text, words in (("{", "in JSON"), ("[]", "as a JSON object")):
         safetensors.write(tmp_path / "a.safetensors", reference(), {"jaxmed_record": text})
         assert words in line(load_published, tmp_path / "a.safetensors")
+
+
+def save(path, content):
+    """Write a checkpoint as PyTorch's zip layout has it; arrays stand for tensors, as their pickles do here."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/data.pkl", pickle.dumps(content, protocol=2))
+    return path
+
+
+class Optimizer(dict):
+    pass
+
+
+MOMENTS = {"state": {0: {"exp_avg": np.ones(3, np.float32)}, 1: {"exp_avg": np.ones(3, np.float32)}}}
+SCORE = np.array(81.2, np.float32)
+NESTINGS = {
+    "a score beside it": lambda state: {"model": state, "epoch": 7, "best_acc1": SCORE},
+    "a queue inside": lambda state: {"state_dict": {"model": state, "queue": np.ones((2, 3), np.float32)}},
+    "another name": lambda state: {"net_g": state, "best": SCORE},
+    "teacher and student": lambda state: {"student": double(state), "teacher": state, "epoch": 3},
+    "teacher of a wrapper": lambda state: {"model": {"teacher": state, "student": double(state)}},
+    "ema alone": lambda state: {"ema": state, "step": 3},
+    "ema beside the model": lambda state: {"model": state, "model_ema": double(state)},
+    "optimizer first": lambda state: {"optimizer": MOMENTS, "amp_scaler": {"scale": SCORE}, "net": state},
+    "a class of its own": lambda state: {"state_dict": Optimizer(state), "best": SCORE},
+    "a counter": lambda state: {"model": state, "milestones": Counter([3])},
+    "a date": lambda state: {"model": state, "date": datetime.date(2026, 1, 1), "time": SCORE},
+    "encoder": lambda state: {"encoder": state, "predictor": {"weight": SCORE}},
+    "encoder names": lambda state: {"state_dict": {f"encoder.{name}": value for name, value in state.items()}},
+    "backbone names": lambda state: {f"module.backbone.{name}": value for name, value in state.items()},
+    "compiled names": lambda state: {"model": {f"_orig_mod.{name}": value for name, value in state.items()}},
+    "teacher and student names": lambda state: {
+        **{f"student.backbone.{name}": value for name, value in double(state).items()},
+        **{f"teacher.backbone.{name}": value for name, value in state.items()},
+    },
+    "bare, beside numbers": lambda state: {**state, "epoch": 3, "lr": 0.1},
+}
+
+
+def double(state):
+    return {name: 2 * value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+def test_the_state_dict_is_found_wherever_training_codes_keep_it(tmp_path, name):
+    state = reference()
+    published = load_published(save(tmp_path / "a.pth", NESTINGS[name](state)), heads=2, decoder_heads=4)
+    assert published.report.missing == ()
+    for entry in tangerine.entries(published.config):
+        leaf = named_leaves(published.params)[entry.path]
+        np.testing.assert_array_equal(to_tensor(entry, leaf), state[entry.name], err_msg=entry.name)
+    others = {
+        **{"teacher and student": "student", "teacher of a wrapper": "model/student"},
+        "ema beside the model": "model_ema",
+    }
+    if name in others:
+        assert any(f"the file holds others under {others[name]}" in remark for remark in published.report.remarks)
+
+
+def test_what_is_no_state_dict_is_named(tmp_path):
+    for content, words in (
+        ({"model": Unmade(), "epoch": 3}, f"model (an object of {__name__}.Unmade)"),
+        ({"epoch": 3, "scores": {"a": 1.5}}, "the keys epoch, scores"),
+        (Unmade(), f"an object of {__name__}.Unmade, which was not made"),
+    ):
+        assert words in line(load_published, save(tmp_path / "a.pth", content))
+
+
+class Unmade:
+    pass
+
+
+def test_the_arguments_in_a_file_tell_what_shapes_do_not(tmp_path):
+    state = reference()
+    plain = {name: value for name, value in state.items() if not name.startswith("decoder_pred")}
+    plain |= {f"decoder_pred.{part}": state[f"decoder_pred.0.{part}"] for part in ("weight", "bias")}
+    settings = {"num_heads": 2, "decoder_num_heads": 4, "mask_ratio": 0.5, "norm_pix_loss": True}
+    for kept in (
+        {"args": argparse.Namespace(**settings)},
+        {"config": {"model": settings}},
+        {"hyper_parameters": Optimizer(model=Optimizer(settings))},
+        {"args": types.SimpleNamespace(**settings)},
+    ):
+        published = load_published(save(tmp_path / "a.pth", {"model": plain, **kept}))
+        config = published.config
+        assert (config.encoder.heads, config.decoder_heads, config.mask_ratio) == (2, 4, 0.5)
+        assert config.norm_target and not config.sigmoid
+    # A sigmoid cannot predict normalised targets: the file is run as it is, and this is said.
+    published = load_published(save(tmp_path / "a.pth", {"model": state, "args": argparse.Namespace(**settings)}))
+    assert not published.config.norm_target and published.config.sigmoid
+    assert any("norm_pix_loss" in remark for remark in published.report.remarks)
+    content = {"model": state, "args": argparse.Namespace(**settings)}
+    found = line(load_published, save(tmp_path / "a.pth", content), heads=4)
+    assert found.startswith("heads: expected 2, as the arguments in") and "leave --heads out" in found
+
+
+def test_a_block_of_an_endless_number_is_refused_at_once(tmp_path):
+    for stem in ("blocks", "decoder_blocks"):
+        tensors = reference() | {f"{stem}.99999999.norm1.weight": np.ones(24, np.float32)}
+        safetensors.write(tmp_path / "a.safetensors", tensors)
+        found = line(load_published, tmp_path / "a.safetensors", heads=2, decoder_heads=4)
+        assert f"expected '{stem}' numbered without gaps, found '{stem}.99999999' in a file that holds" in found
+    tensors = reference() | {"blocks.9999999999999999999999.norm1.weight": np.ones(24, np.float32)}
+    safetensors.write(tmp_path / "a.safetensors", tensors)
+    assert load_published(tmp_path / "a.safetensors", heads=2, decoder_heads=4).report.left_over
+
+
+def test_an_empty_tensor_tells_no_sizes(tmp_path):
+    tensors = reference() | {"pos_embed": np.zeros((1, 2**40, 0), np.float32)}
+    safetensors.write(tmp_path / "a.safetensors", tensors)
+    assert "an empty tensor of shape (1, 1099511627776, 0)" in line(load_published, tmp_path / "a.safetensors", heads=2)
+
+
+def test_what_has_no_place_and_what_is_missing_is_said(tmp_path):
+    stray = {"head.weight": np.zeros((2, 24), np.float32), "head.bias": np.zeros(2, np.float32)}
+    safetensors.write(tmp_path / "a.safetensors", reference() | stray)
+    report = load_published(tmp_path / "a.safetensors", heads=2, decoder_heads=4).report
+    assert report.kind == "mae" and set(report.left_over) == set(stray)
+    assert any("2 tensors of the file have no place in the model: head" in remark for remark in report.remarks)
+    partial = {name: value for name, value in reference().items() if name != "decoder_norm.bias"}
+    safetensors.write(tmp_path / "a.safetensors", partial)
+    report = load_published(tmp_path / "a.safetensors", heads=2, decoder_heads=4).report
+    assert report.remarks == ("the decoder is not whole (no decoder_norm.bias): the encoder alone is used",)
+    assert report.lines[0].startswith("Weights: tangerine, mae. Licence: CC-BY-NC")
+
+
+def test_a_head_with_two_hidden_layers_is_run_and_returned(tmp_path):
+    config = ClassifierConfig(CLASSIFIER.encoder, HeadConfig(2, "mean", 3, second_hidden=5))
+    params = draw(config)
+    for name in ("batch_norm", "batch_norm_2"):
+        params["head"][name]["var"] = np.abs(params["head"][name]["var"])
+    export_parameters(tmp_path / "own", params, record("classifier", config, TASK))
+    export_published(load_published(tmp_path / "own"), tmp_path / "theirs.safetensors")
+    tensors = dict(safetensors.read(tmp_path / "theirs.safetensors"))
+    assert {"head.0.weight", "head.2.running_var", "head.3.weight", "head.5.weight", "head.6.bias"} <= set(tensors)
+    safetensors.write(tmp_path / "bare.safetensors", tensors)
+    published = load_published(tmp_path / "bare.safetensors", heads=2)
+    assert published.config == config
+    assert_same(published.params, params)
+    head, tokens = params["head"], np.random.default_rng(0).standard_normal((2, 9, 24)).astype(np.float32)
+    apply = make_model(Head(config.head)).apply
+    logits, moments = apply(head, tokens)
+    features = np.asarray(apply(head, tokens, method="features"), np.float64)
+    for ending in ("", "_2"):
+        features = features @ head[f"hidden{ending}"]["kernel"] + head[f"hidden{ending}"]["bias"]
+        norm = head[f"batch_norm{ending}"]
+        features = np.where(features > 0, features, 0.01 * features)
+        norm = {name: value.astype(np.float64) for name, value in norm.items()}
+        features = (features - norm["mean"]) / np.sqrt(norm["var"] + 1e-5) * norm["scale"] + norm["bias"]
+    expected = features @ head["linear"]["kernel"] + head["linear"]["bias"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert moments == {}
+
+
+# Models and weights as functions and trees.
+
+
+@pytest.mark.parametrize(("module", "kind", "config", "task"), KINDS)
+def test_every_imported_model_takes_a_key_and_needs_nothing_but_an_image(tmp_path, module, kind, config, task):
+    write_own(tmp_path, kind, config, task)
+    published = load_published(tmp_path)
+    image = jnp.ones((2, 8, 8, 8, 1))
+    for key in (None, jax.random.key(0)):
+        output = jax.eval_shape(lambda image, key=key: published.model.apply(published.params, image, key=key), image)
+        if kind == "mae":  # a key hides patches; without one nothing is hidden
+            assert output.prediction.shape == (2, 0 if key is None else 4, 64)
+            assert output.tokens.shape == (2, 9 if key is None else 5, 24)
+    assert jax.tree.structure(jax.eval_shape(published.model.init, jax.random.key(0), image)) == jax.tree.structure(
+        published.params
+    )
+
+
+def test_a_key_draws_the_masking_of_each_image(tmp_path):
+    write_own(tmp_path, "mae", MAE)
+    published = load_published(tmp_path)
+    images = jnp.asarray(np.random.default_rng(0).random((4, 8, 8, 8, 1)), jnp.float32)
+    key = jax.random.key(3)
+    run = jax.jit(published.model.apply)
+    found = run(published.params, images, key=key)
+    noise = draw_noise(jax.random.split(key, 4), 8)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(run(published.params, images, noise)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len({tuple(row) for row in np.asarray(found.masking.kept)}) > 1
+
+
+@pytest.mark.parametrize(("module", "kind", "config", "task"), KINDS)
+def test_weights_are_a_tree_of_parameters(tmp_path, module, kind, config, task):
+    """Leaves are params alone; two readings of a file are one structure, so that nothing is compiled twice."""
+    params = write_own(tmp_path, kind, config, task)
+    one, other = load_published(tmp_path), load_published(tmp_path)
+    assert len(jax.tree.leaves(one)) == len(jax.tree.leaves(params))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(one)]
+    assert all(path.startswith(".params[") for path in paths)
+    twice = jax.tree.map(lambda leaf: 2 * leaf, one)
+    assert isinstance(twice, Published) and twice.config == config and twice.task == task
+    assert_same(twice.params, jax.tree.map(lambda leaf: 2 * leaf, params))
+    count = []
+
+    @jax.jit
+    def norm(published):
+        count.append(1)
+        return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(published))
+
+    gradient = jax.grad(norm)(one)
+    norm(other)
+    assert len(count) == 1  # one program serves both readings
+    assert_same(gradient.params, jax.tree.map(lambda leaf: 2 * leaf, params))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, twice)
+    np.testing.assert_allclose(jax.vmap(norm)(stacked), [norm(one), norm(twice)], rtol=1e-5)
+
+
+def test_counters_stay_through_a_tree(tmp_path):
+    first = load_published(REFERENCES / "tangerine_mlp.safetensors", heads=2)
+    again = jax.tree.map(lambda leaf: leaf, first)
+    assert {name: int(count) for name, count in again.extras.items()} == {"head.2.num_batches_tracked": 1234}
 
 
 # Files as PyTorch writes them.

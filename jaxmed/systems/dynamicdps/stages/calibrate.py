@@ -137,6 +137,8 @@ def run(config: Config, folder: RunFolder) -> None:
     references = read_references(config, network.frame)
     start(folder)
     log = Log(folder.path, folder.options.quiet)
+    for remark in (*network.remarks, *(initial.remarks if initial else ())):
+        log.say(f"Note: {remark}")
     log.say(
         f"{len(references.images)} reference images of {len(set(n.split(',')[0] for n in references.names))} scans."
     )

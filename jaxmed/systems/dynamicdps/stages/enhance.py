@@ -304,7 +304,7 @@ def list_inputs(config: Config) -> list[Inputs]:
 def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:
     """Say what a user should know about this run."""
     method = config.method.describe() if config.solver == "dynamicdps" else ARMS[config.solver]
-    notes = [f"Method: {method}.", f"Weights: {plan.network.licence}."]
+    notes = [f"Method: {method}.", f"Weights: {plan.network.licence}.", *plan.network.remarks]
     if plan.frame.spacing:
         size = f"{plan.frame.spacing:g} mm"
         notes.append(f"The prior's images have voxels of {size}: what a scan shows below that is lost in the result.")

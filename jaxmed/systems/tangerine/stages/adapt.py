@@ -50,7 +50,6 @@ from jaxmed.systems.tangerine.labels import (
 )
 from jaxmed.systems.tangerine.records import Prepared, volume_source
 from jaxmed.systems.tangerine.stages import pretrain
-from jaxmed.systems.tangerine.stages.embed import licence_note
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
@@ -393,7 +392,7 @@ def read_start(config: Config, task: Task) -> Start:
         note = "No weights were given: the model starts from random ones, as the baseline from scratch."
         return Start(ClassifierConfig(encoder, head), None, preprocess, OWN_LICENCE, [note])
     published = load_published(config.weights, "tangerine")
-    notes = [licence_note(published), *published.report.notes]
+    notes = [*published.report.lines]
     if len(published.config.encoder.image_size) != 3:
         raise InputError(config.weights, "an encoder of volumes", "one of images")
     if size is not None and size != published.config.encoder.image_size:

@@ -126,7 +126,7 @@ def run(config: Config, folder: RunFolder) -> int:
         read_scan(records[0].scan, preprocess)  # a single broken file is a mistake, not a failure among many
     start(folder)
     log = Log(folder.path, folder.options.quiet)
-    notes += [licence_note(published), *kind_notes(published, config.kinds)]
+    notes += [*published.report.lines, *kind_notes(published, config.kinds)]
     for note in notes:
         log.say(f"Note: {note}")
     model, params = encoder_with_head(published.config, published.params)
@@ -189,11 +189,6 @@ def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]
     if not is_synthetic:
         note = "No weights were given: the features are those of a tiny model of phantom chests, and mean nothing."
     return dataclasses.replace(config, weights=nested.outputs / "model"), [note]
-
-
-def licence_note(published: Published) -> str:
-    """Say whose weights these are, and what their licence allows."""
-    return f"Weights: {published.report.family}, {published.report.kind}. Licence: {published.report.licence}."
 
 
 def kind_notes(published: Published, kinds: tuple[Kind, ...]) -> list[str]:

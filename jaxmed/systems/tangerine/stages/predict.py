@@ -43,7 +43,7 @@ from jaxmed.systems.tangerine.inputs import FrameConfig, Record, Scan, find_reco
 from jaxmed.systems.tangerine.predict_page import write_page
 from jaxmed.systems.tangerine.prediction import Maps, explain, require_classifier, to_grid
 from jaxmed.systems.tangerine.scores import read_targets, score_rows
-from jaxmed.systems.tangerine.stages.embed import DataConfig, licence_note
+from jaxmed.systems.tangerine.stages.embed import DataConfig
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig
@@ -180,7 +180,7 @@ def run(config: Config, folder: RunFolder) -> int:
         read_scan(records[0].scan, preprocess)  # a single broken file is a mistake, not a failure among many
     start(folder)
     log = Log(folder.path, folder.options.quiet)
-    notes.append(licence_note(published))
+    notes += published.report.lines
     for note in notes:
         log.say(f"Note: {note}")
     ready = time.monotonic()

@@ -353,7 +353,8 @@ def start_notes(published: Published | None, preprocess: Preprocess) -> list[str
     """Say whose weights training starts from, and how their input differed."""
     if published is None:
         return []
-    notes = [f"Starting from weights of {published.report.family}. Licence: {published.report.licence}."]
+    report = published.report
+    notes = [f"Starting from weights of {report.family}. Licence: {report.licence}.", *report.remarks]
     differing = [
         f"{field.name} {getattr(published.preprocess, field.name)}, here {getattr(preprocess, field.name)}"
         for field in dataclasses.fields(preprocess)
