@@ -491,8 +491,9 @@ def test_a_head_with_two_hidden_layers_is_run_and_returned(tmp_path):
     published = load_published(tmp_path / "bare.safetensors", heads=2)
     assert published.config == config
     assert_same(published.params, params)
-    head, tokens = params["head"], np.random.default_rng(0).standard_normal((2, 9, 24)).astype(np.float32)
+    head, tokens = params["head"], np.random.default_rng(0).standard_normal((2, 9, 24))
     apply = make_model(Head(config.head)).apply
+    tokens = jnp.asarray(tokens, jnp.float32)
     logits, moments = apply(head, tokens)
     features = np.asarray(apply(head, tokens, method="features"), np.float64)
     for ending in ("", "_2"):
