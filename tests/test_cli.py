@@ -123,3 +123,11 @@ def test_a_run_folder_whose_name_is_no_utf8_is_refused(tmp_path, capsys):
     assert main(["noddi", "simulate", "--preset", "smoke", "--out", str(tmp_path / name)]) == 2
     assert "expected a folder whose name is UTF-8, found surrogates not allowed; choose" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+READ_SCANS = [name for name in STAGES if name.split()[0] in ("tangerine", "dynamicdps", "selfplay")]
+
+
+@pytest.mark.parametrize("name", READ_SCANS)
+def test_every_stage_that_reads_scans_takes_a_fill(name):
+    assert load_stage(*name.split()).Config().fill is None  # of which the command line makes --fill

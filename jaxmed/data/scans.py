@@ -60,13 +60,14 @@ class Found(NamedTuple):
         return tuple(scan.path for scan in self.scans)
 
 
-def find_scans(place: Path, kinds: Sequence[Kind], series: str = "") -> Found:
+def find_scans(place: Path, kinds: Sequence[Kind], series: str = "", fill: float | None = None) -> Found:
     """Return a file, or the scans under a folder.
 
     Args:
         place: A file of any kind, a DICOMDIR, a folder of DICOM slices, or a folder of such.
         kinds: What is looked for in a folder.
         series: SeriesInstanceUID or SeriesDescription of the DICOM series that are meant; empty for all.
+        fill: Intensity of voxels that have none, in all of them; None refuses such voxels.
 
     Raises:
         InputError: There is none.
@@ -75,7 +76,7 @@ def find_scans(place: Path, kinds: Sequence[Kind], series: str = "") -> Found:
         what = "scan" if "picture" in kinds else "volume"
         raise InputError(place, f"a {what} or a folder of {what}s", "nothing", "check the path")
     if place.is_file() and place.name.upper() != INDEX:
-        return Found((ScanFiles(place, series),), ())
+        return Found((ScanFiles(place, series, fill=fill),), ())
     root = place.absolute().parent if place.is_file() else place
     files: dict[Kind | None, list[Path]] = {}
     for path in walk_files(root):
@@ -97,7 +98,8 @@ def find_scans(place: Path, kinds: Sequence[Kind], series: str = "") -> Found:
         wanted = ", ".join(suffix for kind in kinds for suffix in KIND_SUFFIXES.get(kind, ()))
         expected = f"scans ({wanted}{', or DICOM files' * ('dicom' in kinds)})"
         raise InputError(place, expected, "none in this folder", "check the path")
-    return Found(tuple(sorted(scans, key=lambda scan: scan.path)), tuple(_shortened(notes)))
+    found = sorted((scan._replace(fill=fill) for scan in scans), key=lambda scan: scan.path)
+    return Found(tuple(found), tuple(_shortened(notes)))
 
 
 def describe(scan: ScanFiles | Path) -> tuple[tuple[int, ...], str | None]:

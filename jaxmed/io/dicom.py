@@ -34,7 +34,7 @@ from jaxmed.io.dicom_files import (
     warning_notes,
 )
 from jaxmed.io.dicom_pixels import decode
-from jaxmed.volume import Grid, Volume
+from jaxmed.volume import Grid, Volume, require_intensities
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -96,7 +96,12 @@ def read_series(path: str | Path, *, series: str | None = None, allow_shear: boo
 
 
 def read_with_notes(
-    path: str | Path, *, series: str | None = None, allow_shear: bool = False, files: Sequence[Path] = ()
+    path: str | Path,
+    *,
+    series: str | None = None,
+    allow_shear: bool = False,
+    files: Sequence[Path] = (),
+    fill: float | None = None,
 ) -> Read:
     """Do what `read_series` does, and tell what is unexpected.
 
@@ -105,6 +110,7 @@ def read_with_notes(
         series: As there.
         allow_shear: As there.
         files: What to look at instead of everything under the path.
+        fill: Intensity of voxels that have none; None refuses them.
 
     Raises:
         InputError: As there.
@@ -124,7 +130,7 @@ def read_with_notes(
         for z in slices:
             frame = frames[order[z]]
             array[..., z] = rescale(stored[frame.number], frame).T
-    require_finite(path, array)
+    array = require_intensities(array, path, fill=fill)
     return Read(Volume.make(array, affine), (*notes, *copies, *further, *warning_notes(warned)))
 
 
@@ -449,14 +455,3 @@ def _rounding(positions: Float64[np.ndarray, "slice 3"]) -> Float64[np.ndarray, 
 def rescale(stored: Shaped[np.ndarray, "row column"], frame: Frame) -> Float64[np.ndarray, "row column"]:
     """Return the values of a frame; in double precision, so that a large intercept rounds once."""
     return stored.astype(np.float64) * frame.slope + frame.intercept
-
-
-def require_finite(path: Path, array: Shaped[np.ndarray, "..."]) -> None:
-    """Refuse NaN and Inf.
-
-    Raises:
-        InputError: There are some.
-    """
-    bad = array.size - int(np.isfinite(array).sum())
-    if bad:
-        raise InputError(path, "finite voxels", f"{bad} NaN or Inf voxels of {array.size}")

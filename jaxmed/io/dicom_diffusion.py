@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.io.dicom import CONVERT, Frame, arrange, group_of, open_series, read_frames, require_finite, rescale
+from jaxmed.io.dicom import CONVERT, Frame, arrange, group_of, open_series, read_frames, rescale
 from jaxmed.io.dicom_files import Image, collect_warnings, read_numbers, warning_notes
 from jaxmed.io.dicom_pixels import decode
 from jaxmed.io.gradients import MAX_NORM_ERROR, GradientTable, from_world
-from jaxmed.volume import Volume
+from jaxmed.volume import Volume, require_intensities
 
 POSITION_STEP = 1e-2  # mm: positions closer than this are one slice
 
@@ -71,7 +71,7 @@ def read_diffusion(
         stored = decode(file, warned)
         for z, number, frame in slices:
             array[..., z, number] = rescale(stored[frame.number], frame).T
-    require_finite(path, array)
+    array = require_intensities(array, path)
     table = _make_table(path, images, affine, b0_threshold)
     return Volume.make(array, affine), table._replace(notes=(*table.notes, *notes, *warning_notes(warned)))
 

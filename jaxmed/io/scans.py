@@ -30,12 +30,14 @@ class ScanFiles(NamedTuple):
         series: SeriesInstanceUID or SeriesDescription, where the folder may hold several series; empty for the one.
         files: The slices themselves, where there are others under the folder; empty for what lies there.
         study: StudyInstanceUID, where it is known: scans of one study are of one person.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values); None refuses them.
     """
 
     path: Path
     series: str = ""
     files: tuple[Path, ...] = ()
     study: str = ""
+    fill: float | None = None
 
 
 class ScanVolume(NamedTuple):
@@ -74,13 +76,13 @@ def read_volume(scan: ScanFiles | Path, *, allow_plane: bool = False) -> ScanVol
     scan = scan if isinstance(scan, ScanFiles) else ScanFiles(scan)
     kind = volume_kind(scan.path)
     if kind == "dicom":
-        volume, notes = dicom.read_with_notes(scan.path, series=scan.series or None, files=scan.files)
+        volume, notes = dicom.read_with_notes(scan.path, series=scan.series or None, files=scan.files, fill=scan.fill)
         if volume.array.min() == volume.array.max():
             found = f"a constant volume, {volume.array.flat[0]:g} everywhere"
             raise InputError(scan.path, "an image with contrast", found)
         knows_frame = True
     else:
-        volume = nifti.read(scan.path, dimensions=(3,), allow_constant=False)
+        volume = nifti.read(scan.path, dimensions=(3,), allow_constant=False, fill=scan.fill)
         header = nifti.describe(scan.path)
         knows_frame, notes = header["orientation"] is not None, ()
         if header["forms_agree"] is False:

@@ -214,3 +214,28 @@ def test_what_is_no_scan_is_told(content, tmp_path):
         find_scans(tmp_path, KINDS)
     with pytest.raises(InputError, match="a volume or a folder of volumes, found nothing"):
         find_scans(tmp_path / "nowhere", KINDS)
+
+
+@pytest.mark.parametrize("kind", ["nifti", "dicom"])
+def test_fill_values_are_refused_or_replaced_in_scans_of_every_kind(tmp_path, kind):
+    volume = scan()
+    array = volume.array.copy()
+    array[0] = -1e30
+    if kind == "nifti":
+        nifti.write(tmp_path / "a.nii.gz", Volume.make(array, volume.affine))
+    else:
+        slices = make_slices(volume)
+        for one in slices[1:]:
+            one.RescaleSlope = "1e30"  # of a whole slice
+        save_slices(slices, tmp_path)
+    with pytest.raises(
+        InputError, match=r"expected intensities of at most 1e\+09 in size, .*; replace them with --fill"
+    ):
+        read_volume(find_scans(tmp_path, KINDS).scans[0])
+    found = find_scans(tmp_path, KINDS, fill=-1000.0)
+    assert [one.fill for one in found.scans] == [-1000.0]
+    read = read_volume(found.scans[0]).volume.array
+    if kind == "nifti":
+        np.testing.assert_array_equal(read, np.where(array < -1e9, -1000, array))
+    else:
+        assert np.abs(read).max() < 4000

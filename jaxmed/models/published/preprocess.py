@@ -28,7 +28,7 @@ from jaxmed.files import require_file
 from jaxmed.io.images import ARRAY_SUFFIXES
 from jaxmed.io.numpy_files import array_names, read_array, read_member
 from jaxmed.io.scans import ScanFiles, read_volume
-from jaxmed.volume import Grid, Volume
+from jaxmed.volume import Grid, Volume, require_intensities
 
 # What each axis of the cube should run along: D, H, W.
 ANATOMY = (("superior-inferior", "SI"), ("anterior-posterior", "AP"), ("left-right", "LR"))
@@ -192,7 +192,7 @@ def load_input(scan: ScanFiles | str | Path, preprocess: Preprocess) -> Float32[
 
 
 def _load_cube(path: Path) -> Shaped[np.ndarray, "..."]:
-    require_file(path, "a NumPy file")
+    require_file(path, "a NumPy file", kinds=("npy", "zip"))
     try:
         if not zipfile.is_zipfile(path):
             cube = read_array(path)
@@ -215,10 +215,9 @@ def _load_cube(path: Path) -> Shaped[np.ndarray, "..."]:
 def _check_array(where: str, array: Shaped[np.ndarray, "..."]) -> None:
     if array.ndim != 3 or 0 in array.shape:
         raise InputError(where, "a 3D volume", f"shape {array.shape}", "choose one volume of it")
-    low, high = array.min(), array.max()  # NaN and Inf show in one of them
-    if not np.isfinite([low, high]).all():
-        bad = array.size - int(np.isfinite(array).sum())
-        raise InputError(where, "finite voxels", f"{bad} NaN or Inf of {array.size}", "mask or repair them first")
+    if array.dtype.kind == "f":
+        require_intensities(array, where)
+    low, high = array.min(), array.max()
     if low == high:
         raise InputError(where, "an image with contrast", f"a constant volume, {low:g} everywhere")
 

@@ -70,7 +70,9 @@ def score_cohort(
         The set, and in words what could not be scored.
     """
     log.say(f"Scoring {len(cohort.paths):,} scans of {name}.")
-    source = ForgivingSource(volume_source(cohort.paths, preprocess, series=cohort.series), (*preprocess.size, 1))
+    source = ForgivingSource(
+        volume_source(cohort.paths, preprocess, series=cohort.series, fill=cohort.fill), (*preprocess.size, 1)
+    )
     # Reasons are noted where records are read, which has to be this process.
     reading = dataclasses.replace(recipe, loader=dataclasses.replace(recipe.loader, num_workers=0))
     logits = score(reading, adapted.config, adapted.params, source, Prepared(preprocess))

@@ -77,7 +77,7 @@ class Scan(NamedTuple):
 
 
 def find_records(
-    manifest: Path | None, place: Path | None, split: str = "", series: str = ""
+    manifest: Path | None, place: Path | None, split: str = "", series: str = "", fill: float | None = None
 ) -> tuple[list[Record], tuple[str, ...]]:
     """List the scans of a job.
 
@@ -86,6 +86,7 @@ def find_records(
         place: Instead of a table: a file, a DICOM folder, or a folder of such.
         split: Of a manifest, only rows with this word under "split"; empty for all.
         series: Which DICOM series is meant where a folder holds several.
+        fill: Intensity of voxels that have none; None refuses them.
 
     Returns:
         The records, and notes on what was passed over.
@@ -97,7 +98,7 @@ def find_records(
         found = "neither" if place is None else "both"
         raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
     if place is not None:
-        scans, notes = find_scans(place, KINDS, series)
+        scans, notes = find_scans(place, KINDS, series, fill)
         root = place if place.is_dir() and [scan.path for scan in scans] != [place] else place.parent
         return _named([(os.path.relpath(scan.path, root), scan, {}) for scan in scans]), notes
     assert manifest is not None
@@ -113,7 +114,7 @@ def find_records(
         resolve_paths(table)  # says which are missing, and from where they were looked for
     cells = [row["path"] if not Path(row["path"]).is_absolute() else Path(row["path"]).name for row in rows]
     return _named(
-        [(cell, ScanFiles(path, series), row) for cell, path, row in zip(cells, paths, rows, strict=True)]
+        [(cell, ScanFiles(path, series, fill=fill), row) for cell, path, row in zip(cells, paths, rows, strict=True)]
     ), ()
 
 

@@ -83,6 +83,7 @@ class Cohort(NamedTuple):
         targets: Labels as the loss takes them, regression values in their unit; NaN where missing.
         cells: The labels as written in the table.
         series: Which DICOM series is meant where a folder holds several.
+        fill: Intensity of voxels that have none; None refuses them.
     """
 
     paths: tuple[Path, ...]
@@ -91,6 +92,7 @@ class Cohort(NamedTuple):
     targets: Float32[np.ndarray, "record column"]
     cells: tuple[tuple[str, ...], ...]
     series: str = ""
+    fill: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -262,6 +264,7 @@ def read_cohort(
     *,
     may_miss: bool = False,
     series: str = "",
+    fill: float | None = None,
 ) -> Cohort:
     """Return the scans of a table.
 
@@ -272,6 +275,7 @@ def read_cohort(
         splits: One word per record.
         may_miss: Whether files may be missing, to fail one by one later.
         series: Which DICOM series is meant where a folder holds several.
+        fill: Intensity of voxels that have none; None refuses them.
 
     Raises:
         InputError: A label or a file is wrong.
@@ -280,7 +284,7 @@ def read_cohort(
     paths = [resolve_path(c, folder) for c in table.column("path")] if may_miss else resolve_paths(table)
     cells = tuple(tuple(row[name] for name in config.columns) for row in table.rows)
     targets = read_targets(table, config, meaning)
-    return Cohort(tuple(paths), np.array(subjects_of(table)), np.array(splits), targets, cells, series)
+    return Cohort(tuple(paths), np.array(subjects_of(table)), np.array(splits), targets, cells, series, fill)
 
 
 def take(cohort: Cohort, rows: np.ndarray) -> Cohort:
@@ -292,6 +296,7 @@ def take(cohort: Cohort, rows: np.ndarray) -> Cohort:
         cohort.targets[rows],
         tuple(cohort.cells[row] for row in rows),
         cohort.series,
+        cohort.fill,
     )
 
 

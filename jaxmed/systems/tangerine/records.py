@@ -20,6 +20,7 @@ class Prepared:
     """What a record's image went through: names it in a cache, and hands it to the device as float32."""
 
     preprocess: Preprocess
+    fill: float | None = None
 
     def __call__(self, fields: dict[str, Any], generator: object = None) -> dict[str, Any]:
         """Return the fields, the image as an array."""
@@ -32,7 +33,11 @@ def read_manifest(path: Path) -> Table:
 
 
 def volume_source(
-    scans: Sequence[ScanFiles | Path], preprocess: Preprocess, cache: Path | None = None, series: str = ""
+    scans: Sequence[ScanFiles | Path],
+    preprocess: Preprocess,
+    cache: Path | None = None,
+    series: str = "",
+    fill: float | None = None,
 ) -> FileSource | PackedSource:
     """Make a source of prepared volumes under the field "image".
 
@@ -41,15 +46,16 @@ def volume_source(
         preprocess: What each goes through.
         cache: Folder in which prepared volumes are kept, float16, to be read in place from then on.
         series: Which DICOM series is meant where a folder holds several, of scans that do not say it themselves.
+        fill: Intensity of voxels that have none, likewise.
     """
-    listed = [scan if isinstance(scan, ScanFiles) else ScanFiles(scan, series) for scan in scans]
+    listed = [scan if isinstance(scan, ScanFiles) else ScanFiles(scan, series, fill=fill) for scan in scans]
     source = FileSource(
         {"image": tuple(scan.path for scan in listed)},
         readers={"image": partial(_load, {scan.path: scan for scan in listed}, preprocess)},
     )
     if cache is None:
         return source
-    return pack(source, cache, Prepared(preprocess), PackConfig("float16"))
+    return pack(source, cache, Prepared(preprocess, listed[0].fill), PackConfig("float16"))
 
 
 def _load(scans: Mapping[Path, ScanFiles], preprocess: Preprocess, path: Path) -> np.ndarray:

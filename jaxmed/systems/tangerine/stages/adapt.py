@@ -109,6 +109,8 @@ class Config:
         hidden: Width of a hidden layer with leaky ReLU and BatchNorm in the head, 64 in the released code; 0 for none.
         preprocess: How the files' axes lie, where it is not as the weights expect.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
+        fill: Intensity in HU of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are
+            refused.
         mode: "full" trains everything; "frozen" the head alone; "logistic" fits an L2 logistic regression (ridge for
             regression) to standardised features.
         optimizer: AdamW with a cosine, and rates that fall towards the first layers.
@@ -141,6 +143,7 @@ class Config:
     hidden: int = 0
     preprocess: FrameConfig = FrameConfig()
     series: str = ""
+    fill: float | None = None
     mode: Literal["full", "frozen", "logistic"] = "full"
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, end_lr=1e-6, weight_decay=0.05, layer_decay=0.75)
     epochs: float = 200
@@ -275,7 +278,7 @@ def run(config: Config, folder: RunFolder) -> int:
     # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
     learnt = [path for path, split in zip(scans.cohort.paths, scans.cohort.splits, strict=True) if split != "test"]
     unexpected = check_volumes(
-        [ScanFiles(path, config.series) for path in learnt], first.preprocess, config.data.check,
+        [ScanFiles(path, config.series, fill=config.fill) for path in learnt], first.preprocess, config.data.check,
         config.loader.num_threads,
     )  # fmt: skip
     if not is_embedded:
@@ -339,7 +342,7 @@ def read_scans(config: Config) -> Scans:
     splits = find_splits(table, config.label, config.data.fractions, config.seed)
     meaning = find_meaning(table, config.label, splits)
     task = meaning.task
-    cohort = read_cohort(table, config.label, meaning, splits, series=config.series)
+    cohort = read_cohort(table, config.label, meaning, splits, series=config.series, fill=config.fill)
     check_classes(cohort, task, table.path, config.select == "auroc")
     if config.select == "auroc" and task.kind == "regression":
         raise InputError("select", "loss, for a regression", "auroc")
@@ -354,7 +357,7 @@ def read_scans(config: Config) -> Scans:
     for external in externals:
         other = read_labelled(external.path, config.label)
         words = [external.name] * len(other)
-        found = read_cohort(other, config.label, meaning, words, may_miss=True, series=config.series)
+        found = read_cohort(other, config.label, meaning, words, may_miss=True, series=config.series, fill=config.fill)
         others.append((external, found))
         keys = file_keys([*learnt, *found.paths])
         if shared := set(keys[: len(learnt)]) & set(keys[len(learnt) :]):
@@ -474,7 +477,7 @@ def train_model(
     needed = np.sort(np.concatenate(list(rows.values())))
     paths = tuple(cohort.paths[row] for row in needed)
     source = LabelledSource(
-        volume_source(paths, first.preprocess, config.data.cache, config.series), cohort.targets[needed]
+        volume_source(paths, first.preprocess, config.data.cache, config.series, config.fill), cohort.targets[needed]
     )
     train, validation = (SubsetSource(source, np.searchsorted(needed, rows[s])) for s in ("train", "validation"))
     log.say(f"{len(train):,} scans to train on, {len(validation):,} to select on.")

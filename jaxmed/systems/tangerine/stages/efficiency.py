@@ -129,7 +129,7 @@ def run(config: Config, folder: RunFolder) -> int:
     })  # fmt: skip
     cache = config.data.cache or folder.path / "inputs" / "volumes"
     source = LabelledSource(
-        volume_source(scans.cohort.paths, first.preprocess, cache, config.series), scans.cohort.targets
+        volume_source(scans.cohort.paths, first.preprocess, cache, config.series, config.fill), scans.cohort.targets
     )
     transform = Prepared(first.preprocess)
     shapes = check_run(config.recipe(config.class_weights), first.model, task)

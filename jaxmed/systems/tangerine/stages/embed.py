@@ -70,6 +70,8 @@ class Config:
         kinds: class (1024 numbers of the published model), pooled (1024), concat (2048), pre_logits (2048).
         preprocess: How the files' axes lie, where it is not as the weights expect.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
+        fill: Intensity in HU of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are
+            refused.
         batch: Scans at a time, and threads that read them.
         mesh: The devices; by default one.
         dtype: Of the matrix products.
@@ -82,6 +84,7 @@ class Config:
     kinds: tuple[Kind, ...] = ("concat",)
     preprocess: FrameConfig = FrameConfig()
     series: str = ""
+    fill: float | None = None
     batch: BatchConfig = BatchConfig()
     mesh: MeshConfig = MeshConfig(data=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -115,7 +118,7 @@ def run(config: Config, folder: RunFolder) -> int:
         find_records(config.data.manifest, config.input, config.data.split)
     if config.is_synthetic or (config.data.embedded and config.weights is None):
         config, notes = make_embedded(config, folder)
-    records, passed = find_records(config.data.manifest, config.input, config.data.split, config.series)
+    records, passed = find_records(config.data.manifest, config.input, config.data.split, config.series, config.fill)
     notes += passed
     if config.weights is None:
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")

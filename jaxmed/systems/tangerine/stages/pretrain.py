@@ -98,6 +98,8 @@ class Config:
         warm_start: A published 2D transformer in timm's names (MAE, say) whose blocks training starts from: tensors of
             the same name and shape are taken, patches, positions and prediction are drawn.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
+        fill: Intensity in HU of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are
+            refused.
         preprocess: From a file to the model's input; its size is always that of the model's image.
         model: The masked autoencoder; its dtype is set by --dtype.
         optimizer: AdamW with a cosine.
@@ -117,6 +119,7 @@ class Config:
     weights: Path | None = None
     warm_start: Path | None = None
     series: str = ""
+    fill: float | None = None
     preprocess: Preprocess = Preprocess()
     model: MaeConfig = MaeConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, b1=0.9, b2=0.95, weight_decay=0.05)
@@ -309,10 +312,10 @@ def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
         raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
     if manifest is not None:
         table = read_manifest(manifest)
-        scans, passed = [ScanFiles(path, config.series) for path in resolve_paths(table)], ()
+        scans, passed = [ScanFiles(path, config.series, fill=config.fill) for path in resolve_paths(table)], ()
     else:
         assert place is not None
-        scans, passed = find_scans(place, KINDS, config.series)
+        scans, passed = find_scans(place, KINDS, config.series, config.fill)
         # Series of one study show one person.
         rows = [{"path": str(scan.path), "subject": scan.study} for scan in scans]
         table = make_table(place, ("path", "subject"), rows)
