@@ -16,6 +16,7 @@ from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
+from jaxmed.io import nifti
 from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
@@ -28,7 +29,7 @@ from jaxmed.systems.dynamicdps.comparison import NOISE, average, compare, plan_c
 from jaxmed.systems.dynamicdps.networks import write_network
 from jaxmed.systems.dynamicdps.reading import FrameConfig
 from jaxmed.systems.dynamicdps.scoring import MEASURES, make_scorer, make_subject, score_subject
-from jaxmed.systems.dynamicdps.stages.compare import Config
+from jaxmed.systems.dynamicdps.stages.compare import Config, read_subjects
 
 SIZE = (16, 16)
 PLAIN_SCAN = LowField(gamma=1.0, scale=2.0, sigma=0.7, radius=3, noise=0.01)
@@ -159,6 +160,14 @@ def command(files, out, *further):
         "--method.start", "fixed", "--method.fixed-start", "4", "--method.steps", "10", "--batch-size", "4",
         "--other-gamma", "0", *further,
     ]  # fmt: skip
+
+
+def test_scans_of_one_name_in_two_folders_are_two_subjects(tmp_path):
+    scan = nifti.read(next((write_brain_cohort(tmp_path / "made", 1, 1, (32, 32)).parent / "scans").iterdir()))
+    for name in ("a/T1.nii.gz", "b/T1.nii.gz", "b_T1.nii"):
+        nifti.write(tmp_path / "scans" / name, scan)
+    subjects = read_subjects(Config(input=tmp_path / "scans", slices=1), FrameConfig((32, 32)))
+    assert [(one.name, len(one.images)) for one in subjects] == [("a_T1", 1), ("b_T1", 1), ("b_T1_2", 1)]
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,10 @@ Stages:
   2. jaxmed dynamicdps train-initial --input SCANS --out runs/initial
      a conditional network, trained on pairs that the low-field simulator makes.
   3. jaxmed dynamicdps calibrate ...   the bank of residuals, tau, and the scanner's contrast and blur.
-  4. jaxmed dynamicdps enhance ...     refine scans: image, uncertainty, residual curve, tissue volumes.
-  5. jaxmed dynamicdps compare ...     all methods on simulated scans with known truth, with intervals.
+  4. jaxmed dynamicdps enhance ...     refine scans: image, uncertainty, residual curve, tissue volumes. The preset
+     paper is the authors' released code; --solver takes another method of compare's.
+  5. jaxmed dynamicdps compare ...     all methods on simulated scans with known truth, with intervals: DynamicDPS, DPS,
+     DDRM, DDNM, DiffPIR, PiGDM, RED-diff, DAPS, PnP-DPIR, CCDF, and the conditional models alone.
 
 Images of the networks lie in [0, 2], background 0. Scans are turned to RAS+ and scaled by a percentile of the head; the
 scale and the grid are kept, and results go back to both. Subjects are split, never slices.

@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from jaxmed.arrays.types import Params
 from jaxmed.data.cohort import stated_splits, subjects_of
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, make_folder
+from jaxmed.files import atomic_path, make_folder, unique_names
 from jaxmed.io.tables import read_table, resolve_paths, write_table
 from jaxmed.physics.lowfield import LowField
 from jaxmed.recipes.study import Cell, Result, run_study
@@ -31,6 +31,7 @@ from jaxmed.systems.dynamicdps.comparison import NOISE, Difference, Mean, averag
 from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
 from jaxmed.systems.dynamicdps.options import MethodConfig, read_calibration
 from jaxmed.systems.dynamicdps.reading import (
+    SUFFIXES,
     FrameConfig,
     cut_images,
     find_files,
@@ -328,7 +329,11 @@ def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
         raise InputError("manifest, input", "one of them", found, "or try --preset smoke")
     if config.manifest is None:
         assert config.input is not None
-        files = [(path.stem, path, None) for path in find_files(config.input)]
+        paths = find_files(config.input)
+        root = config.input if config.input.is_dir() else config.input.parent
+        # Every scan is a subject of its own, whatever its folder's files are called.
+        names = unique_names([path.relative_to(root) for path in paths], SUFFIXES)
+        files = [(name, path, None) for name, path in zip(names, paths, strict=True)]
     else:
         files = _listed(config.manifest)
     grouped: dict[str, list[tuple[np.ndarray, np.ndarray | None]]] = {}
