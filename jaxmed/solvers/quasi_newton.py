@@ -132,10 +132,16 @@ def _inverse_hessian(gradient: Array, moves: Array, changes: Array, curvatures: 
     return jax.lax.scan(forward, r, (moves, changes, inverse, alphas))[0]
 
 
+def _norm(vector: Array) -> Array:
+    """Return the length of a vector; its slope at 0 is 0, so that a whole minimisation can be differentiated."""
+    square = jnp.vdot(vector, vector)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
 def _steepest(gradient: Array, moves: Array) -> Array:
     """Return the downhill direction, as long as the last move; without one a tenth at most: no scale is known."""
     tiny = jnp.finfo(gradient.dtype).tiny
-    norm, last = jnp.maximum(jnp.linalg.norm(gradient), tiny), jnp.linalg.norm(moves[-1])
+    norm, last = jnp.maximum(_norm(gradient), tiny), _norm(moves[-1])
     return -gradient * jnp.where(last > 0, last / norm, jnp.minimum(1.0, 0.1 / norm))
 
 

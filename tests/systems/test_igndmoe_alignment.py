@@ -117,6 +117,34 @@ def test_regions_that_were_not_measured_do_not_count():
     np.testing.assert_allclose(profiled_error(prepared, COURSE), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_stages_and_errors_have_the_slope_of_finite_differences(holes):
+    # The search compares and has none; stages move by the implicit function theorem, with data and with the course.
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        start, times = jnp.array([0.05, 0.03, 0.02]), jnp.linspace(0.0, 30.0, 33)
+        rates, present = jnp.array([0.3, 0.2, 0.15]), jnp.asarray(PRESENT)
+        measured = present[..., None] & jnp.asarray(~HOLES) if holes else None
+
+        def course(rates):
+            return solve_fixed(lambda t, c, r: r * c * (1 - c), start, times, rates)
+
+        clean = interpolate(course(rates), jnp.asarray(ONSETS[:, None] + GAPS, float))
+        values = jnp.where(present[..., None], clean + rng.normal(0, 0.05, clean.shape), 0.0)
+
+        @jax.jit
+        def result(rates, values):
+            visits = Visits(values, jnp.asarray(GAPS, float), present, measured)
+            found = align(course(rates), visits, 128, 60)
+            return jnp.sum(found.onsets * jnp.arange(1.0, 5.0)) + found.errors.sum()
+
+        slopes = jax.jit(jax.grad(result, (0, 1)))(rates, values)
+        along = (jnp.array([0.1, -0.2, 0.3]), jnp.asarray(rng.normal(size=values.shape)))
+        ahead, behind = (result(rates + e * along[0], values + e * along[1]) for e in (1e-3, -1e-3))
+        expected = jnp.vdot(slopes[0], along[0]) + jnp.vdot(slopes[1], along[1])
+        np.testing.assert_allclose((ahead - behind) / 2e-3, expected, rtol=1e-3)
+
+
 def test_what_stands_where_nothing_was_measured_changes_nothing():
     visits = with_holes(seen(ONSETS))
     other = visits._replace(measured=np.ones_like(HOLES))

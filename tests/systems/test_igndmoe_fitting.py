@@ -3,13 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
 from jaxmed.arrays.graphs import graph_operators
+from jaxmed.arrays.visits import take_subjects
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
+from jaxmed.systems import igndmoe
 from jaxmed.systems.igndmoe.fitting import bootstrap_weights, fit_runs, make_problem, programs
 from jaxmed.systems.igndmoe.options import FitConfig
 
@@ -89,14 +92,32 @@ def test_many_runs_in_one_program_are_those_alone(cohort, graph):
 
 
 def test_the_five_line_example():
-    from jaxmed.arrays.graphs import graph_operators
-    from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
-    from jaxmed.systems import igndmoe
-
     adjacency = random_connectome(0, 8, 0.4).adjacency
     cohort = simulate_cohort(jax.random.key(0), adjacency, seeds=(0, 4), config=CohortConfig(subjects=60))
     found = igndmoe.fit(cohort.visits, graph_operators(adjacency), FKPP, seeds=(0, 4))
     assert found.onsets.shape == (60,) and found.course.states.shape == (33, 8) and bool(found.succeeded)
+
+
+def test_a_traced_fit_is_the_hosts_and_what_cannot_be_traced_says_so(cohort, graph):
+    # Contracts, section 9: under jit and vmap; grad is refused, as the docstring announces.
+    short = dataclasses.replace(FKPP, steps=4, loops=1)
+    visits = jax.tree.map(jnp.asarray, take_subjects(cohort.visits, slice(0, 20)))
+    pair = jnp.stack([visits.values, 0.9 * visits.values])
+    traced = jax.jit(jax.vmap(lambda values: igndmoe.fit_on_device(visits._replace(values=values), graph, short)))(pair)
+    alone = igndmoe.fit(visits, graph, short)
+    np.testing.assert_allclose(traced.course.states[0], alone.course.states, atol=1e-4)
+    np.testing.assert_allclose(traced.errors[0], alone.errors, rtol=1e-3, atol=2e-5)
+    assert int(traced.rounds[0]) == int(alone.rounds) == 1
+    assert not np.allclose(traced.errors[1], alone.errors, rtol=0.05)
+    # Without seeds it starts where values are highest.
+    known = np.asarray(visits.present)[..., None]
+    highest = np.argmax((np.asarray(visits.values) * known).sum(axis=(0, 1)))
+    assert np.flatnonzero(alone.course.states[0]).tolist() == [highest]
+    with pytest.raises(ValueError, match=r"igndmoe.fit_on_device: expected no derivative .* alignment.align"):
+        jax.grad(lambda v: igndmoe.fit_on_device(visits._replace(values=v), graph, short).errors.sum())(pair[0])
+    for transform in (jax.jit, jax.vmap, jax.grad):
+        with pytest.raises(ValueError, match=r"igndmoe.fit: expected arrays, got traced ones; .*fit_on_device"):
+            transform(lambda v: igndmoe.fit(visits._replace(values=v), graph, short).errors.sum())(visits.values)
 
 
 def test_bootstrap_draws_have_as_many_subjects_as_the_cohort(key):

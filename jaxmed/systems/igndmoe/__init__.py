@@ -23,6 +23,7 @@ Stages:
 
 Try it without data:  jaxmed igndmoe fit --preset smoke --out runs/igndmoe
 From Python:          from jaxmed.systems import igndmoe; fit = igndmoe.fit(visits, graph, config, seeds)
+                      igndmoe.fit_on_device is the same to trace, for jax.jit and jax.vmap.
 
 Deviations, each told where it is made: the released code is a fragment (no training loop, no graph auto-encoder, no
 configuration), so the optimiser (limited-memory BFGS), rounds and the auto-encoder's layers are ours; experts are
@@ -36,12 +37,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxmed.systems.igndmoe.fitting import fit as fit
+    from jaxmed.systems.igndmoe.fitting import fit_on_device as fit_on_device
 
 
 def __getattr__(name: str) -> object:
     """Import a Python call when it is used: `jaxmed igndmoe` must not wait for jax."""
-    if name == "fit":
-        from jaxmed.systems.igndmoe.fitting import fit
+    if name in ("fit", "fit_on_device"):
+        from jaxmed.systems.igndmoe import fitting
 
-        return fit
+        return getattr(fitting, name)
     raise AttributeError(name)

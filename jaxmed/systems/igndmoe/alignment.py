@@ -6,7 +6,8 @@ z y of all visits from one matrix product and z z' computed once. Where regions 
 the others: then it is computed for every visit and interval of the grid.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +59,29 @@ def align(trajectory: Trajectory, visits: Visits, num_stages: int = 512, num_pol
 
     Source: arXiv:2508.07032, the alignment step. Grid, polish and clipping are ours: the paper does not say.
     """
-    products = _products(trajectory, visits)
+    onsets = _find_onsets(trajectory, visits, num_stages, num_polish)
+    last = _last_onsets(trajectory, visits)
+    step = last / (num_stages - 1)
+    clipped = (onsets < step / 2) | (onsets > last - step / 2)
+    return Alignment(onsets, _errors(_products(trajectory, visits), trajectory, visits, onsets), clipped)
+
+
+def subject_errors(
+    trajectory: Trajectory, visits: Visits, onsets: Float[Array, " subject"]
+) -> Float[Array, " subject"]:
+    """Sum squared errors over visits and regions at given stages."""
+    return _errors(_products(trajectory, visits), trajectory, visits, onsets)
+
+
+def _last_onsets(trajectory: Trajectory, visits: Visits) -> Array:
     followed = jnp.max(jnp.where(visits.present, visits.gaps, 0.0), axis=1)
-    last = jnp.maximum(trajectory.times[-1] - followed, 0.0)
+    return jnp.maximum(trajectory.times[-1] - followed, 0.0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _find_onsets(trajectory: Trajectory, visits: Visits, num_stages: int, num_polish: int) -> Array:
+    """Search the grid and its best interval; comparisons have no slope, so that is told apart (`_move_onsets`)."""
+    products, last = _products(trajectory, visits), _last_onsets(trajectory, visits)
     shares = jnp.linspace(0.0, 1.0, num_stages, dtype=trajectory.times.dtype)
     # One stage at a time for all subjects: a table of all would not fit a cache.
     table = jax.lax.map(lambda share: _errors(products, trajectory, visits, share * last), shares)
@@ -78,16 +99,27 @@ def align(trajectory: Trajectory, visits: Visits, num_stages: int = 512, num_pol
     (low, high), _ = jax.lax.scan(shrink, (low, high), length=num_polish)
     onsets = (low + high) / 2
     # Rounding must not push the last visit off the trajectory.
-    onsets = jnp.clip(onsets, 0.0, last)
-    clipped = (onsets < step / 2) | (onsets > last - step / 2)
-    return Alignment(onsets, _errors(products, trajectory, visits, onsets), clipped)
+    return jnp.clip(onsets, 0.0, last)
 
 
-def subject_errors(
-    trajectory: Trajectory, visits: Visits, onsets: Float[Array, " subject"]
-) -> Float[Array, " subject"]:
-    """Sum squared errors over visits and regions at given stages."""
-    return _errors(_products(trajectory, visits), trajectory, visits, onsets)
+@_find_onsets.defjvp
+def _move_onsets(
+    num_stages: int, num_polish: int, primals: tuple[Trajectory, Visits], tangents: Any
+) -> tuple[Array, Array]:
+    """Move stages as data and course do: where the slope of the errors is 0, it stays so (implicit differentiation)."""
+    trajectory, visits = primals
+    onsets = _find_onsets(trajectory, visits, num_stages, num_polish)
+
+    def slope(trajectory: Trajectory, visits: Visits, at: Array) -> Array:
+        products = _products(trajectory, visits)
+        return jax.jvp(lambda t: _errors(products, trajectory, visits, t), (at,), (jnp.ones_like(at),))[1]
+
+    curvature = jax.jvp(lambda t: slope(trajectory, visits, t), (onsets,), (jnp.ones_like(onsets),))[1]
+    change = jax.jvp(lambda course, seen: slope(course, seen, onsets), primals, tangents)[1]
+    last = _last_onsets(trajectory, visits)
+    step = last / (num_stages - 1)
+    is_free = (onsets > step / 2) & (onsets < last - step / 2) & (curvature > 0)
+    return onsets, jnp.where(is_free, -change / jnp.where(is_free, curvature, 1.0), 0.0)
 
 
 def _products(trajectory: Trajectory, visits: Visits) -> Products:

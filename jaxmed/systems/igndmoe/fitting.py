@@ -2,16 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.graphs import GraphOperators
 from jaxmed.arrays.types import Params
-from jaxmed.arrays.visits import Visits, mark_missing
+from jaxmed.arrays.visits import Visits, is_measured, mark_missing
 from jaxmed.models.graph_diffusion import make_progression_model
 from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.systems.igndmoe import dual
@@ -48,28 +49,80 @@ class Fit(NamedTuple):
 Watch = Callable[[dual.DualState, dual.Info], None]
 
 
-def fit(visits: Visits, graph: GraphOperators, config: FitConfig, seeds: tuple[int, ...]) -> Fit:
-    """Fit the course of a disease to the visits of a cohort.
+def fit(
+    visits: Visits, graph: GraphOperators, config: FitConfig = FitConfig(), seeds: tuple[int, ...] | None = None
+) -> Fit:
+    """Fit the course of a disease to the visits of a cohort: the host's driver, which stops when the fit has settled.
+
+    It looks at numbers between rounds, so it runs compiled programs and cannot itself be traced: under `jax.jit` or
+    `jax.vmap` call `fit_on_device`, which also says what has a derivative.
 
     Args:
-        visits: Regional values on [0, 1] and years since the first visit.
+        visits: Regional values on [0, 1], NaN where not measured, and years since the first visit.
         graph: Connectome, from `arrays.graphs.graph_operators`.
         config: Equation and recipe; a share of subjects is kept for early stopping.
-        seeds: Regions where the disease starts.
+        seeds: Numbers of the regions where the disease starts. None takes the one with the highest mean value, a guess
+            that knows nothing of anatomy: give them where they are known, for tau the two entorhinal ones.
+
+    Raises:
+        ValueError: It is traced, or there is a seed that is no region.
     """
-    count = len(visits.present)
-    validation = np.zeros((1, count), np.float32)
-    chosen = np.random.default_rng(config.seed).permutation(count)[: round(config.validation * count)]
-    validation[0, chosen] = 1
-    runs = fit_runs(visits, graph, config, seeds, 1 - validation, validation, np.array([config.seed]))
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((visits, graph))):
+        raise ValueError("igndmoe.fit: expected arrays, got traced ones; inside jit or vmap call igndmoe.fit_on_device")
+    train, validation = _keep_validation(len(visits.present), config)
+    runs = fit_runs(visits, graph, config, seeds, train[None], validation[None], np.array([config.seed]))
     return jax.tree.map(lambda leaf: leaf[0], runs)
+
+
+def fit_on_device(
+    visits: Visits, graph: GraphOperators, config: FitConfig = FitConfig(), seeds: tuple[int, ...] | None = None
+) -> Fit:
+    """Fit as `fit` does, in one function to trace: for `jax.jit`, and `jax.vmap` over cohorts and graphs.
+
+    Rounds that a settled fit no longer needs are computed and dropped. It has no derivative and says so: a grid of
+    rates is searched and steps are kept or not, so that a fit changes in jumps. What has one is each part of it, with
+    stages by the implicit function theorem: `alignment.align`, `loss.profiled_error`, `dual.solve_course`.
+
+    Args:
+        visits: As in `fit`, but values are finite: `arrays.visits.mark_missing` sets apart what was not measured.
+        graph: Connectome.
+        config: Equation and recipe, static.
+        seeds: As in `fit`, static.
+
+    Raises:
+        ValueError: It is differentiated, or there is a seed that is no region.
+    """
+    train, validation = _keep_validation(len(visits.present), config)
+
+    @jax.custom_jvp
+    def run(visits: Visits, graph: GraphOperators) -> Fit:
+        problem = make_problem(visits, graph, seeds, train, validation)
+        state = dual.init(jax.random.key(config.seed), problem, config)
+        state, _ = jax.lax.scan(lambda s, _: (dual.step(s, problem, config)[0], None), state, length=config.loops)
+        return _finish(state, problem, config)
+
+    @run.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise ValueError(
+            "igndmoe.fit_on_device: expected no derivative of a whole fit, which changes in jumps; differentiate "
+            "alignment.align or loss.profiled_error"
+        )
+
+    return run(visits, graph)
+
+
+def _keep_validation(count: int, config: FitConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights of subjects in the loss and in early stopping."""
+    validation = np.zeros(count, np.float32)
+    validation[np.random.default_rng(config.seed).permutation(count)[: round(config.validation * count)]] = 1
+    return 1 - validation, validation
 
 
 def fit_runs(
     visits: Visits,
     graph: GraphOperators,
     config: FitConfig,
-    seeds: tuple[int, ...],
+    seeds: tuple[int, ...] | None,
     train: Float[np.ndarray, "run subject"],
     validation: Float[np.ndarray, "run subject"],
     run_seeds: Int[np.ndarray, " run"],
@@ -83,7 +136,7 @@ def fit_runs(
         visits: Of all subjects.
         graph: Connectome.
         config: Equation and recipe.
-        seeds: Regions where the disease starts.
+        seeds: Regions where the disease starts; None as in `fit`.
         train: Weights of subjects in the loss; counts of a bootstrap draw, or 0 and 1.
         validation: Weights in early stopping.
         run_seeds: Of the networks.
@@ -118,7 +171,7 @@ def fit_problems(problems: dual.Problem, config: FitConfig, run_seeds: Int[np.nd
 def make_problem(
     visits: Visits,
     graph: GraphOperators,
-    seeds: tuple[int, ...],
+    seeds: tuple[int, ...] | None,
     train: Float[np.ndarray, "*run subject"],
     validation: Float[np.ndarray, "*run subject"],
 ) -> dual.Problem:
@@ -128,12 +181,17 @@ def make_problem(
         ValueError: There is no seed, or one that is no region.
     """
     regions = graph.regional.shape[-1]
-    if not seeds or min(seeds) < 0 or max(seeds) >= regions:
+    if seeds is not None and (not seeds or min(seeds) < 0 or max(seeds) >= regions):
         raise ValueError(f"seeds: expected numbers of regions from 0 to {regions - 1}, got {seeds}")
     if visits.values.shape[-1] != regions:
         raise ValueError(f"visits: expected {regions} regions as in the graph, got {visits.values.shape[-1]}")
-    mask = jnp.zeros(regions).at[jnp.array(seeds)].set(1.0)
     on_device = jax.tree.map(jnp.asarray, visits)
+    if seeds is None:
+        known = is_measured(on_device)
+        place = jnp.argmax(jnp.sum(on_device.values * known, axis=(0, 1)) / jnp.maximum(known.sum(axis=(0, 1)), 1))
+    else:
+        place = jnp.array(seeds)
+    mask = jnp.zeros(regions, on_device.values.dtype).at[place].set(1.0)
     return dual.Problem(on_device, graph, mask, jnp.asarray(train, jnp.float32), jnp.asarray(validation, jnp.float32))
 
 

@@ -7,6 +7,7 @@ Sources: Raj et al. 2012 (network diffusion); the UCL toolbox (a share of diffus
 Zheng et al. 2019 (agents).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,9 +17,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.arrays.visits import pad_visits
 from jaxmed.physics.agents import STEP, AgentGraph, atrophy, equilibrium, spread_agents
 from jaxmed.physics.progression import weighted_fkpp
 from jaxmed.solvers.fixed_grid import solve_fixed
+from jaxmed.systems.igndmoe.fitting import fit
+from jaxmed.systems.igndmoe.measures import row_correlations
+from jaxmed.systems.igndmoe.options import FitConfig
 
 LONGEST = 15.0
 """Of network diffusion, rate x time, as in the toolbox."""
@@ -121,21 +126,66 @@ def score_fkpp(
 
 def score_agents(
     graph: AgentGraph, target: Float[np.ndarray, " region"], known: Bool[np.ndarray, " region"]
-) -> MapScore:
-    """Score agents from every seed; the published settings, so that only seed and time are fitted."""
+) -> tuple[MapScore, int]:
+    """Score agents from every seed; the published settings, so that only seed and time are fitted.
+
+    Returns:
+        The best course, and the steps that normal agents took to settle; `agents.MOST_STEPS` where they did not.
+    """
     every = AGENT_STEPS // AGENT_STORED
 
-    def courses() -> Array:
-        agents, _ = equilibrium(graph)
+    def courses() -> tuple[Array, Array]:
+        agents, steps = equilibrium(graph)
 
         def course(seed: Array) -> Array:
             spread = spread_agents(graph, agents, seed, AGENT_STEPS, every=every)
             return atrophy(spread, graph.mobility, every * STEP)
 
-        return jax.lax.map(course, jnp.arange(len(target)))
+        return jax.lax.map(course, jnp.arange(len(target))), steps
 
-    found = np.asarray(jax.jit(courses)())[None]
-    return _best("sir", found, target, known, lambda _, t: f"time {(t + 1) * every * STEP:.3g}", LINE + 2)
+    found, steps = jax.jit(courses)()
+    found = np.asarray(found)[None]
+    best = _best("sir", found, target, known, lambda _, t: f"time {(t + 1) * every * STEP:.3g}", LINE + 2)
+    return best, int(steps)
+
+
+def fit_mixture(
+    config: FitConfig,
+    graph: GraphOperators,
+    target: Float[np.ndarray, " region"],
+    known: Bool[np.ndarray, " region"],
+    preference: Float[np.ndarray, " region"],
+    num_seeds: int,
+    update: Callable[[int], None],
+) -> MapScore:
+    """Fit the mixture to the map as one subject seen once.
+
+    Args:
+        config: Recipe.
+        graph: Connectome.
+        target: The map.
+        known: Where it has a value.
+        preference: Of seeds, such as what FKPP reaches from them; the highest are tried.
+        num_seeds: How many.
+        update: Called with the number of seeds done.
+    """
+    low, high = np.nanmin(target), np.nanmax(target)
+    visits = pad_visits([((target - low) / (high - low))[None].astype(np.float32)], [np.zeros(1)])
+    recipe = dataclasses.replace(config, validation=0.0, model=dataclasses.replace(config.model, equation="igndmoe"))
+    by_seed, predictions, stages = np.full(len(target), np.nan), {}, {}
+    parameters = 0
+    for done, seed in enumerate(np.argsort(-preference)[:num_seeds].tolist(), 1):
+        found = fit(visits, graph, recipe, (seed,))
+        index = int(np.argmin(np.abs(np.asarray(found.course.times) - float(found.onsets[0]))))
+        predictions[seed] = np.asarray(found.course.states[index], float)
+        r = float(row_correlations(predictions[seed][None, known], target[None, known])[0])
+        by_seed[seed] = r if np.isfinite(r) else 0.0
+        stages[seed] = float(found.onsets[0])
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(found.params)) + 2
+        update(done)
+    best = max(predictions, key=lambda seed: by_seed[seed])
+    setting = f"stage {stages[best]:.3g} years, in sample, best of {len(predictions)} seeds"
+    return MapScore("igndmoe", float(by_seed[best]), by_seed, best, setting, predictions[best], parameters)
 
 
 def _best(

@@ -4,67 +4,28 @@ import dataclasses
 import shlex
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.arrays.graphs import GraphOperators, graph_operators, mirror_triangle
-from jaxmed.arrays.visits import count_values, pad_visits
-from jaxmed.errors import InputError, nearest
-from jaxmed.io.connectomes import order_by_name, read_square
-from jaxmed.io.tables import read_table, write_table
+from jaxmed.arrays.graphs import graph_operators
+from jaxmed.arrays.visits import count_values
+from jaxmed.errors import InputError
+from jaxmed.io.tables import write_table
 from jaxmed.metrics.statistics import holm, wilcoxon
 from jaxmed.models.graph_diffusion import Equation, ProgressionConfig
-from jaxmed.physics.agents import STEP, AgentGraph, make_agent_graph
+from jaxmed.physics.agents import MOST_STEPS
 from jaxmed.systems.igndmoe import maps
 from jaxmed.systems.igndmoe.compare_page import write_page
 from jaxmed.systems.igndmoe.comparing import ORDER, Held, choose, compare_models, criteria
-from jaxmed.systems.igndmoe.fitting import fit
 from jaxmed.systems.igndmoe.job import DataConfig, Files, read_inputs, write_embedded
-from jaxmed.systems.igndmoe.measures import row_correlations
+from jaxmed.systems.igndmoe.map_inputs import MapConfig, read_agents, read_map
 from jaxmed.systems.igndmoe.options import FitConfig
-from jaxmed.systems.igndmoe.reading import Connectome, read_connectome
+from jaxmed.systems.igndmoe.reading import read_connectome
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start, write_summary
-
-
-@dataclasses.dataclass(frozen=True)
-class MapConfig:
-    """One regional map, in place of a table of visits.
-
-    Attributes:
-        file: CSV file with a row per region.
-        region: Column of region names; regions of the connectome that are not in the file are not scored.
-        value: Column of the map.
-        more_is: "worse" where large values mean more disease, "better" where they mean less, as in effect sizes of
-            thickness.
-        weight: Column, on [0, 1], that modulates growth in weighted FKPP; none leaves that model out.
-        size: Column of region sizes in voxels, for agents.
-        synthesis: Column of the expression of the gene that makes the protein, for agents; standardised over regions.
-        clearance: Column of the expression of the gene that clears it, likewise.
-        lengths: File of connection lengths in mm, in every form that a connectome may have; without names in its
-            order. None leaves agents out.
-        mixture_seeds: Seeds from which the mixture is fitted, the best of FKPP first; 0 for every region. The other
-            models always try every seed.
-    """
-
-    file: Path | None = None
-    region: str = "region"
-    value: str = "value"
-    more_is: Literal["worse", "better"] = "worse"
-    weight: str | None = None
-    size: str | None = None
-    synthesis: str | None = None
-    clearance: str | None = None
-    lengths: Path | None = None
-    mixture_seeds: int = 5
-
-    def __post_init__(self) -> None:
-        if self.mixture_seeds < 0:
-            raise ValueError(f"mixture_seeds: expected 0 or more, found {self.mixture_seeds}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,28 +199,42 @@ def _run_map(config: Config, folder: RunFolder) -> None:
     if config.table is not None:
         raise InputError("map.file", "a map or a table of visits", "both", "drop one of them")
     connectome = read_connectome(config.connectome, config.data.graph, notes)
-    columns = _read_map(config.map, connectome, notes)
+    columns = read_map(config.map, connectome, notes)
     target, known = columns["value"], np.isfinite(columns["value"])
     # Every seed's course by a matrix exponential.
     graph = graph_operators(connectome.adjacency, config.fit.laplacian, is_sparse=False)
-    agents = _agents(config.map, connectome, columns, notes)
+    agents = read_agents(config.map, connectome, columns, notes)
     start(folder)
     log = Log(folder.path, folder.options.quiet)
-    count = config.map.mixture_seeds or len(target)
-    announce(log, f"Fitting one map of {len(target)} regions; the mixture", count=count, unit="seeds")
-    scores = [maps.score_diffusion(graph, target, known), maps.score_fkpp(graph, target, known)]
+    num_seeds = min(config.map.mixture_seeds or len(target), len(target))
+    total = 3 + (config.map.weight is not None) + (agents is not None)
+    announce(log, f"Fitting a map of {len(target)} regions, from every seed", count=total, unit="models")
+    scores: list[maps.MapScore] = []
+
+    def keep(found: maps.MapScore) -> None:
+        scores.append(found)
+        # The map itself chose seed, time and parameters.
+        log.say(f"{found.model}: r = {found.r:.3f} in sample, from {connectome.regions[found.seed]}")
+        log.metrics(len(scores), {f"{found.model}/r": found.r})
+
+    log.say(f"Network diffusion from {len(target)} seeds, then FKPP with {len(maps.SHARES)} shares of diffusion.")
+    keep(maps.score_diffusion(graph, target, known))
+    keep(maps.score_fkpp(graph, target, known))
     if config.map.weight is not None:
-        scores.append(maps.score_fkpp(graph, target, known, columns["weight"]))
+        log.say(f"Weighted FKPP with {len(maps.SHARES) * len(maps.STRENGTHS)} settings.")
+        keep(maps.score_fkpp(graph, target, known, columns["weight"]))
     else:
         notes.append("Weighted FKPP is left out: no map of weights was given (--map.weight COLUMN).")
     if agents is not None:
-        scores.append(maps.score_agents(agents, target, known))
+        log.say(f"Agents: equilibrium, then {maps.AGENT_STEPS:,} steps from {len(target)} seeds.")
+        found, steps = maps.score_agents(agents, target, known)
+        settled = f"settled after {steps:,} steps" if steps < MOST_STEPS else f"had not settled after {steps:,} steps"
+        notes.append(f"Normal agents {settled}.")
+        keep(found)
     else:
         notes.append("Agents are left out: they need --map.lengths FILE and --map.size COLUMN.")
-    scores.append(_fit_mixture(config.fit, graph, target, known, scores[1], config.map.mixture_seeds))
-    for done, found in enumerate(scores, 1):
-        log.say(f"{found.model}: r = {found.r:.3f} from {connectome.regions[found.seed]}")
-        log.metrics(done, {f"{found.model}/r": found.r})
+    with log.progress("Fitting the mixture", num_seeds, "seeds") as update:
+        keep(maps.fit_mixture(config.fit, graph, target, known, scores[1].by_seed, num_seeds, update))
     rows = [
         {
             "region": name,
@@ -294,94 +269,3 @@ def _run_map(config: Config, folder: RunFolder) -> None:
         "notes": notes,
     }
     _finish(folder, log, summary, began)
-
-
-def _read_map(config: MapConfig, connectome: Connectome, notes: list[str]) -> dict[str, np.ndarray]:
-    assert config.file is not None
-    table = read_table(config.file, (config.region,))
-    names = table.column(config.region)
-    doubles = sorted({name for name in names if names.count(name) > 1})
-    if doubles:
-        raise InputError(config.file, "one row per region", f"'{doubles[0]}' twice")
-    unknown = [name for name in names if name not in connectome.regions]
-    if len(unknown) == len(names):
-        found = f"'{unknown[0]}' and others"
-        raise InputError(config.file, "regions of the connectome", found, nearest(unknown[0], connectome.regions))
-    if unknown:
-        notes.append(f"Rows that are no region of the connectome are not used: {', '.join(unknown)}.")
-    place = {name: index for index, name in enumerate(names)}
-    wanted = {"value": config.value, "weight": config.weight, "size": config.size}
-    wanted |= {"synthesis": config.synthesis, "clearance": config.clearance}
-    columns = {}
-    for key, column in wanted.items():
-        if column is None:
-            continue
-        values = np.array(table.floats(column, allow_missing=key == "value"))
-        absent = np.nan if key == "value" else np.median(values)
-        columns[key] = np.array([values[place[name]] if name in place else absent for name in connectome.regions])
-    unscored = np.isnan(columns["value"])
-    if unscored.any():
-        missing = [name for name, is_missing in zip(connectome.regions, unscored, strict=True) if is_missing]
-        notes.append(f"Regions without a value are not scored: {', '.join(missing)}.")
-    if config.more_is == "better":
-        columns["value"] = -columns["value"]
-    if np.isfinite(columns["value"]).sum() < 5 or not np.nanstd(columns["value"]) > 0:
-        raise InputError(config.file, "5 regions or more with different values", "fewer, or one value everywhere")
-    if "weight" in columns and (columns["weight"].min() < 0 or columns["weight"].max() > 1):
-        found = f"values from {columns['weight'].min():g} to {columns['weight'].max():g}"
-        raise InputError(config.file, f"values on [0, 1] under '{config.weight}'", found, "scale the column")
-    return columns
-
-
-def _agents(
-    config: MapConfig, connectome: Connectome, columns: dict[str, np.ndarray], notes: list[str]
-) -> AgentGraph | None:
-    if config.lengths is None or "size" not in columns:
-        return None
-    count = len(connectome.regions)
-    square = read_square(config.lengths, notes)
-    lengths = order_by_name(square, connectome.regions, config.lengths, "lengths")
-    mirrored = mirror_triangle(lengths)
-    lengths = lengths if mirrored is None else mirrored
-    is_linked = connectome.adjacency > 0
-    if not np.isfinite(lengths[is_linked]).all():
-        raise InputError(config.lengths, "a length wherever regions are connected", "an empty cell")
-    shortest = lengths[is_linked].min()
-    if not shortest > STEP:
-        raise InputError(config.lengths, f"lengths above {STEP:g} mm where regions are connected", f"{shortest:g}")
-    if columns["size"].min() <= 0:
-        raise InputError(config.file or "map", "positive sizes", f"{columns['size'].min():g}")
-    synthesis, clearance = (_z_score(columns.get(name, np.zeros(count))) for name in ("synthesis", "clearance"))
-    adjacency, lengths, sizes, synthesis, clearance = (
-        jnp.asarray(array, jnp.float32)
-        for array in (connectome.adjacency, lengths, columns["size"], synthesis, clearance)
-    )
-    return make_agent_graph(adjacency, lengths, sizes, synthesis, clearance)
-
-
-def _z_score(values: np.ndarray) -> np.ndarray:
-    """Standardise over regions (n - 1), as the released simulator does with what it is given."""
-    deviation = values.std(ddof=1)
-    return (values - values.mean()) / deviation if deviation > 0 else np.zeros_like(values)
-
-
-def _fit_mixture(
-    config: FitConfig, graph: GraphOperators, target: np.ndarray, known: np.ndarray, fkpp: maps.MapScore, most: int
-) -> maps.MapScore:
-    """Fit the mixture to the map as one subject seen once, from the seeds that FKPP prefers."""
-    low, high = np.nanmin(target), np.nanmax(target)
-    visits = pad_visits([((target - low) / (high - low))[None].astype(np.float32)], [np.zeros(1)])
-    recipe = dataclasses.replace(config, validation=0.0, model=dataclasses.replace(config.model, equation="igndmoe"))
-    by_seed, predictions, stages = np.full(len(target), np.nan), {}, {}
-    parameters = 0
-    for seed in np.argsort(-fkpp.by_seed)[: most or len(target)].tolist():
-        found = fit(visits, graph, recipe, (seed,))
-        index = int(np.argmin(np.abs(np.asarray(found.course.times) - float(found.onsets[0]))))
-        predictions[seed] = np.asarray(found.course.states[index], float)
-        r = float(row_correlations(predictions[seed][None, known], target[None, known])[0])
-        by_seed[seed] = r if np.isfinite(r) else 0.0
-        stages[seed] = float(found.onsets[0])
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(found.params)) + 2
-    best = max(predictions, key=lambda seed: by_seed[seed])
-    setting = f"stage {stages[best]:.3g} years, in sample, best of {len(predictions)} seeds"
-    return maps.MapScore("igndmoe", float(by_seed[best]), by_seed, best, setting, predictions[best], parameters)
