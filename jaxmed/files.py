@@ -143,8 +143,10 @@ def walk_files(folder: str | Path) -> Iterator[Path]:
         folder: The folder; its own name may be hidden.
 
     Raises:
-        InputError: A folder cannot be read.
+        InputError: A folder cannot be read, or is a pipe or a device.
     """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        require_file(folder, "a file or a folder")  # says what a pipe or a device is
     linked: list[Path] = []
     seen: set[str] = set()
 

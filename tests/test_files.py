@@ -14,7 +14,7 @@ import pytest
 
 from jaxmed import files
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, require_file, require_room, unique_names, write_json, write_text
+from jaxmed.files import atomic_path, require_file, require_room, unique_names, walk_files, write_json, write_text
 from jaxmed.volume import Volume, require_same_grid
 
 pytestmark = pytest.mark.core
@@ -101,6 +101,8 @@ def test_what_is_no_regular_file_is_told_unopened(tmp_path, monkeypatch, kind, f
         path.symlink_to("/dev/zero")
     with pytest.raises(InputError, match=f"a.nii: expected a NIfTI file, found {found}; write its content to a file"):
         require_file(path, "a NIfTI file", (".nii",))
+    with pytest.raises(InputError, match=f"a.nii: expected a file or a folder, found {found}"):
+        list(walk_files(path))
 
 
 def test_claims_of_a_header_are_held_against_memory_and_the_packed_size(monkeypatch):
