@@ -32,6 +32,9 @@ STORAGES = {
     "ComplexFloatStorage": "c8",
     "ComplexDoubleStorage": "c16",
     "UntypedStorage": "u1",
+    "QInt8Storage": "i1",
+    "QUInt8Storage": "u1",
+    "QInt32Storage": "i4",
 }
 DTYPES = {
     **{"float64": "f8", "double": "f8", "float32": "f4", "float": "f4", "float16": "f2"},
@@ -268,8 +271,8 @@ def with_state(target: Any, state: Any) -> Any:
 def _as_plain_key(value: Any) -> Any:
     if isinstance(value, int) and abs(value) >= sys.hash_info.modulus:
         raise ValueError("a key beyond 2^61")
-    kinds = str | bytes | int | float | bool | None | np.integer | np.floating | np.str_ | np.dtype | Unread | Global
-    return typed(value, kinds)
+    plain = str | bytes | int | float | bool | np.integer | np.floating | np.str_ | np.dtype | None
+    return typed(value, plain | Unread | Global | Tensor)
 
 
 def _text(value: Any) -> str:
@@ -283,11 +286,13 @@ def _joined(parts: tuple[Any, ...], join: Callable[[list[str]], str]) -> str:
     return join(texts)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None) -> Tensor:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None) -> Any:
+    if isinstance(storage, Unread):  # of a type that is not read
+        return Unread(f"torch._utils._rebuild_tensor of {storage.name}")
     return Tensor(typed(storage, Storage), int(typed(offset, int)), numbers(size), numbers(stride), dtype)
 
 
-def _rebuild_v3(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
+def _rebuild_v3(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
     return _tensor(storage, offset, size, stride, typed(rest[2], np.dtype))
 
 
@@ -359,8 +364,8 @@ REBUILD: dict[str, Callable[..., Any]] = {
     "torch._utils _rebuild_tensor": lambda *a: _tensor(*a[:4]),
     "torch._utils _rebuild_tensor_v2": lambda *a: _tensor(*a[:4]),
     "torch._utils _rebuild_tensor_v3": _rebuild_v3,
-    "torch._utils _rebuild_parameter": lambda data, *_: typed(data, Tensor),
-    "torch._utils _rebuild_parameter_with_state": lambda data, *_: typed(data, Tensor),
+    "torch._utils _rebuild_parameter": lambda data, *_: typed(data, Tensor | Unread),
+    "torch._utils _rebuild_parameter_with_state": lambda data, *_: typed(data, Tensor | Unread),
     "torch._tensor _rebuild_from_type": _rebuild_from_type,
     "torch._tensor _rebuild_from_type_v2": _rebuild_from_type,
     "torch.nn.parameter Parameter": lambda data=None, *_: typed(data, Tensor),

@@ -261,12 +261,16 @@ class Plain:
         if isinstance(value, Global):
             return str(value)
         if isinstance(value, dict):
-            return {self.convert(key, depth): self.convert(item, depth) for key, item in value.items()}
+            return {self.key(key, depth): self.convert(item, depth) for key, item in value.items()}
         if isinstance(value, list):
             return [self.convert(item, depth) for item in value]
         if isinstance(value, tuple):
             return tuple([self.convert(item, depth) for item in value])
         return value
+
+    def key(self, key: Any, depth: int) -> Any:
+        """Convert a key; tensors, by which optimizers know their states, stay as they are."""
+        return key if isinstance(key, Tensor) else self.convert(key, depth)
 
 
 def _pairs(items: list[Any]) -> Any:

@@ -153,8 +153,10 @@ def _read_zip(path: Path, file: _Short) -> Any:
     order = ">" if is_big else "<"
     storages: dict[str, Storage] = {}
 
-    def persistent(reference: Any) -> Storage:
+    def persistent(reference: Any) -> Storage | Unread:
         kind, key, count = _reference(reference)
+        if kind not in STORAGE_NAMES:
+            return Unread(kind.replace(" ", "."))
         if order == ">" and kind.endswith("UntypedStorage"):
             raise ValueError("an untyped storage of a big-endian machine")
         dtype = STORAGE_NAMES[kind].newbyteorder(order)
@@ -201,10 +203,12 @@ def _read_legacy(path: Path, file: BinaryIO) -> Any:
     views: dict[str, Storage] = {}
     order: Literal["<", ">"] = "<"
 
-    def persistent(reference: Any) -> Storage | Global:
+    def persistent(reference: Any) -> Storage | Global | Unread:
         if typed(reference, tuple)[0] == "module":  # a class, with its source
             return typed(reference[1], Global)
         kind, key, count = _reference(reference)
+        if kind not in STORAGE_NAMES:
+            raise ValueError(f"a storage of type {kind[:40]}")  # whose size in the file nobody knows
         dtype, view = STORAGE_NAMES[kind].newbyteorder(order), reference[5] if len(reference) > 5 else None
         root = storages.setdefault(key, Storage(dtype, count))
         if view is None:
@@ -246,7 +250,7 @@ def _reference(reference: Any) -> tuple[str, str, int]:
     """Return type, key and number of elements of the storage that a reference means."""
     kind, storage_type, key, _, count = typed(reference, tuple)[:5]
     name = typed(storage_type, Global).name
-    if typed(kind, str) != "storage" or name not in STORAGE_NAMES:
+    if typed(kind, str) != "storage" or not re.fullmatch(r"torch\S* \w+Storage", name):
         raise ValueError("a reference to something that is no storage")
     if typed(count, int) < 0:
         raise ValueError(f"a storage of {count} elements")

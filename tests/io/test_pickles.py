@@ -548,6 +548,43 @@ def test_checkpoints_of_torch_itself_are_read(tmp_path, is_zip):
 
 @pytest.mark.peers
 @pytest.mark.parametrize("is_zip", [True, False])
+def test_whatever_torch_saves_beside_a_state_dict_is_no_hindrance(tmp_path, is_zip):
+    """What torch.load allows with weights_only, and the whole objects of a training loop, each alone and together."""
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])
+    beside = {
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "random": [torch.get_rng_state(), np.random.get_state(), random.getstate()],
+        "whole module": model,
+        "whole optimizer": optimizer,
+        "whole schedule": schedule,
+        "loss": torch.nn.CrossEntropyLoss(),
+        "function": torch.nn.functional.gelu,
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.empty(3, device="meta"),
+        "layout": torch.strided,
+        "devices": [torch.device("cuda", 0), torch.device("cpu")],
+        "version": torch.torch_version.TorchVersion("2.0"),
+        "parameters": [torch.nn.Parameter(torch.ones(2)), torch.nn.parameter.Buffer(torch.ones(2))],
+        "float8": torch.ones(3).to(torch.float8_e4m3fn),
+        "uint16": torch.ones(3, dtype=torch.uint16),
+        "date": datetime.datetime(2026, 1, 2),
+    }
+    for names in (*([name] for name in beside), list(beside)):
+        content = {"model": model.state_dict(), **{name: beside[name] for name in names}}
+        torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
+        found = read_checkpoint(tmp_path / "a.pth", lambda content: content["model"])
+        np.testing.assert_array_equal(found["weight"], model.weight.detach().numpy(), err_msg=str(names))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("is_zip", [True, False])
 def test_whole_modules_of_torch_are_refused_by_name(tmp_path, is_zip):
     torch = pytest.importorskip("torch")
     torch.save(torch.nn.Linear(2, 3), tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)

@@ -128,7 +128,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(path, f"metadata '{RECORD}' in JSON", str(error), "export it again") from error
     if not isinstance(record, dict):
         raise InputError(path, f"metadata '{RECORD}' as a JSON object", type(record).__name__, "export it again")
