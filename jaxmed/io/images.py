@@ -144,13 +144,18 @@ def _read(
     return path, pixels
 
 
+def _open(path: Path) -> Image.Image:
+    with warnings.catch_warnings():
+        # Pillow warns of images that are half as large as those that it refuses.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path, formats=("PNG", "JPEG", "TIFF"))
+
+
 def _read_picture(
     path: Path, pixels_of: Callable[[Image.Image, bool], Shaped[np.ndarray, "..."]]
 ) -> Shaped[np.ndarray, "..."]:
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as picture:
-            # Pillow warns of images that are half as large as those that it refuses.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with _open(path) as picture:
             # Only TIFF has pages; an MPO's further pictures are previews or other views.
             count = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
             pages, size = [], 0

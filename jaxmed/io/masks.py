@@ -101,5 +101,5 @@ def _sharpen(array: Shaped[np.ndarray, "..."], where: object, low: float, high: 
 def _told(array: Shaped[np.ndarray, "..."], noun: str = "values") -> str:
     """Say which values an array holds."""
     values = np.unique(array)
-    shown = ", ".join(f"{value:g}" for value in values[:8].tolist())
+    shown = ", ".join(f"{value + 0.0:g}" for value in values[:8].tolist())
     return f"the {noun} {shown}" + (f", ... ({len(values)} in all)" if len(values) > 8 else "")

@@ -1,9 +1,13 @@
 """Images: range, orientation, palettes, pages, and damaged files."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from jaxmed import files
 from jaxmed.errors import InputError
 from jaxmed.io.images import read_image, write_png
 
@@ -145,3 +149,53 @@ def test_written_png_returns(tmp_path, gray, colour):
         with pytest.raises(InputError):
             write_png(tmp_path / "c.png", wrong)
     assert not (tmp_path / "c.png").exists()
+
+
+def png(width, height):
+    """Return a PNG that claims a size, and holds a few bytes."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("size", [(2**30, 2**30), (20_000, 20_000), (12_000, 12_000), (0, 5)])
+def test_images_that_claim_an_impossible_size_are_told(tmp_path, size):
+    (tmp_path / "a.png").write_bytes(png(*size))
+    with pytest.raises(InputError, match=r"a\.png: expected (an image|a whole image)"):
+        read_image(tmp_path / "a.png")
+
+
+def test_pages_that_grow_beyond_all_measure_are_told(tmp_path, gray, monkeypatch):
+    pages = [Image.fromarray(np.zeros((300, 300), np.uint8))] * 9
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:], compression="tiff_deflate")
+    assert read_image(tmp_path / "a.tif").shape == (9, 300, 300)
+    monkeypatch.setattr(files, "FREELY_UNPACKED", 500_000)
+    with pytest.raises(InputError, match=r"a\.tif: expected at most 488.3 KiB, or 40 times .*, found"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("fill", [np.nan, -np.inf, -3.4e38, 1e20])
+def test_pixels_without_a_value_are_refused_or_replaced(tmp_path, fill):
+    pixels = np.linspace(0, 1, 30, dtype=np.float32).reshape(5, 6)
+    pixels[0, :2] = fill
+    np.save(tmp_path / "a.npy", pixels)
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    for name in ("a.npy", "a.tif"):
+        with pytest.raises(InputError, match=rf"{name}: expected .* 2 .*of 30.*--fill VALUE"):
+            read_image(tmp_path / name)
+        np.testing.assert_array_equal(read_image(tmp_path / name, fill=0.25)[0, :2], 0.25)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "CMYK", "YCbCr", "LAB", "I;16", "I", "F", "1", "P"])
+def test_pictures_of_every_mode_are_read_in_one_range(tmp_path, gray, mode):
+    wide = {"I;16": gray.astype(np.uint16) * 257, "I": gray.astype(np.int32), "F": gray / np.float32(255)}
+    picture = Image.fromarray(wide[mode]) if mode in wide else Image.fromarray(gray).convert("RGB").convert(mode)
+    picture.save(tmp_path / "a.tif")
+    image = read_image(tmp_path / "a.tif")
+    assert image.shape[:2] == gray.shape and image.dtype == np.float32
+    if mode not in ("I", "1", "P", "CMYK", "LAB", "YCbCr"):
+        np.testing.assert_allclose(image if image.ndim == 2 else image[..., 0], gray / 255, atol=0.02)

@@ -1,6 +1,7 @@
 """NumPy files: what was saved comes back, from many threads at once."""
 
 import gc
+import io
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from jaxmed import files
+from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import array_names, map_array, read_array, read_member, restore_npz, write_npz
 
 pytestmark = pytest.mark.core
@@ -110,3 +113,27 @@ def test_what_a_run_continues_from_is_whole_or_not_there(tmp_path, place):
     assert again is None or all(np.array_equal(again[name], array) for name, array in ARRAYS.items())
     path.write_bytes(content[: len(content) // 2])
     assert restore_npz(path) is None
+
+
+def header(shape):
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"shape": shape, "fortran_order": False, "descr": "<f4"})
+    return buffer.getvalue() + bytes(100)
+
+
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (2**62, 8), (-5, 3), (26,)])
+def test_claims_of_a_header_are_held_against_the_size_of_the_file(shape, tmp_path):
+    (tmp_path / "a.npy").write_bytes(header(shape))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("a.npy", header(shape))
+    for read in (lambda: read_array(tmp_path / "a.npy"), lambda: read_member(tmp_path / "a.npz", "a")):
+        with pytest.raises(ValueError, match="228 bytes where shape|100 bytes of 104"):
+            read()
+
+
+def test_archives_that_grow_beyond_all_measure_are_told(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", a=np.zeros(10**6, np.uint8))
+    assert read_member(tmp_path / "a.npz", "a").shape == (10**6,)
+    monkeypatch.setattr(files, "FREELY_UNPACKED", 500_000)
+    with pytest.raises(InputError, match=r"a\.npz, array 'a': expected at most 488.3 KiB, or 40 .*, found 976.7 KiB"):
+        read_member(tmp_path / "a.npz", "a")

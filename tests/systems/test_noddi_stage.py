@@ -172,6 +172,7 @@ MISTAKES = {
         "mask.nii.gz: expected",
     ),
     "mask of another shape": (lambda s: rewrite(s / "mask.nii.gz", lambda a: a[:-1]), "mask.nii.gz: expected"),
+    "negative mask": (lambda s: rewrite(s / "mask.nii.gz", lambda a: -a), "found the values -1, 0; 0 is outside"),
     "empty mask": (lambda s: rewrite(s / "mask.nii.gz", np.zeros_like), "zeros only"),
     "mask of four dimensions": (lambda s: shutil.copy(s / "dwi.nii.gz", s / "mask.nii.gz"), "mask.nii.gz: expected"),
     "too few b-values": (lambda s: (s / "dwi.bval").write_text("0 700 2000\n"), "99 b-values"),

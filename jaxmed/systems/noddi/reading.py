@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float32
 
 from jaxmed.arrays.foreground import find_foreground
 from jaxmed.errors import InputError
-from jaxmed.io import nifti
+from jaxmed.io import masks, nifti
 from jaxmed.io.dicom_diffusion import read_diffusion
 from jaxmed.io.gradients import GradientTable, read_gradients
 from jaxmed.physics.acquisition import estimate_sigma, find_shells
@@ -149,9 +149,10 @@ def read_mask(path: Path | None, dwi: Volume, dwi_path: Path, b0: np.ndarray, no
         mask = find_foreground(np.nan_to_num(b0, posinf=0.0, neginf=0.0))
         notes.append(f"No mask was given: {int(mask.sum()):,} voxels of bright unweighted signal were taken.")
         return mask
-    volume = nifti.read(path, dimensions=(3,))
-    nifti.require_same_grid(volume, dwi, str(path), str(dwi_path))
-    mask = np.not_equal(volume.array, 0)
+    mask, grid = masks.read_mask(path, allow_labels=True)
+    if grid is None:
+        raise InputError(path, "a mask as NIfTI, on the grid of the scan", "a picture or an array", "convert it")
+    nifti.require_same_grid(grid, dwi, str(path), str(dwi_path))
     if not mask.any():
         raise InputError(path, "a mask with voxels inside", "zeros only", "check the mask")
     return mask
