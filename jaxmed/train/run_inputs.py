@@ -5,6 +5,7 @@ too: a file; the files that the cells of a table name; what lies in a folder, of
 a run writes itself does not count: its own folder, that of the run around it, and caches.
 """
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -14,6 +15,7 @@ from typing import TypeAlias
 
 from jaxmed.config import read_record
 from jaxmed.errors import InputError
+from jaxmed.files import walk_files
 from jaxmed.io.sheets import read_sheet
 
 # Per folder, per file: size in bytes and time of the last change in ns.
@@ -85,10 +87,8 @@ def _files(place: Path) -> Iterator[Path]:
     if place.is_dir():
         if (place / "config.json").is_file() and (place / "outputs").is_dir():
             place = place / "outputs"
-        for folder, folders, names in os.walk(place):
-            # Hidden files come and go with whoever looks into a folder.
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        with contextlib.suppress(InputError):  # the stage will say what is wrong with it
+            yield from walk_files(place)
     elif place.is_file():
         yield place
         if place.suffix.lower() in TABLES:
