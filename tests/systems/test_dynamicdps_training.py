@@ -13,9 +13,9 @@ import pytest
 from jaxmed.cli import main
 from jaxmed.config import to_record
 from jaxmed.data.loader import LoaderConfig
-from jaxmed.io import nifti
+from jaxmed.io import nifti, safetensors
 from jaxmed.io.tables import write_table
-from jaxmed.models.published.load import load_published
+from jaxmed.models.published.load import export_published, load_published
 from jaxmed.models.unet_guided import DYNAMICDPS_PRIOR, GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
@@ -154,6 +154,17 @@ def test_training_may_start_from_a_run_and_hands_its_licence_on(stored):
     assert licence == {"licence": "for tests only"}
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(stored[1]), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.core
+def test_tensors_without_a_place_are_handed_to_the_log_and_the_record(stored, tmp_path):
+    file = tmp_path / "a.safetensors"
+    export_published(load_published(stored[0]), file)
+    stray = {"classifier.weight": np.zeros(2, np.float32)}
+    safetensors.write(file, safetensors.read(file) | stray, safetensors.read_metadata(file))
+    expected = "1 tensors of the file have no place in the model: classifier.weight"
+    assert read_start(file, MODEL)[1] == {"licence": "for tests only", "notes": [expected]}
+    assert load_prior(file).remarks == (expected,)
 
 
 @pytest.mark.core

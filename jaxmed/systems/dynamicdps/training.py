@@ -111,11 +111,11 @@ def image_maker(
     return ImageMaker(synthetic if has_labels else None, data.finer, axis, flip)
 
 
-def read_start(path: Path | None, config: GuidedUnetConfig) -> tuple[Params | None, dict[str, str]]:
-    """Read parameters to start from, and their licence for the record of what is made of them.
+def read_start(path: Path | None, config: GuidedUnetConfig) -> tuple[Params | None, dict[str, Any]]:
+    """Read parameters to start from, and where they come from for the record of what is made of them.
 
     Returns:
-        Parameters and {"licence": ...}; without a path None and nothing.
+        Parameters and {"licence": ..., "notes": [...]}, notes where there are any; None and nothing without a path.
 
     Raises:
         InputError: They are of another network.
@@ -134,7 +134,8 @@ def read_start(path: Path | None, config: GuidedUnetConfig) -> tuple[Params | No
     if names:
         expected = f"a network with {names[0]} {getattr(config, names[0])}"
         raise InputError(path, expected, f"{getattr(same, names[0])}", f"set --model.{names[0].replace('_', '-')}")
-    return published.params, {"licence": published.report.licence}
+    notes = list(published.report.remarks)
+    return published.params, {"licence": published.report.licence} | ({"notes": notes} if notes else {})
 
 
 def write_images(folder: Path, name: str, images: Float32[np.ndarray, "image ..."], definition: str) -> None:

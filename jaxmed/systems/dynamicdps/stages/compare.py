@@ -180,6 +180,8 @@ def run(config: Config, folder: RunFolder) -> int:
     start(folder)
     log = Log(folder.path, folder.options.quiet)
     images = sum(len(subject.images) for subject in study.subjects)
+    for remark in dict.fromkeys(note for n in (study.prior, *study.initials.values()) for note in n.remarks):
+        log.say(f"Note: {remark}")
     log.say(f"{images} images of {len(study.subjects)} subjects, {len(study.initials)} conditional models.")
     cells = plan_cells(config.arms, tuple(study.initials), tuple(study.conditions))
     scorers = {

@@ -153,11 +153,13 @@ def run(config: Config, folder: RunFolder) -> None:
     began = time.monotonic()
     settings = resolve(config)
     check_fit(settings, make_mesh(settings.mesh), config.frame.size)
-    first, licence = read_start(config.weights, settings.model)
+    first, origin = read_start(config.weights, settings.model)
     images = read_training_images(
         config.data, config.input, config.frame, folder, config.seed, config.loader.num_threads, config.fill
     )
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, is_first())
+    for note in origin.get("notes", ()):
+        log.say(f"Note: {note}")
     tell(log, images)
     ready = time.monotonic()
     maker = image_maker(images, config.data, config.synthetic, config.frame, config.flip_probability)
@@ -168,7 +170,7 @@ def run(config: Config, folder: RunFolder) -> None:
     )  # fmt: skip
     trained = time.monotonic()
     scanner = {"acquisition": to_record(config.acquisition), "gamma": list(config.gamma)}
-    write_network(folder.outputs / "model", params, config.model, config.frame, **scanner, **licence)
+    write_network(folder.outputs / "model", params, config.model, config.frame, **scanner, **origin)
     shown = enhance_examples(config, images, prepare, model, params)
     if not is_first():
         return

@@ -145,11 +145,13 @@ def run(config: Config, folder: RunFolder) -> None:
     began = time.monotonic()
     settings = resolve(config)
     check_fit(settings, make_mesh(settings.mesh), config.frame.size)
-    first, licence = read_start(config.weights, settings.model)
+    first, origin = read_start(config.weights, settings.model)
     images = read_training_images(
         config.data, config.input, config.frame, folder, config.seed, config.loader.num_threads, config.fill
     )
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, is_first())
+    for note in origin.get("notes", ()):
+        log.say(f"Note: {note}")
     tell(log, images)
     ready = time.monotonic()
     make = image_maker(images, config.data, config.synthetic, config.frame, config.flip_probability)
@@ -159,7 +161,7 @@ def run(config: Config, folder: RunFolder) -> None:
         size=config.frame.size, folder=folder, log=log, start=first,
     )  # fmt: skip
     trained = time.monotonic()
-    write_network(folder.outputs / "model", params, config.model, config.frame, **licence)
+    write_network(folder.outputs / "model", params, config.model, config.frame, **origin)
     drawn = draw_samples(config, model, params)
     if not is_first():
         return
