@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from jaxmed.cli import main
 from jaxmed.errors import InputError
 from jaxmed.io import pickles
 from jaxmed.io.pickles import LARGEST_PICKLE, read_checkpoint
@@ -236,3 +237,22 @@ def test_names_of_packages_are_placeholders_that_run_nothing(tmp_path, name):
     found = read_checkpoint(path)["x"]
     assert (found.name, found.args) == (f"{module}.{attribute}", ("import os; os.abort()",))
     assert "was not made" in refusal(archive(tmp_path / "a.pth", made + b"."))
+
+
+def test_tensors_that_repeat_one_number_are_no_weights(tmp_path, capsys):
+    """A storage of one number behind tensors of a petabyte: their shapes are right, and nobody makes copies of them."""
+    shapes = {
+        "patch_embed.proj.weight": [4096, 1, 64, 64, 64],
+        "pos_embed": [1, 4097, 4096],
+        "blocks.0.norm1.weight": [4096],
+        "norm.weight": [2**40, 1024],
+    }
+    entries = b"".join(
+        text(name) + tensor(storage_of(1), shape, [0] * len(shape)) + b"s" for name, shape in shapes.items()
+    )
+    path = archive(tmp_path / "a.pth", b"\x80\x02}" + entries + b".", ("a/data/0", bytes(4)))
+    began = time.process_time()
+    assert main(["weights", "show", str(path), "--heads", "4"]) == 2
+    assert time.process_time() - began < SECONDS
+    error = capsys.readouterr().err
+    assert error.startswith(f"jaxmed: {path}: expected tensors that fit into its") and error.count("\n") == 1
