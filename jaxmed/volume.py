@@ -13,6 +13,7 @@ from jaxmed.errors import InputError
 # and squares of what is smaller leave single precision.
 LARGEST_INTENSITY = 1e9
 SMALLEST_INTENSITY = 1e-15
+LEAST_GAP = 1e3
 GRID_TOLERANCE = 0.01
 """Distance in voxels, of the smallest edge, between equal corners of two grids that are one: float32 and quaternions
 round by less than a thousandth, numbers written with four decimals by some thousandths."""
@@ -153,7 +154,7 @@ def require_intensities(
         The array; a copy where voxels were replaced.
 
     Raises:
-        InputError: Some voxels (with `allow_missing`, all, or more than half of what is not 0) have no value, or the
+        InputError: Some voxels have no value (with `allow_missing`, all), intensities run on beyond the bound, or the
             largest is so small that its square is 0.
     """
     # NaN shows in both ends, and the rule below holds for none of its comparisons.
@@ -166,13 +167,14 @@ def require_intensities(
     finite = np.isfinite(array)
     bad = array.size - int(finite.sum())
     absurd = array[finite & ~has_value]
-    is_scaled = absurd.size > 0 and (
-        not has_value.any() or (allow_missing and 2 * absurd.size > np.count_nonzero(array))
-    )
-    if is_scaled:
-        expected = f"intensities of at most {LARGEST_INTENSITY:g} in size"
-        found = f"{absurd.size} voxels of {array.size} beyond, such as {absurd[0]:.3g}"
-        raise InputError(where, expected, found, "divide the intensities by a power of ten")
+    if absurd.size:
+        # A fill value stands far from all others; what reaches up to the bound is a scan in another unit.
+        largest = float(np.abs(array[has_value]).max(initial=0))
+        is_scaled = float(np.abs(absurd).min()) < LEAST_GAP * largest if largest else True
+        if is_scaled and (fill is None or not largest):
+            expected = f"intensities of at most {LARGEST_INTENSITY:g} in size"
+            found = f"{absurd.size} voxels of {array.size} beyond, such as {absurd[0]:.3g}"
+            raise InputError(where, expected, found, "divide the intensities by a power of ten")
     if has_value.any() and (fill is not None or allow_missing):
         result = np.where(has_value, array, array.dtype.type(np.nan if fill is None else fill))
         _require_size(float(np.nanmax(np.abs(result))), where)
@@ -181,8 +183,8 @@ def require_intensities(
         expected = f"intensities of at most {LARGEST_INTENSITY:g} in size"
         found = f"{absurd.size} voxels of {array.size} beyond, such as {absurd[0]:.3g} (a fill value?)"
         raise InputError(where, expected, found, "replace them with --fill VALUE")
-    found = f"{bad} NaN or Inf voxels of {array.size}"
-    raise InputError(where, "finite voxels", found, "repair them, or replace them with --fill VALUE")
+    advice = "check the file" if allow_missing else "repair them, or replace them with --fill VALUE"
+    raise InputError(where, "finite voxels", f"{bad} NaN or Inf voxels of {array.size}", advice)
 
 
 def _require_size(largest: float, where: object) -> None:

@@ -473,11 +473,11 @@ def test_ends_of_integers_are_fill_values_too(tmp_path, dtype):
     np.testing.assert_array_equal(nifti.read(save(tmp_path / "b.nii", array)).array, array)
 
 
-@pytest.mark.parametrize("scale", [1e30, 1e12, 1e-20, 1e-42])
+@pytest.mark.parametrize("scale", [1e30, 1e12, 1e9, 1e-20, 1e-42])
 def test_intensities_out_of_all_proportion_are_told(tmp_path, array, scale):
     path = save(tmp_path / "a.nii", np.abs(array) * np.float32(scale))
     for options in ({}, {"allow_nonfinite": True}):
-        with pytest.raises(InputError, match=r"a\.nii: expected .*(power of ten|--fill)"):
+        with pytest.raises(InputError, match=r"a\.nii: expected .*power of ten"):
             nifti.read(path, **options)
 
 
