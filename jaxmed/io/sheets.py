@@ -64,7 +64,7 @@ class Sheet:
     @property
     def note(self) -> str:
         """Return what was found about the file in a sentence; empty for commas, UTF-8 and decimal points."""
-        found = [f"cells separated by {MARKS[self.mark]}"] if self.mark != "," and len(self.rows[0]) > 1 else []
+        found = [f"of cells separated by {MARKS[self.mark]}"] if self.mark != "," and len(self.rows[0]) > 1 else []
         found += [f"in {self.encoding}"] if self.encoding != "UTF-8" else []
         found += ["with decimal commas"] if self.decimal == "," else []
         return f"{self.path.name} is read as a table {', '.join(found)}." if found else ""

@@ -95,6 +95,18 @@ def test_rescaling_and_symmetrising():
     np.testing.assert_array_equal(graphs.symmetrise(lopsided), PATH)
 
 
+@pytest.mark.parametrize("nothing", [0.0, np.nan])
+def test_one_triangle_is_mirrored_and_a_full_matrix_is_not(nothing):
+    full = random_adjacency(7, density=1.0).astype(float)
+    below = np.tri(12, k=-1, dtype=bool)
+    for place in (below, below.T):
+        np.testing.assert_array_equal(graphs.mirror_triangle(np.where(place, full, nothing)), full)
+    assert graphs.mirror_triangle(full) is None and graphs.mirror_triangle(np.zeros((3, 3))) is None
+    holed = np.where(below, full, 0.0)
+    holed[0, 5] = 1.0
+    assert graphs.mirror_triangle(holed) is None
+
+
 def test_components_are_named_by_their_first_node():
     adjacency = np.zeros((5, 5))
     adjacency[0, 3] = adjacency[3, 0] = adjacency[1, 4] = adjacency[4, 1] = 1

@@ -176,6 +176,8 @@ def test_a_map_made_by_diffusion_is_explained_from_its_own_seed(places, tmp_path
     assert run("compare", *words, "--out", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())
     models = summary["models"]
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert said.count(" in sample, from ") == len(models) == 3 and "from 8 seeds" in said
     assert summary["scored"] == 7 and any(connectome.regions[-1] in note for note in summary["notes"])
     best = next(model for model in models if model["model"] == "ndm")
     assert best["seed"] == connectome.regions[3] and best["r"] > 0.9999 and best["setting"] == "rate x time 2"
@@ -216,6 +218,15 @@ def test_mistakes_end_in_one_line(places, tmp_path, capsys):
     assert "seeds: expected names of the regions" in only_line(capsys)
     assert run("fit", *words[:4], "--seeds", "L_region1", "--out", tmp_path / "a") == 2
     assert "did you mean" in only_line(capsys)
+    assert run("fit", *words[:4], "--seeds", "region01", "--out", tmp_path / "a") == 2
+    assert "it may be L_region01 or R_region01: name one of them, or both" in only_line(capsys)
+    assert run("simulate", "--regions", 8, "--seeds", "R_region09", "--out", tmp_path / "a") == 2
+    assert "seeds: expected regions of the connectome, found 'R_region09'; did you mean 'R_" in only_line(capsys)
+    bare = tmp_path / "matrix.txt"
+    bare.write_text("0 1\n1 0\n")
+    for stage in ("fit", "attribute", "compare", "simulate"):
+        assert run(stage, "--connectome", bare, "--seeds", "a", "--data.graph.repair", "--out", tmp_path / "a") == 2
+        assert "names of regions, found none" in only_line(capsys)
     assert run("stage", "--weights", tmp_path, "--table", table, "--out", tmp_path / "b") == 2
     assert "a run of jaxmed igndmoe fit" in only_line(capsys)
     broken = tmp_path / "broken"

@@ -28,7 +28,7 @@ from jaxmed.systems.igndmoe.reading import (
 )
 from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import Checkpoints
-from jaxmed.train.log import Log
+from jaxmed.train.log import Log, at_work
 from jaxmed.train.run_folder import RunFolder
 
 Scaling = Literal["minmax", "none"]
@@ -161,7 +161,8 @@ def fit_in_folder(
         contextlib.ExitStack() as bars,
         Checkpoints(folder.checkpoints / name, {"run": folder.record, "part": name}) as checkpoints,
     ):
-        state = programs(config)[0](jax.vmap(jax.random.key)(run_seeds), problem)
+        with at_work("Fitting the mechanistic curve that the fit starts from"):
+            state = jax.block_until_ready(programs(config)[0](jax.vmap(jax.random.key)(run_seeds), problem))
         found = checkpoints.restore(state)
         done = 0 if found is None else found.step
         log.rewind(done, name)
@@ -185,7 +186,9 @@ def fit_in_folder(
             means = {key: float(np.nanmean(np.asarray(value, float))) for key, value in values.items()}
             log.metrics(loop, {key: value for key, value in means.items() if np.isfinite(value)})
             checkpoints.save(loop, state)
-            update(loop, f"validation {means[f'{name}/validation_mse']:.5f}")
+            # The first round is mostly compilation: the rate counts from its end.
+            is_compiled = loop == done + 1 < config.loops
+            update(done if is_compiled else loop, f"validation {means[f'{name}/validation_mse']:.5f}")
 
         fitted = fit_runs(
             inputs.cohort.visits, inputs.graph, config, inputs.seeds, train, validation, run_seeds,

@@ -13,7 +13,7 @@ from jaxmed.io.tables import write_table
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
 from jaxmed.systems.igndmoe.options import ATTRIBUTION, FitConfig
-from jaxmed.systems.igndmoe.reading import ConnectomeDataConfig, find_regions, read_connectome
+from jaxmed.systems.igndmoe.reading import Connectome, ConnectomeDataConfig, find_regions, read_connectome
 from jaxmed.systems.igndmoe.recovery import Planted, plant_on, stage_curve
 from jaxmed.systems.igndmoe.simulate_page import write_page
 from jaxmed.train.log import Log
@@ -98,8 +98,8 @@ def run(config: Config, folder: RunFolder) -> None:
     if config.connectome is None:
         regions = region_names(config.regions)
         adjacency = random_connectome(config.seed, config.regions, config.density).adjacency
-        seeds = tuple(regions.index(name) for name in config.seeds if name in regions)
-        seeds = seeds or (0, (config.regions + 1) // 2)
+        drawn = Connectome(Path("connectome.csv"), regions, adjacency)
+        seeds = find_regions(config.seeds, drawn) if config.seeds else (0, (config.regions + 1) // 2)
     else:
         connectome = read_connectome(config.connectome, config.data.graph, notes)
         regions, adjacency = connectome.regions, connectome.adjacency
