@@ -131,3 +131,8 @@ READ_SCANS = [name for name in STAGES if name.split()[0] in ("tangerine", "dynam
 @pytest.mark.parametrize("name", READ_SCANS)
 def test_every_stage_that_reads_scans_takes_a_fill(name):
     assert load_stage(*name.split()).Config().fill is None  # of which the command line makes --fill
+
+
+@pytest.mark.parametrize("name", [*READ_SCANS, "noddi fit", "noddi predict"])
+def test_every_stage_that_reads_scans_lets_one_name_a_series(name):
+    assert not load_stage(*name.split()).Config().series  # of which the command line makes --series

@@ -60,7 +60,13 @@ class Found(NamedTuple):
         return tuple(scan.path for scan in self.scans)
 
 
-def find_scans(place: Path, kinds: Sequence[Kind], series: str = "", fill: float | None = None) -> Found:
+def find_scans(
+    place: Path,
+    kinds: Sequence[Kind],
+    series: str = "",
+    fill: float | None = None,
+    apart: Sequence[Path | None] = (),
+) -> Found:
     """Return a file, or the scans under a folder.
 
     Args:
@@ -68,6 +74,7 @@ def find_scans(place: Path, kinds: Sequence[Kind], series: str = "", fill: float
         kinds: What is looked for in a folder.
         series: SeriesInstanceUID or SeriesDescription of the DICOM series that are meant; empty for all.
         fill: Intensity of voxels that have none, in all of them; None refuses such voxels.
+        apart: Files and folders that are something else, such as masks, and may lie in the same folder.
 
     Raises:
         InputError: There is none.
@@ -79,7 +86,10 @@ def find_scans(place: Path, kinds: Sequence[Kind], series: str = "", fill: float
         return Found((ScanFiles(place, series, fill=fill),), ())
     root = place.absolute().parent if place.is_file() else place
     files: dict[Kind | None, list[Path]] = {}
+    others = {path.resolve() for path in apart if path is not None and path.resolve() != root.resolve()}
     for path in walk_files(root):
+        if others and not others.isdisjoint((path.resolve(), *path.resolve().parents)):
+            continue
         files.setdefault(_kind(path), []).append(path)
     scans, notes = [], []
     if "dicom" in kinds and files.get("dicom"):
@@ -100,6 +110,18 @@ def find_scans(place: Path, kinds: Sequence[Kind], series: str = "", fill: float
         raise InputError(place, expected, "none in this folder", "check the path")
     found = sorted((scan._replace(fill=fill) for scan in scans), key=lambda scan: scan.path)
     return Found(tuple(found), tuple(_shortened(notes)))
+
+
+def partner_of(folder: Path, place: str | Path) -> Path:
+    """Return where what belongs to a scan, such as its mask, should lie: under the same name in another folder.
+
+    Args:
+        folder: The other folder.
+        place: Of the scan in its own folder; what belongs to a folder of slices may be a NIfTI file of its name.
+    """
+    named = folder / place
+    files = [named.with_name(named.name + suffix) for suffix in nifti.SUFFIXES]
+    return named if named.is_file() else next((file for file in files if file.is_file()), named)
 
 
 def describe(scan: ScanFiles | Path) -> tuple[tuple[int, ...], str | None]:

@@ -9,8 +9,7 @@ from typing import Literal, NamedTuple
 
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
-from jaxmed.io import dicom, nifti
-from jaxmed.io.dicom_files import is_dicom
+from jaxmed.io import dicom, dicom_files, nifti
 from jaxmed.io.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES
 from jaxmed.volume import Volume
 
@@ -20,6 +19,8 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "array": ARRAY_SUFFIXES,
     "picture": PICTURE_SUFFIXES,
 }
+NAME_ENDINGS = (*(suffix for suffixes in SUFFIXES.values() for suffix in suffixes), *dicom_files.SUFFIXES, ".gz")
+"""What is no part of a scan's name."""
 
 
 class ScanFiles(NamedTuple):
@@ -60,7 +61,7 @@ def kind_of(path: Path) -> Kind | None:
     for kind, suffixes in SUFFIXES.items():
         if name.endswith(suffixes) and not path.is_dir():
             return kind
-    return "dicom" if path.is_dir() or is_dicom(path) else None
+    return "dicom" if path.is_dir() or dicom_files.is_dicom(path) else None
 
 
 def read_volume(scan: ScanFiles | Path, *, allow_plane: bool = False) -> ScanVolume:

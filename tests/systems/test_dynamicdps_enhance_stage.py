@@ -191,7 +191,7 @@ def test_results_of_a_job_never_share_a_name(tmp_path):
     for name in ("a_b.nii.gz", "a/b.nii.gz", "x.nii.gz", "x_enhanced.nii.gz", "X.png", "summary.nii"):
         (scans / name).parent.mkdir(parents=True, exist_ok=True)
         (scans / name).touch()
-    inputs = stage.list_inputs(stage.Config(input=scans))
+    inputs, _ = stage.list_inputs(stage.Config(input=scans))
     written = [f"{one.name}{end}".lower() for one in inputs for end in ("", *(f"_{name}" for name in stage.MAPS))]
     assert len(inputs) == 6 and len(set(written)) == len(written) and "summary" not in written
 

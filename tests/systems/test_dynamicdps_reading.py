@@ -4,15 +4,17 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scan_files import make_slices, save_slices
 
 from jaxmed.arrays.grid import reorient
+from jaxmed.data.scans import find_scans
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import write_png
 from jaxmed.systems.dynamicdps.reading import (
+    KINDS,
     FrameConfig,
     cut_images,
-    find_files,
     head_of,
     paste_images,
     read_inside,
@@ -157,8 +159,8 @@ def test_colour_series_and_empty_folders_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for place in ("empty", "nowhere"):
         with pytest.raises(InputError, match=place):
-            find_files(tmp_path / place)
-    assert [path.name for path in find_files(tmp_path)] == ["a.png", "b.png", "c.nii"]
+            find_scans(tmp_path / place, KINDS)
+    assert [path.name for path in find_scans(tmp_path, KINDS).paths] == ["a.png", "b.png", "c.nii"]
 
 
 @pytest.mark.parametrize(
@@ -241,3 +243,23 @@ def test_fill_values_are_replaced_on_request(tmp_path):
     with pytest.raises(InputError, match="b.nii: expected intensities of at most .*; replace them with --fill VALUE"):
         read_scan(path, frame)
     np.testing.assert_array_equal(read_scan(path, frame, fill=0.0).volume.array, plain.volume.array)
+
+
+def test_a_dicom_series_is_read_as_its_nifti_is(tmp_path):
+    affine = np.array([[-1.0, 0, 0, 9], [0, -1.0, 0, 8], [0, 0, 2.0, -4], [0, 0, 0, 1.0]])
+    volume = Volume.make(head(), affine)
+    nifti.write(tmp_path / "a.nii", volume)
+    save_slices(make_slices(volume, Modality="MR"), tmp_path / "s")
+    (found,) = find_scans(tmp_path / "s", KINDS).scans
+    frame = FrameConfig((8, 8))
+    one, other = read_scan(tmp_path / "a.nii", frame), read_scan(found, frame)
+    np.testing.assert_array_equal(one.volume.array, other.volume.array)
+    np.testing.assert_allclose(one.grid.affine, other.grid.affine, atol=1e-6)
+
+
+def test_one_plane_is_for_slices_alone(tmp_path):
+    plane = head()[:, :, 4:5]
+    nifti.write(tmp_path / "a.nii", Volume.make(plane, np.eye(4)))
+    assert read_scan(tmp_path / "a.nii", FrameConfig((8, 8))).volume.array.shape == plane.shape
+    with pytest.raises(InputError, match="several slices, found one plane"):
+        read_scan(tmp_path / "a.nii", FrameConfig((8, 8, 8)))

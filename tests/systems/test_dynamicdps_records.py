@@ -52,7 +52,7 @@ def manifest(folder, rows, columns=("path", "subject", "split", "kind")):
 
 def test_files_of_folders_are_held_out_by_kind(folder):
     listed = list_files(DataConfig(labels=folder / "labels", validation=0.25), folder / "scans", 0)
-    assert len(listed.paths) == 6
+    assert len(listed.scans) == 6
     assert [listed.count("train", kind) for kind in ("image", "labels")] == [3, 1]
     assert [listed.count("validation", kind) for kind in ("image", "labels")] == [1, 1]
     assert listed == list_files(DataConfig(labels=folder / "labels", validation=0.25), folder / "scans", 0)

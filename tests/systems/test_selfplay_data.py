@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scan_files import make_slices, save_slices
 
 from jaxmed.arrays.grid import reorient
 from jaxmed.errors import InputError
@@ -511,3 +512,18 @@ def test_fill_values_are_replaced_on_request(tmp_path):
         read_cases(config, SMALL, "train")
     cases, failures = read_cases(config, SMALL, "train", fill=0.5)
     assert failures == () and cases.images.min() >= 0
+
+
+def test_a_dicom_series_is_read_as_its_nifti_is_and_masks_lie_on_its_grid(tmp_path):
+    affine = np.array([[-1.0, 0, 0, 9], [0, -1.0, 0, 8], [0, 0, 3.0, -4], [0, 0, 0, 1.0]])
+    volume = Volume.make(np.round(texture() * 1000).astype(np.float32), affine)
+    nifti.write(tmp_path / "a.nii.gz", volume)
+    save_slices(make_slices(volume), tmp_path / "s")
+    frame = FrameConfig((8, 8), intensity="percentile")
+    one, other = read_scan(tmp_path / "a.nii.gz", frame), read_scan(tmp_path / "s", frame)
+    np.testing.assert_array_equal(one.images, other.images)
+    path = write_result(tmp_path / "out", "mask", other, one.images > 0.5)
+    np.testing.assert_allclose(nifti.read(path).affine, affine, atol=1e-6)
+    with pytest.raises(InputError, match="several slices, found one plane"):
+        nifti.write(tmp_path / "plane.nii", Volume.make(volume.array[..., :1], affine))
+        read_scan(tmp_path / "plane.nii", FrameConfig((8, 8, 8)))

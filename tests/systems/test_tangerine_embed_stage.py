@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from scan_files import MISTAKES, only_line, rows_of, write_dicom
+from scan_files import MISTAKES, make_slices, only_line, rows_of, save_slices, write_dicom
 from tiny_tangerine import axial, export, masked_autoencoder, scan, write_scans
 
 from jaxmed.cli import main
@@ -176,6 +176,27 @@ def test_cubes_duplicates_and_dicom_folders_are_inputs(weights, tmp_path):
     assert "the same scan twice?" in (tmp_path / "run" / "report.html").read_text()
     assert embed(weights, tmp_path / "one", "--input", folder / "series", "--quiet") == 0
     assert arrays_of(tmp_path / "one")["id"].tolist() == ["series"]
+
+
+def test_two_series_of_a_folder_ask_for_one_of_them(weights, tmp_path, capsys):
+    for seed in range(2):
+        slices = make_slices(scan(seed), SeriesDescription=("Lung", "Soft")[seed])
+        save_slices(slices, tmp_path / "in", f"{seed}_{{:03d}}.dcm")
+    assert embed(weights, tmp_path / "run", "--input", tmp_path / "in") == 2
+    line = only_line(capsys)
+    assert "in: expected one series, found 2: " in line and "; name one of them with --series" in line
+    count = scan().array.shape[2]
+    assert f"(Lung, CT, {count} slices)" in line and f"(Soft, CT, {count} slices)" in line
+    assert embed(weights, tmp_path / "run", "--input", tmp_path / "in", "--series", "lung", "--quiet") == 0
+    save_slices(make_slices(scan(0)), tmp_path / "alone")
+    assert embed(weights, tmp_path / "one", "--input", tmp_path / "alone", "--quiet") == 0
+    np.testing.assert_array_equal(arrays_of(tmp_path / "run")["concat"], arrays_of(tmp_path / "one")["concat"])
+
+
+def test_one_slice_is_no_scan(weights, tmp_path, capsys):
+    paths = save_slices(make_slices(scan()), tmp_path / "in")
+    assert embed(weights, tmp_path / "run", "--input", paths[3]) == 2
+    assert f"give the folder of the whole series: {tmp_path / 'in'}" in only_line(capsys)
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.grid import reorient, resample, resample_to, restore
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.io.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, read_image
+from jaxmed.io.images import read_image
 from jaxmed.io.masks import read_mask
+from jaxmed.io.scans import Kind, ScanFiles, kind_of, read_volume
 from jaxmed.volume import Grid, Volume, require_same_grid
 
-SUFFIXES = (*nifti.SUFFIXES, *PICTURE_SUFFIXES, *ARRAY_SUFFIXES)
+KINDS: tuple[Kind, ...] = ("nifti", "dicom", "picture", "array")
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 TOP = 2.0
 FLUID, FLUID_DISTANCE = 24, 5.0  # mm
@@ -81,6 +82,7 @@ class Scan(NamedTuple):
         low: Stored intensity that became 0, that of the background; what was below is clipped.
         is_picture: Whether the file is a 2D image without a place in the world.
         path: The file.
+        notes: What is unexpected about it.
     """
 
     volume: Volume
@@ -89,6 +91,7 @@ class Scan(NamedTuple):
     low: float
     is_picture: bool
     path: Path
+    notes: tuple[str, ...] = ()
 
 
 class Placement(NamedTuple):
@@ -105,40 +108,27 @@ class Placement(NamedTuple):
     starts: tuple[int, ...]
 
 
-def find_files(place: Path) -> tuple[Path, ...]:
-    """Return a file, or the images of a folder in the order of their names.
-
-    Raises:
-        InputError: When there is none.
-    """
-    if not place.exists():
-        raise InputError(place, "a scan or a folder of scans", "nothing", "check the path")
-    if place.is_file():
-        return (place,)
-    found = tuple(sorted(path for path in place.rglob("*") if path.name.lower().endswith(SUFFIXES) and path.is_file()))
-    if not found:
-        raise InputError(place, f"scans ({', '.join(SUFFIXES)})", "none in this folder", "check the path")
-    return found
-
-
-def read_scan(path: Path, frame: FrameConfig, fill: float | None = None) -> Scan:
-    """Read a NIfTI volume, or a grey 2D picture as a volume of one plane, 1 mm.
+def read_scan(scan: ScanFiles | Path, frame: FrameConfig, fill: float | None = None) -> Scan:
+    """Read a NIfTI volume or a DICOM series, or a grey 2D picture as a volume of one plane, 1 mm.
 
     Args:
-        path: The file.
+        scan: The file, or a folder of DICOM slices.
         frame: Voxel size and scale.
         fill: Intensity of voxels that have none; None refuses them.
 
     Raises:
         InputError: For whatever is wrong with the file: see `io.nifti.read`; or it is constant, or of colour.
     """
-    stored, is_picture = _read(path, fill)
+    scan = scan if isinstance(scan, ScanFiles) else ScanFiles(scan)
+    scan = scan._replace(fill=scan.fill if fill is None else fill)
+    path, is_picture = scan.path, kind_of(scan.path) in ("picture", "array")
+    stored, notes = (_read_picture(path, scan.fill), ()) if is_picture else _read_volume(scan, frame)
     volume = _resampled(reorient(stored), frame, order=1)
     low = _find_low(path, volume.array, frame)
     above = volume.array - np.float32(low)
     high = frame.high or low + _find_high(path, above, frame)
     scaled = np.clip(above * np.float32(TOP / (high - low)), 0.0, TOP).astype(np.float32)
-    return Scan(Volume.make(scaled, volume.affine), stored.grid, high, low, is_picture, path)
+    return Scan(Volume.make(scaled, volume.affine), stored.grid, high, low, is_picture, path, notes)
 
 
 def read_inside(path: Path, scan: Scan) -> Bool[np.ndarray, "x y z"]:
@@ -276,17 +266,18 @@ PAIRS = {
 }  # fmt: skip
 
 
-def _read(path: Path, fill: float | None) -> tuple[Volume, bool]:
-    if path.name.lower().endswith(nifti.SUFFIXES):
-        return nifti.read(path, dimensions=(3,), allow_constant=False, fill=fill), False
-    if not path.name.lower().endswith(SUFFIXES):
-        raise InputError(path, f"a scan ({', '.join(SUFFIXES)})", f"the suffix '{path.suffix}'", "convert it")
+def _read_volume(scan: ScanFiles, frame: FrameConfig) -> tuple[Volume, tuple[str, ...]]:
+    volume, _, notes = read_volume(scan, allow_plane=frame.is_sliced)
+    return volume, notes
+
+
+def _read_picture(path: Path, fill: float | None) -> Volume:
     image = read_image(path, allow_constant=False, fill=fill)
     if image.ndim == 3 and image.shape[2] in (3, 4) and np.ptp(image[..., :3], axis=2).max() == 0:
         image = image[..., 0]  # grey, saved in colour
     if image.ndim != 2:
         raise InputError(path, "a grey 2D image", f"shape {image.shape}", "convert it, or give one slice")
-    return Volume.make(np.ascontiguousarray(image.T[:, :, None]), PICTURE_AFFINE), True
+    return Volume.make(np.ascontiguousarray(image.T[:, :, None]), PICTURE_AFFINE)
 
 
 def _resampled(volume: Volume, frame: FrameConfig, order: int) -> Volume:

@@ -14,14 +14,16 @@ from jaxtyping import Array, Float, Shaped
 from jaxmed.arrays.filters import downsample
 from jaxmed.arrays.types import KeyArray
 from jaxmed.data.cohort import groups_of_files, hold_out, require_files_apart, split_unlabelled, subject_notes
+from jaxmed.data.scans import Found, find_scans
 from jaxmed.data.transforms import random_crop
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
+from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import Table, read_table, resolve_paths
+from jaxmed.systems.dynamicdps.reading import KINDS as SCANS
 from jaxmed.systems.dynamicdps.reading import (
     FrameConfig,
     cut_images,
-    find_files,
     head_of,
     read_labels,
     read_scan,
@@ -30,6 +32,7 @@ from jaxmed.systems.dynamicdps.synthetic import SyntheticConfig, draw_image
 
 Kind = Literal["image", "labels"]
 KINDS = ("image", "labels")
+NONE = Found((), ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +78,13 @@ class Listed(NamedTuple):
     """The files of a run.
 
     Attributes:
-        paths: One per record.
+        scans: One per record.
         kinds: "image" or "labels".
         splits: "train", "validation" or "test".
         notes: What a user should know about them.
     """
 
-    paths: tuple[Path, ...]
+    scans: tuple[ScanFiles, ...]
     kinds: tuple[str, ...]
     splits: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -152,13 +155,14 @@ class Cut:
         return {"voxels": np.asarray(voxels, np.float32), "is_labels": fields["is_labels"]}
 
 
-def list_files(data: DataConfig, place: Path | None, seed: int) -> Listed:
+def list_files(data: DataConfig, place: Path | None, seed: int, series: str = "") -> Listed:
     """List the files of a run.
 
     Args:
         data: Tables and folders.
         place: A scan, or a folder of scans, instead of a manifest.
         seed: Of the draw of held-out subjects.
+        series: Which DICOM series is meant where a folder holds several.
 
     Raises:
         InputError: There are none, some are missing, or none is to be trained on.
@@ -167,26 +171,26 @@ def list_files(data: DataConfig, place: Path | None, seed: int) -> Listed:
         raise InputError("data.manifest, input", "one of them", "both", "drop one")
     if data.manifest is None and place is None and data.labels is None:
         raise InputError("data.manifest, input, data.labels", "at least one of them", "none", "or try --preset smoke")
-    paths: list[Path] = []
+    scans: list[ScanFiles] = []
     kinds: list[str] = []
     splits: list[str] = []
     notes: list[str] = []
     if data.manifest is not None:
         table = read_table(data.manifest, required=("path",), optional=("subject", "split", "kind"))
-        paths, kinds, splits = resolve_paths(table), kinds_of(table), split_unlabelled(table, data.validation, seed)
+        scans = [ScanFiles(path, series) for path in resolve_paths(table)]
+        kinds, splits = kinds_of(table), split_unlabelled(table, data.validation, seed)
         notes = subject_notes(table)
-    loose = [(path, "image") for path in (() if place is None else find_files(place))]
-    loose += [(path, "labels") for path in (() if data.labels is None else find_files(data.labels))]
+    images = NONE if place is None else find_scans(place, SCANS, series, apart=(data.labels,))
+    labels = NONE if data.labels is None else find_scans(data.labels, ("nifti",))
     # Drawn apart, so that both kinds are held out where there are two or more of each.
-    for kind in KINDS:
-        found = [path for path, other in loose if other == kind]
-        paths += found
-        kinds += [kind] * len(found)
-        splits += hold_out(groups_of_files(found), data.validation, seed)
-    require_files_apart(data.manifest or "input, data.labels", paths, splits)
+    for kind, found in zip(KINDS, (images, labels), strict=True):
+        scans += found.scans
+        kinds += [kind] * len(found.scans)
+        splits += hold_out(_subjects_of(found), data.validation, seed)
+    require_files_apart(data.manifest or "input, data.labels", [scan.path for scan in scans], splits)
     if "train" not in splits:
         raise InputError(data.manifest, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
-    return Listed(tuple(paths), tuple(kinds), tuple(splits), tuple(notes))
+    return Listed(tuple(scans), tuple(kinds), tuple(splits), (*notes, *images.notes, *labels.notes))
 
 
 def kinds_of(table: Table) -> list[str]:
@@ -218,11 +222,11 @@ def read_images(
     Raises:
         InputError: A file is broken (where several are, the first three are named), or shows no head.
     """
-    files = [(p, k) for p, k, s in zip(listed.paths, listed.kinds, listed.splits, strict=True) if s == split]
+    files = [(scan, k) for scan, k, s in zip(listed.scans, listed.kinds, listed.splits, strict=True) if s == split]
     if not files:
         return None
 
-    def read(file: tuple[Path, str]) -> Shaped[np.ndarray, "image ..."] | InputError:
+    def read(file: tuple[ScanFiles, str]) -> Shaped[np.ndarray, "image ..."] | InputError:
         try:
             return _cut_file(*file, data, frame, fill)
         except InputError as error:
@@ -239,7 +243,7 @@ def read_images(
         raise InputError("scans", expected, f"{len(broken)} of {len(files)} broken: {told}", advice)
     images = [image for stack in found if not isinstance(stack, InputError) for image in stack]
     names = [
-        str(path) for (path, _), stack in zip(files, found, strict=True) if not isinstance(stack, InputError)
+        str(scan.path) for (scan, _), stack in zip(files, found, strict=True) if not isinstance(stack, InputError)
         for _ in stack
     ]  # fmt: skip
     return ImageSource(images, names, 1 if frame.is_sliced else data.patches)
@@ -275,9 +279,16 @@ class ImageMaker:
         return image[..., None]
 
 
+def _subjects_of(found: Found) -> list[str]:
+    """Return whose each scan is: series of one study show one person, and links lead to one file."""
+    files = groups_of_files(found.paths)
+    return [scan.study or file for scan, file in zip(found.scans, files, strict=True)]
+
+
 def _cut_file(
-    path: Path, kind: str, data: DataConfig, frame: FrameConfig, fill: float | None
+    scan: ScanFiles, kind: str, data: DataConfig, frame: FrameConfig, fill: float | None
 ) -> Shaped[np.ndarray, "image ..."]:
+    path = scan.path
     if kind == "labels":
         if not path.name.lower().endswith(nifti.SUFFIXES):
             raise InputError(path, "a label map as NIfTI", f"the suffix '{path.suffix}'")
@@ -285,7 +296,7 @@ def _cut_file(
         array = read_labels(path, frame).array.astype(np.uint8)
         head = array > 0
     else:
-        array = read_scan(path, frame, fill).volume.array.astype(np.float16)
+        array = read_scan(scan, frame, fill).volume.array.astype(np.float16)
         head = head_of(array.astype(np.float32))
     if not head.any():
         raise InputError(path, "a head", "background alone", "check the file")

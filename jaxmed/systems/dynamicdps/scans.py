@@ -18,6 +18,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.io.images import write_png
+from jaxmed.io.scans import ScanFiles
 from jaxmed.metrics.tissue import TISSUES, fit_tissue, label_volumes, mixture_volumes
 from jaxmed.physics.lowfield import LowField
 from jaxmed.systems.dynamicdps.enhancement import Program, Samples
@@ -81,17 +82,22 @@ class Inputs(NamedTuple):
 
     Attributes:
         name: Of its results.
-        path: The scan.
+        scan: The scan.
         initial: Estimate by another tool, or None.
         mask: Brain mask, or None.
         labels: Label map of the scan, or None.
     """
 
     name: str
-    path: Path
+    scan: ScanFiles
     initial: Path | None = None
     mask: Path | None = None
     labels: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file or folder of the scan."""
+        return self.scan.path
 
 
 class Loaded(NamedTuple):
@@ -123,7 +129,7 @@ def load(inputs: Inputs, frame: FrameConfig, fill: float | None = None) -> Loade
     Raises:
         InputError: For whatever a user can have wrong in these files.
     """
-    scan = read_scan(inputs.path, frame, fill)
+    scan = read_scan(inputs.scan, frame, fill)
     grid = scan.volume.grid
     estimate = None
     if inputs.initial is not None:
@@ -212,6 +218,7 @@ def describe(samples: Samples, inputs: Inputs, scan: Scan) -> dict[str, Any]:
         "name": inputs.name,
         "path": str(inputs.path),
         "initial": None if inputs.initial is None else str(inputs.initial),
+        "notes": list(scan.notes),
         "images": len(samples.mean),
         "samples": int(samples.start_time.shape[1]),
         "spacing_mm": list(scan.volume.spacing),

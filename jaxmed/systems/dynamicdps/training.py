@@ -50,6 +50,7 @@ def read_training_images(
     folder: RunFolder,
     seed: int,
     threads: int,
+    series: str = "",
     fill: float | None = None,
 ) -> Images:
     """Read all images of a run, embedded or from files; the run folder is begun once they are known to be good.
@@ -61,7 +62,7 @@ def read_training_images(
     if is_synthetic:
         data = _write_embedded(data, frame, folder, seed)
         place = None
-    listed = list_files(data, place, seed)
+    listed = list_files(data, place, seed, series)
     training = read_images(listed, "train", data, frame, threads, fill)
     held_out = read_images(listed, "validation", data, frame, threads, fill)
     assert training is not None

@@ -13,6 +13,7 @@ from jaxmed.data.cohort import groups_of, stated_splits
 from jaxmed.data.records import record_seed
 from jaxmed.data.splits import split_subjects
 from jaxmed.errors import InputError
+from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import read_table, resolve_path
 from jaxmed.synthesis.phantoms.write_puzzles import Counts, write_puzzle_cohort
 from jaxmed.systems.selfplay.frames import INTENSITIES, FrameConfig, Intensity, load, load_mask, planes
@@ -27,11 +28,12 @@ class DataConfig:
     """Which cases there are.
 
     Attributes:
-        manifest: CSV with the columns path (NIfTI; PNG, JPEG, TIFF; .npy with one item after the other), mask (on the
-            grid of path, or of its shape), task, subject, and split: train and validation for familiar tasks, support
-            (the few labelled examples) and test for novel ones. Without a column split, subjects are drawn into train,
-            validation and test. Optionally intensity (as frame.intensity, of that file) and value (the label of a NIfTI
-            label map that counts). A subject with {item} in its name stands for one subject per item of a stack.
+        manifest: CSV with the columns path (NIfTI; a DICOM folder; PNG, JPEG, TIFF; .npy with one item after the
+            other), mask (on the grid of path, or of its shape), task, subject, and split: train and validation for
+            familiar tasks, support (the few labelled examples) and test for novel ones. Without a column split,
+            subjects are drawn into train, validation and test. Optionally intensity (as frame.intensity, of that file)
+            and value (the label of a NIfTI label map that counts). A subject with {item} in its name stands for one
+            subject per item of a stack.
         mask: Column of the masks.
         fractions: Shares of subjects in train, validation and test where there is no column split.
         max_items: Cases of a task that are kept, evenly over its files; 0 keeps all.
@@ -181,7 +183,13 @@ def read_manifest(config: DataConfig, seed: int) -> tuple[Record, ...]:
 
 
 def read_cases(
-    config: DataConfig, frame: FrameConfig, split: str, seed: int = 0, threads: int = 2, fill: float | None = None
+    config: DataConfig,
+    frame: FrameConfig,
+    split: str,
+    seed: int = 0,
+    threads: int = 2,
+    series: str = "",
+    fill: float | None = None,
 ) -> tuple[Cases, tuple[Failure, ...]]:
     """Read every file of a split and cut its cases, each about the middle of its mask.
 
@@ -191,6 +199,7 @@ def read_cases(
         split: One of SPLITS.
         seed: Of shifts, and of the draw of subjects where there is no column split.
         threads: That read.
+        series: Which DICOM series is meant where a folder holds several.
         fill: Value of voxels that have none; None refuses them.
 
     Returns:
@@ -209,7 +218,7 @@ def read_cases(
 
     def read(record: Record) -> list[_Case] | InputError:
         try:
-            return _cut_record(record, config, frame, seed, fill)
+            return _cut_record(record, config, frame, seed, series, fill)
         except InputError as error:
             return error
 
@@ -232,11 +241,13 @@ def read_cases(
     return cases._replace(spacing=frame.spacing), failures
 
 
-def _cut_record(record: Record, config: DataConfig, frame: FrameConfig, seed: int, fill: float | None) -> list[_Case]:
+def _cut_record(
+    record: Record, config: DataConfig, frame: FrameConfig, seed: int, series: str, fill: float | None
+) -> list[_Case]:
     """Return the cases of one file: its slices or items with enough of the mask."""
     if record.intensity is not None:
         frame = dataclasses.replace(frame, intensity=record.intensity)
-    loaded = load(record.path, frame, fill)
+    loaded = load(ScanFiles(record.path, series), frame, fill)
     images = planes(loaded.volumes, loaded.axis)
     masks = planes(load_mask(record.mask, loaded, frame, record.value), loaded.axis)
     generator = record_seed(seed, 0, record.row)

@@ -14,15 +14,16 @@ from jaxtyping import Float32, Shaped
 from jaxmed.arrays.grid import reorient, resample
 from jaxmed.data.transforms import percentile_range, window
 from jaxmed.errors import InputError
-from jaxmed.io import nifti
-from jaxmed.io.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, read_image
+from jaxmed.io import scans
+from jaxmed.io.images import PICTURE_SUFFIXES, read_image
 from jaxmed.io.masks import read_mask
+from jaxmed.io.scans import ScanFiles
 from jaxmed.volume import Grid, Volume, require_same_grid
 
 Intensity = Literal["unit", "ct", "percentile"]
 INTENSITIES = ("unit", "ct", "percentile")
 Kind = Literal["volume", "picture", "stack", "array"]
-SUFFIXES = (*nifti.SUFFIXES, *PICTURE_SUFFIXES, *ARRAY_SUFFIXES)
+KINDS: tuple[scans.Kind, ...] = ("nifti", "dicom", "picture", "array")
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 # Rows of a picture run down: against y.
 PICTURE_AFFINE = np.diag([1.0, -1.0, 1.0, 1.0])
@@ -92,11 +93,11 @@ class Loaded(NamedTuple):
     path: Path
 
 
-def load(path: Path, frame: FrameConfig, fill: float | None = None) -> Loaded:
-    """Read a NIfTI volume, a grey picture, or a .npy file; the first axis of a .npy stack is the item.
+def load(scan: ScanFiles | Path, frame: FrameConfig, fill: float | None = None) -> Loaded:
+    """Read a NIfTI volume or a DICOM series, a grey picture, or a .npy file, whose first axis in a stack is the item.
 
     Args:
-        path: The file.
+        scan: The file, or a folder of DICOM slices.
         frame: Size, axis, voxel size and scale.
         fill: Value of voxels that have none; None refuses them.
 
@@ -104,7 +105,10 @@ def load(path: Path, frame: FrameConfig, fill: float | None = None) -> Loaded:
         InputError: For whatever is wrong with the file: damaged, not finite, constant, of colour, of another number of
             axes, of another range, or too small for the frame.
     """
-    stored, kind = _read(path, frame, fill)
+    scan = scan if isinstance(scan, ScanFiles) else ScanFiles(scan)
+    scan = scan._replace(fill=scan.fill if fill is None else fill)
+    path = scan.path
+    stored, kind = _read(scan, frame)
     axis = None
     if frame.is_sliced:
         axis = AXES[frame.axis] if kind == "volume" else 2
@@ -154,11 +158,12 @@ def planes(volumes: tuple[Volume, ...], axis: int | None) -> list[Shaped[np.ndar
     return list(np.moveaxis(volumes[0].array, axis, 0))
 
 
-def _read(path: Path, frame: FrameConfig, fill: float | None) -> tuple[list[Volume], Kind]:
+def _read(scan: ScanFiles, frame: FrameConfig) -> tuple[list[Volume], Kind]:
     """Read a file as volumes: a picture is a plane, and a stack of pictures a volume with the items along z."""
-    if path.name.lower().endswith(nifti.SUFFIXES):
-        return [nifti.read(path, dimensions=(3,), allow_constant=False, fill=fill)], "volume"
-    array = read_image(path, allow_constant=False, fill=fill)
+    path = scan.path
+    if scans.kind_of(path) not in ("picture", "array"):
+        return [scans.read_volume(scan, allow_plane=frame.is_sliced).volume], "volume"
+    array = read_image(path, allow_constant=False, fill=scan.fill)
     is_picture = path.name.lower().endswith(PICTURE_SUFFIXES)
     if is_picture and array.ndim == 3 and array.shape[2] == 3 and np.ptp(array, axis=2).max() == 0:
         array = array[..., 0]  # grey, saved in colour

@@ -12,6 +12,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import atomic_path
 from jaxmed.io import nifti
 from jaxmed.io.images import PICTURE_SUFFIXES, write_png
+from jaxmed.io.scans import ScanFiles
 from jaxmed.systems.selfplay.frames import FrameConfig, Loaded, load, load_mask, planes
 from jaxmed.volume import Volume
 
@@ -94,7 +95,8 @@ def write_result(folder: Path, name: str, scan: Scan, values: Shaped[np.ndarray,
     volume = scan.restore(values)
     if scan.loaded.kind == "volume":
         path = folder / f"{name}.nii.gz"
-        nifti.write(path, volume, reference=scan.loaded.path)
+        is_nifti = scan.loaded.path.name.lower().endswith(nifti.SUFFIXES)
+        nifti.write(path, volume, reference=scan.loaded.path if is_nifti else None)
         return path
     array = scan.as_stored(volume)
     if scan.loaded.kind == "picture" and scan.loaded.path.name.lower().endswith(PICTURE_SUFFIXES):
@@ -116,12 +118,17 @@ def name_item(loaded: Loaded, item: int) -> str:
 
 
 def read_scan(
-    path: Path, frame: FrameConfig, box: Path | None = None, *, tiles: bool = False, fill: float | None = None
+    scan: ScanFiles | Path,
+    frame: FrameConfig,
+    box: Path | None = None,
+    *,
+    tiles: bool = False,
+    fill: float | None = None,
 ) -> Scan:
     """Read a file to be segmented.
 
     Args:
-        path: A NIfTI volume, a picture, or a .npy file.
+        scan: A NIfTI volume, a DICOM series, a picture, or a .npy file.
         frame: How it becomes images.
         box: A mask, such as a box, on the grid of the file, in whose middle each image stands; slices without it are
             left out. None takes the middle of the file, and all slices.
@@ -133,7 +140,8 @@ def read_scan(
     """
     if box is not None and tiles:
         raise InputError("box, tiles", "one of them", "both", "drop one")
-    loaded = load(path, frame, fill)
+    loaded = load(scan, frame, fill)
+    path = loaded.path
     if len(loaded.volumes) > 1:
         raise InputError(path, "one volume", f"a stack of {len(loaded.volumes)}", "give them one by one")
     images = planes(loaded.volumes, loaded.axis)

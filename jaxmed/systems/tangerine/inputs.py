@@ -11,15 +11,13 @@ from jaxtyping import Float, Float32, Shaped
 from jaxmed.data.scans import find_scans
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names
-from jaxmed.io import dicom_files
-from jaxmed.io.scans import SUFFIXES, Kind, ScanFiles, kind_of, read_volume
+from jaxmed.io.scans import NAME_ENDINGS, Kind, ScanFiles, kind_of, read_volume
 from jaxmed.io.tables import resolve_path, resolve_paths
 from jaxmed.models.published.preprocess import RANGE_TOLERANCE, Preprocess, load_input
 from jaxmed.systems.tangerine.records import read_manifest
 from jaxmed.volume import Grid, Volume
 
 KINDS: tuple[Kind, ...] = ("nifti", "dicom", "array")
-NAME_ENDINGS = (*(suffix for kind in KINDS for suffix in SUFFIXES.get(kind, ())), *dicom_files.SUFFIXES, ".gz")
 
 
 @dataclasses.dataclass(frozen=True)

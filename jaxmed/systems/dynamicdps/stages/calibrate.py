@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxmed.config import to_record
+from jaxmed.data.scans import find_scans, partner_of
 from jaxmed.diffusion.posterior.dps import Dps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
 from jaxmed.diffusion.samplers import Ancestral
@@ -32,7 +33,7 @@ from jaxmed.systems.dynamicdps.calibration import (
 )
 from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
 from jaxmed.systems.dynamicdps.options import CALIBRATION, Calibrated
-from jaxmed.systems.dynamicdps.reading import FrameConfig, cut_images, find_files, head_of, read_scan
+from jaxmed.systems.dynamicdps.reading import KINDS, FrameConfig, cut_images, head_of, read_scan
 from jaxmed.systems.dynamicdps.stages import train_prior
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
@@ -49,6 +50,7 @@ class Config:
 
     Attributes:
         input: High-field reference scans: a file, or a folder of files. Subjects of their own, as the prior's.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         low: Their low-field scans, on the same grids: a file, or a folder with the same file names. Contrast and blur
             are fitted to the pairs; without them the acquisition stands as it is given.
         weights: The prior: a run of train-prior, or published weights.
@@ -68,6 +70,7 @@ class Config:
     """
 
     input: Path | None = None
+    series: str = ""
     low: Path | None = None
     weights: Path | None = None
     initial: Path | None = None
@@ -183,7 +186,7 @@ report = write_page
 def make_embedded(config: Config, folder: RunFolder) -> Config:
     """Write phantom brains where no scans are given, and train a tiny prior on others where none is given."""
     if config.input is not None:
-        find_files(config.input)  # a mistake there costs no training
+        find_scans(config.input, KINDS, config.series)  # a mistake there costs no training
     start(folder)
     weights = config.weights or train_tiny_prior(folder, config.seed)
     if config.input is not None:
@@ -211,11 +214,12 @@ def read_references(config: Config, frame: FrameConfig) -> References:
         InputError: A file cannot be read, a pair is incomplete or on two grids, or no image shows a head.
     """
     assert config.input is not None
-    paths = find_files(config.input)
+    scans = find_scans(config.input, KINDS, config.series, apart=(config.low,)).scans
+    paths = tuple(scan.path for scan in scans)
     partners = None if config.low is None else pair_files(paths, config.input, config.low)
     images, low, names = [], [], []
     for number, path in enumerate(paths):
-        scan = read_scan(path, frame, config.fill)
+        scan = read_scan(scans[number], frame, config.fill)
         head = head_of(scan.volume.array)
         cut, _ = cut_images(scan.volume.array, frame, head)
         share = cut_images(head, frame, head)[0].reshape(len(cut), -1).mean(1)
@@ -248,8 +252,8 @@ def pair_files(paths: tuple[Path, ...], place: Path, other: Path) -> list[Path]:
         if len(paths) > 1:
             raise InputError(other, f"a folder with {len(paths)} files", "one file", "give a folder")
         return [other]
-    root = place if place.is_dir() else place.parent
-    found = [other / path.relative_to(root) for path in paths]
+    root = place if place.is_dir() and paths != (place,) else place.parent
+    found = [partner_of(other, path.relative_to(root)) for path in paths]
     for path in found:
         if not path.exists():
             raise InputError(path, "a file for every input, by the same name", "none", "check the names")

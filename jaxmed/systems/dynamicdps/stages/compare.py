@@ -1,6 +1,7 @@
 """DynamicDPS compare: conditional models alone, and every solver, on the same scans, conditions and prior."""
 
 import dataclasses
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from jaxtyping import Float32
 
 from jaxmed.arrays.types import Params
 from jaxmed.data.cohort import stated_splits, subjects_of
+from jaxmed.data.scans import find_scans
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, make_folder, unique_names
+from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
 from jaxmed.io.tables import read_table, resolve_paths, write_table
 from jaxmed.physics.lowfield import LowField
 from jaxmed.recipes.study import Cell, Result, run_study
@@ -31,10 +34,9 @@ from jaxmed.systems.dynamicdps.comparison import NOISE, Difference, Mean, averag
 from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
 from jaxmed.systems.dynamicdps.options import MethodConfig, read_calibration
 from jaxmed.systems.dynamicdps.reading import (
-    SUFFIXES,
+    KINDS,
     FrameConfig,
     cut_images,
-    find_files,
     head_of,
     read_labels,
     read_scan,
@@ -70,6 +72,7 @@ class Config:
         manifest: CSV of high-field test scans with the column path; optionally subject, labels (a label map in
             FreeSurfer's numbering: the brain, and 77 a lesion) and split (then only test is used).
         input: A scan, or a folder of scans, instead of a table.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: The prior: a run of train-prior, or published weights.
         initial: Conditional models: runs of train-initial, two or more to see whether it matters which.
         calibration: A run of calibrate for this prior, whose bank chooses DynamicDPS's starts.
@@ -90,6 +93,7 @@ class Config:
 
     manifest: Path | None = None
     input: Path | None = None
+    series: str = ""
     weights: Path | None = None
     initial: tuple[Path, ...] = ()
     calibration: Path | None = None
@@ -331,13 +335,13 @@ def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
         raise InputError("manifest, input", "one of them", found, "or try --preset smoke")
     if config.manifest is None:
         assert config.input is not None
-        paths = find_files(config.input)
-        root = config.input if config.input.is_dir() else config.input.parent
+        scans = find_scans(config.input, KINDS, config.series).scans
+        root = config.input if config.input.is_dir() and scans[0].path != config.input else config.input.parent
         # Every scan is a subject of its own, whatever its folder's files are called.
-        names = unique_names([path.relative_to(root) for path in paths], SUFFIXES)
-        files = [(name, path, None) for name, path in zip(names, paths, strict=True)]
+        names = unique_names([os.path.relpath(scan.path, root) for scan in scans], NAME_ENDINGS)
+        files = [(name, scan, None) for name, scan in zip(names, scans, strict=True)]
     else:
-        files = _listed(config.manifest)
+        files = _listed(config.manifest, config.series)
     grouped: dict[str, list[tuple[np.ndarray, np.ndarray | None]]] = {}
     for name, path, labels in files:
         if name not in grouped and config.subjects and len(grouped) == config.subjects:
@@ -351,7 +355,7 @@ def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
     return subjects
 
 
-def _listed(manifest: Path) -> list[tuple[str, Path, Path | None]]:
+def _listed(manifest: Path, series: str) -> list[tuple[str, ScanFiles, Path | None]]:
     table = read_table(manifest, required=("path",), optional=("subject", "labels", "split"))
     paths = resolve_paths(table)
     labels = resolve_paths(table, "labels") if "labels" in table.columns else [None] * len(paths)
@@ -359,13 +363,14 @@ def _listed(manifest: Path) -> list[tuple[str, Path, Path | None]]:
     rows = list(zip(subjects_of(table), paths, labels, splits, strict=True))
     if "test" not in splits:
         raise InputError(manifest, "rows with split 'test'", "none", "leave the column out to use all")
-    return [(subject, path, place) for subject, path, place, split in rows if split == "test"]
+    return [(subject, ScanFiles(path, series), place) for subject, path, place, split in rows if split == "test"]
 
 
 def _read_images(
-    path: Path, labels: Path | None, frame: FrameConfig, config: Config
+    scanned: ScanFiles, labels: Path | None, frame: FrameConfig, config: Config
 ) -> tuple[Float32[np.ndarray, "image ..."], np.ndarray | None]:
-    scan = read_scan(path, frame, config.fill)
+    path = scanned.path
+    scan = read_scan(scanned, frame, config.fill)
     head = head_of(scan.volume.array)
     images, _ = cut_images(scan.volume.array, frame, head)
     share = cut_images(head, frame, head)[0].reshape(len(images), -1).mean(1)
@@ -386,9 +391,9 @@ def _read_images(
 def make_embedded(config: Config, folder: RunFolder) -> Config:
     """Write phantom brains, and train a tiny prior, its calibration and a conditional model, where none is given."""
     if config.manifest is not None:
-        _listed(config.manifest)  # a mistake there costs no training
+        _listed(config.manifest, config.series)  # a mistake there costs no training
     if config.input is not None:
-        find_files(config.input)
+        find_scans(config.input, KINDS, config.series)
     start(folder)
     place, log = folder.path / "inputs", Log(folder.path, folder.options.quiet)
     weights = config.weights or calibrate.train_tiny_prior(folder, config.seed)

@@ -1,6 +1,7 @@
 """DynamicDPS enhance: refine scans, slice by slice or in 3D, with uncertainty, residuals and tissue volumes."""
 
 import dataclasses
+import os
 import shlex
 import time
 from functools import partial
@@ -13,6 +14,7 @@ from jaxtyping import Array
 
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import to_record
+from jaxmed.data.scans import find_scans
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.diffusion.posterior.fidelity import evaluate
@@ -20,6 +22,7 @@ from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names
 from jaxmed.io import nifti
+from jaxmed.io.scans import NAME_ENDINGS
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
@@ -31,7 +34,7 @@ from jaxmed.systems.dynamicdps.enhance_page import write_page
 from jaxmed.systems.dynamicdps.enhancement import make_program
 from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
 from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_calibration
-from jaxmed.systems.dynamicdps.reading import SUFFIXES, TOP, find_files
+from jaxmed.systems.dynamicdps.reading import KINDS, TOP
 from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, load, process
 from jaxmed.systems.dynamicdps.stages import calibrate
 from jaxmed.systems.dynamicdps.stages.calibrate import pair_files
@@ -53,6 +56,7 @@ class Config:
 
     Attributes:
         input: A scan (NIfTI, or a grey picture), or a folder of scans.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         initial: What is refined: a run of train-initial; or the image of any other tool (such as SynthSR) for the scan;
             or a folder of such images, by the same file names. Without it, the scan itself.
         weights: The prior: a run of train-prior, or published weights.
@@ -75,6 +79,7 @@ class Config:
     """
 
     input: Path | None = None
+    series: str = ""
     initial: Path | None = None
     weights: Path | None = None
     calibration: Path | None = None
@@ -125,12 +130,12 @@ def run(config: Config, folder: RunFolder) -> int:
     network = load_prior(config.weights)
     calibrated = None if config.calibration is None else read_calibration(config.calibration)
     plan = make_plan(config, network, calibrated)
-    inputs = list_inputs(config)
+    inputs, passed = list_inputs(config)
     if len(inputs) == 1:
         load(inputs[0], plan.frame, plan.fill)  # a single broken file is a mistake, not a failure among many
     start(folder)
     log = Log(folder.path, folder.options.quiet)
-    for note in (notes := make_notes(config, plan, calibrated)):
+    for note in (notes := [*passed, *make_notes(config, plan, calibrated)]):
         log.say(f"Note: {note}")
     tell_size(config, plan, len(inputs), folder, log)
     ready = time.monotonic()
@@ -143,6 +148,9 @@ def run(config: Config, folder: RunFolder) -> int:
         lambda row: {"residual": row["residual"]["enhanced"], "initial_residual": row["residual"]["initial"]},
     )  # fmt: skip
     computed = time.monotonic()
+    for row in rows:
+        for note in row.get("notes", ()):
+            log.say(f"Note: {row['name']}: {note}")
     write_tables(folder.outputs, rows)
     write_failed(folder.outputs, failed)
     summary: dict[str, Any] = {
@@ -190,7 +198,7 @@ def make_embedded(config: Config, folder: RunFolder) -> Config:
 
 def make_lowfield(truth: Path, place: Path, acquisition: LowField, seed: int, size: tuple[int, ...]) -> None:
     """Write the low-field measurement of every phantom, once."""
-    for number, path in enumerate(find_files(truth)):
+    for number, path in enumerate(find_scans(truth, ("nifti",)).paths):
         if not (place / path.name).exists():
             volume = nifti.read(path)
             image = volume.array.reshape(1, *size, 1)
@@ -278,14 +286,16 @@ def is_run(place: Path) -> bool:
     return any((folder / "record.json").exists() for folder in (place, place / "outputs" / "model"))
 
 
-def list_inputs(config: Config) -> list[Inputs]:
-    """Find the scans, and what belongs to each by its name.
+def list_inputs(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
+    """Find the scans, and what belongs to each by its name; return them, and notes on what was passed over.
 
     Raises:
         InputError: There are none, or one has no partner.
     """
     assert config.input is not None
-    paths = find_files(config.input)
+    apart = [place for place in (config.initial, config.mask, config.labels) if place is None or not is_run(place)]
+    scans, passed = find_scans(config.input, KINDS, config.series, apart=apart)
+    paths = tuple(scan.path for scan in scans)
 
     def partners(place: Path | None) -> list[Path | None]:
         if place is None or is_run(place):
@@ -296,9 +306,9 @@ def list_inputs(config: Config) -> list[Inputs]:
         return [*pair_files(paths, config.input, place)]
 
     places = [partners(place) for place in (config.initial, config.mask, config.labels)]
-    root = config.input if config.input.is_dir() else config.input.parent
-    names = unique_names([path.relative_to(root) for path in paths], SUFFIXES, tuple(MAPS), TABLES)
-    return [Inputs(name, path, *others) for name, path, *others in zip(names, paths, *places, strict=True)]
+    root = config.input if config.input.is_dir() and paths != (config.input,) else config.input.parent
+    names = unique_names([os.path.relpath(path, root) for path in paths], NAME_ENDINGS, tuple(MAPS), TABLES)
+    return [Inputs(name, scan, *others) for name, scan, *others in zip(names, scans, *places, strict=True)], passed
 
 
 def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:

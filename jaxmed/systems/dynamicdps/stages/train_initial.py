@@ -51,6 +51,7 @@ class Config:
     Attributes:
         data: Scans and label maps.
         input: A scan, or a folder of scans, instead of a table.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: Own weights to start from; random where empty.
         frame: How scans become images.
         synthetic: How contrasts are drawn from label maps.
@@ -72,6 +73,7 @@ class Config:
 
     data: DataConfig = DataConfig()
     input: Path | None = None
+    series: str = ""
     weights: Path | None = None
     frame: FrameConfig = FrameConfig()
     synthetic: SyntheticConfig = SyntheticConfig(t1_probability=1.0)
@@ -155,7 +157,14 @@ def run(config: Config, folder: RunFolder) -> None:
     check_fit(settings, make_mesh(settings.mesh), config.frame.size)
     first, origin = read_start(config.weights, settings.model)
     images = read_training_images(
-        config.data, config.input, config.frame, folder, config.seed, config.loader.num_threads, config.fill
+        config.data,
+        config.input,
+        config.frame,
+        folder,
+        config.seed,
+        config.loader.num_threads,
+        config.series,
+        config.fill,
     )
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, is_first())
     for note in origin.get("notes", ()):

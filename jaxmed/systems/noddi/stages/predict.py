@@ -48,6 +48,7 @@ class Config:
         threads: Of ONNX Runtime; 0 takes one per core.
         dicom_source: Folder of the DICOM series that the scan was converted from: maps are written as DICOM too, in
             its study, on its geometry.
+        series: SeriesInstanceUID or SeriesDescription to read from that folder where it holds several.
         dicom: Which DICOM: "parametric-map" (floating point), "mr-image" (16 bit, thousandths, for every viewer).
         embedded_shape: Voxels (x, y, z) of the brain slab to take where no --dwi is given; without weights a small
             network is trained first.
@@ -63,6 +64,7 @@ class Config:
     runtime: Literal["jax", "onnx"] = "jax"
     threads: int = 0
     dicom_source: Path | None = None
+    series: str | None = None
     dicom: DicomForm = "both"
     embedded_shape: tuple[int, int, int] | None = None
     embedded_snr: float = 30.0
@@ -211,7 +213,7 @@ def read_source(config: Config, scan: Signals) -> Stack | None:
     """
     if config.dicom_source is None:
         return None
-    stack = read_stack(config.dicom_source)
+    stack = read_stack(config.dicom_source, series=config.series)
     on_stack(Volume.make(scan.mask, scan.dwi.affine), stack)
     return stack
 

@@ -36,6 +36,7 @@ class Config:
 
     Attributes:
         data: Labelled images of the new task, split support; images of split test are only scored.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: A run of meta-train.
         frame: How files become images; read from the weights where it is left alone.
         task: The new task, where the manifest has several.
@@ -46,6 +47,7 @@ class Config:
     """
 
     data: DataConfig = DataConfig()
+    series: str = ""
     weights: Path | None = None
     frame: FrameConfig | None = None
     task: str = ""
@@ -80,12 +82,12 @@ def run(config: Config, folder: RunFolder) -> int:
     if config.data.embedded:
         config = make_embedded(config, folder)
     trained, frame = load_for(config.weights, config.frame)
-    support, failed = read_cases(config.data, frame, "support", config.seed, fill=config.fill)
+    support, failed = read_cases(config.data, frame, "support", config.seed, series=config.series, fill=config.fill)
     support, task = choose_task(support, config.task)
     shots = draw_shots(support, config.shots, config.seed)
     test = None
     if any(record.split == "test" for record in read_manifest(config.data, config.seed)):
-        test, further = read_cases(config.data, frame, "test", config.seed, fill=config.fill)
+        test, further = read_cases(config.data, frame, "test", config.seed, series=config.series, fill=config.fill)
         test, failed = choose_task(test, task)[0], failed + further
     start(folder)
     log = Log(folder.path, folder.options.quiet)

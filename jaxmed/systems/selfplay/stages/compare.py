@@ -41,6 +41,7 @@ class Config:
 
     Attributes:
         data: Rows of split support and test of the new task; of split train for the network supervised by all labels.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: A run of meta-train.
         frame: How files become images; read from the weights where it is left alone.
         task: The new task, where the manifest has several.
@@ -62,6 +63,7 @@ class Config:
     """
 
     data: DataConfig = DataConfig()
+    series: str = ""
     weights: Path | None = None
     frame: FrameConfig | None = None
     task: str = ""
@@ -189,15 +191,15 @@ def read_material(config: Config, frame: FrameConfig) -> Material:
     Raises:
         InputError: For whatever is wrong with the manifest or its files.
     """
-    support, failed = read_cases(config.data, frame, "support", config.seed, fill=config.fill)
+    support, failed = read_cases(config.data, frame, "support", config.seed, series=config.series, fill=config.fill)
     support, task = choose_task(support, config.task)
-    test, further = read_cases(config.data, frame, "test", config.seed, fill=config.fill)
+    test, further = read_cases(config.data, frame, "test", config.seed, series=config.series, fill=config.fill)
     test, failed = choose_task(test, task)[0], failed + further
     if config.cases and config.cases < len(test.images):
         test = test.select(np.linspace(0, len(test.images) - 1, config.cases).round().astype(int))
     training, notes = None, []
     if any(record.split == "train" for record in read_manifest(config.data, config.seed)):
-        training, further = read_cases(config.data, frame, "train", config.seed, fill=config.fill)
+        training, further = read_cases(config.data, frame, "train", config.seed, series=config.series, fill=config.fill)
         failed += further
     else:
         notes.append("The manifest has no familiar tasks: no network is supervised by all labels.")

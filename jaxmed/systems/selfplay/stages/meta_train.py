@@ -37,6 +37,7 @@ class Config:
 
     Attributes:
         data: Familiar tasks: rows of split train, and of split validation for tasks that are only looked at.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         frame: How files become images.
         system: Networks and losses.
         meta: Reptile.
@@ -48,6 +49,7 @@ class Config:
     """
 
     data: DataConfig = DataConfig()
+    series: str = ""
     frame: FrameConfig = FrameConfig()
     system: SystemOneConfig = SystemOneConfig()
     meta: MetaConfig = MetaConfig()
@@ -102,11 +104,15 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read the tasks, train, export System I, show what it makes of held-out tasks. Returns 1 when records failed."""
     began = time.monotonic()
     config = prepare_data(config, folder)
-    training, failed = read_cases(config.data, config.frame, "train", config.seed, fill=config.fill)
+    training, failed = read_cases(
+        config.data, config.frame, "train", config.seed, series=config.series, fill=config.fill
+    )
     has_held_out = any(record.split == "validation" for record in read_manifest(config.data, config.seed))
     held_out = training
     if has_held_out:
-        held_out, further = read_cases(config.data, config.frame, "validation", config.seed, fill=config.fill)
+        held_out, further = read_cases(
+            config.data, config.frame, "validation", config.seed, series=config.series, fill=config.fill
+        )
         failed += further
     start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard)

@@ -1,6 +1,7 @@
 """Self-play think: segment images of a task by playing against oneself, for as long as one likes."""
 
 import dataclasses
+import os
 import shlex
 import time
 from pathlib import Path
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.types import Params
+from jaxmed.data.scans import find_scans, partner_of
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
 from jaxmed.io.numpy_files import write_npz
+from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.imaging import dice
 from jaxmed.models.policy import TopkUnetConfig
@@ -23,7 +26,7 @@ from jaxmed.rl.search import require_mctx
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay.data import DataConfig, read_manifest
 from jaxmed.systems.selfplay.debate import debate
-from jaxmed.systems.selfplay.frames import SUFFIXES
+from jaxmed.systems.selfplay.frames import KINDS
 from jaxmed.systems.selfplay.networks import Trained, load_system_one
 from jaxmed.systems.selfplay.policy_training import load_policy
 from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_result
@@ -49,6 +52,7 @@ class Config:
 
     Attributes:
         input: An image (NIfTI, PNG, JPEG, TIFF, .npy), or a folder of them.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: System I: a run of adapt (or of meta-train, for a familiar task).
         mask: True mask of the input, or a folder of them by the same file names: Dice is reported, nothing else.
         box: Mask of a region, or a folder of them, in whose middle each image stands; slices without it are left out.
@@ -62,6 +66,7 @@ class Config:
     """
 
     input: Path | None = None
+    series: str = ""
     weights: Path | None = None
     mask: Path | None = None
     box: Path | None = None
@@ -96,15 +101,20 @@ class Job(NamedTuple):
 
     Attributes:
         name: Of its results.
-        path: The file.
+        scan: The file.
         mask: Its true mask.
         box: Its region.
     """
 
     name: str
-    path: Path
+    scan: ScanFiles
     mask: Path | None
     box: Path | None
+
+    @property
+    def path(self) -> Path:
+        """The file, or the folder of slices."""
+        return self.scan.path
 
 
 def run(config: Config, folder: RunFolder) -> int:
@@ -121,14 +131,14 @@ def run(config: Config, folder: RunFolder) -> int:
     if config.policy_weights is not None:
         thinking, policy = load_policy(config.policy_weights, config.think, trained.frame.size)
         config = dataclasses.replace(config, think=thinking)
-    jobs = list_jobs(config)
+    jobs, passed = list_jobs(config)
     if len(jobs) == 1:
         read_scan(
-            jobs[0].path, trained.frame, jobs[0].box, tiles=config.tiles, fill=config.fill
+            jobs[0].scan, trained.frame, jobs[0].box, tiles=config.tiles, fill=config.fill
         )  # a single broken file is a mistake
     start(folder)
     log = Log(folder.path, folder.options.quiet)
-    notes = make_notes(trained, config)
+    notes = [*passed, *make_notes(trained, config)]
     for note in notes:
         log.say(f"Note: {note}")
     budget = f"{config.budget.seconds:g} s" if config.budget.seconds else f"{config.budget.steps:,} steps"
@@ -195,36 +205,33 @@ def make_embedded(config: Config, folder: RunFolder) -> Config:
     return dataclasses.replace(config, input=places["images"], mask=places["masks"], weights=weights)
 
 
-def list_jobs(config: Config) -> list[Job]:
-    """Find the files, and what belongs to each by its name.
+def list_jobs(config: Config) -> tuple[list[Job], tuple[str, ...]]:
+    """Find the files, and what belongs to each by its name; return them, and notes on what was passed over.
 
     Raises:
         InputError: There are none, or one has no partner.
     """
     assert config.input is not None
-    if not config.input.exists():
-        raise InputError(config.input, "an image or a folder of images", "nothing", "check --input")
-    paths = [config.input]
-    if config.input.is_dir():
-        paths = sorted(path for path in config.input.iterdir() if path.name.lower().endswith(SUFFIXES))
-    if not paths:
-        raise InputError(config.input, f"files that end in {', '.join(SUFFIXES)}", "none")
+    scans, passed = find_scans(config.input, KINDS, config.series, apart=(config.mask, config.box))
+    root = config.input if config.input.is_dir() and scans[0].path != config.input else config.input.parent
+    places = [os.path.relpath(scan.path, root) for scan in scans]
 
-    def partner(place: Path | None, path: Path, name: str) -> Path | None:
-        if place is None:
+    def partner(folder: Path | None, place: str, name: str) -> Path | None:
+        if folder is None:
             return None
-        found = place / path.name if place.is_dir() else place
+        found = partner_of(folder, place) if folder.is_dir() else folder
         if not found.exists():
-            raise InputError(place, f"a file {path.name}", "none", f"check --{name}")
-        if not place.is_dir() and len(paths) > 1:
-            raise InputError(place, f"a folder, as --input has {len(paths)} files", "one file", f"check --{name}")
+            raise InputError(folder, f"a file {place}", "none", f"check --{name}")
+        if not folder.is_dir() and len(scans) > 1:
+            raise InputError(folder, f"a folder, as --input has {len(scans)} files", "one file", f"check --{name}")
         return found
 
-    names = unique_names([path.name for path in paths], SUFFIXES, ENDINGS, TABLES)
-    return [
-        Job(name, path, partner(config.mask, path, "mask"), partner(config.box, path, "box"))
-        for name, path in zip(names, paths, strict=True)
+    names = unique_names(places, NAME_ENDINGS, ENDINGS, TABLES)
+    jobs = [
+        Job(name, scan, partner(config.mask, place, "mask"), partner(config.box, place, "box"))
+        for name, scan, place in zip(names, scans, places, strict=True)
     ]
+    return jobs, passed
 
 
 def make_notes(trained: Trained, config: Config) -> list[str]:
@@ -245,7 +252,7 @@ def process(
     config: Config, trained: Trained, policy: Params | None, job: Job, key: Any, outputs: Path, tell: Tell
 ) -> dict[str, Any]:
     """Think about one file, write what comes of it, and return its record."""
-    scan = read_scan(job.path, trained.frame, job.box, tiles=config.tiles, fill=config.fill)
+    scan = read_scan(job.scan, trained.frame, job.box, tiles=config.tiles, fill=config.fill)
     think_key, debate_key = jax.random.split(key)
 
     def watch(steps: int, value: float) -> None:

@@ -51,6 +51,7 @@ class Config:
 
     Attributes:
         data: Familiar tasks: rows of split train, and of split validation for tasks that are only looked at.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: System I: a run of meta-train.
         frame: How files become images; read from the weights where it is left alone.
         adapt: Steps and rate of adaptation to each task.
@@ -62,6 +63,7 @@ class Config:
     """
 
     data: DataConfig = DataConfig()
+    series: str = ""
     weights: Path | None = None
     frame: FrameConfig | None = None
     adapt: AdaptConfig = AdaptConfig()
@@ -111,10 +113,12 @@ def run(config: Config, folder: RunFolder) -> int:
         assert isinstance(prepared, Config)
         config = prepared
     trained, frame = load_for(config.weights, config.frame)
-    training, failed = read_cases(config.data, frame, "train", config.seed, fill=config.fill)
+    training, failed = read_cases(config.data, frame, "train", config.seed, series=config.series, fill=config.fill)
     held_out, has_held_out = training, False
     if any(record.split == "validation" for record in read_manifest(config.data, config.seed)):
-        held_out, further = read_cases(config.data, frame, "validation", config.seed, fill=config.fill)
+        held_out, further = read_cases(
+            config.data, frame, "validation", config.seed, series=config.series, fill=config.fill
+        )
         failed, has_held_out = failed + further, True
     start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard)
