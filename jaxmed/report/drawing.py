@@ -12,6 +12,7 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 from matplotlib.rcsetup import cycler
+from matplotlib.text import Text
 from PIL import Image
 
 from jaxmed.report.page import PNG_DPI, Figure, printable
@@ -41,6 +42,9 @@ def _encode(draw: Callable[[Theme], Canvas], theme: Theme, form: Literal["png", 
         # Names may come from files in any script; a box for an unknown letter is good enough.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         canvas = draw(theme)
+        for text in canvas.findobj(Text):
+            # Of a file name that is no UTF-8, matplotlib takes no letter.
+            text.set_text(printable(text.get_text()))
         if form == "svg":
             canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
             return buffer.getvalue()

@@ -6,9 +6,10 @@ import xml.etree.ElementTree
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
-from jaxmed.report.drawing import PNG_LIMIT
+from jaxmed.report.drawing import PNG_LIMIT, both_themes
 from jaxmed.report.figures import (
     Bar,
     MapStyle,
@@ -257,3 +258,16 @@ def test_figures_repeat_exactly_and_leave_matplotlib_alone():
 def test_style_refuses_an_empty_range():
     with pytest.raises(ValueError, match="low < high"):
         MapStyle(limits=(1, 1))
+
+
+@pytest.mark.parametrize("form", ["png", "svg"])
+def test_names_that_are_no_utf8_can_be_drawn(form):
+    def draw(theme):
+        canvas = Canvas()
+        axes = canvas.subplots()
+        axes.plot([1, 2], label="caf\udce9")
+        axes.set_title("caf\udce9")
+        axes.legend()
+        return canvas
+
+    assert both_themes(draw, form, "a", "b").light
