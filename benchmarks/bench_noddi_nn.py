@@ -46,13 +46,13 @@ from jaxmed.systems.noddi.network import (
     ForwardConfig,
     Network,
     Output,
-    Table,
     constants,
     network_layers,
     predict,
     ranges,
 )
-from jaxmed.systems.noddi.scan import read_signals
+from jaxmed.systems.noddi.reading import read_signals
+from jaxmed.systems.noddi.table import Table
 
 VOXELS = {"smoke": 5_000, "cpu": 250_000, "gpu": 4_000_000}
 # Of the brain in files; the second has 250,000 voxels inside.

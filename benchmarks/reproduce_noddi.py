@@ -48,7 +48,7 @@ from jaxmed.systems.noddi.evaluation import (
     score,
 )
 from jaxmed.systems.noddi.network import ForwardConfig, Network, predict, predict_exactly
-from jaxmed.systems.noddi.scan import read_signals
+from jaxmed.systems.noddi.reading import read_signals
 from jaxmed.systems.noddi.training import TrainConfig
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume

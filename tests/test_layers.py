@@ -33,6 +33,7 @@ HOMES = {
     "highdicom": {"io/parametric_map.py"},
     "matplotlib": {"report"},
     "tyro": {"cli.py"},
+    "amico": {"systems/noddi/amico.py"},
     "blackjax": {"systems/noddi/posterior.py"},
     "mctx": {"rl/search.py"},
     "torch": set(),

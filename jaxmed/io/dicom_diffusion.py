@@ -17,7 +17,7 @@ from jaxmed.errors import InputError
 from jaxmed.io.dicom import CONVERT, Frame, arrange, group_of, open_series, read_frames, rescale
 from jaxmed.io.dicom_files import Image, collect_warnings, read_numbers, warning_notes
 from jaxmed.io.dicom_pixels import decode
-from jaxmed.io.gradients import MAX_NORM_ERROR, GradientTable, from_world
+from jaxmed.io.gradients import MAX_NORM_ERROR, GradientTable, check_gradients, from_world
 from jaxmed.volume import Volume, require_intensities
 
 POSITION_STEP = 1e-2  # mm: positions closer than this are one slice
@@ -89,13 +89,13 @@ def _weighted_frames(image: Image, b0_threshold: float) -> list[_Weighted]:
             raise InputError(file, "a b-value in the standard tag (0018,9087)", "none", CONVERT)
         inner = group.get("DiffusionGradientDirectionSequence") or [group]
         direction = None
-        if bval[0] > b0_threshold:
+        if bval[0] > 0:  # without any weighting the frames of one image may hold anything
             direction = read_numbers(file, inner[0], "DiffusionGradientOrientation", 3)
-            if direction is None:
+            if direction is None and bval[0] > b0_threshold:
                 expected = f"a direction in the standard tag (0018,9089) of the image at b = {bval[0]:g}"
                 raise InputError(file, expected, "none", CONVERT)
-            length = float(np.linalg.norm(direction))
-            if abs(length - 1) > MAX_NORM_ERROR:
+            length = float(np.linalg.norm(direction or ()))
+            if length > 1 + MAX_NORM_ERROR:
                 raise InputError(file, "a direction of unit length", f"length {length:.3g}", CONVERT)
         found.append(_Weighted(frame, (acquisition, instance, index), bval[0], direction))
     return found
@@ -120,9 +120,6 @@ def _group_images(path: Path, weighted: list[_Weighted]) -> list[list[_Weighted]
 
 def _make_table(path: Path, images: list[list[_Weighted]], affine: np.ndarray, b0_threshold: float) -> GradientTable:
     bvals = np.array([image[0].bval for image in images])
-    if bvals.max() <= b0_threshold:
-        raise InputError(path, f"b-values above {b0_threshold:g} s/mm^2", f"a largest one of {bvals.max():g}")
     patient = np.array([image[0].direction or (0.0, 0.0, 0.0) for image in images])
     bvecs = from_world(patient * np.array([-1.0, -1.0, 1.0]), affine)
-    lengths = np.linalg.norm(bvecs, axis=1, keepdims=True)
-    return GradientTable(bvals, bvecs / np.where(lengths > 0, lengths, 1.0), ())
+    return check_gradients(bvals, bvecs, b0_threshold=b0_threshold, where=(path, path))

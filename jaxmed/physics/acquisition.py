@@ -49,6 +49,46 @@ def find_shells(
     return [Shell(float(np.mean(bvals[group])), tuple(group)) for group in groups if group]
 
 
+MIN_AXES = 6
+"""Different axes that determine a diffusion tensor, and that a shell of its own has."""
+SAME_AXIS = 5.0
+"""Axes nearer than this, in degrees, count as one: a head that moves turns a repeated direction by a degree or two."""
+MIN_BVAL_RATIO = 1.25
+"""Between the mean b-values of a lower and a higher shell; shells nearer than this say the same thing twice."""
+
+
+def count_axes(bvecs: Float[np.ndarray, "row 3"]) -> int:
+    """Count the different axes among unit directions: repetitions and antipodes are one, zeros none."""
+    rest = bvecs[np.any(bvecs, axis=1)]
+    count, least = 0, np.cos(np.radians(SAME_AXIS))
+    while len(rest):
+        count += 1
+        rest = rest[np.abs(rest @ rest[0]) < least]
+    return count
+
+
+def spans_tensors(bvecs: Float[np.ndarray, "row 3"]) -> bool:
+    """Return whether unit directions determine a diffusion tensor: six different axes, not on a plane or a cone."""
+    x, y, z = bvecs.T
+    design = np.stack([x * x, y * y, z * z, x * y, x * z, y * z], axis=1)
+    return count_axes(bvecs) >= MIN_AXES and int(np.linalg.matrix_rank(design, tol=0.005 * len(bvecs) ** 0.5)) == 6
+
+
+def has_two_shells(bvals: Float[np.ndarray, " row"], bvecs: Float[np.ndarray, "row 3"]) -> bool:
+    """Return whether weighted rows fall into a lower and a higher part that say different things.
+
+    Both need directions of their own and their mean b-values a real ratio: one stray image is no shell, nor are ten
+    whose b-value a scanner has rounded.
+    """
+    for cut in np.unique(bvals)[1:]:
+        lower, upper = bvals < cut, bvals >= cut
+        if bvals[upper].mean() < MIN_BVAL_RATIO * bvals[lower].mean():
+            continue
+        if count_axes(bvecs[lower]) >= MIN_AXES and count_axes(bvecs[upper]) >= MIN_AXES:
+            return True
+    return False
+
+
 def spread_directions(count: int) -> Float[np.ndarray, "count 3"]:
     """Spread directions evenly over a half sphere by the golden-angle spiral."""
     height = (np.arange(count) + 0.5) / count
@@ -104,6 +144,7 @@ def estimate_sigma(repeats: Float[np.ndarray, "voxel repeat"]) -> float:
 
     Source: Koay and Basser, J. Magn. Reson. 2006, equations 12 to 18 (the fixed point), on the pooled variance.
     """
+    repeats = np.asarray(repeats, np.float64)  # squares of large intensities leave float32
     mean = repeats.mean(axis=1)
     variance = repeats.var(axis=1, ddof=1)
     inside = (mean > 0) & (variance > 0)

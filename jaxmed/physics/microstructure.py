@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from jaxmed.physics import noddi
 from jaxmed.physics.acquisition import add_rician_noise
@@ -168,10 +168,28 @@ def ball_and_stick_model() -> MicrostructureModel:
     def predict(parameters, direction, bvals, bvecs):
         fraction, diffusivity = parameters[..., :1], parameters[..., 1:]
         attenuation = 1e-3 * jnp.asarray(bvals) * diffusivity
-        along = jnp.einsum("...mi,...i->...m", jnp.asarray(bvecs), direction)
+        along = noddi.cosines(bvecs, direction)
         return fraction * jnp.exp(-attenuation * along**2) + (1 - fraction) * jnp.exp(-attenuation)
 
     return MicrostructureModel("ball_and_stick", (STICK_FRACTION, DIFFUSIVITY), predict, jnp.ones_like)
+
+
+def weighted_signal(
+    model: MicrostructureModel,
+    parameters: Float[Array | np.ndarray, "*batch parameter"],
+    direction: Float[Array | np.ndarray, "*batch 3"],
+    bvals: Float[np.ndarray, " measurement"],
+    bvecs: Float[np.ndarray, "measurement 3"],
+    is_b0: Bool[np.ndarray, " measurement"],
+) -> Float[Array, "*batch weighted"]:
+    """Return the weighted signals over the mean of those that count as unweighted, as measurements are divided.
+
+    Images that count as unweighted may have b = 60: their own attenuation is part of what divides the others.
+    """
+    if not np.any(bvals[is_b0]):
+        return model.signal(parameters, direction, bvals[~is_b0], bvecs[~is_b0])
+    clean = model.signal(parameters, direction, bvals, bvecs)
+    return clean[..., np.flatnonzero(~is_b0)] / jnp.mean(clean[..., np.flatnonzero(is_b0)], axis=-1, keepdims=True)
 
 
 class Simulated(NamedTuple):

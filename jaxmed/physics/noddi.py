@@ -68,7 +68,8 @@ def signal(
         fwf: Free water fraction.
         direction: Mean fibre direction, unit length.
         bvals: b-values in s/mm^2, for all voxels or for each.
-        bvecs: Unit gradient directions; any value where b is 0.
+        bvecs: Unit gradient directions; any value where b is 0, and zero where b is small and the direction is not
+            known, see `cosines`.
         dot: Fraction of all water that does not move at all, as in fixed tissue; None for none.
         tissue: Fixed diffusivities.
         order: Highest Legendre order, even. 16 is exact to 3e-6 up to b = 3000; take 24 or more above b = 5000.
@@ -104,7 +105,7 @@ def compartments(
     Float[Array, "*#batch measurement"],
 ]:
     """Return the attenuations inside neurites, outside them and in free water; see `signal`."""
-    cosine = jnp.einsum("...mi,...i->...m", jnp.asarray(bvecs), direction)
+    cosine = cosines(bvecs, direction)
     moments = watson_moments(odi_to_kappa(odi), order)
     attenuation = bvals * (1e-3 * tissue.parallel_diffusivity)
     angular = legendre(cosine, order)
@@ -117,6 +118,20 @@ def compartments(
             along = attenuation * ndi[..., None]
             extra = jnp.exp(along - attenuation) * _expand(moments, stick_moments(along, order), angular)
     return intra, extra, jnp.exp(-jnp.asarray(bvals) * (1e-3 * tissue.free_diffusivity))
+
+
+def cosines(
+    bvecs: Float[Array | np.ndarray, "*#batch measurement 3"], direction: Float[Array, "*batch 3"]
+) -> Float[Array, "*batch measurement"]:
+    """Return the cosines between gradients and a direction.
+
+    A gradient of length zero is one whose direction is not known, as of images at b = 5. It gets 1 / sqrt(3), at which
+    the second Legendre polynomial vanishes as it does over the sphere: the signal is its mean over directions to
+    second order in b.
+    """
+    bvecs = jnp.asarray(bvecs)
+    known = jnp.any(bvecs != 0, axis=-1)
+    return jnp.where(known, jnp.einsum("...mi,...i->...m", bvecs, direction), 3**-0.5)
 
 
 def _expand(moments, radial, angular):

@@ -101,7 +101,8 @@ class LmState(NamedTuple):
         damping: Relative to the diagonal of the normal matrix.
         growth: What damping is multiplied by when the next step fails.
         iterations: Steps tried.
-        done: Whether a tolerance was met; a problem that is done does not move.
+        done: Whether a tolerance was met, or the cost is not finite where the problem starts: no step could help, and
+            `at.cost` stays infinite. A problem that is done does not move.
     """
 
     point: Point
@@ -165,7 +166,7 @@ def lm_step(surface: Surface, state: LmState, tolerance: float) -> LmState:
     better = (at.cost < cost) & ((promised > 0) | fresh)  # False for NaN
     # A damped step promises about 1 / (1 + damping) of what the undamped one would.
     small = ~fresh & (jnp.abs(promised) * (1 + state.damping) <= tolerance * jnp.abs(cost))
-    stuck = ~better & (state.damping >= MAX_DAMPING)
+    stuck = ~better & (fresh | (state.damping >= MAX_DAMPING))
     gain = (cost - at.cost) / jnp.maximum(promised, 1e-30)
     eased = state.damping * jnp.maximum(0.1, 1 - (2 * jnp.clip(gain, 0.0, 2.0) - 1) ** 3)
     damping = jnp.clip(jnp.where(better, eased, state.damping * state.growth), 1e-7, 10 * MAX_DAMPING)

@@ -11,7 +11,7 @@ from jaxmed.physics.microstructure import draw_directions, noddi_model, simulate
 from jaxmed.solvers.least_squares import lm_init, lm_step
 from jaxmed.systems import noddi
 from jaxmed.systems.noddi.derivatives import Point, noddi_forward, tangent_frame
-from jaxmed.systems.noddi.fitting import FLAGS
+from jaxmed.systems.noddi.estimates import FLAGS
 from jaxmed.systems.noddi.information import cramer_rao
 from jaxmed.systems.noddi.likelihood import make_surface
 from jaxmed.systems.noddi.options import FitConfig

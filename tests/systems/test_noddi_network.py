@@ -1,7 +1,9 @@
 """A network and its protocol: normalisation, refusal of other tables, disk, ONNX."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +20,16 @@ from jaxmed.systems.noddi.network import (
     ForwardConfig,
     Network,
     Output,
-    Table,
     load,
     normalise,
     predict,
-    require_table,
     save,
 )
+from jaxmed.systems.noddi.table import Table, match_table
 
 BVALS, BVECS = two_shell_protocol(3, ((8, 700.0), (12, 2000.0)))
 TABLE = Table.make(BVALS, BVECS, 50.0)
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "noddi_onnx.py"
 
 
 def make_network(forward=ForwardConfig(), shape=MlpConfig(width=16), table=TABLE):
@@ -103,54 +105,109 @@ def exchanged(values, first, second):
     return changed
 
 
+def shuffled(*parts):
+    order = np.random.default_rng(2).permutation(len(BVALS))
+    return tuple(part[order] for part in parts)
+
+
+def tilted(bvecs, degrees):
+    angle = np.radians(degrees)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    return bvecs @ turn.T
+
+
+def jittered(bvecs, degrees, seed=3):
+    noise = np.random.default_rng(seed).normal(size=bvecs.shape)
+    across = noise - np.sum(noise * bvecs, axis=1, keepdims=True) * bvecs
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    angle = np.radians(degrees)
+    return np.where(BVALS[:, None] > 0, np.cos(angle) * bvecs + np.sin(angle) * across, 0.0)
+
+
+OPPOSITE = np.where(np.arange(len(BVALS))[:, None] % 2, -1, 1) * BVECS
 SAME = {
     "itself": (BVALS, BVECS),
     "four digits": (BVALS, np.round(BVECS, 4)),
-    "opposite directions": (BVALS, np.where(np.arange(len(BVALS))[:, None] % 2, -1, 1) * BVECS),
+    "opposite directions": (BVALS, OPPOSITE),
     "a rotated slab": (BVALS, rotated(BVECS)),
-    "b-values of a scanner": (BVALS * 1.004, BVECS),
+    "b-values of a scanner": (BVALS * 1.015, BVECS),
+    "low b-values of a scanner": (BVALS * 0.98, BVECS),
     "a b-value for the unweighted": (np.where(BVALS == 0, 5.0, BVALS), BVECS),
+    "directions a degree apart": (BVALS, jittered(BVECS, 1.0)),
+    "another order": shuffled(BVALS, BVECS),
+    "another order, four digits": shuffled(BVALS, np.round(BVECS, 4)),
+    "another order, opposite directions": shuffled(BVALS, OPPOSITE),
+    "another order, b-values of a scanner": shuffled(BVALS * 1.015, BVECS),
+    "another order, a degree apart": shuffled(BVALS, jittered(BVECS, 1.0)),
+    "another order of a tilted slab": shuffled(BVALS, tilted(BVECS, 8.0)),
+    "another order of a mirrored table": shuffled(BVALS, BVECS * [-1, 1, 1]),
+    "the weighted ones first": (BVALS[::-1], BVECS[::-1]),
 }
 OTHER = {
     "another number": (BVALS[:-1], BVECS[:-1], "with 23 images, found 22"),
-    "another b-value": (np.where(BVALS == 2000, 2100, BVALS), BVECS, "b = 2000 s/mm^2 in place 12, found b = 2100"),
-    "another order of shells": (exchanged(BVALS, 3, 20), BVECS, "b = 700 s/mm^2 in place 4, found b = 2000"),
-    "another order of directions": (
-        BVALS,
-        exchanged(BVECS, 12, 20),
-        "directions in its order, found another direction",
+    "another b-value": (np.where(BVALS == 2000, 2100, BVALS), BVECS, "found b = 2100 in place 12"),
+    "another b-value of one image": (
+        np.where(np.arange(23) == 15, 1500, BVALS),
+        BVECS,
+        "found b = 1500 in place 16",
     ),
-    "unweighted elsewhere": (
-        exchanged(BVALS, 0, 22),
-        exchanged(BVECS, 0, 22),
-        "b = 0 s/mm^2 in place 1, found b = 2000",
-    ),
+    "an unweighted image of b = 60": (np.where(np.arange(23) == 1, 45.0, BVALS), BVECS, "found b = 45 in place 2"),
+    "other directions": (BVALS, jittered(BVECS, 12.0), "angles between directions differ by"),
+    "another order of other directions": (*shuffled(BVALS, jittered(BVECS, 12.0)), "angles between directions differ"),
+    "directions exchanged between shells": (BVALS, exchanged(BVECS, 4, 20), "angles between directions differ"),
 }
+TURNED = ("a rotated slab", "another order of a tilted slab", "another order of a mirrored table")
+
+
+def script():
+    pytest.importorskip("onnxruntime")
+    spec = importlib.util.spec_from_file_location("noddi_onnx", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def about(table):
+    parts = {"bvals": table.bvals, "bvecs": table.bvecs, "b0_threshold": table.b0_threshold}
+    return {name: json.dumps(value) for name, value in parts.items()} | {"protocol_hash": table.hash}
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_the_same_protocol_in_other_words_is_taken(name):
+def test_the_same_protocol_in_other_words_is_taken_in_the_networks_order(name):
     bvals, bvecs = SAME[name]
-    require_table(TABLE, Table.make(bvals, bvecs, 50.0), "dwi.bval")
+    match = match_table(TABLE, bvals, bvecs, "dwi.bval")
+    assert np.abs(bvals[match.order] - BVALS).max() <= 40
+    weighted = BVALS > 0
+    if name not in TURNED:
+        cosine = np.abs(np.sum(bvecs[match.order] * BVECS, axis=1))[weighted]
+        assert np.degrees(np.arccos(np.minimum(cosine, 1))).max() < 2
+    assert any("another order" in note for note in match.notes) == ("order" in name or "first" in name)
+    assert ("scanner" not in name and "degree" not in name) or any("b-values differ by" in n for n in match.notes)
+    np.testing.assert_array_equal(script().match_table(about(TABLE), bvals, bvecs, "dwi.bval"), match.order)
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_another_protocol_is_refused(name):
+def test_another_protocol_is_refused_with_its_difference(name):
     bvals, bvecs, message = OTHER[name]
     bvecs = np.where((bvals > 50)[:, None] & ~bvecs.any(axis=1)[:, None], [0.0, 0.0, 1.0], bvecs)
     with pytest.raises(InputError) as error:
-        require_table(TABLE, Table.make(bvals, bvecs, 50.0), "dwi.bval")
+        match_table(TABLE, bvals, bvecs, "dwi.bval")
     assert message in str(error.value)
     assert str(error.value).startswith("dwi.bval: expected the protocol of the network")
     assert "jaxmed noddi train" in str(error.value)
+    module = script()
+    with pytest.raises(module.Refused, match="expected the protocol of the network"):
+        module.match_table(about(TABLE), bvals, bvecs, "dwi.bval")
 
 
-def test_the_threshold_is_part_of_the_protocol():
+def test_a_scan_in_another_order_gets_the_same_maps(signals):
+    network, order = make_network(), np.random.default_rng(2).permutation(len(BVALS))
+    match = match_table(TABLE, BVALS[order], BVECS[order], "dwi.bval")
+    np.testing.assert_array_equal(predict(network, signals[:, order][:, match.order]), predict(network, signals))
+
+
+def test_the_threshold_is_part_of_the_hash():
     assert Table.make(BVALS, BVECS, 60.0).hash != TABLE.hash
-    bvals = np.concatenate([[0.0, 55.0, 55.0], BVALS[3:]])
-    bvecs = np.concatenate([np.eye(3), BVECS[3:]])
-    with pytest.raises(InputError, match=r"a b = 0 threshold of 100 s/mm\^2, found 50"):
-        require_table(Table.make(bvals, bvecs, 100.0), Table.make(bvals, bvecs, 50.0), "dwi.bval")
 
 
 def test_the_hash_names_order_and_numbers():

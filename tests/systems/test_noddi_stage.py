@@ -15,7 +15,7 @@ from jaxmed.io.gradients import read_gradients, to_world
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
 from jaxmed.systems.noddi import chunks
-from jaxmed.systems.noddi.fitting import FLAGS
+from jaxmed.systems.noddi.estimates import FLAGS
 from jaxmed.systems.noddi.stages import fit as stage
 from jaxmed.volume import Volume
 
@@ -48,10 +48,12 @@ def test_a_run_folder_is_complete(smoke):
     assert {path.name for path in smoke.iterdir()} == {
         "config.json",
         "inputs",
+        "inputs.json",
         "log.txt",
         "metrics.jsonl",
         "outputs",
         "report.html",
+        "timing.json",
     }
     for name in MAPS:
         sidecar = json.loads((smoke / "outputs" / f"{name}.json").read_text())
@@ -200,6 +202,30 @@ MISTAKES = {
         lambda s: (s / "dwi.bvec").write_text((s / "dwi.bvec").read_text().replace("0.", "3.")),
         "unit length",
     ),
+    "b-values in s/m^2": (
+        lambda s: (s / "dwi.bval").write_text(" ".join(["0"] * 9 + ["711e6"] * 30 + ["2855e6"] * 60)),
+        "s/mm^2, not s/m^2",
+    ),
+    "a stray image": (
+        lambda s: (s / "dwi.bval").write_text(" ".join(["0"] * 9 + ["1000"] * 89 + ["500"])),
+        "axes: 1 at b = 500, ",
+    ),
+    "every tenth b-value rounded": (
+        lambda s: (s / "dwi.bval").write_text(" ".join(["0"] * 9 + (["1000"] * 9 + ["1060"]) * 9)),
+        "--allow-single-shell",
+    ),
+    "three axes": (
+        lambda s: np.savetxt(s / "dwi.bvec", np.eye(3)[np.arange(99) % 3].T),
+        "90 images on 3 different axes",
+    ),
+    "directions times 0.7": (
+        lambda s: np.savetxt(s / "dwi.bvec", 0.7 * np.loadtxt(s / "dwi.bvec")),
+        "unit length",
+    ),
+    "intensities that no scanner gives": (
+        lambda s: rewrite(s / "dwi.nii.gz", lambda a: (1e30 * a.astype(np.float64)).astype(np.float32)),
+        "intensities of at most",
+    ),
     "tables exchanged": (lambda s: shutil.copy(s / "dwi.bvec", s / "dwi.bval"), "dwi.bval"),
 }
 
@@ -231,7 +257,7 @@ OPTION_MISTAKES = {
     "unknown preset": (["--preset", "smok"], "did you mean 'smoke'?"),
     "missing configuration": (["--config", "nowhere.json"], "nowhere.json"),
     "no scan": ([], "dwi: expected a file, found nothing"),
-    "rician without noise": (["--preset", "smoke", "--noise", "rician", "--dwi", "x.nii"], "dwi"),
+    "rician without noise": (["--preset", "smoke", "--noise", "rician", "--dwi", "x.nii"], "x.nii: expected"),
 }
 
 
@@ -297,12 +323,52 @@ def test_voxels_of_nan_are_flagged_and_never_reach_a_map(scan, tmp_path):
     np.testing.assert_allclose(read_map(tmp_path / "run", "ndi_modulated"), ndi * (1 - fwf), atol=1e-6)
 
 
+def test_a_preset_is_a_size_and_files_replace_its_synthetic_data(scan, tmp_path):
+    fit_scan(scan, tmp_path / "run", "--preset", "laptop")
+    assert not (tmp_path / "run" / "inputs").exists()
+    assert read_map(tmp_path / "run", "ndi").shape == (8, 9, 2)
+
+
+def test_an_oil_is_noted_and_flagged(scan, tmp_path):
+    """What hardly diffuses ends at ndi = 1, whatever it is."""
+    rng, bvals = np.random.default_rng(0), np.loadtxt(scan / "dwi.bval")
+    oil = 800 * np.exp(-bvals * 5e-5) + rng.normal(size=(8, 9, 2, 99)) * 25
+    rewrite(scan / "dwi.nii.gz", lambda a: oil.astype(np.float32))
+    notes = fit_scan(scan, tmp_path / "run")
+    assert any("the model does not make this signal (a residual above three times the noise)" in note for note in notes)
+    flags, mask = read_map(tmp_path / "run", "flags").astype(int), nifti.read(scan / "mask.nii.gz").array > 0
+    assert (flags[mask] & FLAGS["misfit"] > 0).all()
+
+
+def test_a_voxel_beyond_any_intensity_is_left_out(scan, tmp_path):
+    def change(array):
+        array[4, 4, 0, 50] = 1e25
+        return array
+
+    rewrite(scan / "dwi.nii.gz", change)
+    rewrite(scan / "mask.nii.gz", lambda array: np.where(np.indices(array.shape).sum(0) == 8, 1, array))
+    fit_scan(scan, tmp_path / "run")
+    flags = read_map(tmp_path / "run", "flags")
+    assert flags[4, 4, 0] == FLAGS["not_finite"] and read_map(tmp_path / "run", "ndi")[4, 4, 0] == 0
+
+
+def test_lengths_that_tell_b_are_used_and_said(scan, tmp_path):
+    """One nominal b-value of 2855, and directions shorter by the root of b over it."""
+    fit_scan(scan, tmp_path / "plain")
+    bvals = np.loadtxt(scan / "dwi.bval")
+    np.savetxt(scan / "dwi.bvec", np.loadtxt(scan / "dwi.bvec") * np.sqrt(bvals / 2855))
+    (scan / "dwi.bval").write_text(" ".join("2855" if bval else "0" for bval in bvals))
+    notes = fit_scan(scan, tmp_path / "run")
+    assert any("they tell b, which was scaled by their squares (b = 711 to 2855 s/mm^2)" in note for note in notes)
+    np.testing.assert_allclose(read_map(tmp_path / "run", "ndi"), read_map(tmp_path / "plain", "ndi"), atol=1e-3)
+
+
 def test_voxels_without_unweighted_signal_are_flagged(scan, tmp_path):
     rewrite(scan / "mask.nii.gz", poke(1))
     rewrite(scan / "dwi.nii.gz", lambda a: poke(np.where(np.arange(99) < 9, 0.0, 1.0))(a))
     notes = fit_scan(scan, tmp_path / "run")
     assert any("have no unweighted signal" in note for note in notes)
-    assert read_map(tmp_path / "run", "flags")[1, 1, 1] == FLAGS["no_unweighted_signal"]
+    assert read_map(tmp_path / "run", "flags")[1, 1, 1] == FLAGS["no_signal"]
 
 
 def test_b_values_that_vary_within_a_shell_are_said_and_fitted_each(scan, tmp_path):

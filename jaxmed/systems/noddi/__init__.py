@@ -29,27 +29,29 @@ Stages:
 
 Try it without data:  jaxmed noddi fit --preset smoke --out runs/noddi
 From Python:          from jaxmed.systems import noddi; maps = noddi.fit(signals, bvals, bvecs)
+    `noddi.fit` and `noddi.train` are drivers on the host. Inside jit, vmap and grad:
+    protocol = noddi.prepare(bvals, bvecs, FitConfig()); maps = noddi.fit_voxels(protocol, signals)
 
 Deviations from the 2012 toolbox: the intra-cellular signal is a Legendre series with coefficients by quadrature, not
 closed forms that lose their digits in single precision; the extra-cellular space is the toolbox's (averaged tensor).
 Fits maximise the Rician likelihood where the noise is known and minimise squares where it is not.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxmed.systems.noddi.fitting import fit as fit
+    from jaxmed.systems.noddi.protocol import prepare as prepare
     from jaxmed.systems.noddi.training import train as train
+    from jaxmed.systems.noddi.voxel_fit import fit_voxels as fit_voxels
+
+
+HOMES = {"fit": "fitting", "fit_voxels": "voxel_fit", "prepare": "protocol", "train": "training"}
 
 
 def __getattr__(name: str) -> object:
     """Import a Python call when it is used: `jaxmed noddi` must not wait for jax."""
-    if name == "fit":
-        from jaxmed.systems.noddi.fitting import fit
-
-        return fit
-    if name == "train":
-        from jaxmed.systems.noddi.training import train
-
-        return train
+    if name in HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
     raise AttributeError(name)

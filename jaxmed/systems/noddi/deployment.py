@@ -15,7 +15,8 @@ from jaxmed.io import nifti, onnx
 from jaxmed.io.dicom import Stack
 from jaxmed.io.parametric_map import Quantity, write_mr_images, write_parametric_map
 from jaxmed.systems.noddi import network as networks
-from jaxmed.systems.noddi.network import Network, Output, Table
+from jaxmed.systems.noddi.network import Network, Output
+from jaxmed.systems.noddi.table import Table
 from jaxmed.versions import package_version
 from jaxmed.volume import Volume
 

@@ -40,7 +40,9 @@ class Forward(NamedTuple):
         names: Of the values.
         lower: Their lower bounds.
         upper: Their upper bounds.
-        blocks: Point -> blocks over the fitted rows, in order.
+        blocks: Point -> blocks over the fitted rows, in order, relative to the mean of the unweighted ones.
+        unweighted: Point -> that mean relative to the signal at b = 0, below 1 where it holds rows of b = 60; where s0
+            is not fitted.
         rows: Fitted rows, by their place in the gradient table.
     """
 
@@ -48,6 +50,7 @@ class Forward(NamedTuple):
     lower: np.ndarray
     upper: np.ndarray
     blocks: Callable[[Point], list[Block]]
+    unweighted: Callable[[Point], Array]
     rows: Array
 
 
@@ -67,31 +70,38 @@ def noddi_forward(
         gradient_map: (3, 3, voxel): gradients of a voxel are this matrix times those of the table. Its change of
             length changes b. Source: Bammer et al., Magn. Reson. Med. 2003.
     """
-    names, lower, upper = _bounds(model, config)
-    varying = None if gradient_map is None else _varying_tables(protocol, gradient_map, config)
+    groups = [*protocol.groups, *([] if protocol.weak is None else [protocol.weak])]
+    # The voxels' own tables are made here, outside the loop that moves the point.
+    varying = [
+        None if gradient_map is None else _varying_tables(protocol, group, gradient_map, config) for group in groups
+    ]
 
-    def blocks(point: Point) -> list[Block]:
-        odi = point.values[1]
-        moments, by_odi = _moments(protocol, odi)
+    def signals(point: Point, weak: bool) -> list[Block]:
+        moments, by_odi = _moments(protocol, point.values[1])
         tangents = tangent_frame(point.direction)
         found = []
-        for group in protocol.groups:
-            tables = _tables(protocol, group, varying, moments, by_odi)
+        start = len(protocol.groups)
+        for index in range(start, len(groups)) if weak else range(start):
+            group = groups[index]
+            tables = _tables(protocol, group, varying[index], moments, by_odi)
             cosine, tilts = _angles(group.bvecs, point.direction, tangents, gradient_map)
+            if weak:  # the only rows whose direction may not be known, see `noddi.cosines`
+                known = jnp.any(group.bvecs != 0, axis=1, keepdims=True)
+                cosine = jnp.where(known, cosine, 3**-0.5)
+                tilts = tuple(jnp.where(known, tilt, 0.0) for tilt in tilts)
             found.append(_block(protocol, tables, config, point.values, moments, by_odi, cosine, tilts))
-        return found + _unweighted_blocks(protocol, config, point)
+        return found
 
-    rows = protocol.order
-    return Forward(names, lower, upper, blocks, _with_unweighted(protocol, rows, config))
+    return _forward(protocol, model, config, signals)
 
 
 def model_forward(protocol: Protocol, model: MicrostructureModel, config: FitConfig) -> Forward:
     """Return any model with derivatives by forward mode."""
-    names, lower, upper = _bounds(model, config)
     number = len(model.parameters)
-    bvals, bvecs = protocol.bvals[protocol.order], protocol.bvecs[protocol.order]
 
-    def blocks(point: Point) -> list[Block]:
+    def signals(point: Point, weak: bool) -> list[Block]:
+        rows = protocol.unweighted[: len(protocol.weak.bvecs)] if weak and protocol.weak else protocol.order
+        bvals, bvecs = protocol.bvals[rows], protocol.bvecs[rows]
         first, second = tangent_frame(point.direction)
 
         def signal(update):
@@ -107,9 +117,9 @@ def model_forward(protocol: Protocol, model: MicrostructureModel, config: FitCon
             columns = [s0 * column for column in columns]
             columns.insert(number, predicted)
             predicted = s0 * predicted
-        return [Block(predicted, tuple(columns)), *_unweighted_blocks(protocol, config, point)]
+        return [Block(predicted, tuple(columns))]
 
-    return Forward(names, lower, upper, blocks, _with_unweighted(protocol, protocol.order, config))
+    return _forward(protocol, model, config, signals)
 
 
 def _bounds(model: MicrostructureModel, config: FitConfig):
@@ -119,23 +129,46 @@ def _bounds(model: MicrostructureModel, config: FitConfig):
     return (*model.names, *(("s0",) if free else ())), lower, upper
 
 
-def _with_unweighted(protocol: Protocol, rows: Array, config: FitConfig) -> Array:
-    if config.s0 != "free":
-        return rows
-    count = protocol.is_b0.shape[0] - rows.shape[0]
-    return jnp.concatenate([rows, jnp.argsort(-protocol.is_b0)[:count]])
+def _forward(
+    protocol: Protocol, model: MicrostructureModel, config: FitConfig, signals: Callable[[Point, bool], list[Block]]
+) -> Forward:
+    """Return a forward model from its signals relative to b = 0: of weighted rows (False) or of weak ones (True)."""
+    names, lower, upper = _bounds(model, config)
+    free, count = config.s0 == "free", protocol.unweighted.shape[0]
+    num_weak = 0 if protocol.weak is None else protocol.weak.bvecs.shape[0]
+
+    def blocks(point: Point) -> list[Block]:
+        found = signals(point, False)
+        weak = signals(point, True) if num_weak else []
+        if free:
+            return found + weak + _still_blocks(count - num_weak, point)
+        return [_divide(block, weak[0], count) for block in found] if weak else found
+
+    def unweighted(point: Point) -> Array:
+        if not num_weak:
+            return jnp.ones_like(point.values[0])
+        return 1 + jnp.sum(signals(point, True)[0].predicted - 1, axis=0) / count
+
+    rows = jnp.concatenate([protocol.order, protocol.unweighted]) if free else protocol.order
+    return Forward(names, lower, upper, blocks, unweighted, rows)
 
 
-def _unweighted_blocks(protocol: Protocol, config: FitConfig, point: Point) -> list[Block]:
+def _still_blocks(count: int, point: Point) -> list[Block]:
     """Return the rows at b = 0, which only s0 changes."""
-    if config.s0 != "free":
-        return []
-    count = protocol.is_b0.shape[0] - protocol.order.shape[0]
     ones = jnp.ones((count, 1)) * jnp.ones_like(point.values[-1])
     zero = jnp.zeros_like(ones)
     number = len(point.values)
     columns = tuple(ones if index == number - 1 else zero for index in range(number + 2))
-    return [Block(point.values[-1] * ones, columns)]
+    return [Block(point.values[-1] * ones, columns)] if count else []
+
+
+def _divide(block: Block, weak: Block, count: int) -> Block:
+    """Divide by the mean of `count` unweighted rows, of which the weak ones have fallen; the others are 1."""
+    mean = 1 + jnp.sum(weak.predicted - 1, axis=0) / count
+    slopes = [jnp.sum(column, axis=0) / count for column in weak.columns]
+    predicted = block.predicted / mean
+    columns = ((column - predicted * slope) / mean for column, slope in zip(block.columns, slopes, strict=True))
+    return Block(predicted, tuple(columns))
 
 
 def tangent_frame(direction: Float[Array, "3 voxel"]) -> tuple[Float[Array, "3 voxel"], Float[Array, "3 voxel"]]:
@@ -179,10 +212,11 @@ def _tables(protocol: Protocol, group: Group, varying, moments, by_odi) -> _Tabl
     return _Tables(group.attenuation[:, None], group.free[:, None], *series)
 
 
-def _varying_tables(protocol: Protocol, gradient_map: Array, config: FitConfig):
+def _varying_tables(protocol: Protocol, group: Group, gradient_map: Array, config: FitConfig):
     """Return attenuations and radial moments where every voxel has gradients of its own."""
-    (group,) = protocol.groups
+    known = jnp.any(group.bvecs != 0, axis=1, keepdims=True)
     scale = jnp.sum(jnp.einsum("ijv,rj->irv", gradient_map, group.bvecs) ** 2, axis=0)
+    scale = jnp.where(known, scale, jnp.sum(gradient_map**2, axis=(0, 1)) / 3)
     attenuation = group.attenuation[:, None] * scale
     free = jnp.exp(-attenuation * (config.tissue.free_diffusivity / config.tissue.parallel_diffusivity))
     return attenuation, free, _radial(protocol, attenuation)[0]
@@ -212,7 +246,7 @@ def _angles(bvecs, direction, tangents, gradient_map):
         return along(direction), tuple(along(tangent) for tangent in tangents)
     # (A g) . mu = g . (A^T mu), and the gradient's length drops out of the cosine.
     turned = jnp.einsum("ijv,rj->irv", gradient_map, bvecs)
-    length = jnp.sqrt(jnp.sum(turned**2, axis=0))
+    length = jnp.sqrt(jnp.maximum(jnp.sum(turned**2, axis=0), 1e-12))
     back = [jnp.einsum("ijv,iv->jv", gradient_map, vector) for vector in (direction, *tangents)]
     cosine, *tilts = (along(vector) / length for vector in back)
     return cosine, tuple(tilts)

@@ -20,7 +20,8 @@ from jaxmed.physics.acquisition import add_rician_noise
 from jaxmed.physics.microstructure import MicrostructureModel, Simulated, draw_directions
 from jaxmed.systems.noddi.information import cramer_rao
 from jaxmed.systems.noddi.labels import LabelStart, fit_labels
-from jaxmed.systems.noddi.network import ForwardConfig, Network, Table, predict
+from jaxmed.systems.noddi.network import ForwardConfig, Network, predict
+from jaxmed.systems.noddi.table import Table, match_table
 
 Estimator = Callable[[Simulated], np.ndarray]
 BLOCK = 8192
@@ -53,9 +54,14 @@ def make_grid(model: MicrostructureModel, points: int) -> Float[np.ndarray, "poi
     return np.array(list(itertools.product(*axes)))
 
 
-def network_estimator(network: Network) -> Estimator:
-    """Return a network as an estimator."""
-    return lambda voxels: predict(network, voxels.signals)
+def network_estimator(network: Network, table: Table, where: object = "weights") -> Estimator:
+    """Return a network as an estimator of voxels measured by a protocol, in whatever order it has the network's rows.
+
+    Raises:
+        InputError: The protocol is not the network's.
+    """
+    order = match_table(network.description.table, *table.gradients[:2], where).order
+    return lambda voxels: predict(network, voxels.signals[:, order])
 
 
 def fit_estimator(forward: ForwardConfig, table: Table, start: LabelStart = "grid") -> Estimator:

@@ -18,10 +18,11 @@ from jaxmed.solvers.least_squares import lm_init, lm_run
 from jaxmed.systems.noddi.derivatives import Point, model_forward, noddi_forward
 from jaxmed.systems.noddi.fitting import estimate
 from jaxmed.systems.noddi.likelihood import make_surface
-from jaxmed.systems.noddi.network import ForwardConfig, Table
+from jaxmed.systems.noddi.network import ForwardConfig
 from jaxmed.systems.noddi.options import SIGMA_FLOOR, FitConfig
 from jaxmed.systems.noddi.protocol import Protocol, prepare
 from jaxmed.systems.noddi.start import fit_tensor, search_model
+from jaxmed.systems.noddi.table import Table
 
 LabelStart = Literal["grid", "truth"]
 MARGIN = 0.01
@@ -44,8 +45,7 @@ def fit_labels(
     if start == "grid" and forward is not None:
         rows = estimate(
             np.asarray(block.signals),
-            np.array(table.bvals),
-            np.array(table.bvecs),
+            table.gradients,
             sigma=np.asarray(block.sigma),
             config=config,
         )

@@ -1,12 +1,7 @@
-"""A trained network: what it computes, which protocol it belongs to, and its place on disk.
-
-A network is trained for one gradient table in one order. The table travels with the weights, and another table is
-refused: the same numbers in another order give maps that look like maps.
-"""
+"""A trained network: what it computes, which protocol it belongs to (`table.py`), and its place on disk."""
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +20,9 @@ from jaxmed.models.parameters import load_parameters
 from jaxmed.nn.model import make_model
 from jaxmed.physics.microstructure import MicrostructureModel, Parameter, ball_and_stick_model, noddi_model
 from jaxmed.physics.noddi import Tissue, order_for
+from jaxmed.systems.noddi.table import Table
 from jaxmed.train.checkpoint import export_parameters
 
-BVAL_TOLERANCE = 0.01
-"""b-values may differ by this share: 1 % of b = 3000 changes a signal by less than its noise."""
-COSINE_TOLERANCE = 0.01
-"""Cosines between directions may differ by this: tables are written with 4 to 8 digits."""
 CHUNK = 16384
 """Voxels of one compiled call: activations of 256 numbers stay in 16 MB."""
 
@@ -56,77 +48,6 @@ class ForwardConfig:
         if self.kind == "ball-and-stick":
             return ball_and_stick_model()
         return noddi_model(self.tissue, order_for(bvals), self.extra_cellular, self.dot)
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """The gradient table of a network, in its order.
-
-    Attributes:
-        bvals: b-values in s/mm^2.
-        bvecs: Unit directions; zero where unweighted.
-        b0_threshold: Rows up to this b-value are unweighted: their mean divides the others.
-    """
-
-    bvals: tuple[float, ...]
-    bvecs: tuple[tuple[float, float, float], ...]
-    b0_threshold: float = 50.0
-
-    @classmethod
-    def make(cls, bvals: np.ndarray, bvecs: np.ndarray, b0_threshold: float) -> "Table":
-        """Keep what matters of a table.
-
-        Raises:
-            ValueError: Shapes disagree, or nothing or everything is unweighted.
-        """
-        if bvecs.shape != (len(bvals), 3):
-            raise ValueError(f"bvecs: expected {len(bvals)} directions, one per b-value, found shape {bvecs.shape}")
-        is_b0 = np.asarray(bvals) <= b0_threshold
-        if not is_b0.any():
-            raise ValueError(f"bvals: expected a row at b <= {b0_threshold:g} s/mm^2, found none")
-        if is_b0.all():
-            raise ValueError(f"bvals: expected rows above b = {b0_threshold:g} s/mm^2, found none")
-        directions = np.where(is_b0[:, None], 0.0, np.asarray(bvecs, float)) + 0.0
-        rows = tuple((float(x), float(y), float(z)) for x, y, z in directions)
-        return cls(tuple(float(bval) for bval in bvals), rows, float(b0_threshold))
-
-    @property
-    def is_b0(self) -> Bool[np.ndarray, " image"]:
-        """Which rows are unweighted."""
-        return np.array(self.bvals) <= self.b0_threshold
-
-    @property
-    def hash(self) -> str:
-        """Name of the table: SHA-256 of threshold, b-values (0.1 s/mm^2) and directions (4 digits), in order."""
-        rows = [
-            f"{bval:.1f} " + " ".join(f"{round(component, 4) + 0.0:.4f}" for component in bvec)
-            for bval, bvec in zip(self.bvals, self.bvecs, strict=True)
-        ]
-        return hashlib.sha256("\n".join([f"{self.b0_threshold:g}", *rows]).encode()).hexdigest()
-
-    def difference(self, other: "Table") -> tuple[str, str] | None:
-        """Say where another table is not this one: (here, there), or None.
-
-        A rotation of all directions together makes no difference: networks are trained on fibres of every direction,
-        and a tilted slab is scanned with a rotated table. Nor does the sign of a direction.
-        """
-        if len(self.bvals) != len(other.bvals):
-            return f"{len(self.bvals)} images", f"{len(other.bvals)}"
-        if self.b0_threshold != other.b0_threshold and (self.is_b0 != other.is_b0).any():
-            return f"a b = 0 threshold of {self.b0_threshold:g} s/mm^2", f"{other.b0_threshold:g}"
-        mine, theirs = np.array(self.bvals), np.array(other.bvals)
-        wrong = np.flatnonzero(
-            (self.is_b0 != other.is_b0) | (~self.is_b0 & (np.abs(mine - theirs) > BVAL_TOLERANCE * mine))
-        )
-        if len(wrong):
-            row = wrong[0]
-            return f"b = {mine[row]:g} s/mm^2 in place {row + 1}", f"b = {theirs[row]:g}"
-        cosines = [np.abs(np.array(table.bvecs) @ np.array(table.bvecs).T) for table in (self, other)]
-        error = np.abs(cosines[0] - cosines[1])
-        if error.max() > COSINE_TOLERANCE:
-            row = int(error.max(axis=1).argmax())
-            return "its directions in its order", f"another direction about place {row + 1}"
-        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +144,7 @@ def predict(network: Network, signals: Float[np.ndarray | Array, "voxel image"])
     """Estimate the parameters of many voxels.
 
     Args:
-        network: Of this protocol: the caller has checked it, see `require_table`.
+        network: Of this protocol, in its order: see `jaxmed.systems.noddi.table.match_table`.
         signals: Magnitudes, not normalised.
 
     Returns:
@@ -252,25 +173,6 @@ def predict_exactly(
             block = np.asarray(signals[start : start + CHUNK], np.float64)
             parts.append(np.asarray(_predict_chunk(network.params, network.description, block), np.float64))
     return np.concatenate(parts)
-
-
-def require_table(expected: Table, found: Table, where: object) -> None:
-    """Refuse a scan of another protocol.
-
-    Raises:
-        InputError: The tables differ.
-    """
-    if expected.hash == found.hash:
-        return
-    difference = expected.difference(found)
-    if difference is not None:
-        here, there = difference
-        raise InputError(
-            where,
-            f"the protocol of the network ({expected.hash[:12]}), with {here}",
-            f"{there} ({found.hash[:12]})",
-            "train a network for this protocol with jaxmed noddi train",
-        )
 
 
 def save(folder: Path, network: Network) -> None:

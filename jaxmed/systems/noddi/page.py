@@ -9,6 +9,7 @@ from jaxmed.config import read_record
 from jaxmed.io import nifti
 from jaxmed.report.figures import MapStyle, agreement, histograms, map_comparison, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text, write_report
+from jaxmed.systems.noddi.estimates import FLAG_DEFINITIONS
 from jaxmed.train.run_folder import read_summary
 from jaxmed.volume import Volume
 
@@ -16,15 +17,6 @@ LABELS = {"ndi": "NDI", "odi": "ODI", "fwf": "FWF", "dot": "Dot"}
 LABELS |= {"stick_fraction": "Stick fraction", "diffusivity": "Diffusivity"}
 WHERE_TISSUE = ("NDI", "ODI")
 """Maps that mean something only where there is tissue."""
-FLAG_WORDS = {
-    "not_converged": "Tolerance not met within the iterations",
-    "at_bound": "A parameter on a bound of its range",
-    "ndi_undefined": "NDI undefined: nearly pure free water, or an error as wide as not knowing it",
-    "odi_undefined": "ODI undefined: an error as wide as not knowing it, or no detectable neurites",
-    "direction_undefined": "Direction undefined: a cone of uncertainty above 45 degrees, or no detectable neurites",
-    "no_unweighted_signal": "No unweighted signal: not fitted",
-    "not_finite": "NaN or Inf in the scan: not fitted",
-}
 
 
 def write_page(folder: Path) -> None:
@@ -155,7 +147,7 @@ def _errors_section(errors, units, mask: np.ndarray, where: dict[str, np.ndarray
     spacing = errors["Direction"].spacing
     styles = {label: MapStyle(colormap="magma", unit=unit) for label, unit in units.items()}
     styles["Direction"] = MapStyle(colormap="magma", unit="degrees", limits=(0.0, 60.0))
-    flagged = [(FLAG_WORDS[name], count) for name, count in summary["flags"].items() if count]
+    flagged = [(FLAG_DEFINITIONS[name], count) for name, count in summary["flags"].items() if count]
     known = "the given or estimated noise" if summary["sigma"] else "the residuals"
     blocks: list = [
         Text(

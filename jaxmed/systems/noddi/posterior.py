@@ -16,7 +16,7 @@ from jaxtyping import Float, Key
 
 from jaxmed.errors import InputError
 from jaxmed.physics import rician
-from jaxmed.physics.microstructure import MicrostructureModel
+from jaxmed.physics.microstructure import MicrostructureModel, weighted_signal
 from jaxmed.systems.noddi.options import SIGMA_FLOOR
 
 START_MARGIN = 0.02
@@ -94,7 +94,7 @@ def sample_posterior(
     require_blackjax()
     weighted = bvals > b0_threshold
     s0 = signals[:, ~weighted].mean(axis=1)
-    run = jax.jit(jax.vmap(_make_chain(model, bvals[weighted], bvecs[weighted], config)))
+    run = jax.jit(jax.vmap(_make_chain(model, bvals, bvecs, ~weighted, config)))
     size = min(config.chunk_size, len(signals))
     parts = []
     for start in range(0, len(signals), size):
@@ -120,7 +120,9 @@ def require_blackjax() -> None:
         raise InputError("posterior", "the package blackjax", "none installed", advice) from error
 
 
-def _make_chain(model: MicrostructureModel, bvals: np.ndarray, bvecs: np.ndarray, config: PosteriorConfig):
+def _make_chain(
+    model: MicrostructureModel, bvals: np.ndarray, bvecs: np.ndarray, is_b0: np.ndarray, config: PosteriorConfig
+):
     import blackjax
 
     low, high = (jnp.array(end) for end in zip(*(parameter.bounds for parameter in model.parameters), strict=True))
@@ -133,7 +135,7 @@ def _make_chain(model: MicrostructureModel, bvals: np.ndarray, bvecs: np.ndarray
     def chain(key, measured, sigma, values, direction) -> Any:
         def log_density(position):
             parameters, axis = unpack(position)
-            predicted = model.signal(parameters, axis, bvals, bvecs)
+            predicted = weighted_signal(model, parameters, axis, bvals, bvecs, is_b0)
             cost, _ = rician.cost_and_target(measured, predicted, 1 / sigma**2)
             # A flat prior seen through the sigmoid, and a normal axis, which is uniform in direction.
             logits = position[:number]

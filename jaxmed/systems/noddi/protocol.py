@@ -8,6 +8,7 @@ Angles between gradients and fibres depend on the voxel, coefficients do not: ro
 rows of a scan whose gradients vary over space, carry their own coefficients.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -70,10 +71,14 @@ class Protocol(NamedTuple):
 
     Attributes:
         bvals: In s/mm^2, of every row.
-        bvecs: Unit directions, zero at b = 0.
+        bvecs: Unit directions; zero where there is none.
         is_b0: 1 over their number for rows that count as unweighted, else 0.
         order: Weighted rows, group by group.
         groups: Those rows.
+        unweighted: The others, those whose b-value is not zero first.
+        weak: Those of them, with the attenuation and the direction that they have; None where there is none.
+        smooth: Orthonormal columns over the weighted rows that any smooth signal lies in: what they leave is noise.
+            None where there are too few rows.
         grid: Starting candidates.
         tensor_rows: 1 for rows that the tensor fit uses, else 0.
         tensor_design: Row of the log-linear tensor model: -b g_i g_j, and 1.
@@ -87,6 +92,9 @@ class Protocol(NamedTuple):
     is_b0: Float[Array, " measurement"]
     order: Int[Array, " weighted"]
     groups: tuple[Group, ...]
+    unweighted: Int[Array, " unweighted"]
+    weak: Group | None
+    smooth: Float[Array, "weighted column"] | None
     grid: Grid
     tensor_rows: Float[Array, " measurement"]
     tensor_design: Float[Array, "measurement 7"]
@@ -106,19 +114,21 @@ def prepare(
 
     Args:
         bvals: b-values in s/mm^2.
-        bvecs: Unit directions; ignored at b = 0.
+        bvecs: Unit directions; of an unweighted row zero where it is not known.
         config: Which model, and which rows are unweighted.
         varies: Whether gradients vary over space, so that no two rows share a b-value.
     """
     order = config.order or noddi.order_for(bvals)
     is_b0 = bvals <= config.b0_threshold
-    bvecs = np.where(is_b0[:, None], 0.0, bvecs)
+    bvecs = np.where(bvals[:, None] > 0, bvecs, 0.0)
+    weak = np.flatnonzero(is_b0 & (bvals > 0))
     rows = _group_rows(bvals, config.b0_threshold, varies)
     x, weights = noddi.unit_quadrature(NUM_NODES)
     polynomials = noddi.legendre(x, order).T
     powers = legendre_to_powers(order) * (2 * np.arange(0, order + 1, 2) + 1)
     gi, gj = np.array([0, 1, 2, 0, 0, 1]), np.array([0, 1, 2, 1, 2, 2])
-    pairs = bvecs[:, gi] * bvecs[:, gj] * np.where(gi == gj, 1.0, 2.0)
+    products = np.where(np.any(bvecs, axis=1)[:, None], bvecs[:, gi] * bvecs[:, gj], (gi == gj) / 3)
+    pairs = products * np.where(gi == gj, 1.0, 2.0)
     design = np.concatenate([-1e-3 * bvals[:, None] * pairs, np.ones((len(bvals), 1))], axis=1)
     in_order = np.concatenate(rows)
     return Protocol(
@@ -127,6 +137,9 @@ def prepare(
         is_b0=_single(is_b0 / is_b0.sum()),
         order=jnp.asarray(in_order, jnp.int32),
         groups=tuple(_make_group(bvals[part], bvecs[part], order, powers, config.tissue) for part in rows),
+        unweighted=jnp.asarray(np.concatenate([weak, np.flatnonzero(is_b0 & (bvals == 0))]), jnp.int32),
+        weak=_make_group(bvals[weak], bvecs[weak], order, powers, config.tissue) if len(weak) else None,
+        smooth=_make_smooth(bvals[in_order], bvecs[in_order]),
         grid=_make_grid(bvals[in_order], order, config.tissue),
         tensor_rows=_single(tensor_rows(bvals, design, config.b0_threshold)),
         tensor_design=_single(design),
@@ -164,6 +177,28 @@ def _make_group(bvals, bvecs, order, powers, tissue) -> Group:
         free=_single(np.exp(-share * (1e-3 * tissue.free_diffusivity))),
         series=_single(powers[:, :, None] * radial.T),
     )
+
+
+def _make_smooth(bvals: np.ndarray, bvecs: np.ndarray) -> Array | None:
+    """Return an orthonormal basis of signals that vary smoothly with b and direction.
+
+    Columns: 1, b^3, the products of two components of the direction times b, and those of four times b^2 (of two where
+    rows are few).
+    """
+    b = (bvals / bvals.max())[:, None]
+    two, four = (
+        np.stack(
+            [np.prod(bvecs[:, list(axes)], axis=1) for axes in itertools.combinations_with_replacement(range(3), n)]
+        )
+        for n in (2, 4)
+    )
+    for highest in (four, two):
+        columns = np.concatenate([np.ones_like(b), b**3, b * two.T, b**2 * highest.T], axis=1)
+        left, values, _ = np.linalg.svd(columns, full_matrices=False)
+        basis = left[:, values > 1e-6 * values[0]]
+        if 2 * basis.shape[1] <= len(bvals):
+            return _single(basis)
+    return None
 
 
 def legendre_to_powers(order: int) -> Float[np.ndarray, "power degree"]:

@@ -1,4 +1,4 @@
-"""Read a diffusion scan and check everything that would make its maps wrong.
+"""Read a diffusion scan, for a fit or for a network, and check everything that would make its maps wrong.
 
 What cannot be fitted is refused; what can be fitted but should be known becomes a note, one sentence each.
 """
@@ -16,14 +16,11 @@ from jaxmed.io.dicom_diffusion import read_diffusion
 from jaxmed.io.gradients import GradientTable, read_gradients
 from jaxmed.physics.acquisition import estimate_sigma, find_shells
 from jaxmed.systems.noddi.options import Noise
+from jaxmed.systems.noddi.table import Table, check_protocol, match_table
 from jaxmed.volume import Volume
 
 SERIES_TOLERANCE = 0.15
 """Unweighted images of one scan differ by less than this in their median; drift is a few percent."""
-HCP_THRESHOLD = 100.0
-"""What Human Connectome 7T scans want, whose unweighted images have b = 55 to 65."""
-NEARLY_UNWEIGHTED = 70.0
-"""Above it an image is weighted, if weakly."""
 MAX_LENGTH_CHANGE = 0.5
 """Of a gradient by nonlinearity: coils reach 0.1 to 0.2 at the edge of a head."""
 
@@ -50,59 +47,56 @@ class Scan(NamedTuple):
     notes: list[str]
 
 
-def check_protocol(gradients: GradientTable, path: Path, b0_threshold: float, allow_single_shell: bool) -> list[str]:
-    """Refuse tables that NODDI cannot be fitted to, and return notes on the others.
+class Signals(NamedTuple):
+    """A checked scan of a network's protocol.
+
+    Attributes:
+        dwi: The 4D scan.
+        mask: Voxels inside whose values are all finite.
+        signals: Magnitudes of those voxels, images in the network's order.
+        notes: What a reader of the maps should know, one sentence each.
+    """
+
+    dwi: Volume
+    mask: Bool[np.ndarray, "x y z"]
+    signals: Float32[np.ndarray, "voxel image"]
+    notes: list[str]
+
+
+def require_path(path: Path | None, name: str) -> Path:
+    """Return a path that a stage cannot do without.
 
     Raises:
-        InputError: Nothing is unweighted, one shell only, or directions lie on a plane.
+        InputError: It was not given.
     """
-    bvals = gradients.bvals
-    shells = find_shells(bvals, b0_threshold)
-    if shells[0].bval > b0_threshold:
-        lowest = float(bvals.min())
-        advice = "raise --fit.b0-threshold if these images are meant as b = 0"
-        if lowest <= HCP_THRESHOLD:
-            advice = f"--fit.b0-threshold {HCP_THRESHOLD:g} takes them as unweighted, as HCP 7T scans want"
-        expected = f"an unweighted image (b <= {b0_threshold:g} s/mm^2)"
-        raise InputError(path, expected, f"a smallest b-value of {lowest:g}", advice)
-    weighted = shells[1:]
-    directions = gradients.bvecs[bvals > b0_threshold]
-    if len(weighted) < 2 and not allow_single_shell:
-        raise InputError(
-            path,
-            "two or more weighted shells",
-            f"one at b = {weighted[0].bval:.0f} s/mm^2",
-            "one shell cannot tell neurite density from free water, so its maps mean nothing; "
-            "--allow-single-shell fits it anyway",
-        )
-    if np.linalg.matrix_rank(directions.T @ directions, tol=1e-3) < 3 or len(directions) < 6:
-        raise InputError(
-            path, "six or more weighted images in different directions", f"{len(directions)} on a plane or line"
-        )
-    return _protocol_notes(bvals, b0_threshold)
+    if path is None:
+        raise InputError(name, "a file", "nothing", f"give --{name} FILE, or try --preset smoke")
+    return path
 
 
-def _protocol_notes(bvals: np.ndarray, b0_threshold: float) -> list[str]:
-    notes = []
-    weighted = np.unique(bvals[bvals > b0_threshold])
-    shells = find_shells(bvals, b0_threshold)[1:]
-    if len(weighted) > len(shells):
-        ranges = ", ".join(
-            f"{min(bvals[list(shell.rows)]):g} to {max(bvals[list(shell.rows)]):g}"
-            for shell in shells
-            if np.ptp(bvals[list(shell.rows)]) > 0
-        )
-        notes.append(
-            f"{len(weighted)} different b-values make {len(shells)} shell(s) ({ranges} s/mm^2): shells are for checks "
-            "and tables, every image was fitted at its own b-value."
-        )
-    nearly = (bvals > b0_threshold) & (bvals <= NEARLY_UNWEIGHTED)
-    if nearly.any():
-        notes.append(
-            f"{int(nearly.sum())} image(s) at b = {bvals[nearly].min():g} to {bvals[nearly].max():g} count as "
-            f"weighted; --fit.b0-threshold {HCP_THRESHOLD:g} takes them as unweighted, as HCP 7T scans want."
-        )
-    return notes
+def read_table(
+    bvals: Path | None,
+    bvecs: Path | None,
+    b0_threshold: float,
+    *,
+    num_images: int | None = None,
+    needs_two_shells: bool = True,
+) -> GradientTable:
+    """Read a gradient table and check that it can be fitted or trained for; see `check_protocol`.
+
+    Raises:
+        InputError: It is missing or wrong.
+    """
+    bvals, bvecs = require_path(bvals, "bvals"), require_path(bvecs, "bvecs")
+    table = read_gradients(bvals, bvecs, b0_threshold=b0_threshold, num_images=num_images)
+    notes = check_protocol(table, bvals, b0_threshold, needs_two_shells=needs_two_shells)
+    return table._replace(notes=(*table.notes, *notes))
+
+
+def count_images(dwi: Path) -> int | None:
+    """Return the number of images of a 4D NIfTI file from its header; None where it is something else."""
+    shape = nifti.describe(dwi)["shape"]
+    return shape[3] if isinstance(shape, tuple) and len(shape) == 4 else None
 
 
 def read_dwi(
@@ -111,9 +105,9 @@ def read_dwi(
     bvecs: Path | None,
     b0_threshold: float,
     *,
-    allow_single_shell: bool,
+    needs_two_shells: bool,
     series: str | None = None,
-) -> tuple[Volume, GradientTable, list[str]]:
+) -> tuple[Volume, GradientTable]:
     """Read a scan and its gradient table: 4D NIfTI with FSL's text files, or a folder of DICOM files.
 
     Of a NIfTI scan the table is checked before the voxels are read.
@@ -126,17 +120,36 @@ def read_dwi(
             if path is not None:
                 raise InputError(name, "no table beside DICOM files, whose headers hold it", path, f"drop --{name}")
         volume, gradients = read_diffusion(dwi, series=series, b0_threshold=b0_threshold)
-        return volume, gradients, check_protocol(gradients, dwi, b0_threshold, allow_single_shell)
-    for name, path in (("bvals", bvals), ("bvecs", bvecs)):
-        if path is None:
-            raise InputError(name, "a file", "nothing", f"give --{name} FILE, or try --preset smoke")
-    assert bvals is not None and bvecs is not None
-    shape = nifti.describe(dwi)["shape"]
-    num_images = shape[3] if isinstance(shape, tuple) and len(shape) == 4 else None
-    gradients = read_gradients(bvals, bvecs, b0_threshold=b0_threshold, num_images=num_images)
-    notes = list(gradients.notes) + check_protocol(gradients, bvals, b0_threshold, allow_single_shell)
+        notes = check_protocol(gradients, dwi, b0_threshold, needs_two_shells=needs_two_shells)
+        return volume, gradients._replace(notes=(*gradients.notes, *notes))
+    gradients = read_table(bvals, bvecs, b0_threshold, num_images=count_images(dwi), needs_two_shells=needs_two_shells)
+    return nifti.read(dwi, dimensions=(4,), allow_constant=False, allow_nonfinite=True), gradients
+
+
+def read_signals(dwi: Path | None, bvals: Path | None, bvecs: Path | None, mask: Path | None, table: Table) -> Signals:
+    """Read a scan of a network's protocol.
+
+    Args:
+        dwi: 4D NIfTI file of magnitudes.
+        bvals: Its b-values.
+        bvecs: Its directions.
+        mask: NIfTI file on its grid; None for the bright unweighted voxels.
+        table: The protocol that it must have, in whatever order.
+
+    Raises:
+        InputError: For whatever a user can have wrong in these files.
+    """
+    dwi, bvals, bvecs = require_path(dwi, "dwi"), require_path(bvals, "bvals"), require_path(bvecs, "bvecs")
+    gradients = read_gradients(bvals, bvecs, b0_threshold=table.b0_threshold, num_images=count_images(dwi))
+    match = match_table(table, gradients.bvals, gradients.bvecs, bvals)
     volume = nifti.read(dwi, dimensions=(4,), allow_constant=False, allow_nonfinite=True)
-    return volume, gradients, notes
+    notes = [*gradients.notes, *match.notes]
+    b0 = volume.array[..., match.order[table.is_b0]].mean(axis=-1)
+    inside = read_mask(mask, volume, dwi, b0, notes)
+    signals = volume.array[inside][:, match.order]
+    finite = check_voxels(signals, table.is_b0, dwi, notes, left_out="their maps are 0, and map 'mask' leaves them out")
+    inside[inside] = finite
+    return Signals(volume, inside, signals[finite], notes)
 
 
 def read_mask(path: Path | None, dwi: Volume, dwi_path: Path, b0: np.ndarray, notes: list[str]) -> np.ndarray:
@@ -146,7 +159,7 @@ def read_mask(path: Path | None, dwi: Volume, dwi_path: Path, b0: np.ndarray, no
         InputError: The mask is on another grid, or empty.
     """
     if path is None:
-        mask = find_foreground(np.nan_to_num(b0, posinf=0.0, neginf=0.0))
+        mask = find_foreground(b0)
         notes.append(f"No mask was given: {int(mask.sum()):,} voxels of bright unweighted signal were taken.")
         return mask
     mask, grid = masks.read_mask(path, allow_labels=True)
@@ -159,9 +172,13 @@ def read_mask(path: Path | None, dwi: Volume, dwi_path: Path, b0: np.ndarray, no
 
 
 def check_voxels(
-    signals: Float[np.ndarray, "voxel image"], is_b0: Bool[np.ndarray, " image"], path: Path, notes: list[str]
-) -> None:
-    """Refuse a scan with little to fit, and note voxels that are not.
+    signals: Float[np.ndarray, "voxel image"],
+    is_b0: Bool[np.ndarray, " image"],
+    path: Path,
+    notes: list[str],
+    left_out: str = "they were not fitted, and map 'flags' shows them",
+) -> Bool[np.ndarray, " voxel"]:
+    """Refuse a scan with little to fit, note voxels that are not, and return which ones are finite.
 
     Raises:
         InputError: No voxel has unweighted signal, or most have numbers that are not finite.
@@ -172,15 +189,16 @@ def check_voxels(
         if bad > len(finite) / 2:
             found = f"NaN or Inf in {bad:,} of {len(finite):,}"
             raise InputError(path, "finite voxels inside the mask", found, "mask or repair them first")
-        notes.append(f"{bad:,} voxels hold NaN or Inf; they were not fitted, and map 'flags' shows them.")
+        notes.append(f"{bad:,} voxels hold NaN or Inf; {left_out}.")
     b0 = signals[finite][:, is_b0].mean(axis=1)
     empty = int((b0 <= 0).sum())
     if empty == len(b0):
         raise InputError(path, "unweighted signal inside the mask", "none above 0", "check the mask")
     if empty:
-        notes.append(f"{empty:,} voxels inside the mask have no unweighted signal; they were not fitted.")
+        notes.append(f"{empty:,} voxels inside the mask have no unweighted signal; their maps are 0.")
     if (signals[finite] < 0).any():
-        notes.append("The scan holds negative values: magnitudes are expected. They were fitted as they are.")
+        notes.append("The scan holds negative values: magnitudes are expected. They were taken as they are.")
+    return finite
 
 
 def series_scales(

@@ -22,12 +22,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
+from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.io.gradients import Numbers, check_gradients
 from jaxmed.models.mlp import Mlp, MlpConfig, to_unit
 from jaxmed.nn.model import make_model
-from jaxmed.physics.microstructure import MicrostructureModel, Simulated, simulate
+from jaxmed.physics.microstructure import MicrostructureModel, Simulated, simulate, weighted_signal
 from jaxmed.systems.noddi.labels import LabelStart, fit_labels, tensor_direction
-from jaxmed.systems.noddi.network import Description, ForwardConfig, Network, Output, Table, normalise, ranges
+from jaxmed.systems.noddi.network import Description, ForwardConfig, Network, Output, normalise, ranges
+from jaxmed.systems.noddi.table import Table, check_protocol
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
 
 Labels = Literal["gt", "mle", "self"]
@@ -145,23 +148,25 @@ class Trained(NamedTuple):
 
 def train(
     key: Key[Array, ""],
-    bvals: Float[np.ndarray, " image"],
-    bvecs: Float[np.ndarray, "image 3"],
+    bvals: Numbers,
+    bvecs: Numbers,
     config: TrainConfig = TrainConfig(),
     *,
     model: MicrostructureModel | None = None,
+    allow_single_shell: bool = False,
     restore: Callable[[State], State] | None = None,
     on_epoch: Callable[[State], None] | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> Trained:
-    """Train a network for one protocol.
+    """Train a network for one protocol: the driver on the host, which no jax transformation goes through.
 
     Args:
         key: Consumed: draws signals, parameters of the network and order.
-        bvals: b-values in s/mm^2, in the order of the scan.
-        bvecs: Unit directions.
+        bvals: b-values in s/mm^2, in the order of the scan; any sequence of numbers.
+        bvecs: Unit directions, N x 3 or 3 x N.
         config: Labels, shape, length.
         model: Another forward model than `config.forward`; then only this session knows what it was.
+        allow_single_shell: Train NODDI although only one shell is weighted.
         restore: Called with the first state; returns it, or one of an interrupted run.
         on_epoch: Called with the state after each epoch.
         on_block: Called with the number of signals simulated and labelled so far.
@@ -170,8 +175,15 @@ def train(
         The network that was best on held-out signals, and the learning curves.
 
     Raises:
-        ValueError: The table does not fit, or a loss is not finite.
+        InputError: The table is not one to train for (see `check_gradients` and `check_protocol`), or an argument is
+            traced by jax.
+        ValueError: A loss is not finite.
     """
+    require_values("noddi.train", "noddi.predict", key=key, bvals=bvals, bvecs=bvecs)
+    gradients = check_gradients(bvals, bvecs, b0_threshold=config.b0_threshold)
+    needs_two_shells = model is None and config.forward.kind == "noddi" and not allow_single_shell
+    check_protocol(gradients, "bvals", config.b0_threshold, needs_two_shells=needs_two_shells)
+    bvals, bvecs = gradients.bvals, gradients.bvecs
     table = Table.make(bvals, bvecs, config.b0_threshold)
     pool_key, held_out_key, train_key = jax.random.split(key, 3)
     pool = make_pool(pool_key, table, config, config.signals, model, on_block)
@@ -324,9 +336,8 @@ def _loss(
         # Positions in the range are what errors are compared by: each parameter's scale is its range.
         return jnp.mean(batch.weights * (unit - batch.targets) ** 2)
     low, span = ranges([Output.make(parameter) for parameter in model.parameters])
-    weighted = np.flatnonzero(~table.is_b0)
-    bvals, bvecs = np.array(table.bvals)[weighted], np.array(table.bvecs)[weighted]
-    predicted = model.signal(low + span * unit, batch.direction, bvals, bvecs)
+    rows = np.array(table.bvals), np.array(table.bvecs), table.is_b0
+    predicted = weighted_signal(model, low + span * unit, batch.direction, *rows)
     # A magnitude's mean is near sqrt(s^2 + sigma^2): without it the noise floor would be read as slow diffusion.
     expected = jnp.sqrt(predicted**2 + batch.sigma[:, None] ** 2)
     return jnp.mean((expected - batch.inputs) ** 2)

@@ -9,7 +9,7 @@ from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.io.gradients import to_world
 from jaxmed.physics.microstructure import MicrostructureModel
-from jaxmed.systems.noddi.fitting import FLAG_DEFINITIONS, FLAGS, Estimates
+from jaxmed.systems.noddi.estimates import FLAG_DEFINITIONS, FLAGS, Estimates
 from jaxmed.systems.noddi.options import FitConfig
 from jaxmed.systems.noddi.posterior import Posterior
 from jaxmed.systems.noddi.reading import Scan

@@ -1,5 +1,6 @@
 """Stage `jaxmed noddi evaluate`: bias, spread and error of networks and fits against the Cramer-Rao bound."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -18,6 +19,7 @@ from jaxmed.io.numpy_files import write_npz
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import MicrostructureModel
+from jaxmed.systems.noddi import amico
 from jaxmed.systems.noddi.evaluate_page import write_page
 from jaxmed.systems.noddi.evaluation import (
     Estimator,
@@ -33,8 +35,9 @@ from jaxmed.systems.noddi.evaluation import (
     shrinkage,
     summarise,
 )
-from jaxmed.systems.noddi.network import ForwardConfig, Network, Table, load, require_table
-from jaxmed.systems.noddi.scan import read_table
+from jaxmed.systems.noddi.network import ForwardConfig, Network, load
+from jaxmed.systems.noddi.reading import read_table
+from jaxmed.systems.noddi.table import Table, match_table
 from jaxmed.systems.noddi.training import TrainConfig, train
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
@@ -54,6 +57,7 @@ class Config:
         b0_threshold: b-values up to this, in s/mm^2, are unweighted, likewise.
         forward: Forward model, likewise.
         fit: Score the maximum-likelihood fit too.
+        amico: Score AMICO too, where it is installed (dmri-amico) and the model is NODDI.
         points: Values of each parameter; the grid holds all combinations.
         repeats: Noise repetitions of each point.
         snr: Signal-to-noise ratios at b = 0.
@@ -67,6 +71,7 @@ class Config:
     b0_threshold: float = 50.0
     forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
     fit: bool = True
+    amico: bool = True
     points: int = 10
     repeats: int = 500
     snr: tuple[float, ...] = (10.0, 15.0, 20.0, 30.0, 50.0)
@@ -91,7 +96,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """Two tiny networks for the embedded protocol on a coarse grid, in seconds."""
+    """Your networks, or two tiny ones, on a coarse grid, in seconds."""
     return Config(embedded=True, points=4, repeats=8, snr=(15.0, 30.0))
 
 
@@ -112,10 +117,18 @@ def run(config: Config, folder: RunFolder) -> None:
     estimators: dict[str, Estimator] = {}
     if config.fit:
         estimators["MLE"] = fit_estimator(forward, table)
-    estimators |= {name: network_estimator(one) for name, one in zip(names_of(networks), networks, strict=True)}
+    paths = config.weights or ("weights",) * len(networks)
+    for name, one, path in zip(names_of(networks), networks, paths, strict=True):
+        estimators[name] = network_estimator(one, table, path)
     grid = make_grid(model, config.points)
     weight = np.asarray(model.relevance(jnp.asarray(grid, jnp.float32)))
-    estimates, bounds = estimate_all(config, model, table, estimators, grid, log)
+    with contextlib.ExitStack() as kept:
+        if config.amico and forward.kind == "noddi":
+            if amico.is_installed():
+                estimators["AMICO"] = kept.enter_context(amico.amico_estimator(table, forward.tissue))
+            else:
+                log.say("AMICO is not installed (pip install dmri-amico): it is not among the estimators.")
+        estimates, bounds = estimate_all(config, model, table, estimators, grid, log)
     scores = {snr: {name: score(one, grid) for name, one in found.items()} for snr, found in estimates.items()}
     rows = tabulate(model, scores, bounds, grid, weight)
     write_rows(folder.outputs / "scores.csv", rows)
@@ -170,11 +183,12 @@ def read_protocol(config: Config, networks: list[Network]) -> tuple[Table, Forwa
     if not networks:
         if not config.fit:
             raise InputError("weights", "a network to score", "none, and no fit", "give --weights RUN, or --fit")
-        gradients = read_table(config.bvals, config.bvecs, config.b0_threshold)
+        needs_two_shells = config.forward.kind == "noddi"
+        gradients = read_table(config.bvals, config.bvecs, config.b0_threshold, needs_two_shells=needs_two_shells)
         return Table.make(gradients.bvals, gradients.bvecs, config.b0_threshold), config.forward
     first = networks[0].description
     for path, network in zip(config.weights[1:], networks[1:], strict=True):
-        require_table(first.table, network.description.table, path)
+        match_table(first.table, *network.description.table.gradients[:2], path)
         if network.description.forward != first.forward:
             expected = f"the forward model of {config.weights[0]}"
             raise InputError(path, expected, network.description.forward, "compare networks of one model")

@@ -14,7 +14,7 @@ from jaxmed.physics.microstructure import simulate
 from jaxmed.systems.noddi.deployment import export_onnx, load_onnx, run_onnx
 from jaxmed.systems.noddi.export_page import write_page
 from jaxmed.systems.noddi.network import Network, load, predict, predict_exactly, ranges
-from jaxmed.systems.noddi.scan import require_path
+from jaxmed.systems.noddi.reading import require_path
 from jaxmed.systems.noddi.stages import train as training
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start, write_summary
@@ -50,7 +50,7 @@ def paper() -> Config:
 
 
 def smoke() -> Config:
-    """A tiny network trained for the embedded protocol, in seconds."""
+    """Your network, or a tiny one trained for the embedded protocol, in seconds."""
     return Config(rows=5000, embedded=True)
 
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import restore_npz, write_npz
-from jaxmed.physics.acquisition import find_shells
+from jaxmed.physics.acquisition import find_shells, has_two_shells
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
 from jaxmed.systems.noddi import reading
-from jaxmed.systems.noddi.fitting import FLAGS, Estimates, estimate
+from jaxmed.systems.noddi.estimates import FLAGS, Estimates
+from jaxmed.systems.noddi.fitting import estimate
 from jaxmed.systems.noddi.options import FitConfig
 from jaxmed.systems.noddi.page import write_page
 from jaxmed.systems.noddi.posterior import Posterior, PosteriorConfig, require_blackjax, sample_posterior
@@ -152,14 +153,11 @@ def read_scan(config: Config) -> Scan:
     if config.posterior_samples:
         require_blackjax()
     path, threshold = config.dwi, config.fit.b0_threshold
-    dwi, gradients, notes = reading.read_dwi(
-        path,
-        config.bvals,
-        config.bvecs,
-        threshold,
-        allow_single_shell=config.allow_single_shell,
-        series=config.series,
+    needs_two_shells = config.fit.model == "noddi" and not config.allow_single_shell
+    dwi, gradients = reading.read_dwi(
+        path, config.bvals, config.bvecs, threshold, needs_two_shells=needs_two_shells, series=config.series
     )
+    notes = list(gradients.notes)
     is_b0 = gradients.bvals <= threshold
     mask = reading.read_mask(config.mask, dwi, path, dwi.array[..., is_b0].mean(axis=-1), notes)
     signals = dwi.array[mask]
@@ -210,8 +208,7 @@ def _fit(config: Config, scan: Scan, folder: RunFolder, log: Log) -> tuple[Estim
             jax.profiler.start_trace(folder.path / "profile")
         rows = estimate(
             scan.dwi.array,
-            scan.gradients.bvals,
-            scan.gradients.bvecs,
+            scan.gradients,
             scan.mask,
             sigma=scan.sigma,
             gradient_map=scan.gradient_map,
@@ -264,7 +261,8 @@ def describe_maps(rows: Estimates, model: MicrostructureModel, scan: Scan, confi
     notes = []
     fitted, threshold, tissue = rows.fitted, config.fit.b0_threshold, config.fit.tissue
     is_noddi = config.fit.model == "noddi"
-    if is_noddi and len(find_shells(scan.gradients.bvals, threshold)) < 3:
+    weighted = scan.gradients.bvals > threshold
+    if is_noddi and not has_two_shells(scan.gradients.bvals[weighted], scan.gradients.bvecs[weighted]):
         notes.append("Only one shell is weighted: neurite density and free water cannot be told apart.")
     diffusivity = float(np.median(rows.mean_diffusivity[fitted]))
     anisotropy = float(np.median(rows.fractional_anisotropy[fitted]))
@@ -277,6 +275,9 @@ def describe_maps(rows: Estimates, model: MicrostructureModel, scan: Scan, confi
             text += f"cannot reach 1; give --fit.tissue.free-diffusivity {diffusivity:.2f} if this is a phantom."
         notes.append(text.strip())
     notes += _flag_notes(rows, config)
+    refused = int((scan.mask & (rows.flags == FLAGS["no_signal"])).sum())
+    if refused:
+        notes.append(f"{refused:,} voxels hold no diffusion signal and were not fitted; map 'flags' shows them.")
     signals, s0 = scan.dwi.array[fitted], rows.s0[fitted]
     return notes + reading.attenuation_notes(signals, s0, scan.gradients.bvals, threshold, max(free, diffusivity))
 
@@ -288,6 +289,7 @@ def _flag_notes(rows: Estimates, config: Config) -> list[str]:
         "odi_undefined": "odi means nothing (few neurites, or too much noise)",
         "direction_undefined": "the direction means nothing (a cone of uncertainty above 45 degrees, or no neurites)",
         "not_converged": f"the tolerance was not met in {config.fit.max_iterations} iterations",
+        "misfit": "the model does not make this signal (a residual above three times the noise): its maps mean nothing",
     }
     notes = []
     for flag, meaning in said.items():

@@ -24,10 +24,11 @@ from jaxmed.systems.noddi.deployment import (
     write_dicom,
     write_maps,
 )
-from jaxmed.systems.noddi.network import Network, Table, constants, load, predict
+from jaxmed.systems.noddi.network import Network, constants, load, predict
 from jaxmed.systems.noddi.predict_page import write_page
-from jaxmed.systems.noddi.scan import Signals, read_signals, read_table, require_path
+from jaxmed.systems.noddi.reading import Signals, read_signals, read_table, require_path
 from jaxmed.systems.noddi.stages import train as training
+from jaxmed.systems.noddi.table import Table
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start, write_summary
 from jaxmed.volume import Volume
@@ -39,7 +40,8 @@ class Config:
 
     Attributes:
         weights: Run folder of `jaxmed noddi train`, its outputs/model, or an .onnx file of `jaxmed noddi export`.
-        dwi: Diffusion scan, a 4D NIfTI file of magnitudes, of the protocol that the network was trained for.
+        dwi: Diffusion scan, a 4D NIfTI file of magnitudes, of the protocol that the network was trained for:
+            b-values to 3 % or 20 s/mm^2, directions to 2 degrees, images in any order.
         bvals: FSL text file of b-values in s/mm^2.
         bvecs: FSL text file of unit gradient directions.
         mask: NIfTI file on the grid of the scan, estimated where it is not 0. Without it: the largest connected region

@@ -15,7 +15,7 @@ from jaxmed.io.dicom_files import require_pydicom
 from jaxmed.io.parametric_map import Quantity, new_stack, write_mr_images
 from jaxmed.physics.acquisition import find_shells, two_shell_protocol
 from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, write_diffusion_slab
-from jaxmed.systems.noddi.scan import read_table
+from jaxmed.systems.noddi.reading import read_table
 from jaxmed.systems.noddi.simulate_page import write_page
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start, write_summary
@@ -79,7 +79,7 @@ def run(config: Config, folder: RunFolder) -> None:
     if config.bvals is None:
         bvals, bvecs = two_shell_protocol()
     else:
-        table = read_table(config.bvals, config.bvecs, config.b0_threshold)
+        table = read_table(config.bvals, config.bvecs, config.b0_threshold, needs_two_shells=False)
         bvals, bvecs = table.bvals, table.bvecs
     start(folder)
     log = Log(folder.path, folder.options.quiet)

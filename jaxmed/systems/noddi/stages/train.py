@@ -10,14 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxmed.errors import InputError
 from jaxmed.io.gradients import write_gradients
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import find_shells, two_shell_protocol
 from jaxmed.physics.microstructure import simulate
 from jaxmed.systems.noddi.network import Network, predict, save
-from jaxmed.systems.noddi.scan import read_table
+from jaxmed.systems.noddi.reading import read_table
 from jaxmed.systems.noddi.train_page import write_page
 from jaxmed.systems.noddi.training import State, TrainConfig, Trained, train
 from jaxmed.train.announce import announce
@@ -35,7 +34,7 @@ class Config:
     """Train a network for one protocol.
 
     Attributes:
-        bvals: FSL text file of b-values in s/mm^2; the order of the images is part of the protocol.
+        bvals: FSL text file of b-values in s/mm^2; scans may have its images in another order.
         bvecs: FSL text file of unit gradient directions, 3 x N or N x 3.
         embedded: Take a two-shell protocol (9 + 30 + 60 images) where no files are given.
         allow_single_shell: Train NODDI although only one shell is weighted. Its maps are not NODDI.
@@ -79,9 +78,9 @@ def run(config: Config, folder: RunFolder) -> None:
         bvals, bvecs = two_shell_protocol()
         notes: list[str] = []
     else:
-        table = read_table(config.bvals, config.bvecs, config.train.b0_threshold)
+        needs_two_shells = config.train.forward.kind == "noddi" and not config.allow_single_shell
+        table = read_table(config.bvals, config.bvecs, config.train.b0_threshold, needs_two_shells=needs_two_shells)
         bvals, bvecs, notes = table.bvals, table.bvecs, list(table.notes)
-    check_shells(config, bvals)
     start(folder)
     write_gradients(
         folder.outputs / "model" / "protocol.bval", folder.outputs / "model" / "protocol.bvec", bvals, bvecs
@@ -122,24 +121,6 @@ def run(config: Config, folder: RunFolder) -> None:
 report = write_page
 
 
-def check_shells(config: Config, bvals: np.ndarray) -> None:
-    """Refuse NODDI of one shell, whose maps would look like maps.
-
-    Raises:
-        InputError: Only one shell is weighted, and that was not allowed.
-    """
-    weighted = [
-        shell for shell in find_shells(bvals, config.train.b0_threshold) if shell.bval > config.train.b0_threshold
-    ]
-    if config.train.forward.kind == "noddi" and len(weighted) < 2 and not config.allow_single_shell:
-        raise InputError(
-            config.bvals or "bvals",
-            "two or more weighted shells",
-            f"one at b = {weighted[0].bval:.0f} s/mm^2",
-            "one shell cannot tell neurite density from free water; --allow-single-shell trains all the same",
-        )
-
-
 def train_in_folder(
     key: jax.Array, bvals: np.ndarray, bvecs: np.ndarray, config: TrainConfig, folder: RunFolder, log: Log
 ) -> Trained:
@@ -177,7 +158,9 @@ def train_in_folder(
 
         labelling = bars.enter_context(contextlib.ExitStack())
         on_block = labelling.enter_context(log.progress("Simulating and labelling", config.signals, "signals"))
-        return train(key, bvals, bvecs, config, restore=restore, on_epoch=on_epoch, on_block=on_block)
+        return train(
+            key, bvals, bvecs, config, allow_single_shell=True, restore=restore, on_epoch=on_epoch, on_block=on_block
+        )
 
 
 def write_validation(path: Path, key: jax.Array, network: Network) -> None:
