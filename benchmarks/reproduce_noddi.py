@@ -277,7 +277,7 @@ def accuracy(networks: dict[str, Network], size: Size) -> tuple[list[Row], dict[
     grid = make_grid(model, size.points)
     weight = np.asarray(model.relevance(jnp.asarray(grid, jnp.float32)))
     estimators = {"MLE": fit_estimator(FORWARD, table)}
-    estimators |= {name: network_estimator(network) for name, network in networks.items()}
+    estimators |= {name: network_estimator(network, table) for name, network in networks.items()}
     scores: dict[str, list[Any]] = {name: [] for name in estimators}
     for number, snr in enumerate(size.snr):
         found = estimate(jax.random.key(100 + number), model, table, estimators, grid, size.repeats, snr)

@@ -37,7 +37,6 @@ closed forms that lose their digits in single precision; the extra-cellular spac
 Fits maximise the Rician likelihood where the noise is known and minimise squares where it is not.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,11 +46,11 @@ if TYPE_CHECKING:
     from jaxmed.systems.noddi.voxel_fit import fit_voxels as fit_voxels
 
 
-HOMES = {"fit": "fitting", "fit_voxels": "voxel_fit", "prepare": "protocol", "train": "training"}
-
-
 def __getattr__(name: str) -> object:
     """Import a Python call when it is used: `jaxmed noddi` must not wait for jax."""
-    if name in HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+    import importlib
+
+    homes = {"fit": "fitting", "fit_voxels": "voxel_fit", "prepare": "protocol", "train": "training"}
+    if name in homes:
+        return getattr(importlib.import_module(f"{__name__}.{homes[name]}"), name)
     raise AttributeError(name)

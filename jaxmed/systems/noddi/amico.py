@@ -63,13 +63,15 @@ def _quietly() -> Iterator[None]:
 def _open(folder: Path, table: Table, tissue: Tissue) -> Any:
     with _quietly():
         import amico
+        import amico.lut
+        import amico.util
 
         amico.set_verbose(0)
         amico.lut.precompute_rotation_matrices(12, 500)
         bvals = np.where(table.is_b0, 0.0, np.array(table.bvals))
         write_gradients(folder / "dwi.bval", folder / "dwi.bvec", bvals, np.array(table.bvecs))
         amico.util.fsl2scheme(*(str(folder / f"dwi.{suffix}") for suffix in ("bval", "bvec", "scheme")))
-        evaluation = amico.Evaluation(str(folder), ".")
+        evaluation: Any = amico.Evaluation(str(folder), ".")
         evaluation.set_config("nthreads", os.cpu_count() or 1)
         # Kernels depend on the protocol alone; AMICO wants a scan to read it from.
         _load(evaluation, folder, np.ones((1, len(bvals)), np.float32))

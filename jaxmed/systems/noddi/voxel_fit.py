@@ -75,7 +75,7 @@ def fit_voxels(
     state = jax.lax.stop_gradient(_climb_twice(protocol, noise, config, jax.lax.stop_gradient(voxels)))
     point = _differentiable(protocol, noise, config, voxels, state)
     rows = finish(protocol, noise, config, voxels, state._replace(state=state.state._replace(point=point)))
-    return name_maps(Estimates(*(jnp.moveaxis(row, -1, 0).reshape(*shape, *row.shape[:-1]) for row in rows)))
+    return name_maps(jax.tree.map(lambda row: jnp.moveaxis(row, -1, 0).reshape(*shape, *row.shape[:-1]), rows))
 
 
 def _climb_twice(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels) -> Climb:
