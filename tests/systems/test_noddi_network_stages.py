@@ -383,7 +383,7 @@ def words_of(stage, places, tmp_path):
         "train without a table": (["train"], "bvals: expected a file, found nothing"),
         "train for one shell": (
             ["train", "--bvals", one_shell, "--bvecs", scan / "dwi.bvec"], "one at b = 1000 s/mm^2"),
-        "directions on a line": (["train", "--bvals", scan / "dwi.bval", "--bvecs", flat], "on a plane or line"),
+        "directions on a line": (["train", "--bvals", scan / "dwi.bval", "--bvecs", flat], "on 1 different axes"),
         "labels of no kind": (["train", *tables, "--train.labels", "guess"], "--train.labels"),
         "a batch larger than all": (
             ["train", *tables, "--train.signals", "10", "--train.batch-size", "20"], "batch_size: expected at most 10"),

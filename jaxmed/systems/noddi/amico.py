@@ -70,7 +70,8 @@ def _open(folder: Path, table: Table, tissue: Tissue) -> Any:
         amico.lut.precompute_rotation_matrices(12, 500)
         bvals = np.where(table.is_b0, 0.0, np.array(table.bvals))
         write_gradients(folder / "dwi.bval", folder / "dwi.bvec", bvals, np.array(table.bvecs))
-        amico.util.fsl2scheme(*(str(folder / f"dwi.{suffix}") for suffix in ("bval", "bvec", "scheme")))
+        bval, bvec, scheme = (str(folder / f"dwi.{suffix}") for suffix in ("bval", "bvec", "scheme"))
+        amico.util.fsl2scheme(bval, bvec, scheme)
         evaluation: Any = amico.Evaluation(str(folder), ".")
         evaluation.set_config("nthreads", os.cpu_count() or 1)
         # Kernels depend on the protocol alone; AMICO wants a scan to read it from.
