@@ -102,6 +102,13 @@ def read_levels(path: str | Path, *, key: str | None = None) -> Shaped[np.ndarra
     return levels
 
 
+def drop_colour(image: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Return row, column of a grey picture that is saved in colour; any other array as it is."""
+    if image.ndim == 3 and image.shape[2] == 3 and (image == image[..., :1]).all():
+        return image[..., 0]
+    return image
+
+
 def write_png(path: str | Path, image: Shaped[np.ndarray, "row column *channel"]) -> None:
     """Write a PNG, wholly or not at all.
 
@@ -211,7 +218,7 @@ def _levels(picture: Image.Image, is_tiff: bool) -> Shaped[np.ndarray, "row colu
     if picture.mode == "P":
         levels = _palette_levels(picture)
     else:
-        levels = _pixels(picture, is_tiff)
+        levels = drop_colour(_pixels(picture, is_tiff))
         if levels.ndim == 3:
             levels = _colour_levels(levels)
     if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
@@ -237,8 +244,6 @@ def _palette_levels(picture: Image.Image) -> Shaped[np.ndarray, "row column"]:
 
 
 def _colour_levels(pixels: Shaped[np.ndarray, "row column 3"]) -> Shaped[np.ndarray, "row column"]:
-    if (pixels == pixels[..., :1]).all():
-        return pixels[..., 0]
     colours = np.unique(pixels.reshape(-1, 3), axis=0)
     is_black = (colours == 0).all(1)
     if len(colours) == 2 and is_black.any():

@@ -23,8 +23,9 @@ Stages:
   5. jaxmed dynamicdps compare ...     all methods on simulated scans with known truth, with intervals: DynamicDPS, DPS,
      DDRM, DDNM, DiffPIR, PiGDM, RED-diff, DAPS, PnP-DPIR, CCDF, and the conditional models alone.
 
-Images of the networks lie in [0, 2], background 0. Scans are turned to RAS+ and scaled by a percentile of the head; the
-scale and the grid are kept, and results go back to both. Subjects are split, never slices.
+Images of the networks lie in [0, 2], background 0. Scans are turned to RAS+ and scaled by a percentile of the head; a
+background below 0 (scans in [-1, 1], or with a mean of 0) is subtracted first. Scale, background and grid are kept, and
+results go back to all three. Subjects are split, never slices.
 
 Try it without data:  jaxmed dynamicdps train-prior --preset smoke --out runs/prior
 From Python:          from jaxmed.systems import dynamicdps

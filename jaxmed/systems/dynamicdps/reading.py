@@ -20,7 +20,7 @@ from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.grid import reorient, resample, resample_to, restore
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.io.images import read_image
+from jaxmed.io.images import drop_colour, read_image
 from jaxmed.io.masks import read_mask
 from jaxmed.io.scans import Kind, ScanFiles, kind_of, read_volume
 from jaxmed.volume import Grid, Volume, require_same_grid
@@ -272,9 +272,7 @@ def _read_volume(scan: ScanFiles, frame: FrameConfig) -> tuple[Volume, tuple[str
 
 
 def _read_picture(path: Path, fill: float | None) -> Volume:
-    image = read_image(path, allow_constant=False, fill=fill)
-    if image.ndim == 3 and image.shape[2] in (3, 4) and np.ptp(image[..., :3], axis=2).max() == 0:
-        image = image[..., 0]  # grey, saved in colour
+    image = drop_colour(read_image(path, allow_constant=False, fill=fill))
     if image.ndim != 2:
         raise InputError(path, "a grey 2D image", f"shape {image.shape}", "convert it, or give one slice")
     return Volume.make(np.ascontiguousarray(image.T[:, :, None]), PICTURE_AFFINE)

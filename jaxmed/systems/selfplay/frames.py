@@ -15,7 +15,7 @@ from jaxmed.arrays.grid import reorient, resample
 from jaxmed.data.transforms import percentile_range, window
 from jaxmed.errors import InputError
 from jaxmed.io import scans
-from jaxmed.io.images import PICTURE_SUFFIXES, read_image
+from jaxmed.io.images import PICTURE_SUFFIXES, drop_colour, read_image
 from jaxmed.io.masks import read_mask
 from jaxmed.io.scans import ScanFiles
 from jaxmed.volume import Grid, Volume, require_same_grid
@@ -164,9 +164,8 @@ def _read(scan: ScanFiles, frame: FrameConfig) -> tuple[list[Volume], Kind]:
     if scans.kind_of(path) not in ("picture", "array"):
         return [scans.read_volume(scan, allow_plane=frame.is_sliced).volume], "volume"
     array = read_image(path, allow_constant=False, fill=scan.fill)
-    is_picture = path.name.lower().endswith(PICTURE_SUFFIXES)
-    if is_picture and array.ndim == 3 and array.shape[2] == 3 and np.ptp(array, axis=2).max() == 0:
-        array = array[..., 0]  # grey, saved in colour
+    if path.name.lower().endswith(PICTURE_SUFFIXES):
+        array = drop_colour(array)
     return _as_volumes(array, path, frame)
 
 
