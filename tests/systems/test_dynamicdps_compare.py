@@ -24,7 +24,15 @@ from jaxmed.recipes.study import Cell, Result
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.mixture import make_isotropic
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.dynamicdps.arms import ARMS, PUBLISHED, STARTS_FROM_ESTIMATE, ArmConfig, length_of, make_arm
+from jaxmed.systems.dynamicdps.arms import (
+    ARMS,
+    PUBLISHED,
+    STARTS_FROM_ESTIMATE,
+    ArmConfig,
+    expected_passes,
+    length_of,
+    make_arm,
+)
 from jaxmed.systems.dynamicdps.comparison import NOISE, average, compare, plan_cells
 from jaxmed.systems.dynamicdps.networks import write_network
 from jaxmed.systems.dynamicdps.reading import FrameConfig
@@ -121,6 +129,10 @@ def test_lengths_are_those_of_the_authors_unless_a_budget_is_given():
     assert length_of("dps", 1000, ArmConfig()) == 1000 and length_of("ddrm", 1000, ArmConfig()) == 20
     assert length_of("dps", 100, ArmConfig()) == 100
     assert {length_of(name, 1000, ArmConfig(evaluations=70)) for name in PUBLISHED} == {70}
+    fixed = dataclasses.replace(STRICT, start=StartTime(rule="fixed", fixed=49))
+    # Fifty steps, and searches of six trials at 10, 15, ... 45 left.
+    assert expected_passes("dynamicdps", fixed, ArmConfig()) == 50 + 8 * 6
+    assert expected_passes("conditional", fixed, ArmConfig()) == 0 and expected_passes("ddrm", fixed, ArmConfig()) == 20
     assert {"reddiff", "daps", "pnp-dpir"} < set(PUBLISHED) < set(ARMS)
     assert set(STARTS_FROM_ESTIMATE) < set(ARMS)
     with pytest.raises(InputError, match="arm: expected one of .*, found 'dsp'"):
@@ -220,7 +232,7 @@ def test_an_interrupted_run_goes_on_with_the_cells_that_are_missing(run, files):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--manifest", "missing.csv"), "missing.csv: expected a CSV file"),
+        (("--manifest", "missing.csv"), "missing.csv: expected a table"),
         (("--weights", "ONE"), "expected a diffusion prior"),
         (("--initial", "PRIOR"), "expected a conditional network"),
         (("--arms", "dip"), "arms"),

@@ -34,6 +34,7 @@ from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir, pnp_dpir
 from jaxmed.diffusion.posterior.reddiff import Reddiff, reddiff
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral, Ddim
+from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError, nearest
 from jaxmed.physics.lowfield import LowField, axis_matrices, linear_part, make_operator
 
@@ -144,6 +145,17 @@ def make_arm(
 def length_of(name: str, chain: int, config: ArmConfig) -> int:
     """Return the evaluations that a method of fixed length takes on a chain."""
     return min(config.evaluations or PUBLISHED[name], chain)
+
+
+def expected_passes(name: str, method: DynamicDps, config: ArmConfig) -> int:
+    """Return how often the network meets a batch of a method: of DynamicDPS for a start in the first bin."""
+    if name == "conditional":
+        return 0
+    if name != "dynamicdps":
+        return length_of(name, method.sampler.num_steps or VpDiscrete().num_steps, config)
+    steps = method.start.fixed + 1 if method.start.rule == "fixed" else method.start.steps_per_bin
+    searched = [left for left in range(method.search_above + 1, steps) if left % method.search_every == 0]
+    return steps + (len(searched) * method.search.max_evaluations if method.search else 0)
 
 
 def _conditional(params: Params, key: KeyArray, measurement: Array, estimate: Array, indices: Array) -> Outcome:

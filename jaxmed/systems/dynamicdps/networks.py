@@ -5,9 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jaxtyping import Array
+
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, read_record, to_record
 from jaxmed.diffusion.denoiser import Denoiser, make_denoiser
+from jaxmed.diffusion.posterior.fidelity import PLAIN, Operator, evaluate
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.models.published import guided_diffusion
@@ -114,3 +120,18 @@ def _frame(path: Path, published: Published) -> FrameConfig:
     preprocess = published.preprocess
     assert isinstance(preprocess, ImagePreprocess)
     return dataclasses.replace(FrameConfig(), size=preprocess.size, high=preprocess.high)
+
+
+def trace_pass(network: Network, batch_size: int, operator: Operator) -> tuple[core.ClosedJaxpr, jax.ShapeDtypeStruct]:
+    """Trace how a prior meets a batch of images once, forward and backward, for `train.announce`.
+
+    Returns:
+        The program, and the shape of the batch.
+    """
+
+    def meet(params: Params, images: Array, times: Array) -> Any:
+        return evaluate(make_prior(network, params), images, operator, PLAIN, images, times)
+
+    images = jax.ShapeDtypeStruct((batch_size, *network.frame.size, 1), jnp.float32)
+    times = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    return jax.make_jaxpr(meet)(network.params, images, times), images

@@ -31,7 +31,7 @@ from jaxmed.systems.dynamicdps.calibration import (
     record_bank,
     residuals_of,
 )
-from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
+from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior, trace_pass
 from jaxmed.systems.dynamicdps.options import CALIBRATION, Calibrated
 from jaxmed.systems.dynamicdps.reading import KINDS, FrameConfig, cut_images, head_of, read_scan
 from jaxmed.systems.dynamicdps.stages import train_prior
@@ -286,9 +286,11 @@ def _record(
 ) -> Float32[np.ndarray, "run step"]:
     operator = make_operator(measurement.shape[1:-1], acquisition)
     settings = Dps(config.scale, Ancestral(num_steps=config.steps or None), PLAIN)
+    program, images = trace_pass(network, config.batch_size, operator)
     announce(
-        log, f"Recording chains of {config.steps or 1000:,} steps, {config.batch_size} at a time",
-        params=network.params, batch=measurement, count=len(measurement), unit="runs", smaller=folder.smaller,
+        log, f"Recording {len(measurement)} runs, {config.batch_size} at a time", params=network.params, batch=images,
+        program=program, count=(config.steps or VpDiscrete().num_steps) * -(-len(measurement) // config.batch_size),
+        unit="steps", smaller=folder.smaller,
     )  # fmt: skip
     with log.progress("Recording", len(measurement), "runs") as update:
         return record_bank(

@@ -21,17 +21,17 @@ from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, make_folder, unique_names
 from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
 from jaxmed.io.tables import read_table, resolve_paths, write_table
-from jaxmed.physics.lowfield import LowField
+from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.study import Cell, Result, run_study
 from jaxmed.recipes.study import Outcome as CellOutcome
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps import scoring
-from jaxmed.systems.dynamicdps.arms import ARMS, ArmConfig, make_arm
+from jaxmed.systems.dynamicdps.arms import ARMS, ArmConfig, expected_passes, make_arm
 from jaxmed.systems.dynamicdps.calibration import digest_of, measure
 from jaxmed.systems.dynamicdps.compare_page import write_page
 from jaxmed.systems.dynamicdps.comparison import NOISE, Difference, Mean, average, compare, plan_cells
-from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
+from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior, trace_pass
 from jaxmed.systems.dynamicdps.options import MethodConfig, read_calibration
 from jaxmed.systems.dynamicdps.reading import (
     KINDS,
@@ -192,9 +192,13 @@ def run(config: Config, folder: RunFolder) -> int:
         name: make_scorer(study.prior.frame.size, condition.acquisition, config.score)
         for name, condition in study.conditions.items()
     }
+    passes = sum(expected_passes(str(cell["arm"]), method, config.budget) for cell in cells)
+    operator = make_operator(study.prior.frame.size, config.acquisition)
+    program, batch = trace_pass(study.prior, config.batch_size, operator)
     announce(
-        log, f"Comparing on {images} images, {config.batch_size} at a time", params=study.prior.params,
-        count=len(cells), unit="cells", smaller=folder.smaller,
+        log, f"Comparing in {len(cells)} cells of {images} images", params=study.prior.params, batch=batch,
+        program=program, count=passes * -(-images // config.batch_size), unit="passes of the prior",
+        smaller=folder.smaller,
     )  # fmt: skip
     programs: dict[tuple[str, str], Program] = {}
     ready = time.monotonic()

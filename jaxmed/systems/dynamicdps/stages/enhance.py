@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.arrays.types import KeyArray
 from jaxmed.config import to_record
 from jaxmed.data.scans import find_scans
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
-from jaxmed.diffusion.posterior.fidelity import evaluate
-from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names
 from jaxmed.io import nifti
@@ -28,11 +26,11 @@ from jaxmed.metrics.tissue import TISSUES
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
 from jaxmed.recipes.each_file import TABLES, Tell, each_file, write_failed
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.dynamicdps.arms import ARMS, STARTS_FROM_ESTIMATE, ArmConfig, length_of, make_solver
+from jaxmed.systems.dynamicdps.arms import ARMS, STARTS_FROM_ESTIMATE, ArmConfig, expected_passes, make_solver
 from jaxmed.systems.dynamicdps.calibration import digest_of
 from jaxmed.systems.dynamicdps.enhance_page import write_page
 from jaxmed.systems.dynamicdps.enhancement import make_program
-from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior
+from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior, trace_pass
 from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_calibration
 from jaxmed.systems.dynamicdps.reading import KINDS, TOP
 from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, load, process
@@ -137,7 +135,12 @@ def run(config: Config, folder: RunFolder) -> int:
     log = Log(folder.path, folder.options.quiet)
     for note in (notes := [*passed, *make_notes(config, plan, calibrated)]):
         log.say(f"Note: {note}")
-    tell_size(config, plan, len(inputs), folder, log)
+    operator = make_operator(plan.frame.size, plan.acquisition)
+    program, images = trace_pass(network, config.batch_size, operator)
+    announce(
+        log, f"Refining {len(inputs):,} scans; for every batch", params=network.params, batch=images, program=program,
+        count=expected_passes(config.solver, plan.method, config.budget), unit="passes", smaller=folder.smaller,
+    )  # fmt: skip
     ready = time.monotonic()
 
     def work(number: int, one: Inputs, tell: Tell) -> dict[str, Any]:
@@ -254,31 +257,6 @@ def _other_solver(config: Config, size: tuple[int, ...], acquisition: LowField, 
         return jnp.clip(image, 0.0, TOP), info
 
     return solver
-
-
-def tell_size(config: Config, plan: Plan, count: int, folder: RunFolder, log: Log) -> None:
-    """Say how large a batch is and how long it may take: how often the network meets it, forward and backward."""
-    method = plan.method
-    if config.solver == "dynamicdps":
-        steps = method.start.fixed + 1 if method.start.rule == "fixed" else method.start.steps_per_bin
-        searched = [left for left in range(method.search_above + 1, steps) if left % method.search_every == 0]
-        passes = steps + (len(searched) * method.search.max_evaluations if method.search else 0)
-    else:
-        passes = length_of(config.solver, method.sampler.num_steps or VpDiscrete().num_steps, config.budget)
-    size = plan.frame.size
-    operator = make_operator(size, plan.acquisition)
-
-    def meet(params: Params, images: Array, times: Array) -> Any:
-        denoiser = make_prior(plan.network, params)
-        return evaluate(denoiser, images, operator, method.fidelity, images, times)
-
-    images = jax.ShapeDtypeStruct((config.batch_size, *size, 1), jnp.float32)
-    times = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)
-    announce(
-        log, f"Refining {count:,} scans; for every batch", params=plan.network.params, batch=images,
-        program=jax.make_jaxpr(meet)(plan.network.params, images, times), count=passes, unit="passes",
-        smaller=folder.smaller,
-    )  # fmt: skip
 
 
 def is_run(place: Path) -> bool:
