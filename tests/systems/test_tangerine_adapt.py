@@ -390,7 +390,7 @@ MISTAKES = {
     "half a weight": (
         lambda folder: (folder / "mae" / "record.json").unlink(), [], "mae"
     ),
-    "no manifest": (None, ["--data.manifest", "nowhere.csv"], "nowhere.csv: expected a CSV file, found no such file"),
+    "no manifest": (None, ["--data.manifest", "nowhere.csv"], "nowhere.csv: expected a table as text"),
     "external without name": (None, ["--data.external", "there.csv"], "NAME=CSV or NAME:GROUP=CSV"),
     "external of another group": (None, ["--data.external", "a:new=there.csv"], "a group of seen, unseen, other"),
     "external named test": (None, ["--data.external", "test=there.csv"], "'test' again"),
