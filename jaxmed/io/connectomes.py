@@ -185,7 +185,7 @@ def _named_columns(
 
 
 def _bare_columns(sheet: Sheet) -> tuple[list[tuple[str, ...]], tuple[int, ...]]:
-    skip = 0 if sheet.is_number(sheet.rows[0][2]) else 1
+    skip = 0 if all(map(sheet.is_number, sheet.rows[0][2:3])) and len(sheet.rows[0]) > 2 else 1
     rows, lines = sheet.rows[skip:], sheet.lines[skip:]
     for row, line in zip(rows, lines, strict=True):
         if len(row) != 3:
@@ -288,7 +288,7 @@ def _as_names(sheet: Sheet, cells: Iterable[str] | None) -> tuple[str, ...] | No
         numbers = [sheet.number(name) for name in names]
         if any(numbers == list(range(first, first + len(names))) for first in (0, 1)):
             return None
-        if any(number != round(number) for number in numbers):
+        if not all(number.is_integer() for number in numbers):
             raise InputError(sheet.path, "a square matrix", "one row or column of numbers more")
     if "" in names:
         raise InputError(sheet.path, "a name for every region", f"none for number {names.index('') + 1}")

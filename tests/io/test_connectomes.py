@@ -7,6 +7,7 @@ import pytest
 
 from jaxmed.errors import InputError
 from jaxmed.io.connectomes import names_beside, order_by_name, read_names, read_square
+from jaxmed.io.tables import read_table
 
 pytestmark = pytest.mark.core
 
@@ -201,6 +202,29 @@ def test_files_that_are_no_text_are_named(tmp_path, start, words):
 def test_names_in_a_file_of_their_own(tmp_path, text, encoding):
     (tmp_path / "labels.txt").write_bytes(text.encode(encoding))
     assert read_names(tmp_path / "labels.txt", 4) == REGIONS
+
+
+WORDS = ["0", "1", "2.5", "1,5", "a", "L_b", "", "nan", "-1", "inf", "#", "%", '"', "{", "{'weight': 2}", "source",
+         "target", "weight", "subject", "age", "x y", "1e400", "None", "é"]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_text_ends_in_anything_but_a_matrix_or_one_line(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(80):
+        if rng.random() < 0.4:  # nearly square
+            size, mark = int(rng.integers(1, 6)), rng.choice([",", ";", "\t", " "])
+            rows = rng.choice(["0", "1", "0.5", "a", "nan"], (size + rng.integers(2), size + rng.integers(2)))
+            text = "\n".join(mark.join(row) for row in rows)
+        else:
+            marks = [",", ";", "\t", " ", "\n", "\n", "\r\n"]
+            text = "".join(rng.choice(WORDS) + rng.choice(marks) for _ in range(rng.integers(1, 25)))
+        (tmp_path / "a.csv").write_bytes(text.encode(rng.choice(["utf-8", "utf-16", "utf-16-le"])))
+        for reader in (lambda path: read_square(path, []), lambda path: read_names(path, 3), read_table):
+            try:
+                reader(tmp_path / "a.csv")
+            except InputError as error:
+                assert "\n" not in str(error)
 
 
 def test_names_of_several_words_and_too_many(tmp_path):

@@ -157,6 +157,11 @@ def test_what_can_be_repaired_is_repaired_when_asked_and_said(tmp_path):
     assert "'R_a' has no connection" in said and "not connected; apart from its largest part: R_a" in said
 
 
+def test_negative_weights_alone_are_no_connectome(tmp_path):
+    with pytest.raises(InputError, match="a weight above 0, found 0 at most|a weight above 0, found -2 at most"):
+        read(tmp_path, "L_a,L_b\n0,-2\n-2,0\n", repair=True)
+
+
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read_connectome(tmp_path / "none.csv", ConnectomeConfig(), [])

@@ -180,6 +180,8 @@ def _checked(path: Path, regions: tuple[str, ...], matrix: np.ndarray, repair: b
         if not repair:
             raise InputError(path, "weights of 0 or more", found, advice)
         notes.append(f"{np.count_nonzero(np.triu(matrix) < 0)} negative weights ({found}, lowest) count as 0.")
+    if matrix.max() <= 0:
+        raise InputError(path, "a weight above 0", f"{matrix.max():g} at most")
     return np.maximum(matrix, 0.0)
 
 
