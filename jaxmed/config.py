@@ -2,19 +2,125 @@
 
 A configuration is a nested frozen dataclass of numbers, words, paths, tuples, `Literal`s and further dataclasses. Its
 JSON form is what a run folder keeps; reading it back checks every name and type and says what is wrong in one line.
+
+Numbers are checked where a record is made, by the command line, config.json or Python alike: `@checked` under the
+dataclass decorator holds every float finite and every number within the bounds that its type names.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from jaxmed.errors import InputError, nearest
 from jaxmed.files import expand_home, require_file
 
 Config = TypeVar("Config")
+Class = TypeVar("Class", bound=type)
+SHOWN = 80  # characters of a wrong value that a message repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Which numbers a field takes; stands in its type, as `Annotated[float, Bounds(0, 1)]`.
+
+    Attributes:
+        low: The smallest.
+        high: The largest; infinite values are taken where it is infinite by intent, see `Unbounded`.
+        above: Whether `low` itself is left out.
+        below: Whether `high` itself is left out.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def takes(self, value: float) -> bool:
+        """Tell whether a number lies within."""
+        is_low_enough = value < self.high if self.below else value <= self.high
+        return is_low_enough and (value > self.low if self.above else value >= self.low)
+
+    def words(self, kind: str) -> str:
+        """Say what is expected, `kind` being "a number" or "a whole number"."""
+        low = "" if self.low == -math.inf else f" {'above' if self.above else 'from'} {self.low:,.10g}"
+        if self.high == math.inf:
+            return f"{kind}{low}{'' if self.above or not low else ' on'}"
+        joint = " and below" if self.below else " and at most" if self.above or not low else " to"
+        return f"{kind}{low}{joint} {self.high:,.10g}"
+
+
+# What the types of fields say. The largest numbers are those of float32 and int32, in which they are computed with.
+FLOATS, WHOLE_NUMBERS = Bounds(-3e38, 3e38), Bounds(-(2**31) + 1, 2**31 - 1)
+Unbounded = Annotated[float, Bounds()]  # infinity too
+Positive = Annotated[float, Bounds(0, 3e38, above=True)]
+NonNegative = Annotated[float, Bounds(0, 3e38)]
+Share = Annotated[float, Bounds(0, 1)]
+Decay = Annotated[float, Bounds(0, 1, below=True)]
+Epochs = Annotated[float, Bounds(0, 1e6)]
+Count = Annotated[int, Bounds(1, 2**31 - 1)]
+Whole = Annotated[int, Bounds(0, 2**31 - 1)]
+Size = Annotated[int, Bounds(1, 65_536)]  # of an axis, a layer, a batch
+Length = Annotated[int, Bounds(0, 65_536)]  # the same, where 0 means none or all
+Regions = Annotated[int, Bounds(2, 2_000)]
+Spread = Annotated[float, Bounds(0, 100)]  # a blur in voxels, whose kernel is as large
+Workers = Annotated[int, Bounds(0, 1024)]
+Number = Annotated[int, Bounds(0, 1_000_000)]  # of things to generate
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # beyond it jax would drop digits
+
+
+def checked(kind: Class) -> Class:
+    """Check the numbers of every instance, before the class's own `__post_init__`.
+
+    Raises:
+        InputError: A float is not finite, or a number out of bounds; the message names field, value and expectation.
+    """
+    own = kind.__dict__.get("__post_init__")
+
+    def check(self: Any) -> None:
+        for name, hint in _hints(type(self)).items():
+            _check_numbers(hint, getattr(self, name), name)
+        if own is not None:
+            own(self)
+        elif hasattr(super(kind, self), "__post_init__"):
+            super(kind, self).__post_init__()  # pyright: ignore[reportAttributeAccessIssue]
+
+    kind.__post_init__ = check
+    return kind
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _check_numbers(hint: Any, value: Any, field: str, bounds: Bounds | None = None) -> None:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        named = next((one for one in arguments[1:] if isinstance(one, Bounds)), bounds)
+        _check_numbers(arguments[0], value, field, named)
+    elif origin is tuple and isinstance(value, tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        for kind, item in zip(kinds, value, strict=False):
+            _check_numbers(kind, item, field, bounds)
+    elif origin in (typing.Union, types.UnionType):
+        for kind in arguments:
+            is_tuple = typing.get_origin(kind) is tuple
+            if is_tuple == isinstance(value, tuple):
+                _check_numbers(kind, value, field, bounds)
+    elif hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if hint is int and isinstance(value, float):
+            return
+        allowed = bounds or (FLOATS if hint is float else WHOLE_NUMBERS)
+        if not allowed.takes(value):
+            expected = allowed.words("a number" if hint is float else "a whole number")
+            expected = "a finite number" if allowed is FLOATS else expected
+            raise InputError(field, expected, _shown(value))
 
 
 def to_record(config: object) -> Any:
@@ -46,9 +152,14 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """Read a JSON object, saying what is wrong with a file that is none."""
     path = require_file(path, "a JSON file", kinds=("json",))
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(path, "a JSON object", f"text that is not JSON ({error})") from error
+        record = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique
+        )
+    except RecursionError as error:
+        raise InputError(path, "a JSON object", "lists or objects nested too deeply") from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number that none of Python's holds
+        reason = str(error).splitlines()[0].split("; use sys.")[0]
+        raise InputError(path, "a JSON object", f"text that is not JSON ({_short(reason, 200)})") from error
     if not isinstance(record, dict):
         raise InputError(path, "a JSON object", f"a {type(record).__name__}")
     return record
@@ -74,7 +185,7 @@ def resolve_paths(config: Config) -> Config:
 
 def _parse(kind: Any, value: Any, where: str, field: str) -> Any:
     def wrong(expected: str) -> InputError:
-        return InputError(f"{where}, {field}" if field else where, expected, json.dumps(value))
+        return InputError(f"{where}, {field}" if field else where, expected, _short(json.dumps(value)))
 
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
@@ -92,6 +203,8 @@ def _parse(kind: Any, value: Any, where: str, field: str) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int) and abs(value) > FLOATS.high:
+            raise wrong("a finite number")
         return float(value)
     if kind in (int, str, bool, type(None)) and type(value) is kind:
         return value
@@ -126,8 +239,8 @@ def _parse_tuple(kinds, value, where, field, wrong):
 def _parse_dataclass(kind, value, where, field, wrong):
     if not isinstance(value, dict):
         raise wrong("an object")
-    hints = typing.get_type_hints(kind, include_extras=True)
-    names = [item.name for item in dataclasses.fields(kind)]
+    hints = _hints(kind)
+    names = list(hints)
     for name in value:
         if name not in names:
             path = f"{field}.{name}" if field else name
@@ -139,7 +252,40 @@ def _parse_dataclass(kind, value, where, field, wrong):
         return kind(**children)
     except TypeError as error:
         raise wrong("an object with every required field") from error
-    except InputError:
-        raise
+    except InputError as error:
+        place = f"{field}.{error.where}" if field else error.where
+        raise InputError(f"{where}, {place}", error.expected, error.found, error.advice) from error
     except ValueError as error:
         raise InputError(f"{where}, {field}" if field else where, "valid values", str(error)) from error
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if math.isinf(value):
+        raise ValueError(f"{word[:SHOWN]} is too large")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} twice")
+    return record
+
+
+def _shown(value: float) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    try:
+        return _short(str(value))
+    except ValueError:  # Python refuses to write integers of thousands of digits
+        return "a number of thousands of digits"
+
+
+def _short(text: str, length: int = SHOWN) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."

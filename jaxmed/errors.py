@@ -25,8 +25,11 @@ class InputError(ValueError):
         self.where, self.expected, self.found, self.advice = (
             " ".join(str(part).split()) for part in (where, expected, found, advice)
         )
-        # The parts are the arguments, so that the error survives pickling between processes.
-        super().__init__(self.where, self.expected, self.found, self.advice)
+        super().__init__(str(self))  # what others, such as the parser of the command line, take for the message
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[str, ...]]:
+        """Survive pickling between processes."""
+        return InputError, (self.where, self.expected, self.found, self.advice)
 
     def __str__(self) -> str:
         """Return the line that is shown to the user."""

@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Shaped
 
+from jaxmed.config import Seed, Size, Workers, checked
 from jaxmed.data.records import Source, record_at, record_seed
 from jaxmed.errors import InputError
 
@@ -31,6 +32,7 @@ ENDLESS = 2**48  # records; a stream has to have some length
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class LoaderConfig:
     """How records become batches.
 
@@ -45,13 +47,13 @@ class LoaderConfig:
         prefetch: Batches read ahead, which is host memory.
     """
 
-    batch_size: int = 8
-    seed: int = 0
+    batch_size: Size = 8
+    seed: Seed = 0
     shuffle: bool = True
     drop_remainder: bool = False
-    num_workers: int = 0
-    num_threads: int = 2
-    prefetch: int = 2
+    num_workers: Workers = 0
+    num_threads: Workers = 2
+    prefetch: Workers = 2
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_threads", "prefetch"):

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
+from jaxmed.config import NonNegative, Share, checked
+
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MixConfig:
     """How often and how the examples of a training batch are mixed; off by default, as in TANGERINE's and MAE's code.
 
@@ -23,10 +26,10 @@ class MixConfig:
     Deviation: every pair draws its own weight, where "batch" has one for the whole batch.
     """
 
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    probability: float = 1.0
-    switch: float = 0.5
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    probability: Share = 1.0
+    switch: Share = 0.5
 
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):

@@ -20,6 +20,7 @@ import scipy.ndimage
 from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.filters import along, blur_matrix, sobel
+from jaxmed.config import Spread, checked
 from jaxmed.errors import InputError
 
 Linear = Callable[[Float[Array, "..."]], Float[Array, "..."]]
@@ -57,6 +58,7 @@ class FalseLesions(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class LesionConfig:
     """What counts as a false lesion.
 
@@ -67,7 +69,7 @@ class LesionConfig:
         margin: Voxels around true lesions that do not count: their borders may blur.
     """
 
-    sigma: float = 1.5
+    sigma: Spread = 1.5
     threshold: float = 0.15
     least_volume: int = 4
     margin: int = 2
@@ -81,6 +83,7 @@ class LesionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ShafeConfig:
     """The perceptual score.
 
@@ -89,7 +92,7 @@ class ShafeConfig:
         temperature: Of the softmax over places; small looks at the worst place only.
     """
 
-    radius: float = 55.0
+    radius: Spread = 55.0
     temperature: float = 0.01
 
     def __post_init__(self) -> None:

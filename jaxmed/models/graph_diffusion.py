@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxmed.arrays.graphs import EdgeMatrix, GraphOperators
 from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.config import Positive, Size, checked
 from jaxmed.nn.model import Model, make_model
 from jaxmed.physics.progression import fkpp, network_diffusion, weighted_fkpp
 
@@ -38,6 +39,7 @@ and far below their slopes vanish."""
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ProgressionConfig:
     """The equation and the shape of its parts.
 
@@ -72,11 +74,11 @@ class ProgressionConfig:
     reaction: bool = True
     clock: bool = True
     bounded: bool = False
-    width: int = 64
-    latent: int = 16
-    rank: int = 8
-    heads: int = 4
-    horizon: float = 30.0
+    width: Size = 64
+    latent: Size = 16
+    rank: Size = 8
+    heads: Size = 4
+    horizon: Positive = 30.0
     quirks: bool = False
 
     def __post_init__(self) -> None:

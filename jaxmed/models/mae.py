@@ -10,12 +10,14 @@ from jaxtyping import Array, Float
 
 from jaxmed.arrays.masking import Masking, all_kept, draw_noise, random_masking
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import Decay, Size, checked
 from jaxmed.models.vit import SHARDING_RULES as VIT_RULES
 from jaxmed.models.vit import Blocks, Vit, VitConfig, _position_init
 from jaxmed.nn.transformer import BlockConfig, LayerNorm, Linear
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MaeConfig:
     """A masked autoencoder; the defaults are TANGERINE's.
 
@@ -31,11 +33,11 @@ class MaeConfig:
     """
 
     encoder: VitConfig = VitConfig()
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    decoder_hidden: int = 2048
-    mask_ratio: float = 0.75
+    decoder_width: Size = 512
+    decoder_depth: Size = 8
+    decoder_heads: Size = 16
+    decoder_hidden: Size = 2048
+    mask_ratio: Decay = 0.75
     norm_target: bool = False
     sigmoid: bool = True
 

@@ -12,12 +12,14 @@ from typing import Literal
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from jaxmed.config import Size, checked
 from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.convolution import Convolution
 from jaxmed.nn.model import Model, make_model
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class GeneratorConfig:
     """A segmenting network.
 
@@ -31,8 +33,8 @@ class GeneratorConfig:
 
     kind: Literal["unet", "plain"] = "unet"
     dimensions: Literal[2, 3] = 2
-    widths: tuple[int, ...] = (16, 32, 64)
-    blocks: int = 1
+    widths: tuple[Size, ...] = (16, 32, 64)
+    blocks: Size = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxmed.arrays.types import Params
+from jaxmed.config import Size, checked
 from jaxmed.models.mask_generator import GeneratorConfig, unet
 from jaxmed.models.unet_guided import halve
 from jaxmed.nn.convolution import Convolution
@@ -29,6 +30,7 @@ from jaxmed.nn.transformer import Linear
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class VerifierConfig:
     """A judge of masks.
 
@@ -42,8 +44,8 @@ class VerifierConfig:
 
     kind: Literal["joint", "plain"] = "joint"
     dimensions: Literal[2, 3] = 2
-    widths: tuple[int, ...] = (16, 32, 64)
-    dense: tuple[int, ...] = (64,)
+    widths: tuple[Size, ...] = (16, 32, 64)
+    dense: tuple[Size, ...] = (64,)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:

@@ -13,12 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import Params
+from jaxmed.config import Size, checked
 
 Activation = Literal["elu", "relu"]
 Head = Literal["sigmoid", "abs"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MlpConfig:
     """Shape of the network.
 
@@ -30,8 +32,8 @@ class MlpConfig:
             sister study's and can exceed 1.
     """
 
-    depth: int = 3
-    width: int | Literal["M"] = 256
+    depth: Size = 3
+    width: Size | Literal["M"] = 256
     activation: Activation = "elu"
     head: Head = "sigmoid"
 

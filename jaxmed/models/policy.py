@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmed.config import Size, checked
 from jaxmed.nn.loop_convolution import LoopConvolution
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class GaussianMlpConfig:
     """Separate networks of policy and value on the flattened observation.
 
@@ -23,7 +25,7 @@ class GaussianMlpConfig:
         log_std: Logarithm of the standard deviation of each pixel's desire, at the start.
     """
 
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[Size, ...] = (64, 64)
     log_std: float = 0.0
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ def _orthogonal(width: int, gain: float, name: str) -> nn.Dense:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class TopkUnetConfig:
     """A small U-Net on the grid of super-pixels.
 
@@ -71,8 +74,8 @@ class TopkUnetConfig:
         value_width: Of the value's hidden layer.
     """
 
-    widths: tuple[int, ...] = (32, 64, 128)
-    value_width: int = 64
+    widths: tuple[Size, ...] = (32, 64, 128)
+    value_width: Size = 64
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1 or self.value_width < 1:

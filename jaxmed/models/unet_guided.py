@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Num
 
+from jaxmed.config import Decay, Length, Size, checked
 from jaxmed.nn.attention import AttentionKind, self_attention
 from jaxmed.nn.convolution import Convolution
 from jaxmed.nn.group_norm import GroupNorm
@@ -26,6 +27,7 @@ from jaxmed.nn.transformer import Linear
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class GuidedUnetConfig:
     """A guided-diffusion U-Net; sizes of images are free, multiples of `divisor` along every axis.
 
@@ -54,20 +56,20 @@ class GuidedUnetConfig:
     """
 
     dimensions: Literal[2, 3] = 2
-    channels: int = 1
-    outputs: int = 1
-    width: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
-    blocks: int = 2
-    attention_factors: tuple[int, ...] = (16, 32)
-    heads: int = 4
-    head_channels: int = 0
+    channels: Size = 1
+    outputs: Size = 1
+    width: Size = 128
+    multipliers: tuple[Size, ...] = (1, 1, 2, 2, 4, 4)
+    blocks: Size = 2
+    attention_factors: tuple[Size, ...] = (16, 32)
+    heads: Size = 4
+    head_channels: Length = 0
     with_time: bool = True
     scale_shift: bool = True
     resblock_updown: bool = False
     learn_sigma: bool = False
-    dropout: float = 0.0
-    groups: int = 32
+    dropout: Decay = 0.0
+    groups: Size = 32
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     attention: AttentionKind = "xla"

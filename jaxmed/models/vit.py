@@ -14,6 +14,7 @@ from jaxmed.arrays.masking import take_tokens
 from jaxmed.arrays.patches import patch_grid, patchify
 from jaxmed.arrays.position import sincos
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import Decay, Positive, Size, checked
 from jaxmed.nn.attention import AttentionKind
 from jaxmed.nn.transformer import Block, BlockConfig, DropPath, LayerNorm, Linear
 
@@ -21,6 +22,7 @@ FINAL_EPSILON = 1e-6  # of the final norm
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class VitConfig:
     """A vision transformer.
 
@@ -42,16 +44,16 @@ class VitConfig:
         attention: See `nn.attention.self_attention`.
     """
 
-    image_size: tuple[int, ...] = (256, 256, 256)
-    patch_size: tuple[int, ...] = (16, 16, 16)
-    channels: int = 1
-    width: int = 1024
-    depth: int = 24
-    heads: int = 16
-    hidden: int = 4096
-    patch_gain: float = 1.0
+    image_size: tuple[Size, ...] = (256, 256, 256)
+    patch_size: tuple[Size, ...] = (16, 16, 16)
+    channels: Size = 1
+    width: Size = 1024
+    depth: Size = 24
+    heads: Size = 16
+    hidden: Size = 4096
+    patch_gain: Positive = 1.0
     final_norm: bool = True
-    drop_path_rate: float = 0.0
+    drop_path_rate: Decay = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     scan: bool = False

@@ -17,10 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.filters import Mode, Width, along, blur_matrix, linear_matrix
 from jaxmed.arrays.types import KeyArray, Scalar
+from jaxmed.config import Count, NonNegative, Positive, Spread, checked
 from jaxmed.physics.operators import LinearOperator, resize_matrix, separable
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class LowField:
     """Contrast by a power, then a resize there and back, then a blur, then noise.
 
@@ -37,14 +39,14 @@ class LowField:
     Source: github.com/edshkim98/DynamicDPS, the operators of July 2025 and of 2026-04-29.
     """
 
-    gamma: float = 0.4
-    scale: float | tuple[float, ...] = 4.0
+    gamma: Positive = 0.4
+    scale: Positive | tuple[Positive, ...] = 4.0
     antialias: bool = True
-    sigma: float | tuple[float, ...] = 1.0
+    sigma: Spread | tuple[Spread, ...] = 1.0
     radius: int = 5
     padding: Mode = "reflect"
-    noise: float = 1e-3
-    floor: float = 1e-3
+    noise: NonNegative = 1e-3
+    floor: NonNegative = 1e-3
 
     def __post_init__(self):
         """Refuse what no scanner does."""
@@ -145,6 +147,7 @@ class Fit(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class FitConfig:
     """How gamma and sigma are fitted.
 
@@ -159,12 +162,12 @@ class FitConfig:
     Source: github.com/edshkim98/DynamicDPS, fit_A of 2026-04-29.
     """
 
-    learning_rate: float = 5e-3
-    weight_decay: float = 1e-3
-    max_steps: int = 1000
-    patience: int = 100
-    gamma_range: tuple[float, float] = (0.3, 3.0)
-    sigma_range: tuple[float, float] = (0.1, 5.0)
+    learning_rate: Positive = 5e-3
+    weight_decay: NonNegative = 1e-3
+    max_steps: Count = 1000
+    patience: Count = 100
+    gamma_range: tuple[Positive, Positive] = (0.3, 3.0)
+    sigma_range: tuple[NonNegative, NonNegative] = (0.1, 5.0)
 
     def __post_init__(self):
         """Refuse rates that do not learn."""

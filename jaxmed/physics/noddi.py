@@ -24,12 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxmed.config import Positive, checked
+
 ExtraCellular = Literal["averaged_tensor", "convolved"]
 MAX_KAPPA = 256.0
 """Largest concentration that 64 quadrature nodes resolve to 1e-12."""
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Tissue:
     """Diffusivities that NODDI fixes.
 
@@ -38,8 +41,8 @@ class Tissue:
         free_diffusivity: Of free water, in um^2/ms. 3.0 at body temperature; about 2.1 at 20 degrees C.
     """
 
-    parallel_diffusivity: float = 1.7
-    free_diffusivity: float = 3.0
+    parallel_diffusivity: Positive = 1.7
+    free_diffusivity: Positive = 3.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

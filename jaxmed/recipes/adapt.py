@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
+from jaxmed.config import Epochs, Seed, checked
 from jaxmed.data.loader import Fields, LoaderConfig, Transform, evaluation_batches, make_loader
 from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import ArraySource, Source
@@ -38,6 +39,7 @@ from jaxmed.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class AdaptConfig:
     """A run on labels; the optimizer's defaults are TANGERINE's for fine-tuning.
 
@@ -67,16 +69,16 @@ class AdaptConfig:
     loop: LoopConfig = LoopConfig()
     loader: LoaderConfig = LoaderConfig()
     mesh: MeshConfig = MeshConfig()
-    epochs: float = 0
-    warmup_epochs: float = 0
-    evaluate_epochs: float = 1
+    epochs: Epochs = 0
+    warmup_epochs: Epochs = 0
+    evaluate_epochs: Epochs = 1
     select: Literal["loss", "auroc"] = "loss"
     accumulation: int = 1
     token_keep: float = 1.0
     smoothing: float = 0.1
     mix: MixConfig = MixConfig()
     weights: tuple[float, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.token_keep <= 1:

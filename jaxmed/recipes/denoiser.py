@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.config import Seed, checked
 from jaxmed.data.loader import LoaderConfig, Transform, evaluation_batches, make_loader
 from jaxmed.data.records import Source
 from jaxmed.errors import InputError
@@ -37,6 +38,7 @@ Prepare: TypeAlias = Callable[[KeyArray, Mapping[str, Array]], Mapping[str, Arra
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DenoiserConfig:
     """A training run.
 
@@ -62,7 +64,7 @@ class DenoiserConfig:
     mesh: MeshConfig = MeshConfig()
     ema_decay: float = 0.9999
     accumulation: int = 1
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:

@@ -15,6 +15,7 @@ from jaxmed.arrays.masking import Masking, draw_noise, restore_order, take_token
 from jaxmed.arrays.patches import patchify, unpatchify
 from jaxmed.arrays.trees import named_leaves, replace
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import Epochs, Seed, checked
 from jaxmed.data.loader import LoaderConfig, Transform, evaluation_batches, make_loader
 from jaxmed.data.records import Source
 from jaxmed.errors import InputError
@@ -34,6 +35,7 @@ Augment = Callable[[KeyArray, Float[Array, "..."]], Float[Array, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PretrainConfig:
     """A pre-training run.
 
@@ -57,10 +59,10 @@ class PretrainConfig:
     loop: LoopConfig = LoopConfig()
     loader: LoaderConfig = LoaderConfig()
     mesh: MeshConfig = MeshConfig()
-    epochs: float = 0
-    warmup_epochs: float = 0
+    epochs: Epochs = 0
+    warmup_epochs: Epochs = 0
     accumulation: int = 1
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Reconstruction(NamedTuple):

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.config import checked
+
 Verify: TypeAlias = Callable[[Int[Array, " game"], Float[Array, "game *shape"]], Float[Array, " game"]]
 """(number of the image, mask of zeros and ones) of each game -> value of the mask, the higher the better."""
 
@@ -28,6 +30,7 @@ Action: TypeAlias = Float[Array, "game *grid"] | Int[Array, "game flip"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PixelGame:
     """Rules.
 

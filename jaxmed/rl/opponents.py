@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.config import Share, checked
 
 Schedule = Literal["live", "latest", "uniform", "prioritised"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class OpponentConfig:
     """Whom the policy plays.
 
@@ -30,7 +32,7 @@ class OpponentConfig:
     """
 
     schedule: Schedule = "prioritised"
-    live: float = 0.5
+    live: Share = 0.5
     pool: int = 16
     every: int = 8
     groups: int = 4

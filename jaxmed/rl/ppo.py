@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.trees import global_norm
 from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.config import NonNegative, Share, Size, Whole, checked
 from jaxmed.rl.distribution import Distribution
 
 Apply = Callable[[Params, Any], tuple[Any, Float[Array, " sample"]]]
@@ -22,6 +23,7 @@ Apply = Callable[[Params, Any], tuple[Any, Float[Array, " sample"]]]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PpoConfig:
     """Settings; `SB3` has those of stable-baselines3.
 
@@ -42,18 +44,18 @@ class PpoConfig:
         normalise: Advantages of each minibatch have mean 0 and deviation 1.
     """
 
-    learning_rate: float = 3e-4
-    decay_iterations: int = 0
-    discount: float = 0.99
-    trace_decay: float = 0.95
-    clip: float = 0.2
+    learning_rate: NonNegative = 3e-4
+    decay_iterations: Whole = 0
+    discount: Share = 0.99
+    trace_decay: Share = 0.95
+    clip: NonNegative = 0.2
     value_loss: Literal["clipped", "plain"] = "clipped"
-    value_weight: float = 0.5
-    entropy_weight: float = 0.01
-    max_norm: float = 0.5
-    epsilon: float = 1e-5
-    epochs: int = 4
-    minibatches: int = 4
+    value_weight: NonNegative = 0.5
+    entropy_weight: NonNegative = 0.01
+    max_norm: NonNegative = 0.5
+    epsilon: NonNegative = 1e-5
+    epochs: Size = 4
+    minibatches: Size = 4
     normalise: bool = True
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import checked
 from jaxmed.errors import InputError
 from jaxmed.rl import environment
 from jaxmed.rl.environment import Best, PixelGame, expand_like, spread_blocks
@@ -28,6 +29,7 @@ from jaxmed.rl.selfplay import Problem, Verify, restart
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class SearchConfig:
     """Settings of the search.
 

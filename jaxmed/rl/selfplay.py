@@ -26,6 +26,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.config import Size, checked
 from jaxmed.rl import environment, opponents, ppo
 from jaxmed.rl.environment import Best, Cases, PixelGame
 from jaxmed.rl.opponents import OpponentConfig, Pool
@@ -37,6 +38,7 @@ Verify = Callable[[Any, Int[Array, " game"], Float[Array, "game *shape"]], Float
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class SelfPlayConfig:
     """Settings of System II.
 
@@ -55,8 +57,8 @@ class SelfPlayConfig:
     game: PixelGame = PixelGame(at_most_k=True)
     ppo: PpoConfig = PpoConfig()
     opponents: OpponentConfig = OpponentConfig()
-    games: int = 256
-    steps: int = 64
+    games: Size = 256
+    steps: Size = 64
     mode: Literal["learn", "propose"] = "learn"
     symmetric: bool = True
     scale_rewards: bool = True

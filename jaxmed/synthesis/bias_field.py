@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxmed.config import checked
 from jaxmed.synthesis.control_grid import Photo, Range, draw_field
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class BiasFieldConfig:
     """Ranges of the field.
 

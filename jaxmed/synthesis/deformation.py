@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.warping import compose, identity_grid
+from jaxmed.config import Decay, Length, NonNegative, checked
 from jaxmed.synthesis.control_grid import PHOTO_AXIS, Photo, Range, draw_field
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DeformationConfig:
     """Ranges of the deformation.
 
@@ -34,14 +36,14 @@ class DeformationConfig:
         svf_steps: Squarings of that integration.
     """
 
-    rotation: float = 15.0
-    shear: float = 0.2
-    scaling: float = 0.2
+    rotation: NonNegative = 15.0
+    shear: NonNegative = 0.2
+    scaling: Decay = 0.2
     control_scale: Range = (0.03, 0.06)
-    amplitude: float = 4.0
+    amplitude: NonNegative = 4.0
     random_shift: bool = False
     integrate_svf: bool = False
-    svf_steps: int = 8
+    svf_steps: Length = 8
 
     def __post_init__(self) -> None:
         for name in ("rotation", "shear", "amplitude"):

@@ -141,11 +141,12 @@ class Log:
         """Append the numbers of a step; those of an earlier start that this one takes again give way.
 
         Raises:
-            ValueError: One of them is not finite.
+            InputError: One of them is not finite.
         """
         for name, value in values.items():
             if not math.isfinite(value):
-                raise ValueError(f"step {step}: {name} is {value}")
+                advice = "it has diverged: lower the learning rate, or look at the data"
+                raise InputError(f"step {step:,}, {name}", "a finite number", value, advice)
         if not self.is_writer:
             return
         self._write_line({"step": step, **values})

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmed.config import checked
 from jaxmed.errors import InputError, Interrupted
 from jaxmed.train.announce import announce, require_memory
 from jaxmed.train.checkpoint import Checkpoints
@@ -29,6 +30,7 @@ State = TypeVar("State")
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class LoopConfig:
     """Length of a run, and how often it speaks and saves.
 

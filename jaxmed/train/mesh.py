@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from jaxmed.arrays.trees import map_named, matches
+from jaxmed.config import Count, Whole, checked
 from jaxmed.errors import InputError
 
 # (regular expression on a leaf's name, its partition), the first match counts. Models keep theirs beside the module.
@@ -22,6 +23,7 @@ SMALLEST_SPLIT = 2**18  # entries; splitting less costs more in messages than it
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MeshConfig:
     """How the devices are used.
 
@@ -39,8 +41,8 @@ class MeshConfig:
     model: int = 1
     distributed: bool = False
     coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
+    processes: Count | None = None
+    process: Whole | None = None
 
     def __post_init__(self) -> None:
         if self.data < 0:

@@ -14,9 +14,11 @@ import optax
 
 from jaxmed.arrays.trees import map_named, matches
 from jaxmed.arrays.types import Params
+from jaxmed.config import Decay, NonNegative, Whole, checked
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class OptimizerConfig:
     """How parameters are updated.
 
@@ -38,19 +40,19 @@ class OptimizerConfig:
     """
 
     kind: Literal["adamw", "lars", "sgd"] = "adamw"
-    peak_lr: float = 1e-3
-    end_lr: float = 0.0
-    warmup_steps: int = 0
+    peak_lr: NonNegative = 1e-3
+    end_lr: NonNegative = 0.0
+    warmup_steps: Whole = 0
     decay: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     no_decay: tuple[str, ...] = (r"(^|/)(bias|scale)$",)
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 0.0
-    layer_decay: float = 1.0
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: NonNegative = 1e-8
+    clip_norm: NonNegative = 0.0
+    layer_decay: NonNegative = 1.0
     frozen: tuple[str, ...] = ()
-    trust_coefficient: float = 0.001
+    trust_coefficient: NonNegative = 0.001
 
     def __post_init__(self) -> None:
         for name in ("peak_lr", "end_lr", "warmup_steps", "weight_decay", "clip_norm"):

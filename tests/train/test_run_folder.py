@@ -85,7 +85,7 @@ def test_a_read_only_place_is_refused(tmp_path):
 def test_metrics_are_json_lines_and_finite(tmp_path):
     log = Log(tmp_path, quiet=True)
     log.metrics(1, {"loss": 0.5})
-    with pytest.raises(ValueError, match="step 2: loss is nan"):
+    with pytest.raises(ValueError, match="step 2, loss: expected a finite number, found nan"):
         log.metrics(2, {"loss": float("nan")})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}]

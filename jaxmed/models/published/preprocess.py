@@ -23,6 +23,7 @@ import scipy.ndimage
 from jaxtyping import Float, Float32, Float64, Shaped
 
 from jaxmed.arrays.grid import orientation
+from jaxmed.config import Size, checked
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
 from jaxmed.io.images import ARRAY_SUFFIXES
@@ -37,6 +38,7 @@ RANGE_TOLERANCE = 1e-3  # of normalised cubes; float16 files round by less
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Preprocess:
     """What published weights expect of a scan. Picklable; called with a volume or a path.
 
@@ -50,7 +52,7 @@ class Preprocess:
             grows to twice its size or more: "clamp" repeats the last voxel; "zero" is 0 HU, as in the original.
     """
 
-    size: tuple[int, int, int] = (256, 256, 256)
+    size: tuple[Size, Size, Size] = (256, 256, 256)
     axis_order: Literal["zyx", "xyz", "zxy", "yzx", "yxz", "xzy"] = "zyx"
     low: float = -1200.0
     high: float = 800.0

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.graphs import LaplacianKind, laplacian
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.visits import Visits
+from jaxmed.config import NonNegative, Number, Positive, Size, checked
 from jaxmed.physics.progression import fkpp, network_diffusion
 from jaxmed.solvers.fixed_grid import interpolate, solve_fixed
 
@@ -37,6 +38,7 @@ class Connectome(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class CohortConfig:
     """What drives the disease, and how patients are seen.
 
@@ -61,21 +63,21 @@ class CohortConfig:
     """
 
     mechanism: Mechanism = "moe"
-    subjects: int = 200
-    diffusion: float = 0.3
-    growth: float = 0.25
-    ceiling: float = 1.0
-    reaction: float = 0.05
-    edge_diffusivity: float = 0.3
+    subjects: Number = 200
+    diffusion: NonNegative = 0.3
+    growth: NonNegative = 0.25
+    ceiling: Positive = 1.0
+    reaction: NonNegative = 0.05
+    edge_diffusivity: NonNegative = 0.3
     early: tuple[float, float, float] = (1.5, 0.0, -1.0)
     late: tuple[float, float, float] = (-1.0, 0.0, 1.5)
-    seed_value: float = 0.15
-    horizon: float = 30.0
+    seed_value: NonNegative = 0.15
+    horizon: Positive = 30.0
     onset: tuple[float, float] = (2.0, 25.0)
     gap: tuple[float, float] = (0.8, 2.5)
-    most_visits: int = 4
+    most_visits: Size = 4
     every_visit: bool = False
-    noise: float = 0.03
+    noise: NonNegative = 0.03
 
     def __post_init__(self) -> None:
         for name, least in (("subjects", 1), ("most_visits", 1)):

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import NonNegative, Whole, checked
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior import dynamicdps as dynamic
 from jaxmed.diffusion.posterior.ccdf import Ccdf, ccdf
@@ -69,6 +70,7 @@ overshoot a hundred times, and on a real T1 slab it ended at 12 dB instead of 30
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ArmConfig:
     """What the methods share.
 
@@ -78,8 +80,8 @@ class ArmConfig:
         scale: Step of both forms of DPS.
     """
 
-    evaluations: int = 0
-    scale: float = 0.3
+    evaluations: Whole = 0
+    scale: NonNegative = 0.3
 
     def __post_init__(self) -> None:
         if self.evaluations < 0 or self.evaluations == 1:

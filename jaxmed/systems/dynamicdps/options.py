@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from jaxmed.config import from_record, read_record
+from jaxmed.config import Length, NonNegative, checked, from_record, read_record
 from jaxmed.diffusion.posterior import dynamicdps
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
@@ -36,6 +36,7 @@ class Calibrated:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MethodConfig:
     """How estimates are refined.
 
@@ -57,10 +58,10 @@ class MethodConfig:
     preset: Literal["strict", "repo2026", "repo2025", "fixed"] = "strict"
     start: Literal["bank", "fixed"] = "bank"
     fixed_start: int = 49
-    max_trials: int = 0
-    step: float = 1.0
-    noise: float = 0.0
-    steps: int = 0
+    max_trials: Length = 0
+    step: NonNegative = 1.0
+    noise: NonNegative = 0.0
+    steps: Length = 0
     plain: bool = False
 
     def __post_init__(self) -> None:

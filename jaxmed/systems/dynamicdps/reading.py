@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.grid import reorient, resample, resample_to, restore
+from jaxmed.config import NonNegative, Size, checked
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import drop_colour, read_image
@@ -37,6 +38,7 @@ PICTURE_AFFINE = np.diag([1.0, -1.0, 1.0, 1.0])
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class FrameConfig:
     """How scans become images; travels with the weights.
 
@@ -49,9 +51,9 @@ class FrameConfig:
         high: Stored intensity that becomes 2, for data of one known unit; 0 goes by the percentile.
     """
 
-    size: tuple[int, ...] = (256, 256)
+    size: tuple[Size, ...] = (256, 256)
     axis: Literal["axial", "coronal", "sagittal"] = "axial"
-    spacing: float = 0.0
+    spacing: NonNegative = 0.0
     percentile: float = 99.5
     reference: float = 1.6
     high: float = 0.0

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxmed.arrays.filters import downsample
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import Length, Number, Share, Size, checked
 from jaxmed.data.cohort import groups_of_files, hold_out, require_files_apart, split_unlabelled, subject_notes
 from jaxmed.data.scans import Found, find_scans
 from jaxmed.data.transforms import random_crop
@@ -36,6 +37,7 @@ NONE = Found((), ())
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DataConfig:
     """Which scans are trained on.
 
@@ -56,11 +58,11 @@ class DataConfig:
     manifest: Path | None = None
     labels: Path | None = None
     validation: float = 0.1
-    slices: tuple[float, float] = (0.05, 0.95)
-    every: int = 1
-    patches: int = 32
-    finer: int = 1
-    embedded: int = 0
+    slices: tuple[Share, Share] = (0.05, 0.95)
+    every: Size = 1
+    patches: Length = 32
+    finer: Size = 1
+    embedded: Number = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.filters import gaussian_blur
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.warping import sample
+from jaxmed.config import NonNegative, Spread, checked
 from jaxmed.synthesis.bias_field import BiasFieldConfig, apply_bias, draw_log_bias
 from jaxmed.synthesis.contrast import NUM_LABELS, Contrast, ContrastConfig, apply_gamma, draw_contrast, render
 from jaxmed.synthesis.control_grid import Range
@@ -29,6 +30,7 @@ DEEP = (10, 11, 12, 13, 26)  # grey matter with myelin: between cortex and white
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class SyntheticConfig:
     """How images are drawn from label maps.
 
@@ -43,8 +45,8 @@ class SyntheticConfig:
 
     t1_probability: float = 0.5
     spread: Range = (2.0, 12.0)
-    blur: Range = (0.4, 0.8)
-    gamma: float = 0.1
+    blur: tuple[Spread, Spread] = (0.4, 0.8)
+    gamma: NonNegative = 0.1
     bias: BiasFieldConfig = BiasFieldConfig(std=(0.0, 0.15))
     deformation: DeformationConfig = DeformationConfig(rotation=10.0, shear=0.05, scaling=0.1, amplitude=2.0)
 

@@ -44,7 +44,7 @@ def write_prior_page(folder: Path) -> None:
         Section("What the prior has learnt", [_images(folder, name, text) for name, text in captions.items()]),
         _reading(
             "The prior is the moving average of the parameters, in outputs/model; jaxmed dynamicdps enhance takes the "
-            "run as --prior. The loss is dominated by times of little noise and hardly moves late in training while "
+            "run as --weights. The loss is dominated by times of little noise and hardly moves late in training while "
             "the samples still improve: look at the images."
         ),
     ]

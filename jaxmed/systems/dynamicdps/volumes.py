@@ -12,11 +12,13 @@ from jaxtyping import Bool, Float32
 
 from jaxmed.arrays.tiles import TileConfig, blend, cut
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import checked
 from jaxmed.systems.dynamicdps.enhancement import Program, Samples, draw_samples
 from jaxmed.systems.dynamicdps.reading import AXES, FrameConfig
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class TilingConfig:
     """How images larger than the prior's are handled.
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmed.arrays.graphs import GraphOperators, graph_operators
+from jaxmed.config import Regions, Share, checked
 from jaxmed.data.splits import split_subjects
 from jaxmed.errors import InputError
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
@@ -35,6 +36,7 @@ Scaling = Literal["minmax", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DataConfig:
     """How a cohort and its connectome are read.
 
@@ -50,9 +52,9 @@ class DataConfig:
 
     graph: ConnectomeConfig = dataclasses.field(default_factory=ConnectomeConfig)
     scaling: Scaling = "minmax"
-    fractions: tuple[float, float, float] = (0.676, 0.162, 0.162)
+    fractions: tuple[Share, Share, Share] = (0.676, 0.162, 0.162)
     embedded: int | None = None
-    embedded_regions: int = 8
+    embedded_regions: Regions = 8
 
     def __post_init__(self) -> None:
         if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.graphs import mirror_triangle
+from jaxmed.config import Length, checked
 from jaxmed.errors import InputError, nearest
 from jaxmed.io.connectomes import order_by_name, read_square
 from jaxmed.io.tables import read_table
@@ -16,6 +17,7 @@ from jaxmed.systems.igndmoe.reading import Connectome
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MapConfig:
     """One regional map, in place of a table of visits.
 
@@ -44,7 +46,7 @@ class MapConfig:
     synthesis: str | None = None
     clearance: str | None = None
     lengths: Path | None = None
-    mixture_seeds: int = 5
+    mixture_seeds: Length = 5
 
     def __post_init__(self) -> None:
         if self.mixture_seeds < 0:

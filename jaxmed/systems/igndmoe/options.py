@@ -3,10 +3,12 @@
 import dataclasses
 
 from jaxmed.arrays.graphs import LaplacianKind
+from jaxmed.config import Length, NonNegative, Seed, Size, checked
 from jaxmed.models.graph_diffusion import ProgressionConfig
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class FitConfig:
     """How a trajectory is fitted to visits.
 
@@ -36,18 +38,18 @@ class FitConfig:
 
     model: ProgressionConfig = dataclasses.field(default_factory=ProgressionConfig)
     laplacian: LaplacianKind = "random_walk"
-    grid_steps: int = 64
-    loops: int = 20
-    steps: int = 50
-    memory: int = 16
-    norm_weight: float = 1e-2
-    overlap_weight: float = 0.1
-    tolerance: float = 1e-4
-    patience: int = 4
+    grid_steps: Size = 64
+    loops: Size = 20
+    steps: Size = 50
+    memory: Size = 16
+    norm_weight: NonNegative = 1e-2
+    overlap_weight: NonNegative = 0.1
+    tolerance: NonNegative = 1e-4
+    patience: Length = 4
     validation: float = 0.2
     seed_value: float = 0.15
-    stages: int = 512
-    seed: int = 0
+    stages: Size = 512
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         for name in ("grid_steps", "loops", "steps", "memory", "patience"):

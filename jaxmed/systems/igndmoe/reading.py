@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from jaxmed.arrays.graphs import components, keep_strongest, mirror_triangle, rescale
 from jaxmed.arrays.visits import Visits, pad_visits
+from jaxmed.config import checked
 from jaxmed.errors import SIDES, InputError, closest, nearest, side_of
 from jaxmed.io.connectomes import Square, names_beside, order_by_name, read_names, read_square
 from jaxmed.io.tables import Table, read_table
@@ -37,6 +38,7 @@ class Connectome(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ConnectomeConfig:
     """What is done to a connectome as read.
 

@@ -1,8 +1,11 @@
 """How voxels are fitted."""
 
 import dataclasses
+import math
 from typing import Literal
 
+from jaxmed.config import NonNegative, Positive, Size, checked
+from jaxmed.errors import InputError
 from jaxmed.physics.microstructure import MicrostructureModel, ball_and_stick_model, noddi_model
 from jaxmed.physics.noddi import ExtraCellular, Tissue
 
@@ -11,7 +14,11 @@ SIGMA_FLOOR = 1e-3
 """Smallest noise level relative to S0: the Rician likelihood has no maximum without noise."""
 
 
+MOST_VOXELS = 5_000_000
+
+
 @dataclasses.dataclass(frozen=True)
+@checked
 class FitConfig:
     """How voxels are fitted.
 
@@ -40,11 +47,11 @@ class FitConfig:
     extra_cellular: ExtraCellular = "averaged_tensor"
     dot: bool = False
     s0: Literal["mean", "free"] = "mean"
-    b0_threshold: float = 50.0
-    max_iterations: int = 60
-    damping: float = 1e-2
-    cost_tolerance: float = 1e-6
-    restart_margin: float = 0.1
+    b0_threshold: NonNegative = 50.0
+    max_iterations: Size = 60
+    damping: Positive = 1e-2
+    cost_tolerance: Positive = 1e-6
+    restart_margin: NonNegative = 0.1
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,3 +71,13 @@ class FitConfig:
         if self.model == "ball-and-stick":
             return ball_and_stick_model()
         return noddi_model(self.tissue, self.order or 16, self.extra_cellular, self.dot)
+
+
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Refuse a simulated scan that no memory holds: a voxel takes about a kilobyte, a whole brain has 420,000.
+
+    Raises:
+        InputError: It has too many voxels.
+    """
+    if math.prod(shape) > MOST_VOXELS:
+        raise InputError(name, f"sizes that make at most {MOST_VOXELS:,} voxels", " x ".join(map(str, shape)))

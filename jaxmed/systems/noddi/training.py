@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import NonNegative, Positive, Size, checked
 from jaxmed.io.gradients import Numbers, check_gradients
 from jaxmed.models.mlp import Mlp, MlpConfig, to_unit
 from jaxmed.nn.model import make_model
@@ -39,6 +40,7 @@ BLOCK = 8192
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class TrainConfig:
     """How a network is trained; defaults are for an accelerator.
 
@@ -67,9 +69,9 @@ class TrainConfig:
     held_out: int = 20_000
     epochs: int = 50
     batch_size: int = 4096
-    restarts: int = 4
-    snr: tuple[float, float] = (10.0, 50.0)
-    b0_threshold: float = 50.0
+    restarts: Size = 4
+    snr: tuple[Positive, Positive] = (10.0, 50.0)
+    b0_threshold: NonNegative = 50.0
 
     def __post_init__(self) -> None:
         for name in ("signals", "held_out", "epochs", "batch_size", "restarts"):

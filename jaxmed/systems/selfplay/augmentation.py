@@ -9,10 +9,12 @@ from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.warping import sample
+from jaxmed.config import Length, NonNegative, checked
 from jaxmed.synthesis.deformation import DeformationConfig, draw_deformation
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class AugmentConfig:
     """How variants differ from what is in the files.
 
@@ -23,8 +25,8 @@ class AugmentConfig:
         deformation: Ranges; still by default.
     """
 
-    noise: float = 0.0
-    shift: int = 0
+    noise: NonNegative = 0.0
+    shift: Length = 0
     mirror: bool = False
     deformation: DeformationConfig = DeformationConfig(rotation=0.0, shear=0.0, scaling=0.0, amplitude=0.0)
 

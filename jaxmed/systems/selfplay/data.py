@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Shaped
 
+from jaxmed.config import Count, Length, Number, Share, Whole, checked
 from jaxmed.data.cohort import groups_of, stated_splits
 from jaxmed.data.records import record_seed
 from jaxmed.data.splits import split_subjects
@@ -24,6 +25,7 @@ ITEM = "{item}"
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DataConfig:
     """Which cases there are.
 
@@ -46,11 +48,11 @@ class DataConfig:
 
     manifest: Path | None = None
     mask: str = "mask"
-    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
-    max_items: int = 0
-    min_voxels: int = 16
-    shift: int = 0
-    embedded: int = 0
+    fractions: tuple[Share, Share, Share] = (0.7, 0.15, 0.15)
+    max_items: Whole = 0
+    min_voxels: Count = 16
+    shift: Length = 0
+    embedded: Number = 0
 
     def __post_init__(self) -> None:
         if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from jaxmed.arrays.grid import reorient, resample
+from jaxmed.config import Positive, Size, checked
 from jaxmed.data.transforms import percentile_range, window
 from jaxmed.errors import InputError
 from jaxmed.io import scans
@@ -36,6 +37,7 @@ LEAST_HU = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class FrameConfig:
     """How files become images; travels with the weights.
 
@@ -52,9 +54,9 @@ class FrameConfig:
         percentiles: Of "percentile".
     """
 
-    size: tuple[int, ...] = (128, 128)
+    size: tuple[Size, ...] = (128, 128)
     axis: Literal["axial", "coronal", "sagittal"] = "axial"
-    spacing: float | None = None
+    spacing: Positive | None = None
     intensity: Intensity = "unit"
     hu_window: tuple[float, float] = (-175.0, 250.0)
     percentiles: tuple[float, float] = (1.0, 99.0)

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
-from jaxmed.config import from_record, to_record
+from jaxmed.config import Size, checked, from_record, to_record
 from jaxmed.errors import InputError
 from jaxmed.models.parameters import load_parameters
 from jaxmed.rl import tournament
@@ -46,6 +46,7 @@ SNAPSHOT = "visit_"
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class VisitConfig:
     """A visit to a familiar task.
 
@@ -55,9 +56,9 @@ class VisitConfig:
         iterations: Of self-play.
     """
 
-    shots: int = 8
-    images: int = 8
-    iterations: int = 4
+    shots: Size = 8
+    images: Size = 8
+    iterations: Size = 4
 
     def __post_init__(self) -> None:
         for name in ("shots", "images", "iterations"):

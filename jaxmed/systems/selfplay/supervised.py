@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.types import Params
+from jaxmed.config import Length, NonNegative, Size, checked
 from jaxmed.models.mask_generator import GeneratorConfig, make_generator
 from jaxmed.systems.selfplay.augmentation import AugmentConfig, augment
 from jaxmed.systems.selfplay.data import Cases
@@ -94,6 +95,7 @@ def mask_loss(config: GeneratorConfig, params: Params, batch: tuple[Array, Array
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MamlConfig:
     """Model-agnostic meta-learning of the generator.
 
@@ -107,11 +109,11 @@ class MamlConfig:
     Source: Finn et al., arXiv:1703.03400, with second derivatives.
     """
 
-    steps: int = 400
-    inner_steps: int = 4
-    inner_rate: float = 0.1
-    rate: float = 1e-3
-    queries: int = 8
+    steps: Length = 400
+    inner_steps: Size = 4
+    inner_rate: NonNegative = 0.1
+    rate: NonNegative = 1e-3
+    queries: Size = 8
 
     def __post_init__(self) -> None:
         if self.steps < 0 or min(self.inner_steps, self.queries) < 1:

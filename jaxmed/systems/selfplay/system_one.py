@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.config import Length, NonNegative, Size, checked
 from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, Verifier, VerifierConfig, make_verifier
 from jaxmed.systems.selfplay.augmentation import AugmentConfig, augment
@@ -34,6 +35,7 @@ OPTIMIZER = optax.adam(1.0)
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class SystemOneConfig:
     """Networks and losses.
 
@@ -50,8 +52,8 @@ class SystemOneConfig:
     generator: GeneratorConfig = GeneratorConfig()
     verifier: VerifierConfig = VerifierConfig()
     target: Literal["overlap", "adversarial"] = "overlap"
-    pixel_weight: float = 1.0
-    verifier_weight: float = 0.1
+    pixel_weight: NonNegative = 1.0
+    verifier_weight: NonNegative = 0.1
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class SystemOneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MetaConfig:
     """Reptile.
 
@@ -81,9 +84,9 @@ class MetaConfig:
         quirks: Hand on the verifier as the last task left it instead of its average, as the reference does.
     """
 
-    inner_steps: int = 4
+    inner_steps: Size = 4
     epsilon: float = 0.1
-    rate: float = 2e-4
+    rate: NonNegative = 2e-4
     augment: AugmentConfig = AugmentConfig()
     quirks: bool = False
 
@@ -96,6 +99,7 @@ class MetaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class AdaptConfig:
     """Adaptation to a new task.
 
@@ -106,8 +110,8 @@ class AdaptConfig:
         augment: Fresh variants of the labelled images in every step.
     """
 
-    steps: int = 16
-    rate: float = 2e-4
+    steps: Length = 16
+    rate: NonNegative = 2e-4
     decay: bool = False
     augment: AugmentConfig = AugmentConfig()
 

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import Length, NonNegative, Share, Whole, checked
 from jaxmed.models.mask_verifier import make_verifier
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
 from jaxmed.rl import search, selfplay
@@ -41,6 +42,7 @@ PROBES = 16
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Budget:
     """When to stop.
 
@@ -51,10 +53,10 @@ class Budget:
         tolerance: What counts as better, in D.
     """
 
-    steps: int = 65_536
-    seconds: float = 0.0
-    patience: int = 10
-    tolerance: float = 1e-4
+    steps: Whole = 65_536
+    seconds: NonNegative = 0.0
+    patience: Whole = 10
+    tolerance: NonNegative = 1e-4
 
     def __post_init__(self) -> None:
         for name in ("steps", "seconds", "patience", "tolerance"):
@@ -63,6 +65,7 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ThinkConfig:
     """How to think.
 
@@ -91,8 +94,8 @@ class ThinkConfig:
     search: SearchConfig = SearchConfig()
     policy: TopkUnetConfig | GaussianMlpConfig = TopkUnetConfig()
     prior_weight: float = 3.0
-    levels: tuple[float, ...] = ()
-    rounds: int = 1
+    levels: tuple[Share, ...] = ()
+    rounds: Length = 1
     guess_weight: float = 0.5
     adapt: AdaptConfig = AdaptConfig()
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax.scipy.special import erf
 from jaxtyping import Array, Float, Key
 
+from jaxmed.config import NonNegative, Positive, Share, Spread, checked
 from jaxmed.data.augment import noise
 
 RADIUS = 4  # voxels on each side: four of the largest standard deviations
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Augmentation:
     """What may happen to a volume in fine-tuning, in this order; values are not clipped to [0, 1] afterwards.
 
@@ -29,12 +31,12 @@ class Augmentation:
     Deviation: smoothing repeats the edge outwards, where the original takes 0 there.
     """
 
-    noise_probability: float = 0.1
-    noise_deviation: float = 0.1
-    smooth_probability: float = 0.2
-    smooth_sigma: tuple[float, float] = (0.5, 1.0)
-    gamma_probability: float = 0.15
-    gamma: tuple[float, float] = (0.75, 1.25)
+    noise_probability: Share = 0.1
+    noise_deviation: NonNegative = 0.1
+    smooth_probability: Share = 0.2
+    smooth_sigma: tuple[Spread, Spread] = (0.5, 1.0)
+    gamma_probability: Share = 0.15
+    gamma: tuple[Positive, Positive] = (0.75, 1.25)
 
     def __post_init__(self) -> None:
         for name in ("noise_probability", "smooth_probability", "gamma_probability"):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Shaped
 
 from jaxmed.arrays.types import Params
+from jaxmed.config import Size, checked
 from jaxmed.errors import InputError
 from jaxmed.files import make_folder
 from jaxmed.io.numpy_files import restore_npz, write_npz
@@ -31,6 +32,7 @@ Arrays: TypeAlias = dict[str, Shaped[np.ndarray, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class BatchConfig:
     """How scans go through a model.
 
@@ -39,8 +41,8 @@ class BatchConfig:
         threads: Threads that read and prepare scans; each holds one scan in memory.
     """
 
-    size: int = 4
-    threads: int = 2
+    size: Size = 4
+    threads: Size = 2
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.threads < 1:

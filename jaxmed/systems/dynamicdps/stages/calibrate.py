@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from jaxmed.config import to_record
+from jaxmed.config import Length, NonNegative, Number, Seed, Size, checked, to_record
 from jaxmed.data.scans import find_scans, partner_of
 from jaxmed.diffusion.posterior.dps import Dps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
@@ -45,6 +45,7 @@ LEAST_HEAD = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Calibration of DynamicDPS for one prior and one kind of acquisition.
 
@@ -76,15 +77,15 @@ class Config:
     initial: Path | None = None
     acquisition: LowField = LOWFIELD2026
     fit: FitConfig = FitConfig()
-    runs: int = 16
-    batch_size: int = 8
-    scale: float = 0.3
-    steps: int = 0
-    bins: int = 20
+    runs: Size = 16
+    batch_size: Size = 8
+    scale: NonNegative = 0.3
+    steps: Length = 0
+    bins: Size = 20
     share: float = 0.95
-    embedded: int = 0
+    embedded: Number = 0
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.runs < 1 or self.batch_size < 1 or self.embedded < 0:

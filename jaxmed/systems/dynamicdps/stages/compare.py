@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxmed.arrays.types import Params
+from jaxmed.config import NonNegative, Number, Seed, Size, checked
 from jaxmed.data.cohort import stated_splits, subjects_of
 from jaxmed.data.scans import find_scans
 from jaxmed.errors import InputError
@@ -65,6 +66,7 @@ Program: TypeAlias = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.nda
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """A comparison of methods that see the same prior, the same measurements and the same estimates.
 
@@ -98,17 +100,17 @@ class Config:
     initial: tuple[Path, ...] = ()
     calibration: Path | None = None
     acquisition: LowField = LowField(gamma=1.0)
-    other_gamma: float = 0.4
+    other_gamma: NonNegative = 0.4
     arms: tuple[str, ...] = tuple(ARMS)
     budget: ArmConfig = ArmConfig()
     method: MethodConfig = MethodConfig()
-    slices: int = 10
+    slices: Size = 10
     subjects: int = 0
     score: ScoreConfig = ScoreConfig()
-    batch_size: int = 8
-    embedded: int = 0
+    batch_size: Size = 8
+    embedded: Number = 0
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         unknown = [arm for arm in self.arms if arm not in ARMS]

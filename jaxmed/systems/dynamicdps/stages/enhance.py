@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxmed.arrays.types import KeyArray
-from jaxmed.config import to_record
+from jaxmed.config import Number, Seed, Size, checked, to_record
 from jaxmed.data.scans import find_scans
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
@@ -49,6 +49,7 @@ Solver: TypeAlias = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Refine scans.
 
@@ -85,16 +86,16 @@ class Config:
     method: MethodConfig = MethodConfig()
     solver: Solver = "dynamicdps"
     budget: ArmConfig = ArmConfig()
-    samples: int = 1
+    samples: Size = 1
     axis: Literal["", "axial", "coronal", "sagittal"] = ""
     tiling: TilingConfig = TilingConfig()
     mask: Path | None = None
     labels: Path | None = None
     tissue: bool = True
-    batch_size: int = 8
-    embedded: int = 0
+    batch_size: Size = 8
+    embedded: Number = 0
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1 or self.embedded < 0:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import to_record
+from jaxmed.config import Decay, Seed, Share, Size, checked, to_record
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.metrics.imaging import psnr
 from jaxmed.models.unet_guided import CI_PRIOR, ENHANCER, GuidedUnetConfig
@@ -43,6 +43,7 @@ from jaxmed.train.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Training of a conditional enhancer: from a low-field image to the high-field one, mean absolute error.
 
@@ -81,16 +82,16 @@ class Config:
     gamma: Range = (0.8, 1.0)
     model: GuidedUnetConfig = ENHANCER
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=2e-4, decay="constant", weight_decay=0.0)
-    ema_decay: float = 0.999
-    flip_probability: float = 0.5
-    accumulation: int = 1
+    ema_decay: Decay = 0.999
+    flip_probability: Share = 0.5
+    accumulation: Size = 1
     loader: LoaderConfig = LoaderConfig(batch_size=16, num_threads=4)
     loop: LoopConfig = LoopConfig(steps=100_000, log_every=100, save_every=5000, evaluate_every=5000)
     mesh: MeshConfig = MeshConfig()
-    samples: int = 8
+    samples: Size = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.model.with_time or self.model.learn_sigma:

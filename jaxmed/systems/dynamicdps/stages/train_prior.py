@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxmed.arrays.types import Params
+from jaxmed.config import Decay, Seed, Share, Size, checked
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.diffusion.denoiser import denoising_loss, make_denoiser
 from jaxmed.diffusion.samplers import Ddim, sample
@@ -43,6 +44,7 @@ SCHEDULE = VpDiscrete()
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Training of a diffusion prior; defaults are the authors' code's, but for warm-up, clipping and flips.
 
@@ -81,17 +83,17 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(
         peak_lr=1e-4, decay="constant", warmup_steps=5000, weight_decay=0.0, clip_norm=1.0
     )
-    ema_decay: float = 0.9999
-    flip_probability: float = 0.5
-    accumulation: int = 1
+    ema_decay: Decay = 0.9999
+    flip_probability: Share = 0.5
+    accumulation: Size = 1
     loader: LoaderConfig = LoaderConfig(batch_size=8, num_threads=4)
     loop: LoopConfig = LoopConfig(steps=360_000, log_every=100, save_every=5000, evaluate_every=5000)
     mesh: MeshConfig = MeshConfig()
-    samples: int = 8
-    sample_steps: int = 50
+    samples: Size = 8
+    sample_steps: Size = 50
     dtype: Literal["float32", "bfloat16"] = "float32"
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not self.model.with_time or self.model.learn_sigma:

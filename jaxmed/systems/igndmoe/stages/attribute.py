@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmed.config import Size, checked
 from jaxmed.errors import InputError
 from jaxmed.io.tables import write_table
 from jaxmed.models.graph_diffusion import EXPERTS
@@ -32,6 +33,7 @@ from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Attribute a course to mechanisms.
 
@@ -50,7 +52,7 @@ class Config:
     seeds: tuple[str, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     fit: FitConfig = dataclasses.field(default_factory=lambda: ATTRIBUTION)
-    draws: int = 50
+    draws: Size = 50
     ablate: bool = True
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmed.arrays.graphs import graph_operators
 from jaxmed.arrays.visits import count_values
+from jaxmed.config import Size, checked
 from jaxmed.errors import InputError
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.statistics import holm, wilcoxon
@@ -29,6 +30,7 @@ from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Compare models.
 
@@ -50,8 +52,8 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     map: MapConfig = dataclasses.field(default_factory=MapConfig)
     models: tuple[Equation, ...] = ORDER
-    folds: int = 10
-    starts: int = 3
+    folds: Size = 10
+    starts: Size = 3
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:

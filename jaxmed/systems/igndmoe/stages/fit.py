@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import scipy.stats
 
+from jaxmed.config import Size, checked
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import read_table
 from jaxmed.models.graph_diffusion import ProgressionConfig
@@ -35,6 +36,7 @@ from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Fit a course of disease to a cohort.
 
@@ -55,7 +57,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
     centroids: Path | None = None
-    starts: int = 3
+    starts: Size = 3
 
     def __post_init__(self) -> None:
         if self.starts < 1:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxmed.arrays.visits import Visits, first_visits
+from jaxmed.config import NonNegative, Number, Seed, checked
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.systems.igndmoe.apply import read_inputs
@@ -21,6 +22,7 @@ from jaxmed.train.run_folder import RunFolder, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Forecast subjects.
 
@@ -34,9 +36,9 @@ class Config:
 
     weights: Path | None = None
     table: Path | None = None
-    horizons: tuple[float, ...] = (1.0, 2.0, 5.0)
-    embedded: int | None = None
-    seed: int = 0
+    horizons: tuple[NonNegative, ...] = (1.0, 2.0, 5.0)
+    embedded: Number | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not self.horizons or min(self.horizons) <= 0:

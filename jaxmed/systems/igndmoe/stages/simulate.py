@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxmed.config import to_record
+from jaxmed.config import NonNegative, Number, Regions, Seed, Size, checked, to_record
 from jaxmed.io.tables import write_table
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
@@ -21,6 +21,7 @@ from jaxmed.train.run_folder import RunFolder, start, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class RecoveryConfig:
     """How well could stages be recovered from such patients? Cohorts are simulated and fitted to find out.
 
@@ -32,9 +33,9 @@ class RecoveryConfig:
         fit: Recipe and equation of the fits. FKPP by default, whatever the mechanism: the fastest that grows.
     """
 
-    visits: tuple[int, ...] = ()
-    irregularities: tuple[float, ...] = (0.0, 0.5, 0.9)
-    cohorts: int = 4
+    visits: tuple[Size, ...] = ()
+    irregularities: tuple[NonNegative, ...] = (0.0, 0.5, 0.9)
+    cohorts: Number = 4
     fit: FitConfig = dataclasses.field(
         default_factory=lambda: dataclasses.replace(
             ATTRIBUTION, model=dataclasses.replace(ATTRIBUTION.model, equation="fkpp"), steps=30, loops=8, patience=4
@@ -51,6 +52,7 @@ class RecoveryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Simulate patients of one disease.
 
@@ -68,11 +70,11 @@ class Config:
     connectome: Path | None = None
     data: ConnectomeDataConfig = dataclasses.field(default_factory=ConnectomeDataConfig)
     seeds: tuple[str, ...] = ()
-    regions: int = 68
+    regions: Regions = 68
     density: float = 0.25
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
     recovery: RecoveryConfig = dataclasses.field(default_factory=RecoveryConfig)
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.regions < 4:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxmed.config import Number, Seed, checked
 from jaxmed.systems.igndmoe.apply import read_inputs
 from jaxmed.systems.igndmoe.apply_page import write_stage_page as write_page
 from jaxmed.systems.igndmoe.fitting import stage_program
@@ -18,6 +19,7 @@ from jaxmed.train.run_folder import RunFolder, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Stage subjects.
 
@@ -30,8 +32,8 @@ class Config:
 
     weights: Path | None = None
     table: Path | None = None
-    embedded: int | None = None
-    seed: int = 0
+    embedded: Number | None = None
+    seed: Seed = 0
 
 
 def paper() -> Config:

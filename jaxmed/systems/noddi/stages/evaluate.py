@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.config import NonNegative, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
 from jaxmed.files import write_text
 from jaxmed.io.numpy_files import write_npz
@@ -47,6 +48,7 @@ BOUND = "Cramer-Rao bound"
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Score networks and the fit on simulated voxels.
 
@@ -68,15 +70,15 @@ class Config:
     weights: tuple[Path, ...] = ()
     bvals: Path | None = None
     bvecs: Path | None = None
-    b0_threshold: float = 50.0
+    b0_threshold: NonNegative = 50.0
     forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
     fit: bool = True
     amico: bool = True
-    points: int = 10
-    repeats: int = 500
-    snr: tuple[float, ...] = (10.0, 15.0, 20.0, 30.0, 50.0)
+    points: Size = 10
+    repeats: Size = 500
+    snr: tuple[Positive, ...] = (10.0, 15.0, 20.0, 30.0, 50.0)
     embedded: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.points < 2 or self.repeats < 2:

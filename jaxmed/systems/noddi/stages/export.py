@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxmed.config import Seed, checked
 from jaxmed.errors import InputError
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import simulate
@@ -24,6 +25,7 @@ LARGEST_DIFFERENCE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Write a network as ONNX, and check it against ONNX Runtime.
 
@@ -37,7 +39,7 @@ class Config:
     weights: Path | None = None
     rows: int = 100_000
     embedded: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1:

@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from jaxmed.config import Number, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.acquisition import find_shells, has_two_shells
@@ -18,7 +19,7 @@ from jaxmed.synthesis.phantoms.write import write_diffusion_slab
 from jaxmed.systems.noddi import reading
 from jaxmed.systems.noddi.estimates import FLAGS, Estimates
 from jaxmed.systems.noddi.fitting import estimate
-from jaxmed.systems.noddi.options import FitConfig
+from jaxmed.systems.noddi.options import FitConfig, check_shape
 from jaxmed.systems.noddi.page import write_page
 from jaxmed.systems.noddi.posterior import Posterior, PosteriorConfig, require_blackjax, sample_posterior
 from jaxmed.systems.noddi.reading import Scan
@@ -32,6 +33,7 @@ SECONDS_BETWEEN_SAVES = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Fit NODDI, or a stick in a ball, to a diffusion scan.
 
@@ -68,22 +70,22 @@ class Config:
     mask: Path | None = None
     grad_dev: Path | None = None
     series: str | None = None
-    sigma: float | None = None
+    sigma: Positive | None = None
     noise: Literal["auto", "rician", "gaussian"] = "auto"
     allow_single_shell: bool = False
     scale_series: bool = False
     modulated: bool = False
-    posterior_samples: int = 0
+    posterior_samples: Number = 0
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
-    embedded_shape: tuple[int, int, int] | None = None
-    embedded_snr: float = 30.0
-    seed: int = 0
+    embedded_shape: tuple[Size, Size, Size] | None = None
+    embedded_snr: Positive = 30.0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.sigma is not None and not self.sigma > 0:
             raise ValueError(f"sigma: expected a positive number, found {self.sigma:g}")
-        if self.embedded_shape is not None and min(self.embedded_shape) < 1:
-            raise ValueError(f"embedded_shape: expected three positive sizes, found {self.embedded_shape}")
+        if self.embedded_shape is not None:
+            check_shape("embedded_shape", self.embedded_shape)
         if self.posterior_samples < 0:
             raise ValueError(f"posterior_samples: expected 0 or more, found {self.posterior_samples}")
         if not self.embedded_snr > 0:

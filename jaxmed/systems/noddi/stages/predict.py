@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxmed.config import Length, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io.dicom import Stack, read_stack
@@ -25,6 +26,7 @@ from jaxmed.systems.noddi.deployment import (
     write_maps,
 )
 from jaxmed.systems.noddi.network import Network, constants, load, predict
+from jaxmed.systems.noddi.options import check_shape
 from jaxmed.systems.noddi.predict_page import write_page
 from jaxmed.systems.noddi.reading import Signals, read_signals, read_table, require_path
 from jaxmed.systems.noddi.stages import train as training
@@ -35,6 +37,7 @@ from jaxmed.volume import Volume
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Apply a trained network to a scan.
 
@@ -64,19 +67,19 @@ class Config:
     bvecs: Path | None = None
     mask: Path | None = None
     runtime: Literal["jax", "onnx"] = "jax"
-    threads: int = 0
+    threads: Length = 0
     dicom_source: Path | None = None
     series: str | None = None
     dicom: DicomForm = "both"
-    embedded_shape: tuple[int, int, int] | None = None
-    embedded_snr: float = 30.0
-    seed: int = 0
+    embedded_shape: tuple[Size, Size, Size] | None = None
+    embedded_snr: Positive = 30.0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ValueError(f"threads: expected 0 or more, found {self.threads}")
-        if self.embedded_shape is not None and min(self.embedded_shape) < 1:
-            raise ValueError(f"embedded_shape: expected three positive sizes, found {self.embedded_shape}")
+        if self.embedded_shape is not None:
+            check_shape("embedded_shape", self.embedded_shape)
         if not self.embedded_snr > 0:
             raise ValueError(f"embedded_snr: expected a positive number, found {self.embedded_snr:g}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxmed.config import NonNegative, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
@@ -15,6 +16,7 @@ from jaxmed.io.dicom_files import require_pydicom
 from jaxmed.io.parametric_map import Quantity, new_stack, write_mr_images
 from jaxmed.physics.acquisition import find_shells, two_shell_protocol
 from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, write_diffusion_slab
+from jaxmed.systems.noddi.options import check_shape
 from jaxmed.systems.noddi.reading import read_table
 from jaxmed.systems.noddi.simulate_page import write_page
 from jaxmed.train.log import Log
@@ -23,6 +25,7 @@ from jaxmed.volume import Volume
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Simulate a diffusion scan of a brain slab.
 
@@ -39,16 +42,15 @@ class Config:
 
     bvals: Path | None = None
     bvecs: Path | None = None
-    b0_threshold: float = 50.0
-    shape: tuple[int, int, int] = (84, 98, 51)
-    spacing: float = 2.0
-    snr: float = 30.0
+    b0_threshold: NonNegative = 50.0
+    shape: tuple[Size, Size, Size] = (84, 98, 51)
+    spacing: Positive = 2.0
+    snr: Positive = 30.0
     dicom: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if min(self.shape) < 1:
-            raise ValueError(f"shape: expected three positive sizes, found {self.shape}")
+        check_shape("shape", self.shape)
         if not self.spacing > 0 or not self.snr > 0:
             raise ValueError(f"spacing, snr: expected positive numbers, found {self.spacing:g} and {self.snr:g}")
         if (self.bvals is None) != (self.bvecs is None):

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxmed.config import Seed, checked
 from jaxmed.io.gradients import write_gradients
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.models.mlp import MlpConfig
@@ -30,6 +31,7 @@ VALIDATION_SNR = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Train a network for one protocol.
 
@@ -47,7 +49,7 @@ class Config:
     embedded: bool = False
     allow_single_shell: bool = False
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    seed: int = 0
+    seed: Seed = 0
 
 
 def paper() -> Config:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.config import Length, Seed, checked
 from jaxmed.errors import InputError
 from jaxmed.io.tables import write_table
 from jaxmed.systems.selfplay.adapt_page import write_page
@@ -31,6 +32,7 @@ TRUSTED = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Adaptation of System I.
 
@@ -51,10 +53,10 @@ class Config:
     weights: Path | None = None
     frame: FrameConfig | None = None
     task: str = ""
-    shots: int = 8
+    shots: Length = 8
     adapt: AdaptConfig = AdaptConfig()
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.shots < 0:

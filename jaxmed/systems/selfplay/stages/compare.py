@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.types import Params
+from jaxmed.config import Count, Length, Seed, Size, checked
 from jaxmed.io.tables import write_table
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
@@ -36,6 +37,7 @@ MODES = {"self-play": "learn", "random proposals": "propose", "verifier's gradie
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """A comparison on a new task.
 
@@ -67,19 +69,19 @@ class Config:
     weights: Path | None = None
     frame: FrameConfig | None = None
     task: str = ""
-    shots: int = 8
+    shots: Size = 8
     adapt: AdaptConfig = AdaptConfig()
-    budgets: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
+    budgets: tuple[Count, ...] = (1024, 4096, 16_384, 65_536)
     think: ThinkConfig = ThinkConfig()
     policy_weights: Path | None = None
-    cases: int = 32
-    together: int = 8
-    num_seeds: int = 3
-    supervised_steps: int = 400
+    cases: Length = 32
+    together: Size = 8
+    num_seeds: Size = 3
+    supervised_steps: Count = 400
     maml: MamlConfig = MamlConfig()
     augment: AugmentConfig = AugmentConfig()
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         for name in ("shots", "together", "num_seeds", "supervised_steps"):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.config import Seed, Size, checked
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.models.mask_generator import GeneratorConfig
@@ -32,6 +33,7 @@ SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Meta-training of System I.
 
@@ -53,11 +55,11 @@ class Config:
     frame: FrameConfig = FrameConfig()
     system: SystemOneConfig = SystemOneConfig()
     meta: MetaConfig = MetaConfig()
-    batch_size: int = 32
+    batch_size: Size = 32
     loop: LoopConfig = LoopConfig(steps=5000, log_every=20, save_every=500, evaluate_every=250)
     mesh: MeshConfig = MeshConfig()
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

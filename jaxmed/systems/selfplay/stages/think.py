@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.types import Params
+from jaxmed.config import Seed, checked
 from jaxmed.data.scans import find_scans, partner_of
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
@@ -47,6 +48,7 @@ ENDINGS = ("mask", "agreement", "thought")
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Thinking about images of a task.
 
@@ -76,7 +78,7 @@ class Config:
     policy_weights: Path | None = None
     data: DataConfig = DataConfig()
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
 
 def paper() -> Config:

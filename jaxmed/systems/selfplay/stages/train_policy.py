@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import Seed, checked
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
@@ -46,6 +47,7 @@ LOOKS = 2
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Training of System II's policy.
 
@@ -71,7 +73,7 @@ class Config:
     think: ThinkConfig = ThinkConfig()
     loop: LoopConfig = LoopConfig(steps=1000, log_every=1, save_every=50, evaluate_every=100)
     fill: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.think.mode != "learn" or self.think.rounds > 1:

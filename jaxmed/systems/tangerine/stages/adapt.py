@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxmed.arrays.types import Params
-from jaxmed.config import to_record
+from jaxmed.config import Epochs, Length, Number, Positive, Seed, Share, Size, Whole, checked, to_record
 from jaxmed.data.cohort import file_keys, subject_notes
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.mixing import MixConfig
@@ -59,6 +59,7 @@ from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, writ
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DataConfig:
     """Which scans are learnt from, and which are scored.
 
@@ -77,12 +78,12 @@ class DataConfig:
     """
 
     manifest: Path | None = None
-    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    fractions: tuple[Share, Share, Share] = (0.7, 0.15, 0.15)
     group: Literal["seen", "unseen"] = "unseen"
     external: tuple[str, ...] = ()
     cache: Path | None = None
-    check: int = 16
-    embedded: int = 0
+    check: Whole = 16
+    embedded: Number = 0
 
     def __post_init__(self) -> None:
         # The tables' places are part of words, so nobody else makes them absolute.
@@ -92,6 +93,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Adaptation of TANGERINE to labels; defaults are the released code's fine-tuning.
 
@@ -137,24 +139,24 @@ class Config:
     data: DataConfig = DataConfig()
     label: LabelConfig = LabelConfig()
     weights: Path | None = None
-    image_size: tuple[int, int, int] = (0, 0, 0)
+    image_size: tuple[Length, Length, Length] = (0, 0, 0)
     encoder: VitConfig = VitConfig()
     pool: Literal["concat", "mean", "class"] = "concat"
-    hidden: int = 0
+    hidden: Length = 0
     preprocess: FrameConfig = FrameConfig()
     series: str = ""
     fill: float | None = None
     mode: Literal["full", "frozen", "logistic"] = "full"
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, end_lr=1e-6, weight_decay=0.05, layer_decay=0.75)
-    epochs: float = 200
-    warmup_epochs: float = 5
-    evaluate_epochs: float = 1
+    epochs: Epochs = 200
+    warmup_epochs: Epochs = 5
+    evaluate_epochs: Epochs = 1
     select: Literal["loss", "auroc"] = "loss"
-    accumulation: int = 4
+    accumulation: Size = 4
     token_keep: float = 1.0
     smoothing: float = 0.1
     mix: MixConfig = MixConfig()
-    class_weights: tuple[float, ...] = ()
+    class_weights: tuple[Positive, ...] = ()
     balance: bool = False
     augmentation: Augmentation = Augmentation()
     threshold: float = 0.5
@@ -162,7 +164,7 @@ class Config:
     loop: LoopConfig = LoopConfig(log_every=10, save_every=100)
     mesh: MeshConfig = MeshConfig(data=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 5
+    seed: Seed = 5
 
     def __post_init__(self) -> None:
         if len(self.encoder.image_size) != 3:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxmed.config import to_record
+from jaxmed.config import Count, Number, checked, to_record
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import SubsetSource
 from jaxmed.data.splits import label_fractions
@@ -38,6 +38,7 @@ TRIES_FAILED_AGAIN = True
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config(adapt_stage.Config):
     """A study of label and training efficiency; fields are those of adapt, and what follows.
 
@@ -52,9 +53,9 @@ class Config(adapt_stage.Config):
     """
 
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
-    seeds: int = 5
+    seeds: Number = 5
     budget: Literal["epochs", "steps"] = "epochs"
-    processes: int = 1
+    processes: Count = 1
     process: int = 0
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from jaxmed.config import to_record
+from jaxmed.config import Number, Seed, checked, to_record
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, write_json
 from jaxmed.io.numpy_files import write_npz
@@ -44,6 +44,7 @@ TRIES_FAILED_AGAIN = True
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DataConfig:
     """Which scans are embedded.
 
@@ -56,10 +57,11 @@ class DataConfig:
 
     manifest: Path | None = None
     split: str = ""
-    embedded: int = 0
+    embedded: Number = 0
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Features of chest CTs.
 
@@ -88,7 +90,7 @@ class Config:
     batch: BatchConfig = BatchConfig()
     mesh: MeshConfig = MeshConfig(data=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxmed.arrays.types import Params
-from jaxmed.config import to_record
+from jaxmed.config import Seed, Whole, checked, to_record
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
 from jaxmed.io import nifti
@@ -101,6 +101,7 @@ class LabelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Predictions of an adapted classifier or regressor.
 
@@ -131,14 +132,14 @@ class Config:
     label: LabelConfig = LabelConfig()
     maps: Maps = "top"
     threshold: float = 0.5
-    shown: int = 4
+    shown: Whole = 4
     preprocess: FrameConfig = FrameConfig()
     series: str = ""
     fill: float | None = None
     batch: BatchConfig = BatchConfig()
     mesh: MeshConfig = MeshConfig(data=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float64
 
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import Epochs, Number, Seed, Share, Size, Whole, checked
 from jaxmed.data.augment import draw_flips, flip
 from jaxmed.data.cohort import split_unlabelled, subject_notes
 from jaxmed.data.loader import LoaderConfig
@@ -59,6 +60,7 @@ AXIAL = np.array([[0.0, 0.0, -1.0, 0.0], [0.0, -1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DataConfig:
     """Which volumes are trained on.
 
@@ -76,9 +78,9 @@ class DataConfig:
 
     manifest: Path | None = None
     validation: float = 0.05
-    check: int = 64
+    check: Whole = 64
     cache: Path | None = None
-    embedded: int = 0
+    embedded: Number = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
@@ -88,6 +90,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Config:
     """Pre-training of TANGERINE; defaults are the released code's.
 
@@ -123,15 +126,15 @@ class Config:
     preprocess: Preprocess = Preprocess()
     model: MaeConfig = MaeConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, b1=0.9, b2=0.95, weight_decay=0.05)
-    epochs: float = 400
-    warmup_epochs: float = 20
-    accumulation: int = 1
-    flip_probability: float = 0.2
+    epochs: Epochs = 400
+    warmup_epochs: Epochs = 20
+    accumulation: Size = 1
+    flip_probability: Share = 0.2
     loader: LoaderConfig = LoaderConfig(batch_size=8, num_threads=4)
     loop: LoopConfig = LoopConfig(log_every=10, save_every=500, evaluate_every=500)
     mesh: MeshConfig = MeshConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if len(self.model.encoder.image_size) != 3:
