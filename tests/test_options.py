@@ -22,6 +22,7 @@ NEGATIVE = {
     "low": "a window's end, in HU",
     "high": "a window's end, in HU",
     "hu_window": "HU",
+    "fill": "an intensity",
     "early": "logits of a gate",
     "late": "logits of a gate",
 }
