@@ -7,6 +7,7 @@ data (os.system, builtins.eval) are refused: no checkpoint needs them, and a fil
 Source: torch/_utils.py and torch/_weights_only_unpickler.py of PyTorch (rebuild functions and names allowed there).
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -135,6 +136,19 @@ class Tensor:
 
     def __init__(self, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], dtype: Any):
         self.storage, self.offset, self.shape, self.stride, self.dtype = storage, offset, size, stride, dtype
+
+    @property
+    def ndim(self) -> int:
+        """Its axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values, were each of them stored."""
+        return math.prod(self.shape) * (self.dtype or self.storage.dtype).itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def array(self, spend: Callable[[int], None]) -> Shaped[np.ndarray, "..."]:
         """Return the values; `spend` is told the bytes that had to be copied."""

@@ -4,6 +4,7 @@ import pickle
 import struct
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from jaxmed.cli import main
 from jaxmed.errors import InputError
 from jaxmed.io import pickles
 from jaxmed.io.pickles import LARGEST_PICKLE, read_checkpoint
+from jaxmed.models.published.load import load_published
 
 pytestmark = pytest.mark.core
+REFERENCES = Path(__file__).resolve().parents[1] / "references"
 SECONDS = 5
 STEPS = 60_000  # in place of MOST_STEPS, so that the checks of types, which slow all calls here, cost little
 GIB = 1 << 30
@@ -256,3 +259,40 @@ def test_tensors_that_repeat_one_number_are_no_weights(tmp_path, capsys):
     assert time.process_time() - began < SECONDS
     error = capsys.readouterr().err
     assert error.startswith(f"jaxmed: {path}: expected tensors that fit into its") and error.count("\n") == 1
+
+
+def write_state(path, tensors):
+    """Write arrays as PyTorch writes tensors of their own storages."""
+    program, members = b"\x80\x02}", []
+    for key, (name, array) in enumerate(tensors.items()):
+        strides = [step // array.itemsize for step in np.ascontiguousarray(array).strides]
+        program += text(name) + tensor(storage_of(array.size, str(key)), list(array.shape), strides) + b"s"
+        members.append((f"a/data/{key}", array.tobytes()))
+    return archive(path, program + b".", *members)
+
+
+def test_what_has_no_place_in_the_model_is_not_read(tmp_path):
+    """Nor is anything of a model whose shapes do not fit: bytes that are damaged, or endless, are never looked at."""
+    state = dict(read_checkpoint(REFERENCES / "tangerine_mae_24.pth")["model"])
+    state["queue"] = np.full(16, 7, np.float32)
+    path = write_state(tmp_path / "a.pth", state)
+    content = bytearray(path.read_bytes())
+    content[content.index(state["queue"].tobytes())] ^= 1
+    path.write_bytes(content)
+    published = load_published(path, heads=2, decoder_heads=4)
+    assert published.report.left_over == ("queue",) and published.report.missing == ()
+    np.testing.assert_array_equal(published.params["encoder"]["class_token"], state["cls_token"][0, 0])
+    content[content.index(state["blocks.0.norm1.weight"].tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="found a damaged or other file"):
+        load_published(path, heads=2, decoder_heads=4)
+    with pytest.raises(InputError, match="expected weights of a possible model, found heads"):
+        load_published(path, heads=5, decoder_heads=4)
+
+
+def test_a_quantized_tensor_in_the_model_is_named(tmp_path):
+    made = b"ctorch._utils\n_rebuild_qtensor\n(K\x01tR"
+    whole = tensor(storage_of(1), [1], [1])
+    program = b"\x80\x02}" + text("norm.weight") + whole + b"s" + text("fc.weight") + made + b"s."
+    with pytest.raises(InputError, match="found fc.weight made by torch._utils._rebuild_qtensor; save them dense"):
+        load_published(archive(tmp_path / "a.pth", program, ("a/data/0", bytes(4))))

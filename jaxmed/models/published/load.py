@@ -151,7 +151,17 @@ def load_published(
         InputError: The file cannot be read or is of another model; the encoder, or a classifier's head, is not wholly
             there; a tensor has another shape than it should.
     """
-    source = read_source(Path(path), lambda tensors: any(module.recognises(tensors) for module in FAMILIES))
+
+    def find_wanted(source: Source) -> set[str]:
+        module = _find_family(source, family)
+        entries = module.entries(_find_config(source, module, heads, decoder_heads))
+        fitting = {entry.name for entry in entries if _shape(source, entry.name) == entry.shape}
+        return fitting | set(module.COUNTERS)
+
+    def is_known(tensors: Mapping[str, Any]) -> bool:
+        return any(module.recognises(tensors) for module in FAMILIES)
+
+    source = read_source(Path(path), is_known, find_wanted)
     module = _find_family(source, family)
     config = _find_config(source, module, heads, decoder_heads)
     entries = module.entries(config)
@@ -241,6 +251,10 @@ def resize_positions(published: Published, image_size: tuple[int, ...]) -> Publi
     preprocess = dataclasses.replace(published.preprocess, size=(x, y, z))
     model = _make_model(config, params)
     return dataclasses.replace(published, model=model, params=params, config=config, preprocess=preprocess)
+
+
+def _shape(source: Source, name: str) -> tuple[int, ...] | None:
+    return tuple(source.tensors[name].shape) if name in source.tensors else None
 
 
 def _siblings(missing: tuple[str, ...]) -> set[str]:

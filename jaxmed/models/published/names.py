@@ -153,6 +153,9 @@ def collect(where: str, entries: Sequence[Entry], tensors: Mapping[str, Any]) ->
     for entry in entries:
         if entry.part in absent:
             continue
+        shape = tuple(tensors[entry.name].shape)
+        if shape != entry.shape:
+            raise InputError(where, f"'{entry.name}' of shape {entry.shape}", f"{shape}")
         tensor = np.asarray(tensors[entry.name])
         _check(where, entry, tensor)
         if tensor.dtype.itemsize > 4:
@@ -237,8 +240,6 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def _check(where: str, entry: Entry, tensor: Shaped[np.ndarray, "..."]) -> None:
-    if tensor.shape != entry.shape:
-        raise InputError(where, f"'{entry.name}' of shape {entry.shape}", f"{tensor.shape}")
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise InputError(where, f"'{entry.name}' of floating-point numbers", f"{tensor.dtype}")
     if not np.isfinite(tensor.astype(np.float32, copy=False)).all():

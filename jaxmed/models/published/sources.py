@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ class Source(NamedTuple):
 
     Attributes:
         where: The file or folder, for messages.
-        tensors: By name.
+        tensors: By name; of a pickled checkpoint those that were not wanted are `pickle_names.Tensor`, not read.
         record: "family", "kind", "config", "preprocess", "task", "licence" and "extras", as far as the place says them.
         is_own: Whether names are the paths of parameters.
         settings: What a training code kept beside its tensors (its args or configuration), by name.
@@ -71,19 +71,25 @@ class Source(NamedTuple):
     """
 
     where: str
-    tensors: dict[str, Shaped[np.ndarray, "..."]]
+    tensors: dict[str, Any]
     record: dict[str, Any]
     is_own: bool
     settings: Mapping[str, Any] = MappingProxyType({})
     notes: tuple[str, ...] = ()
 
 
-def read_source(path: Path, is_known: Callable[[Mapping[str, Any]], bool]) -> Source:
+def read_source(
+    path: Path,
+    is_known: Callable[[Mapping[str, Any]], bool],
+    find_wanted: Callable[[Source], Collection[str]] | None = None,
+) -> Source:
     """Read a file or a folder of any supported kind.
 
     Args:
         path: The file or folder.
         is_known: Whether names are those of a family; decides whether a prefix such as "encoder." belongs to them.
+        find_wanted: Given what a pickled checkpoint holds, its tensors not read yet, names those to read: a model of
+            other shapes is refused before, and what has no place in it costs nothing. All by default.
 
     Raises:
         InputError: It is missing, damaged, or of another kind.
@@ -97,7 +103,7 @@ def read_source(path: Path, is_known: Callable[[Mapping[str, Any]], bool]) -> So
         tensors, notes = _strip(path, safetensors.read(path), is_known)
         return Source(str(path), tensors, _read_metadata(path), is_own=False, notes=notes)
     if suffix in PICKLED:
-        return _read_pickled(path, is_known)
+        return _read_pickled(path, is_known, find_wanted)
     require_file(path, "weights")
     expected = f"weights as .safetensors, {', '.join(PICKLED)}, or a folder of a run"
     raise InputError(path, expected, f"the suffix '{path.suffix}'", "check the path")
@@ -135,21 +141,26 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     return record
 
 
-def _read_pickled(path: Path, is_known: Callable[[Mapping[str, Any]], bool]) -> Source:
-    found: dict[str, Any] = {}
+def _read_pickled(
+    path: Path,
+    is_known: Callable[[Mapping[str, Any]], bool],
+    find_wanted: Callable[[Source], Collection[str]] | None,
+) -> Source:
+    found: list[Source] = []
 
     def choose(content: Any) -> dict[str, Any]:
-        found["settings"] = _settings(content)
-        tensors, found["notes"] = _unwrap(path, content)
-        return tensors
+        named, taken = _unwrap(path, content)
+        tensors, notes = _strip(path, named, is_known)
+        size, stored = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+        if size > 4 * stored + SMALL:  # tensors that repeat a few numbers
+            expected = f"tensors that fit into its {stored:,} bytes"
+            raise InputError(path, expected, f"{size:,} bytes of them", "copy it again")
+        found.append(Source(str(path), tensors, {}, False, _settings(content), (*taken, *notes)))
+        wanted = tensors if find_wanted is None else find_wanted(found[0])
+        return {name: tensor for name, tensor in tensors.items() if name in wanted}
 
-    tensors, notes = _strip(path, pickles.read_checkpoint(path, choose), is_known)
-    size, stored = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
-    if size > 4 * stored + SMALL:  # tensors that repeat a few numbers
-        raise InputError(
-            path, f"tensors that fit into its {stored:,} bytes", f"{size:,} bytes of them", "copy it again"
-        )
-    return Source(str(path), tensors, {}, False, found["settings"], (*found["notes"], *notes))
+    read = pickles.read_checkpoint(path, choose)
+    return found[0]._replace(tensors=found[0].tensors | read)
 
 
 def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -178,6 +189,10 @@ def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
         expected = f"tensors by name, or a dict of them under {', '.join(WRAPPERS[:4])}"
         keys = listed([str(name) for name in content if not isinstance(content[name], Unread)] + objects)
         raise InputError(path, expected, f"the keys {keys or '(none)'}", "save the state dict")
+    for name, value in content.items():
+        if isinstance(value, Unread) and value.name.startswith(("torch._utils.", "torch._tensor.")):
+            found = f"{listed([str(name)])} made by {value.name}"
+            raise InputError(path, "dense tensors of plain numbers", found, "save them dense and dequantized")
     notes = ()
     if others:
         notes = (f"tensors under '{where[:-1]}' were taken; the file holds others under {listed(others)}",)
