@@ -27,7 +27,7 @@ from jaxtyping import Shaped
 
 from jaxmed.data.records import FileSource
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, remove_leftovers, require_file, write_json
+from jaxmed.files import atomic_path, remove_leftovers, require_file, walk_files, write_json
 from jaxmed.io.numpy_files import map_array, write_npz
 from jaxmed.volume import Volume
 
@@ -285,19 +285,26 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprint(path: str) -> dict[str, Any]:
-    require_file(path, "a file to pack")
-    status = os.stat(path)
-    return {"path": path, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": _sum(path)}
+    if not os.path.isdir(path):
+        require_file(path, "a file to pack")
+    size, time = _size_and_time(path)
+    return {"path": path, "size": size, "mtime_ns": time, "sha256": _sum(path)}
 
 
 def _is_unchanged(source: Mapping[str, Any]) -> bool:
     if not os.path.exists(source["path"]):
         return False
-    status = os.stat(source["path"])
-    if status.st_size != source["size"]:
+    size, time = _size_and_time(source["path"])
+    if size != source["size"]:
         return False
     # Copying a data set changes times and not contents, so a time alone proves nothing.
-    return status.st_mtime_ns == source["mtime_ns"] or _sum(source["path"]) == source["sha256"]
+    return time == source["mtime_ns"] or _sum(source["path"]) == source["sha256"]
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    """Return the bytes of a file and when it changed; of a folder, such as one of slices, of all files under it."""
+    files = [os.stat(file) for file in walk_files(path)] if os.path.isdir(path) else [os.stat(path)]
+    return sum(status.st_size for status in files), max((status.st_mtime_ns for status in files), default=0)
 
 
 def _is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
@@ -306,5 +313,8 @@ def _is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
 
 
 def _sum(path: str) -> str:
+    if os.path.isdir(path):
+        parts = [f"{os.path.relpath(file, path)} {_sum(str(file))}" for file in walk_files(path)]
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

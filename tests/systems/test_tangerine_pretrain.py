@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from scan_files import make_slices, save_slices
 
 from jaxmed.arrays.position import resize_table
 from jaxmed.cli import main
@@ -160,6 +161,21 @@ def test_a_killed_run_continues_to_the_same_numbers(tiny, scans, tmp_path, monke
     names = "outputs/model/parameters.safetensors", "outputs/held_out_0_completed.nii.gz"
     for name in names:
         assert (out / name).read_bytes() == (tiny / name).read_bytes()
+
+
+def test_a_folder_of_slices_is_prepared_in_a_cache(tmp_path):
+    chest = Volume.make(np.round(np.random.default_rng(0).normal(0, 300, (10, 9, 8))).astype(np.float32), np.eye(4))
+    slices = make_slices(chest)
+    save_slices(slices, tmp_path / "in" / "s")
+    preprocess = Preprocess(size=(8, 8, 8))
+    scans = stage.find_scans(tmp_path / "in", stage.KINDS).scans
+    plain = np.asarray(stage.volume_source(scans, preprocess)[0]["image"])
+    packed = np.asarray(stage.volume_source(scans, preprocess, tmp_path / "cache")[0]["image"])
+    np.testing.assert_allclose(packed, plain, rtol=0, atol=2**-12)
+    slices[3].PixelData = slices[4].PixelData
+    save_slices(slices, tmp_path / "in" / "s")
+    again = np.asarray(stage.volume_source(scans, preprocess, tmp_path / "cache")[0]["image"])
+    assert np.abs(again - packed).max() > 0.01  # a slice was replaced: it is prepared anew
 
 
 def test_prepared_volumes_in_a_cache_are_those_of_the_files(scans, tmp_path):

@@ -14,6 +14,7 @@ from jaxmed.errors import InputError
 from jaxmed.io import masks, nifti
 from jaxmed.io.dicom_diffusion import read_diffusion
 from jaxmed.io.gradients import GradientTable, read_gradients
+from jaxmed.io.scans import kind_of
 from jaxmed.physics.acquisition import estimate_sigma, find_shells
 from jaxmed.systems.noddi.options import Noise
 from jaxmed.systems.noddi.table import Table, check_protocol, match_table
@@ -108,14 +109,14 @@ def read_dwi(
     needs_two_shells: bool,
     series: str | None = None,
 ) -> tuple[Volume, GradientTable]:
-    """Read a scan and its gradient table: 4D NIfTI with FSL's text files, or a folder of DICOM files.
+    """Read a scan and its gradient table: 4D NIfTI with FSL's text files, or DICOM (a folder, or an enhanced file).
 
     Of a NIfTI scan the table is checked before the voxels are read.
 
     Raises:
         InputError: For whatever a user can have wrong in these files.
     """
-    if dwi.is_dir():
+    if kind_of(dwi) == "dicom":
         for name, path in (("bvals", bvals), ("bvecs", bvecs)):
             if path is not None:
                 raise InputError(name, "no table beside DICOM files, whose headers hold it", path, f"drop --{name}")
