@@ -67,6 +67,13 @@ class LoopConfig:
             raise ValueError("patience: expected the name of a metric in best, found none")
 
 
+def length_notes(config: LoopConfig, epochs: float) -> list[str]:
+    """Say that a number of steps is not looked at, where epochs decide the length and it was set."""
+    if not epochs or config.steps == LoopConfig.steps:
+        return []
+    return [f"The length is {epochs:g} epochs; loop.steps {config.steps:,} is not looked at (--epochs 0 takes it)."]
+
+
 def fit(
     config: LoopConfig,
     state: State,

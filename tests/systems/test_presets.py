@@ -77,3 +77,15 @@ def test_a_preset_trains_on_the_files_that_are_given(tmp_path):
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "2 volumes to train on, 1 held out." in log
     assert not list((tmp_path / "run").rglob("scans.csv"))
+
+
+def test_epochs_that_decide_over_steps_are_told_and_the_size_is_the_models():
+    from jaxmed.config import to_record
+    from jaxmed.systems.tangerine.stages import pretrain
+    from jaxmed.train.loop import LoopConfig, length_notes
+
+    (note,) = length_notes(LoopConfig(steps=50), 40)
+    assert note == "The length is 40 epochs; loop.steps 50 is not looked at (--epochs 0 takes it)."
+    assert length_notes(LoopConfig(steps=50), 0) == length_notes(LoopConfig(), 40) == []
+    assert to_record(pretrain.laptop())["preprocess"]["size"] == [32, 32, 32]
+    assert to_record(pretrain.paper())["preprocess"]["size"] == [256, 256, 256]

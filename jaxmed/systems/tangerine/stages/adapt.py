@@ -52,7 +52,7 @@ from jaxmed.systems.tangerine.records import Prepared, volume_source
 from jaxmed.systems.tangerine.stages import pretrain
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
-from jaxmed.train.loop import LoopConfig
+from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
@@ -286,7 +286,7 @@ def run(config: Config, folder: RunFolder) -> int:
     if not is_embedded:
         start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, jax.process_index() == 0)
-    notes += [*scans.notes, *first.notes, *unexpected]
+    notes += [*scans.notes, *first.notes, *unexpected, *length_notes(config.loop, config.epochs)]
     for note in notes:
         log.say(f"Note: {note}")
     write_splits(folder.outputs / "splits.csv", scans.table, scans.cohort.splits.tolist())

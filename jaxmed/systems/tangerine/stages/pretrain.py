@@ -47,7 +47,7 @@ from jaxmed.systems.tangerine.pretrain_page import write_page
 from jaxmed.systems.tangerine.records import Prepared, read_manifest, volume_source
 from jaxmed.train.checkpoint import compare_arrays, export_parameters
 from jaxmed.train.log import Log
-from jaxmed.train.loop import LoopConfig
+from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, start, write_summary
@@ -139,6 +139,9 @@ class Config:
     def __post_init__(self) -> None:
         if len(self.model.encoder.image_size) != 3:
             raise ValueError(f"model.encoder.image_size: expected 3 axes, found {self.model.encoder.image_size}")
+        # Files are prepared at the size of the model's image, and config.json says so.
+        size = self.model.encoder.image_size
+        object.__setattr__(self, "preprocess", dataclasses.replace(self.preprocess, size=size))
         if self.model.encoder.dtype not in ("float32", self.dtype):
             raise ValueError(f"model.encoder.dtype: expected to be left to --dtype, found {self.model.encoder.dtype}")
         if self.weights is not None and self.warm_start is not None:
@@ -230,7 +233,12 @@ def run(config: Config, folder: RunFolder) -> None:
             start(folder)
         wait_for_first("folder")
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, is_first())
-    notes = [*volumes.notes, *start_notes(published, preprocess), *([] if warm is None else [warm.note])]
+    notes = [
+        *volumes.notes,
+        *length_notes(config.loop, config.epochs),
+        *start_notes(published, preprocess),
+        *([] if warm is None else [warm.note]),
+    ]
     for note in notes:
         log.say(f"Note: {note}")
     counts = {"train": volumes.num_training, "validation": len(volumes.scans) - volumes.num_training}
