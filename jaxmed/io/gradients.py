@@ -177,7 +177,9 @@ def _clean_directions(
         notes.append(f"Directions with lengths of {low:.4f} to {high:.4f} were normalised.")
     # An unweighted image keeps a direction: at b = 60 it still says which way the signal fell.
     kept = weighted | (is_unit & (bvals > 0))
-    unit = np.where(kept[:, None], bvecs / np.where(kept, lengths, 1.0)[:, None], 0.0)
+    # Unit vectors stay as they are, to the last bit: a table that has been checked is the same table.
+    divisor = np.where(kept & (np.abs(lengths - 1) > 1e-12), lengths, 1.0)
+    unit = np.where(kept[:, None], bvecs / divisor[:, None], 0.0)
     return GradientTable(bvals, unit, tuple(notes))
 
 

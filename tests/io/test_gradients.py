@@ -162,6 +162,11 @@ def test_wrong_arrays_are_refused_by_name(bvals, bvecs, message):
         check_gradients(bvals, bvecs)
 
 
+def test_a_checked_table_is_the_same_table_when_it_is_checked_again():
+    once = check_gradients(BVALS, OBLIQUE * 1.01)
+    np.testing.assert_array_equal(check_gradients(*once[:2]).bvecs, once.bvecs)
+
+
 def lengths_of(bvals):
     return BVECS * np.sqrt(np.asarray(bvals) / max(bvals))[:, None]
 
