@@ -176,7 +176,8 @@ def compare_labels(forward, config, bvals, bvecs, snr, points, repeats):
         for labels in ("gt", "mle")
     }
     grid = make_grid(model, points)
-    estimators = {"fit": fit_estimator(forward, table)} | {name: network_estimator(n) for name, n in networks.items()}
+    estimators = {name: network_estimator(network, table) for name, network in networks.items()}
+    estimators["fit"] = fit_estimator(forward, table)
     found = estimate(jax.random.key(5), model, table, estimators, grid, repeats, snr)
     return grid, np.asarray(model.relevance(jnp.asarray(grid, jnp.float32))), found
 
