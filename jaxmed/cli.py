@@ -154,17 +154,19 @@ def load_stage(system: str, stage: str) -> ModuleType:
 
 
 def _run_stage(system: str, stage: str, arguments: list[str]) -> int:
-    module = load_stage(system, stage)
-    from jaxmed.train.log import keep_speaking
-    from jaxmed.train.run_folder import open_run
+    from jaxmed.train.log import at_work, keep_speaking
 
-    config, options = parse_stage(module, f"jaxmed {system} {stage}", arguments)
-    tries_failed_again = getattr(module, "TRIES_FAILED_AGAIN", False)
-    folder = open_run(system, stage, config, options, tries_failed_again=tries_failed_again)
-    if folder.status == "complete":
-        print(f"Complete already, nothing was run: {folder.report}  (--overwrite runs it again)")
-        return 0
-    with contextlib.nullcontext() if options.quiet else keep_speaking():
+    with contextlib.nullcontext() if "--quiet" in arguments else keep_speaking():
+        with at_work("Starting"):  # the imports of a stage take seconds, on a busy machine many
+            module = load_stage(system, stage)
+            from jaxmed.train.run_folder import open_run
+
+            config, options = parse_stage(module, f"jaxmed {system} {stage}", arguments)
+        tries_failed_again = getattr(module, "TRIES_FAILED_AGAIN", False)
+        folder = open_run(system, stage, config, options, tries_failed_again=tries_failed_again)
+        if folder.status == "complete":
+            print(f"Complete already, nothing was run: {folder.report}  (--overwrite runs it again)")
+            return 0
         code = module.run(config, dataclasses.replace(folder, smaller=_smaller(module, arguments)))
     print(f"Report: {folder.report}")
     return code or 0

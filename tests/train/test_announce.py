@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxmed import cli
 from jaxmed.cli import main
 from jaxmed.errors import InputError
 from jaxmed.train import announce as module
@@ -128,3 +129,21 @@ def test_the_stage_hears_which_smaller_preset_there_is(tmp_path, monkeypatch):
     for words in ([], ["--preset", "laptop"], ["--preset=smoke"]):
         main(["noddi", "simulate", *words, "--out", str(tmp_path / "r")])
     assert [text.split(" (")[0] for text in found] == ["--preset laptop", "--preset smoke", ""]
+
+
+def test_the_imports_of_a_stage_are_no_silence(monkeypatch, capsys):
+    """A start that takes long on a busy machine is told before the stage has said anything."""
+    monkeypatch.setattr(log_module, "SECONDS_OF_SILENCE", 0.0)
+    keep = log_module.keep_speaking
+    monkeypatch.setattr(log_module, "keep_speaking", lambda: keep(0.001))
+    heard, until = "", time.monotonic() + 20
+
+    def load(system, stage):
+        nonlocal heard
+        while "Starting: " not in heard and time.monotonic() < until:
+            heard += capsys.readouterr().err
+        raise InputError("stage", "one that loads", "none")
+
+    monkeypatch.setattr(cli, "load_stage", load)
+    assert cli.main(["noddi", "fit", "--out", "nowhere"]) == 2
+    assert "Starting: " in heard and " so far" in heard
