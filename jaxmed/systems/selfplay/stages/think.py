@@ -214,6 +214,8 @@ def list_jobs(config: Config) -> tuple[list[Job], tuple[str, ...]]:
         InputError: There are none, or one has no partner.
     """
     assert config.input is not None
+    if not config.input.exists():
+        raise InputError(config.input, "an image or a folder of images", "nothing", "check --input")
     scans, passed = find_scans(config.input, KINDS, config.series, apart=(config.mask, config.box))
     root = config.input if config.input.is_dir() and scans[0].path != config.input else config.input.parent
     places = [os.path.relpath(scan.path, root) for scan in scans]
