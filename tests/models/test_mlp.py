@@ -35,7 +35,7 @@ def test_the_network_is_what_its_layers_say(key, activation, head):
 
 
 def test_impossible_shapes_are_refused():
-    with pytest.raises(ValueError, match="depth: expected 1 or more, found 0"):
+    with pytest.raises(ValueError, match="depth: expected a whole number from 1 to 65,536, found 0"):
         MlpConfig(depth=0)
-    with pytest.raises(ValueError, match="width: expected 1 or more, or M, found 0"):
+    with pytest.raises(ValueError, match="width: expected a whole number from 1 to 65,536, found 0"):
         MlpConfig(width=0)

@@ -188,7 +188,7 @@ def test_halving_averages_and_undoes_doubling(shape):
         ({"heads": 5}, "heads: expected a divisor of 512 channels, found 5"),
         ({"head_channels": 48}, "head_channels: expected a divisor of 512"),
         ({"dropout": 1.0}, "dropout"),
-        ({"blocks": 0}, "blocks: expected 1 or more, found 0"),
+        ({"blocks": 0}, "blocks: expected a whole number from 1 to 65,536, found 0"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -292,7 +292,7 @@ def test_tournaments_tell_who_is_better(key):
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="games: expected 1 or more"):
+    with pytest.raises(ValueError, match="games: expected a whole number from 1"):
         SelfPlayConfig(games=0)
     with pytest.raises(ValueError, match="ppo.minibatches: expected a divisor of the 36 samples"):
         dataclasses.replace(SMALL, steps=3, ppo=PpoConfig(minibatches=5))

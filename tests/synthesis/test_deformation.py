@@ -153,7 +153,7 @@ def test_slabs_of_a_photographed_brain_stay_in_their_planes(key):
 
 
 def test_impossible_ranges_are_refused():
-    with pytest.raises(ValueError, match="scaling: expected from 0 up to below 1, found 1.5"):
+    with pytest.raises(ValueError, match="scaling: expected a number from 0 and below 1, found 1.5"):
         DeformationConfig(scaling=1.5)
     with pytest.raises(ValueError, match="control_scale: expected a range"):
         DeformationConfig(control_scale=(0.1, 0.05))

@@ -391,7 +391,7 @@ def words_of(stage, places, tmp_path):
         "one repetition": (["evaluate", *tables, "--repeats", "1"], "repeats: expected 2 or more"),
         "evaluate without a table": (["evaluate"], "bvals: expected a file, found nothing"),
         "half a table": (["simulate", "--bvals", scan / "dwi.bval"], "expected both files or neither"),
-        "no shape": (["simulate", "--shape", "0", "4", "4"], "shape: expected three positive sizes"),
+        "no shape": (["simulate", "--shape", "0", "4", "4"], "shape: expected a whole number from 1 to"),
     }[stage]  # fmt: skip
 
 

@@ -251,7 +251,7 @@ def test_a_mistake_ends_in_one_line_and_nothing_is_written(mistake, scan, tmp_pa
 OPTION_MISTAKES = {
     "unknown option": (["--dwo", "x"], "--dwo"),
     "word for a number": (["--sigma", "loud"], "--sigma"),
-    "refused number": (["--sigma", "-3"], "sigma: expected a positive number, found -3"),
+    "refused number": (["--sigma", "-3"], "sigma: expected a number above 0"),
     "nested refused number": (["--fit.tissue.parallel-diffusivity", "1700"], "0.05 to 10 um^2/ms, found 1700"),
     "unknown choice": (["--noise", "loud"], "--noise"),
     "unknown preset": (["--preset", "smok"], "did you mean 'smoke'?"),
