@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxmed.arrays.masking import Masking, all_kept, draw_noise, random_masking
 from jaxmed.arrays.types import KeyArray
-from jaxmed.config import Decay, Size, checked
+from jaxmed.config import Share, Size, checked
 from jaxmed.models.vit import SHARDING_RULES as VIT_RULES
 from jaxmed.models.vit import Blocks, Vit, VitConfig, _position_init
 from jaxmed.nn.transformer import BlockConfig, LayerNorm, Linear
@@ -37,7 +37,7 @@ class MaeConfig:
     decoder_depth: Size = 8
     decoder_heads: Size = 16
     decoder_hidden: Size = 2048
-    mask_ratio: Decay = 0.75
+    mask_ratio: Share = 0.75
     norm_target: bool = False
     sigmoid: bool = True
 
