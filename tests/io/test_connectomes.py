@@ -1,6 +1,8 @@
 """Connectomes in every form that people save them in are the same matrix; what could be read in two ways is refused."""
 
+import io
 import itertools
+import zipfile
 
 import numpy as np
 import pytest
@@ -170,10 +172,19 @@ def test_the_rest_is_refused_with_the_reason(tmp_path, name):
         read(tmp_path, text)
 
 
+def zipped(name):
+    """Return a zip archive of one small file."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(name), "1,2")
+    return packed.getvalue()
+
+
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        (b"PK\x03\x04....", "zip archive.* Excel"),
+        (zipped("xl/workbook.xml"), "an Office document, such as .xlsx; export the table as CSV"),
+        (zipped("connectome.csv"), "a zip archive; unpack it first"),
         (b"version https://git-lfs.github.com/spec/v1\noid 1", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"\x93NUMPY\x01\x00", "NumPy"),
