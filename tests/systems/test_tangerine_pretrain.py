@@ -105,7 +105,8 @@ def test_smoke_explains_hidden_voxels_of_chests_that_it_was_not_trained_on(tmp_p
     assert summary["volumes"] == {"train": 10, "validation": 3} and summary["notes"] == []
     assert all(found["error"] < 0.6 * found["variance"] for found in summary["errors"])
     assert {path.name for path in out.iterdir()} == {
-        "checkpoints", "config.json", "inputs", "log.txt", "metrics.jsonl", "outputs", "report.html",
+        "checkpoints", "config.json", "inputs", "inputs.json", "log.txt", "metrics.jsonl", "outputs", "report.html",
+        "timing.json",
     }  # fmt: skip
     page = (out / "report.html").read_text()
     assert "What the model completes" in page and "of the variance of hidden voxels" in page
