@@ -125,7 +125,7 @@ def main() -> None:
             compile_s=max(0.0, first[likelihood] - statistics.median(seconds[likelihood])),
             flops=count_flops(found, bvals),
             # What must move at least once: signals in, maps out.
-            bytes=voxels.signals.nbytes + sum(leaf.nbytes for leaf in found if leaf is not None),
+            bytes=voxels.signals.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(found)),
             accuracy={**errors(found, voxels), "converged": float(found.converged.mean())},
         )
         workload = f"{len(voxels.ndi)} voxels x {len(bvals)} rows, SNR {SNR:.0f}, {likelihood}"

@@ -163,7 +163,7 @@ def _read(source: Source, transform: Transform, generator: np.random.Generator, 
         result = transform(fields, generator)
     except InputError as error:
         # A transform sees arrays and cannot know the file.
-        raise InputError(f"{source.name(record)}: {error.where}", *error.args[1:]) from error
+        raise InputError(f"{source.name(record)}: {error.where}", error.expected, error.found, error.advice) from error
     except Exception as error:
         error.add_note(f"while transforming record {record}, {source.name(record)}")
         raise

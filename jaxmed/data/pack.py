@@ -207,7 +207,9 @@ def _pack_record(
         try:
             fields = transform(fields)
         except InputError as error:
-            raise InputError(f"{source.name(index)}: {error.where}", *error.args[1:]) from error
+            raise InputError(
+                f"{source.name(index)}: {error.where}", error.expected, error.found, error.advice
+            ) from error
     if set(fields) != set(paths):
         raise ValueError(f"transform: expected the fields {sorted(paths)}, found {sorted(fields)}")
     record = {}
