@@ -66,6 +66,8 @@ MAGIC: tuple[tuple[int, bytes, Content], ...] = (
     (0, b"version https://git-lfs", Content("lfs", "a Git LFS pointer, not the file itself", "fetch it: git lfs pull")),
     (0, b"/annex/objects/", Content("annex", "a git-annex pointer, not the file itself", "fetch it: git annex get")),
 )
+LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header, at most: the library's own limit."""
 PICKLES = tuple(b"\x80" + bytes([version]) for version in (2, 3, 4, 5))
 # Nobody wants these, whatever the name says.
 NEVER = ("lfs", "annex", "html", "error", "appledouble")
@@ -80,6 +82,9 @@ def recognise(start: bytes) -> Content | None:
     Returns:
         None where nothing is known: text, or a format without a mark of its own.
     """
+    # First: its length in front may look like the mark of any other.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER:
+        return Content("safetensors", "a safetensors file", "name it .safetensors")
     for place, magic, content in MAGIC:
         if start[place : place + len(magic)] == magic:
             look = {"gzip": _inside, "zip": _archive}.get(content.kind)

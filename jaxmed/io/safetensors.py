@@ -48,7 +48,7 @@ def read(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     Raises:
         InputError: When the file is missing, truncated or not safetensors.
     """
-    path = require_file(path, "a safetensors file", kinds=())
+    path = require_file(path, "a safetensors file", kinds=("safetensors",))
     tensors, position = {}, path.stat().st_size
     with _open(path) as file:
         entries = [(name, file.get_slice(name)) for name in file.offset_keys()]
@@ -71,7 +71,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         InputError: When the file is missing, truncated or not safetensors.
     """
-    with _open(require_file(path, "a safetensors file", kinds=())) as file:
+    with _open(require_file(path, "a safetensors file", kinds=("safetensors",))) as file:
         return dict(file.metadata() or {})
 
 

@@ -129,3 +129,14 @@ def test_types_that_the_format_lacks_are_refused(tmp_path):
     with pytest.raises(InputError, match="suffix"):
         safetensors.write(tmp_path / "a.bin", {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b", b"PK", b"\0\x02"])
+def test_a_length_that_looks_like_another_formats_mark_is_a_length(start, tmp_path):
+    # The first bytes are the header's length: two of them can be those of a pickle or of a gzip file.
+    length = int.from_bytes(start, "little")
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(length)
+    values = np.array([1.5, -2.0], "<f4")
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + header + values.tobytes())
+    assert (tmp_path / "a.safetensors").read_bytes()[: len(start)] == start
+    np.testing.assert_array_equal(safetensors.read(tmp_path / "a.safetensors")["x"], values)
