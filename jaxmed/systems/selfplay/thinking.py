@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Length, NonNegative, Share, Whole, checked
 from jaxmed.models.mask_verifier import make_verifier
@@ -195,7 +196,9 @@ def think(
     support: tuple[Float[Any, "case *space"], Bool[Any, "case *space"]] | None = None,
     watch: Callable[[int, float], None] | None = None,
 ) -> Thought:
-    """Think about one image, or several of one task.
+    """Think about one image, or several of one task: the driver on the host, which watches the clock and the score.
+
+    No jax transformation goes through it; an iteration of it does, `rl.selfplay.iterate`.
 
     Args:
         key: Consumed.
@@ -209,7 +212,11 @@ def think(
 
     Returns:
         The answer; the axis of images is there for a single one too.
+
+    Raises:
+        InputError: An argument is traced by jax.
     """
+    require_values("selfplay.think", "rl.selfplay.iterate", key=key, image=image, params=system.params)
     budget = Budget(budget) if isinstance(budget, int) else budget
     images = jnp.asarray(image, jnp.float32)
     images = images[None] if images.ndim == system.config.generator.dimensions else images
