@@ -312,9 +312,14 @@ def write_json(path: str | Path, record: object) -> None:
     NumPy scalars and arrays become numbers and lists, paths become strings.
 
     Raises:
-        ValueError: When a number is not finite: JSON has no word for it.
+        InputError: A number is not finite: JSON has no word for it, and a run that ends with one has diverged.
     """
-    write_text(path, json.dumps(record, indent=2, allow_nan=False, default=_plain) + "\n")
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False, default=_plain)
+    except ValueError as error:
+        advice = "the run has diverged: try a lower rate, or look for extreme values in its input"
+        raise InputError(path, "finite numbers", "NaN or Inf", advice) from error
+    write_text(path, text + "\n")
 
 
 def _plain(value: object) -> object:

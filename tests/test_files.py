@@ -73,7 +73,7 @@ def test_json_takes_numpy_and_refuses_nan(tmp_path):
     write_json(tmp_path / "a.json", {"a": np.float32(1.5), "b": np.arange(2), "c": tmp_path})
     content = json.loads((tmp_path / "a.json").read_text())
     assert content == {"a": 1.5, "b": [0, 1], "c": str(tmp_path)}
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(InputError, match="b.json: expected finite numbers"):
         write_json(tmp_path / "b.json", {"a": float("nan")})
 
 
@@ -195,3 +195,12 @@ def test_names_are_those_of_the_files():
     assert unique_names(["x.nii.gz", "x_enhanced.nii.gz"], SUFFIXES, ENDINGS) == ["x", "x_enhanced_2"]
     assert unique_names(["x_enhanced.nii.gz", "x.nii.gz"], SUFFIXES, ENDINGS) == ["x_enhanced", "x_2"]
     assert unique_names(["T1.nii"] * 20_000, SUFFIXES)[-1] == "T1_20000"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), np.array([1.0, -np.inf])])
+def test_a_record_of_numbers_that_are_not_finite_is_one_line_and_no_file(value, tmp_path):
+    with pytest.raises(
+        InputError, match=r"summary.json: expected finite numbers, found NaN or Inf; the run has diverged"
+    ):
+        write_json(tmp_path / "summary.json", {"score": value})
+    assert not list(tmp_path.iterdir())
