@@ -8,8 +8,10 @@ in metres or micrometres are turned into mm; an unstated unit is taken as mm.
 Voxels keep their stored axis order; `arrays.grid.reorient` turns them to RAS.
 """
 
+import contextlib
 import gzip
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -209,6 +211,16 @@ def _inspect(path: Path) -> _Found:
     return _Found(header, shape, *_place(path, header, shape))
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep nibabel's logger still, whoever listens: a root handler of another library would print what it says."""
+    before, imageglobals.logger.disabled = imageglobals.logger.disabled, True
+    try:
+        yield
+    finally:
+        imageglobals.logger.disabled = before
+
+
 def _header(path: Path) -> Header:
     start = _start(path)
     for header_class, size, magic, dim in (
@@ -229,7 +241,7 @@ def _header(path: Path) -> Header:
             raise InputError(path, "1 to 7 axes (dim[0])", axes, "make the file again")
         try:
             # nibabel prints what it mends; a user should see one line or none.
-            with imageglobals.LoggingOutputSuppressor():
+            with _silent():
                 stored = header_class(start[:size], endianness="<" if order == "little" else ">", check=False)
                 header = header_class(start[:size], stored.endianness)
         except (HeaderDataError, ValueError, OverflowError) as error:

@@ -505,3 +505,12 @@ def test_fractions_are_no_labels_and_the_message_says_so(tmp_path, array):
     array[0, 0, 0] = np.nan
     with pytest.raises(InputError, match=r"\(labels\), found 1 NaN or Inf voxels of 210"):
         nifti.read(save(tmp_path / "nan.nii", array), dtype=np.int32)
+
+
+def test_nibabels_own_words_reach_no_root_handler(tmp_path, caplog):
+    raw = bytearray(nib.Nifti1Image(np.ones((3, 3, 3), np.float32), np.eye(4)).to_bytes())
+    raw[108:112] = np.float32(np.inf).tobytes()
+    (tmp_path / "a.nii").write_bytes(raw)
+    with pytest.raises(InputError, match="vox_offset"):
+        nifti.read(tmp_path / "a.nii")
+    assert caplog.records == []
