@@ -17,8 +17,6 @@ from jaxmed.diffusion.posterior.start_time import SHIPPED_MEANS
 from jaxmed.diffusion.samplers import draw_noise, sample_keys
 from jaxmed.diffusion.schedule import VpDiscrete
 
-# Not core: with jax 0.12 rounding tips a search of the row "2026, bright", which then differs by 8e-4.
-
 SIZE = (33, 64)  # two patches, and a row that is in none
 KEY = jax.random.key(5)
 CENTRE, SPREAD = 0.5, 0.2
@@ -147,6 +145,7 @@ def example(top):
     return y.astype(np.float32).astype(np.float64), (0.8 * truth + 0.2 * other).astype(np.float32).astype(np.float64)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("top", [0.9, 1.8], ids=["dark", "bright"])
 @pytest.mark.parametrize("year", YEARS)
 def test_the_data_term_is_the_authors(year, top):
@@ -159,7 +158,11 @@ def test_the_data_term_is_the_authors(year, top):
         np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("year, top", [(2025, 0.9), (2026, 1.8)], ids=["2025, dark", "2026, bright"])
+# The bright row is not core: on jax 0.12 it differs by 8e-4, for a reason that is not known yet.
+@pytest.mark.parametrize(
+    "year, top",
+    [pytest.param(2025, 0.9, id="2025, dark", marks=pytest.mark.core), pytest.param(2026, 1.8, id="2026, bright")],
+)
 def test_the_whole_sampler_is_the_authors(year, top):
     y, initial = example(top)
     with jax.enable_x64(True):
