@@ -5,6 +5,7 @@ is asked for, and keeps its kernels and rotation matrices in a folder that is re
 """
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import os
@@ -62,10 +63,10 @@ def _quietly() -> Iterator[None]:
 
 def _open(folder: Path, table: Table, tissue: Tissue) -> Any:
     with _quietly():
-        import amico
-        import amico.lut
-        import amico.util
-
+        # By name: where it is not installed, and it need not be, type checkers find nothing to resolve.
+        amico: Any = importlib.import_module("amico")
+        for part in ("lut", "util"):
+            importlib.import_module(f"amico.{part}")
         amico.set_verbose(0)
         amico.lut.precompute_rotation_matrices(12, 500)
         bvals = np.where(table.is_b0, 0.0, np.array(table.bvals))
