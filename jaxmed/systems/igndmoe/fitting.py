@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import Params
 from jaxmed.arrays.visits import Visits, is_measured, mark_missing
 from jaxmed.models.graph_diffusion import make_progression_model
@@ -65,10 +65,10 @@ def fit(
             that knows nothing of anatomy: give them where they are known, for tau the two entorhinal ones.
 
     Raises:
-        ValueError: It is traced, or there is a seed that is no region.
+        InputError: It is traced.
+        ValueError: There is a seed that is no region.
     """
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((visits, graph))):
-        raise ValueError("igndmoe.fit: expected arrays, got traced ones; inside jit or vmap call igndmoe.fit_on_device")
+    require_values("igndmoe.fit", "igndmoe.fit_on_device", visits=visits, graph=graph)
     train, validation = _keep_validation(len(visits.present), config)
     runs = fit_runs(visits, graph, config, seeds, train[None], validation[None], np.array([config.seed]))
     return jax.tree.map(lambda leaf: leaf[0], runs)

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import Params
-from jaxmed.errors import InputError
 from jaxmed.models.heads import ClassifierConfig, Head, HeadConfig, pool_tokens
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import Published
@@ -71,9 +71,7 @@ def embed(
     Raises:
         InputError: The scan cannot be read or used; what is merely unexpected about it is a warning.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in (volume, *jax.tree.leaves(published.params))):
-        advice = "call tangerine.embed_cubes(published, cubes) inside jit, vmap and grad"
-        raise InputError("volume", "values that can be looked at", "a traced array", advice)
+    require_values("tangerine.embed", "tangerine.embed_cubes", volume=volume, params=published.params)
     given = prepare(published.preprocess, volume)
     found = embed_cubes(published, given.cubes, kind)
     return found[0] if given.is_single else found
