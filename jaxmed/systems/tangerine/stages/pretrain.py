@@ -244,12 +244,14 @@ def run(config: Config, folder: RunFolder) -> None:
     counts = {"train": volumes.num_training, "validation": len(volumes.scans) - volumes.num_training}
     log.say(f"{counts['train']:,} volumes to train on, {counts['validation']:,} held out.")
     cache = config.data.cache or (folder.path / "inputs" / "volumes" if config.data.embedded else None)
+    source = None
     if cache is not None:
         log.say(f"Preparing volumes in {cache}; those that are there already stay.")
         if is_first():
-            volume_source(volumes.scans, preprocess, cache)
+            source = volume_source(volumes.scans, preprocess, cache)
         wait_for_first("cache")
-    source = volume_source(volumes.scans, preprocess, cache)
+    if source is None:  # opening a cache sums every file in it: the first process has done so
+        source = volume_source(volumes.scans, preprocess, cache)
     rows = np.arange(len(volumes.scans))
     held_out = SubsetSource(source, rows[volumes.num_training :]) if counts["validation"] else None
 
