@@ -343,7 +343,12 @@ def _report(arguments: list[str]) -> int:
     folder = expand_home(arguments[0]).absolute()
     record = read_record(folder / "config.json")
     module = load_stage(str(record.get("system")), str(record.get("stage")))
-    module.report(folder)
+    from jaxmed.recipes.stage import write_page
+
+    if hasattr(module, "page"):
+        write_page(folder, module.Config, module.Summary, module.page)
+    else:
+        module.report(folder)
     print(f"Report: {folder / 'report.html'}")
     return 0
 

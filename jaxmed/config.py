@@ -1,7 +1,8 @@
 """Frozen dataclasses to and from JSON.
 
-A configuration is a nested frozen dataclass of numbers, words, paths, tuples, `Literal`s and further dataclasses. Its
-JSON form is what a run folder keeps; reading it back checks every name and type and says what is wrong in one line.
+A configuration is a nested frozen dataclass of numbers, words, paths, tuples, `Literal`s and further dataclasses; a
+stage's summary may hold dictionaries too. The JSON form is what a run folder keeps; reading it back checks every name
+and type and says what is wrong in one line.
 
 Numbers are checked where a record is made, by the command line, config.json or Python alike: `@checked` under the
 dataclass decorator holds every float finite and every number within the bounds that its type names.
@@ -131,6 +132,8 @@ def to_record(config: object) -> Any:
         return str(config)
     if isinstance(config, tuple | list):
         return [to_record(item) for item in config]
+    if isinstance(config, dict):
+        return {name: to_record(item) for name, item in config.items()}
     return config
 
 
@@ -198,6 +201,8 @@ def _parse(kind: Any, value: Any, where: str, field: str) -> Any:
         return value
     if origin is tuple:
         return _parse_tuple(arguments, value, where, field, wrong)
+    if origin is dict and isinstance(value, dict):
+        return {name: _parse(arguments[1], item, where, f"{field}.{name}") for name, item in value.items()}
     if dataclasses.is_dataclass(kind):
         return _parse_dataclass(kind, value, where, field, wrong)
     if kind is Path and isinstance(value, str):

@@ -1,23 +1,26 @@
 """Stage `jaxmed igndmoe simulate`: a cohort with planted mechanisms on a connectome, as CSV files with the truth."""
 
 import dataclasses
-import shlex
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxmed.config import NonNegative, Number, Regions, Seed, Size, checked, to_record
-from jaxmed.io.tables import write_table
+from jaxmed.io.tables import read_table, write_table
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import curves, histograms
+from jaxmed.report.page import Note, Section, Table, Text
+from jaxmed.report.regions import glass_brain
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
 from jaxmed.systems.igndmoe.options import ATTRIBUTION, FitConfig
 from jaxmed.systems.igndmoe.reading import Connectome, ConnectomeDataConfig, find_regions, read_connectome
 from jaxmed.systems.igndmoe.recovery import Planted, plant_on, stage_curve
-from jaxmed.systems.igndmoe.simulate_page import write_page
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.train.run_folder import RunFolder
+
+MOST_CURVES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +96,30 @@ def smoke() -> Config:
     return Config(regions=8, density=0.4, cohort=CohortConfig(subjects=20))
 
 
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a simulated cohort holds.
+
+    Attributes:
+        subjects: Patients.
+        visits: Of all patients.
+        regions: Their names.
+        seeds: Regions where the disease starts.
+        edges: Of the connectome.
+        notes: What a user should know about it.
+    """
+
+    subjects: int
+    visits: int
+    regions: tuple[str, ...]
+    seeds: tuple[str, ...]
+    edges: int
+    notes: tuple[str, ...]
+
+
 def run(config: Config, folder: RunFolder) -> None:
     """Simulate and write; the files lie in RUN/outputs as `jaxmed igndmoe fit` takes them."""
-    began = time.monotonic()
+    clock = Clock()
     notes: list[str] = []
     if config.connectome is None:
         regions = region_names(config.regions)
@@ -106,10 +130,7 @@ def run(config: Config, folder: RunFolder) -> None:
         connectome = read_connectome(config.connectome, config.data.graph, notes)
         regions, adjacency = connectome.regions, connectome.adjacency
         seeds = find_regions(config.seeds, connectome)
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
-    for note in notes:
-        log.say(f"Note: {note}")
+    log = begin(folder, notes)
     cohort = simulate_cohort(jax.random.key(config.seed), adjacency, seeds, config.cohort)
     write_cohort(folder.outputs, config.seed, cohort, adjacency, regions, seeds, to_record(config.cohort))
     visits = int(cohort.visits.present.sum())
@@ -117,20 +138,11 @@ def run(config: Config, folder: RunFolder) -> None:
     if config.recovery.visits:
         rows = _recover(config, adjacency, seeds, log)
         write_table(folder.outputs / "stage_recovery.csv", tuple(rows[0]), rows)
-    summary = {
-        "subjects": config.cohort.subjects,
-        "visits": visits,
-        "regions": list(regions),
-        "seeds": [regions[index] for index in seeds],
-        "edges": int(np.count_nonzero(np.triu(adjacency))),
-        "notes": notes,
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed igndmoe simulate --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"simulate, write and study": time.monotonic() - began},
-    }
-    write_summary(folder, summary)
     log.metrics(0, {"subjects": config.cohort.subjects, "visits": visits})
-    write_page(folder.path)
+    edges, starts = int(np.count_nonzero(np.triu(adjacency))), tuple(regions[index] for index in seeds)
+    clock.lap("simulate, write and study")
+    summary = Summary(config.cohort.subjects, visits, tuple(regions), starts, edges, tuple(notes))
+    finish(folder, config, summary, clock, page)
 
 
 def _recover(config: Config, adjacency: np.ndarray, seeds: tuple[int, ...], log: Log) -> list[dict[str, float]]:
@@ -148,4 +160,91 @@ def _recover(config: Config, adjacency: np.ndarray, seeds: tuple[int, ...], log:
     return rows
 
 
-report = write_page
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show the planted course, its mechanisms and the patients."""
+    summary, truth = run.summary, run.outputs / "truth"
+    regions = summary.regions
+    course, weights = read_table(truth / "course.csv"), read_table(truth / "weights.csv")
+    times = np.array(course.floats("stage"))
+    states = np.array([course.floats(region) for region in regions])
+    chosen = np.unique(np.linspace(0, len(regions) - 1, min(MOST_CURVES, len(regions))).astype(int))
+    order = np.argsort(-states[:, len(times) // 2])
+    figures = [
+        curves(
+            {regions[order[i]]: (times, states[order[i]]) for i in chosen},
+            xlabel="stage (years)",
+            ylabel="true regional amount, 0 to 1",
+            caption="The planted course, in regions from early to late ones.",
+        ),
+        glass_brain(
+            {f"stage {times[i]:.0f} years": states[:, i] for i in (len(times) // 3, len(times) - 1)},
+            regions,
+            None,
+            caption="Amounts early and late; regions on a ring, since nothing says where they lie.",
+        ),
+    ]
+    planted = {
+        name.replace("_", " "): (np.array(weights.floats("stage")), np.array(weights.floats(name)))
+        for name in weights.columns[1:]
+    }
+    stages = np.array(read_table(truth / "stages.csv").floats("stage"))
+    people = [
+        histograms({"stage": stages}, units={"stage": "years"}, caption="True stages at the first visit."),
+    ]
+    gates = curves(planted, xlabel="stage (years)", ylabel="weight", caption="Planted weights of the mechanisms.")
+    sections = [Section("Course", figures)]
+    if run.config.cohort.mechanism == "moe":
+        sections.append(Section("Mechanisms", [gates]))
+    sections.append(Section("Patients", people))
+    if (run.outputs / "stage_recovery.csv").exists():
+        sections.append(_recovery_section(run.outputs / "stage_recovery.csv", run.config.recovery))
+    sections.append(_reading(summary))
+    return Page(
+        "A simulated cohort",
+        f"{summary.subjects} patients of a disease that starts in {' and '.join(summary.seeds)}",
+        [
+            ("Patients", summary.subjects, "one to four visits each"),
+            ("Visits", summary.visits, "with noise"),
+            ("Regions", len(regions), f"{summary.edges} connections"),
+        ],
+        sections,
+    )
+
+
+def _recovery_section(file: Path, study: RecoveryConfig) -> Section:
+    table = read_table(file)
+    visits, irregularity = np.array(table.floats("visits")), np.array(table.floats("irregularity"))
+    spearman, years = np.array(table.floats("spearman")), np.array(table.floats("years"))
+    lowest = table.floats("lowest")
+    kinds = np.unique(irregularity)
+    # One visit has no gaps, and begins every line.
+    rows = {kind: (irregularity == kind) | (visits == 1) for kind in kinds}
+    by_kind = {f"irregularity {kind:g}": row for kind, row in rows.items()}
+    caption = (
+        f"Spearman's correlation of estimated with planted stages, mean of {study.cohorts} cohorts of this size, "
+        f"fitted by {study.fit.model.equation}; gaps between visits are uniform on their mean times 1 plus or "
+        "minus the irregularity."
+    )
+    figures = [
+        curves({name: (visits[row], spearman[row]) for name, row in by_kind.items()}, xlabel="visits per patient",
+               ylabel="Spearman's correlation", caption=caption),
+        curves({name: (visits[row], years[row]) for name, row in by_kind.items()}, xlabel="visits per patient",
+               ylabel="error of a stage, years", caption="Mean absolute error of the stage at the first visit."),
+    ]  # fmt: skip
+    cells = list(
+        zip(visits.astype(int).tolist(), irregularity.tolist(), spearman.tolist(), lowest, years.tolist(), strict=True)
+    )
+    columns = ("Visits", "Irregularity", "Spearman", "Lowest cohort", "Error, years")
+    return Section("How well stages are recovered", [*figures, Table(columns, cells, "The same in numbers.")])
+
+
+def _reading(summary: Summary) -> Section:
+    text = Text(
+        [
+            "RUN/outputs holds connectome.csv and visits.csv as jaxmed igndmoe fit takes them, and truth/ with stages, "
+            "course and weights.",
+            "The disease is an equation, not a patient: it tells whether a fit finds what was planted, not whether "
+            "tau spreads this way.",
+        ]
+    )
+    return Section("How to use it", [*(Note(note) for note in summary.notes), text])
