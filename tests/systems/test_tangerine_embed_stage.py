@@ -10,8 +10,8 @@ from tiny_tangerine import axial, export, masked_autoencoder, scan, write_scans
 
 from jaxmed.cli import main
 from jaxmed.io import nifti
+from jaxmed.recipes import map_files
 from jaxmed.systems import tangerine
-from jaxmed.systems.tangerine import batch_job
 from jaxmed.systems.tangerine.inputs import find_records
 from jaxmed.volume import Volume
 
@@ -109,16 +109,16 @@ def test_a_repaired_file_is_tried_again_by_the_same_command(weights, scans, tmp_
 def test_an_interrupted_run_continues_to_the_same_bits(weights, scans, tmp_path, monkeypatch, capsys):
     words = ("--input", scans, "--batch.size", 2, "--quiet")
     assert embed(weights, tmp_path / "whole", *words) == 0
-    store = batch_job._store
+    store = map_files._store
 
     def store_and_die(path, outcomes):
         store(path, outcomes)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch_job, "_store", store_and_die)
+    monkeypatch.setattr(map_files, "_store", store_and_die)
     assert embed(weights, tmp_path / "run", *words) == 130
     assert "the same command continues" in capsys.readouterr().err
-    monkeypatch.setattr(batch_job, "_store", store)
+    monkeypatch.setattr(map_files, "_store", store)
     assert embed(weights, tmp_path / "run", *words) == 0
     assert "Continuing after 2 scans" in (tmp_path / "run" / "log.txt").read_text()
     for name, array in arrays_of(tmp_path / "whole").items():
@@ -130,7 +130,7 @@ def test_a_run_is_not_continued_with_other_files(weights, scans, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_job, "_store", die)
+        patch.setattr(map_files, "_store", die)
         assert embed(weights, tmp_path / "run", "--input", scans, "--quiet") == 130
     nifti.write(scans / "scan_0.nii.gz", scan(9))
     capsys.readouterr()
@@ -166,7 +166,7 @@ def test_cubes_duplicates_and_dicom_folders_are_inputs(weights, tmp_path):
     nifti.write(folder / "same.nii.gz", scan())
     np.savez(folder / "cube.npz", volume=masked_autoencoder().preprocess(scan())[..., 0])
     nifti.write(folder / "other.nii.gz", scan(1))
-    assert [record.identity for record in find_records(None, folder)[0]] == ["cube", "other", "same", "series"]
+    assert [record.name for record in find_records(None, folder)[0]] == ["cube", "other", "same", "series"]
     assert embed(weights, tmp_path / "run", "--input", folder, "--quiet") == 0
     arrays = arrays_of(tmp_path / "run")
     for place in (0, 3):

@@ -24,8 +24,8 @@ from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.models.heads import Task
 from jaxmed.models.published.load import load_published
+from jaxmed.recipes import map_files
 from jaxmed.systems import tangerine
-from jaxmed.systems.tangerine import batch_job
 from jaxmed.systems.tangerine.scores import read_targets
 from jaxmed.volume import Volume
 
@@ -202,7 +202,7 @@ def test_weights_that_give_no_numbers_fail_every_scan(scans, tmp_path):
 def test_an_interrupted_run_continues_to_the_same_tables(weights, scans, tmp_path, monkeypatch):
     words = ("--data.manifest", scans / "scans.csv", "--batch.size", 2, "--quiet")
     assert predict(weights, tmp_path / "whole", *words) == 0
-    store, calls = batch_job._store, []
+    store, calls = map_files._store, []
 
     def store_twice_then_die(path, outcomes):
         calls.append(path)
@@ -211,7 +211,7 @@ def test_an_interrupted_run_continues_to_the_same_tables(weights, scans, tmp_pat
         store(path, outcomes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_job, "_store", store_twice_then_die)
+        patch.setattr(map_files, "_store", store_twice_then_die)
         assert predict(weights, tmp_path / "run", *words) == 130
     assert predict(weights, tmp_path / "run", *words) == 0
     one, other = ((tmp_path / run / "outputs" / "predictions.csv").read_text() for run in ("whole", "run"))

@@ -14,6 +14,7 @@ from jaxmed.files import unique_names
 from jaxmed.io.scans import NAME_ENDINGS, Kind, ScanFiles, kind_of, read_volume
 from jaxmed.io.tables import resolve_path, resolve_paths
 from jaxmed.models.published.preprocess import RANGE_TOLERANCE, Preprocess, load_input
+from jaxmed.recipes.map_files import Input
 from jaxmed.systems.tangerine.records import read_manifest
 from jaxmed.volume import Grid, Volume
 
@@ -45,12 +46,12 @@ class Record:
     """One scan of a job.
 
     Attributes:
-        identity: A name that is unique in the job and fit for a file.
+        name: A name that is unique in the job and fit for a file.
         scan: Its file or DICOM folder.
         row: Its row of the manifest; empty without one.
     """
 
-    identity: str
+    name: str
     scan: ScanFiles
     row: dict[str, str]
 
@@ -136,6 +137,12 @@ def read_scan(scan: ScanFiles | Path, preprocess: Preprocess) -> Scan:
     except InputError as error:
         raise InputError(path, error.expected, error.found, error.advice) from error
     return Scan(cube, volume.grid, (*warnings, *preprocess.check_values(volume)))
+
+
+def read_input(preprocess: Preprocess, record: Record) -> Input:
+    """Read a record as a batch job takes it."""
+    scan = read_scan(record.scan, preprocess)
+    return Input(scan.cube, scan.warnings, scan.grid)
 
 
 def empty_volume(grid: Grid) -> Volume:

@@ -24,7 +24,7 @@ from jaxmed.io.scans import NAME_ENDINGS
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
-from jaxmed.recipes.each_file import TABLES, Tell, each_file, write_failed
+from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.arms import ARMS, STARTS_FROM_ESTIMATE, ArmConfig, expected_passes, make_solver
 from jaxmed.systems.dynamicdps.calibration import digest_of
@@ -147,7 +147,7 @@ def run(config: Config, folder: RunFolder) -> int:
     def work(number: int, one: Inputs, tell: Tell) -> dict[str, Any]:
         return process(plan, one, jax.random.fold_in(jax.random.key(config.seed), number), folder.outputs, tell)
 
-    rows, failed = each_file(
+    rows, failed, _ = map_files(
         inputs, work, folder.outputs, log, "Refining", "scans",
         lambda row: {"residual": row["residual"]["enhanced"], "initial_residual": row["residual"]["initial"]},
     )  # fmt: skip

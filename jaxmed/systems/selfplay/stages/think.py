@@ -21,7 +21,7 @@ from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.imaging import dice
 from jaxmed.models.policy import TopkUnetConfig
-from jaxmed.recipes.each_file import TABLES, Tell, each_file, write_failed
+from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
 from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.search import require_mctx
 from jaxmed.rl.selfplay import SelfPlayConfig
@@ -154,7 +154,7 @@ def run(config: Config, folder: RunFolder) -> int:
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         return process(config, trained, policy, job, key, folder.outputs, tell)
 
-    rows, failed = each_file(
+    rows, failed, _ = map_files(
         jobs, work, folder.outputs, log, "Thinking", "files",
         lambda row: {"score": row["score"], "first_score": row["first_score"]},
     )  # fmt: skip

@@ -18,22 +18,23 @@ from jaxmed.files import atomic_path, write_json
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.models.published.load import Published, load_published
-from jaxmed.recipes.each_file import write_failed
-from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
-from jaxmed.systems.tangerine.batch_job import (
+from jaxmed.models.vit import SHARDING_RULES
+from jaxmed.recipes.map_files import (
     Arrays,
     BatchConfig,
-    Job,
+    BatchModel,
+    Input,
     Outcome,
-    clear_checkpoints,
-    failures_of,
-    lay_out,
-    run_job,
+    clear_batches,
+    make_batch_mesh,
+    map_batches,
+    write_failed,
 )
+from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.embed_page import write_page
 from jaxmed.systems.tangerine.embedding import DEFINITIONS, Kind, encoder_with_head, features, with_dtype
 from jaxmed.systems.tangerine.feature_space import DUPLICATE, find_neighbours, principal_plane
-from jaxmed.systems.tangerine.inputs import FrameConfig, Record, Scan, find_records, read_scan
+from jaxmed.systems.tangerine.inputs import FrameConfig, Record, find_records, read_input, read_scan
 from jaxmed.systems.tangerine.stages import pretrain
 from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig
@@ -126,7 +127,7 @@ def run(config: Config, folder: RunFolder) -> int:
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
     published = load_published(config.weights, "tangerine")
     preprocess = config.preprocess.apply(published.preprocess)
-    mesh = lay_out(config.batch, config.mesh)
+    mesh = make_batch_mesh(config.batch, config.mesh)
     if len(records) == 1:
         read_scan(records[0].scan, preprocess)  # a single broken file is a mistake, not a failure among many
     start(folder)
@@ -136,16 +137,17 @@ def run(config: Config, folder: RunFolder) -> int:
         log.say(f"Note: {note}")
     model, params = encoder_with_head(published.config, published.params)
     ready = time.monotonic()
-    job = Job(partial(features, with_dtype(model, config.dtype)), partial(_keep, config.kinds), preprocess)
-    outcomes = run_job(job, params, records, config.batch, mesh, folder, log, "Embedding")
+    job = BatchModel(
+        partial(read_input, preprocess), partial(features, with_dtype(model, config.dtype)),
+        partial(_keep, config.kinds), (*preprocess.size, 1), SHARDING_RULES,
+    )  # fmt: skip
+    done, failed, warnings = map_batches(records, job, params, config.batch, mesh, folder, log, "Embedding")
     computed = time.monotonic()
-    done = [outcome for outcome in outcomes if not outcome.reason]
     write_embeddings(folder.outputs, done, config.kinds, published)
     space = describe_space(done, main_kind(config.kinds))
     if space:
         write_table(folder.outputs / "neighbours.csv", list(space["neighbours"][0]), space["neighbours"])
         write_table(folder.outputs / "plane.csv", list(space["plane"][0]), space["plane"])
-    failed = failures_of(outcomes)
     write_failed(folder.outputs, failed)
     summary = {
         "scans": len(done),
@@ -155,13 +157,13 @@ def run(config: Config, folder: RunFolder) -> int:
         "explained": space.get("explained"),
         "agreement": space.get("agreement"),
         "notes": notes,
-        "warnings": [[o.record.identity, warning] for o in outcomes for warning in o.warnings],
+        "warnings": warnings,
         "device": jax.devices()[0].device_kind,
         "command": f"jaxmed tangerine embed --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and check": ready - began, "embed, compilation included": computed - ready},
     }
     write_summary(folder, summary)
-    clear_checkpoints(folder, len(failed))
+    clear_batches(folder, failed)
     write_page(folder.path)
     return 1 if failed else 0
 
@@ -212,7 +214,7 @@ def kind_notes(published: Published, kinds: tuple[Kind, ...]) -> list[str]:
 
 def write_embeddings(folder: Path, done: list[Outcome], kinds: tuple[Kind, ...], published: Published) -> None:
     """Write embeddings.csv (a row per scan), embeddings.npz (an array per kind) and what they are."""
-    further = list(dict.fromkeys(name for outcome in done for name in outcome.record.row if name != "path"))
+    further = list(dict.fromkeys(name for outcome in done for name in outcome.file.row if name != "path"))
     further = [name for name in further if name not in ("id", "warnings")]
     arrays = {kind: np.array([outcome.arrays[kind] for outcome in done], np.float32) for kind in kinds}
     columns = [f"{kind}_{place}" for kind in kinds if done for place in range(arrays[kind].shape[1])]
@@ -224,12 +226,12 @@ def write_embeddings(folder: Path, done: list[Outcome], kinds: tuple[Kind, ...],
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "id", *further, "warnings", *columns])
         for place, outcome in enumerate(done):
-            record = outcome.record
+            record = outcome.file
             numbers = [f"{value:.9g}" for kind in kinds for value in arrays[kind][place].tolist()]
             cells = [record.row.get(name, "") for name in further]
-            writer.writerow([record.path, record.identity, *cells, "; ".join(outcome.warnings), *numbers])
-    texts = {"id": [o.record.identity for o in done], "path": [str(o.record.path) for o in done]}
-    texts |= {name: [o.record.row.get(name, "") for o in done] for name in further if name not in texts | arrays}
+            writer.writerow([record.path, record.name, *cells, "; ".join(outcome.warnings), *numbers])
+    texts = {"id": [o.file.name for o in done], "path": [str(o.file.path) for o in done]}
+    texts |= {name: [o.file.row.get(name, "") for o in done] for name in further if name not in texts | arrays}
     write_npz(folder / "embeddings.npz", {**arrays, **{name: np.array(values, str) for name, values in texts.items()}})
     write_json(
         folder / "embeddings.json",
@@ -255,8 +257,8 @@ def describe_space(done: list[Outcome], kind: Kind) -> dict:
         return {}
     found: Float32[np.ndarray, "scan feature"] = np.array([outcome.arrays[kind] for outcome in done], np.float32)
     plane, near = principal_plane(found), find_neighbours(found)
-    names = [outcome.record.identity for outcome in done]
-    labels = [outcome.record.row.get("label", "") for outcome in done]
+    names = [outcome.file.name for outcome in done]
+    labels = [outcome.file.row.get("label", "") for outcome in done]
     rows = [
         {
             "id": name,
@@ -287,5 +289,5 @@ def _agreement(labels: list[str], nearest: np.ndarray) -> dict[str, float]:
     return {"nearest": float((words == words[nearest]).mean()), "any": float(((counts - 1) / (len(words) - 1)).mean())}
 
 
-def _keep(kinds: tuple[Kind, ...], record: Record, scan: Scan, arrays: Arrays) -> tuple[Arrays, tuple[str, ...]]:
+def _keep(kinds: tuple[Kind, ...], record: Record, scan: Input, arrays: Arrays) -> tuple[Arrays, tuple[str, ...]]:
     return {kind: arrays[kind] for kind in kinds}, ()

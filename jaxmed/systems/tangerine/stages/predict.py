@@ -21,25 +21,25 @@ from jaxmed.io.tables import write_table
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
 from jaxmed.models.published.load import load_published
 from jaxmed.models.published.preprocess import Preprocess
-from jaxmed.models.vit import VitConfig
+from jaxmed.models.vit import SHARDING_RULES, VitConfig
 from jaxmed.nn.model import make_model
-from jaxmed.recipes.each_file import write_failed
+from jaxmed.recipes.map_files import (
+    Arrays,
+    BatchConfig,
+    BatchModel,
+    Input,
+    Outcome,
+    clear_batches,
+    make_batch_mesh,
+    map_batches,
+    write_failed,
+)
 from jaxmed.recipes.probe import fit_probe
 from jaxmed.report.overlay import cut_slices
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
-from jaxmed.systems.tangerine.batch_job import (
-    Arrays,
-    BatchConfig,
-    Job,
-    Outcome,
-    clear_checkpoints,
-    failures_of,
-    lay_out,
-    run_job,
-)
 from jaxmed.systems.tangerine.embedding import features, with_dtype
-from jaxmed.systems.tangerine.inputs import FrameConfig, Record, Scan, find_records, read_scan
+from jaxmed.systems.tangerine.inputs import FrameConfig, Record, find_records, read_input, read_scan
 from jaxmed.systems.tangerine.predict_page import write_page
 from jaxmed.systems.tangerine.prediction import Maps, explain, require_classifier, to_grid
 from jaxmed.systems.tangerine.scores import read_targets, score_rows
@@ -179,7 +179,7 @@ def run(config: Config, folder: RunFolder) -> int:
     model, task = require_classifier(published, config.weights)
     targets = read_targets([r.row for r in records], task, config.label.columns) if config.data.manifest else None
     preprocess = config.preprocess.apply(published.preprocess)
-    mesh = lay_out(config.batch, config.mesh)
+    mesh = make_batch_mesh(config.batch, config.mesh)
     if len(records) == 1:
         read_scan(records[0].scan, preprocess)  # a single broken file is a mistake, not a failure among many
     start(folder)
@@ -190,24 +190,17 @@ def run(config: Config, folder: RunFolder) -> int:
     ready = time.monotonic()
     compute = partial(_compute, with_dtype(model, config.dtype), task, config.maps)
     finish = partial(write_maps, folder.outputs / "maps", task, preprocess)
-    outcomes = run_job(
-        Job(compute, finish, preprocess),
-        published.params,
-        records,
-        config.batch,
-        mesh,
-        folder,
-        log,
-        "Predicting",
-    )
+    job = BatchModel(partial(read_input, preprocess), compute, finish, (*preprocess.size, 1), SHARDING_RULES)
+    done, failed, warnings = map_batches(records, job, published.params, config.batch, mesh, folder, log, "Predicting")
     computed = time.monotonic()
-    done = [outcome for outcome in outcomes if not outcome.reason]
     write_predictions(folder.outputs / "predictions.csv", done, task, config.threshold)
     previews = write_previews(folder.outputs / "previews", done[: config.shown], config.maps, task, preprocess)
-    scores, further = score(outcomes, targets, task, config)
+    if targets is not None:
+        names = {outcome.file.name for outcome in done}
+        targets = targets[[record.name in names for record in records]]
+    scores, further = score(done, targets, task, config)
     for note in further:
         log.say(f"Note: {note}")
-    failed = failures_of(outcomes)
     write_failed(folder.outputs, failed)
     summary = {
         "scans": len(done),
@@ -219,13 +212,13 @@ def run(config: Config, folder: RunFolder) -> int:
         "scores": scores,
         "previews": previews,
         "notes": notes + further,
-        "warnings": [[o.record.identity, warning] for o in outcomes for warning in o.warnings],
+        "warnings": warnings,
         "device": jax.devices()[0].device_kind,
         "command": f"jaxmed tangerine predict --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
         "seconds": {"read and check": ready - began, "predict and map, compilation included": computed - ready},
     }
     write_summary(folder, summary)
-    clear_checkpoints(folder, len(failed))
+    clear_batches(folder, failed)
     write_page(folder.path)
     return 1 if failed else 0
 
@@ -283,15 +276,15 @@ def make_classifier(place: Path, manifest: Path, seed: int) -> None:
 
 
 def write_maps(
-    folder: Path, task: Task, preprocess: Preprocess, record: Record, scan: Scan, arrays: Arrays
+    folder: Path, task: Task, preprocess: Preprocess, record: Record, scan: Input, arrays: Arrays
 ) -> tuple[Arrays, tuple[str, ...]]:
     """Write the maps of one scan on its own grid, each with a sidecar; return its values and what was mapped."""
     warnings = []
     reference = record.path if record.path.name.lower().endswith(nifti.SUFFIXES) else None
     for output, patches in zip(arrays["mapped"].tolist(), arrays["maps"], strict=True):
         name = task.names[output]
-        volume = to_grid(patches, preprocess, scan.grid)
-        stem = folder / map_stem(record.identity, task, output)
+        volume = to_grid(patches, preprocess, scan.place)
+        stem = folder / map_stem(record.name, task, output)
         nifti.write(stem.with_name(stem.name + ".nii.gz"), volume, reference=reference)
         if not patches.any():
             warnings.append(f"the map of '{name}' is 0 everywhere: no patch raises it")
@@ -302,7 +295,7 @@ def write_maps(
             "value": float(arrays["values"][output]),
             "largest": float(volume.array.max()),
             "input": str(record.path),
-            "frame": "the model's own axes (slice, row, column)" if scan.grid is None else "the scan's own grid",
+            "frame": "the model's own axes (slice, row, column)" if scan.place is None else "the scan's own grid",
             "constants": {"preprocess": to_record(preprocess), "patch_grid": list(patches.shape)},
             "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
         }
@@ -317,15 +310,15 @@ def map_stem(identity: str, task: Task, output: int) -> str:
 
 def write_predictions(path: Path, done: list[Outcome], task: Task, threshold: float) -> None:
     """Write a row per scan: where it came from, a column per output, and what that predicts."""
-    further = list(dict.fromkeys(name for outcome in done for name in outcome.record.row if name != "path"))
+    further = list(dict.fromkeys(name for outcome in done for name in outcome.file.row if name != "path"))
     prefix = "value" if task.kind == "regression" else "probability"
     outputs = [f"{prefix}_{name}" for name in task.names]
     further = [name for name in further if name not in ("id", "warnings", "predicted", *outputs)]
     rows = []
     for outcome in done:
         values = outcome.arrays["values"]
-        row: dict[str, object] = {"path": outcome.record.path, "id": outcome.record.identity}
-        row |= {name: outcome.record.row.get(name, "") for name in further}
+        row: dict[str, object] = {"path": outcome.file.path, "id": outcome.file.name}
+        row |= {name: outcome.file.row.get(name, "") for name in further}
         row |= {name: f"{value:.9g}" for name, value in zip(outputs, values.tolist(), strict=True)}
         row["predicted"] = predicted(values, task, threshold)
         row["warnings"] = "; ".join(outcome.warnings)
@@ -352,10 +345,10 @@ def score(
     if targets is None:
         return [], []
     rows, notes = [], []
-    splits = [outcome.record.row.get("split", "") for outcome in outcomes]
+    splits = [outcome.file.row.get("split", "") for outcome in outcomes]
     for split in dict.fromkeys(splits):
-        chosen = [n for n, outcome in enumerate(outcomes) if splits[n] == split and not outcome.reason]
-        subjects = np.array([outcomes[n].record.row.get("subject") or outcomes[n].record.identity for n in chosen])
+        chosen = [n for n, outcome in enumerate(outcomes) if splits[n] == split]
+        subjects = np.array([outcomes[n].file.row.get("subject") or outcomes[n].file.name for n in chosen])
         name = f"split {split}" if split else "all scans"
         try:
             values = np.array([outcomes[n].arrays["values"] for n in chosen], np.float64).reshape(-1, len(task.names))
@@ -378,18 +371,18 @@ def write_previews(
     previews = []
     for outcome in done:
         task_output = int(outcome.arrays["mapped"][0])
-        stem = map_stem(outcome.record.identity, task, task_output)
+        stem = map_stem(outcome.file.name, task, task_output)
         overlay, scan = (
             nifti.read(folder.parent / "maps" / f"{stem}.nii.gz"),
-            read_hounsfield(outcome.record.scan, preprocess),
+            read_hounsfield(outcome.file.scan, preprocess),
         )
-        if kind_of(outcome.record.path) == "array":  # slice, row, column: turned to lie as one reads
+        if kind_of(outcome.file.path) == "array":  # slice, row, column: turned to lie as one reads
             overlay = Volume.make(np.ascontiguousarray(overlay.array.transpose(2, 1, 0)), np.eye(4))
         slices = cut_slices(scan, overlay)
-        name = f"{outcome.record.identity}.npz"
+        name = f"{outcome.file.name}.npz"
         write_npz(folder / name, slices._asdict(), is_compressed=True)
         previews.append(
-            {"file": name, "id": outcome.record.identity, "output": task_output,
+            {"file": name, "id": outcome.file.name, "output": task_output,
              "values": [float(value) for value in outcome.arrays["values"]]}
         )  # fmt: skip
     return previews

@@ -9,7 +9,7 @@ from jaxmed.config import read_record
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io.tables import read_table
-from jaxmed.recipes.each_file import each_file, write_failed
+from jaxmed.recipes.map_files import map_files, write_failed
 from jaxmed.train.log import Log
 
 pytestmark = pytest.mark.core
@@ -38,7 +38,7 @@ def go(tmp_path):
     def go(*names):
         scans = [Scan(name, Path(f"{name}.nii")) for name in names]
         log = Log(tmp_path, quiet=True)
-        return each_file(
+        return map_files(
             scans, work, tmp_path / "outputs", log, "Working", "scans", lambda row: {"value": row["value"]}
         )
 
@@ -47,7 +47,7 @@ def go(tmp_path):
 
 def test_what_fails_does_not_stop_the_others(go):
     go, calls, place = go
-    rows, failed = go("a", "broken", "large", "b")
+    rows, failed, _ = go("a", "broken", "large", "b")
     assert calls == ["a", "broken", "large", "b"]
     assert rows == [{"name": "a", "value": 0, "path": "a.nii"}, {"name": "b", "value": 3, "path": "b.nii"}]
     assert rows == [read_record(place / "outputs" / f"{name}.json") for name in "ab"]
