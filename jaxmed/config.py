@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from jaxmed.errors import InputError, nearest
-from jaxmed.files import expand_home, require_file
+from jaxmed.files import expand_home, read_record  # noqa: F401  until its readers name `files`
 
 Config = TypeVar("Config")
 Class = TypeVar("Class", bound=type)
@@ -151,23 +151,6 @@ def from_record(kind: type[Config], record: object, where: str) -> Config:
     return _parse(kind, record, where, "")
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object, saying what is wrong with a file that is none."""
-    path = require_file(path, "a JSON file", kinds=("json",))
-    try:
-        record = json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique
-        )
-    except RecursionError as error:
-        raise InputError(path, "a JSON object", "lists or objects nested too deeply") from error
-    except ValueError as error:  # not UTF-8, not JSON, or a number that none of Python's holds
-        reason = str(error).splitlines()[0].split("; use sys.")[0]
-        raise InputError(path, "a JSON object", f"text that is not JSON ({_short(reason, 200)})") from error
-    if not isinstance(record, dict):
-        raise InputError(path, "a JSON object", f"a {type(record).__name__}")
-    return record
-
-
 def resolve_paths(config: Config) -> Config:
     """Make every path absolute, so that a stored configuration runs from any folder."""
 
@@ -262,25 +245,6 @@ def _parse_dataclass(kind, value, where, field, wrong):
         raise InputError(f"{where}, {place}", error.expected, error.found, error.advice) from error
     except ValueError as error:
         raise InputError(f"{where}, {field}" if field else where, "valid values", str(error)) from error
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number")
-
-
-def _finite(word: str) -> float:
-    value = float(word)
-    if math.isinf(value):
-        raise ValueError(f"{word[:SHOWN]} is too large")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} twice")
-    return record
 
 
 def _shown(value: float) -> str:

@@ -56,6 +56,13 @@ class Interrupted(KeyboardInterrupt):
         return f"stopped by {name} after {self.position}, which is saved; the same command continues there"
 
 
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Return names in a line, each cut at 120 characters, and their number beyond some."""
+    names = [name if len(name) <= 120 else f"{name[:120]}..." for name in names]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return advice naming the known word most like an unknown one, or what is known."""
     known = list(known)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -320,6 +322,43 @@ def write_json(path: str | Path, record: object) -> None:
         advice = "the run has diverged: try a lower rate, or look for extreme values in its input"
         raise InputError(path, "finite numbers", "NaN or Inf", advice) from error
     write_text(path, text + "\n")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object, saying what is wrong with a file that is none."""
+    path = require_file(path, "a JSON file", kinds=("json",))
+    try:
+        record = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique
+        )
+    except RecursionError as error:
+        raise InputError(path, "a JSON object", "lists or objects nested too deeply") from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number that none of Python's holds
+        reason = str(error).splitlines()[0].split("; use sys.")[0]
+        reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
+        raise InputError(path, "a JSON object", f"text that is not JSON ({reason})") from error
+    if not isinstance(record, dict):
+        raise InputError(path, "a JSON object", f"a {type(record).__name__}")
+    return record
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if math.isinf(value):
+        raise ValueError(f"{word[:80]} is too large")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} twice")
+    return record
 
 
 def _plain(value: object) -> object:

@@ -25,7 +25,6 @@ from jaxmed.files import make_folder
 if TYPE_CHECKING:  # jax is imported on use: help and mistakes answer at once
     from jaxmed.models.heads import Task
     from jaxmed.models.published.load import Published
-    from jaxmed.models.unet_guided import GuidedUnetConfig
 
 OWN_FILES = ("parameters.safetensors", "record.json")
 
@@ -148,9 +147,9 @@ def list_families() -> None:
     """List the families of published weights: where each file is had, its licence, the keys that are expected."""
     from jaxmed.models.published.load import FAMILIES
 
-    for module in FAMILIES:
-        print(f"{module.NAME}: {module.TITLE}")
-        for name, text in (("where", module.WHERE), ("licence", module.LICENCE), ("keys", module.KEYS)):
+    for family in FAMILIES.values():
+        print(f"{family.name}: {family.title}")
+        for name, text in (("where", family.where), ("licence", family.licence), ("keys", family.keys)):
             print(_field(name, text))
     print("\nNothing is downloaded: get the file there, then  jaxmed weights show FILE")
 
@@ -162,6 +161,8 @@ def describe(published: "Published", path: Path) -> str:
     """Return what `jaxmed weights show` prints."""
     import jax
 
+    from jaxmed.models.published.load import FAMILIES
+
     report, params = published.report, published.params
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in params.items()}
     tables = sum(tree["position"].size for tree in params.values() if "position" in tree)
@@ -169,8 +170,7 @@ def describe(published: "Published", path: Path) -> str:
     constant = f", of them {tables:,} in constant position tables" if tables else ""
     fields = [
         ("family", report.family),
-        ("kind", _kind(published)),
-        *_size_fields(published),
+        *FAMILIES[report.family].describe(published.config, params, published.task),
         ("parameters", f"{sum(counts.values()):,} ({parts}){constant}"),
         ("preprocess", _preprocessing(published)),
         ("licence", report.licence),
@@ -180,55 +180,6 @@ def describe(published: "Published", path: Path) -> str:
         *(("note", note) for note in report.notes),
     ]
     return "\n".join([str(path), *(_field(name, text) for name, text in fields)])
-
-
-def _size_fields(published: "Published") -> list[tuple[str, str]]:
-    from jaxmed.models.heads import ClassifierConfig
-    from jaxmed.models.unet_guided import GuidedUnetConfig
-
-    config = published.config
-    if isinstance(config, GuidedUnetConfig):
-        return _unet_fields(config)
-    encoder = config.encoder
-    fields = [
-        ("input", f"{_times(encoder.image_size)} voxels, {encoder.channels} channel, in patches of "
-                  f"{_times(encoder.patch_size)}: {encoder.num_tokens:,} tokens"),
-        ("encoder", f"width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, hidden {encoder.hidden}"),
-    ]  # fmt: skip
-    if isinstance(config, ClassifierConfig):
-        head = config.head
-        inner = "".join(f", hidden layer of {width} with BatchNorm" for width in head.hidden_widths)
-        fields.append(("head", f"{head.outputs} outputs on '{head.pool}' features{inner}"))
-        told = "not told: give --task and --names when importing"
-        task = told if published.task is None else f"{published.task.kind}: {', '.join(published.task.names)}"
-        fields.append(("task", task))
-    elif "decoder" in published.params:
-        fields.append(("decoder", f"width {config.decoder_width}, depth {config.decoder_depth}, "
-                                  f"heads {config.decoder_heads}, hidden {config.decoder_hidden}"))  # fmt: skip
-    return fields
-
-
-def _unet_fields(config: "GuidedUnetConfig") -> list[tuple[str, str]]:
-    heads = f"of {config.head_channels} channels" if config.head_channels else f"{config.heads}"
-    updown = "inside residual blocks" if config.resblock_updown else "by convolutions"
-    variance = ", and as many for the variance" if config.learn_sigma else ""
-    return [
-        ("input", f"{config.dimensions}D, {config.channels} channel(s), multiples of {config.divisor} voxels"
-                  + (" along the last two axes" if config.keeps_depth else "")),
-        ("outputs", f"{config.outputs} channel(s){variance}"),
-        ("levels", f"{_times(config.widths)} channels, {config.blocks} blocks each, resampled {updown}"),
-        ("attention", f"at factors {', '.join(map(str, config.attention_factors)) or '(none)'} and in the middle; "
-                      f"heads {heads}"),
-    ]  # fmt: skip
-
-
-def _kind(published: "Published") -> str:
-    if published.report.kind != "mae":
-        text = {"denoiser": "denoiser: a U-Net of image and time", "enhancer": "enhancer: a U-Net of an image"}
-        return text.get(published.report.kind, published.report.kind)
-    if "decoder" in published.params:
-        return "mae: masked autoencoder, encoder and decoder"
-    return "mae: its encoder alone, for embed and adapt; pretrain needs the decoder too"
 
 
 def _preprocessing(published: "Published") -> str:

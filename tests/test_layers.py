@@ -22,7 +22,7 @@ ROWS = [
 ROW = {name: index for index, row in enumerate(ROWS) for name in row}
 HOMES = {
     "flax": {"nn", "models"},
-    "orbax": {"train/checkpoint.py", "models/published/sources.py"},
+    "orbax": {"train/checkpoint.py", "io/weights_files.py"},
     "grain": {"data"},
     "diffrax": {"solvers/ode.py"},
     "jraph": {"arrays/graphs.py", "models/graph_diffusion.py"},

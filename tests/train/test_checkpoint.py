@@ -17,7 +17,7 @@ import toy
 
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.errors import InputError
-from jaxmed.models.parameters import load_parameters
+from jaxmed.io.weights_files import load_parameters
 from jaxmed.train.checkpoint import Checkpoints, export_parameters
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer

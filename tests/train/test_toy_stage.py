@@ -7,7 +7,7 @@ import pytest
 from toy_stage import Config, run
 
 from jaxmed.io.tables import read_table
-from jaxmed.models.parameters import load_parameters
+from jaxmed.io.weights_files import load_parameters
 from jaxmed.recipes.study import Outcome, make_cells, run_study
 from jaxmed.train.run_folder import RunOptions, open_run
 

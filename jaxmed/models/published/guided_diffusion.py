@@ -9,28 +9,19 @@ axis of space whole, as the class does: only the last two are halved.
 Source: arXiv:2105.05233, arXiv:2209.14687, arXiv:2503.01075, and their official codes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from jaxmed.errors import InputError
+from jaxmed.models.heads import Task
+from jaxmed.models.published.family import Facts, Family, Hints, Kind
 from jaxmed.models.published.image_preprocess import ImagePreprocess
 from jaxmed.models.published.names import Entry, count_parts, layer_norm, linear, reshaped, shape_of, told
-from jaxmed.models.unet_guided import GuidedUnetConfig
+from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
+from jaxmed.nn.model import Model, make_model
 
 NAME = "guided_diffusion"
-TITLE = "U-Nets of guided diffusion: ADM (arXiv:2105.05233), DPS (arXiv:2209.14687), DynamicDPS (arXiv:2503.01075)"
-LICENCE = "MIT (guided-diffusion); priors trained by others on other images: their terms hold"
-WHERE = (
-    "256x256_diffusion_uncond.pt and lsun_*.pt by the links in the README of openai/guided-diffusion; ffhq_10m.pt and "
-    "imagenet256.pt by those of DPS2022/diffusion-posterior-sampling; DynamicDPS: ask its authors, "
-    "edshkim98/DynamicDPS"
-)
-KEYS = (
-    "time_embed.{0,2}.*, input_blocks.N.M.{in_layers,emb_layers,out_layers,skip_connection,norm,qkv,proj_out,op}.*, "
-    "middle_block.M.*, output_blocks.N.M.*, out.{0,2}.*; no label_emb.weight, which networks of classes have"
-)
-COUNTERS: tuple[str, ...] = ()
 COARSEST = 8  # voxels of the last level of every released network
 # Channels of the input, width, blocks and levels of the released networks, to their heads and channels of a head: the
 # prior of DynamicDPS; ADM (256 pixels without classes, LSUN, ImageNet); FFHQ.
@@ -47,28 +38,20 @@ def recognises(tensors: Mapping[str, Any]) -> bool:
     return "input_blocks.0.0.weight" in tensors and any(name.startswith("middle_block.1.qkv.") for name in tensors)
 
 
-def infer(
-    where: str,
-    tensors: Mapping[str, Any],
-    heads: int | None = None,
-    decoder_heads: int | None = None,
-    settings: Mapping[str, Any] = MappingProxyType({}),
-) -> GuidedUnetConfig:
+def infer(where: str, tensors: Mapping[str, Any], hints: Hints = Hints()) -> GuidedUnetConfig:
     """Return the sizes of a network from the shapes of its tensors.
 
     Args:
         where: The file, for messages.
         tensors: By their original names.
-        heads: Attention heads, where the network is not a released one.
-        decoder_heads: Not of this family.
-        settings: The arguments of the training code, where the file holds them.
+        hints: Attention heads, where the network is not a released one; the arguments of the training code.
 
     Raises:
         InputError: Tensors that tell sizes are missing or contradict each other, heads are unknown, or the network
             wants classes.
     """
-    if decoder_heads is not None:
-        raise InputError("decoder-heads", "none for this family", decoder_heads, "leave --decoder-heads out")
+    if hints.decoder_heads is not None:
+        raise InputError("decoder-heads", "none for this family", hints.decoder_heads, "leave --decoder-heads out")
     if "label_emb.weight" in tensors:
         raise InputError(where, "a network without classes", "'label_emb.weight'", "take an unconditional one")
     stem, head = (_shape(where, tensors, name) for name in ("input_blocks.0.0.weight", "out.2.weight"))
@@ -87,7 +70,7 @@ def infer(
     embed = f"output_blocks.{starts[0]}.0.emb_layers.1.weight"
     learns = head[0] == 2 * stem[1]
     multipliers = tuple(found // width for found in widths)
-    num_heads, head_channels = _heads(where, (stem[1], width, per_level - 1, multipliers), heads, settings)
+    num_heads, head_channels = _heads(where, (stem[1], width, per_level - 1, multipliers), hints.heads, hints.settings)
     try:
         return GuidedUnetConfig(
             dimensions=3 if len(stem) == 5 else 2,
@@ -155,6 +138,41 @@ def notes(config: GuidedUnetConfig, settings: Mapping[str, Any] = MappingProxyTy
     if config.channels == 1:
         found.append("its range is taken to be [0, 2], as in DynamicDPS")
     return tuple(found)
+
+
+def facts(config: GuidedUnetConfig) -> Facts:
+    """Return what others ask of a network."""
+    return Facts("denoiser" if config.with_time else "enhancer", config.heads)
+
+
+def make_unet(config: GuidedUnetConfig, parts: Collection[str]) -> Model:
+    """Return the network, which is always whole."""
+    return make_model(GuidedUnet(config))
+
+
+def describe(config: GuidedUnetConfig, parts: Collection[str], task: Task | None) -> list[tuple[str, str]]:
+    """Return the lines of `jaxmed weights show` on kind and sizes."""
+    heads = f"of {config.head_channels} channels" if config.head_channels else f"{config.heads}"
+    updown = "inside residual blocks" if config.resblock_updown else "by convolutions"
+    variance = ", and as many for the variance" if config.learn_sigma else ""
+    widths = " x ".join(map(str, config.widths))
+    return [
+        ("kind", "denoiser: a U-Net of image and time" if config.with_time else "enhancer: a U-Net of an image"),
+        ("input", f"{config.dimensions}D, {config.channels} channel(s), multiples of {config.divisor} voxels"
+                  + (" along the last two axes" if config.keeps_depth else "")),
+        ("outputs", f"{config.outputs} channel(s){variance}"),
+        ("levels", f"{widths} channels, {config.blocks} blocks each, resampled {updown}"),
+        ("attention", f"at factors {', '.join(map(str, config.attention_factors)) or '(none)'} and in the middle; "
+                      f"heads {heads}"),
+    ]  # fmt: skip
+
+
+def own_record(where: str, run: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a run says about a network that it trained."""
+    if "stem/kernel" not in tensors:
+        return None
+    kind = "denoiser" if "time/fc1/kernel" in tensors else "enhancer"
+    return {"kind": kind, "config": (run.get("config") or {}).get("model")}
 
 
 def _encoder(config: GuidedUnetConfig) -> list[Entry]:
@@ -277,3 +295,29 @@ def _has_conv(tensors: Mapping[str, Any], number: int) -> bool:
 
 def _shape(where: str, tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return shape_of(where, NAME, tensors, name)
+
+
+FAMILY = Family(
+    name=NAME,
+    title="U-Nets of guided diffusion: ADM (arXiv:2105.05233), DPS (arXiv:2209.14687), DynamicDPS (arXiv:2503.01075)",
+    licence="MIT (guided-diffusion); priors trained by others on other images: their terms hold",
+    where=(
+        "256x256_diffusion_uncond.pt and lsun_*.pt by the links in the README of openai/guided-diffusion; ffhq_10m.pt "
+        "and imagenet256.pt by those of DPS2022/diffusion-posterior-sampling; DynamicDPS: ask its authors, "
+        "edshkim98/DynamicDPS"
+    ),
+    keys=(
+        "time_embed.{0,2}.*, input_blocks.N.M.{in_layers,emb_layers,out_layers,skip_connection,norm,qkv,proj_out,op}"
+        ".*, middle_block.M.*, output_blocks.N.M.*, out.{0,2}.*; no label_emb.weight, which networks of classes have"
+    ),
+    kinds={"denoiser": Kind(GuidedUnetConfig, "a U-Net"), "enhancer": Kind(GuidedUnetConfig, "a U-Net")},
+    recognises=recognises,
+    infer=infer,
+    facts=facts,
+    entries=entries,
+    make_model=make_unet,
+    preprocess=preprocess,
+    notes=notes,
+    describe=describe,
+    own_record=own_record,
+)

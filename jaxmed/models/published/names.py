@@ -7,7 +7,7 @@ way back is exact.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,13 +15,10 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from jaxmed.arrays.types import Params
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, listed
+from jaxmed.io.weights_files import nest
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.transformer import BlockConfig
-
-# Parts of a model that a file may lack as a whole.
-OPTIONAL = ("decoder",)
-LONGEST_NAME = 120  # characters shown of a tensor's name
 
 
 class Entry(NamedTuple):
@@ -132,23 +129,29 @@ def to_tensor(entry: Entry, parameter: Any) -> Float32[np.ndarray, "..."]:
     return np.ascontiguousarray(np.transpose(moved, np.argsort(entry.axes)))
 
 
-def collect(where: str, entries: Sequence[Entry], tensors: Mapping[str, Any]) -> Collected:
+def collect(
+    where: str, entries: Sequence[Entry], tensors: Mapping[str, Any], optional: Collection[str] = ()
+) -> Collected:
     """Make parameters of the tensors of a file.
 
-    A part of `OPTIONAL` that is not wholly there is left out, and told.
+    Args:
+        where: The file, for messages.
+        entries: All that the model has.
+        tensors: By name.
+        optional: Parts of the model that are left out, and told, where they are not wholly there.
 
     Raises:
         InputError: A tensor that is needed is missing, has another shape, is not of real numbers or not finite.
     """
     missing = [entry for entry in entries if entry.name not in tensors]
-    needed = [entry.name for entry in missing if entry.part not in OPTIONAL]
+    needed = [entry.name for entry in missing if entry.part not in optional]
     if needed:
-        parts = sorted({entry.part for entry in missing if entry.part not in OPTIONAL})
+        parts = sorted({entry.part for entry in missing if entry.part not in optional})
         total = sum(entry.part in parts for entry in entries)
         expected = f"all {total} tensors of the {' and the '.join(parts)}"
         raise InputError(where, expected, f"no {listed(needed)}", "give the whole file, as it was published")
     absent = {entry.part for entry in missing}
-    params: Params = {}
+    leaves: dict[str, Any] = {}
     used, wide = [], []
     for entry in entries:
         if entry.part in absent:
@@ -160,23 +163,24 @@ def collect(where: str, entries: Sequence[Entry], tensors: Mapping[str, Any]) ->
         _check(where, entry, tensor)
         if tensor.dtype.itemsize > 4:
             wide.append(entry.name)
-        put(params, entry.path, to_parameter(entry, tensor))
+        leaves[entry.path] = to_parameter(entry, tensor)
         used.append(entry.name)
     known = set(used)
     notes = (f"{len(wide)} tensors of float64 were rounded to float32",) if wide else ()
     left_over = tuple(name for name in tensors if name not in known)
-    return Collected(params, tuple(used), left_over, tuple(entry.name for entry in missing), notes)
+    return Collected(nest(leaves), tuple(used), left_over, tuple(entry.name for entry in missing), notes)
 
 
-def cube_root(where: str, name: str, count: int) -> int:
-    """Return the edge of a cube of patches, or of voxels in a patch.
+def edge_of(where: str, name: str, count: int, axes: int = 3) -> int:
+    """Return the edge of a square or cube of patches, or of voxels in a patch.
 
     Raises:
         InputError: When there is none.
     """
-    edge = round(max(count, 0) ** (1 / 3))
-    if edge < 1 or edge**3 != count:
-        raise InputError(where, f"a cube number in '{name}', n x n x n", count, "only cubes were published")
+    edge, shape = round(max(count, 0) ** (1 / axes)), "cube" if axes == 3 else "square"
+    if edge < 1 or edge**axes != count:
+        expected = f"a {shape} number in '{name}', {' x '.join('n' * axes)}"
+        raise InputError(where, expected, count, f"only {shape}s were published")
     return edge
 
 
@@ -222,21 +226,6 @@ def told(where: str, option: str, given: int | None, settings: Mapping[str, Any]
     if said and given not in (None, said[0]):
         raise InputError(option, f"{said[0]}, as the arguments in {where} say", given, f"leave --{option} out")
     return said[0] if said else given
-
-
-def put(tree: Params, path: str, leaf: Any) -> None:
-    """Set a leaf of a nested dict, making the dicts above it."""
-    *parents, last = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = leaf
-
-
-def listed(names: Iterable[str], most: int = 8) -> str:
-    """Return names in a line, cut after some."""
-    names = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names]
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def _check(where: str, entry: Entry, tensor: Shaped[np.ndarray, "..."]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxmed.arrays.types import Params
-from jaxmed.errors import InputError
-from jaxmed.models.published.names import Entry, collect, listed
-from jaxmed.models.published.sources import read_source
+from jaxmed.errors import InputError, listed
+from jaxmed.io.weights_files import read_source
+from jaxmed.models.published.names import Entry, collect
 
 
 class WarmStart(NamedTuple):

@@ -61,7 +61,7 @@ def write_network(folder: Path, params: Params, config: GuidedUnetConfig, frame:
     """
     high = frame.high or ImagePreprocess().high
     record = {
-        "family": guided_diffusion.NAME,
+        "family": guided_diffusion.FAMILY.name,
         "kind": "denoiser" if config.with_time else "enhancer",
         "config": to_record(config),
         "preprocess": to_record(ImagePreprocess(frame.size, config.channels, high=high, top=TOP)),

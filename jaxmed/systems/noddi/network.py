@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Float32, Float64
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
 from jaxmed.errors import InputError
+from jaxmed.io.weights_files import load_parameters
 from jaxmed.models.mlp import Mlp, MlpConfig, layers, to_unit
-from jaxmed.models.parameters import load_parameters
 from jaxmed.nn.model import make_model
 from jaxmed.physics.microstructure import MicrostructureModel, Parameter, ball_and_stick_model, noddi_model
 from jaxmed.physics.noddi import Tissue, order_for

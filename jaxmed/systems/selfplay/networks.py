@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxmed.config import from_record, to_record
 from jaxmed.errors import InputError
-from jaxmed.models.parameters import load_parameters
+from jaxmed.io.weights_files import load_parameters
 from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.system_one import SystemOne, SystemOneConfig
 from jaxmed.train.checkpoint import export_parameters

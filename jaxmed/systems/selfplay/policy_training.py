@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.config import Size, checked, from_record, to_record
 from jaxmed.errors import InputError
-from jaxmed.models.parameters import load_parameters
+from jaxmed.io.weights_files import load_parameters
 from jaxmed.rl import tournament
 from jaxmed.rl.opponents import elo, exploitability
 from jaxmed.rl.selfplay import Problem, make_problem

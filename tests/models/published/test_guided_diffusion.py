@@ -13,6 +13,7 @@ from jaxmed.arrays.trees import named_leaves
 from jaxmed.errors import InputError
 from jaxmed.io import safetensors
 from jaxmed.models.published import guided_diffusion
+from jaxmed.models.published.family import Hints
 from jaxmed.models.published.image_preprocess import ImagePreprocess
 from jaxmed.models.published.load import export_published, load_published
 from jaxmed.models.published.names import to_parameter, to_tensor
@@ -137,7 +138,7 @@ def test_entries_are_all_parameters_and_sizes_are_inferred_from_shapes(config):
     tensors = {entry.name: np.broadcast_to(np.float32(0), entry.shape) for entry in entries}
     assert guided_diffusion.recognises(tensors)
     is_released = config in (DYNAMICDPS_PRIOR, ADM_256)
-    assert guided_diffusion.infer("file", tensors, None if is_released else config.heads) == config
+    assert guided_diffusion.infer("file", tensors, Hints(None if is_released else config.heads)) == config
 
 
 @pytest.mark.core
@@ -270,10 +271,10 @@ def test_the_arguments_in_a_file_tell_heads_or_refuse_what_is_not_built(settings
     given = 4 if isinstance(found, str) else None
     if isinstance(found, str):
         with pytest.raises(InputError) as caught:
-            guided_diffusion.infer("file", tensors, given, settings=settings)
+            guided_diffusion.infer("file", tensors, Hints(given, settings=settings))
         assert found in str(caught.value)
     else:
-        config = guided_diffusion.infer("file", tensors, given, settings=settings)
+        config = guided_diffusion.infer("file", tensors, Hints(given, settings=settings))
         assert (config.heads, config.head_channels) == found
         if "use_new_attention_order" in settings:
             assert not any("laid out" in note for note in guided_diffusion.notes(config, settings))
@@ -285,10 +286,10 @@ def test_a_part_of_an_endless_number_is_refused_at_once():
         tensors = {entry.name: np.zeros(entry.shape, np.float32) for entry in guided_diffusion.entries(TINY)}
         tensors[f"{stem}.99999999.0.in_layers.0.weight"] = np.zeros(32, np.float32)
         if stem == "input_blocks":  # has no place in the network
-            assert guided_diffusion.infer("file", tensors, 4) == TINY
+            assert guided_diffusion.infer("file", tensors, Hints(4)) == TINY
         else:
             with pytest.raises(InputError, match="numbered without gaps, found 'output_blocks.99999999'"):
-                guided_diffusion.infer("file", tensors, 4)
+                guided_diffusion.infer("file", tensors, Hints(4))
 
 
 @pytest.mark.core

@@ -59,7 +59,7 @@ def draw(config):
     """Return parameters of a model, each its own random numbers; nothing is compiled."""
     rng = np.random.default_rng(0)
     params: dict = {}
-    for entry in tangerine.entries(config):
+    for entry in tangerine.FAMILY.entries(config):
         *parents, last = entry.path.split("/")
         place = params
         for parent in parents:
@@ -140,7 +140,7 @@ def test_counters_and_licence_stay_through_an_own_folder(tmp_path):
     assert {name: int(count) for name, count in first.extras.items()} == {"head.2.num_batches_tracked": 1234}
     export_parameters(tmp_path / "own", first.params, published_record(first))
     second = load_published(tmp_path / "own")
-    assert second.report.licence == first.report.licence == tangerine.LICENCE
+    assert second.report.licence == first.report.licence == tangerine.FAMILY.licence
     assert second.task == TASK and second.preprocess == first.preprocess == Preprocess((8, 8, 8))
     export_published(second, tmp_path / "again.safetensors")
     original = safetensors.read(REFERENCES / "tangerine_mlp.safetensors")
@@ -239,7 +239,7 @@ def test_a_truncated_safetensors_file_and_other_suffixes(tmp_path):
 
 def test_weights_of_another_model_or_family_are_named(tmp_path):
     config = MaeConfig(VitConfig((8, 8), (4, 4), 3, 24, 1, 2, 48), 20, 1, 2, 40)
-    flat = {entry.name: np.zeros(entry.shape, np.float32) for entry in tangerine.entries(config)}
+    flat = {entry.name: np.zeros(entry.shape, np.float32) for entry in tangerine.FAMILY.entries(config)}
     safetensors.write(tmp_path / "flat.safetensors", flat)
     found = line(load_published, tmp_path / "flat.safetensors")
     assert "a known family (tangerine, guided_diffusion), found tensors such as" in found
@@ -400,7 +400,7 @@ def test_the_state_dict_is_found_wherever_training_codes_keep_it(tmp_path, name)
     state = reference()
     published = load_published(save(tmp_path / "a.pth", NESTINGS[name](state)), heads=2, decoder_heads=4)
     assert published.report.missing == ()
-    for entry in tangerine.entries(published.config):
+    for entry in tangerine.FAMILY.entries(published.config):
         leaf = named_leaves(published.params)[entry.path]
         np.testing.assert_array_equal(to_tensor(entry, leaf), state[entry.name], err_msg=entry.name)
     others = {
@@ -589,7 +589,7 @@ def test_checkpoints_written_by_pytorch(tmp_path, wrapper, is_zip):
     torch.save(around | {wrapper: state} if wrapper else state, path, _use_new_zipfile_serialization=is_zip)
     published = load_published(path, heads=2, decoder_heads=4)
     assert published.report.left_over == published.report.missing == ()
-    for entry in tangerine.entries(published.config):
+    for entry in tangerine.FAMILY.entries(published.config):
         leaf = named_leaves(published.params)[entry.path]
         np.testing.assert_array_equal(to_tensor(entry, leaf), state[f"module.{entry.name}"].numpy())
 

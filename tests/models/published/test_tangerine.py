@@ -16,6 +16,7 @@ from jaxmed.io import pickles, safetensors
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
 from jaxmed.models.mae import TANGERINE_BASE, TANGERINE_LARGE, Mae, MaeConfig
 from jaxmed.models.published import tangerine
+from jaxmed.models.published.family import Hints
 from jaxmed.models.published.load import export_published, load_published
 from jaxmed.models.published.names import to_parameter, to_tensor
 from jaxmed.models.vit import VIT_L16_2D, VIT_L16_3D, VitConfig
@@ -122,7 +123,7 @@ def shapes(module, config):
     ],
 )
 def test_entries_are_all_parameters_of_the_model_with_their_shapes(module, config):
-    entries = tangerine.entries(config)
+    entries = tangerine.FAMILY.entries(config)
     assert {entry.path: entry.target for entry in entries} == shapes(module, config)
     assert len({entry.name for entry in entries}) == len(entries)
 
@@ -135,11 +136,11 @@ def test_full_size_has_the_published_number_of_parameters():
     encoder = sum(count for name, count in counts.items() if name.startswith("encoder/"))
     assert encoder - counts["encoder/position"] == 306_507_776
     assert sum(counts.values()) - encoder == 29_944_320
-    assert {entry.path: entry.target for entry in tangerine.entries(TANGERINE_LARGE)} == found
+    assert {entry.path: entry.target for entry in tangerine.FAMILY.entries(TANGERINE_LARGE)} == found
 
 
 def test_full_size_names_and_shapes_are_the_published_ones():
-    tensors = {entry.name: entry.shape for entry in tangerine.entries(TANGERINE_LARGE)}
+    tensors = {entry.name: entry.shape for entry in tangerine.FAMILY.entries(TANGERINE_LARGE)}
     expected = {
         "cls_token": (1, 1, 1024),
         "pos_embed": (1, 4097, 1024),
@@ -164,7 +165,7 @@ def test_full_size_names_and_shapes_are_the_published_ones():
     assert expected.items() <= tensors.items()
     assert len(tensors) == 4 + 24 * 12 + 2 + 2 + 2 + 8 * 12 + 2 + 2
     head = ClassifierConfig(dataclasses.replace(VIT_L16_3D, final_norm=False), HeadConfig(3))
-    tensors = {entry.name: entry.shape for entry in tangerine.entries(head)}
+    tensors = {entry.name: entry.shape for entry in tangerine.FAMILY.entries(head)}
     assert {"fc_norm.weight": (2048,), "head.weight": (3, 2048), "head.bias": (3,)}.items() <= tensors.items()
     assert "norm.weight" not in tensors
 
@@ -192,9 +193,9 @@ class Shaped:
     ],
 )
 def test_published_sizes_are_inferred_from_shapes(config):
-    tensors = {entry.name: Shaped(entry.shape) for entry in tangerine.entries(config)}
-    assert tangerine.recognises(tensors)
-    assert tangerine.infer("file", tensors) == config
+    tensors = {entry.name: Shaped(entry.shape) for entry in tangerine.FAMILY.entries(config)}
+    assert tangerine.FAMILY.recognises(tensors)
+    assert tangerine.FAMILY.infer("file", tensors, Hints()) == config
     assert tangerine.notes(config) == ()
 
 
@@ -204,14 +205,14 @@ def test_an_unpublished_depth_is_told():
 
 
 def test_weights_of_flat_patches_are_not_recognised():
-    tensors = {entry.name: Shaped(entry.shape) for entry in tangerine.entries(MaeConfig(VIT_L16_2D))}
-    assert not tangerine.recognises(tensors)
+    tensors = {entry.name: Shaped(entry.shape) for entry in tangerine.FAMILY.entries(MaeConfig(VIT_L16_2D))}
+    assert not tangerine.FAMILY.recognises(tensors)
 
 
 def test_layouts_by_hand():
     """A convolution is a product over (d, h, w, channel); rows of qkv are queries, keys, values, heads contiguous."""
     config = MaeConfig(VitConfig((8, 8, 8), (4, 4, 4), 2, 24, 1, 3, 48), 18, 1, 2, 36)
-    entries = {entry.name: entry for entry in tangerine.entries(config)}
+    entries = {entry.name: entry for entry in tangerine.FAMILY.entries(config)}
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((24, 2, 4, 4, 4)).astype(np.float32)
     moved = to_parameter(entries["patch_embed.proj.weight"], kernel)
@@ -310,7 +311,7 @@ def test_a_file_without_its_whole_decoder_is_an_encoder(tmp_path, lost):
 def test_full_size_round_trip_is_exact(tmp_path):
     """The published ViT-L with its decoder, 1.3 GB, without any hint."""
     values = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
-    entries = tangerine.entries(TANGERINE_LARGE)
+    entries = tangerine.FAMILY.entries(TANGERINE_LARGE)
     safetensors.write(tmp_path / "a.safetensors", {entry.name: np.resize(values, entry.shape) for entry in entries})
     published = load_published(tmp_path / "a.safetensors")
     assert published.config == TANGERINE_LARGE and published.report.notes == ()

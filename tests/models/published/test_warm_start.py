@@ -10,7 +10,7 @@ from jaxmed.arrays.trees import named_leaves
 from jaxmed.errors import InputError
 from jaxmed.io import safetensors
 from jaxmed.models.mae import Mae, MaeConfig
-from jaxmed.models.published.tangerine import entries
+from jaxmed.models.published.timm_vit import entries
 from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model

@@ -34,7 +34,7 @@ from jaxmed.models.published.load import (
     resize_positions,
 )
 from jaxmed.models.published.preprocess import Preprocess
-from jaxmed.models.published.tangerine import entries
+from jaxmed.models.published.timm_vit import entries
 from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model

@@ -1,11 +1,13 @@
-"""Where tensors lie: published files, folders of own runs, and the Orbax checkpoints of runs.
+"""Files of weights: published ones, folders of own runs, and the Orbax checkpoints of runs.
 
-Each becomes names and arrays, and what the place says about them. In published files the names are those of the
-original code; in own files they are the paths of parameters.
+Each becomes names and arrays, and what the place says about them; whose weights they are is not known here. In
+published files the names are those of the original code; in own files they are the paths of parameters.
 """
 
+import functools
 import json
 import logging
+import operator
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -16,18 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Shaped
 
-from jaxmed.arrays.trees import named_leaves
-from jaxmed.config import read_record, to_record
-from jaxmed.errors import InputError
-from jaxmed.files import require_file
+from jaxmed.errors import InputError, listed
+from jaxmed.files import read_record, require_file
 from jaxmed.io import pickles, safetensors
 from jaxmed.io.pickle_names import Tensor, Unread
-from jaxmed.models.heads import ClassifierConfig, HeadConfig
-from jaxmed.models.parameters import load_parameters
-from jaxmed.models.published.names import cube_root, listed, put
-from jaxmed.models.vit import VitConfig
 
 # Keys under which training codes keep a state dict, the preferred first.
 WRAPPERS = (
@@ -38,16 +33,8 @@ WRAPPERS = (
 PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of wrapping modules, of torch.compile
 # Of a model inside a larger one: taken off where the names are of no known family with them.
 ROLES = (
-    "teacher.",
-    "ema.",
-    "ema_model.",
-    "model_ema.",
-    "student.",
-    "encoder.",
-    "backbone.",
-    "net.",
-    "network.",
-    "trunk.",
+    *("teacher.", "ema.", "ema_model.", "model_ema.", "student."),
+    *("encoder.", "backbone.", "net.", "network.", "trunk."),
 )
 SETTINGS = ("args", "config", "cfg", "hparams", "hyper_parameters", "hyperparameters", "model_args", "opt", "options")
 NO_MODEL = re.compile(r"optim|sched|scaler|loss|criterion", re.IGNORECASE)
@@ -55,7 +42,6 @@ PICKLED = (".pth", ".pt", ".bin")
 # Under this name a safetensors file that this package wrote says, in JSON, what shapes do not.
 RECORD = "jaxmed_record"
 SMALL = 1 << 26  # bytes
-HIDDEN = ("head/hidden/bias", "head/hidden_2/bias")
 
 
 class Source(NamedTuple):
@@ -68,6 +54,7 @@ class Source(NamedTuple):
         is_own: Whether names are the paths of parameters.
         settings: What a training code kept beside its tensors (its args or configuration), by name.
         notes: What a user should know of how the tensors were found, in sentences.
+        run: The record of the run whose checkpoint it is ("system", "stage", "config"); None of other places.
     """
 
     where: str
@@ -76,6 +63,32 @@ class Source(NamedTuple):
     is_own: bool
     settings: Mapping[str, Any] = MappingProxyType({})
     notes: tuple[str, ...] = ()
+    run: Mapping[str, Any] | None = None
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested dict of leaves that are named by their paths."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = leaf
+    return tree
+
+
+def load_parameters(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what `train.checkpoint.export_parameters` wrote.
+
+    Returns:
+        The nested dict of NumPy arrays, and the record.
+
+    Raises:
+        InputError: The folder holds no exported parameters.
+    """
+    source = _read_own(folder)
+    return nest(source.tensors), source.record
 
 
 def read_source(
@@ -124,8 +137,9 @@ def _read_folder(path: Path) -> Source:
 
 
 def _read_own(folder: Path) -> Source:
-    params, record = load_parameters(folder)
-    return Source(str(folder), named_leaves(params), record, is_own=True)
+    record = read_record(folder / "record.json")
+    tensors = safetensors.read(folder / "parameters.safetensors")
+    return Source(str(folder), dict(sorted(tensors.items())), record, is_own=True)
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
@@ -285,16 +299,19 @@ def _read_state(step: Path) -> Source:
     if not isinstance(arrays, dict) or not isinstance(sums, dict) or not isinstance(run, dict):
         raise InputError(step, "a checkpoint of a run", "a record without arrays, checksums and run")
     wanted = {name: value for name, value in arrays.items() if name.startswith("params/")}
-    item: dict[str, Any] = {}
-    for name, (shape, kind) in wanted.items():
-        put(item, name, jax.ShapeDtypeStruct(tuple(shape), kind))
-    tensors = named_leaves(_restore(step, item)) if item else {}
-    for name, array in tensors.items():
+    restored = (
+        _restore(step, nest({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in wanted.items()}))
+        if wanted
+        else {}
+    )
+    tensors = {}
+    for name in sorted(wanted):
+        array = functools.reduce(operator.getitem, name.split("/"), restored)
         # The same sum of words as `train.checkpoint` stores.
         if int(np.ascontiguousarray(array).view(np.uint32).sum(dtype=np.uint32)) != sums.get(name):
             raise InputError(step, "a good checkpoint", f"other bits of {name} than were saved", "take another step")
-    tensors = {name.removeprefix("params/"): array for name, array in tensors.items()}
-    return Source(str(step), tensors, _run_record(str(step), run, tensors), is_own=True)
+        tensors[name.removeprefix("params/")] = array
+    return Source(str(step), tensors, {}, is_own=True, run=run)
 
 
 def _restore(step: Path, item: dict[str, Any]) -> dict[str, Any]:
@@ -311,39 +328,3 @@ def _restore(step: Path, item: dict[str, Any]) -> dict[str, Any]:
         raise InputError(step, "a checkpoint that can be read", found, "take another step") from error
     finally:
         sys.unraisablehook = hook
-
-
-def _run_record(where: str, run: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run's configuration says about its parameters."""
-    settings = run.get("config") or {}
-    if "stem/kernel" in tensors:  # a U-Net
-        kind = "denoiser" if "time/fc1/kernel" in tensors else "enhancer"
-        return {"family": "guided_diffusion", "kind": kind, "config": settings.get("model")}
-    kind = "classifier" if any(name.startswith("head/") for name in tensors) else "mae"
-    known = {"family": run.get("system"), "kind": kind, "preprocess": settings.get("preprocess")}
-    if kind == "classifier":
-        known["config"] = to_record(_infer_classifier(where, tensors))
-    elif "model" in settings:
-        known["config"] = settings["model"]
-    return known
-
-
-def _infer_classifier(where: str, tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> ClassifierConfig:
-    """Return the sizes of a classifier from the shapes of its parameters: patches and their grid are cubes."""
-    try:
-        blocks = {name.split("/")[2] for name in tensors if name.startswith("encoder/blocks/")}
-        width, _, heads, _ = tensors["encoder/blocks/layer_0/attention/qkv/kernel"].shape
-        patch = cube_root(where, "encoder/patch_embed/kernel", len(tensors["encoder/patch_embed/kernel"]))
-        grid = cube_root(where, "encoder/position", len(tensors["encoder/position"]) - 1)
-        hidden = tensors["encoder/blocks/layer_0/mlp/fc1/bias"].size
-        outputs = tensors["head/linear/bias"].size
-    except KeyError as error:
-        raise InputError(where, "a checkpoint of a classifier", f"no parameter {error}", "check the path") from error
-    pool = "class"
-    if "head/norm/scale" in tensors:
-        pool = "concat" if tensors["head/norm/scale"].size == 2 * width else "mean"
-    inner, second = (tensors[name].size if name in tensors else 0 for name in HIDDEN)
-    encoder = VitConfig(
-        (grid * patch,) * 3, (patch,) * 3, 1, width, len(blocks), heads, hidden, final_norm=pool == "class"
-    )
-    return ClassifierConfig(encoder, HeadConfig(outputs, pool, inner, second_hidden=second))
