@@ -44,7 +44,7 @@ class Bounds:
     def takes(self, value: float) -> bool:
         """Tell whether a number lies within."""
         is_low_enough = value < self.high if self.below else value <= self.high
-        return is_low_enough and (value > self.low if self.above else value >= self.low)
+        return bool(is_low_enough and (value > self.low if self.above else value >= self.low))  # also of NumPy's
 
     def words(self, kind: str) -> str:
         """Say what is expected, `kind` being "a number" or "a whole number"."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
 from jaxmed.arrays.types import Params, Scalar
-from jaxmed.diffusion.schedule import Edm, Schedule, Ve, spread
+from jaxmed.diffusion.schedule import Edm, Schedule, Ve, expand_like
 
 Prediction: TypeAlias = Literal["epsilon", "x0", "v", "score", "edm"]
 
@@ -110,8 +110,8 @@ def make_denoiser(
 
     def denoise(x: Float[Array, "batch ..."], t: Num[Array, " batch"]) -> Float[Array, "batch ..."]:
         at = precondition(schedule, prediction, t)
-        output = predict(spread(at.scale, x) * x, at.time)
-        mean = spread(at.skip, x) * x + spread(at.out, x) * output.astype(x.dtype)
+        output = predict(expand_like(at.scale, x) * x, at.time)
+        mean = expand_like(at.skip, x) * x + expand_like(at.out, x) * output.astype(x.dtype)
         return mean if clip is None else jnp.clip(mean, *clip)
 
     return Denoiser(denoise, schedule)
@@ -163,13 +163,13 @@ def denoising_loss(
     time_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     t = schedule.draw_times(time_keys)
     noise = jax.vmap(lambda key, one: jax.random.normal(key, one.shape))(noise_keys, image)
-    x = spread(schedule.alpha(t), image) * image + spread(schedule.sigma(t), image) * noise
+    x = expand_like(schedule.alpha(t), image) * image + expand_like(schedule.sigma(t), image) * noise
     at = precondition(schedule, prediction, t)
-    output = apply(params, spread(at.scale, x) * x, at.time).astype(jnp.float32)
-    error = output - (spread(at.clean, x) * image + spread(at.noise, x) * noise)
+    output = apply(params, expand_like(at.scale, x) * x, at.time).astype(jnp.float32)
+    error = output - (expand_like(at.clean, x) * image + expand_like(at.noise, x) * noise)
     per_image = jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
     return jnp.mean(at.weight * per_image), {"image_error": jnp.mean(jnp.square(at.out) * per_image)}
 
 
 def _levels(denoiser: Denoiser, x: Array, t: Array) -> tuple[Array, Array]:
-    return spread(denoiser.schedule.alpha(t), x), spread(denoiser.schedule.sigma(t), x)
+    return expand_like(denoiser.schedule.alpha(t), x), expand_like(denoiser.schedule.sigma(t), x)

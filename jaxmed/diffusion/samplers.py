@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import NonNegative, Positive, Share, Size, Unbounded, checked
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.schedule import Schedule, VpContinuous, VpDiscrete
 
@@ -25,6 +26,7 @@ VP_LARGEST_RATIO = 80.0
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Ancestral:
     """The reverse chain of DDPM.
 
@@ -37,17 +39,18 @@ class Ancestral:
     Source: DDPM, arXiv:2006.11239, equation 7 and section 3.2.
     """
 
-    num_steps: int | None = None
+    num_steps: Size | None = None
     variance: Literal["fixed_large", "posterior"] = "fixed_large"
     times: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if self.variance not in ("fixed_large", "posterior"):
             raise ValueError(f"variance: expected 'fixed_large' or 'posterior', got {self.variance!r}")
-        _check_times(self.num_steps, self.times)
+        _check_times(self.times)
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Ddim:
     """DDIM: deterministic at eta = 0, DDPM with the posterior variance at eta = 1.
 
@@ -59,17 +62,16 @@ class Ddim:
     Source: DDIM, arXiv:2010.02502, equations 12 and 16.
     """
 
-    num_steps: int = 50
-    eta: float = 0.0
+    num_steps: Size = 50
+    eta: Share = 0.0
     times: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta: expected a number in [0, 1], got {self.eta}")
-        _check_times(self.num_steps, self.times)
+        _check_times(self.times)
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DpmSolver:
     """DPM-Solver++(2M): second order from one evaluation per step and the memory of the one before.
 
@@ -84,16 +86,16 @@ class DpmSolver:
     Source: DPM-Solver++, arXiv:2211.01095, algorithm 2.
     """
 
-    num_steps: int = 20
-    rho: float | None = 7.0
+    num_steps: Size = 20
+    rho: Positive | None = 7.0
     times: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        _check_rho(self.rho)
-        _check_times(self.num_steps, self.times)
+        _check_times(self.times)
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Heun:
     """EDM's sampler: Heun's steps in sigma / alpha, with optional fresh noise before each.
 
@@ -110,23 +112,19 @@ class Heun:
     Source: EDM, arXiv:2206.00364, algorithm 2; table 1 for other schedules.
     """
 
-    num_steps: int = 18
+    num_steps: Size = 18
     order: Literal[1, 2] = 2
-    churn: float = 0.0
-    churn_min: float = 0.0
-    churn_max: float = float("inf")
-    churn_noise: float = 1.0
-    rho: float | None = 7.0
+    churn: NonNegative = 0.0
+    churn_min: NonNegative = 0.0
+    churn_max: Unbounded = float("inf")
+    churn_noise: NonNegative = 1.0
+    rho: Positive | None = 7.0
     times: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if self.order not in (1, 2):
             raise ValueError(f"order: expected 1 or 2, got {self.order}")
-        for name in ("churn", "churn_min", "churn_noise"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        _check_rho(self.rho)
-        _check_times(self.num_steps, self.times)
+        _check_times(self.times)
 
 
 Sampler: TypeAlias = Ancestral | Ddim | DpmSolver | Heun
@@ -426,13 +424,6 @@ def _edm_grid(schedule: Schedule, num_steps: int, rho: float) -> np.ndarray:
     return np.append(schedule.time_at(inner[:-1]), ends[1])
 
 
-def _check_rho(rho: float | None) -> None:
-    if rho is not None and not rho > 0:
-        raise ValueError(f"rho: expected a positive number, got {rho}")
-
-
-def _check_times(num_steps: int | None, times: tuple[float, ...] | None) -> None:
-    if num_steps is not None and num_steps < 1:
-        raise ValueError(f"num_steps: expected 1 or more, got {num_steps}")
+def _check_times(times: tuple[float, ...] | None) -> None:
     if times is not None and (not times or any(low >= high for high, low in zip(times, times[1:], strict=False))):
         raise ValueError(f"times: expected one or more, descending, got {times}")

@@ -258,7 +258,7 @@ class Edm:
 Schedule: TypeAlias = VpDiscrete | VpContinuous | Ve | Edm
 
 
-def spread(values: Num[Array, " batch"], x: Num[Array, "batch ..."]) -> Num[Array, "batch ..."]:
+def expand_like(values: Num[Array, " batch"], x: Num[Array, "batch ..."]) -> Num[Array, "batch ..."]:
     """Give one value per sample the axes of the samples."""
     return values.reshape(values.shape + (1,) * (x.ndim - 1)).astype(x.dtype)
 

@@ -9,7 +9,7 @@ import pytest
 from priors import oracle, random_mixture, times
 
 from jaxmed.diffusion.denoiser import denoising_loss, epsilon, make_denoiser, precondition, score, velocity
-from jaxmed.diffusion.schedule import Edm, Ve, VpContinuous, VpDiscrete, spread
+from jaxmed.diffusion.schedule import Edm, Ve, VpContinuous, VpDiscrete, expand_like
 from jaxmed.synthesis.phantoms import mixture as closed
 
 pytestmark = pytest.mark.core
@@ -45,7 +45,7 @@ def noisy(schedule):
 def network_for(denoise, schedule, prediction, x, t):
     """The output that a perfect network of this kind has at x: D solved for F."""
     at = precondition(schedule, prediction, t)
-    return (denoise(x, t) - spread(at.skip, x) * x) / spread(at.out, x)
+    return (denoise(x, t) - expand_like(at.skip, x) * x) / expand_like(at.out, x)
 
 
 def test_network_recovered_from_the_denoiser_gives_it_back(schedule, double):
@@ -136,7 +136,7 @@ def test_loss_is_the_weighted_error_of_the_denoised_image():
     params = {"scale": jnp.float32(0.3)}
 
     def apply(params, x, time):
-        return params["scale"] * x + 0.01 * spread(time, x)
+        return params["scale"] * x + 0.01 * expand_like(time, x)
 
     @jax.jit
     def run(keys, image):
@@ -148,7 +148,7 @@ def test_loss_is_the_weighted_error_of_the_denoised_image():
             schedule = SCHEDULES[name]
             t = schedule.draw_times(time_keys)
             alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-            x = spread(alpha, image) * image + spread(sigma, image) * noise
+            x = expand_like(alpha, image) * image + expand_like(sigma, image) * noise
             mean = make_denoiser(functools.partial(apply, params), schedule, prediction).denoise(x, t)
             loss = denoising_loss(apply, schedule, params, keys, {"image": image}, prediction)
             found[name, prediction] = loss, jnp.mean((mean - image) ** 2, axis=(1, 2, 3)), alpha, sigma

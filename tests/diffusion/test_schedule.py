@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmed.diffusion.samplers import Ancestral, plan
-from jaxmed.diffusion.schedule import Edm, Ve, VpContinuous, VpDiscrete, spread
+from jaxmed.diffusion.schedule import Edm, Ve, VpContinuous, VpDiscrete, expand_like
 
 pytestmark = pytest.mark.core
 SCHEDULES = [VpDiscrete(), VpDiscrete(betas="linear"), VpContinuous(), Ve(), Edm()]
@@ -117,8 +117,8 @@ def test_grids_have_their_papers_values():
     np.testing.assert_allclose(VpContinuous().alpha(np.array([0.5])), np.exp(-0.5 * (0.125 * 19.9 + 0.05)))
 
 
-def test_spread_gives_values_the_axes_of_the_samples():
-    values = spread(jnp.arange(2.0), jnp.ones((2, 3, 4), jnp.bfloat16))
+def test_expand_like_gives_values_the_axes_of_the_samples():
+    values = expand_like(jnp.arange(2.0), jnp.ones((2, 3, 4), jnp.bfloat16))
     assert values.shape == (2, 1, 1) and values.dtype == jnp.bfloat16
 
 

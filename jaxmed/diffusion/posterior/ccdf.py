@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import Whole, checked
 from jaxmed.diffusion.denoiser import Denoiser
-from jaxmed.diffusion.posterior.chain import enter, make_chain, reverse
-from jaxmed.diffusion.posterior.guidance import make_info
-from jaxmed.diffusion.posterior.info import Info
-from jaxmed.diffusion.samplers import Ancestral, Ddim, draw_noise, sample_keys
+from jaxmed.diffusion.posterior.frame import Info, add_noise, make_chain, make_info, norms, reverse_step, root_keys
+from jaxmed.diffusion.samplers import Ancestral, Ddim, draw_noise
 from jaxmed.physics.operators import LinearOperator
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Ccdf:
     """Settings of CCDF.
 
@@ -27,13 +27,8 @@ class Ccdf:
         estimate shrinks geometrically.
     """
 
-    start: int = 199
+    start: Whole = 199
     sampler: Ancestral | Ddim = Ancestral()
-
-    def __post_init__(self):
-        """Refuse to start before the end."""
-        if self.start < 0:
-            raise ValueError(f"start: expected 0 or more, found {self.start}")
 
 
 def ccdf(
@@ -45,25 +40,14 @@ def ccdf(
     config: Ccdf,
     indices: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch ..."], Info]:
-    """Improve estimates of images.
+    """Improve estimates of images; see `jaxmed.diffusion.posterior` for the arguments.
 
-    Args:
-        key: Consumed.
-        denoiser: The prior.
-        measurement: y.
-        operator: A, of one image, with its pseudo-inverse.
-        initial: The estimates.
-        config: Settings.
-        indices: Numbers of the samples, which name their random numbers; 0 to batch - 1 when absent.
-
-    Returns:
-        The images, for which A x = y where y is in A's range, and the run's record, first step first.
+    The operator comes with its pseudo-inverse, and A x = y for the images x, where y is in A's range.
     """
     inverse = operator.pseudo_inverse
     if inverse is None:
         raise ValueError("operator: expected one with a pseudo-inverse, which the projection needs")
-    batch = len(initial)
-    keys = sample_keys(key, jnp.arange(batch) if indices is None else indices)
+    batch, keys = len(initial), root_keys(key, initial, indices)
     # Noise of the measurement's own, told apart from the image's by one more fold.
     measurement_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2**31 - 1)
     chain = make_chain(denoiser.schedule, config.sampler, initial.dtype)
@@ -76,13 +60,12 @@ def ccdf(
 
     def advance(x: Float[Array, "batch ..."], left: Int[Array, ""]) -> tuple[Array, Array]:
         mean = denoiser.denoise(x, jnp.full(batch, chain.time[left]))
-        moved = reverse(chain, keys, x, mean, left)
+        moved = reverse_step(chain, keys, x, mean, left)
         noise = measure(draw_noise(measurement_keys, left, x.shape[1:], x.dtype))
         target = alpha[left] * measurement + sigma[left] * noise
         projected = moved + jax.vmap(inverse)(target - measure(moved))
-        misfit = (measurement - measure(mean)).reshape(batch, -1)
-        return projected.astype(x.dtype), jnp.linalg.norm(misfit, axis=1)
+        return projected.astype(x.dtype), norms(measurement - measure(mean))
 
     lefts = jnp.arange(config.start + 1)[::-1]
-    image, residuals = jax.lax.scan(advance, enter(chain, keys, initial, start), lefts)
-    return image, make_info(residuals, jnp.ones_like(residuals), config.start + 1)
+    image, residuals = jax.lax.scan(advance, add_noise(chain, keys, initial, start), lefts)
+    return image, make_info(residuals, 1.0, config.start + 1)

@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.filters import along
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import NonNegative, Share, Size, checked
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.fidelity import Operator
-from jaxmed.diffusion.posterior.guidance import make_info
-from jaxmed.diffusion.posterior.info import Info
-from jaxmed.diffusion.samplers import Ddim, draw_noise, grid, sample_keys
+from jaxmed.diffusion.posterior.frame import Info, norms, root_keys, walk
+from jaxmed.diffusion.samplers import Ddim, draw_noise, grid
 
 
 class Spectrum(NamedTuple):
@@ -106,6 +106,7 @@ def mask_spectrum(keep: Array | np.ndarray) -> Spectrum:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Ddrm:
     """Settings of DDRM.
 
@@ -119,19 +120,14 @@ class Ddrm:
     Source: DDRM, arXiv:2201.11793, section 3; eta and eta_b of its section 5.
     """
 
-    noise_std: float = 0.01
-    eta: float = 0.85
-    eta_b: float = 1.0
-    num_steps: int = 20
+    noise_std: NonNegative = 0.01
+    eta: Share = 0.85
+    eta_b: Share = 1.0
+    num_steps: Size = 20
     times: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if not self.noise_std >= 0:
-            raise ValueError(f"noise_std: expected 0 or more, got {self.noise_std}")
-        for name in ("eta", "eta_b"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
-        Ddim(self.num_steps, times=self.times)  # checks both
+        Ddim(self.num_steps, times=self.times)  # checks the times
 
 
 def ddrm(
@@ -143,22 +139,13 @@ def ddrm(
     config: Ddrm,
     indices: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch ..."], Info]:
-    """Draw images from a prior that fit their measurements.
+    """Draw images from a prior that fit their measurements; see `jaxmed.diffusion.posterior` for the arguments.
 
-    Args:
-        key: Consumed.
-        denoiser: The prior.
-        measurement: y.
-        operator: A, by its singular vectors.
-        initial: Gives the shape, and the mean of the first noise along directions that were not measured.
-        config: Settings.
-        indices: Numbers of the samples, which name their random numbers; 0 to batch - 1 when absent.
-
-    Returns:
-        The images, and the run's record; its residuals are along the directions that were measured.
+    The operator is given by its singular vectors, and `initial` is the mean of the first noise along directions that
+    were not measured. Residuals are those along the directions that were.
     """
     batch, schedule = len(initial), denoiser.schedule
-    keys = sample_keys(key, jnp.arange(batch) if indices is None else indices)
+    keys = root_keys(key, initial, indices)
     times = grid(schedule, Ddim(config.num_steps, times=config.times))
     alpha = schedule.alpha(times)
     ratio = schedule.sigma(times) / alpha
@@ -188,12 +175,8 @@ def ddrm(
         rest = jnp.maximum(next_ratio**2 - (config.eta_b * jnp.where(seen, blur, 0.0)) ** 2, 0.0)
         sharp = (1 - config.eta_b) * mean + config.eta_b * target + jnp.sqrt(rest) * fresh
         moved = jnp.where(seen, jnp.where(blur <= next_ratio, sharp, blurred), unseen)
-        misfit = jnp.where(seen, measured - singular * mean, 0.0)
-        residual = jnp.sqrt(jnp.sum(misfit**2, axis=tuple(range(1, misfit.ndim))))
-        return moved.astype(x.dtype), residual
+        return moved.astype(x.dtype), norms(jnp.where(seen, measured - singular * mean, 0.0))
 
-    real = jnp.promote_types(initial.dtype, jnp.float32)
-    rows = [jnp.asarray(column, real) for column in (times, alpha, ratio, np.append(ratio[1:], 0.0))]
-    coefficients, residuals = jax.lax.scan(advance, start, (*rows, jnp.arange(len(times))[::-1]))
-    image = jax.vmap(operator.to_image)(coefficients)
-    return image, make_info(residuals, jnp.ones_like(residuals), len(times))
+    columns = (times, alpha, ratio, np.append(ratio[1:], 0.0))
+    coefficients, info = walk(advance, start, columns, initial.dtype)
+    return jax.vmap(operator.to_image)(coefficients), info

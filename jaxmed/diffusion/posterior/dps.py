@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import NonNegative, checked
 from jaxmed.diffusion.denoiser import Denoiser
-from jaxmed.diffusion.posterior.chain import enter, make_chain, reverse
 from jaxmed.diffusion.posterior.fidelity import PLAIN, Fidelity, Operator, evaluate
-from jaxmed.diffusion.posterior.guidance import make_info
-from jaxmed.diffusion.posterior.info import Info
-from jaxmed.diffusion.samplers import Ancestral, Ddim, sample_keys
+from jaxmed.diffusion.posterior.frame import Info, add_noise, make_chain, make_info, reverse_step, root_keys
+from jaxmed.diffusion.samplers import Ancestral, Ddim
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Dps:
     """Settings of DPS.
 
@@ -29,14 +29,9 @@ class Dps:
         gradient of |r|; the code, and we, leave out the 2.
     """
 
-    scale: float = 0.3
+    scale: NonNegative = 0.3
     sampler: Ancestral | Ddim = Ancestral()
     fidelity: Fidelity = PLAIN
-
-    def __post_init__(self):
-        """Refuse to climb."""
-        if not self.scale >= 0:
-            raise ValueError(f"scale: expected 0 or more, found {self.scale}")
 
 
 def dps(
@@ -48,22 +43,11 @@ def dps(
     config: Dps,
     indices: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch ..."], Info]:
-    """Draw images from a prior that fit their measurements.
+    """Draw images from a prior that fit their measurements; see `jaxmed.diffusion.posterior` for the arguments.
 
-    Args:
-        key: Consumed.
-        denoiser: The prior.
-        measurement: y.
-        operator: A, of one image.
-        initial: Gives the shape; zeros begin in pure noise. Anything else is noised to the chain's first time.
-        config: Settings.
-        indices: Numbers of the samples, which name their random numbers; 0 to batch - 1 when absent.
-
-    Returns:
-        The images, clipped by the denoiser alone, and the run's record, first step first.
+    Images are clipped by the denoiser alone.
     """
-    batch = len(initial)
-    keys = sample_keys(key, jnp.arange(batch) if indices is None else indices)
+    batch, keys = len(initial), root_keys(key, initial, indices)
     chain = make_chain(denoiser.schedule, config.sampler, initial.dtype)
     num_steps = len(chain.time)
     start = jnp.full(batch, num_steps - 1, jnp.int32)
@@ -71,8 +55,8 @@ def dps(
     def advance(x: Float[Array, "batch ..."], left: Int[Array, ""]) -> tuple[Array, Array]:
         time = jnp.full(batch, chain.time[left])
         at = evaluate(denoiser, measurement, operator, config.fidelity, x, time)
-        moved = reverse(chain, keys, x, at.mean, left) - config.scale * at.gradient
+        moved = reverse_step(chain, keys, x, at.mean, left) - config.scale * at.gradient
         return moved.astype(x.dtype), at.residual
 
-    image, residuals = jax.lax.scan(advance, enter(chain, keys, initial, start), jnp.arange(num_steps)[::-1])
-    return image, make_info(residuals, jnp.full_like(residuals, config.scale), num_steps)
+    image, residuals = jax.lax.scan(advance, add_noise(chain, keys, initial, start), jnp.arange(num_steps)[::-1])
+    return image, make_info(residuals, config.scale, num_steps)

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmed.arrays.derivatives import forward_only
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import Count, NonNegative, Positive, Whole, checked
 from jaxmed.diffusion.denoiser import Denoiser
-from jaxmed.diffusion.posterior.chain import Chain, enter, make_chain, reverse
 from jaxmed.diffusion.posterior.fidelity import (
     FIDELITY2025,
     FIDELITY2026,
@@ -29,12 +29,19 @@ from jaxmed.diffusion.posterior.fidelity import (
     Fidelity,
     Operator,
     evaluate,
-    norm,
 )
-from jaxmed.diffusion.posterior.info import Info
+from jaxmed.diffusion.posterior.frame import (
+    Chain,
+    Info,
+    add_noise,
+    make_chain,
+    residual_norms,
+    reverse_step,
+    root_keys,
+)
 from jaxmed.diffusion.posterior.start_time import StartTime, choose_start
-from jaxmed.diffusion.samplers import Ancestral, Ddim, sample_keys
-from jaxmed.diffusion.schedule import spread
+from jaxmed.diffusion.samplers import Ancestral, Ddim
+from jaxmed.diffusion.schedule import expand_like
 from jaxmed.solvers import line_search
 from jaxmed.solvers.line_search import NOT_DESCENT, Heuristic, Wolfe
 
@@ -47,6 +54,7 @@ NO_REVERSE = (
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DynamicDps:
     """Settings of DynamicDPS.
 
@@ -77,28 +85,21 @@ class DynamicDps:
     sampler: Ancestral | Ddim = Ancestral()
     fidelity: Fidelity = Fidelity()
     search: Wolfe | Heuristic | None = Wolfe(max_evaluations=6)
-    search_every: int = 5
-    search_above: int = 5
-    low_step: float | None = 0.1
-    first_step: float = 1.0
-    step_range: tuple[float, float] = (0.1, 1.5)
+    search_every: Count = 5
+    search_above: Whole = 5
+    low_step: NonNegative | None = 0.1
+    first_step: NonNegative = 1.0
+    step_range: tuple[Positive, Positive] = (0.1, 1.5)
     restarts: bool = False
     line: Literal["moved", "mixed"] = "moved"
     level: Literal["next", "present"] = "next"
-    noise_std: float | None = None
+    noise_std: NonNegative | None = None
     clip: tuple[float, float] | None = (0.0, 2.0)
 
     def __post_init__(self):
         """Refuse steps that go nowhere."""
-        if self.search_every < 1 or self.search_above < 0:
-            found = f"{self.search_every}, {self.search_above}"
-            raise ValueError(f"search_every, search_above: expected 1 or more and 0 or more, found {found}")
-        if not self.first_step >= 0 or (self.low_step is not None and not self.low_step >= 0):
-            raise ValueError(f"first_step, low_step: expected 0 or more, found {self.first_step}, {self.low_step}")
-        if not 0 < self.step_range[0] <= self.step_range[1]:
-            raise ValueError(f"step_range: expected 0 < low <= high, found {self.step_range}")
-        if self.noise_std is not None and not self.noise_std >= 0:
-            raise ValueError(f"noise_std: expected 0 or more, found {self.noise_std}")
+        if self.step_range[0] > self.step_range[1]:
+            raise ValueError(f"step_range: expected low <= high, found {self.step_range}")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"clip: expected low < high, found {self.clip}")
 
@@ -158,34 +159,24 @@ def dynamicdps(
     config: DynamicDps = DynamicDps(),
     indices: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch ..."], Info]:
-    """Refine estimates of images.
+    """Refine a conditional model's images, `initial`; see `jaxmed.diffusion.posterior` for the arguments.
 
-    Args:
-        key: Consumed.
-        denoiser: The prior.
-        measurement: y.
-        operator: A, of one image; any differentiable function.
-        initial: The conditional model's images.
-        config: Settings.
-        indices: Numbers of the samples, which name their random numbers; 0 to batch - 1 when absent. The same estimate
-            under several numbers gives several samples of the posterior.
-
-    Returns:
-        The images, and the run's record with one row per step of the whole chain, most noise first; residuals of steps
-        before a sample's start, or after it stopped, are NaN.
+    The same estimate under several numbers (`indices`) gives several samples of the posterior. The record has one row
+    per step of the whole chain, most noise first; residuals of steps before a sample's start, or after it stopped, are
+    NaN.
 
     Raises:
         TypeError: Its gradient is taken in reverse with searches on. `jit`, `vmap` and forward mode take every
             configuration, reverse mode those with `search=None`. Which step a sample starts at, which image of the walk
             comes back and when a search ends are choices, whose derivatives are 0.
     """
-    keys = sample_keys(key, jnp.arange(len(initial)) if indices is None else indices)
+    keys = root_keys(key, initial, indices)
     chain = make_chain(denoiser.schedule, config.sampler, initial.dtype)
     num_steps = len(chain.time)
     _check_start(config.start, num_steps)
     if config.clip is not None:
         initial = jnp.clip(initial, *config.clip)
-    start = choose_start(residuals(measurement, operator, initial), config.start)
+    start = choose_start(residual_norms(operator, initial, measurement), config.start)
     problem = _Problem(keys, denoiser, measurement, operator, chain, start, config)
     end = _run(problem, _begin(problem, initial))
     image = end.best if config.clip is None else jnp.clip(end.best, *config.clip)
@@ -212,13 +203,6 @@ def _run(problem: _Problem, state: _State) -> _State:
     return jax.lax.scan(advance, state, length=length)[0]
 
 
-def residuals(
-    measurement: Float[Array, "batch ..."], operator: Operator, image: Float[Array, "batch ..."]
-) -> Float[Array, " batch"]:
-    """Return |y - A(x)| of each sample."""
-    return jax.vmap(lambda y, x: norm(y - operator(x)))(measurement, image)
-
-
 def _check_start(start: StartTime, num_steps: int) -> None:
     last = start.fixed + 1 if start.rule == "fixed" else len(start.means) * start.steps_per_bin
     if last > num_steps:
@@ -229,7 +213,7 @@ def _check_start(start: StartTime, num_steps: int) -> None:
 
 def _begin(problem: _Problem, initial: Float[Array, "batch ..."]) -> _State:
     config = problem.config
-    x = enter(problem.chain, problem.keys, initial, problem.start)
+    x = add_noise(problem.chain, problem.keys, initial, problem.start)
     zero = jnp.zeros(len(x), x.dtype)
     rows = jnp.zeros((len(problem.chain.time), len(x)), x.dtype)
     count = jnp.zeros(len(x), jnp.int32)
@@ -289,7 +273,7 @@ def _arrive(problem: _Problem, state: _State, found: Evaluation) -> _State:
     row = len(problem.chain.time) - 1 - left
     residuals = state.info.residuals.at[row].set(jnp.where(is_running, at.residual, jnp.nan))
     moved = state._replace(
-        x=_choose(is_moving, reverse(problem.chain, problem.keys, state.x, at.mean, left), state.x),
+        x=_choose(is_moving, reverse_step(problem.chain, problem.keys, state.x, at.mean, left), state.x),
         at=at,
         is_moving=is_moving,
         best=best,
@@ -399,7 +383,7 @@ def _descend(
     x: Float[Array, "batch ..."], step: Float[Array, " batch"], gradient: Float[Array, "batch ..."]
 ) -> Float[Array, "batch ..."]:
     # Where no step is taken a gradient that is not finite must not matter.
-    step = spread(step, x)
+    step = expand_like(step, x)
     return jnp.where(step > 0, x - step * gradient, x)
 
 

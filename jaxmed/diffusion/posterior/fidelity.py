@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxmed.arrays.filters import along, sobel_magnitude
 from jaxmed.arrays.types import Scalar
+from jaxmed.config import NonNegative, Positive, Size, checked
 from jaxmed.diffusion.denoiser import Denoiser
 
 Operator: TypeAlias = Callable[[Float[Array, "..."]], Float[Array, "..."]]
@@ -26,6 +27,7 @@ SAFE = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Fidelity:
     """The terms of L.
 
@@ -45,21 +47,16 @@ class Fidelity:
         the range that they are for; single precision with a safe root, where the authors take SSIM in double.
     """
 
-    edge_weight: float = 0.5
-    similarity_weight: float = 0.1
+    edge_weight: NonNegative = 0.5
+    similarity_weight: NonNegative = 0.1
     halves: Literal["all", "release"] = "all"
-    patch: int = 32
-    window: int = 11
-    window_sigma: float = 1.5
+    patch: Size = 32
+    window: Size = 11
+    window_sigma: Positive = 1.5
 
     def __post_init__(self):
         """Refuse terms that cannot be computed."""
-        for name in ("edge_weight", "similarity_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        if not self.window_sigma > 0:
-            raise ValueError(f"window_sigma: expected a positive number, found {self.window_sigma}")
-        if self.window % 2 == 0 or not 1 <= self.window <= self.patch:
+        if self.window % 2 == 0 or self.window > self.patch:
             raise ValueError(f"window: expected an odd number up to the patch of {self.patch}, found {self.window}")
 
 

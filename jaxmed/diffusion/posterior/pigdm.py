@@ -7,16 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import NonNegative, Positive, Size, checked
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.fidelity import Operator
-from jaxmed.diffusion.posterior.guidance import linearise, run_guided
-from jaxmed.diffusion.posterior.info import Info
+from jaxmed.diffusion.posterior.frame import Info, linearise, run_guided
 from jaxmed.diffusion.samplers import Ddim, Sampler
-from jaxmed.diffusion.schedule import spread
+from jaxmed.diffusion.schedule import expand_like
 from jaxmed.solvers.conjugate_gradient import conjugate_gradient
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Pigdm:
     """Settings of PiGDM.
 
@@ -32,18 +33,10 @@ class Pigdm:
     Deviation: their step scales the guidance by s^2 / (1 + s^2) once more; ours is the score's own.
     """
 
-    noise_std: float = 0.01
-    data_std: float = 1.0
-    solver_steps: int = 20
+    noise_std: NonNegative = 0.01
+    data_std: Positive = 1.0
+    solver_steps: Size = 20
     sampler: Sampler = Ddim(100, eta=1.0)
-
-    def __post_init__(self):
-        if not self.noise_std >= 0:
-            raise ValueError(f"noise_std: expected 0 or more, got {self.noise_std}")
-        if not self.data_std > 0:
-            raise ValueError(f"data_std: expected a positive number, got {self.data_std}")
-        if self.solver_steps < 1:
-            raise ValueError(f"solver_steps: expected 1 or more, got {self.solver_steps}")
 
 
 def pigdm(
@@ -55,19 +48,9 @@ def pigdm(
     config: Pigdm,
     indices: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch ..."], Info]:
-    """Draw images from a prior that fit their measurements.
+    """Draw images from a prior that fit their measurements; see `jaxmed.diffusion.posterior` for the arguments.
 
-    Args:
-        key: Consumed.
-        denoiser: The prior.
-        measurement: y.
-        operator: A, of one image; one that is not linear is linearised at the denoised image.
-        initial: Gives the shape; zeros begin in pure noise. Anything else is noised to the sampler's first time.
-        config: Settings.
-        indices: Numbers of the samples, which name their random numbers; 0 to batch - 1 when absent.
-
-    Returns:
-        The images, and the run's record.
+    An operator that is not linear is linearised at the denoised image.
     """
     guided = Denoiser(lambda x, t: guided_mean(denoiser, measurement, operator, config, x, t), denoiser.schedule)
     return run_guided(key, guided, measurement, operator, initial, config.sampler, 1, indices)
@@ -86,10 +69,10 @@ def guided_mean(
     alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
     at = linearise(operator, mean, measurement)
     ratio = jnp.square(sigma / alpha)
-    variance = spread(ratio * config.data_std**2 / (ratio + config.data_std**2), at.misfit)
+    variance = expand_like(ratio * config.data_std**2 / (ratio + config.data_std**2), at.residual)
 
     def seen(change: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-        return variance * at.push(at.pull(change)) + config.noise_std**2 * change
+        return variance * at.jvp(at.vjp(change)) + config.noise_std**2 * change
 
-    solved = conjugate_gradient(seen, at.misfit, config.solver_steps)
-    return mean + spread(sigma**2 / alpha, x) * transposed(at.pull(solved))[0]
+    solved = conjugate_gradient(seen, at.residual, config.solver_steps)
+    return mean + expand_like(sigma**2 / alpha, x) * transposed(at.vjp(solved))[0]

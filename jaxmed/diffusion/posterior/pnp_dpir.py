@@ -6,19 +6,19 @@ level to which both halves may differ. No noise is drawn; DiffPIR is what become
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import Positive, Size, checked
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.fidelity import Operator
-from jaxmed.diffusion.posterior.guidance import make_info, proximal_fit
-from jaxmed.diffusion.posterior.info import Info
+from jaxmed.diffusion.posterior.frame import Info, proximal_fit, walk
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PnpDpir:
     """Settings of PnP-DPIR.
 
@@ -34,22 +34,16 @@ class PnpDpir:
     Source: DPIR, arXiv:2008.13751, section 4: 8 rounds for blur, 24 for super-resolution, lambda = 0.23.
     """
 
-    noise_std: float = 0.01
-    strength: float = 0.23
-    first_level: float = 0.38
-    num_steps: int = 24
-    levels: tuple[float, ...] | None = None
-    solver_steps: int = 20
+    noise_std: Positive = 0.01
+    strength: Positive = 0.23
+    first_level: Positive = 0.38
+    num_steps: Size = 24
+    levels: tuple[Positive, ...] | None = None
+    solver_steps: Size = 20
 
     def __post_init__(self):
-        for name in ("noise_std", "strength", "first_level"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("num_steps", "solver_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        if self.levels is not None and not (self.levels and min(self.levels) > 0):
-            raise ValueError(f"levels: expected one or more positive numbers, got {self.levels}")
+        if self.levels is not None and not self.levels:
+            raise ValueError("levels: expected one or more, got none")
 
 
 def pnp_dpir(
@@ -61,19 +55,11 @@ def pnp_dpir(
     config: PnpDpir,
     indices: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch ..."], Info]:
-    """Find the images that a prior and their measurements agree on.
+    """Find the images that a prior and their measurements agree on; `jaxmed.diffusion.posterior` tells the arguments.
 
-    Args:
-        key: Not used: nothing is drawn.
-        denoiser: The prior. Levels beyond its schedule's ends are its ends.
-        measurement: y.
-        operator: A, of one image; one that is not linear is linearised at the denoised image.
-        initial: Where the search begins: zeros, or estimates.
-        config: Settings.
-        indices: Not used.
-
-    Returns:
-        The images, and the run's record: residuals before the fit, step sizes the weights of the denoised image.
+    The search begins at `initial`, zeros or estimates; nothing is drawn. Levels beyond the ends of the prior's schedule
+    are its ends, and an operator that is not linear is linearised at the denoised image. The record holds residuals
+    before the fit, and as step sizes the weights of the denoised image.
     """
     del key, indices
     schedule, batch = denoiser.schedule, len(initial)
@@ -85,12 +71,9 @@ def pnp_dpir(
     weight = config.strength * config.noise_std**2 * (alpha / sigma) ** 2
 
     def advance(image: Float[Array, "batch ..."], row) -> tuple[Array, Array]:
-        time, alpha, weight = row
+        time, alpha, weight, _ = row
         fitted, residual = proximal_fit(operator, image, measurement, weight, config.solver_steps)
         mean = denoiser.denoise((alpha * fitted).astype(image.dtype), jnp.full(batch, time))
         return mean.astype(image.dtype), residual
 
-    real = jnp.promote_types(initial.dtype, jnp.float32)
-    columns = [jnp.asarray(column, real) for column in (times, alpha, weight)]
-    image, residuals = jax.lax.scan(advance, initial, columns)
-    return image, make_info(residuals, jnp.broadcast_to(columns[2][:, None], residuals.shape), len(times))
+    return walk(advance, initial, (times, alpha, weight), initial.dtype, weight)

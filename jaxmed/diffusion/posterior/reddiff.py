@@ -6,21 +6,21 @@ is. One image stands for the posterior: the result is a mode, not a sample, howe
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import NonNegative, Positive, Size, checked
 from jaxmed.diffusion.denoiser import Denoiser, epsilon
 from jaxmed.diffusion.posterior.fidelity import Operator
-from jaxmed.diffusion.posterior.guidance import linearise, make_info, norms
-from jaxmed.diffusion.posterior.info import Info
-from jaxmed.diffusion.samplers import draw_noise, sample_keys
+from jaxmed.diffusion.posterior.frame import Info, linearise, norms, root_keys, walk
+from jaxmed.diffusion.samplers import draw_noise
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Reddiff:
     """Settings of RED-diff.
 
@@ -36,20 +36,13 @@ class Reddiff:
     Source: RED-diff, arXiv:2305.04391, algorithm 1; lambda = 0.25.
     """
 
-    strength: float = 0.25
-    rate: float = 0.1
-    num_steps: int = 100
-    first_level: float = 10.0
+    strength: NonNegative = 0.25
+    rate: Positive = 0.1
+    num_steps: Size = 100
+    first_level: Positive = 10.0
     times: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        for name in ("rate", "first_level"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if not self.strength >= 0:
-            raise ValueError(f"strength: expected 0 or more, got {self.strength}")
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps: expected 1 or more, got {self.num_steps}")
         if self.times is not None and not self.times:
             raise ValueError("times: expected one or more, got none")
 
@@ -63,22 +56,12 @@ def reddiff(
     config: Reddiff,
     indices: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch ..."], Info]:
-    """Find images that fit their measurements and that a prior finds likely.
+    """Find images that fit their measurements and that a prior finds likely; see `jaxmed.diffusion.posterior`.
 
-    Args:
-        key: Consumed.
-        denoiser: The prior.
-        measurement: y.
-        operator: A, of one image; any differentiable function.
-        initial: Where the descent begins: zeros, or estimates.
-        config: Settings.
-        indices: Numbers of the samples, which name their random numbers; 0 to batch - 1 when absent.
-
-    Returns:
-        The images, and the run's record: residuals before each step, step sizes the weights of the regulariser.
+    The descent begins at `initial`, zeros or estimates. The record holds residuals before each step, and as step sizes
+    the weights of the regulariser.
     """
-    schedule, batch = denoiser.schedule, len(initial)
-    keys = sample_keys(key, jnp.arange(batch) if indices is None else indices)
+    schedule, batch, keys = denoiser.schedule, len(initial), root_keys(key, initial, indices)
     if config.times is None:
         last = schedule.times(2)[1]
         first = max(float(schedule.time_at(np.array([config.first_level]))[0]), last)
@@ -86,6 +69,7 @@ def reddiff(
     else:
         times = np.asarray(config.times, np.float64)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    weight = config.strength * sigma / alpha
     # Adam looks at each voxel alone, so that a batch is one image to it.
     adam = optax.adam(config.rate, b1=0.9, b2=0.99)
 
@@ -96,11 +80,9 @@ def reddiff(
         noisy = (alpha * image + sigma * noise).astype(image.dtype)
         error = epsilon(denoiser, noisy, jnp.full(batch, time)) - noise
         at = linearise(operator, image, measurement)
-        change, moments = adam.update((weight * error - at.pull(at.misfit)).astype(image.dtype), moments)
-        return (image + jnp.asarray(change), moments), norms(at.misfit)
+        change, moments = adam.update((weight * error - at.vjp(at.residual)).astype(image.dtype), moments)
+        return (image + jnp.asarray(change), moments), norms(at.residual)
 
-    real = jnp.promote_types(initial.dtype, jnp.float32)
-    columns = [jnp.asarray(column, real) for column in (times, alpha, sigma, config.strength * sigma / alpha)]
-    left = jnp.arange(len(times))[::-1]
-    (image, _), residuals = jax.lax.scan(advance, (initial, adam.init(initial)), (*columns, left))
-    return image, make_info(residuals, jnp.broadcast_to(columns[3][:, None], residuals.shape), len(times))
+    start = (initial, adam.init(initial))
+    (image, _), info = walk(advance, start, (times, alpha, sigma, weight), initial.dtype, weight)
+    return image, info

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Real
 
+from jaxmed.config import Positive, Size, Whole, checked
+
 # Means of the bins of the bank shipped by the authors: 135 runs at 256 x 256 in [0, 2].
 SHIPPED_MEANS = (
     *(1.18, 1.69, 2.26, 2.81, 3.34, 3.89, 4.44, 4.96, 5.50, 6.04),
@@ -24,6 +26,7 @@ LEAST_TAU = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class StartTime:
     """The rule that chooses where a sample enters the chain, in steps left.
 
@@ -45,21 +48,16 @@ class StartTime:
     """
 
     rule: Literal["monotone", "repo", "fixed"] = "monotone"
-    means: tuple[float, ...] = SHIPPED_MEANS
-    tau: float = 0.4
-    scale: float = 1.0
-    steps_per_bin: int = 50
-    fixed: int = 49
+    means: tuple[Positive, ...] = SHIPPED_MEANS
+    tau: Positive = 0.4
+    scale: Positive = 1.0
+    steps_per_bin: Size = 50
+    fixed: Whole = 49
 
     def __post_init__(self):
         """Refuse a bank that cannot be read."""
-        if not self.means or not all(math.isfinite(mean) and mean > 0 for mean in self.means):
-            raise ValueError(f"means: expected one or more positive numbers, found {self.means}")
-        for name in ("tau", "scale", "steps_per_bin"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, found {getattr(self, name)}")
-        if self.fixed < 0:
-            raise ValueError(f"fixed: expected 0 or more, found {self.fixed}")
+        if not self.means:
+            raise ValueError("means: expected one or more positive numbers, found none")
 
 
 def choose_start(residual: Float[Array, " batch"], config: StartTime) -> Int[Array, " batch"]:

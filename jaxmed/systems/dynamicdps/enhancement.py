@@ -17,13 +17,12 @@ from jaxmed.diffusion.posterior.ddnm import Ddnm, ddnm
 from jaxmed.diffusion.posterior.diffpir import Diffpir, diffpir
 from jaxmed.diffusion.posterior.dps import Dps, dps
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps, dynamicdps
-from jaxmed.diffusion.posterior.exact import Exact, exact
-from jaxmed.diffusion.posterior.info import Info
+from jaxmed.diffusion.posterior.frame import Info
 from jaxmed.diffusion.posterior.pigdm import Pigdm, pigdm
 from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir, pnp_dpir
 from jaxmed.diffusion.posterior.reddiff import Reddiff, reddiff
 
-Method: TypeAlias = DynamicDps | Dps | Ccdf | Ddnm | Diffpir | Pigdm | Exact | Reddiff | Daps | PnpDpir
+Method: TypeAlias = DynamicDps | Dps | Ccdf | Ddnm | Diffpir | Pigdm | Reddiff | Daps | PnpDpir
 """The method is told by its settings. DDRM alone is not among them: it wants a spectrum, not an operator."""
 Operator: TypeAlias = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
@@ -71,7 +70,6 @@ SOLVERS: dict[type, Callable[..., tuple[Array, Info]]] = {
     Ddnm: ddnm,
     Diffpir: diffpir,
     Pigdm: pigdm,
-    Exact: exact,
     Reddiff: reddiff,
     Daps: daps,
     PnpDpir: pnp_dpir,

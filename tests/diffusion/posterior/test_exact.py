@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact_guidance import Exact, exact, guided_mean
 from priors import MATRIX, MEASUREMENT, oracle, random_mixture
 
-from jaxmed.diffusion.posterior.exact import Exact, exact, guided_mean
 from jaxmed.diffusion.samplers import Ddim, Heun
 from jaxmed.diffusion.schedule import Edm, VpDiscrete
 from jaxmed.synthesis.phantoms.mixture import (

@@ -12,7 +12,7 @@ import scipy.ndimage
 
 from jaxmed.diffusion import samplers
 from jaxmed.diffusion.denoiser import Denoiser
-from jaxmed.diffusion.posterior import chain
+from jaxmed.diffusion.posterior import frame
 from jaxmed.diffusion.posterior.dynamicdps import REPO2025, REPO2026, dynamicdps
 from jaxmed.diffusion.posterior.fidelity import FIDELITY2025, FIDELITY2026, fidelity
 from jaxmed.diffusion.posterior.start_time import SHIPPED_MEANS
@@ -188,7 +188,7 @@ def test_the_whole_sampler_is_the_authors_in_double_precision(year, top, monkeyp
     def same_noise(keys, left, shape, dtype=jnp.float32):  # random numbers of another type are other numbers
         return draw_noise(keys, left, shape, jnp.float32).astype(dtype)
 
-    for module in (samplers, chain):
+    for module in (samplers, frame):
         monkeypatch.setattr(module, "draw_noise", same_noise)
     y, initial = example(top)
     schedule = VpDiscrete()

@@ -14,10 +14,9 @@ from jaxtyping import Array, Float, Int, Num
 from jaxmed.arrays.types import KeyArray
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.fidelity import Operator
-from jaxmed.diffusion.posterior.guidance import linearise, run_guided
-from jaxmed.diffusion.posterior.info import Info
+from jaxmed.diffusion.posterior.frame import Info, linearise, run_guided
 from jaxmed.diffusion.samplers import Ddim, Sampler
-from jaxmed.diffusion.schedule import spread
+from jaxmed.diffusion.schedule import expand_like
 from jaxmed.solvers.conjugate_gradient import conjugate_gradient
 
 
@@ -55,19 +54,9 @@ def exact(
     config: Exact,
     indices: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch ..."], Info]:
-    """Draw images from a prior that fit their measurements.
+    """Draw images from a prior that fit their measurements; see `jaxmed.diffusion.posterior` for the arguments.
 
-    Args:
-        key: Consumed.
-        denoiser: The prior.
-        measurement: y.
-        operator: A, of one image; one that is not linear is linearised at the denoised image.
-        initial: Gives the shape; zeros begin in pure noise. Anything else is noised to the sampler's first time.
-        config: Settings.
-        indices: Numbers of the samples, which name their random numbers; 0 to batch - 1 when absent.
-
-    Returns:
-        The images, and the run's record; each backward pass counts as an evaluation.
+    An operator that is not linear is linearised at the denoised image; each backward pass counts as an evaluation.
     """
     guided = Denoiser(lambda x, t: guided_mean(denoiser, measurement, operator, config, x, t), denoiser.schedule)
     cost = 1 + config.solver_steps
@@ -84,7 +73,7 @@ def guided_mean(
 ) -> Float[Array, "batch ..."]:
     """Return E[x_0 | x_t, y] for an image that is Gaussian given x_t."""
     mean, transposed = jax.vjp(lambda x: denoiser.denoise(x, t), x)
-    scale = spread(denoiser.schedule.sigma(t) ** 2 / denoiser.schedule.alpha(t), x)
+    scale = expand_like(denoiser.schedule.sigma(t) ** 2 / denoiser.schedule.alpha(t), x)
     at = linearise(operator, mean, measurement)
 
     def covariance(change: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
@@ -92,6 +81,6 @@ def guided_mean(
         return scale * transposed(change)[0]
 
     def seen(change: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-        return at.push(covariance(at.pull(change))) + config.noise_std**2 * change
+        return at.jvp(covariance(at.vjp(change))) + config.noise_std**2 * change
 
-    return mean + covariance(at.pull(conjugate_gradient(seen, at.misfit, config.solver_steps)))
+    return mean + covariance(at.vjp(conjugate_gradient(seen, at.residual, config.solver_steps)))
