@@ -31,9 +31,8 @@ from timing import (
 )
 
 from jaxmed.arrays.patches import patchify
-from jaxmed.models.mae import MAE_S_96, Mae, MaeConfig
+from jaxmed.models.mae import MAE_S_96, MaeConfig, masked_model
 from jaxmed.models.vit import VitConfig
-from jaxmed.nn.model import make_model
 from jaxmed.objectives.masked import masked_loss
 from jaxmed.train.mesh import MeshConfig, make_mesh, shard_batch
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
@@ -124,16 +123,10 @@ def count_flops(config: MaeConfig) -> float:
 def jaxmed_step(config: MaeConfig, volumes: np.ndarray) -> Callable[[], Any]:
     """Return a call that does one step of the engine and hands back its loss."""
     mesh = make_mesh(MeshConfig())
-    model = make_model(Mae(config))
+    model = masked_model(config)
     optimizer = make_optimizer(SETTINGS, 1000)
-    space, tokens = config.encoder.image_size, config.encoder.num_tokens
-    state = create_state(
-        jax.random.key(0),
-        lambda key: model.init(key, jnp.zeros((1, *space, 1)), jnp.zeros((1, tokens))),
-        optimizer,
-        mesh,
-    )
-    step = make_train_step(partial(masked_loss, model, config), optimizer, state=state, frozen=SETTINGS.frozen)
+    state = create_state(jax.random.key(0), model.network.init, optimizer, mesh)
+    step = make_train_step(partial(masked_loss, model), optimizer, state=state, frozen=SETTINGS.frozen)
     batch = shard_batch({"image": volumes}, mesh)
     held = [state]
 

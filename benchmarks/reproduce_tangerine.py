@@ -44,11 +44,12 @@ from jaxmed.files import write_json, write_text
 from jaxmed.metrics.classification import auroc
 from jaxmed.metrics.statistics import mean_interval
 from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task
-from jaxmed.models.mae import MaeConfig
+from jaxmed.models.mae import MaeConfig, masked_model
 from jaxmed.models.published.preprocess import Preprocess, load_input
 from jaxmed.models.vit import VitConfig
 from jaxmed.recipes.adapt import AdaptConfig, adapt, score, take_encoder
-from jaxmed.recipes.pretrain_mae import PretrainConfig, pretrain
+from jaxmed.recipes.pretrain_mae import pretrain
+from jaxmed.recipes.training import TrainConfig, TrainData
 from jaxmed.synthesis.phantoms.chest import FINDINGS, ChestConfig, make_chest
 from jaxmed.systems.tangerine.convergence import first_reach, read_curve
 from jaxmed.train.log import Log
@@ -251,10 +252,15 @@ def pretrain_on(size: Size, work: Path, encoder: VitConfig, data: Arrays, flips:
     model = MaeConfig(encoder, decoder_width=48, decoder_depth=2, decoder_heads=3, decoder_hidden=192)
     optimizer = OptimizerConfig(peak_lr=2e-3, b2=0.95, weight_decay=0.05, warmup_steps=size.pretrain_steps // 10)
     loop = LoopConfig(size.pretrain_steps, log_every=100, save_every=0)
-    config = PretrainConfig(model, optimizer, loop, LoaderConfig(16), MeshConfig(data=1))
+    config = TrainConfig(optimizer, loop, LoaderConfig(16), MeshConfig(data=1))
     folder = make_run(work, config)
     params, _ = pretrain(
-        config, data.source(), None, image_only, folder=folder, log=Log(folder.path, quiet=True), augment=Flip(flips)
+        config,
+        masked_model(model),
+        TrainData(data.source(), None, image_only),
+        folder=folder,
+        log=Log(folder.path, quiet=True),
+        augment=Flip(flips),
     )
     return take_encoder(params, dataclasses.replace(encoder, final_norm=False), "pre-trained")
 

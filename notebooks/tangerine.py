@@ -20,6 +20,7 @@
 
 # %%
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from jaxmed.models.heads import pool_tokens
-from jaxmed.models.mae import FROZEN, Mae
+from jaxmed.models.mae import FROZEN, masked_model
 from jaxmed.models.vit import Vit
 from jaxmed.nn.model import make_model
 from jaxmed.objectives.masked import masked_loss
@@ -82,14 +83,11 @@ litres = np.array([chest.lung.sum() for chest in chests]) * (320 / EDGE) ** 3 / 
 
 # %%
 config = small_model(EDGE, 8, 96, 3)
-model = make_model(Mae(config))
+model = masked_model(config)
 mesh = make_mesh(MeshConfig(data=1))
 optimizer = make_optimizer(OptimizerConfig(peak_lr=2e-3, b2=0.95, warmup_steps=60, frozen=FROZEN), 600)
-image, noise = jnp.zeros((1, EDGE, EDGE, EDGE, 1)), jnp.zeros((1, config.encoder.num_tokens))
-state = create_state(jax.random.key(1), lambda key: model.init(key, image, noise), optimizer, mesh)
-step = make_train_step(
-    lambda params, keys, batch: masked_loss(model, config, params, keys, batch), optimizer, state=state, frozen=FROZEN
-)
+state = create_state(jax.random.key(1), model.network.init, optimizer, mesh)
+step = make_train_step(partial(masked_loss, model), optimizer, state=state, frozen=FROZEN)
 order = np.random.default_rng(1).integers(0, 360, (600, 16))  # the last 40 chests are kept aside
 losses = []
 for rows in order:
@@ -107,7 +105,7 @@ plt.show()
 # A chest that it was not trained on: as it is, what the encoder sees, and what the decoder makes of it.
 
 # %%
-picture = reconstruct(model, config, state.params, jax.random.key(2), volumes[-1])
+picture = reconstruct(model, state.params, jax.random.key(2), volumes[-1])
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.6), layout="constrained")
 for ax, name in zip(axes, ("image", "seen", "completed"), strict=True):
     ax.imshow(getattr(picture, name)[:, EDGE // 2, :, 0], origin="lower", cmap="gray", vmin=0, vmax=1)

@@ -32,7 +32,7 @@ HOMES = {
     "pydicom": {"io/dicom_files.py", "io/dicom_pixels.py", "io/dicom.py", "io/parametric_map.py"},
     "highdicom": {"io/parametric_map.py"},
     "matplotlib": {"report"},
-    "tyro": {"cli.py"},
+    "tyro": {"cli.py", "recipes/training.py"},
     "amico": {"systems/noddi/amico.py"},
     "blackjax": {"systems/noddi/posterior.py"},
     "mctx": {"rl/search.py"},

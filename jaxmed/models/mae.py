@@ -1,6 +1,8 @@
 """Masked autoencoder (arXiv:2111.06377) around a vision transformer, for 2D and 3D images."""
 
 import dataclasses
+import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.masking import Masking, all_kept, draw_noise, random_masking
-from jaxmed.arrays.types import KeyArray
+from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Share, Size, checked
 from jaxmed.models.vit import SHARDING_RULES as VIT_RULES
 from jaxmed.models.vit import Blocks, Vit, VitConfig, _position_init
+from jaxmed.nn.model import Network, make_model
 from jaxmed.nn.transformer import BlockConfig, LayerNorm, Linear
 
 
@@ -72,6 +75,34 @@ class MaeOutput(NamedTuple):
     tokens: Float[Array, "batch token width"]
     prediction: Float[Array, "batch patch voxel"]
     masking: Masking
+
+
+class MaskedModel(NamedTuple):
+    """Any encoder of visible patches with its decoder, in two or three dimensions, as its loss and its recipe see it.
+
+    Attributes:
+        network: `apply(params, image, noise)` hides the patches of largest noise and returns a `MaeOutput`.
+        image_size: Voxels of an image along each axis.
+        channels: Of an image.
+        patch_size: Voxels of a patch along each axis.
+        norm_target: Whether each target patch is normalised to mean 0 and variance 1.
+    """
+
+    network: Network
+    image_size: tuple[int, ...]
+    channels: int
+    patch_size: tuple[int, ...]
+    norm_target: bool = False
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Patches along each axis."""
+        return tuple(size // patch for size, patch in zip(self.image_size, self.patch_size, strict=True))
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of an image."""
+        return math.prod(self.grid)
 
 
 class Decoder(nn.Module):
@@ -146,6 +177,21 @@ class Mae(nn.Module):
 # Patterns of parameters that are constants: sine-cosine tables are stored, imported and exported, never trained.
 FROZEN = (r"(^|/)position$",)
 SHARDING_RULES = VIT_RULES
+
+
+@functools.lru_cache(maxsize=8)  # one record for one configuration, so that what was compiled for it serves again
+def masked_model(config: MaeConfig) -> MaskedModel:
+    """Return the masked autoencoder around a vision transformer."""
+    model, encoder = make_model(Mae(config)), config.encoder
+
+    def init(key: KeyArray) -> Params:
+        return model.init(
+            key, jnp.zeros((1, *encoder.image_size, encoder.channels)), jnp.zeros((1, encoder.num_tokens))
+        )
+
+    network = Network(init, model.apply, SHARDING_RULES, FROZEN)
+    return MaskedModel(network, encoder.image_size, encoder.channels, encoder.patch_size, config.norm_target)
+
 
 TANGERINE_LARGE = MaeConfig()
 TANGERINE_BASE = MaeConfig(VitConfig(width=768, depth=12, heads=12, hidden=3072))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.arrays.types import KeyArray, Params, PartitionRules
 
 
 class Model(NamedTuple):
@@ -21,6 +21,22 @@ class Model(NamedTuple):
 
     init: Callable[..., Params]
     apply: Callable[..., Any]
+
+
+class Network(NamedTuple):
+    """A network of fixed input sizes, as training takes it.
+
+    Attributes:
+        init: `init(key) -> params`, float32.
+        apply: `apply(params, *inputs)`, as the loss calls it.
+        rules: How its parameters are split over the devices.
+        frozen: Regular expressions of parameters that are constants.
+    """
+
+    init: Callable[[KeyArray], Params]
+    apply: Callable[..., Any]
+    rules: PartitionRules = ()
+    frozen: tuple[str, ...] = ()
 
 
 def make_model(module: nn.Module) -> Model:

@@ -32,7 +32,7 @@ from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import compare_arrays
 from jaxmed.train.log import Log, at_work
 from jaxmed.train.loop import LoopConfig, fit, restore_best
-from jaxmed.train.mesh import MeshConfig, data_share, layout, make_mesh, shard_batch
+from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, process_slice, shard_batch
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.train.state import TrainState
@@ -197,7 +197,7 @@ def check_run(config: AdaptConfig, model: ClassifierConfig, task: Task) -> Param
     image = jax.ShapeDtypeStruct((1, *model.encoder.image_size, model.encoder.channels), np.float32)
     try:
         shapes = jax.eval_shape(make_model(Classifier(model)).init, jax.random.key(0), image)
-        layout(shapes, mesh, SHARDING_RULES)
+        param_shardings(shapes, mesh, SHARDING_RULES)
     except ValueError as error:
         expected = "a number of devices that divides heads and hidden widths"
         raise InputError("mesh.model", expected, f"{mesh.shape['model']} ({error})", "change --mesh.model") from error
@@ -329,7 +329,7 @@ def _train(
     with at_work("Drawing the parameters"):
         state = program.create(jax.random.key(config.seed), start, span)
     reading = dataclasses.replace(config.loader, seed=config.seed)
-    batches = make_loader(train, transform, reading, *data_share(mesh))
+    batches = make_loader(train, transform, reading, *process_slice(mesh))
     run = _head_scorer(model.head, mesh) if is_pairs else _scorer(model, mesh)
     weights = loss_weights(config, task)
 
@@ -348,7 +348,7 @@ def _evaluation(config: AdaptConfig, source: Source, transform: Transform, mesh:
     rows = max(config.loader.batch_size // config.accumulation, 1)
     devices = mesh.shape["data"]
     reading = dataclasses.replace(config.loader, batch_size=-(-rows // devices) * devices, seed=config.seed)
-    for batch in evaluation_batches(source, transform, reading, *data_share(mesh)):
+    for batch in evaluation_batches(source, transform, reading, *process_slice(mesh)):
         yield shard_batch(batch, mesh)
 
 

@@ -27,7 +27,7 @@ from jaxmed.models.mae import FROZEN
 from jaxmed.models.vit import SHARDING_RULES, Vit
 from jaxmed.nn.model import make_model
 from jaxmed.objectives.supervised import TaskKind, task_losses
-from jaxmed.train.mesh import layout
+from jaxmed.train.mesh import param_shardings
 from jaxmed.train.optimizer import LayerRules, OptimizerConfig, make_optimizer, rate_at
 from jaxmed.train.state import TrainState
 from jaxmed.train.step import make_train_step
@@ -115,7 +115,7 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
 
     span = make_span(0.0, 0.0, 0, 0)
     shapes: Any = jax.eval_shape(build, jax.random.key(0), {}, span)
-    places: Any = layout(shapes, mesh, SHARDING_RULES)
+    places: Any = param_shardings(shapes, mesh, SHARDING_RULES)
     placed: Any = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Shaped
 
-from jaxmed.arrays.types import Params
+from jaxmed.arrays.types import Params, PartitionRules
 from jaxmed.config import Size, checked, read_record
 from jaxmed.errors import InputError
 from jaxmed.files import make_folder, write_json
@@ -27,7 +27,7 @@ from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.mesh import MeshConfig, Rules, layout, make_mesh, shard_batch
+from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, shard_batch
 from jaxmed.train.run_folder import RunFolder
 
 FAILED_COLUMNS = ("path", "id", "reason")
@@ -195,7 +195,7 @@ class BatchModel(NamedTuple):
     compute: Callable[[Params, Any], dict[str, Any]]
     finish: Callable[[Any, Input, Arrays], tuple[Arrays, tuple[str, ...]]]
     shape: tuple[int, ...]
-    rules: Rules = ()
+    rules: PartitionRules = ()
 
 
 class Outcome(NamedTuple):
@@ -270,7 +270,7 @@ def map_batches(
     elif done:
         log.say(f"Continuing after {done:,} scans of an interrupted run.")
     log.rewind(done)
-    placed = jax.device_put(params, layout(params, mesh, model.rules))
+    placed = jax.device_put(params, param_shardings(params, mesh, model.rules))
     reads = _read_ahead([chunks[number] for number in todo], model.read, config)
     if todo:
         batch = jax.ShapeDtypeStruct((config.size, *model.shape), np.float32)

@@ -6,7 +6,7 @@ of each batch.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,11 +14,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from jaxmed.arrays.trees import map_named, matches
+from jaxmed.arrays.types import PartitionRules
 from jaxmed.config import Count, Whole, checked
 from jaxmed.errors import InputError
 
-# (regular expression on a leaf's name, its partition), the first match counts. Models keep theirs beside the module.
-Rules: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
 SMALLEST_SPLIT = 2**18  # entries; splitting less costs more in messages than it saves in memory
 
 
@@ -75,7 +74,7 @@ def make_mesh(config: MeshConfig = MeshConfig()) -> Mesh:
     )
 
 
-def layout(shapes: Any, mesh: Mesh, rules: Rules = (), smallest_split: int = SMALLEST_SPLIT) -> Any:
+def param_shardings(shapes: Any, mesh: Mesh, rules: PartitionRules = (), smallest_split: int = SMALLEST_SPLIT) -> Any:
     """Decide where each leaf lives.
 
     A leaf follows the first rule found in its name. Names of optimizer states end in the parameter's name, so
@@ -116,7 +115,7 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def data_share(mesh: Mesh) -> tuple[int, int]:
+def process_slice(mesh: Mesh) -> tuple[int, int]:
     """Tell which part of every batch this process reads.
 
     Returns:
@@ -139,7 +138,7 @@ def shard_batch(batch: Mapping[str, Shaped[np.ndarray, "..."]], mesh: Mesh) -> d
         InputError: The batch does not divide over the "data" axis.
     """
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    _, count = data_share(mesh)
+    _, count = process_slice(mesh)
     placed = {}
     for name, array in batch.items():
         if (array.shape[0] * count) % mesh.shape["data"]:

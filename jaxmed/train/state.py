@@ -9,9 +9,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.arrays.types import KeyArray, Params, PartitionRules
 from jaxmed.train.log import at_work
-from jaxmed.train.mesh import Rules, layout
+from jaxmed.train.mesh import param_shardings
 
 
 class TrainState(NamedTuple):
@@ -38,7 +38,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *arguments: Any,
-    rules: Rules = (),
+    rules: PartitionRules = (),
     ema: bool = False,
 ) -> TrainState:
     """Make the first state, born sharded: no device ever holds the whole of a parameter that is split.
@@ -49,7 +49,7 @@ def create_state(
         optimizer: As optax makes it.
         mesh: Where the state lives.
         *arguments: Arrays that `init` needs, such as parameters read from a file.
-        rules: The model's layout, see `mesh.layout`.
+        rules: The model's, see `mesh.param_shardings`.
         ema: Keep a moving average of the parameters.
 
     Returns:
@@ -64,4 +64,4 @@ def create_state(
 
     shapes = jax.eval_shape(create, key, *arguments)
     with at_work("Drawing the parameters"):
-        return jax.jit(create, out_shardings=layout(shapes, mesh, rules))(key, *arguments)
+        return jax.jit(create, out_shardings=param_shardings(shapes, mesh, rules))(key, *arguments)

@@ -22,7 +22,7 @@ from jaxmed.models.unet_guided import (
     halve,
 )
 from jaxmed.nn.model import make_model
-from jaxmed.train.mesh import MeshConfig, layout, make_mesh, shard_batch
+from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, shard_batch
 
 pytestmark = pytest.mark.core
 
@@ -159,7 +159,7 @@ def test_bfloat16_is_close_and_the_result_float32(params):
 
 def test_split_heads_and_channels_give_the_numbers_of_one_device(params):
     mesh = make_mesh(MeshConfig(data=1, model=2))
-    split = jax.device_put(params, layout(params, mesh, SHARDING_RULES, smallest_split=2**30))
+    split = jax.device_put(params, param_shardings(params, mesh, SHARDING_RULES, smallest_split=2**30))
     kernel = split["middle"]["attention_0"]["qkv"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (16, 1, 3, 8)
     batch = shard_batch({"x": np.asarray(IMAGE), "t": np.asarray(TIME)}, mesh)

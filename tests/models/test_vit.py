@@ -11,7 +11,7 @@ import pytest
 from jaxmed.arrays.position import sincos
 from jaxmed.models.vit import SHARDING_RULES, VIT_L16_3D, Vit, VitConfig
 from jaxmed.nn.model import make_model
-from jaxmed.train.mesh import MeshConfig, layout, make_mesh, shard_batch
+from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, shard_batch
 
 CONFIG = VitConfig((8, 8, 8), (4, 4, 4), width=16, depth=2, heads=2, hidden=24)
 IMAGE = jax.random.normal(jax.random.key(1), (2, 8, 8, 8, 1))
@@ -133,7 +133,7 @@ def test_bfloat16_is_finite_and_close(params):
 
 def test_tensor_splits_give_the_numbers_of_one_device(params):
     mesh = make_mesh(MeshConfig(data=2, model=2))
-    places = layout(params, mesh, SHARDING_RULES, smallest_split=2**30)
+    places = param_shardings(params, mesh, SHARDING_RULES, smallest_split=2**30)
     split = jax.device_put(params, places)
     kernel = split["blocks"]["layer_0"]["attention"]["qkv"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (16, 3, 1, 8)

@@ -7,9 +7,9 @@ import pytest
 
 from jaxmed.arrays.masking import draw_noise, random_masking
 from jaxmed.arrays.patches import patchify
-from jaxmed.models.mae import MaeConfig, MaeOutput
+from jaxmed.models.mae import MaeConfig, MaeOutput, masked_model
 from jaxmed.models.vit import VitConfig
-from jaxmed.nn.model import Model
+from jaxmed.nn.model import Network
 from jaxmed.objectives.masked import masked_loss, masked_targets
 
 pytestmark = pytest.mark.core
@@ -26,7 +26,7 @@ def constant(value):
         masking = random_masking(noise, CONFIG.mask_ratio)
         return MaeOutput(jnp.zeros((3, 3, 8)), jnp.full((3, 6, 64), value), masking)
 
-    return Model(lambda key: {}, apply)
+    return masked_model(CONFIG)._replace(network=Network(lambda key: {}, apply))
 
 
 def hidden_patches():
@@ -36,12 +36,12 @@ def hidden_patches():
 
 
 def test_loss_is_the_mean_over_hidden_patches_of_their_mean():
-    loss, metrics = masked_loss(constant(0.3), CONFIG, {}, KEYS, {"image": IMAGE})
+    loss, metrics = masked_loss(constant(0.3), {}, KEYS, {"image": IMAGE})
     patches, _ = hidden_patches()
     np.testing.assert_allclose(loss, ((patches - 0.3) ** 2).mean(axis=-1).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["target_variance"], patches.var(), rtol=1e-5)
     # The best constant has the variance as its loss.
-    best, _ = masked_loss(constant(float(patches.mean())), CONFIG, {}, KEYS, {"image": IMAGE})
+    best, _ = masked_loss(constant(float(patches.mean())), {}, KEYS, {"image": IMAGE})
     np.testing.assert_allclose(best, metrics["target_variance"], rtol=1e-5)
 
 
@@ -50,23 +50,23 @@ def test_loss_ignores_visible_patches():
     seen = sorted(set(range(8)) - set(hidden[0].tolist()))[0]
     d, h, w = np.unravel_index(seen, (2, 2, 2))
     changed = IMAGE.at[0, 4 * d : 4 * d + 4, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4].set(5.0)
-    first, _ = masked_loss(constant(0.3), CONFIG, {}, KEYS, {"image": IMAGE})
-    assert masked_loss(constant(0.3), CONFIG, {}, KEYS, {"image": changed})[0] == first
-    assert masked_loss(constant(0.3), CONFIG, {}, KEYS, {"image": IMAGE + 1.0})[0] != first
+    first, _ = masked_loss(constant(0.3), {}, KEYS, {"image": IMAGE})
+    assert masked_loss(constant(0.3), {}, KEYS, {"image": changed})[0] == first
+    assert masked_loss(constant(0.3), {}, KEYS, {"image": IMAGE + 1.0})[0] != first
 
 
 def test_normalised_targets_have_mean_0_and_variance_1_with_ddof_1():
     config = MaeConfig(ENCODER, decoder_width=8, decoder_heads=2, norm_target=True, sigmoid=False)
     masking = random_masking(draw_noise(KEYS, 8), 0.75)
-    found = masked_targets(IMAGE, masking, config)
+    found = masked_targets(masked_model(config), IMAGE, masking)
     patches, _ = hidden_patches()
     mean, variance = patches.mean(-1, keepdims=True), patches.var(-1, ddof=1, keepdims=True)
     np.testing.assert_allclose(found, (patches - mean) / np.sqrt(variance + 1e-6), atol=2e-5)
 
 
 def test_masks_follow_the_keys_of_the_images():
-    whole, _ = masked_loss(constant(0.3), CONFIG, {}, KEYS, {"image": IMAGE})
-    turned, _ = masked_loss(constant(0.3), CONFIG, {}, KEYS[::-1], {"image": IMAGE[::-1]})
+    whole, _ = masked_loss(constant(0.3), {}, KEYS, {"image": IMAGE})
+    turned, _ = masked_loss(constant(0.3), {}, KEYS[::-1], {"image": IMAGE[::-1]})
     np.testing.assert_allclose(turned, whole, rtol=1e-6)
-    other, _ = masked_loss(constant(0.3), CONFIG, {}, jax.random.split(jax.random.key(2), 3), {"image": IMAGE})
+    other, _ = masked_loss(constant(0.3), {}, jax.random.split(jax.random.key(2), 3), {"image": IMAGE})
     assert other != whole

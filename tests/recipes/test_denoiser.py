@@ -13,16 +13,17 @@ from jaxmed.data.records import ArraySource
 from jaxmed.diffusion.denoiser import denoising_loss
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
-from jaxmed.models.unet_guided import GuidedUnetConfig
-from jaxmed.recipes.denoiser import DenoiserConfig, _initialise, check_fit, ramped_decay, train_denoiser
+from jaxmed.models.unet_guided import GuidedUnetConfig, guided_unet
+from jaxmed.recipes.denoiser import train_denoiser
+from jaxmed.recipes.training import TrainConfig, TrainData, check_fit, initialise, ramped_decay
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
-from jaxmed.train.mesh import MeshConfig, make_mesh
+from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunOptions, open_run, start
 
-CONFIG = DenoiserConfig(
-    GuidedUnetConfig(width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=2, groups=4),
+MODEL = GuidedUnetConfig(width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=2, groups=4)
+CONFIG = TrainConfig(
     OptimizerConfig(peak_lr=3e-3, decay="constant", weight_decay=0.0, eps=1e-5),
     LoopConfig(steps=100, log_every=1, save_every=50),
     LoaderConfig(batch_size=8),
@@ -55,9 +56,8 @@ def train(config, path, with_held_out=False):
         start(folder)
     log = Log(folder.path, quiet=True)
     source, held_out = ArraySource({"image": images(32, 0)}), ArraySource({"image": images(10, 1)})
-    _, params = train_denoiser(
-        config, loss, source, held_out if with_held_out else None, take, flip, size=(8, 8), folder=folder, log=log
-    )
+    data = TrainData(source, held_out if with_held_out else None, take)
+    params = train_denoiser(config, guided_unet(MODEL, (8, 8)), loss, data, flip, folder=folder, log=log)
     return params, log.read_metrics()
 
 
@@ -102,8 +102,12 @@ def test_parts_and_devices_give_the_same_run(run, tmp_path):
 
 @pytest.mark.core
 def test_given_parameters_are_the_start():
-    given = {"head": {"kernel": np.ones(3, np.float32)}}
-    assert_same(_initialise(CONFIG.model, (8, 8), jax.random.key(0), given), given, 0)
+    network = guided_unet(MODEL, (8, 8))
+    drawn = network.init(jax.random.key(0))
+    given = {"head": jax.tree.map(jnp.ones_like, drawn["head"])}
+    started = initialise(network, jax.random.key(0), given)
+    assert_same(started["head"], given["head"], 0)
+    assert_same({**started, "head": drawn["head"]}, drawn, 0)
 
 
 @pytest.mark.core
@@ -113,15 +117,20 @@ def test_the_average_forgets_its_start():
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    ("changes", "size", "words"),
+    ("changes", "model", "size", "words"),
     [
-        ({}, (8, 8, 8), "size: expected 2 numbers"),
-        ({"model": dataclasses.replace(CONFIG.model, multipliers=(1, 2, 2))}, (8, 6), "size: expected multiples of 4"),
-        ({"loader": LoaderConfig(batch_size=3), "accumulation": 2}, (8, 8), "loader.batch_size: expected a multiple"),
-        ({"mesh": MeshConfig(data=1, model=4)}, (8, 8), "mesh.model: expected a number of devices that divides"),
+        ({}, MODEL, (8, 8, 8), "size: expected 2 numbers"),
+        ({}, dataclasses.replace(MODEL, multipliers=(1, 2, 2)), (8, 6), "size: expected multiples of 4"),
+        (
+            {"loader": LoaderConfig(batch_size=3), "accumulation": 2},
+            MODEL,
+            (8, 8),
+            "loader.batch_size: expected a multiple",
+        ),
+        ({"mesh": MeshConfig(data=1, model=4)}, MODEL, (8, 8), "mesh.model: expected a number of devices that divides"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_written(changes, size, words):
+def test_what_does_not_fit_is_told_before_anything_is_written(changes, model, size, words):
     config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(InputError, match=words):
-        check_fit(config, make_mesh(config.mesh), size)
+        check_fit(config, guided_unet(model, size))

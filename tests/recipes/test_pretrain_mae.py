@@ -12,14 +12,14 @@ from jaxmed.arrays.position import sincos
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import ArraySource
 from jaxmed.errors import InputError
-from jaxmed.models.mae import Mae, MaeConfig
+from jaxmed.models.mae import MaeConfig, masked_model
 from jaxmed.models.vit import VitConfig
-from jaxmed.nn.model import make_model
 from jaxmed.objectives.masked import masked_loss
-from jaxmed.recipes.pretrain_mae import PretrainConfig, _loss, check_fit, in_steps, pretrain, reconstruct
+from jaxmed.recipes.pretrain_mae import _loss, pretrain, reconstruct
+from jaxmed.recipes.training import TrainConfig, TrainData, check_fit, in_steps
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
-from jaxmed.train.mesh import MeshConfig, make_mesh
+from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig, learning_rate
 from jaxmed.train.run_folder import RunOptions, open_run, start
 
@@ -27,8 +27,7 @@ MODEL = MaeConfig(
     VitConfig((16, 16, 16), (4, 4, 4), width=24, depth=2, heads=2, hidden=48),
     decoder_width=24, decoder_depth=1, decoder_heads=2, decoder_hidden=48,
 )  # fmt: skip
-CONFIG = PretrainConfig(
-    MODEL,
+CONFIG = TrainConfig(
     # Softmax does not see the bias of the keys, so its gradient is 0 but for rounding, which Adam would divide by its
     # own size: at the usual eps of 1e-8 two ways to sum a batch move it to different places.
     OptimizerConfig(peak_lr=3e-3, b2=0.95, eps=1e-5),
@@ -58,9 +57,8 @@ def train(config, path, with_held_out=False, **options):
     log = Log(folder.path, quiet=True)
     source, held_out = (ArraySource({"image": balls(count, seed)}) for count, seed in ((16, 0), (3, 1)))
     transform = lambda fields, generator: {"image": np.asarray(fields["image"])}  # noqa: E731
-    params, pictures = pretrain(
-        config, source, held_out if with_held_out else None, transform, folder=folder, log=log, **options
-    )
+    data = TrainData(source, held_out if with_held_out else None, transform)
+    params, pictures = pretrain(config, masked_model(MODEL), data, folder=folder, log=log, **options)
     return params, pictures, log.read_metrics()
 
 
@@ -110,7 +108,7 @@ def test_eight_devices_give_the_run_of_one(short, tmp_path):
 
 def test_every_image_is_augmented_and_masked_by_a_key_of_its_own(short):
     """The loss is that of images augmented beforehand."""
-    model, images = make_model(Mae(MODEL)), jnp.asarray(balls(8, 5))
+    model, images = masked_model(MODEL), jnp.asarray(balls(8, 5))
     keys = jax.random.split(jax.random.key(4), 8)
 
     def turn(key, image):
@@ -120,8 +118,8 @@ def test_every_image_is_augmented_and_masked_by_a_key_of_its_own(short):
     is_turned = [bool(jax.random.bernoulli(key)) for key in pairs[:, 0]]
     assert 0 < sum(is_turned) < 8
     turned = jnp.stack([image[::-1] if flag else image for image, flag in zip(images, is_turned, strict=True)])
-    expected, _ = jax.jit(partial(masked_loss, model, MODEL))(short[0], pairs[:, 1], {"image": turned})
-    found, _ = jax.jit(partial(_loss, model, MODEL, turn))(short[0], keys, {"image": images})
+    expected, _ = jax.jit(partial(masked_loss, model))(short[0], pairs[:, 1], {"image": turned})
+    found, _ = jax.jit(partial(_loss, model, turn))(short[0], keys, {"image": images})
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -137,7 +135,6 @@ def test_training_starts_from_given_parameters(short, tmp_path):
     ("changes", "message"),
     [
         ({"accumulation": 3}, r"loader.batch_size: expected a multiple of 3 parts .* x 1 devices .*, found 8"),
-        ({"accumulation": 0}, "loader.batch_size"),
         ({"mesh": MeshConfig(data=8), "accumulation": 2}, "loader.batch_size: expected a multiple of 2 parts .* x 8"),
         ({"mesh": MeshConfig(data=1, model=8)}, "mesh.model: expected a number of devices that divides"),
     ],
@@ -145,13 +142,22 @@ def test_training_starts_from_given_parameters(short, tmp_path):
 def test_what_does_not_divide_is_refused(changes, message):
     config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(InputError, match=message):
-        check_fit(config, make_mesh(config.mesh))
+        check_fit(config, masked_model(MODEL).network)
+
+
+@pytest.mark.core
+def test_a_batch_has_at_least_one_part():
+    with pytest.raises(InputError, match="accumulation: expected a whole number from 1"):
+        dataclasses.replace(CONFIG, accumulation=0)
 
 
 @pytest.mark.core
 def test_schedule_of_the_paper():
     # 98,000 volumes in batches of 224, 400 epochs of which 20 warm up; 1e-4 at the end of warm-up, 0 at both ends.
-    config = in_steps(PretrainConfig(loader=LoaderConfig(batch_size=224), epochs=400, warmup_epochs=20), 98000)
+    config = in_steps(
+        TrainConfig(OptimizerConfig(peak_lr=1e-4), loader=LoaderConfig(batch_size=224), epochs=400, warmup_epochs=20),
+        98000,
+    )
     assert config.loop.steps == 175000 and config.optimizer.warmup_steps == 8750
     rate = learning_rate(config.optimizer, config.loop.steps)
     assert float(rate(0)) == 0
@@ -163,7 +169,7 @@ def test_schedule_of_the_paper():
 @pytest.mark.core
 def test_a_reconstruction_keeps_what_was_seen(short):
     image = balls(1, 3)[0]
-    picture = reconstruct(make_model(Mae(MODEL)), MODEL, short[0], jax.random.key(1), image)
+    picture = reconstruct(masked_model(MODEL), short[0], jax.random.key(1), image)
     seen = picture.seen != 0
     np.testing.assert_array_equal(picture.seen[seen], image[seen])
     np.testing.assert_array_equal(picture.completed[seen], image[seen])
@@ -174,11 +180,10 @@ def test_a_reconstruction_keeps_what_was_seen(short):
 @pytest.mark.core
 def test_a_reconstruction_of_normalised_targets_lies_in_the_range_of_the_image(short):
     config = dataclasses.replace(MODEL, norm_target=True, sigmoid=False)
-    model = make_model(Mae(config))
     image = 100 + 10 * balls(1, 3)[0]
     silent = jax.tree.map(jnp.zeros_like, short[0]["decoder"]["prediction"])  # predicts the mean of every patch
     params = {**short[0], "decoder": {**short[0]["decoder"], "prediction": silent}}
-    picture = reconstruct(model, config, params, jax.random.key(1), image)
+    picture = reconstruct(masked_model(config), params, jax.random.key(1), image)
     blocks, expected = (x.reshape(4, 4, 4, 4, 4, 4) for x in (picture.completed, image))
     means = np.broadcast_to(expected.mean(axis=(1, 3, 5), keepdims=True), expected.shape)
     is_seen = (picture.seen != 0).reshape(blocks.shape)

@@ -21,7 +21,7 @@ from jaxmed.report.page import Section, write_report
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
-from jaxmed.train.mesh import MeshConfig, data_share, make_mesh
+from jaxmed.train.mesh import MeshConfig, make_mesh, process_slice
 from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.train.state import create_state
@@ -109,7 +109,7 @@ def run(config: Config, folder: RunFolder) -> dict[str, float]:
         images, _ = read("validation")
         return {"error": float(np.mean((reconstruct(state.params, images) - images.reshape(len(images), -1)) ** 2))}
 
-    batches = make_loader(SubsetSource(source, training), prepare, reading, *data_share(mesh))
+    batches = make_loader(SubsetSource(source, training), prepare, reading, *process_slice(mesh))
     log = Log(folder.path, folder.options.quiet)
     state = fit(config.loop, state, step, batches, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
 

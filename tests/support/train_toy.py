@@ -19,7 +19,7 @@ from jaxmed.errors import InputError
 from jaxmed.train.checkpoint import Checkpoints
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
-from jaxmed.train.mesh import MeshConfig, data_share, make_mesh
+from jaxmed.train.mesh import MeshConfig, make_mesh, process_slice
 from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxmed.train.run_folder import RunOptions, open_run, start
 from jaxmed.train.state import create_state
@@ -51,7 +51,7 @@ def main(config: Config) -> None:
     step = make_train_step(toy.loss, optimizer, state=state, ema_decay=0.9, schedule=schedule)
 
     def stream(first: int):
-        for number, batch in enumerate(toy.batches(data_share(mesh))(first), first):
+        for number, batch in enumerate(toy.batches(process_slice(mesh))(first), first):
             time.sleep(config.pause)
             if number == config.stop_at:
                 return

@@ -160,8 +160,8 @@ def trained(request, tmp_path_factory):
     """The task of a size, its prior, and how to train its conditional network."""
     config, steps, batch_size = request.param
     place = tmp_path_factory.mktemp("shortcut")
-    prior = train(place / "prior", train_prior, config, small_recipe(steps, batch_size=batch_size))
-    recipe = small_recipe(steps, with_time=False, batch_size=batch_size)
+    recipe = small_recipe(steps, batch_size=batch_size)
+    prior = train(place / "prior", train_prior, config, recipe)
     return config, prior, lambda: train(place / "conditional", train_conditional, config, recipe)
 
 

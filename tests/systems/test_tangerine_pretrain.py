@@ -287,14 +287,14 @@ def test_many_volumes_are_checked_by_their_headers(scans, tmp_path):
 
 def test_published_configuration():
     config = stage.paper()
-    settings, preprocess = stage.resolve(config)
+    settings, model, preprocess = stage.resolve(config)
     assert preprocess == Preprocess() and preprocess.size == (256, 256, 256)
     assert settings.loader.batch_size == 224 and settings.accumulation == 4
     assert (settings.epochs, settings.warmup_epochs) == (400, 20)
     optimizer = settings.optimizer
     assert (optimizer.peak_lr, optimizer.end_lr, optimizer.weight_decay) == (1e-4, 0.0, 0.05)
     assert (optimizer.b1, optimizer.b2) == (0.9, 0.95)
-    assert settings.model.encoder.dtype == "bfloat16" and settings.model.mask_ratio == 0.75
+    assert model.encoder.dtype == settings.dtype == "bfloat16" and model.mask_ratio == 0.75
     assert config.flip_probability == 0.2
 
 

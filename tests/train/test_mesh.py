@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxmed.errors import InputError
-from jaxmed.train.mesh import MeshConfig, data_share, layout, make_mesh, shard_batch
+from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, process_slice, shard_batch
 
 pytestmark = pytest.mark.core
 
@@ -39,7 +39,7 @@ def test_layout_follows_the_first_rule_then_size():
         "moments": {"attention": {"kernel": jnp.ones((8, 6)), "kernel_scale": jnp.ones(())}},
     }
     rules = (("attention/kernel", P(None, "model")), ("kernel", P("data")))
-    found = jax.tree.map(lambda sharding: sharding.spec, layout(shapes, mesh, rules, smallest_split=1000))
+    found = jax.tree.map(lambda sharding: sharding.spec, param_shardings(shapes, mesh, rules, smallest_split=1000))
     assert found["attention"] == {"kernel": P(None, "model"), "bias": P()}
     assert found["large"] == P(None, None, "data")
     assert found["odd"] == P()
@@ -48,12 +48,12 @@ def test_layout_follows_the_first_rule_then_size():
 
 def test_a_rule_that_does_not_divide_names_the_parameter():
     with pytest.raises(ValueError, match="kernel: expected a size that data = 8 divides, got 6"):
-        layout({"kernel": jnp.ones(6)}, make_mesh(), (("kernel", P("data")),))
+        param_shardings({"kernel": jnp.ones(6)}, make_mesh(), (("kernel", P("data")),))
 
 
 def test_shard_batch_splits_and_keeps_the_order():
     mesh = make_mesh()
-    assert data_share(mesh) == (0, 1)
+    assert process_slice(mesh) == (0, 1)
     batch = shard_batch({"image": np.arange(16.0).reshape(16, 1)}, mesh)
     np.testing.assert_array_equal(batch["image"], np.arange(16.0).reshape(16, 1))
     assert batch["image"].addressable_shards[0].data.shape == (2, 1)

@@ -19,16 +19,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import ArraySource
 from jaxmed.diffusion.denoiser import Denoiser, denoising_loss, make_denoiser
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.metrics.hallucination import lesion_contrast
-from jaxmed.models.unet_guided import GuidedUnetConfig
-from jaxmed.nn.model import Model
+from jaxmed.models.unet_guided import GuidedUnetConfig, guided_unet
+from jaxmed.nn.model import Network
 from jaxmed.physics.lowfield import LowField, make_operator, simulate
-from jaxmed.recipes.denoiser import DenoiserConfig, train_denoiser
+from jaxmed.recipes.denoiser import train_denoiser
+from jaxmed.recipes.training import TrainConfig, TrainData
 from jaxmed.synthesis.phantoms.brain import TISSUES, BrainConfig, BrainPhantom, draw_brain, make_brain
 from jaxmed.train.log import Log
+from jaxmed.train.loop import LoopConfig
+from jaxmed.train.mesh import MeshConfig
+from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
 
 RECORDS = 4096
@@ -136,7 +141,7 @@ def lesion_error(case: Case, estimate: Float[Array, "x y 1"]) -> Scalar:
     return jnp.abs(found - true)
 
 
-def train_prior(config: ShortcutConfig, recipe: DenoiserConfig, folder: RunFolder, log: Log) -> tuple[Denoiser, Params]:
+def train_prior(config: ShortcutConfig, recipe: TrainConfig, folder: RunFolder, log: Log) -> tuple[Denoiser, Params]:
     """Train the diffusion prior on images drawn as it goes, or continue."""
     schedule = VpDiscrete()
 
@@ -146,17 +151,18 @@ def train_prior(config: ShortcutConfig, recipe: DenoiserConfig, folder: RunFolde
     def loss(apply: Any, params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> Any:
         return denoising_loss(apply, schedule, params, keys, batch)
 
-    model, params = _train(config, recipe, loss, prepare, folder, log)
-    return prior_of(model, params), params
+    network = small_network(config)
+    params = _train(network, recipe, loss, prepare, folder, log)
+    return prior_of(network, params), params
 
 
-def prior_of(model: Model, params: Params) -> Denoiser:
+def prior_of(network: Network, params: Params) -> Denoiser:
     """Return the prior of trained parameters, its images held in [0, 2]."""
-    return make_denoiser(partial(model.apply, params), VpDiscrete(), "epsilon", clip=(0.0, 2.0))
+    return make_denoiser(partial(network.apply, params), VpDiscrete(), "epsilon", clip=(0.0, 2.0))
 
 
 def train_conditional(
-    config: ShortcutConfig, recipe: DenoiserConfig, folder: RunFolder, log: Log
+    config: ShortcutConfig, recipe: TrainConfig, folder: RunFolder, log: Log
 ) -> tuple[Callable[[Float[Array, "batch x y 1"]], Float[Array, "batch x y 1"]], Params]:
     """Train the model that learns the shortcut by L1, or continue; it maps a batch of measurements to images."""
 
@@ -168,8 +174,9 @@ def train_conditional(
         error = jnp.abs(apply(params, batch["measurement"]) - batch["image"]).mean()
         return error, {}
 
-    model, params = _train(config, recipe, loss, prepare, folder, log)
-    return partial(model.apply, params), params
+    network = small_network(config, with_time=False)
+    params = _train(network, recipe, loss, prepare, folder, log)
+    return partial(network.apply, params), params
 
 
 def fit_linear(
@@ -199,17 +206,9 @@ def fit_linear(
     return apply
 
 
-def small_recipe(steps: int, seed: int = 0, *, with_time: bool = True, batch_size: int = 8) -> DenoiserConfig:
+def small_recipe(steps: int, seed: int = 0, *, batch_size: int = 8) -> TrainConfig:
     """Return a recipe whose networks train on a processor in minutes."""
-    from jaxmed.data.loader import LoaderConfig
-    from jaxmed.train.loop import LoopConfig
-    from jaxmed.train.mesh import MeshConfig
-    from jaxmed.train.optimizer import OptimizerConfig
-
-    return DenoiserConfig(
-        GuidedUnetConfig(
-            width=16, multipliers=(1, 2, 2), blocks=1, attention_factors=(4,), groups=8, with_time=with_time
-        ),
+    return TrainConfig(
         OptimizerConfig(peak_lr=1e-3, weight_decay=0.0),
         LoopConfig(steps=steps, log_every=50, save_every=0),
         LoaderConfig(batch_size=batch_size),
@@ -219,13 +218,18 @@ def small_recipe(steps: int, seed: int = 0, *, with_time: bool = True, batch_siz
     )
 
 
-def _train(
-    config: ShortcutConfig, recipe: DenoiserConfig, loss: Any, prepare: Any, folder: RunFolder, log: Log
-) -> tuple[Model, Params]:
-    source = ArraySource({"number": np.arange(RECORDS, dtype=np.int32)})
-    return train_denoiser(
-        recipe, loss, source, None, lambda fields, _: fields, prepare, size=config.size, folder=folder, log=log
+def small_network(config: ShortcutConfig, *, with_time: bool = True) -> Network:
+    """Return the network of that recipe."""
+    model = GuidedUnetConfig(
+        width=16, multipliers=(1, 2, 2), blocks=1, attention_factors=(4,), groups=8, with_time=with_time
     )
+    return guided_unet(model, config.size)
+
+
+def _train(network: Network, recipe: TrainConfig, loss: Any, prepare: Any, folder: RunFolder, log: Log) -> Params:
+    source = ArraySource({"number": np.arange(RECORDS, dtype=np.int32)})
+    data = TrainData(source, None, lambda fields, _: fields)
+    return train_denoiser(recipe, network, loss, data, prepare, folder=folder, log=log)
 
 
 def _grow(mask: Bool[Array, "x y"], steps: int) -> Bool[Array, "x y"]:

@@ -14,7 +14,7 @@ from jaxmed.arrays.trees import named_leaves
 from jaxmed.errors import InputError
 from jaxmed.io import pickles, safetensors
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
-from jaxmed.models.mae import TANGERINE_BASE, TANGERINE_LARGE, Mae, MaeConfig
+from jaxmed.models.mae import TANGERINE_BASE, TANGERINE_LARGE, Mae, MaeConfig, masked_model
 from jaxmed.models.published import tangerine
 from jaxmed.models.published.family import Hints
 from jaxmed.models.published.load import export_published, load_published
@@ -38,7 +38,7 @@ def run_mae(published, image, noise):
     """Return encoder tokens, mask, prediction of every patch in its place, and loss over hidden patches."""
     apply = jax.jit(published.model.apply, static_argnames="all_patches")
     tokens, prediction, masking = apply(published.params, image, noise, all_patches=True)
-    target = masked_targets(jnp.asarray(image), masking, published.config)
+    target = masked_targets(masked_model(published.config), jnp.asarray(image), masking)
     loss = jnp.mean(jnp.square(prediction[:, masking.kept.shape[1] :] - target))
     return {
         "tokens": tokens,

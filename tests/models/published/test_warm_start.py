@@ -9,12 +9,11 @@ import pytest
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.errors import InputError
 from jaxmed.io import safetensors
-from jaxmed.models.mae import Mae, MaeConfig
+from jaxmed.models.mae import MaeConfig, masked_model
 from jaxmed.models.published.timm_vit import entries
 from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
-from jaxmed.nn.model import make_model
-from jaxmed.recipes.pretrain_mae import _initialise
+from jaxmed.recipes.training import initialise
 
 ENCODER = VitConfig((16, 16, 16), (8, 8, 8), width=12, depth=2, heads=2, hidden=24)
 MODEL = MaeConfig(ENCODER, decoder_width=8, decoder_depth=1, decoder_heads=2, decoder_hidden=16)
@@ -46,9 +45,9 @@ def test_blocks_norms_and_tokens_are_taken_and_all_else_is_drawn(tmp_path):
     np.testing.assert_array_equal(taken["decoder/mask_token"], tensors["mask_token"].reshape(8))
     left = {"encoder/position", "encoder/patch_embed/kernel", "decoder/position", "decoder/prediction/kernel",
             "decoder/prediction/bias"}  # fmt: skip
-    model = make_model(Mae(MODEL))
-    drawn = _initialise(model, MODEL, jax.random.key(0))
-    started = named_leaves(_initialise(model, MODEL, jax.random.key(0), warm.params))
+    network = masked_model(MODEL).network
+    drawn = initialise(network, jax.random.key(0))
+    started = named_leaves(initialise(network, jax.random.key(0), warm.params))
     assert set(started) - set(taken) == left
     for name, leaf in started.items():
         np.testing.assert_array_equal(leaf, taken[name] if name in taken else named_leaves(drawn)[name], err_msg=name)

@@ -15,10 +15,11 @@ from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Decay, Seed, Share, Size, checked, to_record
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.metrics.imaging import psnr
-from jaxmed.models.unet_guided import CI_PRIOR, ENHANCER, GuidedUnetConfig
-from jaxmed.nn.model import Model
+from jaxmed.models.unet_guided import CI_PRIOR, ENHANCER, GuidedUnetConfig, guided_unet
+from jaxmed.nn.model import Network
 from jaxmed.physics.lowfield import LowField, contrast, linear_part
-from jaxmed.recipes.denoiser import DenoiserConfig, check_fit, train_denoiser
+from jaxmed.recipes.denoiser import train_denoiser
+from jaxmed.recipes.training import TrainConfig, TrainData, check_fit
 from jaxmed.synthesis.control_grid import Range
 from jaxmed.systems.dynamicdps.networks import write_network
 from jaxmed.systems.dynamicdps.reading import TOP, FrameConfig
@@ -37,7 +38,7 @@ from jaxmed.systems.dynamicdps.training import (
 )
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
-from jaxmed.train.mesh import MeshConfig, make_mesh
+from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
 
@@ -154,9 +155,9 @@ def smoke() -> Config:
 def run(config: Config, folder: RunFolder) -> None:
     """Read and cut the scans, train, export the network, show what it makes of held-out images, write the report."""
     began = time.monotonic()
-    settings = resolve(config)
-    check_fit(settings, make_mesh(settings.mesh), config.frame.size)
-    first, origin = read_start(config.weights, settings.model)
+    settings, network = resolve(config), make_network(config)
+    check_fit(settings, network)
+    first, origin = read_start(config.weights, config.model)
     images = read_training_images(
         config.data,
         config.input,
@@ -174,14 +175,14 @@ def run(config: Config, folder: RunFolder) -> None:
     ready = time.monotonic()
     maker = image_maker(images, config.data, config.synthetic, config.frame, config.flip_probability)
     prepare, cut = make_pair(config, maker), Cut(config.frame.size, config.data.finer)
-    model, params = train_denoiser(
-        settings, enhancement_loss, images.training, images.held_out, cut, prepare,
-        size=config.frame.size, folder=folder, log=log, start=first,
+    params = train_denoiser(
+        settings, network, enhancement_loss, TrainData(images.training, images.held_out, cut), prepare,
+        folder=folder, log=log, start=first,
     )  # fmt: skip
     trained = time.monotonic()
     scanner = {"acquisition": to_record(config.acquisition), "gamma": list(config.gamma)}
     write_network(folder.outputs / "model", params, config.model, config.frame, **scanner, **origin)
-    shown = enhance_examples(config, images, prepare, model, params)
+    shown = enhance_examples(config, images, prepare, network, params)
     if not is_first():
         return
     for name, definition in (
@@ -199,13 +200,17 @@ def run(config: Config, folder: RunFolder) -> None:
 report = write_initial_page
 
 
-def resolve(config: Config) -> DenoiserConfig:
+def resolve(config: Config) -> TrainConfig:
     """Return the settings of the recipe."""
-    model = dataclasses.replace(config.model, dtype=config.dtype)
-    return DenoiserConfig(
-        model, config.optimizer, config.loop, config.loader, config.mesh, config.ema_decay, config.accumulation,
-        config.seed,
+    return TrainConfig(
+        config.optimizer, config.loop, config.loader, config.mesh, accumulation=config.accumulation,
+        ema_decay=config.ema_decay, dtype=config.dtype, seed=config.seed,
     )  # fmt: skip
+
+
+def make_network(config: Config) -> Network:
+    """Return the network at the size of the images."""
+    return guided_unet(dataclasses.replace(config.model, dtype=config.dtype), config.frame.size)
 
 
 def make_pair(config: Config, maker: ImageMaker) -> Callable[[KeyArray, Mapping[str, Array]], dict[str, Array]]:
@@ -246,7 +251,7 @@ class Examples(NamedTuple):
 
 
 def enhance_examples(
-    config: Config, images: Images, prepare: Callable[..., dict[str, Array]], model: Model, params: Params
+    config: Config, images: Images, prepare: Callable[..., dict[str, Array]], network: Network, params: Params
 ) -> Examples:
     """Enhance some images that were held out, or else some of those trained on, evenly spread."""
     source = images.training if images.held_out is None else images.held_out
@@ -259,7 +264,7 @@ def enhance_examples(
     def run(params: Params, fields: dict[str, Array]) -> tuple[Array, Array, Array]:
         keys = jax.random.split(jax.random.key(config.seed + 3), config.samples)
         pairs = jax.vmap(prepare)(keys, fields)
-        enhanced = jnp.clip(model.apply(params, pairs["measurement"]), 0.0, TOP)
+        enhanced = jnp.clip(network.apply(params, pairs["measurement"]), 0.0, TOP)
         return pairs["image"], pairs["measurement"], enhanced
 
     return Examples(*(np.asarray(found, np.float32)[..., 0] for found in run(params, fields)))

@@ -16,9 +16,10 @@ from jaxmed.data.loader import LoaderConfig
 from jaxmed.diffusion.denoiser import denoising_loss, make_denoiser
 from jaxmed.diffusion.samplers import Ddim, sample
 from jaxmed.diffusion.schedule import VpDiscrete
-from jaxmed.models.unet_guided import CI_PRIOR, DYNAMICDPS_PRIOR, GuidedUnetConfig
-from jaxmed.nn.model import Model
-from jaxmed.recipes.denoiser import DenoiserConfig, check_fit, train_denoiser
+from jaxmed.models.unet_guided import CI_PRIOR, DYNAMICDPS_PRIOR, GuidedUnetConfig, guided_unet
+from jaxmed.nn.model import Network
+from jaxmed.recipes.denoiser import train_denoiser
+from jaxmed.recipes.training import TrainConfig, TrainData, check_fit
 from jaxmed.systems.dynamicdps.networks import write_network
 from jaxmed.systems.dynamicdps.reading import TOP, FrameConfig
 from jaxmed.systems.dynamicdps.records import Cut, DataConfig
@@ -36,7 +37,7 @@ from jaxmed.systems.dynamicdps.training import (
 )
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
-from jaxmed.train.mesh import MeshConfig, make_mesh
+from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
 
@@ -147,9 +148,9 @@ def smoke() -> Config:
 def run(config: Config, folder: RunFolder) -> None:
     """Read and cut the scans, train, export the prior, draw images from it, write the report."""
     began = time.monotonic()
-    settings = resolve(config)
-    check_fit(settings, make_mesh(settings.mesh), config.frame.size)
-    first, origin = read_start(config.weights, settings.model)
+    settings, network = resolve(config), make_network(config)
+    check_fit(settings, network)
+    first, origin = read_start(config.weights, config.model)
     images = read_training_images(
         config.data,
         config.input,
@@ -166,14 +167,14 @@ def run(config: Config, folder: RunFolder) -> None:
     tell(log, images)
     ready = time.monotonic()
     make = image_maker(images, config.data, config.synthetic, config.frame, config.flip_probability)
-    model, params = train_denoiser(
-        settings, denoise_loss, images.training, images.held_out, Cut(config.frame.size, config.data.finer),
-        lambda key, fields: {"image": make(key, fields)},
-        size=config.frame.size, folder=folder, log=log, start=first,
+    params = train_denoiser(
+        settings, network, denoise_loss,
+        TrainData(images.training, images.held_out, Cut(config.frame.size, config.data.finer)),
+        lambda key, fields: {"image": make(key, fields)}, folder=folder, log=log, start=first,
     )  # fmt: skip
     trained = time.monotonic()
     write_network(folder.outputs / "model", params, config.model, config.frame, **origin)
-    drawn = draw_samples(config, model, params)
+    drawn = draw_samples(config, network, params)
     if not is_first():
         return
     write_images(folder.outputs, "samples", drawn, "images drawn from the prior")
@@ -189,13 +190,17 @@ def run(config: Config, folder: RunFolder) -> None:
 report = write_prior_page
 
 
-def resolve(config: Config) -> DenoiserConfig:
+def resolve(config: Config) -> TrainConfig:
     """Return the settings of the recipe."""
-    model = dataclasses.replace(config.model, dtype=config.dtype)
-    return DenoiserConfig(
-        model, config.optimizer, config.loop, config.loader, config.mesh, config.ema_decay, config.accumulation,
-        config.seed,
+    return TrainConfig(
+        config.optimizer, config.loop, config.loader, config.mesh, accumulation=config.accumulation,
+        ema_decay=config.ema_decay, dtype=config.dtype, seed=config.seed,
     )  # fmt: skip
+
+
+def make_network(config: Config) -> Network:
+    """Return the network at the size of the images."""
+    return guided_unet(dataclasses.replace(config.model, dtype=config.dtype), config.frame.size)
 
 
 def denoise_loss(apply: Any, params: Params, keys: Any, batch: Any) -> Any:
@@ -203,12 +208,12 @@ def denoise_loss(apply: Any, params: Params, keys: Any, batch: Any) -> Any:
     return denoising_loss(apply, SCHEDULE, params, keys, batch)
 
 
-def draw_samples(config: Config, model: Model, params: Params) -> np.ndarray:
+def draw_samples(config: Config, network: Network, params: Params) -> np.ndarray:
     """Draw images from a trained prior by DDIM, [sample, *size]."""
 
     @jax.jit
     def draw(params: Params) -> Array:
-        denoiser = make_denoiser(partial(model.apply, params), SCHEDULE, clip=(0.0, TOP))
+        denoiser = make_denoiser(partial(network.apply, params), SCHEDULE, clip=(0.0, TOP))
         shape = (config.samples, *config.frame.size, 1)
         return sample(jax.random.key(config.seed + 2), denoiser, shape, Ddim(config.sample_steps))
 

@@ -24,7 +24,7 @@ from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import make_table, resolve_paths
-from jaxmed.models.mae import Mae, MaeConfig
+from jaxmed.models.mae import Mae, MaeConfig, masked_model
 from jaxmed.models.published.load import (
     OWN_LICENCE,
     ImportReport,
@@ -38,7 +38,8 @@ from jaxmed.models.published.timm_vit import entries
 from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
-from jaxmed.recipes.pretrain_mae import PretrainConfig, Reconstruction, check_fit, pretrain
+from jaxmed.recipes.pretrain_mae import Reconstruction, pretrain
+from jaxmed.recipes.training import TrainConfig, TrainData, check_fit
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.checking import check_volumes
@@ -48,7 +49,7 @@ from jaxmed.systems.tangerine.records import Prepared, read_manifest, volume_sou
 from jaxmed.train.checkpoint import compare_arrays, export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, length_notes
-from jaxmed.train.mesh import MeshConfig, make_mesh
+from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, start, write_summary
 from jaxmed.versions import software_versions
@@ -220,10 +221,10 @@ class Volumes(NamedTuple):
 def run(config: Config, folder: RunFolder) -> None:
     """Read and check the volumes, train, export the model, write the report."""
     began = time.monotonic()
-    settings, preprocess = resolve(config)
-    check_fit(settings, make_mesh(settings.mesh))
-    published = None if config.weights is None else read_start(config.weights, settings.model)
-    warm = None if config.warm_start is None else read_warm_start(config.warm_start, entries(settings.model))
+    settings, model, preprocess = resolve(config)
+    check_fit(settings, masked_model(model).network)
+    published = None if config.weights is None else read_start(config.weights, model)
+    warm = None if config.warm_start is None else read_warm_start(config.warm_start, entries(model))
     given = warm or published
     if config.is_synthetic:
         volumes = make_embedded(config, folder, preprocess)
@@ -259,12 +260,13 @@ def run(config: Config, folder: RunFolder) -> None:
         return flip(image, draw_flips(key, 3, (1, 2), config.flip_probability))
 
     ready = time.monotonic()
+    data = TrainData(SubsetSource(source, rows[: volumes.num_training]), held_out, Prepared(preprocess))
     params, pictures = pretrain(
-        settings, SubsetSource(source, rows[: volumes.num_training]), held_out, Prepared(preprocess),
+        settings, masked_model(model), data,
         folder=folder, log=log, augment=augment, start=None if given is None else given.params,
     )  # fmt: skip
     trained = time.monotonic()
-    export_parameters(folder.outputs / "model", params, model_record(settings.model, params, preprocess, published))
+    export_parameters(folder.outputs / "model", params, model_record(model, params, preprocess, published))
     if not is_first():
         return
     write_pictures(folder.outputs, pictures, volumes.scans[volumes.num_training :], preprocess)
@@ -285,16 +287,16 @@ def run(config: Config, folder: RunFolder) -> None:
 report = write_page
 
 
-def resolve(config: Config) -> tuple[PretrainConfig, Preprocess]:
-    """Return the settings of the recipe, and the preprocessing at the size of the model's image."""
+def resolve(config: Config) -> tuple[TrainConfig, MaeConfig, Preprocess]:
+    """Return the settings of the recipe, the model, and the preprocessing at the size of its image."""
     encoder = dataclasses.replace(config.model.encoder, dtype=config.dtype)
     model = dataclasses.replace(config.model, encoder=encoder)
     x, y, z = encoder.image_size
-    settings = PretrainConfig(
-        model, config.optimizer, config.loop, config.loader, config.mesh, config.epochs, config.warmup_epochs,
-        config.accumulation, config.seed,
+    settings = TrainConfig(
+        config.optimizer, config.loop, config.loader, config.mesh, config.epochs, config.warmup_epochs,
+        config.accumulation, dtype=config.dtype, seed=config.seed,
     )  # fmt: skip
-    return settings, dataclasses.replace(config.preprocess, size=(x, y, z))
+    return settings, model, dataclasses.replace(config.preprocess, size=(x, y, z))
 
 
 def make_embedded(config: Config, folder: RunFolder, preprocess: Preprocess) -> Volumes:

@@ -1,0 +1,275 @@
+"""The set-up of every training run on records: steps from epochs, mesh, fit, optimizer, state, step, loader, scores.
+
+`run_training` trains one network by the gradient of one loss. What moves its parameters otherwise (a teacher and a
+student, two optimizers in turn, a game) makes its own state and step between `in_steps` and `run_steps`:
+
+    config = in_steps(config, len(data.training))
+    mesh = make_mesh(config.mesh)
+    check_fit(config, network)
+    state, step = ...  # a NamedTuple with a field `step`, and step(state, batch) -> (state, metrics)
+    state = run_steps(config, state, step, data, mesh=mesh, folder=folder, log=log)
+
+What happens in fewer than a few thousand steps on arrays that fit the device needs none of this: scan over optax.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+
+from jaxmed.arrays.trees import named_leaves, replace
+from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import Decay, Epochs, Seed, Size, checked
+from jaxmed.data.loader import LoaderConfig, Transform, evaluation_batches, make_loader
+from jaxmed.data.records import Source
+from jaxmed.errors import InputError
+from jaxmed.nn.model import Network
+from jaxmed.train.announce import announce
+from jaxmed.train.log import Log
+from jaxmed.train.loop import LoopConfig, fit
+from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, process_slice, shard_batch
+from jaxmed.train.optimizer import LayerRules, OptimizerConfig, learning_rate, make_optimizer
+from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.state import TrainState, create_state
+from jaxmed.train.step import Loss, make_train_step
+
+State = TypeVar("State")
+# score(params, keys, batch) -> numbers of each record, [batch]; keys holds one key for each record.
+Score: TypeAlias = Callable[[Params, Key[Array, " batch"], Mapping[str, Array]], Mapping[str, Float[Array, " batch"]]]
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        optimizer: How parameters are updated.
+        loop: Length, and intervals of lines, saves and evaluations.
+        loader: Batch size (over all devices) and reading.
+        mesh: The devices.
+        epochs: Passes over the training records; 0 leaves the length to loop.steps.
+        warmup_epochs: Of them, those over which the learning rate rises; with epochs 0, optimizer.warmup_steps counts.
+        accumulation: Parts in which a batch is processed: the same numbers with less memory.
+        ema_decay: Decay of a moving average of the parameters, which is then what is scored and handed on; 0 keeps
+            none. In the first steps it is less, (1 + step) / (10 + step), so that a short run is not an average with
+            its random start.
+        dtype: Type of the network's matrix products.
+        seed: Seed of the parameters, of noise and augmentation, and of the order of the records.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig()
+    loader: LoaderConfig = LoaderConfig()
+    mesh: MeshConfig = MeshConfig()
+    epochs: Epochs = 0
+    warmup_epochs: Epochs = 0
+    accumulation: Size = 1
+    ema_decay: Decay = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: Seed = 0
+
+
+# The type of a stage's field `train`: on the command line its options carry no prefix (--loop.steps, --seed).
+TrainFlags: TypeAlias = Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+class TrainData(NamedTuple):
+    """The records of a run.
+
+    Attributes:
+        training: Those trained on.
+        held_out: Those on which the run is scored; None for none.
+        transform: A record's fields to arrays of one shape, on the host.
+    """
+
+    training: Source
+    held_out: Source | None
+    transform: Transform
+
+
+def run_training(
+    config: TrainConfig,
+    network: Network,
+    loss: Loss,
+    data: TrainData,
+    *,
+    folder: RunFolder,
+    log: Log,
+    layers: LayerRules | None = None,
+    start: Params | None = None,
+    score: Score | None = None,
+    score_seed: int | None = None,
+    summarise: Callable[[dict[str, float]], Mapping[str, float]] = dict,
+) -> TrainState:
+    """Train a network, or continue a run of this folder.
+
+    Args:
+        config: The run.
+        network: What is trained.
+        loss: `loss(params, keys, batch) -> (scalar, metrics)`, a mean over examples with one key each.
+        data: The records.
+        folder: The run.
+        log: Its log.
+        layers: The network's layers, where `config.optimizer.layer_decay` is below 1.
+        start: Parameters to start from; what is not among them is drawn.
+        score: Numbers of held-out records; each evaluation tells their means.
+        score_seed: Seed of the records' keys, which are the same in every evaluation; by default the run's plus 1.
+        summarise: From these means to what is told.
+
+    Returns:
+        The state after the last step; `handed_on` takes the parameters out of it.
+    """
+    config = in_steps(config, len(data.training))
+    mesh = make_mesh(config.mesh)
+    announce(log, "Drawing the parameters", params=check_fit(config, network), smaller=folder.smaller)
+    settings = dataclasses.replace(config.optimizer, frozen=(*config.optimizer.frozen, *network.frozen))
+    optimizer = make_optimizer(settings, config.loop.steps, layers)
+    # Given parameters are an argument: closed over, they would be constants of the program.
+    given = () if start is None else (start,)
+    state = create_state(
+        jax.random.key(config.seed), partial(initialise, network), optimizer, mesh, *given,
+        rules=network.rules, ema=config.ema_decay > 0,
+    )  # fmt: skip
+    step = make_train_step(
+        loss,
+        optimizer,
+        state=state,
+        accumulation=config.accumulation,
+        ema_decay=partial(ramped_decay, config.ema_decay) if config.ema_decay else None,
+        schedule=learning_rate(settings, config.loop.steps),
+        frozen=settings.frozen,
+    )
+    evaluate = None
+    if score is not None and data.held_out is not None:
+        seed = config.seed + 1 if score_seed is None else score_seed
+        evaluate = make_evaluation(config, mesh, data.held_out, data.transform, score, seed, summarise)
+    return run_steps(config, state, step, data, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
+
+
+def run_steps(
+    config: TrainConfig,
+    state: State,
+    step: Callable[[State, Any], tuple[State, Mapping[str, jax.Array]]],
+    data: TrainData,
+    *,
+    mesh: Mesh,
+    folder: RunFolder,
+    log: Log,
+    evaluate: Callable[[State], Mapping[str, float]] | None = None,
+) -> State:
+    """Read, step, evaluate and save until the last step, whatever the state and the step are; see `train.loop.fit`."""
+    reading = dataclasses.replace(config.loader, seed=config.seed)
+    batches = make_loader(data.training, data.transform, reading, *process_slice(mesh))
+    return fit(config.loop, state, step, batches, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
+
+
+def in_steps(config: TrainConfig, num_records: int) -> TrainConfig:
+    """Return the configuration with epochs turned into steps."""
+    if not config.epochs:
+        return config
+    per_epoch = num_records / config.loader.batch_size
+    steps = max(round(config.epochs * per_epoch), 1)
+    warmup = min(round(config.warmup_epochs * per_epoch), steps)
+    return dataclasses.replace(
+        config,
+        loop=dataclasses.replace(config.loop, steps=steps),
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup),
+    )
+
+
+def check_fit(config: TrainConfig, network: Network) -> Params:
+    """Check that the batch and the network divide over the devices, before anything is written.
+
+    Returns:
+        Shapes of the parameters.
+
+    Raises:
+        InputError: They do not.
+    """
+    mesh = make_mesh(config.mesh)
+    batch, parts, devices = config.loader.batch_size, config.accumulation, mesh.shape["data"]
+    if batch % (parts * devices):
+        expected = f"a multiple of {parts} parts (accumulation) x {devices} devices (mesh.data)"
+        raise InputError("loader.batch_size", expected, batch, "change the batch size, --accumulation or --mesh.data")
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    try:
+        param_shardings(shapes, mesh, network.rules)
+    except ValueError as error:
+        expected = "a number of devices that divides heads and hidden widths"
+        raise InputError("mesh.model", expected, f"{mesh.shape['model']} ({error})", "change --mesh.model") from error
+    return shapes
+
+
+def initialise(network: Network, key: KeyArray, start: Params | None = None) -> Params:
+    """Draw parameters; those that are given stand in place of theirs."""
+    drawn = network.init(key)
+    return drawn if start is None else replace(drawn, named_leaves(start))
+
+
+def handed_on(state: TrainState) -> Params:
+    """Return the parameters that a run is scored by and ends with: their moving average where there is one."""
+    return state.params if state.ema_params is None else state.ema_params
+
+
+def ramped_decay(decay: float, step: Any) -> Float[Array, ""]:
+    """Return the average's decay after some steps: never an average over more than about the steps done."""
+    step = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1 + step) / (10 + step))
+
+
+def make_evaluation(
+    config: TrainConfig,
+    mesh: Mesh,
+    held_out: Source,
+    transform: Transform,
+    score: Score,
+    seed: int,
+    summarise: Callable[[dict[str, float]], Mapping[str, float]] = dict,
+) -> Callable[[TrainState], Mapping[str, float]]:
+    """Return the function from a state to the means of `score` over held-out records.
+
+    Args:
+        config: The run; records are read in batches of one part.
+        mesh: Its devices.
+        held_out: The records.
+        transform: As in training.
+        score: Numbers of each record.
+        seed: Seed of the records' keys.
+        summarise: From these means to what is told.
+    """
+    reading = dataclasses.replace(config.loader, batch_size=config.loader.batch_size // config.accumulation)
+
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def total(params: Params, batch: Mapping[str, Array]) -> dict[str, Array]:
+        weight, fields = batch["weight"], {name: batch[name] for name in batch if name not in ("record", "weight")}
+        found = score(params, record_keys(seed, jnp.maximum(batch["record"], 0)), fields)
+        return {"weight": weight.sum(), **{name: weight @ value for name, value in found.items()}}
+
+    def evaluate(state: TrainState) -> Mapping[str, float]:
+        sums: dict[str, float] = {}
+        for batch in evaluation_batches(held_out, transform, reading, *process_slice(mesh)):
+            for name, value in jax.device_get(total(handed_on(state), shard_batch(batch, mesh))).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        weight = sums.pop("weight")
+        return summarise({name: value / weight for name, value in sums.items()})
+
+    return evaluate
+
+
+def record_keys(seed: int, records: Int[Array, " record"]) -> Key[Array, " record"]:
+    """Return the keys of held-out records, which depend on the seed and their numbers alone."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(records)
+
+
+def whole(params: Params, config: TrainConfig) -> Params:
+    """Return parameters that every process holds in full, for what each does with them by itself."""
+    if jax.process_count() == 1:
+        return params
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(make_mesh(config.mesh), PartitionSpec()))(params)
