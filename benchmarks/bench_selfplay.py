@@ -55,10 +55,10 @@ from timing import (
 
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, make_verifier
 from jaxmed.models.policy import GaussianMlpConfig
-from jaxmed.rl import environment, patch_game, selfplay
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl import patch_game, pixel_game, selfplay
 from jaxmed.rl.opponents import OpponentConfig
 from jaxmed.rl.patch_game import Move, PatchGame
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.plackett_luce import sample
 from jaxmed.rl.policies import make_policy
 from jaxmed.rl.ppo import SB3
@@ -133,7 +133,7 @@ def measure_pixel(
         actions = np.argpartition(desires, pixels - flips, axis=-1)[..., -flips:].astype("i4")
     else:
         actions = desires.reshape(work.steps, 2, games, *shape)
-    state = environment.State(
+    state = pixel_game.State(
         jnp.zeros(games, jnp.int32), jnp.asarray(start), jnp.zeros(games), jnp.zeros(games, jnp.int32)
     )
 
@@ -141,8 +141,8 @@ def measure_pixel(
         del image
         return masks.reshape(-1, pixels) @ jnp.asarray(weights)
 
-    def advance(state: environment.State, pair: jax.Array) -> tuple[environment.State, jax.Array]:
-        after, reward, _, _ = environment.step(game, verify, state, pair[0], pair[1])
+    def advance(state: pixel_game.State, pair: jax.Array) -> tuple[pixel_game.State, jax.Array]:
+        after, reward, _, _ = pixel_game.step(game, verify, state, pair[0], pair[1])
         return after, reward
 
     whole = by_core(lambda state, actions: jax.lax.scan(advance, state, actions), (0, 2), (0, 1))
@@ -300,7 +300,7 @@ def measure_patch(work: Workload, with_peer: bool, repeats: int, conditions: Con
 
     def advance(state: patch_game.State, moves: tuple[jax.Array, jax.Array]) -> tuple[patch_game.State, jax.Array]:
         own, rival = (Move(moves[0][side], moves[1][side]) for side in (0, 1))
-        after, reward, _ = patch_game.step(rules, jnp.asarray(scores), state, own, rival)
+        after, reward, _, _ = patch_game.step(rules, jnp.asarray(scores), state, own, rival)
         return after, reward
 
     whole = by_core(lambda state, moves: jax.lax.scan(advance, state, moves), (0, 2), (0, 1))

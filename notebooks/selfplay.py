@@ -27,7 +27,7 @@ import numpy as np
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.policy import TopkUnetConfig
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.synthesis.phantoms.puzzles import FAMILIES, make_puzzle
 from jaxmed.systems import selfplay

@@ -6,8 +6,8 @@ score wins 1 and the other loses 1; naming a patch that is empty costs 1. Either
 multiplies what this turn won: the good moment to stop is when the rival has no object left to show.
 
 Source: arXiv:2405.16628; github.com/s-sd/spurl, folder wss.
-Deviation, undone by `quirks`: the rival's patch is scored after the player's is erased, scores are compared by the
-    object's probability and a tie wins nothing, and a game that ends too early or too late costs each player 1. The
+Deviation, undone by `match_release`: the rival's patch is scored after the player's is erased, scores are compared by
+    the object's probability and a tie wins nothing, and a game that ends too early or too late costs each player 1. The
     source scores both patches as they were, takes the largest of four probabilities instead of two, so that the player
     wins only where its own absence of the object is the largest, and takes both penalties from the player. Patches
     that are empty from the start are told by the caller, and any grid will do. As in the source's code, though not in
@@ -20,24 +20,30 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.config import Size, Whole, checked
+from jaxmed.rl.pixel_game import spread_blocks
+
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PatchGame:
     """Rules.
 
     Attributes:
+        patches: Patches along each axis of an image; the source cuts 512 pixels into 16.
         min_turns: Ending before so many turns have passed costs 1.
         max_turns: So does ending after so many; two turns later the game is cut.
         stop_factor: What the turn of a stop counts.
         empty_score: Probability of the object in an erased patch, by the classifier.
-        quirks: Play by the source's slips (see the head of this file).
+        match_release: Play by the source's slips (see the head of this file).
     """
 
-    min_turns: int = 2
-    max_turns: int = 2048
+    patches: Size = 16
+    min_turns: Whole = 2
+    max_turns: Whole = 2048
     stop_factor: float = 100.0
     empty_score: float = 0.0
-    quirks: bool = False
+    match_release: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_turns <= self.max_turns:
@@ -46,6 +52,12 @@ class PatchGame:
             )
         if not 0 <= self.empty_score <= 1:
             raise ValueError(f"empty_score: expected a probability, found {self.empty_score}")
+
+    def edges(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the edges of a patch of an image, in voxels."""
+        if any(length % self.patches for length in shape):
+            raise ValueError(f"patches: expected a number that divides {shape}, found {self.patches}")
+        return tuple(length // self.patches for length in shape)
 
 
 class State(NamedTuple):
@@ -60,6 +72,20 @@ class State(NamedTuple):
     image: Int[Array, " game"]
     is_erased: Bool[Array, "game patch"]
     turns: Int[Array, " game"]
+
+
+class Info(NamedTuple):
+    """What a turn showed.
+
+    Attributes:
+        value: Probability of the object in the player's patch.
+        rival_value: That in the rival's.
+        is_won: The player's shows at least as much.
+    """
+
+    value: Float[Array, " game"]
+    rival_value: Float[Array, " game"]
+    is_won: Bool[Array, " game"]
 
 
 class Move(NamedTuple):
@@ -91,7 +117,7 @@ def observe(features: Float[Array, "image patch feature"], state: State) -> Floa
 
 def step(
     game: PatchGame, scores: Float[Array, "image patch"], state: State, move: Move, rival: Move
-) -> tuple[State, Float[Array, "game 2"], Bool[Array, " game"]]:
+) -> tuple[State, Float[Array, "game 2"], Bool[Array, " game"], Info]:
     """Play a turn.
 
     Args:
@@ -102,15 +128,15 @@ def step(
         rival: The rival's, that has seen the player's patch erased.
 
     Returns:
-        The next state, the rewards of player and rival, and whether the game is over.
+        The next state, the rewards of player and rival, whether the game is over, and what both showed.
     """
     empty = _at(state.is_erased, move.patch)
     rival_empty = _at(state.is_erased, rival.patch)
-    if not game.quirks:
+    if not game.match_release:
         rival_empty = rival_empty | (move.patch == rival.patch)
     shown = jnp.where(empty, game.empty_score, scores[state.image, move.patch])
     rival_shown = jnp.where(rival_empty, game.empty_score, scores[state.image, rival.patch])
-    if game.quirks:
+    if game.match_release:
         is_first = 1 - shown >= jnp.maximum(shown, jnp.maximum(1 - rival_shown, rival_shown))
         won = jnp.where(is_first, 1.0, -1.0)
     else:
@@ -118,12 +144,20 @@ def step(
     stop = move.stop | rival.stop
     won = jnp.where(stop, won * game.stop_factor, won)
     is_over = stop | (state.turns >= game.max_turns + 2)
-    is_untimely = (stop if game.quirks else is_over) & ((state.turns < game.min_turns) | (state.turns > game.max_turns))
+    is_late_or_early = (state.turns < game.min_turns) | (state.turns > game.max_turns)
+    is_untimely = (stop if game.match_release else is_over) & is_late_or_early
     penalty = jnp.where(is_untimely, 1.0, 0.0)
-    own = won - penalty * (2.0 if game.quirks else 1.0) - empty
-    theirs = -won - (0.0 if game.quirks else penalty) - rival_empty
+    own = won - penalty * (2.0 if game.match_release else 1.0) - empty
+    theirs = -won - (0.0 if game.match_release else penalty) - rival_empty
     after = erase(erase(state, move.patch), rival.patch)._replace(turns=state.turns + 1)
-    return after, jnp.stack([own, theirs], axis=-1), is_over
+    return after, jnp.stack([own, theirs], axis=-1), is_over, Info(shown, rival_shown, shown >= rival_shown)
+
+
+def mark_patches(
+    game: PatchGame, shape: tuple[int, ...], marked: Bool[Array, "game patch"]
+) -> Bool[Array, "game *shape"]:
+    """Return the masks of images of a shape that some of their patches make."""
+    return spread_blocks(game.edges(shape), marked.reshape(len(marked), *(game.patches,) * len(shape)))
 
 
 def _at(flags: Bool[Array, "game patch"], patch: Int[Array, " game"]) -> Bool[Array, " game"]:

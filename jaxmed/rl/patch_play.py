@@ -1,9 +1,19 @@
 """RLSP: a policy of the patch game learns by REINFORCE against its past selves, then segments alone.
 
+    problem = make_patch_problem(config.game, verify, verifier, images, masks, probability)
+    state = init(key, config, model, problem)
+    advance = jax.jit(partial(iterate, config, model, verify))
+    state, metrics = advance(problem, state)          # config.games * config.turns turns
+    answer = state.best.mask                          # the best mask of each image so far
+
+An iteration of it has the form of one of the pixel game (`rl.selfplay`): the patches that a game has named after each
+move are a mask, a verifier values it, and the best mask of each image is kept.
+
 Source: arXiv:2405.16628; github.com/s-sd/spurl, folder wss.
 Deviation: games are played many at a time, and an iteration learns from all of them; gradients are clipped by their
     norm over all parameters instead of each one's; a policy sees features of the patches that are left, which may be
-    their pixels. The source draws every stop by a coin (`quirks` of the game keeps that).
+    their pixels. The source draws every stop by a coin (`match_release` of the game keeps that), and has no verifier:
+    its answer is `segment`'s.
 Limitation: on grids of 3 x 3 the policy learned which patches hold the object, but not when to stop: after 1500
     iterations of 64 games it named every patch (benchmarks/results/slow/selfplay_rl.txt).
 """
@@ -17,15 +27,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.arrays.patches import patchify
 from jaxmed.arrays.types import KeyArray, Params, Scalar
+from jaxmed.config import NonNegative, Share, Size, checked
 from jaxmed.models.policy import PatchMlp, PatchMlpConfig
 from jaxmed.nn.model import Model, make_model
-from jaxmed.rl import opponents, patch_game
+from jaxmed.rl import opponents, patch_game, pixel_game
 from jaxmed.rl.opponents import OpponentConfig, Pool
-from jaxmed.rl.patch_game import Move, PatchGame
+from jaxmed.rl.patch_game import Move, PatchGame, mark_patches
+from jaxmed.rl.pixel_game import Best, Cases
+from jaxmed.rl.selfplay import Verify
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PatchPlayConfig:
     """Settings of RLSP.
 
@@ -48,26 +63,28 @@ class PatchPlayConfig:
     game: PatchGame = PatchGame()
     network: PatchMlpConfig = PatchMlpConfig()
     opponents: OpponentConfig = OpponentConfig(live=0.0, every=1)
-    games: int = 4
-    turns: int = 64
-    learning_rate: float = 1e-3
-    discount: float = 0.99
+    games: Size = 4
+    turns: Size = 64
+    learning_rate: NonNegative = 1e-3
+    discount: Share = 0.99
     explore: float = 0.05
-    max_norm: float = 10.0
-    epsilon: float = 1e-5
-    minibatches: int = 1
+    max_norm: NonNegative = 10.0
+    epsilon: NonNegative = 1e-5
+    minibatches: Size = 1
     from_rival: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("games", "turns", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
         if not 0 <= self.explore <= 1:
             raise ValueError(f"explore: expected a share from 0 to 1, found {self.explore}")
         if 2 * self.games * self.turns % self.minibatches:
             raise ValueError(
                 f"minibatches: expected a divisor of {2 * self.games * self.turns} moves, found {self.minibatches}"
             )
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Turns in an iteration, over all games; those that a stop leaves out are counted."""
+        return self.games * self.turns
 
 
 class PatchProblem(NamedTuple):
@@ -77,11 +94,15 @@ class PatchProblem(NamedTuple):
         features: What the policy sees of each patch.
         scores: Probability of the object in it, by the frozen classifier.
         is_empty: Whether it is all zeros.
+        cases: The images, and masks that were known before.
+        verifier: First argument of what values masks.
     """
 
     features: Float[Array, "image patch feature"]
     scores: Float[Array, "image patch"]
     is_empty: Bool[Array, "image patch"]
+    cases: Cases
+    verifier: Any
 
 
 class State(NamedTuple):
@@ -90,6 +111,8 @@ class State(NamedTuple):
     Attributes:
         params: The policy.
         opt_state: Of its optimizer.
+        game: The best mask of each game of the last iteration, and D of it.
+        best: Best mask of each image so far.
         pool: Past selves.
         iteration: Iterations so far.
         key: Root of the random numbers.
@@ -97,6 +120,8 @@ class State(NamedTuple):
 
     params: Params
     opt_state: optax.OptState
+    game: pixel_game.State
+    best: Best
     pool: Pool
     iteration: Int[Array, ""]
     key: KeyArray
@@ -111,6 +136,7 @@ class Turns(NamedTuple):
         stop: Whether it ended the game.
         reward: Of the turn.
         is_played: The game was not over yet.
+        info: What both showed.
     """
 
     state: patch_game.State
@@ -118,6 +144,31 @@ class Turns(NamedTuple):
     stop: Bool[Array, "turn 2 game"]
     reward: Float[Array, "turn 2 game"]
     is_played: Bool[Array, "turn 2 game"]
+    info: patch_game.Info
+
+
+def make_patch_problem(
+    game: PatchGame,
+    verify: Verify,
+    verifier: Any,
+    images: Float[Array, "image *shape"],
+    masks: Bool[Array, "image *shape"],
+    probability: Float[Array, "image *shape"],
+) -> PatchProblem:
+    """Cut images into patches.
+
+    Args:
+        game: Gives the patches.
+        verify: What judges.
+        verifier: Its parameters and what it keeps of images.
+        images: A patch without intensities is empty; the others' are what a policy sees.
+        masks: Known before.
+        probability: Of the object in each voxel; the mean over a patch is the patch's score.
+    """
+    edges = game.edges(images.shape[1:])
+    features, chance = (patchify(array[..., None], edges) for array in (images, probability))
+    cases = pixel_game.make_cases(partial(verify, verifier), images, masks)
+    return PatchProblem(features, chance.mean(axis=2), ~jnp.any(features, axis=2), cases, verifier)
 
 
 def make_patch_policy(config: PatchPlayConfig) -> Model:
@@ -125,18 +176,22 @@ def make_patch_policy(config: PatchPlayConfig) -> Model:
     return make_model(PatchMlp(config.network))
 
 
-def init(key: KeyArray, config: PatchPlayConfig, model: Model, problem: PatchProblem) -> State:
-    """Begin a run with a fresh policy."""
+def init(
+    key: KeyArray, config: PatchPlayConfig, model: Model, problem: PatchProblem, params: Params | None = None
+) -> State:
+    """Begin a run, with a fresh policy or one to go on from."""
     root, init_key = jax.random.split(key)
-    params = model.init(init_key, problem.features[:1])
-    pool = opponents.make_pool(config.opponents.pool, params)
-    return State(params, _optimizer(config).init(params), pool, jnp.int32(0), root)
+    params = model.init(init_key, problem.features[:1]) if params is None else params
+    pool, cases = opponents.make_pool(config.opponents.pool, params), problem.cases
+    game = pixel_game.reset(cases, jnp.arange(config.games) % len(cases.images))
+    best = pixel_game.begin_best(cases)
+    return State(params, _optimizer(config).init(params), game, best, pool, jnp.int32(0), root)
 
 
 def iterate(
-    config: PatchPlayConfig, model: Model, problem: PatchProblem, state: State
+    config: PatchPlayConfig, model: Model, verify: Verify, problem: PatchProblem, state: State
 ) -> tuple[State, dict[str, Scalar]]:
-    """Play `config.games` episodes, and learn from them."""
+    """Play `config.games` episodes, learn from them, and keep the best masks that they named."""
     key = jax.random.fold_in(state.key, state.iteration)
     play_key, learn_key = jax.random.split(key)
     turns = rollout(config, model, problem, state, play_key)
@@ -144,14 +199,36 @@ def iterate(
     params, opt_state, loss = _learn(config, model, problem, state, turns, returns, learn_key)
     iteration = state.iteration + 1
     pool = opponents.take_snapshot(state.pool, params, iteration % config.opponents.every == 0)
+    game, best = judge_turns(config, verify, problem, turns, state.best)
     played = turns.is_played[:, 0].sum(axis=0)
     metrics = {
         "loss": loss,
         "reward": (turns.reward[:, 0] * turns.is_played[:, 0]).sum(axis=0).mean(),
         "turns": played.mean(dtype=jnp.float32),
         "stopped": (turns.stop & turns.is_played).any(axis=(0, 1)).mean(dtype=jnp.float32),
+        "best": best.value.mean(),
     }
-    return State(params, opt_state, pool, iteration, state.key), metrics
+    return State(params, opt_state, game, best, pool, iteration, state.key), metrics
+
+
+def judge_turns(
+    config: PatchPlayConfig, verify: Verify, problem: PatchProblem, turns: Turns, best: Best
+) -> tuple[pixel_game.State, Best]:
+    """Value what each game has named after every move; return each game's best mask, and each image's so far."""
+    image, shape = turns.state.image[0, 0], problem.cases.images.shape[1:]
+    middle = jax.tree.map(lambda leaf: leaf[:, 1], turns.state)
+    erased = jnp.stack([middle.is_erased, jax.vmap(patch_game.erase)(middle, turns.patch[:, 1]).is_erased], axis=1)
+
+    def judge(carry: tuple[pixel_game.State, Best], now: tuple[Array, Array]) -> tuple[Any, None]:
+        kept, best = carry
+        mask = mark_patches(config.game, shape, now[0] & ~problem.is_empty[image])
+        value = jnp.where(now[1], verify(problem.verifier, image, mask.astype(jnp.float32)), -jnp.inf)
+        seen = pixel_game.State(image, mask, value, kept.steps + 1)
+        return (pixel_game.choose(value > kept.value, seen, kept), pixel_game.update_best(best, seen)), None
+
+    blank = pixel_game.reset(problem.cases, image)._replace(value=jnp.full(image.shape, -jnp.inf))
+    moves = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), (erased, turns.is_played))
+    return jax.lax.scan(judge, (blank, best), moves)[0]
 
 
 def rollout(config: PatchPlayConfig, model: Model, problem: PatchProblem, state: State, key: KeyArray) -> Turns:
@@ -189,9 +266,9 @@ def rollout(config: PatchPlayConfig, model: Model, problem: PatchProblem, state:
         move = act(config, model, state.params, own_key, problem, game)
         seen = patch_game.erase(game, move.patch)
         rival = answer(rival_key, seen)
-        after, reward, is_over = patch_game.step(config.game, problem.scores, game, move, rival)
+        after, reward, is_over, info = patch_game.step(config.game, problem.scores, game, move, rival)
         views, moves = jax.tree.map(lambda a, b: jnp.stack([a, b]), (game, move), (seen, rival))
-        record = Turns(views, moves.patch, moves.stop, reward.T, jnp.stack([is_played, is_played]))
+        record = Turns(views, moves.patch, moves.stop, reward.T, jnp.stack([is_played, is_played]), info)
         return (after, is_played & ~is_over), record
 
     return jax.lax.scan(advance, start, jax.random.split(turn_key, config.turns))[1]
@@ -206,7 +283,7 @@ def act(
     patch = jax.random.categorical(patch_key, patch_logits)
     uniform = jax.random.randint(uniform_key, patch.shape, 0, patch_logits.shape[1])
     patch = jnp.where(jax.random.bernoulli(explore_key, config.explore, patch.shape), uniform, patch)
-    if config.game.quirks:
+    if config.game.match_release:
         stop_logits = jnp.zeros_like(stop_logits)
     return Move(patch.astype(jnp.int32), jax.random.categorical(stop_key, stop_logits) == 1)
 

@@ -10,8 +10,8 @@ from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.models.policy import GaussianMlp, GaussianMlpConfig, TopkUnet, TopkUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.rl.distribution import Distribution
-from jaxmed.rl.environment import PixelGame
 from jaxmed.rl.gaussian import make_gaussian
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.plackett_luce import make_plackett_luce
 
 

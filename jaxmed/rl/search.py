@@ -1,7 +1,7 @@
 """Tree search in the pixel game: both players look ahead by simulation before they propose a flip.
 
 A turn of the tree is one player's proposal. The first names a pixel, the rival answers, the better mask stays, as in
-`environment.step`; a player's reward is the difference of the verifier's values, the other's the negative of it.
+`pixel_game.step`; a player's reward is the difference of the verifier's values, the other's the negative of it.
 Nothing is learnt: the verifier's slope at the mask says which pixels to look at first, and simulations use the true
 game. Every mask that a simulation reaches counts as seen.
 
@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import checked
 from jaxmed.errors import InputError
-from jaxmed.rl import environment
-from jaxmed.rl.environment import Best, PixelGame, expand_like, spread_blocks
+from jaxmed.rl import pixel_game
+from jaxmed.rl.pixel_game import Best, PixelGame, expand_like, spread_blocks
 from jaxmed.rl.selfplay import Problem, Verify, restart
 
 
@@ -85,7 +85,7 @@ class SearchState(NamedTuple):
         key: Root of the random numbers.
     """
 
-    game: environment.State
+    game: pixel_game.State
     best: Best
     iteration: Int[Array, ""]
     key: KeyArray
@@ -107,8 +107,8 @@ def require_mctx() -> None:
 def init(key: KeyArray, games: int, problem: Problem) -> SearchState:
     """Begin games, the images spread evenly over them."""
     cases = problem.cases
-    game = environment.reset(cases, jnp.arange(games) % len(cases.images))
-    return SearchState(game, environment.begin_best(cases), jnp.int32(0), key)
+    game = pixel_game.reset(cases, jnp.arange(games) % len(cases.images))
+    return SearchState(game, pixel_game.begin_best(cases), jnp.int32(0), key)
 
 
 def iterate(
@@ -125,15 +125,15 @@ def iterate(
         state: Where the run stands.
     """
 
-    def advance(carry: tuple[environment.State, Best], key: KeyArray) -> tuple[Any, None]:
+    def advance(carry: tuple[pixel_game.State, Best], key: KeyArray) -> tuple[Any, None]:
         now, best = carry
         own_key, rival_key, image_key = jax.random.split(key, 3)
         turn = Turn(now.image, now.mask, now.value, now.mask, now.value, jnp.zeros(len(now.image), bool))
         for turn_key in (own_key, rival_key):
             found = search(config, game, partial(verify, problem.verifier), turn_key, turn)
-            best = environment.update_best(best, found.seen)
+            best = pixel_game.update_best(best, found.seen)
             turn = found.turn
-        after = environment.State(now.image, turn.mask, turn.value, now.steps + 1)
+        after = pixel_game.State(now.image, turn.mask, turn.value, now.steps + 1)
         return (restart(problem.cases, after, after.steps > game.horizon, image_key), best), None
 
     keys = jax.random.split(jax.random.fold_in(state.key, state.iteration), steps)
@@ -156,10 +156,10 @@ class Found(NamedTuple):
     value: Float[Array, " game"]
     action_values: Float[Array, "game action"]
     turn: Turn
-    seen: environment.State
+    seen: pixel_game.State
 
 
-def search(config: SearchConfig, game: PixelGame, verify: environment.Verify, key: KeyArray, turn: Turn) -> Found:
+def search(config: SearchConfig, game: PixelGame, verify: pixel_game.Verify, key: KeyArray, turn: Turn) -> Found:
     """Search the best proposal of the player to move, for all games at once.
 
     Args:
@@ -203,7 +203,7 @@ def search(config: SearchConfig, game: PixelGame, verify: environment.Verify, ke
 
 
 def play(
-    game: PixelGame, verify: environment.Verify, turn: Turn, action: Int[Array, " game"]
+    game: PixelGame, verify: pixel_game.Verify, turn: Turn, action: Int[Array, " game"]
 ) -> tuple[Turn, Float[Array, " game"]]:
     """Let the player to move flip a pixel of the grid; after the rival's answer the better mask stays.
 
@@ -211,7 +211,7 @@ def play(
         The next turn, and the reward of the player who moved: 0 for the first, D(its proposal) - D(the first's) for the
         rival. A tie is the first player's.
     """
-    flips = environment.mark_flips(game, turn.mask.shape[1:], action[:, None])
+    flips = pixel_game.mark_flips(game, turn.mask.shape[1:], action[:, None])
     flips = spread_blocks(game.blocks(turn.mask.shape[1:]), flips)
     candidate = turn.mask ^ flips
     value = verify(turn.image, candidate.astype(jnp.float32))
@@ -240,7 +240,7 @@ def _outlook(turn: Turn) -> Float[Array, " game"]:
     return jnp.where(turn.is_second, turn.value - turn.proposal_value, 0.0)
 
 
-def _slope(verify: environment.Verify, turn: Turn) -> tuple[Float[Array, "game *shape"], Float[Array, " game"]]:
+def _slope(verify: pixel_game.Verify, turn: Turn) -> tuple[Float[Array, "game *shape"], Float[Array, " game"]]:
     """Return the verifier's slope at the masks, and the largest promise of a flip anywhere."""
     soft = turn.mask.astype(jnp.float32)
     slope = jax.grad(lambda masks: verify(turn.image, masks).sum())(soft)
@@ -248,7 +248,7 @@ def _slope(verify: environment.Verify, turn: Turn) -> tuple[Float[Array, "game *
     return slope, jnp.where(promise > 0, promise, 1.0)
 
 
-def _all_seen(tree: Any) -> environment.State:
+def _all_seen(tree: Any) -> pixel_game.State:
     """Return the masks of all nodes: proposals that wait for an answer, and what stayed after one."""
     turn: Turn = tree.embeddings
     pending = turn.is_second
@@ -256,7 +256,7 @@ def _all_seen(tree: Any) -> environment.State:
     values = jnp.where(pending, turn.proposal_value, turn.value)
     values = jnp.where(tree.node_visits > 0, values, -jnp.inf)
     image, masks, values = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in (turn.image, masks, values))
-    return environment.State(image, masks, values, jnp.zeros(image.shape, jnp.int32))
+    return pixel_game.State(image, masks, values, jnp.zeros(image.shape, jnp.int32))
 
 
 def _by_block(values: Float[Array, "game *shape"], edges: tuple[int, ...]) -> Float[Array, "game *grid"]:

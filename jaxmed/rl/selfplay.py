@@ -27,9 +27,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.config import Size, checked
-from jaxmed.rl import environment, opponents, ppo
-from jaxmed.rl.environment import Best, Cases, PixelGame
+from jaxmed.rl import opponents, pixel_game, ppo
 from jaxmed.rl.opponents import OpponentConfig, Pool
+from jaxmed.rl.pixel_game import Best, Cases, PixelGame
 from jaxmed.rl.policies import Policy
 from jaxmed.rl.ppo import Batch, PpoConfig
 
@@ -108,7 +108,7 @@ class State(NamedTuple):
 
     params: Params
     opt_state: optax.OptState
-    game: environment.State
+    game: pixel_game.State
     best: Best
     pool: Pool
     reward_square: Scalar
@@ -132,7 +132,7 @@ class Record(NamedTuple):
         is_won: The player's proposal is at least as good.
     """
 
-    state: environment.State
+    state: pixel_game.State
     action: Array
     rival_action: Array
     log_prob: Float[Array, "*time game"]
@@ -148,7 +148,7 @@ def make_problem(
     verify: Verify, verifier: Any, images: Float[Array, "image *shape"], masks: Bool[Array, "image *shape"]
 ) -> Problem:
     """Value the masks that games begin with."""
-    return Problem(environment.make_cases(partial(verify, verifier), images, masks), verifier)
+    return Problem(pixel_game.make_cases(partial(verify, verifier), images, masks), verifier)
 
 
 def init(
@@ -166,12 +166,12 @@ def init(
     root, init_key = jax.random.split(key)
     params = policy.init(init_key) if params is None else params
     cases = problem.cases
-    game = environment.reset(cases, jnp.arange(config.games) % len(cases.images))
+    game = pixel_game.reset(cases, jnp.arange(config.games) % len(cases.images))
     return State(
         params,
         ppo.make_optimizer(config.ppo).init(params),
         game,
-        environment.begin_best(cases),
+        pixel_game.begin_best(cases),
         opponents.make_pool(config.opponents.pool, params),
         jnp.zeros(()),
         jnp.int32(0),
@@ -203,12 +203,12 @@ def iterate(
     game, best, records = _rollout(config, policy, verify, problem, state, play_key)
     square = jnp.mean(jnp.square(records.reward))
     average = state.reward_square + (square - state.reward_square) / (state.iteration + 1)
-    _, last = policy.apply(state.params, environment.observe(problem.cases.images, game))
+    _, last = policy.apply(state.params, pixel_game.observe(problem.cases.images, game))
     scale = jax.lax.rsqrt(jnp.maximum(average, 1e-16)) if config.scale_rewards else jnp.ones(())
     batch = _make_batch(config, records, last, scale)
 
-    def apply(params: Params, seen: environment.State) -> tuple[Any, Array]:
-        return policy.apply(params, environment.observe(problem.cases.images, seen))
+    def apply(params: Params, seen: pixel_game.State) -> tuple[Any, Array]:
+        return policy.apply(params, pixel_game.observe(problem.cases.images, seen))
 
     params, opt_state, losses = ppo.update(
         apply, policy.distribution, config.ppo, learn_key, state.params, state.opt_state, batch
@@ -221,7 +221,7 @@ def iterate(
 
 def _rollout(
     config: SelfPlayConfig, policy: Policy, verify: Verify, problem: Problem, state: State, key: KeyArray
-) -> tuple[environment.State, Best, Record]:
+) -> tuple[pixel_game.State, Best, Record]:
     cases, chance = problem.cases, policy.distribution
     judge = partial(verify, problem.verifier)
     live = config.opponents.num_live(config.games)
@@ -240,10 +240,10 @@ def _rollout(
         actions = jax.lax.map(play, (jax.random.split(key, groups), slots, seen))
         return actions.reshape(-1, *actions.shape[2:])
 
-    def advance(carry: tuple[environment.State, Best], key: KeyArray) -> tuple[Any, Record]:
+    def advance(carry: tuple[pixel_game.State, Best], key: KeyArray) -> tuple[Any, Record]:
         game, best = carry
         own_key, live_key, past_key, image_key = jax.random.split(key, 4)
-        observation = environment.observe(cases.images, game)
+        observation = pixel_game.observe(cases.images, game)
         parameters, value = policy.apply(state.params, observation)
         action = chance.sample(own_key, parameters)
         # Against itself the same pass of the network serves both players.
@@ -252,30 +252,26 @@ def _rollout(
         rival = own_rival
         if live < config.games:
             rival = jnp.concatenate([own_rival, rival_actions(past_key, observation[live:])])
-        after, reward, is_done, info = environment.step(config.game, judge, game, action, rival)
+        after, reward, is_done, info = pixel_game.step(config.game, judge, game, action, rival)
         final = jax.lax.cond(
             jnp.any(is_done),
-            lambda: policy.apply(state.params, environment.observe(cases.images, after))[1],
+            lambda: policy.apply(state.params, pixel_game.observe(cases.images, after))[1],
             lambda: jnp.zeros_like(value),
         )
         record = Record(
             game, action, own_rival, chance.log_prob(parameters, action), chance.log_prob(own, own_rival), value,
             reward, is_done, final, info.is_won,
         )  # fmt: skip
-        return (restart(cases, after, is_done, image_key), environment.update_best(best, after)), record
+        return (restart(cases, after, is_done, image_key), pixel_game.update_best(best, after)), record
 
     (game, best), records = jax.lax.scan(advance, (state.game, state.best), jax.random.split(step_key, config.steps))
     return game, best, records
 
 
-def restart(cases: Cases, game: environment.State, is_done: Bool[Array, " game"], key: KeyArray) -> environment.State:
+def restart(cases: Cases, game: pixel_game.State, is_done: Bool[Array, " game"], key: KeyArray) -> pixel_game.State:
     """Begin the games that were cut anew, on images drawn at random."""
-    fresh = environment.reset(cases, jax.random.randint(key, is_done.shape, 0, len(cases.images)))
-
-    def choose(new: Array, old: Array) -> Array:
-        return jnp.where(is_done.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-
-    return jax.tree.map(choose, fresh, game)
+    fresh = pixel_game.reset(cases, jax.random.randint(key, is_done.shape, 0, len(cases.images)))
+    return pixel_game.choose(is_done, fresh, game)
 
 
 def _make_batch(config: SelfPlayConfig, records: Record, last: Array, scale: Array) -> Batch:
@@ -301,19 +297,19 @@ def _make_batch(config: SelfPlayConfig, records: Record, last: Array, scale: Arr
 
 def _propose(
     config: SelfPlayConfig, policy: Policy, verify: Verify, problem: Problem, state: State, key: KeyArray
-) -> tuple[environment.State, Best, dict[str, Scalar]]:
+) -> tuple[pixel_game.State, Best, dict[str, Scalar]]:
     """Play with proposals from the distribution of a network that puts out zeros."""
     cases, judge = problem.cases, partial(verify, problem.verifier)
-    observation = jax.eval_shape(environment.observe, cases.images, state.game)
+    observation = jax.eval_shape(pixel_game.observe, cases.images, state.game)
     shapes, _ = jax.eval_shape(policy.apply, state.params, observation)
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def advance(carry: tuple[environment.State, Best], key: KeyArray) -> tuple[Any, tuple[Array, Array]]:
+    def advance(carry: tuple[pixel_game.State, Best], key: KeyArray) -> tuple[Any, tuple[Array, Array]]:
         game, best = carry
         own_key, rival_key, image_key = jax.random.split(key, 3)
         proposals = (policy.distribution.sample(key, blank) for key in (own_key, rival_key))
-        after, reward, is_done, info = environment.step(config.game, judge, game, *proposals)
-        best = environment.update_best(best, after)
+        after, reward, is_done, info = pixel_game.step(config.game, judge, game, *proposals)
+        best = pixel_game.update_best(best, after)
         return (restart(cases, after, is_done, image_key), best), (reward, info.is_won)
 
     start = (state.game, state.best)
@@ -321,7 +317,7 @@ def _propose(
     return game, best, _summarise(reward, is_won, game, best)
 
 
-def _summarise(reward: Array, is_won: Array, game: environment.State, best: Best) -> dict[str, Scalar]:
+def _summarise(reward: Array, is_won: Array, game: pixel_game.State, best: Best) -> dict[str, Scalar]:
     return {
         "reward": reward.mean(),
         "reward_deviation": jnp.sqrt(jnp.mean(jnp.square(reward))),

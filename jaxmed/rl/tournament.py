@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.rl import environment
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl import pixel_game
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.policies import Policy
 from jaxmed.rl.selfplay import Problem, Verify
 
@@ -27,7 +27,7 @@ class Trace(NamedTuple):
     image: Int[Array, " game"]
     mask: Bool[Array, "time game *shape"]
     value: Float[Array, "time game"]
-    info: environment.Info
+    info: pixel_game.Info
 
 
 class Results(NamedTuple):
@@ -69,17 +69,17 @@ def play(
         explore: Draw actions; otherwise both take the likeliest.
     """
     cases, judge = problem.cases, partial(verify, problem.verifier)
-    start = environment.reset(cases, jnp.arange(games) % len(cases.images))
+    start = pixel_game.reset(cases, jnp.arange(games) % len(cases.images))
 
     def act(params: Params, key: KeyArray, observation: Array) -> Array:
         parameters, _ = policy.apply(params, observation)
         return policy.distribution.sample(key, parameters) if explore else policy.distribution.mode(parameters)
 
-    def advance(state: environment.State, key: KeyArray) -> tuple[environment.State, Any]:
+    def advance(state: pixel_game.State, key: KeyArray) -> tuple[pixel_game.State, Any]:
         own_key, rival_key = jax.random.split(key)
-        observation = environment.observe(cases.images, state)
+        observation = pixel_game.observe(cases.images, state)
         action, answer = act(params, own_key, observation), act(rival, rival_key, observation)
-        state, _, _, info = environment.step(game, judge, state, action, answer)
+        state, _, _, info = pixel_game.step(game, judge, state, action, answer)
         return state, (state.mask, state.value, info)
 
     _, (mask, value, info) = jax.lax.scan(advance, start, jax.random.split(key, steps))

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from games import reference
+from games import dice, reference
 
 from jaxmed.models.policy import PatchMlpConfig
-from jaxmed.rl import patch_game, patch_play
+from jaxmed.rl import patch_game, patch_play, pixel_game
 from jaxmed.rl.patch_game import Move, PatchGame, State
 from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem, normalised_returns
 
@@ -48,7 +48,7 @@ def turn(game, scores, at, erased, move, rival):
 @pytest.mark.parametrize("case", TABLE)
 def test_rewards_by_hand(case):
     at, erased, move, rival, rewards, over = TABLE[case]
-    after, found, is_over = turn(GAME, SCORES, at, erased, move, rival)
+    after, found, is_over, _ = turn(GAME, SCORES, at, erased, move, rival)
     np.testing.assert_array_equal(found[0], rewards)
     assert bool(is_over[0]) == over and after.turns[0] == at + 1
     assert set(np.flatnonzero(after.is_erased[0])) == {*erased, move[0], rival[0]}
@@ -68,7 +68,7 @@ def test_rewards_by_hand(case):
     ],
 )
 def test_the_sources_slips_can_be_had(scores, at, move, rival, rewards):
-    game = dataclasses.replace(GAME, quirks=True)
+    game = dataclasses.replace(GAME, match_release=True)
     np.testing.assert_array_equal(turn(game, jnp.array([scores]), at, [], move, rival)[1][0], rewards)
 
 
@@ -81,7 +81,7 @@ def test_runs_are_numpys_turn_by_turn():
 
     def advance(state, moves):
         move, rival = (Move(moves[0][side], moves[1][side]) for side in (0, 1))
-        state, reward, over = patch_game.step(GAME, jnp.asarray(scores), state, move, rival)
+        state, reward, over, _ = patch_game.step(GAME, jnp.asarray(scores), state, move, rival)
         return state, (state.is_erased, reward, over)
 
     start = State(jnp.arange(games), jnp.zeros((games, patches), bool), jnp.zeros(games, jnp.int32))
@@ -122,7 +122,7 @@ def test_best_play_takes_the_whole_object_and_then_stops():
     code, patch, stop, rival = cases.T
     state = State(jnp.zeros(len(cases), jnp.int32), jnp.asarray(erased[code]), jnp.zeros(len(cases), jnp.int32))
     none = jnp.zeros(len(cases), bool)
-    after, rewards, over = jax.jit(partial(patch_game.step, game, jnp.asarray(target)[None]))(
+    after, rewards, over, _ = jax.jit(partial(patch_game.step, game, jnp.asarray(target)[None]))(
         state, Move(jnp.asarray(patch), jnp.asarray(stop == 1)), Move(jnp.asarray(rival), none)
     )
     np.testing.assert_array_equal(over, stop == 1)
@@ -160,11 +160,18 @@ def problem(images=2):
     truth[:, 0] = True
     scores = np.where(truth, 0.9, 0.1).astype("f") + 0.05 * noise.random((images, 9)).astype("f")
     features = np.stack([truth + 0.1 * noise.normal(size=truth.shape), np.ones_like(scores)], axis=-1).astype("f")
-    return PatchProblem(jnp.asarray(features), jnp.asarray(scores), jnp.zeros((images, 9), bool)), truth
+    known = jnp.asarray(truth.reshape(images, 3, 3), jnp.float32)
+    cases = pixel_game.make_cases(partial(dice, known), known, known < 0)
+    return PatchProblem(jnp.asarray(features), jnp.asarray(scores), jnp.zeros((images, 9), bool), cases, known), truth
 
 
 SMALL = PatchPlayConfig(
-    game=PatchGame(max_turns=9), network=PatchMlpConfig((32,)), games=32, turns=9, learning_rate=1e-2, minibatches=1
+    game=PatchGame(patches=3, max_turns=9),
+    network=PatchMlpConfig((32,)),
+    games=32,
+    turns=9,
+    learning_rate=1e-2,
+    minibatches=1,
 )
 
 
@@ -172,18 +179,22 @@ def train(config, iterations):
     task, truth = problem()
     model = patch_play.make_patch_policy(config)
     state = patch_play.init(jax.random.key(0), config, model, task)
-    advance, curve = jax.jit(partial(patch_play.iterate, config, model)), []
+    advance, curve = jax.jit(partial(patch_play.iterate, config, model, dice)), []
     for _ in range(iterations):
         state, metrics = advance(task, state)
         curve.append(metrics)
     chosen = np.asarray(jax.jit(partial(patch_play.segment, config, model))(state.params, task))
-    dice = 2 * (chosen & truth).sum() / (chosen.sum() + truth.sum())
-    return state, curve, dice, (config, model, task, truth)
+    overlap = 2 * (chosen & truth).sum() / (chosen.sum() + truth.sum())
+    return state, curve, overlap, (config, model, task, truth)
 
 
 def test_reinforce_learns_to_name_the_object_in_seconds():
     state, curve, _, (config, model, task, truth) = train(dataclasses.replace(SMALL, games=64), 60)
     assert all(np.isfinite(value) for value in curve[-1].values())
+    # The verifier says when it is enough: the best masks are the object, though nobody learnt when to stop.
+    values = [float(metrics["best"]) for metrics in curve]
+    assert values == sorted(values) and values[-1] == pytest.approx(1)
+    np.testing.assert_array_equal(state.best.mask.reshape(2, 9), truth)
     assert int(state.pool.count) == 61
     features = patch_game.observe(task.features, patch_game.reset(task.is_empty, jnp.arange(2)))
     mass = jax.nn.softmax(model.apply(state.params, features)[0])
@@ -210,6 +221,48 @@ def test_gradient_of_the_loss_is_reinforces(key):
     np.testing.assert_allclose(value, -sum(w * part[0] for w, part in zip(weight, parts, strict=True)) / 3, rtol=1e-5)
     for leaf, *own in zip(*map(jax.tree.leaves, (gradient, *(part[1] for part in parts))), strict=True):
         np.testing.assert_allclose(leaf, -sum(w * g for w, g in zip(weight, own, strict=True)) / 3, atol=1e-6)
+
+
+def test_masks_are_what_games_have_named_after_each_move_and_the_best_is_kept():
+    task, _ = problem()
+    task = task._replace(is_empty=jnp.zeros((2, 9), bool).at[0, 1].set(True))
+    config = dataclasses.replace(SMALL, games=4, turns=3)
+    named = [[[0, 1], [2, 3], [4, 5]], [[8, 0], [7, 1], [6, 2]], [[4, 4], [0, 8], [0, 0]], [[3, 2], [1, 0], [5, 4]]]
+    patch, image = jnp.asarray(named, jnp.int32).transpose(1, 2, 0), jnp.array([0, 1, 1, 0])
+    erased, views, played = np.asarray(task.is_empty)[image], [], np.ones((3, 2, 4), bool)
+    played[1:, :, 3] = False  # the last game was stopped in its first turn
+    values, masks = np.full(4, -1.0), np.zeros((4, 9), bool)
+    for number, moves in enumerate(np.asarray(patch)):
+        for side, move in enumerate(moves):
+            views.append(erased.copy())
+            erased[np.arange(4), move] = True
+            mask = erased & ~np.asarray(task.is_empty)[image]
+            value = np.asarray(dice(task.verifier, image, mask.reshape(4, 3, 3).astype("f")))
+            better = (value > values) & played[number, side]
+            values, masks = np.where(better, value, values), np.where(better[:, None], mask, masks)
+    seen = State(jnp.broadcast_to(image, (3, 2, 4)), jnp.asarray(views).reshape(3, 2, 4, 9), jnp.zeros((3, 2, 4)))
+    turns = patch_play.Turns(seen, patch, patch < 0, patch * 0.0, jnp.asarray(played), None)
+    start = pixel_game.begin_best(task.cases)
+    game, best = jax.jit(partial(patch_play.judge_turns, config, dice))(task, turns, start)
+    np.testing.assert_allclose(game.value, values, atol=1e-6)
+    np.testing.assert_array_equal(game.mask.reshape(4, 9), masks)
+    for number in range(2):
+        assert float(best.value[number]) == pytest.approx(max(values[np.asarray(image) == number]), abs=1e-6)
+
+
+def test_images_are_cut_into_patches():
+    noise = np.random.default_rng(0)
+    images, chance = (jnp.asarray(noise.random((2, 6, 4)), jnp.float32) for _ in range(2))
+    images = images.at[0, :3, 2:].set(0)
+    game = PatchGame(patches=2)
+    found = patch_play.make_patch_problem(game, dice, chance, images, images > 2, chance)
+    np.testing.assert_array_equal(found.features[1, 2].reshape(3, 2), images[1, 3:, :2])
+    np.testing.assert_allclose(found.scores[0, 1], chance[0, :3, 2:].mean(), rtol=1e-6)
+    assert np.argwhere(found.is_empty).tolist() == [[0, 1]]
+    marked = patch_game.mark_patches(game, (6, 4), found.is_empty)
+    np.testing.assert_array_equal(marked, images == 0)
+    with pytest.raises(ValueError, match=r"patches: expected a number that divides \(6, 4\), found 5"):
+        PatchGame(patches=5).edges((6, 4))
 
 
 def test_a_policy_alone_stops_when_it_says_so():

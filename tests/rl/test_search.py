@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from games import axes, linear
 
-from jaxmed.rl import environment
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl import pixel_game
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.search import SearchConfig, Turn, init, iterate, play, search
 from jaxmed.rl.selfplay import make_problem
 
@@ -69,8 +69,8 @@ def test_a_round_is_a_step_of_the_game():
     actions = jnp.asarray(noise.integers(0, 12, (2, GAMES)))
     for rule in ("fair", "elitist"):
         game, verify = PixelGame(flips=1, rule=rule), partial(linear, weights)
-        state = environment.State(turn.image, turn.mask, turn.value, jnp.zeros(GAMES, jnp.int32))
-        after, reward, _, _ = environment.step(game, verify, state, actions[0][:, None], actions[1][:, None])
+        state = pixel_game.State(turn.image, turn.mask, turn.value, jnp.zeros(GAMES, jnp.int32))
+        after, reward, _, _ = pixel_game.step(game, verify, state, actions[0][:, None], actions[1][:, None])
         middle, nothing = play(game, verify, turn, actions[0])
         end, rivals = play(game, verify, middle, actions[1])
         np.testing.assert_array_equal(end.mask, after.mask)

@@ -10,9 +10,9 @@ import pytest
 from games import dice, linear
 
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
-from jaxmed.rl import environment, ppo, selfplay, tournament
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl import pixel_game, ppo, selfplay, tournament
 from jaxmed.rl.opponents import OpponentConfig, exploitability
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.policies import make_policy
 from jaxmed.rl.ppo import PpoConfig
 from jaxmed.rl.selfplay import SelfPlayConfig, init, iterate, make_problem
@@ -109,14 +109,14 @@ def rollout(small):
     @jax.jit
     def run(state):
         game, best, records = selfplay._rollout(SMALL, policy, dice, problem, state, jax.random.key(5))
-        seen = jax.vmap(lambda seen: environment.observe(problem.cases.images, seen))(records.state)
+        seen = jax.vmap(lambda seen: pixel_game.observe(problem.cases.images, seen))(records.state)
         parameters, value = jax.vmap(lambda seen: policy.apply(state.params, seen))(seen)
         log_prob = jax.vmap(policy.distribution.log_prob)(parameters, records.action)
         live = jax.tree.map(lambda leaf: leaf[:, :4], records)
-        mark = jax.vmap(partial(environment.mark_flips, SMALL.game, (4, 4)))
+        mark = jax.vmap(partial(pixel_game.mark_flips, SMALL.game, (4, 4)))
         own, theirs = (live.state.mask ^ mark(action) for action in (live.action, live.rival_action))
         kept = jnp.where(live.is_won[..., None, None], own, theirs)
-        last = jax.vmap(lambda seen: policy.apply(state.params, environment.observe(problem.cases.images, seen))[1])(
+        last = jax.vmap(lambda seen: policy.apply(state.params, pixel_game.observe(problem.cases.images, seen))[1])(
             live.state._replace(mask=kept)
         )
         reward = [
@@ -205,8 +205,8 @@ def bandit(iterations, seed, games=64):
     advance = jax.jit(partial(iterate, config, policy, linear))
     for _ in range(iterations):
         state, _ = advance(problem, state)
-    start = environment.reset(problem.cases, jnp.zeros(1, jnp.int32))
-    logits, _ = policy.apply(state.params, environment.observe(problem.cases.images, start))
+    start = pixel_game.reset(problem.cases, jnp.zeros(1, jnp.int32))
+    logits, _ = policy.apply(state.params, pixel_game.observe(problem.cases.images, start))
     mass = np.asarray(jax.nn.softmax(logits[0]), np.float64)
     # Against mixed pixels the best response flips the best pixel; equals earn equally, so the game's value is 0.
     gain = weights.max() - mass @ weights.reshape(-1)

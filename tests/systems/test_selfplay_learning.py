@@ -9,7 +9,7 @@ import pytest
 
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.synthesis.phantoms.puzzles import NOVEL_FAMILIES, TRAIN_FAMILIES, make_puzzle
 from jaxmed.systems.selfplay import system_one

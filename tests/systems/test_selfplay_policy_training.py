@@ -9,7 +9,7 @@ from jaxmed.errors import InputError
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.policy import GaussianMlpConfig
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay import policy_training
 from jaxmed.systems.selfplay.data import Cases

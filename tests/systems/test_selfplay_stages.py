@@ -78,6 +78,39 @@ def test_thinking_writes_masks_on_the_grid_of_each_file(thought):
     assert "A debate of the trained policy" in page
 
 
+def test_the_patch_game_is_played_by_its_command(thought, weights, tmp_path, capsys):
+    inputs, out = thought / "inputs", tmp_path / "run"
+    given = ("--preset", "smoke", "--game", "patch", "--input", inputs / "test", "--weights", weights)
+    assert run("think", *given, "--mask", inputs / "test_masks", "--budget.steps", 512, "--out", out) == 0
+    for row in rows_of(out / "outputs" / "scans.csv"):
+        assert row["steps"] == "512" and float(row["score"]) >= float(row["first_score"])
+        mask = read_image(out / "outputs" / f"{row['id']}_mask.png")
+        assert mask.shape == (16, 16) and int(mask.sum()) == int(row["voxels"]) and 0 <= float(row["dice"]) <= 1
+        with np.load(out / "outputs" / f"{row['id']}_thought.npz") as stored:
+            debate = stored["debate_masks"]
+            shown = stored["agreement"]
+        # Masks of games are whole patches of 2 x 2, and grow by at most two in a turn; nobody begins with any.
+        blocks = debate.reshape(-1, 8, 2, 8, 2)
+        np.testing.assert_array_equal(blocks.any((2, 4)), blocks.all((2, 4)))
+        growth = np.diff(debate.sum((1, 2)))
+        assert debate[0].sum() == 0 and len(growth) and (growth >= 0).all() and (growth <= 8).all()
+        assert 0 < shown.max() <= 1
+    page = (out / "report.html").read_text()
+    assert "The patch game (RLSP)" in page and "A patch game of the trained policy" in page
+    assert json.loads((out / "outputs" / "summary.json").read_text())["game"] == "patch"
+    assert "The pixel game" in (thought / "report.html").read_text()
+    for wrong, said in (
+        (("--think.mode", "grad"), "think.mode: expected learn for the patch game, found grad"),
+        (("--policy-weights", weights), "policy_weights: expected none for the patch game"),
+        (
+            ("--think.patch.game.patches", 5),
+            "think.patch.game.patches: expected a number that divides (16, 16), found 5",
+        ),
+    ):
+        assert run("think", *given, *wrong, "--input", inputs / "test", "--out", tmp_path / "wrong") == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_finished_run_is_told_and_a_stopped_one_keeps_its_files(thought, capsys):
     before = {path: path.stat().st_mtime_ns for path in (thought / "outputs").glob("*_mask.png")}
     (thought / "report.html").unlink()
@@ -152,7 +185,7 @@ def compared(thought, manifest, taught, tmp_path_factory):
     code = run(
         "compare", "--preset", "smoke", "--data.embedded", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
         "--weights", thought / "inputs" / "meta", "--think.levels", 0.3, 0.7, "--policy-weights", taught,
-        "--out", out,
+        "--patch-game", "--out", out,
     )  # fmt: skip
     assert code == 0
     return out
@@ -165,9 +198,9 @@ def test_every_arm_answers_for_every_case(compared):
         "System I", "System I, mean of flips", "supervised, few labels", "supervised, all labels", "MAML", "self-play",
         "random proposals", "verifier's gradient", "verifier's level",
         "System I above 0.3", "System I above 0.7",
-        "self-play, policy taught",
+        "self-play, policy taught", "patch game",
     }  # fmt: skip
-    assert len(rows) == 4 * (8 + 4 * 2)
+    assert len(rows) == 4 * (8 + 5 * 2)
     summary = json.loads((compared / "outputs" / "summary.json").read_text())
     assert summary["arms"].keys() == arms | {ELSEWHERE}
     for arm in arms:
@@ -236,7 +269,7 @@ def test_one_subject_has_no_interval(compared, tmp_path):
 def test_thinking_only_ever_raises_the_score(compared):
     summary = json.loads((compared / "outputs" / "summary.json").read_text())
     base = summary["arms"]["System I"][0]["score"]
-    for arm in ("self-play", "random proposals", "verifier's gradient"):
+    for arm in ("self-play", "random proposals", "verifier's gradient", "patch game"):
         scores = [entry["score"] for entry in summary["arms"][arm]]
         assert base - 1e-6 <= scores[0] <= scores[1] + 1e-6
 

@@ -14,7 +14,7 @@ from jaxmed.errors import InputError
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.search import SearchConfig
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems import selfplay

@@ -19,8 +19,13 @@ Stages:
      optional: System II's policy, taught on familiar tasks; for think and compare as --policy-weights runs/policy
   3. jaxmed selfplay adapt --weights runs/meta --data.manifest new.csv --out runs/adapted      a few labels; calibration
   4. jaxmed selfplay think --weights runs/adapted --input scans/ --out runs/masks       System II
+     --game patch plays another game, for segmentation without outlines (RLSP, arXiv:2405.16628, IEEE TPAMI 2024): the
+     image is cut into patches, two players name patches in turn, what is named is gone for both, and the one whose
+     patch shows more of the object wins the turn; either may stop, which counts a hundredfold. The patches that a game
+     has named are a mask of whole patches, which the verifier judges after every move
   5. jaxmed selfplay compare --weights runs/meta --data.manifest new.csv --out runs/compare
-     thinking curves of self-play against random proposals, the verifier's gradient, System I and supervised networks
+     thinking curves of self-play against random proposals, the verifier's gradient, System I and supervised networks;
+     with --patch-game the patch game too
 
 Manifests have the columns path, mask, task, subject and split (train and validation hold familiar tasks, support and
 test a new one). Subjects are split, never slices. Thinking uses the images that it answers for, but no label of them.

@@ -9,7 +9,7 @@ Deviation: by default D estimates the overlap (Dice) of a mask with the truth, a
     spoilt masks too, because those are what System II shows it, and from masks that its own gradient flatters it with,
     because those are what System II finds; in the reference it sees soft masks of G alone. A pixel
     loss helps G. Adaptation starts both networks from the averaged weights; the reference's verifier starts from those
-    of the last inner loop (`MetaConfig.quirks`).
+    of the last inner loop (`MetaConfig.match_release`).
 """
 
 import dataclasses
@@ -81,14 +81,14 @@ class MetaConfig:
         epsilon: Share of the way that it moves.
         rate: Learning rate of Adam, whose moments outlive tasks.
         augment: Fresh variants of the images of every step, so that few pictures are not learnt by heart.
-        quirks: Hand on the verifier as the last task left it instead of its average, as the reference does.
+        match_release: Hand on the verifier as the last task left it instead of its average, as the reference does.
     """
 
     inner_steps: Size = 4
     epsilon: float = 0.1
     rate: NonNegative = 2e-4
     augment: AugmentConfig = AugmentConfig()
-    quirks: bool = False
+    match_release: bool = False
 
     def __post_init__(self) -> None:
         if self.inner_steps < 1 or not 0 <= self.epsilon <= 1 or self.rate <= 0:
@@ -222,7 +222,7 @@ def reptile(epsilon: float, old: Params, new: Params) -> Params:
 
 def handed_on(meta: MetaConfig, state: MetaState) -> Params:
     """Return the parameters that adaptation starts from."""
-    return state.params | {"verifier": state.inner} if meta.quirks else state.params
+    return state.params | {"verifier": state.inner} if meta.match_release else state.params
 
 
 def adapt(
@@ -370,4 +370,4 @@ def repo() -> tuple[SystemOneConfig, MetaConfig, AdaptConfig]:
     system = SystemOneConfig(
         DEMO_GENERATOR, DEMO_VERIFIER, "adversarial", pixel_weight=0.0, verifier_weight=1.0, threshold=0.508
     )
-    return system, MetaConfig(epsilon=0.02, rate=1e-5, quirks=True), AdaptConfig(rate=1e-5)
+    return system, MetaConfig(epsilon=0.02, rate=1e-5, match_release=True), AdaptConfig(rate=1e-5)

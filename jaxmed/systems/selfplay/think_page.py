@@ -14,6 +14,20 @@ from jaxmed.train.run_folder import read_summary
 
 MOST_FILES = 6
 MOST_IMAGES = 8
+DEBATES = {
+    "pixel": "A debate of the trained policy with itself, from where the game began. In every step both players name "
+    "voxels to flip; the titles give the scores of both results. The better one becomes the next mask, unless both are "
+    "worse than what there is and the rules keep it.",
+    "patch": "A patch game of the trained policy with itself, until it was stopped or the figure ends. In every turn "
+    "both players name a patch, the second when the first one's is gone; the titles give System I's mean probability "
+    "in both. The mask is what has been named so far.",
+}
+GAMES = {
+    "pixel": "The pixel game: two players propose flips of the mask, the verifier judges, the better proposal stays.",
+    "patch": "The patch game (RLSP): two players name patches of the image in turn, the one whose patch shows more of "
+    "the object wins, and either may end the game. The patches that a game has named are a mask; the verifier judges "
+    "it after every move. So masks are made of whole patches (think.patch.game.patches), but for System I's own.",
+}
 STOPS = {
     "budget": "the budget was used up",
     "time": "the time was up",
@@ -31,10 +45,11 @@ def write_page(folder: Path) -> None:
     if summary["failed"]:
         text = f"{summary['failed']} files failed: see outputs/failed.csv for the reasons."
         sections.insert(0, Section("Failed files", [Note(text, "warning")]))
-    sections += [_file_section(folder / "outputs", row) for row in rows[:MOST_FILES]]
+    sections += [_file_section(folder / "outputs", row, summary["game"]) for row in rows[:MOST_FILES]]
     if rows:
         sections.append(Section("Thinking", [_scores(rows), *_overlaps(rows), _table(rows)]))
     sections.append(Section("How to read this", [Text([
+        GAMES[summary["game"]],
         "The score is the verifier's opinion, lowered by System I's evidence against what was changed "
         "(think.prior-weight), and not the truth: thinking finds masks that it likes. Whether they are better depends "
         "on how well the verifier's scores follow Dice, which the report of the adapt stage shows.",
@@ -45,7 +60,7 @@ def write_page(folder: Path) -> None:
     write_report(
         folder / "report.html",
         title="Masks, thought about",
-        subtitle=f"Self-play reasoning on {len(rows)} files",
+        subtitle=f"Self-play reasoning on {len(rows)} files, by the {summary['game']} game",
         summary=_tiles(rows, summary),
         sections=[section for section in sections if section.blocks],
         config=record["config"],
@@ -69,7 +84,7 @@ def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[tuple[st
     return tiles
 
 
-def _file_section(outputs: Path, row: dict[str, Any]) -> Section:
+def _file_section(outputs: Path, row: dict[str, Any], game: str) -> Section:
     try:
         with np.load(outputs / f"{row['name']}_thought.npz") as stored:
             arrays = {name: stored[name] for name in stored.files}
@@ -77,7 +92,7 @@ def _file_section(outputs: Path, row: dict[str, Any]) -> Section:
         return Section(row["name"], [Note("The masks are no longer in this folder.", "warning")])
     blocks: list[Block] = [_masks(arrays, row)]
     if "debate_masks" in arrays:
-        blocks.append(_debate(arrays))
+        blocks.append(_debate(arrays, game))
     return Section(row["name"], blocks)
 
 
@@ -101,7 +116,7 @@ def _masks(arrays: dict[str, np.ndarray], row: dict[str, Any]) -> Figure:
     )  # fmt: skip
 
 
-def _debate(arrays: dict[str, np.ndarray]) -> Figure:
+def _debate(arrays: dict[str, np.ndarray], game: str) -> Figure:
     image, masks = arrays["debate_image"], arrays["debate_masks"]
     guide = masks[-1] if masks[-1].any() else np.ones_like(masks[-1])
     panels = []
@@ -113,9 +128,7 @@ def _debate(arrays: dict[str, np.ndarray]) -> Figure:
         panels.append(Panel(plane(image, guide), title, {"mask": plane(masks[step], guide)}, fills))
     return mask_panels(
         panels, columns=6, limits=(0.0, 1.0),
-        caption="A debate of the trained policy with itself, from where the game began. In every step both players "
-        "name voxels to flip; the titles give the scores of both results. The better one becomes the next mask, "
-        "unless both are worse than what there is and the rules keep it.",
+        caption=DEBATES[game],
         alt=f"{len(panels)} steps of a game: the mask and the voxels that both players would flip.",
     )  # fmt: skip
 

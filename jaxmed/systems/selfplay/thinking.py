@@ -4,9 +4,13 @@ System I answers first. Then two players propose changes of the mask, its verifi
 who wins (`rl.selfplay`); or proposals are random, or follow the verifier's gradient: the controls. Several images are
 thought about together and share one policy.
 
-Source: arXiv:2506.22075, and its reference implementation.
+Or they play the patch game (`game="patch"`, `rl.patch_play`): in turn each names the patch that shows most of the
+object, as System I sees it, and what a game has named is a mask, which the verifier judges after every move.
+
+Source: arXiv:2506.22075, and its reference implementation; arXiv:2405.16628 for the patch game.
 Deviation: the answer is the best mask so far, never what a game happens to end with. Budgets, the stop at a plateau and
-    rounds of re-adaptation are our own: the reference names them in comments only.
+    rounds of re-adaptation are our own: the reference names them in comments only. In the patch game the scores of
+    patches are System I's mean probabilities, in the place of a classifier's that learnt from labels of whole images.
 """
 
 import dataclasses
@@ -23,11 +27,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Length, NonNegative, Share, Whole, checked
+from jaxmed.errors import InputError
 from jaxmed.models.mask_verifier import make_verifier
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
-from jaxmed.rl import search, selfplay
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl import patch_play, search, selfplay
 from jaxmed.rl.opponents import OpponentConfig
+from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.policies import Policy, make_policy
 from jaxmed.rl.ppo import SB3, PpoConfig
 from jaxmed.rl.search import SearchConfig, SearchState
@@ -36,6 +42,7 @@ from jaxmed.systems.selfplay.corruption import corrupt
 from jaxmed.systems.selfplay.gradient import climb
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, adapt, generate
 
+Game = Literal["pixel", "patch"]
 Stop = Literal["budget", "time", "plateau", "constant verifier"]
 
 CONSTANT = 1e-6  # a verifier whose scores of spoilt masks differ by less judges nothing
@@ -77,6 +84,7 @@ class ThinkConfig:
             `search.simulations` steps.
         play: Rules, players and learning; its mode is set by this one.
         search: The search of mode mcts.
+        patch: Rules, players and learning of the patch game.
         policy: The network that proposes.
         prior_weight: How much System I's own evidence counts beside the verifier: the score's logit is that of D plus
             this times the log-likelihood ratio of a mask against System I's first one, per voxel of that (of the size
@@ -93,6 +101,7 @@ class ThinkConfig:
     mode: Literal["learn", "propose", "grad", "mcts"] = "learn"
     play: SelfPlayConfig = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=64, steps=64)
     search: SearchConfig = SearchConfig()
+    patch: PatchPlayConfig = PatchPlayConfig(games=64)
     policy: TopkUnetConfig | GaussianMlpConfig = TopkUnetConfig()
     prior_weight: float = 3.0
     levels: tuple[Share, ...] = ()
@@ -115,6 +124,7 @@ LAPTOP = ThinkConfig(
     play=SelfPlayConfig(
         game=PixelGame(rule="elitist", at_most_k=True, flips=6), ppo=PpoConfig(value_loss="plain"), games=64, steps=32
     ),
+    patch=PatchPlayConfig(games=64, turns=32),
     policy=TopkUnetConfig(widths=(8, 16), value_width=16),
 )
 """For a CPU: the default policy's U-Net takes minutes for an iteration there, this one seconds."""
@@ -192,6 +202,7 @@ def think(
     budget: Budget | int = Budget(),
     config: ThinkConfig = ThinkConfig(),
     *,
+    game: Game = "pixel",
     policy: Params | None = None,
     support: tuple[Float[Any, "case *space"], Bool[Any, "case *space"]] | None = None,
     watch: Callable[[int, float], None] | None = None,
@@ -206,7 +217,8 @@ def think(
         image: In [0, 1]: [*space], or [image *space] for several.
         budget: When to stop; a number is one of steps.
         config: How to think.
-        policy: Parameters of a policy to begin with.
+        game: What is played: flips of pixels, or patches to be named, for which `config.mode` has to be learn.
+        policy: Parameters of a policy of that game to begin with.
         support: Labelled images and masks, for the adaptation between rounds.
         watch: `watch(steps, mean best D)`, called after every iteration.
 
@@ -214,17 +226,18 @@ def think(
         The answer; the axis of images is there for a single one too.
 
     Raises:
-        InputError: An argument is traced by jax.
+        InputError: An argument is traced by jax, or nothing but learning is asked of the patch game.
     """
     require_values("selfplay.think", "rl.selfplay.iterate", key=key, image=image, params=system.params)
     budget = Budget(budget) if isinstance(budget, int) else budget
     images = jnp.asarray(image, jnp.float32)
     images = images[None] if images.ndim == system.config.generator.dimensions else images
+    check_game(game, config, images.shape[1:])
     total = None
     for number in range(config.rounds):
         share = dataclasses.replace(budget, steps=budget.steps // config.rounds, seconds=budget.seconds / config.rounds)
         round_key, adapt_key = jax.random.split(jax.random.fold_in(key, number))
-        found = _think_once(round_key, system, images, share, config, policy, watch, total)
+        found = _think_once(round_key, system, images, share, config, game, policy, watch, total)
         total = found if total is None else _joined(total, found)
         if found.stop == "constant verifier" or number + 1 == config.rounds:
             break
@@ -233,12 +246,25 @@ def think(
     return total._replace(system=system)
 
 
+def check_game(game: Game, config: ThinkConfig, shape: tuple[int, ...]) -> None:
+    """Refuse what the patch game cannot do.
+
+    Raises:
+        InputError: Nobody is to learn, or images of this shape are not so many patches wide.
+    """
+    if game == "patch" and config.mode != "learn":
+        raise InputError("think.mode", "learn for the patch game", config.mode, "or choose --game pixel")
+    if game == "patch" and any(length % config.patch.game.patches for length in shape):
+        raise InputError("think.patch.game.patches", f"a number that divides {shape}", config.patch.game.patches)
+
+
 def _think_once(
     key: KeyArray,
     system: SystemOne,
     images: Array,
     budget: Budget,
     config: ThinkConfig,
+    game: Game,
     policy: Params | None,
     watch: Callable[[int, float], None] | None,
     before: Thought | None,
@@ -272,8 +298,10 @@ def _think_once(
         return answer("constant verifier", policy=policy)
     if done >= budget.steps:
         return answer("budget", policy=policy)
-    shape = images.shape[1:]
-    size, advance = _start(play_key, system.config, config, shape, judge, images, start, policy)
+    if game == "patch":
+        size, advance = _start_patches(play_key, system.config, config.patch, judge, images, start, probability, policy)
+    else:
+        size, advance = _start(play_key, system.config, config, images.shape[1:], judge, images, start, policy)
     state, spent, waited, stop = None, 0.0, 0, "budget"
     while done < budget.steps:
         state, (values, masks), seconds = advance(state)
@@ -338,12 +366,56 @@ def _start(
         first = _begin(play, player, key, problem, policy)
         program = _iterate.lower(system, play, player, problem, first).compile()
 
-    def play_on(state: Any) -> Any:
+    return size, _play_on(program, problem, first)
+
+
+def _play_on(program: Any, problem: Any, first: Any) -> Callable[[Any], tuple[Any, tuple[Array, Array], float]]:
+    def advance(state: Any) -> Any:
         began = time.perf_counter()
         new = jax.block_until_ready(program(problem, first if state is None else state))
         return new, (new.best.value, new.best.mask), time.perf_counter() - began
 
-    return size, play_on
+    return advance
+
+
+def _start_patches(
+    key: KeyArray,
+    system: SystemOneConfig,
+    config: PatchPlayConfig,
+    judge: Any,
+    images: Array,
+    start: Array,
+    probability: Array,
+    policy: Params | None,
+) -> tuple[int, Callable[[Any], tuple[Any, tuple[Array, Array], float]]]:
+    """As `_start`, for the patch game."""
+    problem = patch_problem(system, config, judge, images, start, probability)
+    first = _begin_patches(config, key, problem, policy)
+    program = _iterate_patches.lower(system, config, problem, first).compile()
+    return config.steps_per_iteration, _play_on(program, problem, first)
+
+
+def patch_problem(
+    system: SystemOneConfig, config: PatchPlayConfig, judge: Any, images: Array, start: Array, probability: Array
+) -> PatchProblem:
+    """Cut images into the patches that are played for, scored by System I's mean probability."""
+    verify = functools.partial(score_masks, system)
+    return patch_play.make_patch_problem(config.game, verify, judge, images, start, probability)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin_patches(
+    config: PatchPlayConfig, key: KeyArray, problem: PatchProblem, policy: Params | None
+) -> patch_play.State:
+    return patch_play.init(key, config, patch_play.make_patch_policy(config), problem, policy)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _iterate_patches(
+    system: SystemOneConfig, config: PatchPlayConfig, problem: PatchProblem, state: patch_play.State
+) -> patch_play.State:
+    model = patch_play.make_patch_policy(config)
+    return patch_play.iterate(config, model, functools.partial(score_masks, system), problem, state)[0]
 
 
 def player_of(config: ThinkConfig, shape: tuple[int, ...]) -> Policy:

@@ -14,7 +14,9 @@ from jaxmed.arrays.types import Params
 from jaxmed.config import Count, Length, Seed, Size, checked
 from jaxmed.io.tables import write_table
 from jaxmed.models.policy import TopkUnetConfig
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.patch_game import PatchGame
+from jaxmed.rl.patch_play import PatchPlayConfig
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.calibration import calibrate
@@ -28,7 +30,16 @@ from jaxmed.systems.selfplay.stages.adapt import choose_task, draw_shots, make_e
 from jaxmed.systems.selfplay.stages.meta_train import write_failed
 from jaxmed.systems.selfplay.supervised import MamlConfig, adapt_maml, fit_maml, fit_supervised
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
-from jaxmed.systems.selfplay.thinking import LAPTOP, Budget, ThinkConfig, choose_level, judge_masks, think
+from jaxmed.systems.selfplay.thinking import (
+    LAPTOP,
+    Budget,
+    Game,
+    ThinkConfig,
+    check_game,
+    choose_level,
+    judge_masks,
+    think,
+)
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start, write_summary
@@ -51,6 +62,7 @@ class Config:
         adapt: Steps and rate of adaptation.
         budgets: Steps of the game at which masks are compared, ascending.
         think: How to think; its mode is set by the arms.
+        patch_game: One more arm: self-play in the patch game, whose masks are made of patches.
         policy_weights: A run of train-policy: one more arm of self-play, which begins with its policy.
         cases: Test images, evenly over the task's; 0 takes all.
         together: Images that are thought about jointly.
@@ -73,6 +85,7 @@ class Config:
     adapt: AdaptConfig = AdaptConfig()
     budgets: tuple[Count, ...] = (1024, 4096, 16_384, 65_536)
     think: ThinkConfig = ThinkConfig()
+    patch_game: bool = False
     policy_weights: Path | None = None
     cases: Length = 32
     together: Size = 8
@@ -108,10 +121,12 @@ def laptop() -> Config:
 def smoke() -> Config:
     """Tiny networks, in seconds: your images, or puzzles."""
     play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
+    patch = PatchPlayConfig(game=PatchGame(patches=8), games=16, turns=16)
+    thinking = ThinkConfig(play=play, patch=patch, policy=TopkUnetConfig(widths=(8, 16), value_width=16))
     return Config(
         data=DataConfig(embedded=24), task="star", shots=4, adapt=AdaptConfig(steps=8, rate=1e-3),
-        budgets=(256, 1024), think=ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8, 16), value_width=16)),
-        cases=4, together=4, num_seeds=1, supervised_steps=30, maml=MamlConfig(steps=20, inner_steps=2),
+        budgets=(256, 1024), think=thinking, cases=4, together=4, num_seeds=1, supervised_steps=30,
+        maml=MamlConfig(steps=20, inner_steps=2),
     )  # fmt: skip
 
 
@@ -127,6 +142,7 @@ def run(config: Config, folder: RunFolder) -> int:
         thinking, taught = load_policy(config.policy_weights, config.think, trained.frame.size)
         # Every arm has its network, so that they differ in nothing else.
         config = dataclasses.replace(config, think=thinking)
+    check_game("patch" if config.patch_game else "pixel", config.think, frame.size)
     material = read_material(config, frame)
     start(folder)
     log = Log(folder.path, folder.options.quiet)
@@ -251,6 +267,8 @@ def run_seed(
         ]
     for name, mode in MODES.items():
         found += think_with(config, system, test, name, mode, seed, think_key)
+    if config.patch_game:
+        found += think_with(config, system, test, "patch game", "learn", seed, think_key, game="patch")
     if taught is not None:
         found += think_with(config, system, test, "self-play, policy taught", "learn", seed, think_key, taught)
     for outcome in found:
@@ -268,6 +286,7 @@ def think_with(
     seed: int,
     key: Any,
     policy: Params | None = None,
+    game: Game = "pixel",
 ) -> list[Outcome]:
     """Think about the test images, some at a time, and return the best masks at every budget.
 
@@ -278,7 +297,7 @@ def think_with(
         group = test.images[first : first + config.together]
         settings = dataclasses.replace(config.think, mode=mode)
         budget = Budget(config.budgets[-1], patience=0)
-        found = think(jax.random.fold_in(key, first), system, group, budget, settings, policy=policy)
+        found = think(jax.random.fold_in(key, first), system, group, budget, settings, game=game, policy=policy)
         policy = found.policy
         for limit in config.budgets:
             point = int(np.searchsorted(found.trace.steps, limit, side="right")) - 1

@@ -22,7 +22,9 @@ from jaxmed.io.tables import write_table
 from jaxmed.metrics.imaging import dice
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.patch_game import PatchGame
+from jaxmed.rl.patch_play import PatchPlayConfig
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.search import require_mctx
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay.data import DataConfig, read_manifest
@@ -33,7 +35,7 @@ from jaxmed.systems.selfplay.policy_training import load_policy
 from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_result
 from jaxmed.systems.selfplay.stages import adapt
 from jaxmed.systems.selfplay.think_page import write_page
-from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, Budget, ThinkConfig, Thought, think
+from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, Budget, Game, ThinkConfig, Thought, check_game, think
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
@@ -43,6 +45,10 @@ KEPT_STEPS = 12
 """Of the debate that the report shows."""
 EMBEDDED_FILES = 2
 TRIES_FAILED_AGAIN = True
+PATCH_NOTE = (
+    "The patch game is played: players name patches in turn, the one whose patch shows more of the object, by System "
+    "I's mean probability, wins, and what a game has named is a mask."
+)
 ENDINGS = ("mask", "agreement", "thought")
 """Of the results of a file."""
 
@@ -59,9 +65,12 @@ class Config:
         mask: True mask of the input, or a folder of them by the same file names: Dice is reported, nothing else.
         box: Mask of a region, or a folder of them, in whose middle each image stands; slices without it are left out.
         tiles: Cover files that are larger than an image by images that overlap.
+        game: pixel: both players propose flips of the mask; patch: each names the patches of the image that show most
+            of the object (RLSP), and what they have named is the mask.
         budget: When to stop; of each file. Zero steps give System I's answer.
         think: How to think.
-        policy_weights: A run of train-policy, whose policy each file begins with; a fresh one when absent.
+        policy_weights: A run of train-policy, whose policy each file begins with; a fresh one when absent. It plays the
+            pixel game.
         data: Embedded puzzles to think about instead of files.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
         seed: Of the players.
@@ -73,12 +82,19 @@ class Config:
     mask: Path | None = None
     box: Path | None = None
     tiles: bool = False
+    game: Game = "pixel"
     budget: Budget = Budget()
     think: ThinkConfig = ThinkConfig()
     policy_weights: Path | None = None
     data: DataConfig = DataConfig()
     fill: float | None = None
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.game == "patch" and self.think.mode != "learn":
+            raise ValueError(f"think.mode: expected learn for the patch game, found {self.think.mode}")
+        if self.game == "patch" and self.policy_weights is not None:
+            raise ValueError("policy_weights: expected none for the patch game, found a policy of the pixel game")
 
 
 def paper() -> Config:
@@ -94,7 +110,8 @@ def laptop() -> Config:
 def smoke() -> Config:
     """A few steps, in seconds: your images or puzzles, your System I or a tiny one made on the spot."""
     play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
-    config = ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8, 16), value_width=16))
+    patch = PatchPlayConfig(game=PatchGame(patches=8), games=16, turns=16)
+    config = ThinkConfig(play=play, patch=patch, policy=TopkUnetConfig(widths=(8, 16), value_width=16))
     return Config(budget=Budget(steps=1024), think=config, data=DataConfig(embedded=24))
 
 
@@ -133,6 +150,7 @@ def run(config: Config, folder: RunFolder) -> int:
     if config.policy_weights is not None:
         thinking, policy = load_policy(config.policy_weights, config.think, trained.frame.size)
         config = dataclasses.replace(config, think=thinking)
+    check_game(config.game, config.think, trained.frame.size)
     jobs, passed = list_jobs(config)
     if len(jobs) == 1:
         read_scan(
@@ -165,6 +183,7 @@ def run(config: Config, folder: RunFolder) -> int:
     write_scans(folder.outputs, rows)
     write_failed(folder.outputs, failed)
     summary = {
+        "game": config.game,
         "scans": rows,
         "failed": len(failed),
         "task": trained.task,
@@ -240,7 +259,7 @@ def list_jobs(config: Config) -> tuple[list[Job], tuple[str, ...]]:
 
 def make_notes(trained: Trained, config: Config) -> list[str]:
     """Say what a user should know about this run."""
-    notes = []
+    notes = [PATCH_NOTE] if config.game == "patch" else []
     if trained.task:
         notes.append(f"System I is adapted to '{trained.task}'.")
     else:
@@ -262,7 +281,16 @@ def process(
     def watch(steps: int, value: float) -> None:
         tell(f"{job.name}: {steps:,} steps, score {value:.3f}")
 
-    found = think(think_key, trained.system, scan.images, config.budget, config.think, policy=policy, watch=watch)
+    found = think(
+        think_key,
+        trained.system,
+        scan.images,
+        config.budget,
+        config.think,
+        game=config.game,
+        policy=policy,
+        watch=watch,
+    )
     truth = None if job.mask is None else read_truth(job.mask, scan, trained.frame)
     write_maps(outputs, job, scan, found)
     arrays: dict[str, np.ndarray] = {
@@ -272,11 +300,11 @@ def process(
         arrays["truth"] = truth
     if found.policy is not None and config.think.mode == "learn":
         largest = int(np.argmax(found.values - found.trace.values[0]))
-        game = debate(
+        course = debate(
             debate_key, found.system, config.think, found.policy, jnp.asarray(scan.images[largest]),
-            jnp.asarray(found.start[largest]), KEPT_STEPS, jnp.asarray(found.level[largest : largest + 1]),
+            jnp.asarray(found.start[largest]), KEPT_STEPS, jnp.asarray(found.level[largest : largest + 1]), config.game,
         )  # fmt: skip
-        arrays |= {f"debate_{name}": value for name, value in game._asdict().items()}
+        arrays |= {f"debate_{name}": value for name, value in course._asdict().items()}
         arrays["debate_image"] = scan.images[largest]
     write_npz(outputs / f"{job.name}_thought.npz", arrays, is_compressed=True)
     row = {

@@ -14,7 +14,7 @@ import numpy as np
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Seed, checked
 from jaxmed.models.policy import TopkUnetConfig
-from jaxmed.rl.environment import PixelGame
+from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from games import dice, linear, linear_numpy, reference, square
 
-from jaxmed.rl.environment import (
+from jaxmed.rl.pixel_game import (
     Best,
     PixelGame,
     State,

@@ -14,11 +14,11 @@ Deviation: the default rule is "fair": both players flip the same number of pixe
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmed.config import checked
 
@@ -156,6 +156,11 @@ def reset(cases: Cases, image: Int[Array, " game"]) -> State:
     return State(image, cases.masks[image], cases.values[image], jnp.zeros(image.shape, jnp.int32))
 
 
+def choose(flag: Bool[Array, " game"], new: Any, old: Any) -> Any:
+    """Return, of two records of games, the new one's games where the flag is set and the old one's elsewhere."""
+    return jax.tree.map(lambda a, b: jnp.where(expand_like(flag, b), a, b), new, old)
+
+
 def observe(images: Float[Array, "image *shape"], state: State) -> Float[Array, "game *shape 2"]:
     """Return what both players see: image and mask."""
     return jnp.stack([images[state.image], state.mask.astype(images.dtype)], axis=-1)
@@ -268,6 +273,6 @@ def spread_blocks(edges: tuple[int, ...], grid: Bool[Array, "game *grid"]) -> Bo
     return grid
 
 
-def expand_like(flag: Bool[Array, " game"], mask: Bool[Array, "game *shape"]) -> Bool[Array, "game ..."]:
-    """Give a flag of each game as many axes as a mask has."""
-    return flag.reshape(-1, *(1,) * (mask.ndim - 1))
+def expand_like(flag: Bool[Array, " game"], array: Shaped[Array, "game ..."]) -> Bool[Array, "game ..."]:
+    """Give a flag of each game as many axes as an array has."""
+    return flag.reshape(-1, *(1,) * (array.ndim - 1))
