@@ -36,6 +36,7 @@ import jax
 import numpy as np
 import tyro
 
+from jaxmed.arrays.task import Task
 from jaxmed.data.augment import draw_flips, flip
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import ArraySource, SubsetSource
@@ -43,7 +44,7 @@ from jaxmed.data.splits import label_fractions
 from jaxmed.files import write_json, write_text
 from jaxmed.metrics.classification import auroc
 from jaxmed.metrics.statistics import mean_interval
-from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task
+from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.mae import MaeConfig, masked_model
 from jaxmed.models.published.preprocess import Preprocess, load_input
 from jaxmed.models.vit import VitConfig

@@ -37,6 +37,15 @@ class InputError(ValueError):
         return f"{line}; {self.advice}" if self.advice else line
 
 
+def reason_of(error: InputError | OSError | MemoryError, path: object) -> str:
+    """Say in one line why a file could not be used."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"{path}: not enough memory {error}".rstrip()
+    return f"{path}: {type(error).__name__}: {error}"
+
+
 class Interrupted(KeyboardInterrupt):
     """A run that was told to stop, and saved first.
 

@@ -23,7 +23,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import make_folder
 
 if TYPE_CHECKING:  # jax is imported on use: help and mistakes answer at once
-    from jaxmed.models.heads import Task
+    from jaxmed.arrays.task import Task
     from jaxmed.models.published.load import Published
 
 OWN_FILES = ("parameters.safetensors", "record.json")
@@ -209,7 +209,7 @@ def _make_task(
     mean: tuple[float, ...],
     deviation: tuple[float, ...],
 ) -> "Task | None":
-    from jaxmed.models.heads import Task
+    from jaxmed.arrays.task import Task
 
     if kind is None:
         if names or mean or deviation:

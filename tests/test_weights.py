@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxmed.arrays.task import Task
 from jaxmed.cli import main
 from jaxmed.io import pickles, safetensors
-from jaxmed.models.heads import Task
 from jaxmed.models.published.load import load_published
 from jaxmed.weights import COMMANDS
 

@@ -1,4 +1,4 @@
-"""Whose each record of a manifest is, and in which split: one rule for every system.
+"""Whose each record of a manifest is, in which split, and with which labels: one rule for every system.
 
 Records belong together where they have the same subject or show the same file, however its path is written: `a.nii` and
 `./a.nii`, a link, a hard link, an absolute path, a folder and a file inside it. What belongs together is drawn into one
@@ -6,14 +6,32 @@ split, and refused where a manifest puts it into two. An empty cell under "subje
 subject of its own, and not one with all the others whose cell is empty.
 """
 
+import dataclasses
 import os
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Float32, Shaped
+
+from jaxmed.arrays.task import Task
+from jaxmed.data.labels import MOST_CLASSES, LabelConfig, Meaning, find_meaning, is_unlabelled, read_targets
 from jaxmed.data.splits import SPLITS, split_subjects
 from jaxmed.errors import InputError
+from jaxmed.io.scans import ScanFiles
 from jaxmed.io.sheets import is_missing
-from jaxmed.io.tables import Table, require_disjoint_subjects, resolve_path
+from jaxmed.io.tables import (
+    Table,
+    read_table,
+    require_columns,
+    require_disjoint_subjects,
+    resolve_path,
+    resolve_paths,
+)
+
+GROUPS = ("seen", "unseen", "other")
+"""Whether a set's distribution was seen, without labels, in pre-training; "other" centres are in neither stage."""
 
 
 def subjects_of(table: Table, column: str = "path") -> list[str]:
@@ -139,6 +157,224 @@ def subject_notes(table: Table) -> list[str]:
     if not empty:
         return []
     return [f"{empty:,} of {len(table):,} records have no subject: each of these counts as a subject of its own."]
+
+
+# Labelled sets -------------------------------------------------------------------------------------------------------
+
+
+class Cohort(NamedTuple):
+    """Labelled scans of one table.
+
+    Attributes:
+        scans: Their files or folders.
+        subjects: Whose they are.
+        splits: Of a manifest "train", "validation" or "test"; of an external set its name.
+        targets: Labels as the loss takes them, regression values in their unit; NaN where missing.
+        cells: The labels as written in the table.
+    """
+
+    scans: tuple[ScanFiles, ...]
+    subjects: Shaped[np.ndarray, " record"]
+    splits: Shaped[np.ndarray, " record"]
+    targets: Float32[np.ndarray, "record column"]
+    cells: tuple[tuple[str, ...], ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Files or folders of the scans."""
+        return tuple(scan.path for scan in self.scans)
+
+    def rows(self, *splits: str) -> Shaped[np.ndarray, " row"]:
+        """Return the numbers of the records of some splits."""
+        return np.flatnonzero(np.isin(self.splits, splits))
+
+    def take(self, rows: Shaped[np.ndarray, " row"]) -> "Cohort":
+        """Return some of the scans."""
+        scans, cells = (tuple(values[row] for row in rows) for values in (self.scans, self.cells))
+        return Cohort(scans, self.subjects[rows], self.splits[rows], self.targets[rows], cells)
+
+
+class LabelledSets(NamedTuple):
+    """Everything labelled that a run knows, checked.
+
+    Attributes:
+        table: The manifest.
+        cohort: Its scans.
+        meaning: What the labels mean.
+        externals: Name, group and scans of further sets.
+        notes: What a user should know about them.
+    """
+
+    table: Table
+    cohort: Cohort
+    meaning: Meaning
+    externals: list[tuple[str, str, Cohort]]
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class External:
+    """A set that is scored and never trained on.
+
+    Attributes:
+        name: What to call it.
+        group: One of GROUPS.
+        path: Its manifest.
+    """
+
+    name: str
+    group: str
+    path: Path
+
+
+def parse_externals(words: Sequence[str]) -> tuple[External, ...]:
+    """Read NAME=CSV or NAME:GROUP=CSV.
+
+    Raises:
+        InputError: A word is neither, a group is unknown, or a name stands twice or is that of a split.
+    """
+    found: list[External] = []
+    for word in words:
+        name, mark, path = word.partition("=")
+        name, _, group = name.partition(":")
+        if not mark or not name or not path:
+            raise InputError("data.external", "NAME=CSV or NAME:GROUP=CSV", f"'{word}'")
+        group = group or "other"
+        if group not in GROUPS:
+            raise InputError(f"data.external {name}", f"a group of {', '.join(GROUPS)}", f"'{group}'")
+        if name in SPLITS or name in [other.name for other in found]:
+            raise InputError("data.external", "names of their own", f"'{name}' again")
+        found.append(External(name, group, Path(path)))
+    return tuple(found)
+
+
+def read_labelled_sets(
+    manifest: Path,
+    externals: Sequence[str],
+    config: LabelConfig,
+    fractions: tuple[float, float, float],
+    seed: int,
+    *,
+    needs_auroc: bool = False,
+    series: str = "",
+    fill: float | None = None,
+) -> LabelledSets:
+    """Read and check a manifest and its external sets.
+
+    Args:
+        manifest: CSV with the column path, the label columns, and optionally subject and split.
+        externals: Further sets, as NAME=CSV or NAME:GROUP=CSV.
+        config: What is learnt.
+        fractions: Shares of subjects in train, validation and test, where there is no column split.
+        seed: Seed of that draw.
+        needs_auroc: Whether validation records select by AUROC, for which they need both classes.
+        series: Which DICOM series is meant where a folder holds several.
+        fill: Intensity of voxels that have none; None refuses them.
+
+    Raises:
+        InputError: For whatever a user can have wrong in them.
+    """
+    parsed = parse_externals(externals)
+    table = read_labelled(manifest, config)
+    splits = find_splits(table, config, fractions, seed)
+    meaning = find_meaning(table, config, splits)
+    task = meaning.task
+    cohort = _read_cohort(table, config, meaning, splits, resolve_paths(table), series, fill)
+    check_classes(cohort, task, table.path, needs_auroc)
+    notes = [f"The labels are {task.kind}: {', '.join(task.names)}."]
+    if task.kind == "binary" and task.names != config.columns:
+        notes[0] += " --label.positive chooses another positive class."
+    notes += subject_notes(table)
+    if "test" not in splits:
+        notes.append("No scan of the manifest has the split 'test': only external sets tell of new scans.")
+    others, learnt = [], [cohort.paths[row] for row in cohort.rows("train", "validation")]
+    for external in parsed:
+        other = read_labelled(external.path, config)
+        # Files may be missing here: they fail one by one when they are scored.
+        paths = [resolve_path(cell, other.path.parent) for cell in other.column("path")]
+        found = _read_cohort(other, config, meaning, [external.name] * len(other), paths, series, fill)
+        others.append((external.name, external.group, found))
+        keys = file_keys([*learnt, *paths])
+        if shared := set(keys[: len(learnt)]) & set(keys[len(learnt) :]):
+            path = paths[keys.index(next(iter(shared)), len(learnt)) - len(learnt)]
+            expected = f"scans for {external.name} that are not trained or selected on"
+            raise InputError(external.path, expected, f"{len(shared)} of {table.path}: {path}", "take them out")
+        if both := sorted(set(_stated_subjects(table)) & set(_stated_subjects(other)) - {""}):
+            notes.append(
+                f"{external.name} has subjects of the same name as the manifest ({', '.join(both[:3])}): if they are "
+                "the same people, its scores are too good."
+            )
+    return LabelledSets(table, cohort, meaning, others, notes)
+
+
+def read_labelled(path: Path, config: LabelConfig) -> Table:
+    """Read a table and check that every record has a label.
+
+    Raises:
+        InputError: A column is missing, or a record has no label.
+    """
+    table = read_table(path, required=("path",), optional=("subject", "split"))
+    require_columns(table, config.columns)
+    for row, line in zip(table.rows, table.lines, strict=True):
+        if all(is_unlabelled(row[column]) for column in config.columns):
+            where = f"a label under '{config.columns[0]}'"
+            if len(config.columns) > 1:
+                where = f"a label under one of {', '.join(config.columns)}"
+            raise table.wrong(line, where, "none", "fill it in, or drop the row")
+    return table
+
+
+def find_splits(table: Table, config: LabelConfig, fractions: tuple[float, float, float], seed: int) -> list[str]:
+    """Return the split of each record: the table's own column, or a draw of subjects with equal shares of labels.
+
+    Raises:
+        InputError: A split has another name, a subject stands in two, or there is nothing to train or select on.
+    """
+    splits = stated_splits(table)
+    if splits is None:
+        labels = ["/".join(row[name] for name in config.columns) for row in table.rows]
+        is_many = len(set(labels)) > MOST_CLASSES  # values of a regression, say
+        splits = split_subjects(groups_of(table), fractions, seed, None if is_many else labels)
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise InputError(table.path, f"records with split '{split}'", f"only {', '.join(sorted(set(splits)))}")
+    return splits
+
+
+def check_classes(cohort: Cohort, task: Task, where: Path, needs_auroc: bool) -> None:
+    """Check that every class or label can be learnt, and selected by where it is to be.
+
+    Raises:
+        InputError: A class is missing among the training records, or among those of validation.
+    """
+    if task.kind == "regression":
+        return
+    for split in ("train", "validation") if needs_auroc else ("train",):
+        chosen = cohort.targets[cohort.rows(split)]
+        for number, name in enumerate(task.names):
+            column = chosen[:, 0] == number if task.kind == "multiclass" else chosen[:, number]
+            if len(set(column[np.isfinite(column)].tolist())) < 2:
+                expected = f"records with and without '{name}' in the split {split}"
+                advice = "or --select loss" if split == "validation" else ""
+                raise InputError(where, expected, "one class only", advice)
+
+
+def _read_cohort(
+    table: Table,
+    config: LabelConfig,
+    meaning: Meaning,
+    splits: Sequence[str],
+    paths: Sequence[Path],
+    series: str,
+    fill: float | None,
+) -> Cohort:
+    scans = tuple(ScanFiles(path, series, fill=fill) for path in paths)
+    cells = tuple(tuple(row[name] for name in config.columns) for row in table.rows)
+    targets = read_targets(table, config, meaning)
+    return Cohort(scans, np.array(subjects_of(table)), np.array(splits), targets, cells)
+
+
+# Who belongs together ------------------------------------------------------------------------------------------------
 
 
 def _stated_subjects(table: Table) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, reason_of
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image
 from jaxmed.io.tables import Table, require_columns, resolve_paths
@@ -225,6 +225,65 @@ class SubsetSource:
         """Return the whole's repr and a digest of the rows."""
         digest = hashlib.sha256(np.asarray(self.indices, "<i8").tobytes()).hexdigest()[:16]
         return f"SubsetSource({self.source!r}; {len(self)} records, {digest})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class LabelledSource:
+    """Records of images with their targets.
+
+    Attributes:
+        images: Records with the field "image".
+        targets: One row per record.
+    """
+
+    images: Source
+    targets: Shaped[np.ndarray, "record column"]
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read a record."""
+        return {**self.images[index], "target": self.targets[index]}
+
+    def name(self, index: int) -> str:
+        """Return the record's file."""
+        return self.images.name(index)
+
+    def __repr__(self) -> str:
+        """Return the images' own."""
+        return f"LabelledSource({self.images!r})"
+
+
+class ForgivingSource:
+    """Records of which some may be broken: these become blank images, and `reasons` says why."""
+
+    def __init__(self, source: Source, shape: tuple[int, ...]) -> None:
+        """Wrap a source.
+
+        Args:
+            source: Records with the field "image".
+            shape: Of a blank image.
+        """
+        self.source, self.shape = source, shape
+        self.reasons: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read a record, or put a blank one in its place."""
+        try:
+            return self.source[index]
+        except (InputError, OSError, MemoryError) as error:
+            self.reasons[index] = reason_of(error, self.name(index))
+        return {"image": np.zeros(self.shape, np.float32)}
+
+    def name(self, index: int) -> str:
+        """Return the record's file."""
+        return self.source.name(index)
 
 
 def manifest_source(

@@ -153,40 +153,6 @@ class ClassifierConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What the outputs of a head mean; travels with adapted weights.
-
-    Attributes:
-        kind: "binary": one logit; "multiclass": one logit per class, softmax; "multilabel": one logit per label,
-            each its own sigmoid; "regression": values, in units of the training labels' standard deviation.
-        names: Of the outputs: classes, labels or targets; of a binary task the positive class.
-        mean: Of a regression's training targets, one per output; empty elsewhere.
-        deviation: Their standard deviation, likewise.
-    """
-
-    kind: Literal["binary", "multiclass", "multilabel", "regression"] = "binary"
-    names: tuple[str, ...] = ("label",)
-    mean: tuple[float, ...] = ()
-    deviation: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.names or (self.kind == "binary" and len(self.names) != 1):
-            raise ValueError(f"names: expected one name per output of a {self.kind} task, found {self.names}")
-        if self.kind == "regression" and not len(self.mean) == len(self.deviation) == len(self.names):
-            raise ValueError(f"mean, deviation: expected one per target, found {self.mean, self.deviation}")
-
-
-def predict_values(logits: Float[Array, "batch output"], task: Task) -> Float[Array, "batch output"]:
-    """Turn a head's outputs into probabilities, or into values in the unit of the labels."""
-    match task.kind:
-        case "multiclass":
-            return jax.nn.softmax(logits, axis=-1)
-        case "regression":
-            return logits * jnp.asarray(task.deviation) + jnp.asarray(task.mean)
-    return jax.nn.sigmoid(logits)
-
-
 class Classifier(nn.Module):
     """An encoder and a head; parameters are {"encoder": ..., "head": ...}."""
 

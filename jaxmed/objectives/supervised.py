@@ -4,13 +4,11 @@ Labels that are missing are NaN and cost nothing. A label's share of an example'
 labels are known: sums run over the known ones and are divided by the number of all.
 """
 
-from typing import Literal, TypeAlias
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-TaskKind: TypeAlias = Literal["binary", "multiclass", "multilabel", "regression"]
+from jaxmed.arrays.task import TaskKind
 
 
 def binary_cross_entropy(

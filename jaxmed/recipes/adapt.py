@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxmed.arrays.task import Task, standardise
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
 from jaxmed.config import Epochs, Seed, checked
@@ -22,7 +23,7 @@ from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import ArraySource, Source
 from jaxmed.errors import InputError
 from jaxmed.metrics.classification import auroc
-from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig, Task, pool_tokens
+from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig, pool_tokens
 from jaxmed.models.vit import SHARDING_RULES, Vit, VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.objectives.supervised import task_losses
@@ -248,13 +249,6 @@ class Labelled:
 def pass_on(fields: Fields, generator: object = None) -> Fields:
     """Return the fields of a record that is ready."""
     return fields
-
-
-def standardise(targets: Float[np.ndarray, "*record column"], task: Task) -> Float[np.ndarray, "*record column"]:
-    """Return regression targets in units of the training labels' spread, and others as they are."""
-    if task.kind != "regression":
-        return targets
-    return ((targets - np.array(task.mean)) / np.array(task.deviation)).astype(np.float32)
 
 
 def loss_weights(config: AdaptConfig, task: Task) -> tuple[float, ...]:

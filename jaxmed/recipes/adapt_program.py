@@ -20,13 +20,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.masking import draw_noise
+from jaxmed.arrays.task import TaskKind
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.data.mixing import MixConfig, mix, partners
 from jaxmed.models.heads import MOMENTS, Classifier, ClassifierConfig, Head, fold_moments
 from jaxmed.models.mae import FROZEN
 from jaxmed.models.vit import SHARDING_RULES, Vit
 from jaxmed.nn.model import make_model
-from jaxmed.objectives.supervised import TaskKind, task_losses
+from jaxmed.objectives.supervised import task_losses
 from jaxmed.train.mesh import param_shardings
 from jaxmed.train.optimizer import LayerRules, OptimizerConfig, make_optimizer, rate_at
 from jaxmed.train.state import TrainState

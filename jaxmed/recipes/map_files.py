@@ -21,7 +21,7 @@ from jaxtyping import Shaped
 
 from jaxmed.arrays.types import Params, PartitionRules
 from jaxmed.config import Size, checked, read_record
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, reason_of
 from jaxmed.files import make_folder, write_json
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.io.tables import write_table
@@ -76,15 +76,6 @@ def write_failed(outputs: Path, failed: Sequence[dict[str, str]]) -> None:
         write_table(outputs / "failed.csv", FAILED_COLUMNS, failed)
     else:
         (outputs / "failed.csv").unlink(missing_ok=True)
-
-
-def reason_of(error: InputError | OSError | MemoryError, path: Path | str) -> str:
-    """Say in one line why a file could not be used."""
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, MemoryError):
-        return f"{path}: not enough memory {error}".rstrip()
-    return f"{path}: {type(error).__name__}: {error}"
 
 
 # One file after the other --------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from jaxmed.objectives.supervised import TaskKind, task_losses
+from jaxmed.arrays.task import TaskKind
+from jaxmed.objectives.supervised import task_losses
 
 # Factors C on the sum of the losses beside half the squared norm of the coefficients.
 STRENGTHS = tuple(10.0**power for power in range(-6, 3))

@@ -2,24 +2,28 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from jaxmed.data.cohort import (
     file_keys,
+    find_splits,
     groups_of,
     groups_of_files,
     hold_out,
+    parse_externals,
+    read_labelled,
     require_files_apart,
     split_unlabelled,
     stated_splits,
     subject_notes,
     subjects_of,
 )
+from jaxmed.data.labels import LabelConfig
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, resolve_path, resolve_paths, write_table
 from jaxmed.systems.dynamicdps.records import DataConfig, list_files
 from jaxmed.systems.selfplay import data as selfplay
-from jaxmed.systems.tangerine.labels import LabelConfig, find_splits, read_labelled
 
 pytestmark = pytest.mark.core
 
@@ -172,3 +176,17 @@ def test_a_tilde_is_a_home_where_there_is_one(folder, monkeypatch):
     assert resolve_paths(table_of(folder, [("~$a.nii", "train"), (" a.nii ", "train")])) == [
         folder / "~$a.nii", folder / "a.nii",
     ]  # fmt: skip
+
+
+def test_externals_have_a_name_and_a_group(tmp_path):
+    found = parse_externals((f"a={tmp_path}/x=1.csv", "b:seen=b.csv"))
+    assert [(e.name, e.group, e.path.name) for e in found] == [("a", "other", "x=1.csv"), ("b", "seen", "b.csv")]
+
+
+def test_splits_are_drawn_by_subject_where_there_are_none(tmp_path):
+    rows = [f"{i}.nii,s{i // 2},{i // 2 % 2}" for i in range(80)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,subject,label", *rows]) + "\n")
+    table = read_labelled(tmp_path / "t.csv", LabelConfig())
+    splits = np.array(find_splits(table, LabelConfig(), (0.7, 0.15, 0.15), 0))
+    assert [(splits == name).sum() for name in ("train", "validation", "test")] == [56, 12, 12]
+    assert (splits[::2] == splits[1::2]).all()

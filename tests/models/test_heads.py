@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from jaxmed.models.heads import (
-    BatchNorm,
-    Classifier,
-    ClassifierConfig,
-    Head,
-    HeadConfig,
-    Task,
-    fold_moments,
-    pool_tokens,
-    predict_values,
-)
+from jaxmed.arrays.task import Task, predict_values
+from jaxmed.models.heads import BatchNorm, Classifier, ClassifierConfig, Head, HeadConfig, fold_moments, pool_tokens
 from jaxmed.models.vit import Vit, VitConfig
 from jaxmed.nn.model import make_model
 

@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from jaxmed.arrays.position import sincos
+from jaxmed.arrays.task import Task
 from jaxmed.arrays.trees import map_named, named_leaves
 from jaxmed.data import mixing
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import ArraySource
 from jaxmed.errors import InputError, Interrupted
-from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
+from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.recipes import adapt as recipe

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from jaxmed.arrays.position import sincos
+from jaxmed.arrays.task import Task
 from jaxmed.arrays.trees import map_named
 from jaxmed.io import nifti
-from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
+from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
 from jaxmed.models.mae import Mae, MaeConfig
 from jaxmed.models.published.load import ImportReport, Published, published_record
 from jaxmed.models.published.preprocess import Preprocess

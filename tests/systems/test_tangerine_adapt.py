@@ -7,25 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_tangerine import BINARY, classifier, export, masked_autoencoder
 
-from jaxmed.cli import main
-from jaxmed.io import nifti
-from jaxmed.io.tables import read_table
-from jaxmed.metrics.classification import auroc
-from jaxmed.models.heads import Task
-from jaxmed.models.published.load import load_published
-from jaxmed.systems.tangerine.adapt_scores import score_set
-from jaxmed.systems.tangerine.augmentation import Augmentation, change_contrast, smooth
-from jaxmed.systems.tangerine.labels import (
-    LabelConfig,
-    balanced_weights,
-    find_meaning,
-    find_splits,
-    parse_externals,
-    read_labelled,
-    read_targets,
-)
 from jaxmed.systems.tangerine.stages import adapt as stage
 from jaxmed.train.run_folder import RunOptions, open_run
 from jaxmed.volume import Volume
@@ -150,7 +132,7 @@ def test_embedded_chests_are_the_same_after_every_start(data, tmp_path):
         made, _ = stage.make_embedded(config, open_run("tangerine", "adapt", config, RunOptions(tmp_path / "run")))
         inputs.append({p: p.read_bytes() for p in (tmp_path / "run" / "inputs").rglob("*") if p.is_file()})
     assert inputs[0] == inputs[1]
-    (elsewhere,) = stage.parse_externals(made.data.external)
+    (elsewhere,) = parse_externals(made.data.external)
     assert read_table(elsewhere.path).column("subject")[0] == "elsewhere_chest_0000"
 
 
@@ -191,98 +173,7 @@ def test_positions_are_resized_and_it_is_said(data, tmp_path):
     assert load_published(out / "outputs" / "model").config.encoder.image_size == (24, 16, 16)
 
 
-# Labels --------------------------------------------------------------------------------------------------------------
-
-
-def meaning_of(tmp_path, cells, **config):
-    rows = [f"{i}.nii,{i},{cell},{'train' if i else 'validation'}" for i, cell in enumerate([cells[0], *cells])]
-    (tmp_path / "t.csv").write_text("\n".join(["path,subject,label,split", *rows]) + "\n")
-    settings = LabelConfig(**config)
-    table = read_labelled(tmp_path / "t.csv", settings)
-    meaning = find_meaning(table, settings, table.column("split"))
-    return meaning.task, read_targets(table, settings, meaning)[1:, 0].tolist()
-
-
-@pytest.mark.core
-def test_the_kind_of_a_label_is_found(tmp_path):
-    assert meaning_of(tmp_path, ["0", "1", "1.0"]) == (Task("binary", ("label",)), [0, 1, 1])
-    assert meaning_of(tmp_path, ["sick", "well", "sick"]) == (Task("binary", ("well",)), [0, 1, 0])
-    assert meaning_of(tmp_path, ["sick", "well"], positive="sick") == (Task("binary", ("sick",)), [1, 0])
-    task, targets = meaning_of(tmp_path, ["10", "9", "2", "10"])
-    assert (task.kind, task.names, targets) == ("multiclass", ("2", "9", "10"), [2, 1, 0, 2])
-    task, targets = meaning_of(tmp_path, ["1.5", "2.5", "4.5"])
-    assert task.kind == "regression" and targets == [1.5, 2.5, 4.5]
-    np.testing.assert_allclose([task.mean[0], task.deviation[0]], [np.mean(targets), np.std(targets)])
-    assert meaning_of(tmp_path, ["0", "1"], kind="multiclass")[0].names == ("0", "1")
-
-
-@pytest.mark.core
-def test_balanced_weights():
-    classes = np.array([[0], [0], [0], [1], [2], [2]], np.float32)
-    assert balanced_weights(classes, Task("multiclass", ("a", "b", "c"))) == pytest.approx((6 / 9, 2.0, 1.0))
-    labels = np.array([[0, 1], [0, np.nan], [1, 0], [0, 1]], np.float32)
-    assert balanced_weights(labels, Task("multilabel", ("a", "b"))) == (3.0, 0.5)
-
-
-@pytest.mark.core
-def test_externals_have_a_name_and_a_group(tmp_path):
-    found = parse_externals((f"a={tmp_path}/x=1.csv", "b:seen=b.csv"))
-    assert [(e.name, e.group, e.path.name) for e in found] == [("a", "other", "x=1.csv"), ("b", "seen", "b.csv")]
-
-
-def test_splits_are_drawn_by_subject_where_there_are_none(tmp_path):
-    rows = [f"{i}.nii,s{i // 2},{i // 2 % 2}" for i in range(80)]
-    (tmp_path / "t.csv").write_text("\n".join(["path,subject,label", *rows]) + "\n")
-    table = read_labelled(tmp_path / "t.csv", LabelConfig())
-    splits = np.array(find_splits(table, LabelConfig(), (0.7, 0.15, 0.15), 0))
-    assert [(splits == name).sum() for name in ("train", "validation", "test")] == [56, 12, 12]
-    assert (splits[::2] == splits[1::2]).all()
-
-
-# Scores and augmentation ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.core
-def test_scores_of_several_classes_are_those_of_scikit_learn():
-    from sklearn.metrics import average_precision_score, f1_score, log_loss, roc_auc_score
-
-    generator = np.random.default_rng(0)
-    classes = np.arange(60) % 3
-    logits = (np.eye(3)[classes] + generator.normal(size=(60, 3))).astype(np.float32)
-    task = Task("multiclass", ("a", "b", "c"))
-    scores, notes = score_set(task, classes[:, None].astype(np.float32), logits, np.arange(60) // 2, seed=0)
-    found = {(s.label, s.measure): s.interval for s in scores}
-    odds = np.exp(logits.astype(np.float64))
-    odds /= odds.sum(1, keepdims=True)
-    assert not notes and {s.subjects for s in scores} == {30}
-    assert found["all", "loss"].estimate == pytest.approx(log_loss(classes, odds), rel=1e-5)
-    assert found["all", "auroc_macro"].estimate == pytest.approx(
-        roc_auc_score(classes, odds, multi_class="ovr"), rel=1e-6
-    )
-    for number, name in enumerate("abc"):
-        truth = classes == number
-        assert found[name, "auroc"].estimate == pytest.approx(roc_auc_score(truth, odds[:, number]))
-        assert found[name, "aupr"].estimate == pytest.approx(average_precision_score(truth, odds[:, number]))
-        assert found[name, "f1"].estimate == pytest.approx(f1_score(truth, odds.argmax(1) == number))
-        assert found[name, "auroc"].low < found[name, "auroc"].estimate < found[name, "auroc"].high
-
-
-@pytest.mark.core
-def test_scores_of_values_and_of_too_few():
-    task = Task("regression", ("size",), (10.0,), (2.0,))
-    targets = np.array([[8.0], [10.0], [12.0], [14.0], [np.nan]], np.float32)
-    logits = np.array([[-1.0], [0.5], [1.0], [1.0], [3.0]], np.float32)  # 8, 11, 12, 12
-    scores, _ = score_set(task, targets, logits, np.arange(5), seed=0)
-    found = {s.measure: s.interval.estimate for s in scores}
-    assert (found["mse"], found["mae"], found["r2"]) == pytest.approx((1.25, 0.75, 1 - 1.25 / 5))
-    assert next(s for s in scores if s.measure == "mse").records == 4
-    # One subject has no interval, one class no AUROC: told, not hidden.
-    labels = np.array([[0.0], [1.0], [1.0]], np.float32)
-    scores, notes = score_set(BINARY, labels, labels, np.zeros(3), seed=0)
-    assert {s.measure: s.interval.estimate for s in scores}["auroc"] == 1.0 and "two" in " ".join(notes)
-    assert all(np.isnan(s.interval.low) for s in scores)
-    scores, notes = score_set(BINARY, labels[1:], labels[1:], np.arange(2), seed=0)
-    assert [s.measure for s in scores] == ["loss"] and "nodule" in notes[0]
+# Augmentation ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.core

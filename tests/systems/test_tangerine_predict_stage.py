@@ -20,13 +20,10 @@ from tiny_tangerine import (
 )
 
 from jaxmed.cli import main
-from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.models.heads import Task
 from jaxmed.models.published.load import load_published
 from jaxmed.recipes import map_files
 from jaxmed.systems import tangerine
-from jaxmed.systems.tangerine.scores import read_targets
 from jaxmed.volume import Volume
 
 
@@ -125,7 +122,7 @@ def test_cubes_and_dicom_get_maps_too(weights, tmp_path):
 
 @pytest.mark.parametrize(
     ("task", "label", "measure"),
-    [(BINARY, "01010", "auroc"), (LABELS, None, "auroc/emphysema"), (VALUES, "56789", "correlation")],
+    [(BINARY, "01010", "auroc nodule"), (LABELS, None, "auroc emphysema"), (VALUES, "56789", "correlation age")],
 )
 def test_every_task_is_scored_and_written(task, label, measure, scans, tmp_path):
     lines = ["path,subject,label,nodule,emphysema"]
@@ -137,7 +134,7 @@ def test_every_task_is_scored_and_written(task, label, measure, scans, tmp_path)
     words = ("--data.manifest", scans / "task.csv", "--maps", "none", "--quiet")
     assert predict(own, tmp_path / "run", *words) == 0
     summary = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())
-    scores = {row["measure"]: row for row in summary["scores"]}
+    scores = {f"{row['measure']} {row['label']}": row for row in summary["scores"]}
     assert measure in scores, summary["notes"]
     rows = rows_of(tmp_path / "run" / "outputs" / "predictions.csv")
     if task is VALUES:
@@ -152,23 +149,6 @@ def test_every_task_is_scored_and_written(task, label, measure, scans, tmp_path)
         expected = (pairs > 0).mean()
     assert scores[measure]["estimate"] == pytest.approx(expected, abs=1e-6)
     assert not (tmp_path / "run" / "outputs" / "maps").exists()
-
-
-def test_labels_are_read_by_task():
-    rows = [{"label": "nodule", "age": "61"}, {"label": "", "age": "na"}, {"label": "healthy", "age": "50.5"}]
-    nan = np.nan
-    np.testing.assert_array_equal(read_targets(rows, CLASSES), [[1], [nan], [0]])
-    np.testing.assert_array_equal(read_targets(rows, VALUES), [[61], [nan], [50.5]])
-    assert read_targets(rows, LABELS) is None and read_targets([{"path": "x"}], BINARY) is None
-    np.testing.assert_array_equal(read_targets([{"label": "nodule"}, {"label": "0"}], BINARY), [[1], [0]])
-    words = [{"finding": "benign"}, {"finding": "nodule"}, {"finding": ""}]
-    np.testing.assert_array_equal(read_targets(words, BINARY, ("finding",)), [[0], [1], [nan]])
-    grades = Task("multiclass", ("0", "1", "2"))
-    np.testing.assert_array_equal(read_targets([{"label": "2.0"}, {"label": "0"}], grades), [[2], [0]])
-    with pytest.raises(InputError, match="column finding: expected 0, 1 or 'nodule', found 'benign'"):
-        read_targets([*words, {"finding": "unclear"}], BINARY, ("finding",))
-    with pytest.raises(InputError, match="label.columns: expected columns of the manifest, finding, found 'lable'"):
-        read_targets(words, BINARY, ("lable",))
 
 
 def test_one_class_only_is_said_and_does_not_stop_the_predictions(weights, scans, tmp_path):

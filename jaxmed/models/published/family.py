@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
-from jaxmed.models.heads import Task
 from jaxmed.models.published.names import Entry
 from jaxmed.nn.model import Model
 

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from jaxmed.arrays.task import Task
 from jaxmed.errors import InputError
-from jaxmed.models.heads import Task
 from jaxmed.models.published.family import Facts, Family, Hints, Kind
 from jaxmed.models.published.image_preprocess import ImagePreprocess
 from jaxmed.models.published.names import Entry, count_parts, layer_norm, linear, reshaped, shape_of, told

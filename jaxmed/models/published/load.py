@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jaxtyping import Integer
 
+from jaxmed.arrays.task import Task
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
 from jaxmed.errors import InputError, listed, nearest
 from jaxmed.io import safetensors
 from jaxmed.io.weights_files import RECORD, Source, read_source
-from jaxmed.models.heads import Task
 from jaxmed.models.published import guided_diffusion, tangerine
 from jaxmed.models.published.family import Family, Hints
 from jaxmed.models.published.names import collect, to_tensor

@@ -18,10 +18,11 @@ import jax.export  # not imported by jax itself
 import numpy as np
 from jaxtyping import Float
 
+from jaxmed.arrays.task import Task, predict_values
 from jaxmed.config import from_record, read_record, to_record
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, require_file, write_json
-from jaxmed.models.heads import Classifier, ClassifierConfig, Task, predict_values
+from jaxmed.models.heads import Classifier, ClassifierConfig
 from jaxmed.models.published.load import Published
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.nn.attention import LONG

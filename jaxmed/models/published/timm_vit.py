@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxmed.arrays.position import resize_table
+from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
-from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
+from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
 from jaxmed.models.mae import Mae, MaeConfig
 from jaxmed.models.published.family import Facts, Hints, Kind
 from jaxmed.models.published.names import (

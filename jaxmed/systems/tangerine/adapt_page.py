@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.arrays.task import Task
 from jaxmed.config import from_record, read_record
+from jaxmed.data.labels import is_unlabelled
 from jaxmed.errors import InputError
 from jaxmed.io.tables import Table as Rows
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.classification import operating_curve, reliability_curve
-from jaxmed.models.heads import Task
+from jaxmed.metrics.cohort import HEADLINE, MEASURES, spell
 from jaxmed.report.figures import Bar, agreement, bars, curves
 from jaxmed.report.page import Note, Section, Table, Text, write_report
 from jaxmed.systems.tangerine.pretrain_page import series
-from jaxmed.systems.tangerine.scores import MISSING
 from jaxmed.train.log import read_metrics
 from jaxmed.train.run_folder import read_summary
 
@@ -24,15 +25,6 @@ GROUPS = {
     "unseen": "distribution not seen in pre-training",
     "other": "other centre, seen in neither stage",
 }
-MEASURES = {
-    "binary": ("auroc", "aupr", "accuracy", "f1", "sensitivity", "specificity", "brier", "ece_equal_width", "loss"),
-    "multiclass": ("auroc_macro", "auroc", "aupr_macro", "aupr", "accuracy", "f1_macro", "f1", "brier",
-                   "ece_equal_width", "loss"),
-    "multilabel": ("auroc_macro", "auroc", "aupr_macro", "aupr", "accuracy", "f1", "brier", "ece_equal_width", "loss"),
-    "regression": ("r2", "mae", "mse", "loss"),
-}  # fmt: skip
-HEADLINE = {"binary": "auroc", "multiclass": "auroc_macro", "multilabel": "auroc_macro", "regression": "r2"}
-SPELT = {"auroc": "AUROC", "aupr": "AUPRC", "f1": "F1", "r2": "R2", "mse": "MSE", "mae": "MAE", "ece": "ECE"}
 MOST_CURVES = 12
 FEWEST_FOR_CALIBRATION = 20
 
@@ -69,11 +61,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Read a table of our own, which may be empty."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def spell(measure: str) -> str:
-    """Return the name of a measure for reading."""
-    return " ".join(SPELT.get(part, part) for part in measure.split("_"))
 
 
 def _tiles(scores: list[dict[str, str]], task: Task, summary: dict[str, Any]) -> list[tuple[str, object, str]]:
@@ -172,7 +159,7 @@ def _column(rows: list[dict[str, str]], task: Task, number: int) -> tuple[np.nda
     """Return who has a label, and the probability of it, where it is known."""
     label = task.names[number]
     column = "label" if f"label_{label}" not in rows[0] else f"label_{label}"
-    known = [row for row in rows if row[column].lower() not in MISSING]
+    known = [row for row in rows if not is_unlabelled(row[column])]
     truth = [_is_positive(row[column], label, task) for row in known]
     return np.array(truth, np.int64), np.array([float(row[f"probability_{label}"]) for row in known], np.float64)
 
@@ -196,7 +183,7 @@ def _agreement_section(table: Rows, task: Task, names: list[str]) -> Section:
         truth, estimate = {}, {}
         for label in task.names:
             column = "label" if f"label_{label}" not in table.columns else f"label_{label}"
-            known = [row for row in rows if row[column].lower() not in MISSING]
+            known = [row for row in rows if not is_unlabelled(row[column])]
             truth[label] = np.array([float(row[column]) for row in known], np.float64)
             estimate[label] = np.array([float(row[f"value_{label}"]) for row in known], np.float64)
         blocks.append(

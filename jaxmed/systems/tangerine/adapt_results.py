@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxmed.arrays.task import Task, predict_values, standardise
+from jaxmed.data.cohort import Cohort
+from jaxmed.data.records import ForgivingSource
 from jaxmed.io.tables import write_table
-from jaxmed.models.heads import Task, predict_values
+from jaxmed.metrics.cohort import Score, score_set
 from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.objectives.supervised import task_losses
 from jaxmed.recipes.adapt import AdaptConfig, Adapted, score
-from jaxmed.systems.tangerine.adapt_scores import Score, score_set
-from jaxmed.systems.tangerine.labels import Cohort, ForgivingSource, take
 from jaxmed.systems.tangerine.records import Prepared, volume_source
 from jaxmed.train.log import Log
 
@@ -69,23 +71,24 @@ def score_cohort(
     Returns:
         The set, and in words what could not be scored.
     """
-    log.say(f"Scoring {len(cohort.paths):,} scans of {name}.")
-    source = ForgivingSource(
-        volume_source(cohort.paths, preprocess, series=cohort.series, fill=cohort.fill), (*preprocess.size, 1)
-    )
+    log.say(f"Scoring {len(cohort.scans):,} scans of {name}.")
+    source = ForgivingSource(volume_source(cohort.scans, preprocess), (*preprocess.size, 1))
     # Reasons are noted where records are read, which has to be this process.
     reading = dataclasses.replace(recipe, loader=dataclasses.replace(recipe.loader, num_workers=0))
     logits = score(reading, adapted.config, adapted.params, source, Prepared(preprocess))
     failed = [(cohort.paths[row], reason) for row, reason in sorted(source.reasons.items())]
     for _, reason in failed:
         log.say(f"Failed: {reason}")
-    kept = np.array([row for row in range(len(cohort.paths)) if row not in source.reasons], np.int64)
-    read, notes = take(cohort, kept), []
+    kept = np.array([row for row in range(len(cohort.scans)) if row not in source.reasons], np.int64)
+    read, notes = cohort.take(kept), []
     scores: list[Score] = []
     if len(kept):
+        found = jnp.asarray(logits[kept])
+        losses = task_losses(task.kind, found, jnp.asarray(standardise(read.targets, task)))
         scores, notes = score_set(
-            task, read.targets, logits[kept], read.subjects, seed=recipe.seed, threshold=threshold
-        )
+            task, read.targets, np.asarray(predict_values(found, task)), read.subjects, seed=recipe.seed,
+            threshold=threshold, losses=np.asarray(losses),
+        )  # fmt: skip
     return Scored(name, group, read, logits[kept], scores, failed), notes
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.arrays.task import Task
 from jaxmed.config import from_record, read_record
 from jaxmed.io.tables import Table as Rows
 from jaxmed.io.tables import read_table
-from jaxmed.models.heads import Task
+from jaxmed.metrics.cohort import HEADLINE, spell
 from jaxmed.models.published.preprocess import WARMEST_AIR
 from jaxmed.report.figures import histograms
 from jaxmed.report.overlay import Slices, overlay_slices
@@ -39,7 +40,7 @@ def write_page(folder: Path) -> None:
         folder / "report.html",
         title="TANGERINE predictions",
         subtitle=f"{', '.join(task.names)} ({task.kind}), predicted for {scans}",
-        summary=_tiles(summary),
+        summary=_tiles(summary, task),
         sections=sections,
         config=record["config"],
         timing=[(name, seconds, "") for name, seconds in summary["seconds"].items()],
@@ -54,12 +55,15 @@ def output_columns(table: Rows, task: Task) -> dict[str, np.ndarray]:
     return {name: np.array(table.floats(f"{prefix}_{name}"), np.float64) for name in task.names}
 
 
-def _tiles(summary: dict[str, Any]) -> list[tuple[str, object, str]]:
+def _tiles(summary: dict[str, Any], task: Task) -> list[tuple[str, object, str]]:
     tiles: list[tuple[str, object, str]] = [("Scans", summary["scans"], f"{summary['failed']:,} failed")]
+    further = {"multilabel": "auroc", "regression": "correlation"}.get(task.kind)
     for row in summary["scores"]:
-        if row["measure"].split("/")[0] in ("auroc", "auroc_macro", "correlation") and row["rows"] != "split train":
-            text = f"95 % interval {row['low']:.2f} to {row['high']:.2f}, {row['rows']}"
-            tiles.append((row["measure"].replace("auroc", "AUROC"), round(row["estimate"], 3), text))
+        if row["measure"] in (HEADLINE[task.kind], further) and row["rows"] != "split train":
+            text = row["rows"]
+            if row["low"] is not None:
+                text = f"95 % interval {row['low']:.2f} to {row['high']:.2f}, {text}"
+            tiles.append((spell(row["measure"]), round(row["estimate"], 3), text))
     return tiles[:5]
 
 
@@ -88,11 +92,11 @@ def _predictions_section(table: Rows, task: Task, summary: dict[str, Any]) -> Se
 
 def _scores_section(summary: dict[str, Any]) -> Section:
     rows = [
-        (row["rows"], row["scans"], row["measure"].replace("_", " "), row["estimate"], row["low"], row["high"])
+        (row["rows"], row["scans"], row["label"], spell(row["measure"]), row["estimate"], row["low"], row["high"])
         for row in summary["scores"]
     ]
     caption = "Against the manifest's labels; 95 % intervals by 2000 bootstrap resamples of subjects."
-    columns = ("Rows", "Scans", "Measure", "Estimate", "Low", "High")
+    columns = ("Rows", "Scans", "Of", "Measure", "Estimate", "Low", "High")
     return Section("Against the labels", [Table(columns, rows, caption)])
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from jaxmed.arrays.grid import resize
+from jaxmed.arrays.task import Task, predict_values
 from jaxmed.arrays.types import Params
 from jaxmed.errors import InputError
-from jaxmed.models.heads import Classifier, ClassifierConfig, Task, predict_values
+from jaxmed.models.heads import Classifier, ClassifierConfig
 from jaxmed.models.published.load import Published
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.nn.model import make_model

@@ -20,11 +20,12 @@ import pytest
 
 from jaxmed.arrays.masking import draw_noise
 from jaxmed.arrays.position import sincos_3d
+from jaxmed.arrays.task import Task
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.io import pickles, safetensors
-from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig, Task
+from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig
 from jaxmed.models.mae import Mae, MaeConfig
 from jaxmed.models.published import tangerine
 from jaxmed.models.published.load import (

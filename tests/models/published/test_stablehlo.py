@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_tangerine import CLASSES, SIZE, VALUES, classifier, cubes, masked_autoencoder, scan
 
+from jaxmed.arrays.task import predict_values
 from jaxmed.errors import InputError
-from jaxmed.models.heads import predict_values
 from jaxmed.models.published import stablehlo
 from jaxmed.models.published.stablehlo import export_stablehlo, load_stablehlo
 

@@ -9,18 +9,19 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
 from jaxmed.config import Epochs, Length, Number, Positive, Seed, Share, Size, Whole, checked, to_record
-from jaxmed.data.cohort import file_keys, subject_notes
+from jaxmed.data.cohort import LabelledSets, read_labelled_sets
+from jaxmed.data.labels import LabelConfig, balanced_weights
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.mixing import MixConfig
-from jaxmed.data.records import SubsetSource
+from jaxmed.data.records import LabelledSource, SubsetSource
+from jaxmed.data.splits import write_split_table
 from jaxmed.errors import InputError
 from jaxmed.files import expand_home
-from jaxmed.io.scans import ScanFiles
-from jaxmed.io.sheets import is_missing
-from jaxmed.io.tables import Table, read_table, write_table
-from jaxmed.models.heads import ClassifierConfig, HeadConfig, Task
+from jaxmed.io.tables import read_table, write_table
+from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.published.load import OWN_LICENCE, Published, load_published, resize_positions
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import VitConfig
@@ -32,22 +33,6 @@ from jaxmed.systems.tangerine.adapt_results import score_cohort, write_tables
 from jaxmed.systems.tangerine.augmentation import Augmentation
 from jaxmed.systems.tangerine.checking import check_volumes
 from jaxmed.systems.tangerine.inputs import FrameConfig
-from jaxmed.systems.tangerine.labels import (
-    Cohort,
-    External,
-    LabelConfig,
-    LabelledSource,
-    Meaning,
-    balanced_weights,
-    check_classes,
-    find_meaning,
-    find_splits,
-    parse_externals,
-    read_cohort,
-    read_labelled,
-    take,
-    write_splits,
-)
 from jaxmed.systems.tangerine.records import Prepared, volume_source
 from jaxmed.systems.tangerine.stages import pretrain
 from jaxmed.train.checkpoint import export_parameters
@@ -228,24 +213,6 @@ def smoke() -> Config:
     )
 
 
-class Scans(NamedTuple):
-    """Everything labelled that a run knows, checked.
-
-    Attributes:
-        table: The manifest.
-        cohort: Its scans.
-        meaning: What the labels mean.
-        externals: Further sets and their scans.
-        notes: What a user should know about them.
-    """
-
-    table: Table
-    cohort: Cohort
-    meaning: Meaning
-    externals: list[tuple[External, Cohort]]
-    notes: list[str]
-
-
 class Start(NamedTuple):
     """Where training starts.
 
@@ -278,18 +245,16 @@ def run(config: Config, folder: RunFolder) -> int:
     recipe = config.recipe(weights)
     check_run(recipe, first.model, scans.meaning.task)
     # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
-    learnt = [path for path, split in zip(scans.cohort.paths, scans.cohort.splits, strict=True) if split != "test"]
-    unexpected = check_volumes(
-        [ScanFiles(path, config.series, fill=config.fill) for path in learnt], first.preprocess, config.data.check,
-        config.loader.num_threads,
-    )  # fmt: skip
+    learnt = scans.cohort.take(scans.cohort.rows("train", "validation"))
+    unexpected = check_volumes(learnt.scans, first.preprocess, config.data.check, config.loader.num_threads)
     if not is_embedded:
         start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, jax.process_index() == 0)
     notes += [*scans.notes, *first.notes, *unexpected, *length_notes(config.loop, config.epochs)]
     for note in notes:
         log.say(f"Note: {note}")
-    write_splits(folder.outputs / "splits.csv", scans.table, scans.cohort.splits.tolist())
+    if "subject" in scans.table.columns:
+        write_split_table(folder.outputs / "splits.csv", scans.table, scans.cohort.splits.tolist())
     ready = time.monotonic()
     adapted = train_model(config, recipe, scans, first, folder, log)
     trained = time.monotonic()
@@ -331,52 +296,22 @@ report = write_page
 # Before training -----------------------------------------------------------------------------------------------------
 
 
-def read_scans(config: Config) -> Scans:
+def read_scans(config: Config) -> LabelledSets:
     """Read and check the tables.
 
     Raises:
         InputError: For whatever a user can have wrong in them.
     """
-    if config.data.manifest is None:
+    data = config.data
+    if data.manifest is None:
         raise InputError("data.manifest", "a table of labelled scans", "nothing", "or try --preset smoke")
-    externals = parse_externals(config.data.external)
-    table = read_labelled(config.data.manifest, config.label)
-    splits = find_splits(table, config.label, config.data.fractions, config.seed)
-    meaning = find_meaning(table, config.label, splits)
-    task = meaning.task
-    cohort = read_cohort(table, config.label, meaning, splits, series=config.series, fill=config.fill)
-    check_classes(cohort, task, table.path, config.select == "auroc")
-    if config.select == "auroc" and task.kind == "regression":
+    scans = read_labelled_sets(
+        data.manifest, data.external, config.label, data.fractions, config.seed, needs_auroc=config.select == "auroc",
+        series=config.series, fill=config.fill,
+    )  # fmt: skip
+    if config.select == "auroc" and scans.meaning.task.kind == "regression":
         raise InputError("select", "loss, for a regression", "auroc")
-    notes = [f"The labels are {task.kind}: {', '.join(task.names)}."]
-    if task.kind == "binary" and task.names != config.label.columns:
-        notes[0] += " --label.positive chooses another positive class."
-    notes += subject_notes(table)
-    if "test" not in splits:
-        notes.append("No scan of the manifest has the split 'test': only external sets tell of new scans.")
-    others = []
-    learnt = [path for path, split in zip(cohort.paths, splits, strict=True) if split != "test"]
-    for external in externals:
-        other = read_labelled(external.path, config.label)
-        words = [external.name] * len(other)
-        found = read_cohort(other, config.label, meaning, words, may_miss=True, series=config.series, fill=config.fill)
-        others.append((external, found))
-        keys = file_keys([*learnt, *found.paths])
-        if shared := set(keys[: len(learnt)]) & set(keys[len(learnt) :]):
-            path = found.paths[keys.index(next(iter(shared)), len(learnt)) - len(learnt)]
-            expected = f"scans for {external.name} that are not trained or selected on"
-            raise InputError(external.path, expected, f"{len(shared)} of {table.path}: {path}", "take them out")
-        both = sorted(_named_subjects(table) & _named_subjects(other))
-        if both:
-            notes.append(
-                f"{external.name} has subjects of the same name as the manifest ({', '.join(both[:3])}): if they are "
-                "the same people, its scores are too good."
-            )
-    return Scans(table, cohort, meaning, others, notes)
-
-
-def _named_subjects(table: Table) -> set[str]:
-    return {name for name in table.column("subject") if not is_missing(name)} if "subject" in table.columns else set()
+    return scans
 
 
 def read_start(config: Config, task: Task) -> Start:
@@ -470,18 +405,14 @@ def make_embedded(config: Config, folder: RunFolder, *, is_shared: bool = False)
 
 
 def train_model(
-    config: Config, recipe: AdaptConfig, scans: Scans, first: Start, folder: RunFolder, log: Log
+    config: Config, recipe: AdaptConfig, scans: LabelledSets, first: Start, folder: RunFolder, log: Log
 ) -> Adapted:
     """Adapt on the manifest's training scans, select on its validation scans."""
     cohort = scans.cohort
-    rows = {split: np.flatnonzero(cohort.splits == split) for split in ("train", "validation")}
     # Packing reads every scan once: those of the test split may be broken, and are read later.
-    needed = np.sort(np.concatenate(list(rows.values())))
-    paths = tuple(cohort.paths[row] for row in needed)
-    source = LabelledSource(
-        volume_source(paths, first.preprocess, config.data.cache, config.series, config.fill), cohort.targets[needed]
-    )
-    train, validation = (SubsetSource(source, np.searchsorted(needed, rows[s])) for s in ("train", "validation"))
+    learnt = cohort.take(cohort.rows("train", "validation"))
+    source = LabelledSource(volume_source(learnt.scans, first.preprocess, config.data.cache), learnt.targets)
+    train, validation = (SubsetSource(source, learnt.rows(split)) for split in ("train", "validation"))
     log.say(f"{len(train):,} scans to train on, {len(validation):,} to select on.")
     return adapt(
         recipe, first.model, scans.meaning.task, train, validation, Prepared(first.preprocess),
@@ -489,14 +420,14 @@ def train_model(
     )  # fmt: skip
 
 
-def named_sets(config: Config, scans: Scans) -> list[tuple[str, str, Cohort]]:
+def named_sets(config: Config, scans: LabelledSets) -> list[tuple[str, str, Cohort]]:
     """Return name, group and scans of everything that is scored."""
     found = []
     for split in ("validation", "test"):
-        rows = np.flatnonzero(scans.cohort.splits == split)
+        rows = scans.cohort.rows(split)
         if len(rows):
-            found.append((split, config.data.group, take(scans.cohort, rows)))
-    return found + [(external.name, external.group, cohort) for external, cohort in scans.externals]
+            found.append((split, config.data.group, scans.cohort.take(rows)))
+    return found + scans.externals
 
 
 # Outputs -------------------------------------------------------------------------------------------------------------

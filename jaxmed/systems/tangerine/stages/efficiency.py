@@ -10,20 +10,20 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxmed.arrays.task import predict_values
 from jaxmed.config import Count, Number, checked, to_record
+from jaxmed.data.cohort import LabelledSets
 from jaxmed.data.loader import LoaderConfig
-from jaxmed.data.records import SubsetSource
+from jaxmed.data.records import LabelledSource, SubsetSource
 from jaxmed.data.splits import label_fractions
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, write_table
-from jaxmed.models.heads import predict_values
 from jaxmed.models.vit import VitConfig
 from jaxmed.recipes.adapt import AdaptConfig, Labelled, adapt, check_run, loss_weights, measure, score
 from jaxmed.recipes.study import Cell, Outcome, make_cells, run_study
 from jaxmed.recipes.study_tables import compare, summarise, write_tables
 from jaxmed.systems.tangerine.convergence import Curve, reach_table, read_curve, smallest_matching
 from jaxmed.systems.tangerine.efficiency_page import write_page
-from jaxmed.systems.tangerine.labels import LabelledSource
 from jaxmed.systems.tangerine.records import Prepared, volume_source
 from jaxmed.systems.tangerine.stages import adapt as adapt_stage
 from jaxmed.train.announce import announce
@@ -129,9 +129,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "arm": ARMS, "fraction": config.fractions, "seed": tuple(range(config.seed, config.seed + config.seeds)),
     })  # fmt: skip
     cache = config.data.cache or folder.path / "inputs" / "volumes"
-    source = LabelledSource(
-        volume_source(scans.cohort.paths, first.preprocess, cache, config.series, config.fill), scans.cohort.targets
-    )
+    source = LabelledSource(volume_source(scans.cohort.scans, first.preprocess, cache), scans.cohort.targets)
     transform = Prepared(first.preprocess)
     shapes = check_run(config.recipe(config.class_weights), first.model, task)
     announce(log, "Training", params=shapes, count=len(cells), unit="cells", smaller=folder.smaller)
@@ -229,7 +227,7 @@ def _make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]
     return dataclasses.replace(config, data=data, weights=changed.weights), notes
 
 
-def _draw_fractions(config: Config, scans: adapt_stage.Scans, train: np.ndarray) -> dict[int, Mapping[float, Any]]:
+def _draw_fractions(config: Config, scans: LabelledSets, train: np.ndarray) -> dict[int, Mapping[float, Any]]:
     """Return, per seed and fraction, places among the training scans."""
     cohort = scans.cohort
     subjects = [str(cohort.subjects[row]) for row in train]

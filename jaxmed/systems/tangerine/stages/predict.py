@@ -1,6 +1,7 @@
 """TANGERINE predict: probabilities, and a map of what moved them, on the grid of each scan."""
 
 import dataclasses
+import math
 import shlex
 import time
 from functools import partial
@@ -10,15 +11,19 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
 from jaxmed.config import Seed, Whole, checked, to_record
+from jaxmed.data.labels import read_known_targets
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
 from jaxmed.io import nifti
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.scans import ScanFiles, kind_of, read_volume
 from jaxmed.io.tables import write_table
-from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig, Task
+from jaxmed.metrics.cohort import MEASURES, score_set
+from jaxmed.metrics.statistics import Interval
+from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
 from jaxmed.models.published.load import load_published
 from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import SHARDING_RULES, VitConfig
@@ -42,7 +47,6 @@ from jaxmed.systems.tangerine.embedding import features, with_dtype
 from jaxmed.systems.tangerine.inputs import FrameConfig, Record, find_records, read_input, read_scan
 from jaxmed.systems.tangerine.predict_page import write_page
 from jaxmed.systems.tangerine.prediction import Maps, explain, require_classifier, to_grid
-from jaxmed.systems.tangerine.scores import read_targets, score_rows
 from jaxmed.systems.tangerine.stages.embed import DataConfig
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
@@ -177,7 +181,7 @@ def run(config: Config, folder: RunFolder) -> int:
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
     published = load_published(config.weights, "tangerine", task=config.task.task)
     model, task = require_classifier(published, config.weights)
-    targets = read_targets([r.row for r in records], task, config.label.columns) if config.data.manifest else None
+    targets = read_known_targets([r.row for r in records], task, config.label.columns) if config.data.manifest else None
     preprocess = config.preprocess.apply(published.preprocess)
     mesh = make_batch_mesh(config.batch, config.mesh)
     if len(records) == 1:
@@ -350,16 +354,25 @@ def score(
         chosen = [n for n, outcome in enumerate(outcomes) if splits[n] == split]
         subjects = np.array([outcomes[n].file.row.get("subject") or outcomes[n].file.name for n in chosen])
         name = f"split {split}" if split else "all scans"
-        try:
-            values = np.array([outcomes[n].arrays["values"] for n in chosen], np.float64).reshape(-1, len(task.names))
-            found = score_rows(targets[chosen], values, task, subjects, config.threshold, config.seed)
-        except InputError as error:
-            notes.append(f"Predictions of {name} were not scored: {error}")
-            continue
-        rows += [{"rows": name, "scans": len(chosen), "measure": m, **i._asdict()} for m, i in found.items()]
+        values = np.array([outcomes[n].arrays["values"] for n in chosen], np.float64).reshape(-1, len(task.names))
+        scores, troubles = score_set(
+            task, targets[chosen], values, subjects, seed=config.seed, threshold=config.threshold
+        )
+        rows += [
+            {"rows": name, "scans": one.records, "label": one.label, "measure": one.measure, **finite(one.interval)}
+            for one in scores
+            if one.measure in MEASURES[task.kind]
+        ]
+        how = "not scored in all" if scores else "not scored"
+        notes += [f"Predictions of {name} were {how}: {trouble}" for trouble in troubles]
     if any(split == "train" for split in splits):
         notes.append("The split train may be what the weights were adapted to: its scores say nothing about new scans.")
     return rows, notes
+
+
+def finite(interval: Interval) -> dict[str, float | None]:
+    """Return estimate and ends; a single subject has no interval."""
+    return {name: value if math.isfinite(value) else None for name, value in interval._asdict().items()}
 
 
 def write_previews(

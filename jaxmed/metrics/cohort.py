@@ -1,22 +1,43 @@
-"""How well an adapted model does on one set of scans: every measure with its interval over subjects."""
+"""How well a model does on one labelled set: every measure of its task with an interval over subjects.
+
+One vocabulary for all systems. Of classes and labels: auroc, aupr, accuracy, f1, sensitivity, specificity, brier, and
+what else `metrics.classification.score` names, with "_macro" for means over classes or labels. Of values: mse (unit
+squared), mae and bias (unit; estimate minus truth), r2 and correlation (Pearson's). "loss" is the training loss.
+"""
 
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float64, Shaped
 
+from jaxmed.arrays.task import Task, TaskKind
 from jaxmed.errors import InputError
 from jaxmed.metrics import classification, weighted
 from jaxmed.metrics.classification import intervals
-from jaxmed.metrics.statistics import Interval, bootstrap_all, weighted_mean
-from jaxmed.models.heads import Task, predict_values
-from jaxmed.objectives.supervised import task_losses
-from jaxmed.recipes.adapt import standardise
+from jaxmed.metrics.statistics import Interval, Statistic, bootstrap_all, weighted_mean
 
 ALL = "all"
+MEASURES: dict[TaskKind, tuple[str, ...]] = {
+    "binary": ("auroc", "aupr", "accuracy", "f1", "sensitivity", "specificity", "brier", "ece_equal_width", "loss"),
+    "multiclass": ("auroc_macro", "auroc", "aupr_macro", "aupr", "accuracy", "balanced_accuracy", "f1_macro", "f1",
+                   "brier", "ece_equal_width", "loss"),
+    "multilabel": ("auroc_macro", "auroc", "aupr_macro", "aupr", "accuracy", "f1", "sensitivity", "specificity",
+                   "brier", "ece_equal_width", "loss"),
+    "regression": ("r2", "correlation", "mae", "bias", "mse", "loss"),
+}  # fmt: skip
+"""Measures to show of each task, in this order; a table may hold more."""
+HEADLINE: dict[TaskKind, str] = {
+    "binary": "auroc", "multiclass": "auroc_macro", "multilabel": "auroc_macro", "regression": "r2"
+}  # fmt: skip
+SPELT = {"auroc": "AUROC", "aupr": "AUPRC", "f1": "F1", "r2": "R2", "mse": "MSE", "mae": "MAE", "rmse": "RMSE",
+         "sse": "SSE", "mcc": "MCC", "ece": "ECE", "psnr": "PSNR", "ssim": "SSIM", "snr": "SNR"}  # fmt: skip
+
+
+def spell(measure: str) -> str:
+    """Return the name of a measure for reading."""
+    return " ".join(SPELT.get(part, part) for part in measure.split("_"))
 
 
 class Score(NamedTuple):
@@ -40,31 +61,32 @@ class Score(NamedTuple):
 def score_set(
     task: Task,
     targets: Float[np.ndarray, "record column"],
-    logits: Float[np.ndarray, "record output"],
+    values: Float[np.ndarray, "record output"],
     subjects: Shaped[np.ndarray, " record"],
     *,
     seed: int,
     threshold: float = 0.5,
+    losses: Float[np.ndarray, " record"] | None = None,
 ) -> tuple[list[Score], list[str]]:
     """Score the predictions of one set.
 
     Args:
         task: What the outputs mean.
         targets: Labels, values in their unit; NaN where missing.
-        logits: Outputs of the head.
+        values: Probabilities, or values in the unit of the labels: `arrays.task.predict_values` of a head's outputs.
         subjects: Whose scan each is: subjects are resampled with all their scans.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         threshold: Probability from which a binary label counts as predicted.
+        losses: Loss of each record, without class weights or smoothing; None leaves the measure "loss" out.
 
     Returns:
         Scores, and in words what could not be scored; of a single subject there are scores without intervals (NaN).
-        Of all tasks "loss", without class weights or smoothing. binary, and each label of multilabel: those of
-        `metrics.classification.score`. multilabel besides: auroc_macro and aupr_macro. multiclass: those of `score`,
-        and of each class against the rest auroc, aupr and f1. regression: mse (unit squared), mae (unit) and r2.
+        binary, and each label of multilabel: those of `metrics.classification.score`. multilabel besides: auroc_macro
+        and aupr_macro. multiclass: those of `score`, and of each class against the rest auroc, aupr and f1.
+        regression: mse, mae, bias, r2 and correlation.
     """
     scores: list[Score] = []
     notes: list[str] = []
-    losses = np.asarray(task_losses(task.kind, jnp.asarray(logits), jnp.asarray(standardise(targets, task))))
 
     def add(label: str, rows: np.ndarray, measure: Measure) -> None:
         try:
@@ -76,24 +98,65 @@ def score_set(
         scores.extend(Score(label, n, i, int(rows.sum()), len(set(subjects[rows]))) for n, i in found.items())
 
     everything = np.ones(len(targets), bool)
-    values = np.asarray(predict_values(jnp.asarray(logits), task), np.float64)
-    add(ALL, everything, _statistics({"loss": weighted_mean(losses)}, len(losses)))
+    values = values.astype(np.float64)
+    if losses is not None:
+        add(ALL, everything, _statistics({"loss": weighted_mean(losses)}, len(losses)))
     if task.kind == "multiclass":
-        classes = targets[:, 0].astype(int)
-        add(ALL, everything, _classification(classes, values, "multiclass", threshold))
+        rows = np.isfinite(targets[:, 0])
+        classes = targets[rows, 0].astype(int)
+        add(ALL, rows, _classification(classes, values[rows], "multiclass", threshold))
         for number, name in enumerate(task.names):
-            add(name, everything, _one_class((classes == number).astype(np.float64), values, number))
-        return scores, notes
+            add(name, rows, _one_class((classes == number).astype(np.float64), values[rows], number))
+        return scores, list(dict.fromkeys(notes))
     if task.kind == "multilabel":
         add(ALL, everything, _macro(targets, values))
     for column, name in enumerate(task.names):
         rows = np.isfinite(targets[:, column])
         truth, estimate = targets[rows, column], values[rows, column]
+        if not rows.any():
+            notes.append(f"{name}: no record has a label")
+            continue
         if task.kind == "regression":
-            add(name, rows, _errors(truth, estimate))
+            add(name, rows, _statistics(error_statistics(truth, estimate), len(truth)))
+            add(name, rows, _statistics({"correlation": correlation_statistic(truth, estimate)}, len(truth)))
         else:
             add(name, rows, _classification(truth.astype(int), estimate, "binary", threshold))
     return scores, list(dict.fromkeys(notes))
+
+
+def error_statistics(truth: Float[np.ndarray, " row"], values: Float[np.ndarray, " row"]) -> dict[str, Statistic]:
+    """Return mse, mae, bias and r2 of estimated values, as statistics for `metrics.statistics.bootstrap_all`."""
+    truth = truth.astype(np.float64)
+    squares = np.square(values - truth)
+
+    def explained(weights: np.ndarray) -> np.ndarray:
+        mean = weighted.mean(truth, weights)
+        spread = weighted.mean(np.square(truth - truth.mean()), weights) - np.square(mean - truth.mean())
+        return 1 - weighted.divide(
+            weighted.mean(squares, weights), np.where(spread > 1e-12 * np.ptp(truth), spread, 0.0)
+        )
+
+    return {
+        "mse": weighted_mean(squares),
+        "mae": weighted_mean(np.abs(values - truth)),
+        "bias": weighted_mean(values - truth),
+        "r2": explained,
+    }
+
+
+def correlation_statistic(truth: Float[np.ndarray, " row"], values: Float[np.ndarray, " row"]) -> Statistic:
+    """Return Pearson's correlation as a statistic; it is not defined where one side does not vary."""
+    x, y = (side.astype(np.float64) - side.mean(dtype=np.float64) for side in (truth, values))
+
+    def correlation(weights: np.ndarray) -> np.ndarray:
+        def covariance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return weighted.mean(a * b, weights) - weighted.mean(a, weights) * weighted.mean(b, weights)
+
+        one, other = covariance(x, x), covariance(y, y)
+        varies = (one > 1e-12 * np.square(x).max(initial=0)) & (other > 1e-12 * np.square(y).max(initial=0))
+        return weighted.divide(covariance(x, y), np.where(varies, np.sqrt(np.abs(one * other)), 0.0))
+
+    return correlation
 
 
 class Measure(NamedTuple):
@@ -169,19 +232,3 @@ def _macro(targets: np.ndarray, values: np.ndarray) -> Measure:
 
     measures = {"auroc_macro": weighted.auroc, "aupr_macro": weighted.average_precision}
     return _statistics({name: over_labels(measure) for name, measure in measures.items()}, len(targets))
-
-
-def _errors(truth: np.ndarray, values: np.ndarray) -> Measure:
-    truth = truth.astype(np.float64)
-    squares = np.square(values - truth)
-
-    def explained(weights: np.ndarray) -> np.ndarray:
-        mean = weighted.mean(truth, weights)
-        spread = weighted.mean(np.square(truth - truth.mean()), weights) - np.square(mean - truth.mean())
-        return 1 - weighted.divide(
-            weighted.mean(squares, weights), np.where(spread > 1e-12 * np.ptp(truth), spread, 0.0)
-        )
-
-    return _statistics(
-        {"mse": weighted_mean(squares), "mae": weighted_mean(np.abs(values - truth)), "r2": explained}, len(truth)
-    )
