@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Shaped
 
+from jaxmed.arrays.batches import padded_rows
 from jaxmed.arrays.types import Params, PartitionRules
 from jaxmed.config import Size, checked, read_record
 from jaxmed.errors import InputError, reason_of
@@ -333,8 +334,8 @@ def _run_chunk(
     good = [one for one in inputs if isinstance(one, Input)]
     rows: dict[str, Any] = {}
     if good:
-        # Short batches are filled up: one shape is one compilation.
-        batch = np.stack([good[min(place, len(good) - 1)].array for place in range(size)])
+        filled = next(padded_rows(len(good), size))
+        batch = np.stack([good[row].array for row in filled.index])
         rows = jax.device_get(model.compute(params, shard_batch({"batch": batch}, mesh)["batch"]))
     outcomes, place = [], 0
     for file, one in zip(chunk, inputs, strict=True):

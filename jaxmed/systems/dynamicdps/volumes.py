@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from jaxmed.arrays.batches import map_rows
 from jaxmed.arrays.tiles import TileConfig, blend, cut
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import checked
@@ -131,14 +132,9 @@ def apply_network(
 ) -> Float32[np.ndarray, "x y z"]:
     """Return the estimate of a conditional network, tile by tile; where no tile holds head, the measurement."""
     program = jax.jit(lambda params, x: jnp.clip(apply(params, x), 0.0, 2.0))
-    images = tiles.all_initial.copy()
-    found = []
-    for first in range(0, len(tiles.measurement), batch_size):
-        places = np.minimum(np.arange(first, first + batch_size), len(tiles.measurement) - 1)
-        batch = np.asarray(program(params, tiles.measurement[places]))
-        found.append(batch[: len(tiles.measurement) - first])
-    if found:
-        images[tiles.kept] = np.concatenate(found)
+    images, measurement = tiles.all_initial.copy(), tiles.measurement
+    if len(measurement):
+        images[tiles.kept] = map_rows(lambda rows: program(params, measurement[rows]), len(measurement), batch_size)
     return tiles.blend(images)
 
 
