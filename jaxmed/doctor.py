@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxmed.versions import package_version
 
 CORE = (
-    "jax jaxlib flax optax orbax-checkpoint diffrax jraph nibabel numpy scipy grain tyro rich jaxtyping einops "
+    "jax jaxlib flax optax orbax-checkpoint diffrax jraph nibabel numpy scipy grain tyro rich jaxtyping "
     "safetensors scikit-learn matplotlib pillow flatbuffers"
 ).split()
 EXTRAS = {

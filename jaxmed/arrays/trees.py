@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmed.arrays.types import Scalar
-
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Return every leaf by its name, in the order of the tree."""
@@ -56,12 +54,6 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
 def exponential_average(average: Any, tree: Any, decay: Any) -> Any:
     """Return `decay * average + (1 - decay) * tree`, leaf by leaf."""
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, tree)
-
-
-def global_norm(tree: Any) -> Scalar:
-    """Return the Euclidean norm of all leaves together, in float32."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros(())))
 
 
 def _name(path: Any) -> str:

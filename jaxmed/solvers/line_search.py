@@ -1,5 +1,11 @@
 """Step sizes along a descent direction for many independent problems at once.
 
+`optax.scale_by_zoom_linesearch` searches for one problem, inside an optimizer, by values and full gradients of a
+function of the parameters. Under `vmap` it needs as many evaluations as this search (11.9 for each of 512 problems in
+1000 dimensions) and 1.9 times as long, as it cannot take the slope along the line alone. It cannot be stopped between
+two evaluations so that a loop around it makes them, does not hand back what else was computed at the step, and has no
+largest step, fallback or status of each problem.
+
 `line_search` looks along phi(step) of every problem of a batch for a step that lowers it enough (sufficient decrease)
 and ends where phi is flat enough (curvature). All problems advance together: one evaluation of phi for the whole batch
 in each pass of one `while_loop`, until the last of them is done. A problem that is done keeps what it found. Who has a

@@ -102,6 +102,8 @@ def rate_at(
 ) -> Any:
     """Return the rate of `learning_rate` after some steps; all numbers may be arrays, so that one program serves many.
 
+    `optax.warmup_cosine_decay_schedule` decides by its numbers in Python and takes no arrays.
+
     Args:
         step: Steps done.
         peak: Rate after warm-up.

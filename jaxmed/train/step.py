@@ -9,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, Shaped
 
-from jaxmed.arrays.trees import exponential_average, global_norm, map_named, matches
+from jaxmed.arrays.trees import exponential_average, map_named, matches
 from jaxmed.arrays.types import Params, Scalar
 from jaxmed.train.state import TrainState
 
@@ -80,7 +80,7 @@ def make_train_step(
         if ema_decay is not None:
             decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
             average = exponential_average(average, params, decay)
-        metrics["grad_norm"] = global_norm(gradient)
+        metrics["grad_norm"] = optax.global_norm(gradient)
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return TrainState(state.step + 1, params, average, opt_state, state.key), metrics

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.arrays.trees import exponential_average, global_norm, map_named, named_leaves, replace, select
+from jaxmed.arrays.trees import exponential_average, map_named, named_leaves, replace, select
 
 pytestmark = pytest.mark.core
 TREE = {"encoder": {"block_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}, "head": {"kernel": jnp.ones(3)}}
@@ -36,7 +36,3 @@ def test_replace_exchanges_named_leaves_only():
 def test_exponential_average_by_hand():
     found = exponential_average({"a": jnp.float32(1.0)}, {"a": jnp.float32(3.0)}, 0.75)
     assert float(found["a"]) == 1.5
-
-
-def test_global_norm_by_hand():
-    assert float(global_norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0], [12.0]])})) == 13
