@@ -12,7 +12,7 @@ import numpy as np
 from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
 from jaxmed.config import Epochs, Length, Number, Positive, Seed, Share, Size, Whole, checked, to_record
-from jaxmed.data.cohort import LabelledSets, read_labelled_sets
+from jaxmed.data.cohort import Cohort, LabelledSets, read_labelled_sets
 from jaxmed.data.labels import LabelConfig, balanced_weights
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.mixing import MixConfig
