@@ -19,14 +19,16 @@ and the figures to reproduce_selfplay.json beside it.
                                                             several, a subject left out in each, are one comparison
 
 The runs of the committed table, on files made by scripts/prepare_selfplay.py (digits with --clean-train); N stands for
---augment.noise 0.4 and D for --augment.deformation.rotation 15, .shear 0.1 and .scaling 0.1, in meta-train below meta:
+--augment.noise-probability 1 .noise-sigma 0.4 0.4 and D for .affine-probability 1 .rotation 15 .shear 0.1 and .scale
+0.9 1.1, in meta-train below meta (the table is of the same ranges, drawn by an earlier version):
 
     jaxmed selfplay meta-train --preset laptop --data.manifest DIGITS --meta N D --loop.steps 2000 --out runs/meta
     jaxmed selfplay compare --preset laptop --data.manifest DIGITS --task digit8 --weights runs/meta N D
         --budgets 1024 4096 16384 --supervised-steps 2000 --out runs/digits
 
 and for lesions, on 32 x 32 of 3 mm, each of six patients left out once (the lesion of the seventh is smaller than 16
-such voxels); V stands for .noise 0.03 .shift 4 .mirror .deformation.rotation 15 .deformation.scaling 0.15:
+such voxels); V stands for .noise-probability 1 .noise-sigma 0.03 0.03 .shift 4 .flip-axes 0 1
+.affine-probability 1 .rotation 15 .scale 0.85 1.15:
 
     jaxmed selfplay meta-train --preset laptop --data.manifest LESIONS/manifest.csv --frame.spacing 3
         --data.max-items 400 --data.shift 4 --meta.augment V --loop.steps 600 --out runs/organs

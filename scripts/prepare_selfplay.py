@@ -17,7 +17,7 @@ digits    MNIST (LeCun and Cortes, CC BY-SA 3.0) as an .npz file with images (n,
           32 x 32; the image is digit / 255 plus normal noise, clipped to [0, 1], and the mask is where digit / 255 is
           half or more. One .npy stack per task and split; each picture is a subject of its own. The noise is drawn
           once, here; --clean-train leaves that of familiar tasks to the training, which can draw it anew in every
-          step: `jaxmed selfplay meta-train --meta.augment.noise 0.4`.
+          step: `jaxmed selfplay meta-train --meta.augment.noise-probability 1 --meta.augment.noise-sigma 0.4 0.4`.
 lesions   Organs are familiar: the left ventricle of Sunnybrook's cine MR (public domain; 4 of 5 patients train, the
           others validation), the heart and the pulmonary artery of a chest CT (TotalSegmentator, Apache-2.0; train).
           Lesions are novel: soft-tissue sarcoma in T1-weighted MR (TCIA, CC BY 3.0, five patients) and a brain and a

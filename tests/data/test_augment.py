@@ -11,9 +11,11 @@ import scipy.special
 
 from jaxmed.data.augment import (
     AugmentConfig,
+    affine_places,
     augment,
     bias_field,
     blur,
+    change_contrast,
     draw_affine,
     draw_bias_field,
     draw_flips,
@@ -22,7 +24,9 @@ from jaxmed.data.augment import (
     noise,
     random_crop,
     random_resized_crop,
+    random_shift,
     scale_shift,
+    smooth,
     warp,
 )
 
@@ -31,23 +35,22 @@ pytestmark = pytest.mark.core
 SHAPES = [(12, 12), (8, 8, 8)]
 ALWAYS = AugmentConfig(
     flip_axes=(0, 1),
+    shift=1,
     affine_probability=1,
     shear=0.1,
+    stretch=1.0,
+    stretch_spacing=4.0,
     blur_probability=1,
     bias_probability=1,
     gamma_probability=1,
     intensity_probability=1,
     noise_probability=1,
 )
-NEVER = AugmentConfig(
-    flip_probability=0,
-    affine_probability=0,
-    blur_probability=0,
-    bias_probability=0,
-    gamma_probability=0,
-    intensity_probability=0,
-    noise_probability=0,
-)
+NEVER = AugmentConfig()
+OFTEN = AugmentConfig(
+    flip_axes=(0,), affine_probability=0.5, blur_probability=0.2, bias_probability=0.2, gamma_probability=0.2,
+    intensity_probability=0.3, noise_probability=0.2,
+)  # fmt: skip
 
 
 def example(spatial, channels=1, seed=0):
@@ -57,6 +60,10 @@ def example(spatial, channels=1, seed=0):
 def rigid(linear, shift=None):
     shift = np.zeros(len(linear)) if shift is None else shift
     return jnp.concatenate([jnp.asarray(linear, jnp.float32), jnp.asarray(shift, jnp.float32)[:, None]], axis=1)
+
+
+def show(image, matrix, **options):
+    return warp(image, affine_places(matrix, image.shape[: len(matrix)]), **options)
 
 
 @pytest.mark.parametrize("spatial", SHAPES)
@@ -72,7 +79,7 @@ def test_flips_are_involutive(spatial, key):
 @pytest.mark.parametrize("order", [0, 1])
 def test_the_identity_copies(spatial, order):
     image = example(spatial, 2)
-    np.testing.assert_array_equal(warp(image, rigid(np.eye(len(spatial))), order=order), image)
+    np.testing.assert_array_equal(show(image, rigid(np.eye(len(spatial))), order=order), image)
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -80,11 +87,11 @@ def test_the_identity_copies(spatial, order):
 def test_quarter_turns_are_rot90(order, edge):
     turn = np.array([[0, 1], [-1, 0]])
     image = example((edge, edge))
-    np.testing.assert_array_equal(warp(image, rigid(turn), order=order), np.rot90(image, 1))
+    np.testing.assert_array_equal(show(image, rigid(turn), order=order), np.rot90(image, 1))
     volume = example((edge, edge, 4))
     solid = np.eye(3)
     solid[:2, :2] = turn
-    np.testing.assert_array_equal(warp(volume, rigid(solid), order=order), np.rot90(volume, 1))
+    np.testing.assert_array_equal(show(volume, rigid(solid), order=order), np.rot90(volume, 1))
 
 
 def test_drawn_quarter_turn_is_rot90_to_rounding():
@@ -107,8 +114,8 @@ def test_warp_agrees_with_scipy(spatial, fill, key):
     offset = center + matrix[:, ndim] - matrix[:, :ndim] @ center
     mode = {"mode": "nearest"} if fill is None else {"mode": "grid-constant", "cval": fill}
     wanted = scipy.ndimage.affine_transform(image, matrix[:, :ndim], offset, order=1, **mode)
-    found = warp(jnp.asarray(image), jnp.asarray(matrix, jnp.float32), fill=fill)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    found = show(jnp.asarray(image)[..., None], jnp.asarray(matrix, jnp.float32), fill=fill)
+    np.testing.assert_allclose(found[..., 0], wanted, atol=1e-5)
 
 
 def test_unequal_voxels_turn_rigidly(key):
@@ -139,6 +146,42 @@ def test_blur_keeps_constants_and_agrees_with_scipy(spatial, key):
     image = example(spatial)
     wanted = scipy.ndimage.gaussian_filter(np.asarray(image[..., 0]), 1.25, mode="nearest", radius=4)
     np.testing.assert_allclose(blur(key, image, (1.25, 1.25), 4)[..., 0], wanted, atol=1e-5)
+
+
+def test_smoothing_has_the_integrated_gaussian_along_each_axis():
+    from math import erf, sqrt
+
+    image = jnp.zeros((17, 17, 17, 1)).at[8, 8, 8, 0].set(1.0)
+    sigmas = (0.5, 0.75, 1.0)
+    found = np.asarray(smooth(image, jnp.array(sigmas), is_integrated=True))[..., 0]
+    lines = [
+        [0.5 * (erf((k + 0.5) / (s * sqrt(2))) - erf((k - 0.5) / (s * sqrt(2)))) for k in range(-4, 5)] for s in sigmas
+    ]
+    np.testing.assert_allclose(found[4:13, 4:13, 4:13], np.einsum("i,j,k->ijk", *lines), atol=1e-7)
+    np.testing.assert_allclose(
+        smooth(jnp.full((9, 9, 9, 1), 0.3), jnp.array(sigmas), is_integrated=True), 0.3, atol=1e-5
+    )
+
+
+def test_contrast_is_a_power_within_the_own_range():
+    np.testing.assert_allclose(
+        change_contrast(jnp.array([0.1, 0.3, 0.5]).reshape(3, 1, 1, 1), jnp.float32(1.25)).ravel(),
+        [0.1, 0.1 + 0.4 * 0.5**1.25, 0.5],
+        atol=1e-6,
+    )
+
+
+def test_smoothing_and_contrast_are_those_of_monai():
+    import torch
+    from monai.transforms import AdjustContrast, GaussianSmooth
+
+    image = np.random.default_rng(0).random((1, 20, 20, 20)).astype(np.float32)
+    ours = np.asarray(smooth(jnp.asarray(image[0, ..., None]), jnp.array([0.5, 0.8, 1.0]), is_integrated=True))[..., 0]
+    theirs = GaussianSmooth(sigma=(0.5, 0.8, 1.0), approx="erf")(torch.tensor(image)).numpy()[0]
+    inside = (slice(4, -4),) * 3  # the edges differ: see the deviation
+    np.testing.assert_allclose(ours[inside], theirs[inside], atol=2e-5)
+    ours = np.asarray(change_contrast(jnp.asarray(image[0, ..., None]), jnp.float32(0.8)))[..., 0]
+    np.testing.assert_allclose(ours, AdjustContrast(gamma=0.8)(torch.tensor(image)).numpy()[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("spatial", SHAPES)
@@ -255,6 +298,7 @@ def test_augment_keeps_type_and_shape(dtype, key):
         NEVER,
         dataclasses.replace(
             ALWAYS,
+            shift=0,
             **{field.name: 1e-9 for field in dataclasses.fields(AugmentConfig) if field.name.endswith("_probability")},
         ),
     ],
@@ -268,7 +312,7 @@ def test_what_chance_leaves_alone_is_a_copy(config, key):
 
 def test_chance_is_the_same_under_vmap():
     images, keys = example((6, 8, 8)), jax.random.split(jax.random.key(5), 6)
-    run = functools.partial(augment, config=AugmentConfig())
+    run = functools.partial(augment, config=OFTEN)
     batched, _ = jax.jit(jax.vmap(run))(keys, images)
     compiled = jax.jit(run)
     for index in range(6):
@@ -288,3 +332,52 @@ def test_settings_out_of_range_are_named():
         AugmentConfig(noise_probability=2)
     with pytest.raises(ValueError, match="gamma"):
         AugmentConfig(gamma=(0.0, 1.0))
+    with pytest.raises(ValueError, match="shift: expected a .*number from 0 .*found -1"):
+        AugmentConfig(shift=-1)
+    with pytest.raises(ValueError, match="noise_sigma: expected a .*number from 0 .*found -1"):
+        AugmentConfig(noise_sigma=(-1.0, 1.0))
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+def test_shifts_keep_every_voxel_inside(spatial):
+    image = jnp.zeros((*spatial, 1)).at[(spatial[0] // 2,) * len(spatial)].set(1.0)
+    places = set()
+    for seed in range(20):
+        moved, label = random_shift(jax.random.key(seed), (image, image[..., 0]), 2, len(spatial))
+        np.testing.assert_array_equal(moved[..., 0], label)
+        (place,) = np.argwhere(np.asarray(label))
+        assert np.abs(place - spatial[0] // 2).max() <= 2
+        places.add(tuple(place))
+    assert len(places) > 8
+
+
+@pytest.mark.parametrize("spatial", [(24, 24), (12, 12, 12)])
+def test_a_mask_is_where_its_image_is_above_half(spatial, key):
+    mask = jnp.zeros(spatial).at[tuple(slice(4, 9) for _ in spatial)].set(1.0)
+    config = AugmentConfig(affine_probability=1, rotation=30.0, shear=0.1, stretch=2.0, stretch_spacing=6.0, fill=None,
+                           label_fill=None, flip_axes=(0,), shift=2)  # fmt: skip
+    moved, shown = augment(key, 0.8 * mask[..., None], config, mask)
+    np.testing.assert_array_equal(shown, moved[..., 0] > 0.4)
+    assert shown.dtype == mask.dtype and not np.array_equal(shown, mask)
+
+
+def test_a_recipe_of_pretraining_crops_flips_and_stays_within_its_limits(key):
+    # The crops of MAE: boxes of a picture to the network's size, in Pillow's bicubic.
+    config = AugmentConfig(crop_size=(16, 16), crop_scale=(0.2, 1.0), crop_method="cubic", flip_axes=(1,),
+                           limits=(0.0, 1.0))  # fmt: skip
+    images = jax.vmap(config)(jax.random.split(key, 8), jnp.broadcast_to(example((20, 30), 3), (8, 20, 30, 3)))
+    assert images.shape == (8, 16, 16, 3) and 0 <= images.min() and images.max() <= 1
+    assert config.active == ("crop", "flip")
+    with pytest.raises(ValueError, match="crop_size: expected an image without a label"):
+        augment(key, example((20, 30)), config, jnp.zeros((20, 30), jnp.int32))
+
+
+def test_steps_happen_in_the_order_that_the_recipe_says(key):
+    image = example((8, 8))
+    steps = {"gamma_probability": 1.0, "intensity_probability": 1.0, "intensity_shift": (0.5, 0.5)}
+    first, second = (
+        AugmentConfig(order=order, **steps)(key, image) for order in (("gamma", "intensity"), ("intensity", "gamma"))
+    )
+    assert float(jnp.abs(first - second).max()) > 1e-3
+    with pytest.raises(ValueError, match="order"):
+        AugmentConfig(order=("noise", "noise"))

@@ -29,8 +29,9 @@ from jaxmed.train.step import make_train_step
 from jaxmed.volume import Volume
 
 AUGMENTATION = AugmentConfig(
-    flip_probability=0.5, affine_probability=0.0, blur_probability=0.0, bias_probability=0.5, bias_strength=0.1
-)
+    flip_axes=(0,), bias_probability=0.5, bias_strength=0.1, gamma_probability=0.2, intensity_probability=0.3,
+    noise_probability=0.2,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

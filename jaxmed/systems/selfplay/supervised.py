@@ -17,9 +17,10 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import Length, NonNegative, Size, checked
+from jaxmed.data.augment import AugmentConfig
 from jaxmed.models.mask_generator import GeneratorConfig, make_generator
-from jaxmed.systems.selfplay.augmentation import AugmentConfig, augment
 from jaxmed.systems.selfplay.data import Cases
+from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, make_variants
 
 Loss: TypeAlias = Callable[[Params, Any], Array]
 """(parameters, batch) -> loss."""
@@ -34,9 +35,9 @@ def fit_supervised(
     steps: int,
     batch_size: int = 16,
     rate: float = 1e-3,
-    variants: AugmentConfig = AugmentConfig(),
+    variants: AugmentConfig = AS_THEY_ARE,
     few: int = 0,
-    variants_of_few: AugmentConfig = AugmentConfig(),
+    variants_of_few: AugmentConfig = AS_THEY_ARE,
 ) -> Params:
     """Train a generator from scratch on labelled images, as {"generator": ...}.
 
@@ -63,7 +64,7 @@ def fit_supervised(
         chosen = generator.integers(0, len(images), min(batch_size, 2 * len(images)))
         seen, truth = images[chosen], masks[chosen].astype(np.float32)
         drawn = [
-            augment(jax.random.fold_in(root, number), ranges, jnp.asarray(seen), jnp.asarray(truth))
+            make_variants(jax.random.fold_in(root, number), ranges, jnp.asarray(seen), jnp.asarray(truth))
             for ranges in (variants, variants_of_few)
         ]
         is_few = (chosen >= len(images) - few).reshape(-1, *(1,) * (images.ndim - 1))
@@ -142,7 +143,7 @@ def fit_maml(
     maml: MamlConfig,
     cases: Cases,
     shots: int,
-    variants: AugmentConfig = AugmentConfig(),
+    variants: AugmentConfig = AS_THEY_ARE,
 ) -> Params:
     """Learn a start for the generator on familiar tasks, as {"generator": ...}.
 
@@ -165,7 +166,9 @@ def fit_maml(
         count = shots + maml.queries
         chosen = generator.choice(place, count, replace=len(place) < count)
         seen, truth = jnp.asarray(cases.images[chosen]), jnp.asarray(cases.masks[chosen], jnp.float32)
-        params, opt_state = step(params, opt_state, *augment(jax.random.fold_in(root, number), variants, seen, truth))
+        params, opt_state = step(
+            params, opt_state, *make_variants(jax.random.fold_in(root, number), variants, seen, truth)
+        )
     return {"generator": params}
 
 

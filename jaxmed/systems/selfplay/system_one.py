@@ -23,15 +23,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.config import Length, NonNegative, Size, checked
+from jaxmed.data.augment import AugmentConfig, augment
 from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, Verifier, VerifierConfig, make_verifier
-from jaxmed.systems.selfplay.augmentation import AugmentConfig, augment
 from jaxmed.systems.selfplay.corruption import corrupt
 
 LABEL_NOISE = 0.05
 MOST_FLATTERING = 0.1
 OPTIMIZER = optax.adam(1.0)
 """Its steps are multiplied by the rate, so that one program serves all rates."""
+
+
+AS_THEY_ARE = AugmentConfig(
+    rotation=0.0, scale=(1.0, 1.0), is_isotropic=False, translation=0.0, fill=None, label_fill=None, limits=(0.0, 1.0)
+)
+"""Images in [0, 1] as they are in the files; whoever wants variants says what moves, and edges are repeated then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +93,7 @@ class MetaConfig:
     inner_steps: Size = 4
     epsilon: float = 0.1
     rate: NonNegative = 2e-4
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig = AS_THEY_ARE
     match_release: bool = False
 
     def __post_init__(self) -> None:
@@ -113,7 +119,7 @@ class AdaptConfig:
     steps: Length = 16
     rate: NonNegative = 2e-4
     decay: bool = False
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig = AS_THEY_ARE
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.rate <= 0:
@@ -202,13 +208,26 @@ def meta_step(
     params, opt_state, found = state.params, state.opt_state, []
     for number, step_key in enumerate(jax.random.split(key, batch["image"].shape[1])):
         images, masks = batch["image"][:, number], batch["mask"][:, number]
-        images, masks = augment(jax.random.fold_in(step_key, 1), meta.augment, images, masks)
+        images, masks = make_variants(jax.random.fold_in(step_key, 1), meta.augment, images, masks)
         inputs = (step_key, images, masks, jnp.ones(len(images)))
         params, opt_state, metrics = _inner_step(config, jnp.float32(meta.rate), params, opt_state, *inputs)
         found.append(metrics)
     average = reptile(meta.epsilon, state.params, params)
     new = MetaState(state.step + 1, average, opt_state, params["verifier"], state.key)
     return new, jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *found)
+
+
+@partial(jax.jit, static_argnums=1)
+def make_variants(
+    key: KeyArray, config: AugmentConfig, images: Float[Array, "image *space"], masks: Float[Array, "image *space"]
+) -> tuple[Float[Array, "image *space"], Float[Array, "image *space"]]:
+    """Return a fresh variant of each image in [0, 1] and its mask of 0 and 1; compiled here, between compiled steps."""
+
+    def vary(key: KeyArray, image: Array, mask: Array) -> tuple[Array, Array | None]:
+        return augment(key, image[..., None], config, mask)
+
+    varied, shown = jax.vmap(vary)(jax.random.split(key, len(images)), images, masks)
+    return varied[..., 0], jnp.asarray(shown)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -252,7 +271,7 @@ def adapt(
     rate = optax.cosine_decay_schedule(config.rate, max(config.steps, 1)) if config.decay else lambda _: config.rate
     found = []
     for number, step_key in enumerate(jax.random.split(key, config.steps)):
-        seen = augment(jax.random.fold_in(step_key, 1), config.augment, images, masks)
+        seen = make_variants(jax.random.fold_in(step_key, 1), config.augment, images, masks)
         inputs = (step_key, *seen, weights)
         params, opt_state, metrics = _inner_step(system.config, jnp.float32(rate(number)), params, opt_state, *inputs)
         found.append(metrics)

@@ -14,14 +14,13 @@ from jaxmed.config import Length, Seed, checked
 from jaxmed.errors import InputError
 from jaxmed.io.tables import write_table
 from jaxmed.systems.selfplay.adapt_page import write_page
-from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
 from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.networks import Trained, load_for, load_system_one, write_system_one
 from jaxmed.systems.selfplay.stages import meta_train
 from jaxmed.systems.selfplay.stages.meta_train import prepare_data, write_examples, write_failed
-from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
+from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate, overlap
 from jaxmed.systems.selfplay.thinking import judge_masks
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
@@ -70,7 +69,7 @@ def paper() -> Config:
 
 def laptop() -> Config:
     """Eight labelled images and their moved variants: seconds."""
-    return Config(adapt=AdaptConfig(augment=AugmentConfig(shift=2)))
+    return Config(adapt=AdaptConfig(augment=dataclasses.replace(AS_THEY_ARE, shift=2)))
 
 
 def smoke() -> Config:

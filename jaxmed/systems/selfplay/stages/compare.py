@@ -12,13 +12,13 @@ import numpy as np
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import Count, Length, Seed, Size, checked
+from jaxmed.data.augment import AugmentConfig
 from jaxmed.io.tables import write_table
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.patch_game import PatchGame
 from jaxmed.rl.patch_play import PatchPlayConfig
 from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
-from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.compare_page import write_page
 from jaxmed.systems.selfplay.comparing import ABOVE, LEVEL, Outcome, summarise
@@ -29,7 +29,7 @@ from jaxmed.systems.selfplay.policy_training import load_policy
 from jaxmed.systems.selfplay.stages.adapt import choose_task, draw_shots, make_embedded
 from jaxmed.systems.selfplay.stages.meta_train import write_failed
 from jaxmed.systems.selfplay.supervised import MamlConfig, adapt_maml, fit_maml, fit_supervised
-from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
+from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate
 from jaxmed.systems.selfplay.thinking import (
     LAPTOP,
     Budget,
@@ -92,7 +92,7 @@ class Config:
     num_seeds: Size = 3
     supervised_steps: Count = 400
     maml: MamlConfig = MamlConfig()
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig = AS_THEY_ARE
     fill: float | None = None
     seed: Seed = 0
 
@@ -115,7 +115,11 @@ def paper() -> Config:
 
 def laptop() -> Config:
     """Budgets up to 16,384 steps and a small policy: some ten minutes on two cores."""
-    return Config(adapt=AdaptConfig(augment=AugmentConfig(shift=2)), budgets=(2048, 4096, 8192, 16_384), think=LAPTOP)
+    return Config(
+        adapt=AdaptConfig(augment=dataclasses.replace(AS_THEY_ARE, shift=2)),
+        budgets=(2048, 4096, 8192, 16_384),
+        think=LAPTOP,
+    )
 
 
 def smoke() -> Config:

@@ -16,7 +16,6 @@ from jaxmed.config import Seed, checked
 from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
-from jaxmed.systems.selfplay.augmentation import AugmentConfig
 from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
 from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.networks import load_for
@@ -36,7 +35,7 @@ from jaxmed.systems.selfplay.policy_training import (
 )
 from jaxmed.systems.selfplay.stages.adapt import make_embedded
 from jaxmed.systems.selfplay.stages.meta_train import write_failed
-from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne
+from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne
 from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, ThinkConfig, player_of
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
@@ -89,7 +88,7 @@ def paper() -> Config:
 def laptop() -> Config:
     """A small policy, 24 visits: a quarter of an hour on two cores."""
     return Config(
-        adapt=AdaptConfig(augment=AugmentConfig(shift=2)),
+        adapt=AdaptConfig(augment=dataclasses.replace(AS_THEY_ARE, shift=2)),
         think=LAPTOP,
         loop=LoopConfig(steps=24, log_every=1, save_every=6, evaluate_every=6),
     )

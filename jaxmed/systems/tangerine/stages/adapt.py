@@ -12,6 +12,7 @@ import numpy as np
 from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
 from jaxmed.config import Epochs, Length, Number, Positive, Seed, Share, Size, Whole, checked, to_record
+from jaxmed.data.augment import AugmentConfig
 from jaxmed.data.cohort import Cohort, LabelledSets, read_labelled_sets
 from jaxmed.data.labels import LabelConfig, balanced_weights
 from jaxmed.data.loader import LoaderConfig
@@ -30,7 +31,6 @@ from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.adapt_page import write_page
 from jaxmed.systems.tangerine.adapt_results import score_cohort, write_tables
-from jaxmed.systems.tangerine.augmentation import Augmentation
 from jaxmed.systems.tangerine.checking import check_volumes
 from jaxmed.systems.tangerine.inputs import FrameConfig
 from jaxmed.systems.tangerine.records import Prepared, volume_source
@@ -41,6 +41,24 @@ from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
+
+FINE_TUNING = AugmentConfig(
+    order=("noise", "blur", "gamma"),
+    noise_probability=0.1,
+    noise_sigma=(0.0, 0.1),
+    blur_probability=0.2,
+    blur_sigma=(0.5, 1.0),
+    blur_is_isotropic=False,
+    blur_is_integrated=True,
+    gamma_probability=0.15,
+    gamma=(0.75, 1.25),
+    gamma_is_log=False,
+)
+"""What happens to training volumes; values are not clipped to [0, 1] afterwards.
+
+Source: TANGERINE, arXiv:2507.01881, released code (MONAI's transforms with these numbers).
+Deviation: smoothing repeats the edge outwards, where the original takes 0 there.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +161,7 @@ class Config:
     mix: MixConfig = MixConfig()
     class_weights: tuple[Positive, ...] = ()
     balance: bool = False
-    augmentation: Augmentation = Augmentation()
+    augmentation: AugmentConfig = FINE_TUNING
     threshold: float = 0.5
     loader: LoaderConfig = LoaderConfig(batch_size=12, num_threads=4)
     loop: LoopConfig = LoopConfig(log_every=10, save_every=100)
@@ -416,7 +434,7 @@ def train_model(
     log.say(f"{len(train):,} scans to train on, {len(validation):,} to select on.")
     return adapt(
         recipe, first.model, scans.meaning.task, train, validation, Prepared(first.preprocess),
-        folder=folder, log=log, augment=config.augmentation if config.augmentation.is_on else None, start=first.params,
+        folder=folder, log=log, augment=config.augmentation if config.augmentation.active else None, start=first.params,
     )  # fmt: skip
 
 

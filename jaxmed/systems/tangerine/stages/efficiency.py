@@ -142,7 +142,7 @@ def run(config: Config, folder: RunFolder) -> int:
         nested = _nested(folder, cell, recipe)
         adapted = adapt(
             recipe, first.model, task, train, SubsetSource(source, rows["validation"]), transform, folder=nested,
-            log=Log(nested.path, quiet=True), augment=config.augmentation if config.augmentation.is_on else None,
+            log=Log(nested.path, quiet=True), augment=config.augmentation if config.augmentation.active else None,
             start=first.params if cell["arm"] == "pretrained" else None,
         )  # fmt: skip
         test = SubsetSource(source, rows["test"])
