@@ -38,7 +38,7 @@ class LoaderConfig:
 
     Attributes:
         batch_size: Records of a step, over all processes.
-        seed: Of the order and of the records' random numbers.
+        seed: Seed of the order and of the records' random numbers.
         shuffle: Whether each epoch has an order of its own.
         drop_remainder: Whether an epoch ends with its last whole batch; else its tail and the head of the next epoch
             share a batch.

@@ -61,7 +61,7 @@ def record_at(
     """Return which record stands at a position of the infinite stream.
 
     Args:
-        seed: Of the order.
+        seed: Seed of the order.
         position: From 0.
         num_records: Records of the source.
         shuffle: Whether each epoch has an order of its own.
@@ -264,7 +264,7 @@ class ForgivingSource:
 
         Args:
             source: Records with the field "image".
-            shape: Of a blank image.
+            shape: Shape of a blank image.
         """
         self.source, self.shape = source, shape
         self.reasons: dict[int, str] = {}

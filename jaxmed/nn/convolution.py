@@ -43,8 +43,8 @@ class Convolution(nn.Module):
         size: Edge of the window, in voxels.
         stride: Voxels between windows; with `size` also the rule at the edges (see above).
         unstrided: How many of the first axes of space have windows at every voxel all the same.
-        dtype: Of the products.
-        kernel_init: Of the kernel [*window, channel, feature]; by default uniform with variance 1 / (3 fan-in),
+        dtype: Type of the products.
+        kernel_init: Draws the kernel [*window, channel, feature]; by default uniform with variance 1 / (3 fan-in),
             PyTorch's, from which the published networks were trained. Deviation: biases start at 0.
     """
 

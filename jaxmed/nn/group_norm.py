@@ -10,7 +10,7 @@ class GroupNorm(nn.Module):
     """(x - mean) / sqrt(variance + epsilon) scale + bias; moments over space and the channels of a group.
 
     Attributes:
-        groups: Of neighbouring channels; a divisor of their number.
+        groups: Number of groups of neighbouring channels; a divisor of their number.
         epsilon: Added to the variance.
     """
 

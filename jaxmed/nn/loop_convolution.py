@@ -24,7 +24,7 @@ class LoopConvolution(nn.Module):
 
     Attributes:
         features: Channels of y.
-        kernel_init: Of the kernel [*window, channel, feature].
+        kernel_init: Draws the kernel [*window, channel, feature].
     """
 
     features: int

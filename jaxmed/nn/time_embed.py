@@ -31,8 +31,8 @@ class TimeEmbed(nn.Module):
     """Sinusoids, linear, SiLU, linear; in float32.
 
     Attributes:
-        width: Of the sinusoids.
-        features: Of the result.
+        width: Number of sinusoids.
+        features: Width of the result.
     """
 
     width: int

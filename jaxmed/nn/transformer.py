@@ -20,8 +20,8 @@ class BlockConfig:
         width: Token width.
         heads: Attention heads.
         hidden: Width inside the MLP.
-        epsilon: Of the layer norms.
-        dtype: Of the matrix products; parameters, norms, softmax and sums stay float32.
+        epsilon: Added to the variance in layer norms.
+        dtype: Type of the matrix products; parameters, norms, softmax and sums stay float32.
         attention: See `nn.attention.self_attention`.
     """
 
@@ -41,7 +41,7 @@ class DropPath(NamedTuple):
     """Stochastic depth of one block: which images skip its two branches.
 
     Attributes:
-        key: Of the draw.
+        key: Consumed.
         rate: Probability of a skip, in [0, 1).
     """
 

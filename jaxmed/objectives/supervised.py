@@ -76,8 +76,8 @@ def task_losses(
             error of standardised targets.
         logits: Outputs of the head.
         targets: One column per output; one column of class numbers for "multiclass".
-        weights: Of positives (binary, multilabel) or classes (multiclass); of no meaning in regression.
-        smoothing: Of classes.
+        weights: Weights of positives (binary, multilabel) or classes (multiclass); of no meaning in regression.
+        smoothing: Share of a label that is spread over all classes.
     """
     match kind:
         case "multiclass":

@@ -29,7 +29,7 @@ class Summary:
     Attributes:
         group: Value on each of those axes.
         metric: Name.
-        mean: Of the cells.
+        mean: Mean of the cells.
         low: Lower end of Student's 95 % interval of the mean; None for a single cell.
         high: Upper end.
         num_cells: Cells.
@@ -59,7 +59,7 @@ class Comparison:
         high: Upper end.
         effect_size: Cohen's d of the differences (d_z).
         test: "paired_t" or "wilcoxon".
-        statistic: Of the test; None where it cannot be made.
+        statistic: Statistic of the test; None where it cannot be made.
         p_value: Two-sided.
         correction: "holm" or "bonferroni", over all rows of the table that have a p-value.
         p_corrected: After it.
@@ -206,7 +206,7 @@ def summary_curves(
     """Draw the mean of a metric against a numeric axis, a line with its interval for each arm.
 
     Args:
-        summaries: Of one metric, by `arm` and `x` only.
+        summaries: Summaries of one metric, by `arm` and `x` only.
         x: Axis along the figure, such as "fraction".
         caption: Text under the figure.
         arm: Axis of the lines.

@@ -55,7 +55,7 @@ class TrainConfig:
         loader: Batch size (over all devices) and reading.
         mesh: The devices.
         epochs: Passes over the training records; 0 leaves the length to loop.steps.
-        warmup_epochs: Of them, those over which the learning rate rises; with epochs 0, optimizer.warmup_steps counts.
+        warmup_epochs: Epochs over which the learning rate rises; with epochs 0, optimizer.warmup_steps counts.
         accumulation: Parts in which a batch is processed: the same numbers with less memory.
         ema_decay: Decay of a moving average of the parameters, which is then what is scored and handed on; 0 keeps
             none. In the first steps it is less, (1 + step) / (10 + step), so that a short run is not an average with

@@ -74,8 +74,8 @@ def overlay_slices(
         slices: From `cut_slices`.
         caption: Text under the figure.
         limits: Grey values of the scan that are black and white.
-        names: Of the two rows.
-        unit: Of the scan's values.
+        names: Names of the two rows.
+        unit: Unit of the scan's values.
         alt: Description of the picture; empty for one made from the names.
     """
     count, rows, columns = slices.image.shape

@@ -27,10 +27,10 @@ def glass_brain(
 
     Args:
         values: Maps by name, all finite, on one colour scale.
-        names: Of the regions.
+        names: Names of the regions.
         centroids: In mm, RAS+. Without them regions stand on a ring, left ones on the left where their names tell.
         caption: Text under the figure.
-        unit: Of the values.
+        unit: Unit of the values.
     """
     everything = np.concatenate([np.asarray(row, float) for row in values.values()])
     low, high = float(min(everything.min(), 0.0)), float(everything.max())

@@ -31,7 +31,7 @@ def scatter(
         xlabel: Name and unit of the first coordinate.
         ylabel: Name and unit of the second.
         caption: Text under the figure.
-        names: Of the points of each group, to write beside a few of them.
+        names: Names of the points of each group, to write beside a few of them.
         alt: Description of the picture; empty for one made from the numbers of points.
     """
     number = sum(len(points) for points in groups.values())

@@ -206,7 +206,7 @@ def update(
         params, opt_state = carry
         (_, metrics), gradients = gradient(params, jax.tree.map(lambda leaf: leaf[chosen], batch))
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         return (optax.apply_updates(params, updates), opt_state), metrics
 
     orders = jax.vmap(lambda key: jax.random.permutation(key, count))(jax.random.split(key, config.epochs))

@@ -38,7 +38,7 @@ class State(NamedTuple):
         direction: To try, at full length.
         length: Share of the direction tried next.
         moves: Differences of accepted points, the latest last; 0 where there are none yet.
-        changes: Of their gradients.
+        changes: Differences of their gradients.
         curvatures: Products of moves and changes; 0 where there are none yet.
         rejected: Points that were not accepted.
     """

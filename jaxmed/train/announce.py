@@ -48,7 +48,7 @@ def announce(
         batch: Arrays of one turn, or their shapes.
         program: One turn, traced; without it no time is told.
         count: Turns; 0 where there is nothing to count.
-        unit: Of what is counted, in the plural.
+        unit: What is counted, in the plural.
         devices: That share a turn.
         smaller: What fits a CPU, where this may not: `RunFolder.smaller`.
 

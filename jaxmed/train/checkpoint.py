@@ -63,8 +63,7 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
-            self.close()
-            return
+            return self.close()
         with contextlib.suppress(Exception):  # the first error is the one to tell
             self._manager.close()
 
@@ -79,7 +78,7 @@ class Checkpoints:
             InputError: This or the save before it could not be written: no space, or a read-only place.
         """
         stored = _storable(state)
-        record = self.record | {"arrays": _describe(stored), "checksums": _checksums(stored)}
+        record = self.record | {"arrays": describe(stored), "checksums": _checksums(stored)}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(stored), record=ocp.args.JsonSave(record))
         with self._writing():
             # Found out here, a read-only place costs a moment; found out by Orbax's threads, a minute.
@@ -131,9 +130,8 @@ class Checkpoints:
             self.discard_after(step)
             return Restored(step, found)
         if reasons:
-            raise InputError(
-                self.folder, "a good checkpoint", "; ".join(reasons), "start anew with --no-resume or --overwrite"
-            )
+            advice = "start anew with --no-resume or --overwrite"
+            raise InputError(self.folder, "a good checkpoint", "; ".join(reasons), advice)
         return None
 
     def discard_after(self, step: int) -> None:
@@ -150,7 +148,7 @@ class Checkpoints:
         record = self._restore(step, "record", ocp.args.JsonRestore())
         if not isinstance(record, dict) or not {"arrays", "checksums"} <= set(record):
             raise _Damaged("its record is not readable")
-        compare_arrays(_describe(stored), record["arrays"], str(self.folder / str(step)))
+        compare_arrays(describe(stored), record["arrays"], str(self.folder / str(step)))
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), stored)
         arrays = self._restore(step, "state", ocp.args.StandardRestore(target))
         sums = _checksums(arrays)
@@ -185,15 +183,10 @@ class _Damaged(Exception):
 
 
 def compare_arrays(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Check that two descriptions of a tree agree.
-
-    Args:
-        expected: Name to [shape, kind], of the model at hand.
-        found: The same of what is stored.
-        where: The file, for messages.
+    """Check that two descriptions of a tree, name to [shape, kind], agree: of the model at hand, and of what is stored.
 
     Raises:
-        InputError: Naming the first differences.
+        InputError: Naming `where` and the first differences.
     """
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
@@ -248,19 +241,18 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _describe(stored: Any) -> dict[str, list[Any]]:
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(stored).items()}
+def describe(tree: Any) -> dict[str, list[Any]]:
+    """Return name to [shape, kind] of a tree of arrays or of their shapes."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
 
 
 def _checksums(stored: Any) -> dict[str, int]:
     """Sum the bits of every array as unsigned words: the same on any mesh, other for any single changed bit."""
     leaves = named_leaves(stored)
-    shardings = [leaf.sharding for leaf in leaves.values()]
-    replicated = None
-    if shardings and isinstance(shardings[0], NamedSharding):
-        replicated = NamedSharding(shardings[0].mesh, PartitionSpec())
-    sums = jax.jit(lambda leaves: [_sum_bits(leaf) for leaf in leaves], out_shardings=replicated)(list(leaves.values()))
-    return {name: int(value) for name, value in zip(leaves, jax.device_get(sums), strict=True)}
+    place = next((leaf.sharding for leaf in leaves.values()), None)
+    everywhere = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else None
+    sums = jax.device_get(jax.jit(lambda leaves: jax.tree.map(_sum_bits, leaves), out_shardings=everywhere)(leaves))
+    return {name: int(sums[name]) for name in leaves}
 
 
 def _sum_bits(leaf: jax.Array) -> jax.Array:

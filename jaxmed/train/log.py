@@ -33,22 +33,14 @@ class Work:
 
 
 class Screen:
-    """What the terminal last showed of this process, and what the process is busy with.
-
-    Attributes:
-        spoken: When something was last printed, on the monotonic clock.
-        last: The last line that was no heartbeat.
-        began: When that was printed.
-        work: What is being done, the innermost last.
-        is_silent: Nothing is to be said: another process speaks, or a bar moves by itself.
-    """
+    """What the terminal last showed of this process, and what the process is busy with."""
 
     def __init__(self) -> None:
         """Begin with nothing said."""
-        self.spoken = self.began = time.monotonic()
-        self.last = ""
-        self.work: list[Work] = []
-        self.is_silent = False
+        self.spoken = self.began = time.monotonic()  # when a line, and when one that is no heartbeat, was last printed
+        self.last = ""  # that line
+        self.work: list[Work] = []  # what is being done, the innermost last
+        self.is_silent = False  # another process speaks, or a bar moves by itself
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -230,7 +222,7 @@ class Log:
                 # Before the first is done, nobody knows.
                 ending = f", {duration((total - amount) / rate)} left" if rate else ""
             note = f", {note}" if note else ""
-            speed = f", {_rate(rate)} a second" if rate else ""
+            speed = f", {_rate(rate)} {unit}/s" if rate else ""
             self.say(f"{label}: {amount:,} of {total:,} {unit}{speed}{note}{ending}")
 
         return update
@@ -238,27 +230,15 @@ class Log:
 
 @contextlib.contextmanager
 def _bar(label: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+        "{task.description}", rich_progress.BarColumn(), rich_progress.MofNCompleteColumn(), unit,
+        "{task.fields[rate]}", rich_progress.TimeElapsedColumn(), rich_progress.TimeRemainingColumn(),
+    )  # fmt: skip
     began = time.monotonic()
-    with _moving(), Progress(*columns, console=Console(stderr=True)) as progress:
+    with _moving(), rich_progress.Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total, completed=done, rate="")
 
         def update(amount: int, note: str = "") -> None:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmed.config import checked
+from jaxmed.config import Count, Whole, checked
 from jaxmed.errors import InputError, Interrupted
 from jaxmed.train.announce import announce, require_memory
 from jaxmed.train.checkpoint import Checkpoints
@@ -46,23 +46,17 @@ class LoopConfig:
         tensorboard: Write the metrics for TensorBoard too.
     """
 
-    steps: int = 1000
-    log_every: int = 10
-    save_every: int = 500
-    evaluate_every: int = 0
-    keep: int = 2
+    steps: Count = 1000
+    log_every: Count = 10
+    save_every: Whole = 500
+    evaluate_every: Whole = 0
+    keep: Count = 2
     best: str = ""
     best_is: Literal["largest", "smallest"] = "largest"
-    patience: int = 0
+    patience: Whole = 0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.log_every < 1 or self.keep < 1:
-            raise ValueError(
-                f"steps, log_every, keep: expected 1 or more, found {self.steps, self.log_every, self.keep}"
-            )
-        if min(self.save_every, self.evaluate_every, self.patience) < 0:
-            raise ValueError("save_every, evaluate_every, patience: expected 0 or more, found a negative number")
         if self.patience and not self.best:
             raise ValueError("patience: expected the name of a metric in best, found none")
 
@@ -105,7 +99,6 @@ def fit(
         Interrupted: SIGTERM or Ctrl-C; the step at hand is finished and saved first.
     """
     record = {"run": folder.record}
-    best = Checkpoints(folder.checkpoints / "best", record, keep=None) if config.best else None
     with Checkpoints(folder.checkpoints / "state", record, config.keep) as checkpoints, _catch_signals() as signals:
         restored = checkpoints.restore(state)
         done = 0
@@ -113,14 +106,13 @@ def fit(
             done, state = restored
             log.say(f"Continuing after step {done:,} of an interrupted run.")
         log.rewind(done)
-        if best is not None:
-            best.discard_after(done)
-        run = _Run(config, step, log, folder, checkpoints, best, evaluate, _History.read(log, config), mesh.size)
+        best = None
+        if config.best:
+            best = _Best(config, Checkpoints(folder.checkpoints / "best", record, keep=None), done, log)
+        run = _Run(config, step, log, folder, checkpoints, best, evaluate, mesh.size)
         with contextlib.closing(_placed(batches, done, mesh)) as stream:
             state = run.advance(state, done, stream, signals)
     if best is not None:
-        best.wait()
-        best.keep_only(best.steps()[-1:])
         best.close()
     return state
 
@@ -135,29 +127,44 @@ def _placed(batches: Callable[[int], Iterable[Any]], start: int, mesh: Mesh) -> 
             stream.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@dataclasses.dataclass
-class _History:
+class _Best:
     """The best evaluation so far; read back from metrics.jsonl, so that a resumed run decides as an unbroken one."""
 
-    best: float | None = None
-    since: int = 0
-
-    @classmethod
-    def read(cls, log: Log, config: LoopConfig) -> "_History":
-        history = cls()
+    def __init__(self, config: LoopConfig, checkpoints: Checkpoints, done: int, log: Log) -> None:
+        self.config, self.checkpoints, self.name = config, checkpoints, f"evaluation/{config.best}"
+        self.value: float | None = None
+        self.since = 0  # evaluations
+        checkpoints.discard_after(done)
         for line in log.read_metrics():
-            if config.best and f"evaluation/{config.best}" in line:
-                history.add(line[f"evaluation/{config.best}"], config)
-        return history
+            if self.name in line:
+                self._improves(line[self.name])
 
-    def add(self, value: float, config: LoopConfig) -> bool:
-        """Take one more value and tell whether it is the best."""
-        sign = 1 if config.best_is == "largest" else -1
-        if self.best is None or sign * value > sign * self.best:
-            self.best, self.since = value, 0
-            return True
-        self.since += 1
-        return False
+    @property
+    def is_out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.since
+
+    def take(self, values: Mapping[str, float], number: int, state: Any, states: Checkpoints) -> None:
+        """Save a new best; the one that a run continuing from the last saved state needs stays until the next."""
+        if self.name not in values:
+            known = ", ".join(key.removeprefix("evaluation/") for key in values)
+            raise InputError("loop.best", f"a metric of the evaluation ({known})", self.config.best)
+        if self._improves(values[self.name]):
+            states.wait()
+            self.checkpoints.wait()
+            last = max(states.steps(), default=0)
+            self.checkpoints.keep_only([step for step in self.checkpoints.steps() if step <= last][-1:])
+            self.checkpoints.save(number, state)
+
+    def close(self) -> None:
+        self.checkpoints.wait()
+        self.checkpoints.keep_only(self.checkpoints.steps()[-1:])
+        self.checkpoints.close()
+
+    def _improves(self, value: float) -> bool:
+        sign = 1 if self.config.best_is == "largest" else -1
+        is_better = self.value is None or sign * value > sign * self.value
+        self.value, self.since = (value, 0) if is_better else (self.value, self.since + 1)
+        return is_better
 
 
 @dataclasses.dataclass
@@ -169,9 +176,8 @@ class _Run:
     log: Log
     folder: RunFolder
     checkpoints: Checkpoints
-    best: Checkpoints | None
+    best: _Best | None
     evaluate: Callable[..., Mapping[str, float]] | None
-    history: _History
     num_devices: int
 
     def advance(self, state: Any, done: int, stream: Iterator[Any], signals: list[int]) -> Any:
@@ -212,7 +218,7 @@ class _Run:
                 if is_save and saved != done:
                     if self.best is not None:
                         # A run that continues from this state does not evaluate it again: its best must be there.
-                        self.best.wait()
+                        self.best.checkpoints.wait()
                     self.checkpoints.save(done, state)
                     saved = done
                 if stop is not None:
@@ -222,7 +228,7 @@ class _Run:
                     return state
 
     def _is_out_of_patience(self) -> bool:
-        return 0 < self.config.patience <= self.history.since
+        return self.best is not None and self.best.is_out_of_patience
 
     def _must_stop(self, done: int, signals: list[int]) -> int | None:
         if jax.process_count() > 1:  # all of them must stop at the same step
@@ -258,12 +264,10 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise InputError(
-                    f"step {number:,}, {name}",
-                    "a finite number",
-                    value,
-                    "the last save stays: lower --optimizer.peak-lr, set --optimizer.clip-norm, or look at the data",
+                advice = (
+                    "the last save stays: lower --optimizer.peak-lr, set --optimizer.clip-norm, or look at the data"
                 )
+                raise InputError(f"step {number:,}, {name}", "a finite number", value, advice)
         if _is_due(number, self.config.log_every) or number == self.config.steps:
             rate = (number - first) / max(time.monotonic() - began, 1e-9)
             self.log.metrics(number, values | {"steps_per_second": rate})
@@ -275,42 +279,21 @@ class _Run:
         shown = ", ".join(f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in values.items())
         self.log.say(f"Step {number:,}: {shown}")
         if self.best is not None:
-            name = f"evaluation/{self.config.best}"
-            if name not in values:
-                known = ", ".join(key.removeprefix("evaluation/") for key in values)
-                raise InputError("loop.best", f"a metric of the evaluation ({known})", self.config.best)
-            if self.history.add(values[name], self.config):
-                self._keep_best(number, state)
-
-    def _keep_best(self, number: int, state: Any) -> None:
-        """Save a new best; the one that a run continuing from the last saved state needs stays until the next."""
-        assert self.best is not None
-        self.checkpoints.wait()
-        self.best.wait()
-        last = max(self.checkpoints.steps(), default=0)
-        self.best.keep_only([step for step in self.best.steps() if step <= last][-1:])
-        self.best.save(number, state)
+            self.best.take(values, number, state, self.checkpoints)
 
     @contextlib.contextmanager
     def _trace(self, first: int) -> Iterator[Callable[[int], None]]:
         """Profile some steps, after the first two have warmed up."""
         steps = self.folder.options.profile
-        is_on = False
+        with contextlib.ExitStack() as trace:
 
-        def update(done: int) -> None:
-            nonlocal is_on
-            if steps and done == first + 2:
-                jax.profiler.start_trace(self.folder.path / "profile")
-                is_on = True
-            elif is_on and done >= first + 2 + steps:
-                jax.profiler.stop_trace()
-                is_on = False
+            def update(done: int) -> None:
+                if steps and done == first + 2:
+                    trace.enter_context(jax.profiler.trace(self.folder.path / "profile"))
+                elif done == first + 2 + steps:
+                    trace.close()
 
-        try:
             yield update
-        finally:
-            if is_on:
-                jax.profiler.stop_trace()
 
 
 def restore_best(folder: RunFolder, state: State) -> State:

@@ -36,18 +36,12 @@ class MeshConfig:
         process: Number of this process, from 0.
     """
 
-    data: int = 0
-    model: int = 1
+    data: Whole = 0
+    model: Count = 1
     distributed: bool = False
     coordinator: str | None = None
     processes: Count | None = None
     process: Whole | None = None
-
-    def __post_init__(self) -> None:
-        if self.data < 0:
-            raise ValueError(f"data: expected 0 or more devices, found {self.data}")
-        if self.model < 1:
-            raise ValueError(f"model: expected 1 or more devices, found {self.model}")
 
 
 def make_mesh(config: MeshConfig = MeshConfig()) -> Mesh:
@@ -110,11 +104,6 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: PartitionRules = (), smalles
     return map_named(place, shapes)
 
 
-def shardings_of(tree: Any) -> Any:
-    """Return where the arrays of a tree live."""
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
-
-
 def process_slice(mesh: Mesh) -> tuple[int, int]:
     """Tell which part of every batch this process reads.
 
@@ -137,19 +126,13 @@ def shard_batch(batch: Mapping[str, Shaped[np.ndarray, "..."]], mesh: Mesh) -> d
     Raises:
         InputError: The batch does not divide over the "data" axis.
     """
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding, devices = NamedSharding(mesh, PartitionSpec("data")), mesh.shape["data"]
     _, count = process_slice(mesh)
-    placed = {}
-    for name, array in batch.items():
-        if (array.shape[0] * count) % mesh.shape["data"]:
-            raise InputError(
-                "batch_size",
-                f"a multiple of the {mesh.shape['data']} devices along data",
-                array.shape[0] * count,
-                "change the batch size, or --mesh.data",
-            )
-        placed[name] = jax.make_array_from_process_local_data(sharding, array)
-    return placed
+    for size in (array.shape[0] * count for array in batch.values()):
+        if size % devices:
+            expected = f"a multiple of the {devices} devices along data"
+            raise InputError("batch_size", expected, size, "change the batch size, or --mesh.data")
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def _split_largest(shape: tuple[int, ...], count: int, smallest: int) -> PartitionSpec:

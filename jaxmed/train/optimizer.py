@@ -6,6 +6,7 @@ by the learning rate. Frozen parameters have no optimizer state and take no part
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class OptimizerConfig:
         clip_norm: Largest global norm of the gradient; 0 does not clip.
         layer_decay: Factor between the learning rates of neighbouring layers, at most 1; needs the model's layer rules.
         frozen: Regular expressions of parameters that stay as they are.
-        trust_coefficient: Of lars.
+        trust_coefficient: Factor of lars between the norms of a parameter and of its update.
     """
 
     kind: Literal["adamw", "lars", "sgd"] = "adamw"
@@ -55,9 +56,6 @@ class OptimizerConfig:
     trust_coefficient: NonNegative = 0.001
 
     def __post_init__(self) -> None:
-        for name in ("peak_lr", "end_lr", "warmup_steps", "weight_decay", "clip_norm"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay: expected a factor above 0 and up to 1, found {self.layer_decay}")
         for pattern in (*self.no_decay, *self.frozen):
@@ -90,11 +88,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Source: MAE, arXiv:2111.06377, appendix A (its released schedule, with fractional epochs as steps).
     """
-
-    def rate(step: Any) -> Any:
-        return rate_at(step, config.peak_lr, config.end_lr, config.warmup_steps, steps, config.decay)
-
-    return rate
+    return lambda step: rate_at(step, config.peak_lr, config.end_lr, config.warmup_steps, steps, config.decay)
 
 
 def rate_at(
@@ -128,11 +122,7 @@ def decay_mask(params: Params, no_decay: tuple[str, ...], stacked: tuple[str, ..
 
     Those of two axes or more (not counting the axis of stacked blocks) whose name none of `no_decay` finds.
     """
-
-    def is_decayed(name: str, leaf: Any) -> bool:
-        return leaf.ndim - matches(name, stacked) >= 2 and not matches(name, no_decay)
-
-    return map_named(is_decayed, params)
+    return map_named(lambda name, leaf: leaf.ndim - matches(name, stacked) >= 2 and not matches(name, no_decay), params)
 
 
 def layer_scales(params: Params, decay: float, rules: LayerRules) -> Any:
@@ -173,9 +163,7 @@ def make_optimizer(
         raise ValueError(f"layer_decay: expected a model with layer rules for {config.layer_decay}, got none")
     stacked = layers.stacked if layers is not None else ()
 
-    def mask(params: Params) -> Any:
-        return decay_mask(params, config.no_decay, stacked)
-
+    mask = partial(decay_mask, no_decay=config.no_decay, stacked=stacked)
     parts: list[optax.GradientTransformation] = []
     if config.clip_norm:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
@@ -195,16 +183,14 @@ def make_optimizer(
     if not config.frozen:
         return chain
 
-    def labels(params: Params) -> Any:
-        return map_named(lambda name, _: "frozen" if matches(name, config.frozen) else "trained", params)
-
+    labels = partial(map_named, lambda name, _: "frozen" if matches(name, config.frozen) else "trained")
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)
 
 
 def _scale_by_layer(decay: float, layers: LayerRules) -> optax.GradientTransformation:
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def scale(updates: Any, params: Any) -> Any:
         # The factors depend on names and shapes alone, so they are constants of the compiled step.
         scales = layer_scales(updates, decay, layers)
-        return jax.tree.map(lambda scale, update: (scale * update).astype(update.dtype), scales, updates), state
+        return jax.tree.map(lambda scale, update: (scale * update).astype(update.dtype), scales, updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(scale)

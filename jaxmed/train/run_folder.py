@@ -1,7 +1,7 @@
 """The folder that every run writes, in one layout.
 
 config.json (complete, re-runnable), inputs.json (sizes and times of the files that were given), metrics.jsonl,
-checkpoints/, outputs/, inputs/ (embedded data only), timing.json, report.html and log.txt. Equal runs have equal bytes
+checkpoints/, outputs/, inputs/ (synthetic data only), timing.json, report.html and log.txt. Equal runs have equal bytes
 in outputs/, so that how long each took stands in a file of its own. `open_run` looks and decides without
 writing anything; `start` makes the folder. The report is written last, so a run that has one is complete.
 """
@@ -21,18 +21,9 @@ from jaxmed.versions import software_versions
 
 # config.json goes first: what a kill leaves of a run that is being replaced is then no run any more.
 OWN_NAMES = (
-    "config.json",
-    "inputs.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "outputs",
-    "inputs",
-    "timing.json",
-    "report.html",
-    "log.txt",
-    "profile",
-    "tensorboard",
-)
+    "config.json", "inputs.json", "metrics.jsonl", "checkpoints", "outputs", "inputs", "timing.json", "report.html",
+    "log.txt", "profile", "tensorboard",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +91,9 @@ def open_run(
     """Decide what a run folder allows, without writing.
 
     Args:
-        system: Of the run.
-        stage: Of the system.
-        config: Of the stage.
+        system: First word of the command.
+        stage: Second word of the command.
+        config: The stage's configuration.
         options: The user's.
         tries_failed_again: A batch job: a run that ended with failures is unfinished, since its files may be repaired.
 
@@ -111,21 +102,13 @@ def open_run(
             since, or cannot be written.
     """
     path = expand_home(options.out).absolute()
-    record = {
-        "system": system,
-        "stage": stage,
-        "config": to_record(config),
-        "versions": software_versions(),
-    }
+    record = {"system": system, "stage": stage, "config": to_record(config), "versions": software_versions()}
     _check_writable(path)
     status = _find_status(path, record)
     if status == "other" and not options.overwrite:
-        raise InputError(
-            path,
-            "a new folder, or a run of this configuration",
-            "a run of another configuration",
-            "choose another --out, or replace it with --overwrite",
-        )
+        advice = "choose another --out, or replace it with --overwrite"
+        expected = "a new folder, or a run of this configuration"
+        raise InputError(path, expected, "a run of another configuration", advice)
     if status == "other" or options.overwrite or not options.resume:
         status = "new"
     if status == "complete" and tries_failed_again and (path / "outputs" / "failed.csv").exists():
@@ -133,12 +116,8 @@ def open_run(
     inputs = find_inputs(config, path)
     if status != "new" and (changed := changed_inputs(path, inputs)):
         told = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-        raise InputError(
-            path,
-            "input files as they were when this run began",
-            told,
-            "run it again with --overwrite, or choose another --out",
-        )
+        advice = "run it again with --overwrite, or choose another --out"
+        raise InputError(path, "input files as they were when this run began", told, advice)
     return RunFolder(path, options, record, status, inputs)
 
 
@@ -171,11 +150,8 @@ def write_summary(run: RunFolder, summary: dict[str, Any]) -> None:
 def read_summary(path: Path) -> dict[str, Any]:
     """Read what `write_summary` wrote of the run in a folder; without its timing there are no "seconds" to show."""
     timing = path / "timing.json"
-    return (
-        {"seconds": {}}
-        | read_record(path / "outputs" / "summary.json")
-        | (read_record(timing) if timing.exists() else {})
-    )
+    seconds = read_record(timing) if timing.exists() else {"seconds": {}}
+    return read_record(path / "outputs" / "summary.json") | seconds
 
 
 def remove(run: RunFolder) -> None:
@@ -197,9 +173,8 @@ def _find_status(path: Path, record: dict[str, Any]) -> Literal["new", "unfinish
         names = sorted(item.name for item in path.iterdir())
         foreign = next((name for name in names if name not in OWN_NAMES and not LEFTOVER.match(name)), None)
         if foreign is not None:
-            raise InputError(
-                path, "a new or empty folder, or a run", f"a folder holding {foreign}", "choose another --out"
-            )
+            found = f"a folder holding {foreign}"
+            raise InputError(path, "a new or empty folder, or a run", found, "choose another --out")
         return "new"
     found = read_record(path / "config.json")
     if any(_shared(found.get(name)) != _shared(record[name]) for name in ("system", "stage", "config")):
@@ -225,9 +200,6 @@ def _check_writable(path: Path) -> None:
         raise InputError(path, "a folder above it", f"the file {existing}", "choose another --out")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(existing, "a writable place", "a read-only one", "choose another --out")
-    try:
-        read_only = bool(os.statvfs(existing).f_flag & os.ST_RDONLY)
-    except (AttributeError, OSError):  # not on every platform: writing will tell
-        return
-    if read_only:
-        raise InputError(existing, "a writable place", "a read-only file system", "choose another --out")
+    with contextlib.suppress(AttributeError, OSError):  # not on every platform: writing will tell
+        if os.statvfs(existing).f_flag & os.ST_RDONLY:
+            raise InputError(existing, "a writable place", "a read-only file system", "choose another --out")

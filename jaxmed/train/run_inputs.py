@@ -27,7 +27,7 @@ def find_inputs(config: object, run: Path) -> Inputs:
     """Look at every file that a configuration names.
 
     Args:
-        config: Of a stage.
+        config: A stage's configuration.
         run: Its folder, which need not exist.
     """
     own = [run, *(parent for parent in run.parents if _is_around(parent, run))]

@@ -41,7 +41,7 @@ def make_train_step(
         state: A state of the run; the new one lies on the devices as this one does.
         accumulation: Parts in which a batch is processed, one after the other. The batch divided by it must still
             divide over the devices.
-        ema_decay: Of the moving average, a number or a function of the steps done; needs a state that has one.
+        ema_decay: Decay of the moving average, a number or a function of the steps done; needs a state that has one.
         schedule: Learning rate to report.
         frozen: Regular expressions of parameters to leave out of the backward pass; the optimizer must freeze them
             too.
@@ -57,12 +57,12 @@ def make_train_step(
     if (ema_decay is None) != (state.ema_params is None):
         raise ValueError("ema_decay: expected a decay exactly where the state keeps an average")
 
-    def thaw(params: Params) -> Params:
-        return map_named(lambda name, leaf: jax.lax.stop_gradient(leaf) if matches(name, frozen) else leaf, params)
+    def hold(name: str, leaf: Any) -> Any:
+        return jax.lax.stop_gradient(leaf) if matches(name, frozen) else leaf
 
     def differentiate(params: Params, keys: Any, batch: Any) -> tuple[Params, Metrics]:
         def objective(params: Params) -> Any:
-            return loss(thaw(params), keys, batch)
+            return loss(map_named(hold, params), keys, batch)
 
         (value, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(params)
         return gradient, {"loss": value, **metrics}
@@ -80,7 +80,7 @@ def make_train_step(
         if ema_decay is not None:
             decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
             average = exponential_average(average, params, decay)
-        metrics["grad_norm"] = optax.global_norm(gradient)
+        metrics["grad_norm"] = optax.tree.norm(gradient)
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return TrainState(state.step + 1, params, average, opt_state, state.key), metrics

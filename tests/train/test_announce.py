@@ -105,7 +105,7 @@ def test_progress_names_what_is_awaited_and_counts_from_the_end_of_compilation(t
         update(4)
         clock[0] = 106.0
         update(8)
-    assert "Training: 8 of 10 steps, 1 a second, 2.0 s left" in capsys.readouterr().err
+    assert "Training: 8 of 10 steps, 1 steps/s, 2.0 s left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [MemoryError("1 TB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
