@@ -15,7 +15,7 @@ from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.models.unet_guided import GuidedUnetConfig, guided_unet
 from jaxmed.recipes.denoiser import train_denoiser
-from jaxmed.recipes.training import TrainConfig, TrainData, check_fit, initialise, ramped_decay
+from jaxmed.recipes.training import TrainConfig, TrainData, check_fit, initialise
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
@@ -108,11 +108,6 @@ def test_given_parameters_are_the_start():
     started = initialise(network, jax.random.key(0), given)
     assert_same(started["head"], given["head"], 0)
     assert_same({**started, "head": drawn["head"]}, drawn, 0)
-
-
-@pytest.mark.core
-def test_the_average_forgets_its_start():
-    np.testing.assert_allclose([ramped_decay(0.9999, step) for step in (0, 90, 10**6)], [0.1, 0.91, 0.9999], rtol=1e-6)
 
 
 @pytest.mark.core

@@ -16,11 +16,11 @@ from jaxmed.models.mae import MaeConfig, masked_model
 from jaxmed.models.vit import VitConfig
 from jaxmed.objectives.masked import masked_loss
 from jaxmed.recipes.pretrain_mae import _loss, pretrain, reconstruct
-from jaxmed.recipes.training import TrainConfig, TrainData, check_fit, in_steps
+from jaxmed.recipes.training import TrainConfig, TrainData, check_fit
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
-from jaxmed.train.optimizer import OptimizerConfig, learning_rate
+from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunOptions, open_run, start
 
 MODEL = MaeConfig(
@@ -143,27 +143,6 @@ def test_what_does_not_divide_is_refused(changes, message):
     config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(InputError, match=message):
         check_fit(config, masked_model(MODEL).network)
-
-
-@pytest.mark.core
-def test_a_batch_has_at_least_one_part():
-    with pytest.raises(InputError, match="accumulation: expected a whole number from 1"):
-        dataclasses.replace(CONFIG, accumulation=0)
-
-
-@pytest.mark.core
-def test_schedule_of_the_paper():
-    # 98,000 volumes in batches of 224, 400 epochs of which 20 warm up; 1e-4 at the end of warm-up, 0 at both ends.
-    config = in_steps(
-        TrainConfig(OptimizerConfig(peak_lr=1e-4), loader=LoaderConfig(batch_size=224), epochs=400, warmup_epochs=20),
-        98000,
-    )
-    assert config.loop.steps == 175000 and config.optimizer.warmup_steps == 8750
-    rate = learning_rate(config.optimizer, config.loop.steps)
-    assert float(rate(0)) == 0
-    np.testing.assert_allclose(rate(8750), 1e-4, rtol=1e-6)
-    np.testing.assert_allclose(rate(8750 // 2), 5e-5, rtol=1e-3)
-    assert float(rate(175000)) < 1e-12
 
 
 @pytest.mark.core

@@ -9,23 +9,23 @@ import numpy as np
 from toy import EDGE, RULES, init
 
 from jaxmed.data.augment import AugmentConfig, augment
-from jaxmed.data.loader import LoaderConfig, evaluation_batches, make_loader
+from jaxmed.data.loader import LoaderConfig, evaluation_batches
 from jaxmed.data.records import SubsetSource, manifest_source
 from jaxmed.data.splits import label_fractions, read_split_table, split_subjects, write_split_table
 from jaxmed.data.transforms import Intensity, VolumeTransform
 from jaxmed.io import nifti
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.classification import score
+from jaxmed.nn.model import Network
+from jaxmed.recipes.training import TrainConfig, TrainData, run_training
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Section, write_report
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
-from jaxmed.train.loop import LoopConfig, fit
-from jaxmed.train.mesh import MeshConfig, make_mesh, process_slice
-from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxmed.train.loop import LoopConfig
+from jaxmed.train.mesh import MeshConfig
+from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, start
-from jaxmed.train.state import create_state
-from jaxmed.train.step import make_train_step
 from jaxmed.volume import Volume
 
 AUGMENTATION = AugmentConfig(
@@ -38,11 +38,14 @@ AUGMENTATION = AugmentConfig(
 class Config:
     subjects: int = 24
     fraction: float = 1.0
-    seed: int = 0
-    loop: LoopConfig = LoopConfig(steps=30, log_every=5, save_every=10, evaluate_every=10, best="error",
-                                  best_is="smallest")  # fmt: skip
-    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-2, warmup_steps=3)
-    mesh: MeshConfig = MeshConfig(data=1)
+    train: TrainConfig = TrainConfig(
+        OptimizerConfig(peak_lr=1e-2, warmup_steps=3),
+        LoopConfig(steps=30, log_every=5, save_every=10, evaluate_every=10, best="error", best_is="smallest"),
+        LoaderConfig(batch_size=8),
+        MeshConfig(data=1),
+        accumulation=2,
+        ema_decay=0.9,
+    )
 
 
 def write_phantoms(folder: Path, subjects: int) -> Path:
@@ -67,8 +70,12 @@ def prepare(fields, generator):
 
 def loss(params, keys, batch):
     images = jax.vmap(lambda key, image: augment(key, image, AUGMENTATION)[0])(keys, batch["image"])
-    error = jnp.mean(jnp.square(reconstruct(params, images) - images.reshape(len(images), -1)))
-    return error, {}
+    return jnp.mean(errors(params, keys, {"image": images})["error"]), {}
+
+
+def errors(params, keys, batch):
+    images = batch["image"]
+    return {"error": jnp.mean(jnp.square(reconstruct(params, images) - images.reshape(len(images), -1)), axis=1)}
 
 
 def encode(params, images):
@@ -81,38 +88,28 @@ def reconstruct(params, images):
 
 def run(config: Config, folder: RunFolder) -> dict[str, float]:
     start(folder)
+    seed = config.train.seed
     table = read_table(write_phantoms(folder.path / "inputs", config.subjects), ("path", "subject", "label"))
     subjects, labels = table.column("subject"), np.asarray(table.integers("label"))
-    splits = split_subjects(subjects, (0.5, 0.25, 0.25), config.seed, list(labels))
+    splits = split_subjects(subjects, (0.5, 0.25, 0.25), seed, list(labels))
     write_split_table(folder.outputs / "splits.csv", table, splits)
     table, rows = read_split_table(folder.outputs / "splits.csv", "subject", "split")
     rows = {name: np.asarray(index) for name, index in rows.items()}
     training = rows["train"]
-    subset = label_fractions(
-        [subjects[row] for row in training], list(labels[training]), (config.fraction,), config.seed
-    )
+    subset = label_fractions([subjects[row] for row in training], list(labels[training]), (config.fraction,), seed)
     training = training[subset[config.fraction]]
     source = manifest_source(table, {"image": "path"}, {"label": "label"})
-    reading, mesh = LoaderConfig(batch_size=8, seed=config.seed), make_mesh(config.mesh)
-
-    optimizer = make_optimizer(config.optimizer, config.loop.steps)
-    state = create_state(jax.random.key(config.seed), init, optimizer, mesh, rules=RULES, ema=True)
-    schedule = learning_rate(config.optimizer, config.loop.steps)
-    step = make_train_step(loss, optimizer, state=state, ema_decay=0.9, schedule=schedule, accumulation=2)
 
     def read(name):
         index = training if name == "train" else rows[name]
-        batches = list(evaluation_batches(SubsetSource(source, index), prepare, reading))
+        batches = list(evaluation_batches(SubsetSource(source, index), prepare, config.train.loader))
         kept = np.concatenate([batch["weight"] for batch in batches]) > 0
         return tuple(np.concatenate([batch[field] for batch in batches])[kept] for field in ("image", "label"))
 
-    def evaluate(state):
-        images, _ = read("validation")
-        return {"error": float(np.mean((reconstruct(state.params, images) - images.reshape(len(images), -1)) ** 2))}
-
-    batches = make_loader(SubsetSource(source, training), prepare, reading, *process_slice(mesh))
+    data = TrainData(SubsetSource(source, training), SubsetSource(source, rows["validation"]), prepare)
     log = Log(folder.path, folder.options.quiet)
-    state = fit(config.loop, state, step, batches, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
+    network = Network(init, reconstruct, RULES)
+    state = run_training(config.train, network, loss, data, folder=folder, log=log, score=errors)
 
     export_parameters(folder.outputs / "encoder", state.params["encoder"], {"family": "toy"})
     (images, known), (tests, truth) = read("train"), read("test")
@@ -125,4 +122,5 @@ def run(config: Config, folder: RunFolder) -> dict[str, float]:
     series = {"loss": (np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines]))}
     figure = curves(series, xlabel="step", ylabel="loss", caption="Training.")
     write_report(folder.report, "Toy", "A linear autoencoder.", sections=[Section("Training", [figure])])
-    return metrics | {"error": evaluate(state)["error"], "first": lines[0]["loss"], "last": lines[-1]["loss"]}
+    final = log.read_metrics()[-1]["evaluation/error"]
+    return metrics | {"error": final, "first": lines[0]["loss"], "last": lines[-1]["loss"]}

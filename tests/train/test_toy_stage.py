@@ -9,11 +9,16 @@ from toy_stage import Config, run
 from jaxmed.io.tables import read_table
 from jaxmed.io.weights_files import load_parameters
 from jaxmed.recipes.study import Outcome, make_cells, run_study
+from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.run_folder import RunOptions, open_run
 
 
 def run_toy(path, config=Config()):
     return run(config, open_run("toy", "train", config, RunOptions(path, quiet=True)))
+
+
+def changed(**settings):
+    return Config(train=dataclasses.replace(Config().train, **settings))
 
 
 def test_a_stage_learns_and_leaves_everything_in_its_folder(tmp_path):
@@ -27,7 +32,7 @@ def test_a_stage_learns_and_leaves_everything_in_its_folder(tmp_path):
     assert all(homes[s] == split for s, split in zip(table.column("subject"), table.column("split"), strict=True))
     assert load_parameters(tmp_path / "run" / "outputs" / "encoder")[0]["kernel"].shape == (64, 16)
     # The same run on eight devices ends at the same numbers.
-    many = run_toy(tmp_path / "many", dataclasses.replace(Config(), mesh=dataclasses.replace(Config().mesh, data=4)))
+    many = run_toy(tmp_path / "many", changed(mesh=MeshConfig(data=4)))
     assert many["last"] == pytest.approx(metrics["last"], abs=1e-6)
 
 
@@ -36,8 +41,8 @@ def test_a_study_of_label_fractions(tmp_path):
 
     def run_cell(cell):
         values = dict(cell.key)
-        loop = dataclasses.replace(Config().loop, steps=10, evaluate_every=0)
-        config = Config(fraction=values["fraction"], seed=values["seed"], loop=loop)
+        loop = dataclasses.replace(Config().train.loop, steps=10, evaluate_every=0)
+        config = dataclasses.replace(changed(seed=values["seed"], loop=loop), fraction=values["fraction"])
         name = f"{values['fraction']}-{values['seed']}"
         found = run_toy(tmp_path / "runs" / name, config)
         return Outcome({"auroc": found["auroc"], "error": found["error"]})
