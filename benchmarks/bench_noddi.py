@@ -45,10 +45,10 @@ from timing import (
 )
 
 from jaxmed.physics.acquisition import add_rician_noise, two_shell_protocol
+from jaxmed.physics.cramer_rao import cramer_rao
 from jaxmed.physics.microstructure import noddi_model
 from jaxmed.physics.noddi import order_for, signal
 from jaxmed.systems.noddi.fitting import Maps, fit
-from jaxmed.systems.noddi.information import cramer_rao
 from jaxmed.systems.noddi.protocol import GRID_DEGREE, GRID_KAPPA, GRID_NDI, NUM_NODES
 
 SNR = 30.0

@@ -34,25 +34,27 @@ from timing import (
     versions,
 )
 
-from jaxmed.models.mlp import Mlp, MlpConfig
+from jaxmed.io.gradient_match import Table
+from jaxmed.models.mlp import Mlp, MlpConfig, layers
 from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import simulate
 from jaxmed.synthesis.phantoms.write import DiffusionFiles, write_diffusion_slab
-from jaxmed.systems.noddi.deployment import export_onnx, load_onnx, make_maps, run_onnx, write_maps
 from jaxmed.systems.noddi.network import (
     CHUNK,
     Description,
     ForwardConfig,
     Network,
     Output,
-    constants,
-    network_layers,
+    export_onnx,
+    load_onnx,
+    make_maps,
     predict,
     ranges,
+    read_signals,
+    run_onnx,
+    write_maps,
 )
-from jaxmed.systems.noddi.reading import read_signals
-from jaxmed.systems.noddi.table import Table
 
 VOXELS = {"smoke": 5_000, "cpu": 250_000, "gpu": 4_000_000}
 # Of the brain in files; the second has 250,000 voxels inside.
@@ -119,7 +121,7 @@ def draw_signals(network: Network, count: int) -> np.ndarray:
 
 def count_flops(network: Network, count: int) -> float:
     """Count two operations per weight and voxel, one per activation and per division."""
-    shapes = [kernel.shape for kernel, _ in network_layers(network)]
+    shapes = [kernel.shape for kernel, _ in layers(network.params)]
     per_voxel = sum(2 * inputs * outputs + 2 * outputs for inputs, outputs in shapes) + shapes[0][0]
     return float(per_voxel) * count
 
@@ -129,12 +131,12 @@ def make_torch(network: Network, threads: int) -> Any:
     import torch
 
     torch.set_num_threads(threads)
-    layers = network_layers(network)
+    kernels = layers(network.params)
     modules: list[torch.nn.Module] = []
-    for number, (kernel, bias) in enumerate(layers):
+    for number, (kernel, bias) in enumerate(kernels):
         linear = torch.nn.Linear(*kernel.shape)
         linear.weight.data, linear.bias.data = torch.tensor(kernel.T.copy()), torch.tensor(bias)
-        modules += [linear, torch.nn.Sigmoid() if number == len(layers) - 1 else torch.nn.ELU()]
+        modules += [linear, torch.nn.Sigmoid() if number == len(kernels) - 1 else torch.nn.ELU()]
     body = torch.nn.Sequential(*modules)
     is_b0 = torch.tensor(network.description.table.is_b0)
     low, span = (torch.tensor(end) for end in ranges(network.description.outputs))
@@ -207,11 +209,9 @@ def measure_files(
 
 def run_files(network: Network, files: DiffusionFiles, out: Path) -> np.ndarray:
     """Do what `jaxmed noddi predict` does, without its report."""
-    description = network.description
-    scan = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, description.table)
+    scan = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, network.table)
     values = predict(network, scan.signals)
-    maps = make_maps(values, scan.mask, description.outputs)
-    write_maps(out, maps, description.outputs, constants(description), scan.dwi.affine, files.dwi)
+    write_maps(out, make_maps(values, scan, network.outputs), network, files.dwi)
     return values
 
 

@@ -32,23 +32,25 @@ import tyro
 
 from jaxmed.files import write_json, write_text
 from jaxmed.io.dicom import read_series, read_stack
-from jaxmed.io.parametric_map import Quantity, new_stack, on_stack, write_mr_images
+from jaxmed.io.parametric_map import Quantity, new_stack, on_stack, write_dicom_map, write_mr_images
+from jaxmed.metrics.recovery import DEFINED, make_grid, score
 from jaxmed.metrics.statistics import Interval, bootstrap, mean_interval, weighted_mean
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, write_diffusion_slab
 from jaxmed.systems import noddi
-from jaxmed.systems.noddi.deployment import export_onnx, load_onnx, make_maps, run_onnx, write_dicom
-from jaxmed.systems.noddi.evaluation import (
-    DEFINED,
-    estimate,
-    fit_estimator,
-    make_grid,
-    network_estimator,
-    score,
+from jaxmed.systems.noddi.network import (
+    ForwardConfig,
+    Network,
+    export_onnx,
+    load_onnx,
+    make_maps,
+    predict,
+    predict_exactly,
+    read_signals,
+    run_onnx,
 )
-from jaxmed.systems.noddi.network import ForwardConfig, Network, predict, predict_exactly
-from jaxmed.systems.noddi.reading import read_signals
+from jaxmed.systems.noddi.stages.evaluate import estimate, fit_estimator, network_estimator
 from jaxmed.systems.noddi.training import TrainConfig
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
@@ -206,17 +208,18 @@ def run_script(network: Path, files: DiffusionFiles, out: Path) -> float:
 def write_and_read(network: Network, values: np.ndarray, scan: Any, folder: Path) -> tuple[float, float]:
     """Return the largest difference of values, and of voxel centres in mm, between NIfTI and DICOM."""
     outputs = network.description.outputs
-    maps = make_maps(values, scan.mask, outputs)
+    maps = make_maps(values, scan, outputs)
     x, y, z = scan.mask.shape
     b0 = Volume.make(scan.dwi.array[..., 0], scan.dwi.affine)
     quantity = Quantity("b = 0", "simulated unweighted signal")
     write_mr_images(folder / "source", b0, new_stack((x, y, z), b0.affine, "simulated"), quantity, stored_per_unit=1)
     stack = read_stack(folder / "source")
-    write_dicom(folder, maps, outputs, scan.dwi.affine, stack, "parametric-map")
+    for output in outputs:
+        write_dicom_map(folder, output.name, maps[output.name], stack, output.quantity, "parametric-map")
     errors, distances = [], []
-    for name, array in maps.items():
+    for name, volume in maps.items():
         found = read_series(folder / f"{name}.dcm")
-        expected = on_stack(Volume.make(array, scan.dwi.affine), stack)
+        expected = on_stack(volume, stack)
         errors.append(float(np.abs(found.array.transpose(2, 1, 0) - expected).max()))
         corners = np.array([[0, 0, 0, 1], [x - 1, y - 1, z - 1, 1]]).T
         distances.append(float(np.abs((found.affine - stack.affine) @ corners).max()))
@@ -274,7 +277,7 @@ def accuracy(networks: dict[str, Network], size: Size) -> tuple[list[Row], dict[
     """Score fit and networks on the grid, on the same noise."""
     table = networks["NN_MLE"].description.table
     model = FORWARD.build(np.array(table.bvals))
-    grid = make_grid(model, size.points)
+    grid = make_grid([parameter.draw for parameter in model.parameters], size.points)
     weight = np.asarray(model.relevance(jnp.asarray(grid, jnp.float32)))
     estimators = {"MLE": fit_estimator(FORWARD, table)}
     estimators |= {name: network_estimator(network, table) for name, network in networks.items()}

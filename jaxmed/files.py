@@ -49,6 +49,17 @@ FREELY_UNPACKED = 2**31
 LARGEST_RATIO = 40
 
 
+def require_given(path: Path | None, name: str) -> Path:
+    """Return a path that a stage cannot do without.
+
+    Raises:
+        InputError: It was not given.
+    """
+    if path is None:
+        raise InputError(name, "a file", "nothing", f"give --{name} FILE, or try --preset smoke")
+    return path
+
+
 def require_file(path: str | Path, what: str, suffixes: Sequence[str] = (), kinds: Sequence[str] | None = None) -> Path:
     """Check that a file can be opened and looks like what is wanted.
 

@@ -22,3 +22,8 @@ def package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def software_name() -> str:
+    """Return name and version, as sidecars and headers carry them."""
+    return f"jaxmed {package_version('jaxmed') or 'unknown'}"

@@ -33,8 +33,8 @@ HOMES = {
     "highdicom": {"io/parametric_map.py"},
     "matplotlib": {"report"},
     "tyro": {"cli.py", "recipes/training.py"},
-    "amico": {"systems/noddi/amico.py"},
-    "blackjax": {"systems/noddi/posterior.py"},
+    "amico": {"io/amico.py"},
+    "blackjax": {"physics/posterior.py"},
     "mctx": {"rl/search.py"},
     "torch": set(),
 }

@@ -101,8 +101,8 @@ def test_the_walk_finds_what_there_is():
         ("igndmoe fit --data.embedded-regions 1", "embedded_regions: expected a whole number from 2"),
         ("noddi fit --seed -1", "seed: expected a whole number from 0 to 4,294,967,295, found -1"),
         (f"selfplay think --seed {2**63}", "seed: expected a whole number from 0 to 4,294,967,295, found 92233720368"),
-        ("noddi fit --embedded-shape 100000 100000 1", "embedded_shape: expected a whole number from 1 to 65,536"),
-        ("noddi fit --embedded-shape 60000 60000 9", "embedded_shape: expected sizes that make at most 5,000,000"),
+        ("noddi fit --synthetic-shape 100000 100000 1", "synthetic_shape: expected a whole number from 1 to 65,536"),
+        ("noddi fit --synthetic-shape 60000 60000 9", "synthetic_shape: expected sizes that make at most 5,000,000"),
         ("noddi fit --seed " + "9" * 5000, "seed: expected"),
     ],
 )  # fmt: skip
@@ -121,7 +121,7 @@ def test_a_user_that_is_not_there_is_one_line(capsys):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
 def test_numbers_are_checked_in_python_too(value):
-    from jaxmed.systems.noddi.options import FitConfig
+    from jaxmed.systems.noddi.protocol import FitConfig
 
     with pytest.raises(InputError, match="damping: expected a number above 0"):
         FitConfig(damping=value)

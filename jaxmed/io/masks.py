@@ -44,6 +44,13 @@ def read_mask(
     return to_mask(volume.array, path, value=value, allow_labels=allow_labels), volume.grid
 
 
+def fill_mask(rows: Shaped[np.ndarray, "inside ..."], mask: Bool[np.ndarray, "*voxel"]) -> Shaped[np.ndarray, "..."]:
+    """Put the rows of the voxels inside a mask back in their places, 0 outside."""
+    full = np.zeros((*mask.shape, *rows.shape[1:]), rows.dtype)
+    full[mask] = rows
+    return full
+
+
 def to_mask(
     array: Shaped[np.ndarray, "..."],
     where: object,

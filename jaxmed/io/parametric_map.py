@@ -9,7 +9,7 @@ Source: DICOM PS3.3, A.75 (Parametric Map IOD), A.4 (MR Image IOD), C.7.6.16.2.1
 
 import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float64, Shaped
@@ -24,6 +24,7 @@ from jaxmed.volume import Volume, check_affine
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+DicomForm = Literal["parametric-map", "mr-image", "both"]
 PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 STORED_PER_UNIT = 1000
@@ -55,6 +56,17 @@ class Quantity(NamedTuple):
     definition: str
     unit: str = "1"
     window: tuple[float, float] = (0.0, 1.0)
+
+
+def write_dicom_map(
+    folder: Path, name: str, volume: Volume, stack: Stack, quantity: Quantity, form: DicomForm
+) -> list[Path]:
+    """Write one map beside its source: NAME.dcm, and NAME/0001.dcm, ... for every viewer; return the files."""
+    paths = []
+    if form in ("parametric-map", "both"):
+        write_parametric_map(folder / f"{name}.dcm", volume, stack, quantity)
+        paths.append(folder / f"{name}.dcm")
+    return paths + (write_mr_images(folder / name, volume, stack, quantity) if form in ("mr-image", "both") else [])
 
 
 def write_parametric_map(path: str | Path, volume: Volume, stack: Stack, quantity: Quantity) -> None:

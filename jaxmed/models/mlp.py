@@ -66,7 +66,7 @@ def to_unit(config: MlpConfig, raw: Float[Array, "*batch parameter"]) -> Float[A
     return nn.sigmoid(raw) if config.head == "sigmoid" else jax.numpy.abs(raw)
 
 
-def layers(params: Params) -> list[tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]]:
-    """Return kernel (input x output) and bias of every layer in order, the head last."""
+def layers(params: Params) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return kernel (input x output) and bias of every layer on the host, in order, the head last."""
     names = [f"layer_{number}" for number in range(len(params) - 1)] + ["head"]
-    return [(params[name]["kernel"], params[name]["bias"]) for name in names]
+    return [(np.asarray(params[name]["kernel"]), np.asarray(params[name]["bias"])) for name in names]

@@ -1,16 +1,22 @@
-"""Diffusion acquisitions: shells, gradient directions, and magnitude noise.
+"""Diffusion acquisitions: shells, gradient directions, magnitude noise, and what a scan must hold to be fitted.
 
 b-values are in s/mm^2 and directions are unit vectors. Tables are NumPy arrays on the host; noise is drawn on the
 device from a key.
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
+
+from jaxmed.errors import InputError
+
+SERIES_TOLERANCE = 0.15
+"""Unweighted images of one scan differ by less than this in their median; drift is a few percent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,3 +171,131 @@ def _koay_correction(snr: float) -> float:
     quarter = snr**2 / 4
     bracket = (2 + snr**2) * scipy.special.i0e(quarter) + snr**2 * scipy.special.i1e(quarter)
     return 2 + snr**2 - np.pi / 8 * bracket**2
+
+
+def check_voxels(
+    signals: Float[np.ndarray, "voxel image"],
+    is_b0: Bool[np.ndarray, " image"],
+    path: Path,
+    notes: list[str],
+    left_out: str = "they were not fitted, and map 'flags' shows them",
+) -> Bool[np.ndarray, " voxel"]:
+    """Refuse a scan with little to fit, note voxels that are not, and return which ones are finite.
+
+    Raises:
+        InputError: No voxel has unweighted signal, or most have numbers that are not finite.
+    """
+    finite = np.asarray(np.isfinite(signals).all(axis=1))
+    if not finite.all():
+        bad = int((~finite).sum())
+        if bad > len(finite) / 2:
+            found = f"NaN or Inf in {bad:,} of {len(finite):,}"
+            raise InputError(path, "finite voxels inside the mask", found, "mask or repair them first")
+        notes.append(f"{bad:,} voxels hold NaN or Inf; {left_out}.")
+    b0 = signals[finite][:, is_b0].mean(axis=1)
+    empty = int((b0 <= 0).sum())
+    if empty == len(b0):
+        raise InputError(path, "unweighted signal inside the mask", "none above 0", "check the mask")
+    if empty:
+        notes.append(f"{empty:,} voxels inside the mask have no unweighted signal; their maps are 0.")
+    if (signals[finite] < 0).any():
+        notes.append("The scan holds negative values: magnitudes are expected. They were taken as they are.")
+    return finite
+
+
+def series_scales(
+    signals: Float[np.ndarray, "voxel image"], is_b0: Bool[np.ndarray, " image"]
+) -> Float[np.ndarray, " image"]:
+    """Return the brightness of each image's series relative to the first.
+
+    A series is a run of images from one run of unweighted images to the next; its brightness is the median over voxels
+    of its unweighted images. Scanners scale series apart, and files that join them keep the difference.
+    """
+    starts = np.flatnonzero(is_b0 & ~np.concatenate([[False], is_b0[:-1]]))
+    # Images before the first unweighted one belong to its series.
+    series = np.maximum(np.searchsorted(starts, np.arange(len(is_b0)), side="right") - 1, 0)
+    usable = np.isfinite(signals).all(axis=1)
+    levels = np.array(
+        [np.median(signals[usable][:, is_b0 & (series == index)].mean(axis=1)) for index in range(len(starts))]
+    )
+    if levels[0] <= 0:
+        return np.ones(len(is_b0))
+    return (levels / levels[0])[series]
+
+
+def check_series(
+    signals: Float[np.ndarray, "voxel image"], is_b0: Bool[np.ndarray, " image"], scale: bool, notes: list[str]
+) -> Float[np.ndarray, " image"] | None:
+    """Note series that differ in brightness, and return what to divide their images by where asked to."""
+    scales = series_scales(signals, is_b0)
+    if np.max(np.abs(np.log(np.maximum(scales, 1e-6)))) <= np.log(1 + SERIES_TOLERANCE):
+        return None
+    image = int(np.argmax(np.abs(np.log(np.maximum(scales, 1e-6)))))
+    said = (
+        f"Unweighted images differ in brightness: those of image {image + 1} on have {scales[image]:.2f} of the first"
+    )
+    if scale:
+        notes.append(f"{said}; every series was divided by its own.")
+        return scales
+    notes.append(
+        f"{said}. If series were scaled apart, the maps are wrong: --scale-series divides each by its own unweighted "
+        "images."
+    )
+    return None
+
+
+def choose_sigma(
+    noise: str, sigma: float | None, b0: Float[np.ndarray, "voxel repeat"], notes: list[str]
+) -> float | None:
+    """Return the noise level of the Rician likelihood, or None for least squares.
+
+    Raises:
+        InputError: Rician was asked for and the noise is not known.
+    """
+    if noise == "gaussian":
+        return None
+    if sigma is not None:
+        return sigma
+    repeats = b0[np.isfinite(b0).all(axis=1)]
+    if repeats.shape[1] >= 3:
+        found = estimate_sigma(repeats)
+        if found > 0:
+            notes.append(f"Noise was estimated from {repeats.shape[1]} unweighted images: sigma = {found:.4g}.")
+            return found
+    if noise == "rician":
+        raise InputError(
+            "sigma",
+            "a noise level for the Rician likelihood",
+            f"{repeats.shape[1]} unweighted image(s)",
+            "give --sigma",
+        )
+    notes.append(
+        f"With {repeats.shape[1]} unweighted image(s) the noise is not known: squares were minimised. "
+        "Give --sigma for the Rician likelihood."
+    )
+    return None
+
+
+def attenuation_notes(
+    signals: Float[np.ndarray, "voxel image"],
+    s0: Float[np.ndarray, " voxel"],
+    bvals: Float[np.ndarray, " image"],
+    b0_threshold: float,
+    free_diffusivity: float,
+) -> list[str]:
+    """Note shells whose mean signal cannot be diffusion: above the unweighted one, or below that of free water."""
+    notes = []
+    for shell in find_shells(bvals, b0_threshold)[1:]:
+        level = mean_attenuation(signals, s0, shell.rows)
+        free = float(np.exp(-1e-3 * shell.bval * free_diffusivity))
+        where = f"At b = {shell.bval:.0f} the mean signal is {level:.2f} of the unweighted one"
+        if level > 1.0:
+            notes.append(f"{where}, more than diffusion allows: were the images scaled apart?")
+        elif level < 0.8 * free:
+            notes.append(f"{where}, less than the {free:.2f} of free water: were the images scaled apart?")
+    return notes
+
+
+def mean_attenuation(signals: np.ndarray, s0: np.ndarray, rows: tuple[int, ...]) -> float:
+    """Return the mean over voxels of the mean signal of some images relative to the unweighted signal."""
+    return float(np.mean(signals[:, list(rows)].mean(axis=1) / s0))

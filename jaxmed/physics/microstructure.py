@@ -239,3 +239,15 @@ def draw_directions(key: Key[Array, ""], count: int) -> Float[Array, "voxel 3"]:
     """Draw unit vectors uniformly over the sphere."""
     direction = jax.random.normal(key, (count, 3))
     return direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
+
+
+def tangent_frame(direction: Float[Array, "3 voxel"]) -> tuple[Float[Array, "3 voxel"], Float[Array, "3 voxel"]]:
+    """Return two unit vectors that complete each direction to a frame, without a branch.
+
+    Source: Duff et al., J. Comput. Graph. Tech. 2017.
+    """
+    x, y, z = direction
+    sign = jnp.where(z >= 0, 1.0, -1.0)
+    a = -1 / (sign + z)
+    b = x * y * a
+    return jnp.stack([1 + sign * x * x * a, sign * b, -sign * x]), jnp.stack([b, sign + y * y * a, -y])

@@ -49,6 +49,10 @@ class Tissue:
             if not 0.05 <= value <= 10.0:
                 raise ValueError(f"tissue.{name}: expected 0.05 to 10 um^2/ms, found {value:g}")
 
+    def constants(self) -> dict[str, float]:
+        """Return the diffusivities as sidecars name them."""
+        return {f"{name}_um2_per_ms": value for name, value in dataclasses.asdict(self).items()}
+
 
 def signal(
     ndi: Float[Array, "*batch"],

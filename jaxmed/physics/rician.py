@@ -9,6 +9,9 @@ import scipy.special
 from jax.scipy.special import i0e, i1e
 from jaxtyping import Array, Float
 
+SIGMA_FLOOR = 1e-3
+"""Smallest noise level relative to S0: the Rician likelihood has no maximum without noise."""
+
 
 def log_rician(
     measured: Float[Array, "*batch"],

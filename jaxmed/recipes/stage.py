@@ -52,11 +52,13 @@ class Finished(Generic[Config, Summary]):
         path: The run folder.
         config: As it was given.
         summary: What the stage kept.
+        seconds: Of the parts of the run, by name; empty where timing.json is lost.
     """
 
     path: Path
     config: Config
     summary: Summary
+    seconds: dict[str, float]
 
     @property
     def outputs(self) -> Path:
@@ -127,7 +129,7 @@ def write_page(
     seconds, device = stored.pop("seconds"), stored.pop("device")
     config = from_record(config_type, record["config"], str(path / "config.json"))
     summary = from_record(summary_type, stored, str(path / "outputs" / "summary.json"))
-    title, subtitle, tiles, sections = page(Finished(path, config, summary))
+    title, subtitle, tiles, sections = page(Finished(path, config, summary, seconds))
     write_report(
         path / "report.html",
         title=title,

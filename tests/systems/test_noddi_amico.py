@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from jaxmed.cli import main
+from jaxmed.io.gradient_match import Table
 from jaxmed.io.gradients import write_gradients
 from jaxmed.physics import noddi as model
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.physics.microstructure import Simulated, draw_directions
+from jaxmed.physics.microstructure import draw_directions
 from jaxmed.systems import noddi
-from jaxmed.systems.noddi.amico import amico_estimator
-from jaxmed.systems.noddi.table import Table
 
 # dipy warns of its own bases, which AMICO chooses.
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")]
@@ -71,9 +70,8 @@ def test_maps_correlate_with_amicos_and_have_the_smaller_bias():
     clean = np.asarray(model.signal(*truth.values(), draw_directions(direction_key, count), BVALS, BVECS))
     noise = np.asarray(jax.random.normal(noise_key, (2, *clean.shape))) / snr
     signals = (1000 * np.hypot(clean + noise[0], noise[1])).astype(np.float32)
-    voxels = Simulated(jnp.asarray(signals), jnp.stack(list(truth.values()), 1), jnp.zeros((count, 3)), jnp.ones(count))
-    with amico_estimator(Table.make(BVALS, BVECS, 50.0)) as estimator:
-        theirs = dict(zip(truth, estimator(voxels).T, strict=True))
+    with open_amico(Table.make(BVALS, BVECS, 50.0), 1.7, 3.0) as estimator:
+        theirs = dict(zip(truth, estimator(signals).T, strict=True))
     maps = noddi.fit(signals, BVALS, BVECS, sigma=1000 / snr)
     for name, values in truth.items():
         ours, known = getattr(maps, name), np.asarray(values)

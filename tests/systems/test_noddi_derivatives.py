@@ -7,11 +7,10 @@ import pytest
 
 from jaxmed.physics import noddi
 from jaxmed.physics.acquisition import spread_directions, two_shell_protocol
-from jaxmed.physics.microstructure import ball_and_stick_model, draw_directions
-from jaxmed.systems.noddi.derivatives import Point, model_forward, noddi_forward, tangent_frame
-from jaxmed.systems.noddi.options import FitConfig
-from jaxmed.systems.noddi.protocol import GRID_KAPPA, GRID_NDI, legendre_to_powers, prepare
-from jaxmed.systems.noddi.start import search_grid
+from jaxmed.physics.microstructure import ball_and_stick_model, draw_directions, tangent_frame
+from jaxmed.systems.noddi.likelihood import Point, model_forward, noddi_forward
+from jaxmed.systems.noddi.protocol import GRID_KAPPA, GRID_NDI, FitConfig, legendre_to_powers, prepare
+from jaxmed.systems.noddi.voxel_fit import search_grid
 
 BVALS, BVECS = two_shell_protocol(3, ((7, 711.0), (9, 2855.0)))
 COUNT = 16

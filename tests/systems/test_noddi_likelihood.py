@@ -7,15 +7,13 @@ import pytest
 
 from jaxmed.physics import rician
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.physics.microstructure import draw_directions, noddi_model, simulate
+from jaxmed.physics.cramer_rao import cramer_rao
+from jaxmed.physics.microstructure import draw_directions, noddi_model, simulate, tangent_frame
 from jaxmed.solvers.least_squares import lm_init, lm_step
 from jaxmed.systems import noddi
-from jaxmed.systems.noddi.derivatives import Point, noddi_forward, tangent_frame
-from jaxmed.systems.noddi.estimates import FLAGS
-from jaxmed.systems.noddi.information import cramer_rao
-from jaxmed.systems.noddi.likelihood import make_surface
-from jaxmed.systems.noddi.options import FitConfig
-from jaxmed.systems.noddi.protocol import prepare
+from jaxmed.systems.noddi.likelihood import Point, make_surface, noddi_forward
+from jaxmed.systems.noddi.protocol import FitConfig, prepare
+from jaxmed.systems.noddi.voxel_fit import FLAGS
 
 BVALS, BVECS = two_shell_protocol()
 MODEL = noddi_model()

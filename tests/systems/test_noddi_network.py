@@ -11,21 +11,23 @@ import numpy as np
 import pytest
 
 from jaxmed.errors import InputError
+from jaxmed.io.gradient_match import Table, match_table
 from jaxmed.models.mlp import Mlp, MlpConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.systems.noddi.deployment import export_onnx, load_onnx, run_onnx
 from jaxmed.systems.noddi.network import (
     Description,
     ForwardConfig,
     Network,
     Output,
+    export_onnx,
     load,
+    load_onnx,
     normalise,
     predict,
+    run_onnx,
     save,
 )
-from jaxmed.systems.noddi.table import Table, match_table
 
 BVALS, BVECS = two_shell_protocol(3, ((8, 700.0), (12, 2000.0)))
 TABLE = Table.make(BVALS, BVECS, 50.0)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from jaxmed.cli import main
-from jaxmed.io import nifti
+from jaxmed.io import amico, nifti
 from jaxmed.io.dicom import read_series, read_stack
 from jaxmed.io.parametric_map import on_stack
-from jaxmed.systems.noddi import amico
 from jaxmed.systems.noddi.stages import train as train_stage
 from jaxmed.volume import Volume
 

@@ -1,4 +1,4 @@
-"""`jaxmed noddi fit` from files to maps, on embedded and on real data, and every mistake a user can make."""
+"""`jaxmed noddi fit` from files to maps, on synthetic and on real data, and every mistake a user can make."""
 
 import gzip
 import json
@@ -14,9 +14,9 @@ from jaxmed.io import nifti
 from jaxmed.io.gradients import read_gradients, to_world
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
-from jaxmed.systems.noddi import chunks
-from jaxmed.systems.noddi.estimates import FLAGS
+from jaxmed.systems.noddi import fitting
 from jaxmed.systems.noddi.stages import fit as stage
+from jaxmed.systems.noddi.voxel_fit import FLAGS
 from jaxmed.volume import Volume
 
 MAPS = ("ndi", "odi", "fwf", "ndi_error", "odi_error", "fwf_error", "direction_error", "flags", "residual")
@@ -88,7 +88,7 @@ def test_the_report_can_be_written_again(smoke, tmp_path):
 def test_a_killed_run_continues_to_the_same_maps(smoke, tmp_path, monkeypatch):
     out = tmp_path / "killed"
     monkeypatch.setattr(stage, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(chunks, "BLOCK_CHUNKS", 1)
+    monkeypatch.setattr(fitting, "BLOCK_CHUNKS", 1)
     arguments = ["noddi", "fit", "--preset", "smoke", "--fit.chunk-size", "256", "--quiet"]
     save = stage._save
 

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.io.gradient_match import Table
+from jaxmed.metrics.recovery import correlation, make_grid, score
+from jaxmed.metrics.recovery import shrinkage as slopes
 from jaxmed.models.mlp import Mlp, MlpConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import two_shell_protocol
@@ -14,20 +17,10 @@ from jaxmed.physics.microstructure import ball_and_stick_model, noddi_model, sim
 from jaxmed.physics.rician import log_rician
 from jaxmed.systems import noddi
 from jaxmed.systems.noddi import training
-from jaxmed.systems.noddi.evaluation import (
-    average_bound,
-    correlation,
-    estimate,
-    fit_estimator,
-    make_grid,
-    network_estimator,
-    score,
-)
-from jaxmed.systems.noddi.evaluation import shrinkage as slopes
-from jaxmed.systems.noddi.labels import climb, fit_config, fit_labels
-from jaxmed.systems.noddi.network import ForwardConfig, Table, predict
+from jaxmed.systems.noddi.network import ForwardConfig, predict
 from jaxmed.systems.noddi.protocol import prepare
-from jaxmed.systems.noddi.training import State, TrainConfig
+from jaxmed.systems.noddi.stages.evaluate import average_bound, estimate, fit_estimator, network_estimator
+from jaxmed.systems.noddi.training import State, TrainConfig, ascend, fit_config, fit_labels
 from jaxmed.train.optimizer import OptimizerConfig
 
 BVALS, BVECS = two_shell_protocol(3, ((8, 700.0), (12, 2000.0)))
@@ -150,7 +143,7 @@ def test_a_label_is_at_least_as_likely_as_the_truth():
     forward, model = ForwardConfig(), noddi_model()
     config = fit_config(forward, TABLE)
     voxels = simulate(jax.random.key(1), model, 500, BVALS, BVECS, (15.0, 15.0))
-    found = climb(model, True, config, prepare(BVALS, BVECS, config), voxels, "truth")
+    found = ascend(model, True, config, prepare(BVALS, BVECS, config), voxels, "truth")
     s0 = voxels.signals[:, :3].mean(axis=1, keepdims=True)
 
     def unlikelihood(parameters, direction):
@@ -175,7 +168,7 @@ def compare_labels(forward, config, bvals, bvecs, snr, points, repeats):
         ).network
         for labels in ("gt", "mle")
     }
-    grid = make_grid(model, points)
+    grid = make_grid([parameter.draw for parameter in model.parameters], points)
     estimators = {name: network_estimator(network, table) for name, network in networks.items()}
     estimators["fit"] = fit_estimator(forward, table)
     found = estimate(jax.random.key(5), model, table, estimators, grid, repeats, snr)

@@ -1,11 +1,13 @@
 """Write phantoms as the files that users have, so that examples take the same road as real data."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.gradients import write_gradients
 from jaxmed.physics import noddi
@@ -26,6 +28,17 @@ class DiffusionFiles(NamedTuple):
 
 WHITE_MATTER = 850.0
 """Unweighted signal of the slab's white matter, by which its noise is told."""
+MOST_VOXELS = 5_000_000
+
+
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Refuse a simulated scan that no memory holds: a voxel takes about a kilobyte, a whole brain has 420,000.
+
+    Raises:
+        InputError: It has too many voxels.
+    """
+    if math.prod(shape) > MOST_VOXELS:
+        raise InputError(name, f"sizes that make at most {MOST_VOXELS:,} voxels", " x ".join(map(str, shape)))
 
 
 def write_diffusion_slab(

@@ -25,7 +25,7 @@ Stages:
   5. jaxmed noddi evaluate --weights NET_MLE NET_GT --out RUN
      bias, spread and error over the parameter range, beside the fit and the Cramer-Rao bound.
   6. jaxmed noddi simulate --out RUN
-     a scan with known microstructure, of your protocol or an embedded one.
+     a scan with known microstructure, of your protocol or one of two shells.
 
 Try it without data:  jaxmed noddi fit --preset smoke --out runs/noddi
 From Python:          from jaxmed.systems import noddi; maps = noddi.fit(signals, bvals, bvecs)

@@ -1,11 +1,16 @@
-"""Fit NODDI, or another model of one fibre, to a scan: checks, chunks, maps. The driver on the host.
+"""Fit NODDI, or another model of one fibre, to a scan: the driver on the host. `voxel_fit.py` is what jax transforms.
 
-The fit itself, as functions that jax transforms, stands in `voxel_fit.py`.
+Fits go chunk by chunk without waiting for stragglers: every chunk gets a few iterations; the voxels that are not done
+are gathered from all chunks of a block into new full chunks, until none is left. A CPU takes as many chunks at once as
+it has cores: one program of this size keeps no more than one core busy.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,14 +19,29 @@ from jaxtyping import Float
 from jaxmed.arrays.tracing import require_values
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import GradientTable, Numbers, as_numbers, check_gradients
+from jaxmed.io.masks import fill_mask
 from jaxmed.physics.noddi import Tissue
-from jaxmed.systems.noddi import chunks
-from jaxmed.systems.noddi.chunks import Programs, Voxels
-from jaxmed.systems.noddi.estimates import Estimates, Maps, name_maps
-from jaxmed.systems.noddi.options import FitConfig, Noise
-from jaxmed.systems.noddi.protocol import prepare
-from jaxmed.systems.noddi.table import check_protocol
-from jaxmed.systems.noddi.voxel_fit import advance, begin, finish
+from jaxmed.systems.noddi.protocol import FitConfig, Noise, check_protocol, prepare
+from jaxmed.systems.noddi.voxel_fit import Ascent, Estimates, Maps, Voxels, advance, begin, finish, name_maps
+
+BLOCK_CHUNKS = 16
+"""Chunks among which stragglers are gathered; a fit can be interrupted between blocks."""
+TAIL_SHARE = 8
+"""A chunk of this share of the size takes the last stragglers."""
+
+
+class Programs(NamedTuple):
+    """The compiled steps of a fit.
+
+    Attributes:
+        begin: Voxels -> Ascent at its start.
+        advance: (Voxels, Ascent) -> Ascent after some iterations.
+        finish: (Voxels, Ascent) -> a record of estimates, voxel last.
+    """
+
+    begin: Callable
+    advance: Callable
+    finish: Callable
 
 
 def fit(
@@ -110,12 +130,12 @@ def estimate(
     size = min(config.chunk_size or default_chunk_size(), max(128, 2 ** (count - 1).bit_length()))
     done = 0 if finished is None else len(finished.fitted)
     parts = [] if finished is None else [finished]
-    for rows in chunks.run_blocks(programs, voxels, size, config.max_iterations, config.damping, done):
+    for rows in run_blocks(programs, voxels, size, config.max_iterations, config.damping, done):
         parts = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts, rows)]
         done += len(rows[0])
         if on_block is not None:
             on_block(done, count, parts[0])
-    return Estimates(*(_scatter(np.asarray(row), inside) for row in parts[0]))
+    return Estimates(*(fill_mask(np.asarray(row), inside) for row in parts[0]))
 
 
 def _gather(signals, mask, sigma, gradient_map, config: FitConfig) -> tuple[Voxels, np.ndarray]:
@@ -150,12 +170,6 @@ def default_chunk_size() -> int:
     return 2048 if jax.default_backend() == "cpu" else 65536
 
 
-def _scatter(row: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    full = np.zeros((*inside.shape, *row.shape[1:]), row.dtype)
-    full[inside] = row
-    return full
-
-
 def make_programs(bvals: np.ndarray, bvecs: np.ndarray, noise: Noise, config: FitConfig, varies: bool) -> Programs:
     """Bind the compiled steps to one protocol; two protocols of the same shells share their compilation."""
     protocol = prepare(bvals, bvecs, config, varies=varies)
@@ -169,3 +183,90 @@ def make_programs(bvals: np.ndarray, bvecs: np.ndarray, noise: Noise, config: Fi
         advance=functools.partial(advance, protocol, noise, config),
         finish=functools.partial(finish, protocol, noise, config),
     )
+
+
+def run_blocks(
+    programs: Programs, voxels: Voxels, size: int, max_iterations: int, damping: float, start: int = 0
+) -> Iterator[NamedTuple]:
+    """Fit voxels from `start` on and yield the estimates of each block, voxel first.
+
+    Args:
+        programs: The compiled steps.
+        voxels: All of them.
+        size: Voxels of a chunk; the last one is filled up with repetitions.
+        max_iterations: Of one ascent.
+        damping: That an ascent starts with.
+        start: Voxels that were fitted before.
+    """
+    count = len(voxels.signals)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # An accelerator is kept busy by one chunk while the next is prepared.
+    workers = workers if jax.default_backend() == "cpu" else 2
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        while start < count:
+            stop = min(start + BLOCK_CHUNKS * size, count)
+            yield _run_block(programs, voxels, np.arange(start, stop), size, max_iterations, damping, pool)
+            start = stop
+
+
+def _run_block(programs, voxels, index, size, max_iterations, damping, pool):
+    ascent = _map(lambda part, _: programs.begin(part), voxels, index, None, np.arange(len(index)), size, pool)
+    # Second starts ascend beside the first ones, as if they were voxels of their own.
+    again = np.flatnonzero(ascent.tries_other)
+    both = _join([ascent, _restart(_take(ascent, again), damping)])
+    both = _until_done(programs, voxels, np.concatenate([index, index[again]]), both, size, max_iterations, pool)
+    ascent, second = _take(both, slice(0, len(index))), _take(both, slice(len(index), None))
+    won = second.state.at.cost < ascent.state.at.cost[again]
+    ascent = _put(ascent, _take(second, np.flatnonzero(won)), again[won])
+    rows = _map(programs.finish, voxels, index, ascent, np.arange(len(index)), size, pool)
+    return jax.tree.map(lambda leaf: np.ascontiguousarray(np.moveaxis(leaf, -1, 0)), rows)
+
+
+def _restart(ascent: Ascent, damping: float) -> Ascent:
+    """Return ascents at their second start, to be evaluated by their first step."""
+    state = ascent.state
+    nothing = jax.tree.map(np.zeros_like, state)
+    at = nothing.at._replace(cost=np.full_like(state.at.cost, np.inf))
+    growth = np.full_like(state.growth, 2.0)
+    return ascent._replace(
+        state=nothing._replace(point=ascent.other, at=at, damping=np.full_like(state.damping, damping), growth=growth)
+    )
+
+
+def _until_done(programs, voxels, index, ascent, size, max_iterations, pool):
+    while True:
+        active = np.flatnonzero(~ascent.state.done & (ascent.state.iterations < max_iterations))
+        if not len(active):
+            return ascent
+        # The last stragglers of a large chunk fill a small one.
+        fitting = size // TAIL_SHARE if size >= 1024 and len(active) <= size // TAIL_SHARE else size
+        ascent = _put(ascent, _map(programs.advance, voxels, index, ascent, active, fitting, pool), active)
+
+
+def _map(program, voxels, index, ascent, chosen, size, pool):
+    """Run a program over the chosen places of a block, a chunk at a time, and join what it returns."""
+
+    def call(start):
+        places = chosen[start : start + size]
+        filled = np.resize(places, size)
+        result = program(voxels.take(index[filled]), None if ascent is None else _take(ascent, filled))
+        return _take(jax.device_get(result), slice(0, len(places)))
+
+    return _join(list(pool.map(call, range(0, len(chosen), size))))
+
+
+def _join(parts):
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)
+
+
+def _take(tree, places):
+    return jax.tree.map(lambda leaf: np.ascontiguousarray(leaf[..., places]), tree)
+
+
+def _put(tree, part, places):
+    def put(whole, some):
+        whole = np.array(whole)
+        whole[..., places] = some
+        return whole
+
+    return jax.tree.map(put, tree, part)

@@ -1,9 +1,9 @@
-"""A trained network: what it computes, which protocol it belongs to (`table.py`), and its place on disk."""
+"""A trained network: what it computes, which protocol it belongs to, its place on disk, and its form as ONNX."""
 
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,16 +15,27 @@ from jaxtyping import Array, Bool, Float, Float32, Float64
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
 from jaxmed.errors import InputError
+from jaxmed.files import require_given
+from jaxmed.io import onnx
+from jaxmed.io.diffusion import count_images, read_magnitudes
+from jaxmed.io.gradient_match import Table, match_table
+from jaxmed.io.gradients import read_gradients
+from jaxmed.io.maps import write_map
+from jaxmed.io.masks import fill_mask
+from jaxmed.io.parametric_map import Quantity
 from jaxmed.io.weights_files import load_parameters
 from jaxmed.models.mlp import Mlp, MlpConfig, layers, to_unit
 from jaxmed.nn.model import make_model
+from jaxmed.physics.acquisition import check_voxels
 from jaxmed.physics.microstructure import MicrostructureModel, Parameter, ball_and_stick_model, noddi_model
 from jaxmed.physics.noddi import Tissue, order_for
-from jaxmed.systems.noddi.table import Table
+from jaxmed.systems.noddi.protocol import read_mask
 from jaxmed.train.checkpoint import export_parameters
+from jaxmed.versions import software_name
+from jaxmed.volume import Volume
 
 CHUNK = 16384
-"""Voxels of one compiled call: activations of 256 numbers stay in 16 MB."""
+"""Voxels of one call, compiled or of ONNX Runtime: activations of 256 numbers stay in 16 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +82,12 @@ class Output:
         """Describe a model's parameter."""
         return cls(parameter.name, parameter.definition, parameter.unit, parameter.bounds)
 
+    @property
+    def quantity(self) -> Quantity:
+        """What DICOM headers say of it."""
+        label = self.name.upper() if len(self.name) == 3 else self.name
+        return Quantity(label, self.definition, self.unit, self.bounds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
@@ -97,6 +114,15 @@ class Description:
         """Names of the maps."""
         return tuple(output.name for output in self.outputs)
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the maps rest on, for sidecars."""
+        forward = self.forward
+        found: dict[str, Any] = {"model": forward.kind, "labels": self.labels, "training_snr": self.snr}
+        if forward.kind == "noddi":
+            found |= forward.tissue.constants() | {"extra_cellular": forward.extra_cellular}
+        return found | {"protocol": self.table.hash}
+
 
 class Network(NamedTuple):
     """A network and what it is.
@@ -108,6 +134,21 @@ class Network(NamedTuple):
 
     params: Params
     description: Description
+
+    @property
+    def table(self) -> Table:
+        """Protocol that it belongs to."""
+        return self.description.table
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """Its maps."""
+        return self.description.outputs
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the maps rest on."""
+        return self.description.constants
 
 
 def normalise(
@@ -144,7 +185,7 @@ def predict(network: Network, signals: Float[np.ndarray | Array, "voxel image"])
     """Estimate the parameters of many voxels.
 
     Args:
-        network: Of this protocol, in its order: see `jaxmed.systems.noddi.table.match_table`.
+        network: Of this protocol, in its order: see `jaxmed.io.gradient_match.match_table`.
         signals: Magnitudes, not normalised.
 
     Returns:
@@ -217,7 +258,89 @@ def _check_shapes(folder: Path, params: Params, description: Description) -> Non
         raise InputError(folder, f"parameters of shapes {wanted}", f"{found}", "the files belong to two networks")
 
 
-def graph_metadata(description: Description, software: str) -> dict[str, str]:
+def make_maps(
+    values: Float32[np.ndarray, "voxel output"], scan: "Signals", outputs: tuple[Output, ...]
+) -> dict[str, Volume]:
+    """Put the voxels of a scan back into volumes by name, 0 outside the mask."""
+    return {
+        output.name: Volume.make(fill_mask(values[:, column], scan.mask), scan.dwi.affine)
+        for column, output in enumerate(outputs)
+    }
+
+
+def write_maps(folder: Path, maps: Mapping[str, Volume], network: "Network | Deployed", reference: Path) -> None:
+    """Write maps as NIfTI on the grid of the scan, each with a sidecar."""
+    for output in network.outputs:
+        said = output.definition, output.unit, network.constants
+        write_map(folder, output.name, maps[output.name], *said, reference=reference)
+
+
+class Deployed(NamedTuple):
+    """A network that only ONNX Runtime knows how to run; it says as much about itself as a `Network`.
+
+    Attributes:
+        session: The runtime's.
+        table: Protocol that it belongs to.
+        outputs: Its maps.
+        constants: What they rest on.
+    """
+
+    session: onnx.Session
+    table: Table
+    outputs: tuple[Output, ...]
+    constants: dict
+
+
+def export_onnx(path: Path, network: Network) -> None:
+    """Write a network as ONNX: normalisation by the mean unweighted signal inside, its protocol in the metadata."""
+    description = network.description
+    low, span = ranges(description.outputs)
+    is_b0 = description.table.is_b0
+    graph = onnx.Graph(
+        layers(network.params),
+        description.shape.activation,
+        description.shape.head,
+        np.flatnonzero(is_b0).tolist(),
+        np.flatnonzero(~is_b0).tolist(),
+        low.tolist(),
+        span.tolist(),
+    )
+    onnx.write(path, graph, _graph_metadata(description))
+
+
+def load_onnx(path: Path, threads: int = 0) -> Deployed:
+    """Open an exported network.
+
+    Raises:
+        InputError: It is none, or says too little about itself.
+    """
+    session = onnx.load(path, threads)
+    found = session.metadata
+    try:
+        record = {name: json.loads(found[name]) for name in ("bvals", "bvecs", "b0_threshold")}
+        columns = [json.loads(found[name]) for name in ("parameters", "definitions", "units", "bounds")]
+        constants = json.loads(found["constants"])
+        names = ("name", "definition", "unit", "bounds")
+        outputs = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    except (KeyError, ValueError) as error:
+        advice = "export it with jaxmed noddi export"
+        raise InputError(path, "a network that names its protocol", f"metadata without it ({error})", advice) from error
+    table = from_record(Table, record, str(path))
+    if table.hash != found.get("protocol_hash"):
+        raise InputError(path, "the table that its hash names", "another", "export the network again")
+    if len(table.bvals) != session.images:
+        raise InputError(path, f"{session.images} rows in its table", len(table.bvals), "export the network again")
+    return Deployed(session, table, tuple(from_record(Output, output, str(path)) for output in outputs), constants)
+
+
+def run_onnx(deployed: Deployed, signals: Float[np.ndarray, "voxel image"]) -> Float32[np.ndarray, "voxel output"]:
+    """Estimate the parameters of many voxels; blocks keep the activations in the processor's cache."""
+    starts = range(0, len(signals), CHUNK)
+    parts = [deployed.session.run(signals[start : start + CHUNK]) for start in starts]
+    return np.concatenate(parts) if parts else np.zeros((0, len(deployed.outputs)), np.float32)
+
+
+def _graph_metadata(description: Description) -> dict[str, str]:
     """Return what an exported network says about itself: strings, lists and tables as JSON."""
     table = description.table
     return {
@@ -230,22 +353,50 @@ def graph_metadata(description: Description, software: str) -> dict[str, str]:
         "definitions": json.dumps([output.definition for output in description.outputs]),
         "units": json.dumps([output.unit for output in description.outputs]),
         "bounds": json.dumps([output.bounds for output in description.outputs]),
-        "constants": json.dumps(constants(description)),
-        "software": software,
+        "constants": json.dumps(description.constants),
+        "software": software_name(),
     }
 
 
-def constants(description: Description) -> dict[str, Any]:
-    """Return the constants that the maps rest on, for sidecars."""
-    forward = description.forward
-    found: dict[str, Any] = {"model": forward.kind, "labels": description.labels, "training_snr": description.snr}
-    if forward.kind == "noddi":
-        found["parallel_diffusivity_um2_per_ms"] = forward.tissue.parallel_diffusivity
-        found["free_diffusivity_um2_per_ms"] = forward.tissue.free_diffusivity
-        found["extra_cellular"] = forward.extra_cellular
-    return found | {"protocol": description.table.hash}
+class Signals(NamedTuple):
+    """A checked scan of a network's protocol.
+
+    Attributes:
+        path: Of the scan.
+        dwi: The 4D scan.
+        mask: Voxels inside whose values are all finite.
+        signals: Magnitudes of those voxels, images in the network's order.
+        notes: What a reader of the maps should know, one sentence each.
+    """
+
+    path: Path
+    dwi: Volume
+    mask: Bool[np.ndarray, "x y z"]
+    signals: Float32[np.ndarray, "voxel image"]
+    notes: list[str]
 
 
-def network_layers(network: Network) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return kernels and biases on the host."""
-    return [(np.asarray(kernel), np.asarray(bias)) for kernel, bias in layers(network.params)]
+def read_signals(dwi: Path | None, bvals: Path | None, bvecs: Path | None, mask: Path | None, table: Table) -> Signals:
+    """Read a scan of a network's protocol.
+
+    Args:
+        dwi: 4D NIfTI file of magnitudes.
+        bvals: Its b-values.
+        bvecs: Its directions.
+        mask: NIfTI file on its grid; None for the bright unweighted voxels.
+        table: The protocol that it must have, in whatever order.
+
+    Raises:
+        InputError: For whatever a user can have wrong in these files.
+    """
+    dwi, bvals, bvecs = require_given(dwi, "dwi"), require_given(bvals, "bvals"), require_given(bvecs, "bvecs")
+    gradients = read_gradients(bvals, bvecs, b0_threshold=table.b0_threshold, num_images=count_images(dwi))
+    match = match_table(table, gradients.bvals, gradients.bvecs, bvals)
+    volume = read_magnitudes(dwi)
+    notes = [*gradients.notes, *match.notes]
+    b0 = volume.array[..., match.order[table.is_b0]].mean(axis=-1)
+    inside = read_mask(mask, volume, dwi, b0, notes)
+    signals = volume.array[inside][:, match.order]
+    finite = check_voxels(signals, table.is_b0, dwi, notes, left_out="their maps are 0, and map 'mask' leaves them out")
+    inside[inside] = finite
+    return Signals(dwi, volume, inside, signals[finite], notes)

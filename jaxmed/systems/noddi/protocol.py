@@ -1,4 +1,4 @@
-"""A gradient table prepared for fitting: everything that does not depend on the data, integrated in float64.
+"""How voxels are fitted, and a gradient table prepared for it: all that does not depend on the data, in float64.
 
 The series of the stick signal in Legendre polynomials of the cosine c is a polynomial in u = 2 c^2 - 1 of half the
 degree. Rows of one b-value share its coefficients, which are a small matrix times the Watson moments of a voxel; what
@@ -8,17 +8,38 @@ Angles between gradients and fibres depend on the voxel, coefficients do not: ro
 rows of a scan whose gradients vary over space, carry their own coefficients.
 """
 
+import dataclasses
 import itertools
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmed.arrays.foreground import find_foreground
+from jaxmed.config import NonNegative, Positive, Size, checked
+from jaxmed.errors import InputError
+from jaxmed.files import require_given
+from jaxmed.io import masks
+from jaxmed.io.gradients import GradientTable, read_gradients
 from jaxmed.physics import noddi
-from jaxmed.physics.acquisition import find_shells
-from jaxmed.systems.noddi.options import FitConfig
+from jaxmed.physics.acquisition import (
+    MIN_AXES,
+    MIN_BVAL_RATIO,
+    count_axes,
+    find_shells,
+    has_two_shells,
+    spans_tensors,
+)
+from jaxmed.physics.microstructure import MicrostructureModel, ball_and_stick_model, noddi_model
+from jaxmed.volume import Volume, require_same_grid
 
+Noise = Literal["gaussian", "rician"]
+HCP_THRESHOLD = 100.0
+"""What Human Connectome 7T scans want, whose unweighted images have b = 55 to 65."""
+NEARLY_UNWEIGHTED = 70.0
+"""Above it an image is weighted, if weakly."""
 TENSOR_MAX_BVAL = 1200.0
 """Largest b-value, in s/mm^2, at which a single tensor still describes tissue."""
 MAX_GROUPS = 4
@@ -30,6 +51,58 @@ GRID_KAPPA = (0.25, 1.0, 2.0, 3.5, 6.0, 10.0, 18.0, 36.0)
 GRID_NDI = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
 GRID_DEGREE = 6
 """Of the polynomials in u that the grid search uses: signals to 2e-3 at b = 3000, below the noise of any scan."""
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class FitConfig:
+    """How voxels are fitted.
+
+    Attributes:
+        model: NODDI, or one stick in a ball.
+        tissue: Diffusivities that NODDI fixes.
+        order: Highest Legendre order of NODDI's series, even; None takes 16, or 24 where b exceeds 5000 s/mm^2.
+        extra_cellular: NODDI's space outside neurites: "averaged_tensor" as in the original toolbox and AMICO, or
+            "convolved" as in dmipy.
+        dot: Add water that does not move to NODDI, for fixed tissue.
+        s0: "mean" divides by the mean unweighted signal; "free" fits it, which counts unweighted images as data.
+        b0_threshold: b-values up to this, in s/mm^2, count as unweighted. Take 100 for HCP 7T (b = 55 to 65).
+        max_iterations: Most Levenberg-Marquardt iterations of one ascent.
+        damping: First damping, relative to the diagonal of the normal matrix.
+        cost_tolerance: A voxel is done when the next step promises to lower its cost by less than this fraction:
+            1e-6 of a likelihood over a hundred images moves a parameter by a hundredth of its standard error.
+        restart_margin: Ascend from the grid's second valley too where its squares exceed those of the first by less
+            than this fraction, and keep the better end; 0 never does.
+        chunk_size: Voxels that one compiled call takes. 2048 keeps the work of a chunk in a CPU's cache; take 65536 on
+            an accelerator. None chooses by the device.
+    """
+
+    model: Literal["noddi", "ball-and-stick"] = "noddi"
+    tissue: noddi.Tissue = dataclasses.field(default_factory=noddi.Tissue)
+    order: int | None = None
+    extra_cellular: noddi.ExtraCellular = "averaged_tensor"
+    dot: bool = False
+    s0: Literal["mean", "free"] = "mean"
+    b0_threshold: NonNegative = 50.0
+    max_iterations: Size = 60
+    damping: Positive = 1e-2
+    cost_tolerance: Positive = 1e-6
+    restart_margin: NonNegative = 0.1
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.order is not None and (self.order < 4 or self.order % 2 or self.order > 32):
+            raise ValueError(f"order: expected an even number from 4 to 32, found {self.order}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size: expected 1 or more, found {self.chunk_size}")
+        if self.model != "noddi" and (self.dot or self.extra_cellular != "averaged_tensor"):
+            raise ValueError(f"model: expected noddi with dot or extra_cellular, found {self.model}")
+
+    def build_model(self) -> MicrostructureModel:
+        """Return the forward model; its order is that of the tables, not of this record."""
+        if self.model == "ball-and-stick":
+            return ball_and_stick_model()
+        return noddi_model(self.tissue, self.order or 16, self.extra_cellular, self.dot)
 
 
 class Group(NamedTuple):
@@ -257,3 +330,108 @@ def tensor_rows(bvals: np.ndarray, design: np.ndarray, b0_threshold: float) -> n
         if rows.sum() >= 7 and np.linalg.matrix_rank(design[rows], tol=1e-3) == 7:
             return rows.astype(float)
     return np.ones(len(bvals))
+
+
+def check_protocol(
+    gradients: GradientTable, where: object, b0_threshold: float, *, needs_two_shells: bool = True
+) -> list[str]:
+    """Refuse tables that cannot be fitted or trained for, and return notes on the others.
+
+    Args:
+        gradients: A checked table.
+        where: The file or argument that messages name.
+        b0_threshold: Rows up to this b-value are unweighted.
+        needs_two_shells: Whether one shell is refused: NODDI of one shell looks like maps and means nothing.
+
+    Raises:
+        InputError: Nothing is unweighted, directions repeat a few axes or lie on a plane, or there is one shell only.
+    """
+    bvals = gradients.bvals
+    is_weighted = bvals > b0_threshold
+    if is_weighted.all():
+        lowest = float(bvals.min())
+        advice = "raise the b0-threshold if these images are meant as b = 0"
+        if lowest <= HCP_THRESHOLD:
+            advice = f"--fit.b0-threshold {HCP_THRESHOLD:g} takes them as unweighted, as HCP 7T scans want"
+        expected = f"an unweighted image (b <= {b0_threshold:g} s/mm^2)"
+        raise InputError(where, expected, f"a smallest b-value of {lowest:g}", advice)
+    weighted, directions = bvals[is_weighted], gradients.bvecs[is_weighted]
+    if not spans_tensors(directions):
+        axes = count_axes(directions)
+        found = f"{len(directions)} images on {axes} different axes" if axes < MIN_AXES else "axes on a plane or line"
+        raise InputError(where, f"weighted images in {MIN_AXES} or more different directions", found)
+    if needs_two_shells and not has_two_shells(weighted, directions):
+        _refuse_one_shell(where, weighted, directions)
+    return _protocol_notes(bvals, b0_threshold)
+
+
+def _refuse_one_shell(where: object, bvals: np.ndarray, bvecs: np.ndarray) -> None:
+    shells = find_shells(bvals, b0_threshold=-1.0)
+    found = f"one at b = {shells[0].bval:.0f} s/mm^2"
+    if len(shells) > 1:
+        axes = [count_axes(bvecs[list(shell.rows)]) for shell in shells]
+        counts = [f"{count} at b = {shell.bval:.0f}" for count, shell in zip(axes, shells, strict=True)]
+        found = (
+            f"axes: {', '.join(counts)}, where a shell has {MIN_AXES} axes of its own and {MIN_BVAL_RATIO:g} times the "
+        )
+        found += "b of the one below"
+    advice = "one shell cannot tell neurite density from free water, so its maps mean nothing; "
+    advice += "--allow-single-shell (allow_single_shell=True in Python) takes it anyway"
+    raise InputError(where, "two or more weighted shells", found, advice)
+
+
+def _protocol_notes(bvals: np.ndarray, b0_threshold: float) -> list[str]:
+    notes = []
+    weighted = np.unique(bvals[bvals > b0_threshold])
+    shells = [bvals[list(shell.rows)] for shell in find_shells(bvals, b0_threshold)[1:]]
+    if len(weighted) > len(shells):
+        ranges = ", ".join(f"{min(b):g}" + (f" to {max(b):g}" if np.ptp(b) > 0 else "") for b in shells)
+        notes.append(
+            f"{len(weighted)} different b-values make {len(shells)} shell(s) ({ranges} s/mm^2): shells are for checks "
+            "and tables, every image was fitted at its own b-value."
+        )
+    nearly = (bvals > b0_threshold) & (bvals <= NEARLY_UNWEIGHTED)
+    if nearly.any():
+        notes.append(
+            f"{int(nearly.sum())} image(s) at b = {bvals[nearly].min():g} to {bvals[nearly].max():g} count as "
+            f"weighted; --fit.b0-threshold {HCP_THRESHOLD:g} takes them as unweighted, as HCP 7T scans want."
+        )
+    return notes
+
+
+def read_table(
+    bvals: Path | None, bvecs: Path | None, b0_threshold: float, *, needs_two_shells: bool = True
+) -> GradientTable:
+    """Read a gradient table and check that it can be fitted or trained for; see `check_protocol`.
+
+    Raises:
+        InputError: It is missing or wrong.
+    """
+    bvals, bvecs = require_given(bvals, "bvals"), require_given(bvecs, "bvecs")
+    table = read_gradients(bvals, bvecs, b0_threshold=b0_threshold)
+    return check_table(table, bvals, b0_threshold, needs_two_shells=needs_two_shells)
+
+
+def check_table(table: GradientTable, where: object, b0_threshold: float, *, needs_two_shells: bool) -> GradientTable:
+    """Return a table with the notes of `check_protocol` added."""
+    notes = check_protocol(table, where, b0_threshold, needs_two_shells=needs_two_shells)
+    return table._replace(notes=(*table.notes, *notes))
+
+
+def read_mask(path: Path | None, dwi: Volume, dwi_path: Path, b0: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Read a mask on the grid of a scan, or find the bright region.
+
+    Raises:
+        InputError: The mask is on another grid, or empty.
+    """
+    if path is None:
+        mask = find_foreground(b0)
+        notes.append(f"No mask was given: {int(mask.sum()):,} voxels of bright unweighted signal were taken.")
+        return mask
+    mask, grid = masks.read_mask(path, allow_labels=True)
+    if grid is None:
+        raise InputError(path, "a mask as NIfTI, on the grid of the scan", "a picture or an array", "convert it")
+    require_same_grid(grid, dwi, str(path), str(dwi_path))
+    if not mask.any():
+        raise InputError(path, "a mask with voxels inside", "zeros only", "check the mask")
+    return mask

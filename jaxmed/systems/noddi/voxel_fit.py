@@ -2,6 +2,11 @@
 
 `fitting.py` is the driver that takes a scan through them chunk by chunk.
 
+The initial guess takes its direction from a diffusion tensor and its parameters from a grid. NODDI's grid is a handful
+of matrix products: at a known direction every candidate is a short Chebyshev series in u = 2 c^2 - 1, so its squared
+distance to the data needs only sums of the data times the polynomials over each shell, and sums of the polynomials: no
+candidate is evaluated in any row.
+
 Sources: the three steps follow cuDIMOT (Hernandez-Fernandez et al., NeuroImage 2019): a tensor for the direction, a
 grid, then Levenberg-Marquardt, here for many voxels at once and on the exact Rician likelihood (`likelihood.py`).
 
@@ -10,23 +15,53 @@ them through a sigmoid: the signal is nearly linear in them, so fewer steps are 
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxmed.physics.microstructure import MicrostructureModel
-from jaxmed.solvers.least_squares import lm_init, lm_run, solve_positive
-from jaxmed.systems.noddi.chunks import Climb, Voxels
-from jaxmed.systems.noddi.derivatives import Forward, Point, model_forward, noddi_forward, tangent_frame
-from jaxmed.systems.noddi.estimates import FLAGS, Estimates, Maps, name_maps
-from jaxmed.systems.noddi.likelihood import describe_optimum, make_surface
-from jaxmed.systems.noddi.options import SIGMA_FLOOR, FitConfig, Noise
-from jaxmed.systems.noddi.protocol import Protocol
-from jaxmed.systems.noddi.start import fit_tensor, search_grid, search_model
+from jaxmed.physics.microstructure import MicrostructureModel, tangent_frame
+from jaxmed.physics.noddi import kappa_to_odi
+from jaxmed.physics.rician import SIGMA_FLOOR
+from jaxmed.solvers.least_squares import LmState, lm_init, lm_run, solve_positive, weighted_linear
+from jaxmed.solvers.symmetric import eigh_3x3
+from jaxmed.systems.noddi.likelihood import (
+    Forward,
+    Point,
+    describe_optimum,
+    make_surface,
+    model_forward,
+    noddi_forward,
+)
+from jaxmed.systems.noddi.protocol import GRID_DEGREE, GRID_KAPPA, GRID_NDI, FitConfig, Noise, Protocol
 
+FLAGS = {
+    "not_converged": 1,
+    "at_bound": 2,
+    "ndi_undefined": 4,
+    "odi_undefined": 8,
+    "direction_undefined": 16,
+    "no_signal": 32,
+    "not_finite": 64,
+    "misfit": 128,
+}
+"""Bits of the flags map."""
+FLAG_DEFINITIONS = {
+    "not_converged": "the tolerance was not met within the iterations",
+    "at_bound": "a parameter lies on a bound of its range",
+    "ndi_undefined": "free water fraction above 0.9, or a standard error of ndi as wide as not knowing it",
+    "odi_undefined": "a standard error of odi as wide as not knowing it, or ndi below two of its own",
+    "direction_undefined": "a cone of uncertainty wider than 45 degrees, or ndi below two of its standard errors",
+    "no_signal": "mean unweighted signal not above 0, or another more than ten times as large; not fitted",
+    "not_finite": "NaN or Inf in the input; not fitted",
+    "misfit": "a residual above three times the noise: the model does not make this signal",
+}
+MARGIN = 0.02
+"""Starts keep this distance from a bound, as a share of the range: at it, some derivatives vanish."""
+DOT_START = 0.05
 STEPS = 7
 """Iterations between looks at who is done, the first of which evaluates the start: half of all voxels need no more."""
 MAX_RELATIVE = 10.0
@@ -42,6 +77,104 @@ DETECTED = 2.0
 """Standard errors that ndi must exceed, or there may be no neurites to have a direction: noise alone makes some."""
 
 
+class Estimates(NamedTuple):
+    """What a fit of any model returns for each voxel, on the host; zero where a voxel was not fitted.
+
+    Attributes:
+        values: Parameters, in the model's order.
+        errors: Their standard errors (Laplace), at most the width of their range.
+        direction: Fibre direction in the frame of the gradient table, unit length, sign arbitrary.
+        direction_error: Root mean square angle of its cone of uncertainty, in degrees.
+        s0: Unweighted signal, in the unit of the input: the mean, or fitted.
+        residual: Root mean squared residual over the fitted rows divided by s0 (NRMSE).
+        mean_diffusivity: Of the diffusion tensor, in um^2/ms.
+        fractional_anisotropy: Of the diffusion tensor.
+        iterations: Levenberg-Marquardt iterations of the ascent that won.
+        flags: Sum of `FLAGS`.
+        fitted: False outside the mask, where the unweighted signal is not positive, and where the input is not finite.
+    """
+
+    values: Float[np.ndarray, "*voxel parameter"]
+    errors: Float[np.ndarray, "*voxel parameter"]
+    direction: Float[np.ndarray, "*voxel 3"]
+    direction_error: Float[np.ndarray, "*voxel"]
+    s0: Float[np.ndarray, "*voxel"]
+    residual: Float[np.ndarray, "*voxel"]
+    mean_diffusivity: Float[np.ndarray, "*voxel"]
+    fractional_anisotropy: Float[np.ndarray, "*voxel"]
+    iterations: Int[np.ndarray, "*voxel"]
+    flags: UInt8[np.ndarray, "*voxel"]
+    fitted: Bool[np.ndarray, "*voxel"]
+
+
+class Maps(NamedTuple):
+    """NODDI of each voxel by name; what is not described here is as in `Estimates`.
+
+    Attributes:
+        ndi: Neurite density index, the intra-cellular share of tissue water; meaningless where fwf is near 1.
+        odi: Orientation dispersion index.
+        fwf: Free water fraction.
+        ndi_error: Standard error of ndi, as those of odi, fwf and dot.
+        dot: Fraction of water that does not move; None unless it was fitted.
+        converged: Whether a tolerance was met.
+        notes: What was repaired in the gradient table, one sentence each.
+    """
+
+    ndi: Float[np.ndarray | Array, "*voxel"]
+    odi: Float[np.ndarray | Array, "*voxel"]
+    fwf: Float[np.ndarray | Array, "*voxel"]
+    direction: Float[np.ndarray | Array, "*voxel 3"]
+    ndi_error: Float[np.ndarray | Array, "*voxel"]
+    odi_error: Float[np.ndarray | Array, "*voxel"]
+    fwf_error: Float[np.ndarray | Array, "*voxel"]
+    direction_error: Float[np.ndarray | Array, "*voxel"]
+    dot: Float[np.ndarray | Array, "*voxel"] | None
+    dot_error: Float[np.ndarray | Array, "*voxel"] | None
+    s0: Float[np.ndarray | Array, "*voxel"]
+    residual: Float[np.ndarray | Array, "*voxel"]
+    mean_diffusivity: Float[np.ndarray | Array, "*voxel"]
+    fractional_anisotropy: Float[np.ndarray | Array, "*voxel"]
+    iterations: Int[np.ndarray | Array, "*voxel"]
+    flags: UInt8[np.ndarray | Array, "*voxel"]
+    converged: Bool[np.ndarray | Array, "*voxel"]
+    fitted: Bool[np.ndarray | Array, "*voxel"]
+    notes: tuple[str, ...]
+
+
+class Voxels(NamedTuple):
+    """Data of some voxels, voxel first, as scans are stored.
+
+    Attributes:
+        signals: Magnitudes.
+        sigma: Noise of each channel, in the same unit; 0 where not known.
+        gradient_map: Matrix that a voxel's gradients are multiplied by; None where all have the table's.
+    """
+
+    signals: Float[Array | np.ndarray, "voxel measurement"]
+    sigma: Float[Array | np.ndarray, " voxel"]
+    gradient_map: Float[Array | np.ndarray, "voxel 3 3"] | None
+
+    def take(self, index: np.ndarray) -> "Voxels":
+        """Return some of them."""
+        return jax.tree.map(lambda leaf: np.ascontiguousarray(leaf[index]), self)
+
+
+class Ascent(NamedTuple):
+    """State of a chunk between calls, voxel last.
+
+    Attributes:
+        state: Of the solver.
+        other: A second start.
+        tries_other: Whether it is worth an ascent.
+        tensor: What the maps want of the start: mean diffusivity and anisotropy.
+    """
+
+    state: LmState
+    other: Point
+    tries_other: Array | np.ndarray
+    tensor: Array | np.ndarray
+
+
 def fit_voxels(
     protocol: Protocol,
     signals: Float[Array | np.ndarray, "*voxel image"],
@@ -52,7 +185,7 @@ def fit_voxels(
 ) -> Maps:
     """Estimate NODDI parameters of a few voxels: what `fit` does, as a function that jit, vmap and grad go through.
 
-    Nothing is checked: `protocol` comes from `prepare`, whose table has passed `check_gradients`. All voxels climb
+    Nothing is checked: `protocol` comes from `prepare`, whose table has passed `check_gradients`. All voxels ascend
     until the last is done, so give thousands at most. Derivatives are those of the maximum itself (by the implicit
     function theorem, with the exact second derivatives of the likelihood), not of the steps that led there; a parameter
     on a bound stays there.
@@ -72,14 +205,14 @@ def fit_voxels(
         level,
         None if gradient_map is None else jnp.asarray(gradient_map, jnp.float32).reshape(-1, 3, 3),
     )
-    state = jax.lax.stop_gradient(_climb_twice(protocol, noise, config, jax.lax.stop_gradient(voxels)))
+    state = jax.lax.stop_gradient(_ascend_twice(protocol, noise, config, jax.lax.stop_gradient(voxels)))
     point = _differentiable(protocol, noise, config, voxels, state)
     rows = finish(protocol, noise, config, voxels, state._replace(state=state.state._replace(point=point)))
     return name_maps(jax.tree.map(lambda row: jnp.moveaxis(row, -1, 0).reshape(*shape, *row.shape[:-1]), rows))
 
 
-def _climb_twice(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels) -> Climb:
-    """Climb from the best cell of the grid and from its other valley at once, and keep the better end."""
+def _ascend_twice(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels) -> Ascent:
+    """Ascend from the best cell of the grid and from its other valley at once, and keep the better end."""
     first = begin(protocol, noise, config, voxels)
     twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), voxels)
     surface = _open(protocol, noise, config, twice)[-1]
@@ -92,10 +225,10 @@ def _climb_twice(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Vo
     return first._replace(state=jax.tree.map(lambda mine, theirs: jnp.where(wins, theirs, mine), one, other))
 
 
-def _differentiable(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels, climb: Climb) -> Point:
+def _differentiable(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels, ascent: Ascent) -> Point:
     """Return the maximum with the derivatives of its equation, gradient = 0, by the data."""
     surface = _open(protocol, noise, config, voxels)[-1]
-    point = climb.state.point
+    point = ascent.state.point
     zero = jnp.zeros((len(point.values) + 2, point.values.shape[1]))
 
     def slope(update):
@@ -155,8 +288,8 @@ def _open(protocol, noise, config, voxels):
 
 # Jitted here, so that repeated calls of `fit` compile once.
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def begin(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels) -> Climb:
-    """Return climbs at their start, and the second start of each where it is worth one."""
+def begin(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels) -> Ascent:
+    """Return ascents at their start, and the second start of each where it is worth one."""
     model, _, data, surface = _open(protocol, noise, config, voxels)
     tensor = fit_tensor(protocol, data.everything)
     weighted = data.everything[protocol.order]
@@ -168,26 +301,26 @@ def begin(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels) -
     state = state._replace(done=~data.fitted)
     margin = config.restart_margin * starts.squares
     summary = jnp.stack([tensor.mean_diffusivity, tensor.fractional_anisotropy])
-    return Climb(state, starts.other, data.fitted & (starts.gap < margin), summary)
+    return Ascent(state, starts.other, data.fitted & (starts.gap < margin), summary)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def advance(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels, climb: Climb) -> Climb:
-    """Take up to `STEPS` steps in every climb that is not done."""
+def advance(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels, ascent: Ascent) -> Ascent:
+    """Take up to `STEPS` steps in every ascent that is not done."""
     surface = _open(protocol, noise, config, voxels)[-1]
-    return climb._replace(state=lm_run(surface, climb.state, config.cost_tolerance, STEPS))
+    return ascent._replace(state=lm_run(surface, ascent.state, config.cost_tolerance, STEPS))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def finish(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels, climb: Climb) -> Estimates:
+def finish(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels, ascent: Ascent) -> Estimates:
     """Return what is said of each voxel, voxel last."""
     model, forward, data, _ = _open(protocol, noise, config, voxels)
-    point, number = climb.state.point, len(model.parameters)
+    point, number = ascent.state.point, len(model.parameters)
     known = data.precision if noise == "rician" else None
     optimum = describe_optimum(forward, noise, data.rows, known, point)
     # S0 over the mean of what counts as unweighted, which has fallen a little where its b-values are not 0.
     s0 = point.values[-1] if config.s0 == "free" else 1 / forward.unweighted(point)
-    settled = climb.state.done & jnp.isfinite(climb.state.at.cost)
+    settled = ascent.state.done & jnp.isfinite(ascent.state.at.cost)
     flags = _flags(model, settled, optimum, point.values)
     flags += jnp.where(_misfits(protocol, data, known, optimum.residual, len(forward.names) + 2), FLAGS["misfit"], 0)
     rows: dict[str, Any] = dict(
@@ -197,9 +330,9 @@ def finish(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels, 
         direction_error=optimum.direction_error,
         s0=data.s0 * s0,
         residual=optimum.residual / s0,
-        mean_diffusivity=climb.tensor[0],
-        fractional_anisotropy=climb.tensor[1],
-        iterations=climb.state.iterations.astype(jnp.int32),
+        mean_diffusivity=ascent.tensor[0],
+        fractional_anisotropy=ascent.tensor[1],
+        iterations=ascent.state.iterations.astype(jnp.int32),
         flags=flags,
         fitted=data.fitted,
     )
@@ -235,3 +368,167 @@ def _flags(model: MicrostructureModel, done, optimum, values):
         bits += jnp.where((error["odi"] > UNKNOWN) | bare, FLAGS["odi_undefined"], 0)
     bits += jnp.where(no_direction, FLAGS["direction_undefined"], 0)
     return bits
+
+
+def name_maps(rows: Estimates) -> Maps:
+    """Give NODDI's estimates their names."""
+    count = rows.values.shape[-1]
+    shared: dict[str, Any] = {name: getattr(rows, name) for name in Maps._fields if name in Estimates._fields}
+    named: dict[str, Any] = {
+        name + suffix: part[..., index] if index < count else None
+        for part, suffix in ((rows.values, ""), (rows.errors, "_error"))
+        for index, name in enumerate(("ndi", "odi", "fwf", "dot"))
+    }
+    converged = rows.fitted & (rows.flags & FLAGS["not_converged"] == 0)
+    return Maps(**shared, **named, converged=converged, notes=())
+
+
+class Tensor(NamedTuple):
+    """Summary of a diffusion tensor: principal direction, mean diffusivity in um^2/ms, fractional anisotropy."""
+
+    direction: Float[Array, "3 voxel"]
+    mean_diffusivity: Float[Array, " voxel"]
+    fractional_anisotropy: Float[Array, " voxel"]
+
+
+def fit_tensor(protocol: Protocol, measured: Float[Array, "measurement voxel"]) -> Tensor:
+    """Fit a diffusion tensor by log-linear least squares, weighted by the squared predicted signal.
+
+    Source: Basser et al., J. Magn. Reson. B 1994; Veraart et al., NeuroImage 2013 (the two passes).
+    """
+    log_signal = jnp.log(jnp.maximum(measured, 1e-3))
+    rows = protocol.tensor_rows[:, None]
+    weights = rows * jnp.maximum(measured, 1e-3) ** 2
+    for _ in range(2):
+        beta = weighted_linear(protocol.tensor_design, log_signal, weights, ridge=1e-6)
+        weights = rows * jnp.exp(2 * jnp.clip(protocol.tensor_design @ beta, -7.0, 1.0))
+    xx, yy, zz, xy, xz, yz = beta[:6]
+    matrix = jnp.stack([jnp.stack([xx, xy, xz]), jnp.stack([xy, yy, yz]), jnp.stack([xz, yz, zz])])
+    # A voxel of noise can give a tensor that is not finite; the rotations must not see it.
+    matrix = jnp.where(jnp.all(jnp.isfinite(matrix), axis=(0, 1)), matrix, jnp.eye(3)[:, :, None])
+    values, vectors = eigh_3x3(matrix)
+    values = jnp.maximum(values, 0.0)
+    mean = values.mean(axis=0)
+    spread = jnp.sum((values - mean) ** 2, axis=0)
+    anisotropy = jnp.sqrt(1.5 * spread / jnp.maximum(jnp.sum(values**2, axis=0), 1e-12))
+    return Tensor(vectors[:, 2], mean, anisotropy)
+
+
+class InitialGuess(NamedTuple):
+    """The best point of a grid, and the best of its other valleys.
+
+    Attributes:
+        best: Where the first ascent starts.
+        other: The lowest cell that is lower than its neighbours and is not the best one.
+        squares: Squared distance to the data at `best`.
+        gap: By how much it is larger at `other`; infinite where there is no other valley.
+    """
+
+    best: Point
+    other: Point
+    squares: Float[Array, " voxel"]
+    gap: Float[Array, " voxel"]
+
+
+def search_grid(
+    protocol: Protocol,
+    config: FitConfig,
+    measured: Float[Array, "row voxel"],
+    direction: Float[Array, "3 voxel"],
+) -> InitialGuess:
+    """Search a grid of (odi, ndi) at a known direction, with fwf solved exactly at each point.
+
+    The signal is linear in fwf, so its best value is a projection clipped to [0, 1].
+
+    Args:
+        protocol: Its `grid`.
+        config: Which NODDI the point is for; the grid itself knows neither dot nor s0.
+        measured: Weighted rows in the protocol's order, relative to S0.
+        direction: Of the fibre.
+    """
+    bvecs = jnp.concatenate([group.bvecs for group in protocol.groups])
+    cosine = sum(bvecs[:, axis : axis + 1] * direction[axis] for axis in range(3))
+    cost, fwf = _grid_costs(protocol, measured, 2 * cosine**2 - 1)
+    best = jnp.argmin(cost.reshape(-1, cost.shape[-1]), axis=0)
+    valleys = jnp.where(_is_valley(cost), cost, jnp.inf).reshape(-1, cost.shape[-1])
+    valleys = jnp.where(jnp.arange(len(valleys))[:, None] == best, jnp.inf, valleys)
+    other = jnp.argmin(valleys, axis=0)
+    flat_cost, flat_fwf = (part.reshape(-1, cost.shape[-1]) for part in (cost, fwf))
+
+    def point(cell):
+        ndi = jnp.asarray(GRID_NDI)[cell % len(GRID_NDI)]
+        odi = kappa_to_odi(jnp.asarray(GRID_KAPPA)[cell // len(GRID_NDI)])
+        chosen = jnp.take_along_axis(flat_fwf, cell[None], axis=0)[0]
+        values = [ndi, odi, jnp.clip(chosen, MARGIN, 1 - MARGIN)]
+        values += [jnp.full_like(ndi, DOT_START)] if config.dot else []
+        values += [jnp.ones_like(ndi)] if config.s0 == "free" else []
+        return Point(jnp.stack(values), direction)
+
+    squares = jnp.min(flat_cost, axis=0)
+    return InitialGuess(point(best), point(other), squares, jnp.min(valleys, axis=0) - squares)
+
+
+def _grid_costs(protocol, measured, u):
+    """Return the squared distance and fwf of every candidate, kappa x ndi x voxel."""
+    grid = protocol.grid
+    plain, with_data = [], []
+    previous, current = jnp.ones_like(u), u
+    for degree in range(2 * GRID_DEGREE + 1):
+        plain.append(grid.shells @ previous)
+        if degree <= GRID_DEGREE:
+            with_data.append(grid.shells @ (measured * previous))
+        previous, current = current, 2 * u * current - previous
+    sums, moments = jnp.stack(plain, axis=1), jnp.stack(with_data, axis=1)  # shell x degree x voxel
+    low = sums[:, : GRID_DEGREE + 1]
+    mm = jnp.sum(measured**2, axis=0)
+    mf = grid.free @ moments[:, 0]
+    ff = grid.free**2 @ sums[:, 0]
+    mt, tf, tt = (
+        jnp.einsum("csd,sdv->cv", table, part)
+        for table, part in ((grid.tissue, moments), (grid.times_free, low), (grid.squared, sums))
+    )
+    # Away from the data (m - t) and towards free water (f - t).
+    aa, at, towards = mm - 2 * mt + tt, mf - mt - tf + tt, ff - 2 * tf + tt
+    fwf = jnp.clip(at / jnp.maximum(towards, 1e-6), 0.0, 1.0)
+    cost = aa - 2 * fwf * at + fwf**2 * towards
+    shape = (len(GRID_KAPPA), len(GRID_NDI), -1)
+    return cost.reshape(shape), fwf.reshape(shape)
+
+
+def _is_valley(cost):
+    """Return where a cell is not above any of its four neighbours."""
+    found = jnp.ones(cost.shape, bool)
+    for axis in range(2):
+        for shift in (1, -1):
+            edge = jnp.full_like(jax.lax.slice_in_dim(cost, 0, 1, axis=axis), jnp.inf)
+            first, last = (edge, jax.lax.slice_in_dim(cost, 0, cost.shape[axis] - 1, axis=axis))
+            if shift < 0:
+                first, last = jax.lax.slice_in_dim(cost, 1, cost.shape[axis], axis=axis), edge
+            found &= cost <= jnp.concatenate([first, last], axis=axis)
+    return found
+
+
+def search_model(
+    protocol: Protocol,
+    model: MicrostructureModel,
+    config: FitConfig,
+    measured: Float[Array, "row voxel"],
+    direction: Float[Array, "3 voxel"],
+) -> InitialGuess:
+    """Try every combination of a model's starting values at a known direction."""
+    bvals, bvecs = protocol.bvals[protocol.order], protocol.bvecs[protocol.order]
+    candidates = jnp.array(list(itertools.product(*(parameter.starts for parameter in model.parameters))))
+    count = measured.shape[1]
+
+    def attempt(best, values):
+        predicted = model.signal(jnp.broadcast_to(values, (count, len(values))), direction.T, bvals, bvecs).T
+        cost = jnp.sum((predicted - measured) ** 2, axis=0)
+        better = cost < best[0]
+        return (jnp.where(better, cost, best[0]), jnp.where(better, values[:, None], best[1])), None
+
+    start = (jnp.full(count, jnp.inf), jnp.zeros((candidates.shape[1], count)))
+    (squares, values), _ = jax.lax.scan(attempt, start, candidates)
+    if config.s0 == "free":
+        values = jnp.concatenate([values, jnp.ones((1, count))])
+    point = Point(values, direction)
+    return InitialGuess(point, point, squares, jnp.full(count, jnp.inf))

@@ -1,50 +1,60 @@
-"""Stage `jaxmed noddi evaluate`: bias, spread and error of networks and fits against the Cramer-Rao bound."""
+"""Stage `jaxmed noddi evaluate`: bias, spread and error of networks and fits against the Cramer-Rao bound.
+
+An estimator is a function of simulated voxels; networks and fits are scored on the same noise. Beside them stands the
+bound of the Rician likelihood: no unbiased estimator has a smaller spread, and a biased one may.
+
+Source: the sister study on training labels (a 10 x 10 x 10 grid, 500 repetitions).
+"""
 
 import contextlib
-import csv
 import dataclasses
-import io
-import shlex
-import time
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key
 
-from jaxmed.config import NonNegative, Positive, Seed, Size, checked
+from jaxmed.config import NonNegative, Positive, Seed, Size, checked, to_record
 from jaxmed.errors import InputError
-from jaxmed.files import write_text
+from jaxmed.io import amico
+from jaxmed.io.gradient_match import Table, match_table
 from jaxmed.io.numpy_files import write_npz
-from jaxmed.models.mlp import MlpConfig
-from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.physics.microstructure import MicrostructureModel
-from jaxmed.systems.noddi import amico
-from jaxmed.systems.noddi.evaluate_page import write_page
-from jaxmed.systems.noddi.evaluation import (
-    Estimator,
+from jaxmed.io.tables import write_table
+from jaxmed.metrics.recovery import (
+    DEFINED,
     Scores,
-    average_bound,
+    bias_curve,
     correlation,
-    estimate,
-    fit_estimator,
     make_grid,
-    names_of,
-    network_estimator,
     score,
     shrinkage,
     summarise,
 )
-from jaxmed.systems.noddi.network import ForwardConfig, Network, load
-from jaxmed.systems.noddi.reading import read_table
-from jaxmed.systems.noddi.table import Table, match_table
-from jaxmed.systems.noddi.training import TrainConfig, train
+from jaxmed.physics.acquisition import add_rician_noise, two_shell_protocol
+from jaxmed.physics.cramer_rao import cramer_rao
+from jaxmed.physics.microstructure import MicrostructureModel, Simulated, draw_directions
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import curves
+from jaxmed.report.page import Figure, Section, Text
+from jaxmed.report.page import Table as PageTable
+from jaxmed.report.parameter_maps import map_label
+from jaxmed.systems.noddi.network import ForwardConfig, Network, load, predict
+from jaxmed.systems.noddi.protocol import read_table
+from jaxmed.systems.noddi.training import TINY, LabelStart, fit_labels, train
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.train.run_folder import RunFolder
 
+Estimator = Callable[[Simulated], np.ndarray]
+BLOCK = 8192
+BOUND_DIRECTIONS = 16
+"""Fibre directions over which the bound is averaged."""
 BOUND = "Cramer-Rao bound"
+SHOWN_SNR = 20.0
+"""Noise level of the curves over the truth; the nearest one there is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +73,8 @@ class Config:
         points: Values of each parameter; the grid holds all combinations.
         repeats: Noise repetitions of each point.
         snr: Signal-to-noise ratios at b = 0.
-        embedded: Train two tiny networks, on true and on fitted labels, where neither networks nor files are given.
-        seed: Of directions and noise.
+        synthetic: Train two tiny networks, on true and on fitted labels, where neither networks nor files are given.
+        seed: Seed of directions and noise.
     """
 
     weights: tuple[Path, ...] = ()
@@ -77,7 +87,7 @@ class Config:
     points: Size = 10
     repeats: Size = 500
     snr: tuple[Positive, ...] = (10.0, 15.0, 20.0, 30.0, 50.0)
-    embedded: bool = False
+    synthetic: bool = False
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -99,80 +109,122 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """Your networks, or two tiny ones, on a coarse grid, in seconds."""
-    return Config(embedded=True, points=4, repeats=8, snr=(15.0, 30.0))
+    return Config(synthetic=True, points=4, repeats=8, snr=(15.0, 30.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Scores of one estimator, or of the bound, for one parameter at one noise level; see `metrics.recovery`."""
+
+    snr: float
+    estimator: str
+    parameter: str
+    bias: float
+    absolute_bias: float
+    sd: float
+    median_sd: float
+    rmse: float
+    slope: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Pearson's correlation of an estimator with the fit of the same voxels."""
+
+    snr: float
+    estimator: str
+    parameter: str
+    correlation: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What an evaluation found.
+
+    Attributes:
+        rows: One per noise level, estimator and parameter; the bound has rows of its own.
+        agreement: Of each estimator with the fit.
+        estimators: Their names, without the bound.
+        parameters: Unit of each parameter.
+        points: Of the grid.
+        model: Which one.
+        images: Of the protocol.
+        protocol: Hash of the table.
+    """
+
+    rows: tuple[Row, ...]
+    agreement: tuple[Agreement, ...]
+    estimators: tuple[str, ...]
+    parameters: dict[str, str]
+    points: int
+    model: str
+    images: int
+    protocol: str
 
 
 def run(config: Config, folder: RunFolder) -> None:
     """Read the networks, score them and the fit, compute the bound, write tables and the report."""
-    began = time.monotonic()
-    if config.embedded and not config.weights and config.bvals is None and config.bvecs is None:
-        start(folder)
-        log = Log(folder.path, folder.options.quiet)
-        networks = train_embedded(config.seed, log)
-        table, forward = networks[0].description.table, networks[0].description.forward
+    clock = Clock()
+    if config.synthetic and not config.weights and config.bvals is None and config.bvecs is None:
+        log = begin(folder)
+        networks = train_tiny(config.seed, log)
+        table, forward = networks[0].table, networks[0].description.forward
     else:
         networks = [load(path) for path in config.weights]
         table, forward = read_protocol(config, networks)
-        start(folder)
-        log = Log(folder.path, folder.options.quiet)
+        log = begin(folder)
     model = forward.build(np.array(table.bvals))
-    estimators: dict[str, Estimator] = {}
-    if config.fit:
-        estimators["MLE"] = fit_estimator(forward, table)
+    estimators: dict[str, Estimator] = {"MLE": fit_estimator(forward, table)} if config.fit else {}
     paths = config.weights or ("weights",) * len(networks)
     for name, one, path in zip(names_of(networks), networks, paths, strict=True):
         estimators[name] = network_estimator(one, table, path)
-    grid = make_grid(model, config.points)
+    grid = make_grid([parameter.draw for parameter in model.parameters], config.points)
     weight = np.asarray(model.relevance(jnp.asarray(grid, jnp.float32)))
     with contextlib.ExitStack() as kept:
         if config.amico and forward.kind == "noddi":
             if amico.is_installed():
-                estimators["AMICO"] = kept.enter_context(amico.amico_estimator(table, forward.tissue))
+                tissue = forward.tissue
+                opened = amico.open_amico(table, tissue.parallel_diffusivity, tissue.free_diffusivity)
+                by_amico = kept.enter_context(opened)
+                estimators["AMICO"] = lambda voxels: by_amico(np.asarray(voxels.signals))
             else:
                 log.say("AMICO is not installed (pip install dmri-amico): it is not among the estimators.")
         estimates, bounds = estimate_all(config, model, table, estimators, grid, log)
     scores = {snr: {name: score(one, grid) for name, one in found.items()} for snr, found in estimates.items()}
     rows = tabulate(model, scores, bounds, grid, weight)
-    write_rows(folder.outputs / "scores.csv", rows)
-    save_scores(folder.outputs / "scores.npz", scores, bounds, grid, weight)
-    summary = {
-        "rows": rows,
-        "estimators": list(estimators),
-        "parameters": [
-            {"name": parameter.name, "unit": parameter.unit, "range": parameter.draw} for parameter in model.parameters
-        ],
-        "snr": list(config.snr),
-        "agreement": compare(model, estimates, weight) if config.fit else [],
-        "points": len(grid),
-        "model": model.name,
-        "images": len(table.bvals),
-        "protocol": table.hash,
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed noddi evaluate --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"in all, compilation included": time.monotonic() - began},
+    records = [to_record(row) for row in rows]
+    write_table(folder.outputs / "scores.csv", tuple(records[0]), records)
+    # Arrays snr x estimator x point x parameter.
+    kept_scores = {
+        name: np.stack([np.stack([getattr(one, name) for one in found.values()]) for found in scores.values()])
+        for name in Scores._fields
     }
-    write_summary(folder, summary)
+    stacked = {"grid": grid, "weight": weight, "bound": np.stack(list(bounds.values())), **kept_scores}
+    write_npz(folder.outputs / "scores.npz", stacked)
     for number, snr in enumerate(config.snr):
-        found = [row for row in rows if row["snr"] == snr and row["estimator"] != BOUND]
-        log.metrics(
-            number, {"snr": snr} | {f"{row['estimator']}/{row['parameter']}/rmse": row["rmse"] for row in found}
-        )
-    write_page(folder.path)
+        found = [row for row in rows if row.snr == snr and row.estimator != BOUND]
+        log.metrics(number, {"snr": snr} | {f"{row.estimator}/{row.parameter}/rmse": row.rmse for row in found})
+    clock.lap("in all, compilation included")
+    summary = Summary(
+        rows=tuple(rows),
+        agreement=compare(model, estimates, weight) if config.fit else (),
+        estimators=tuple(estimators),
+        parameters={parameter.name: parameter.unit for parameter in model.parameters},
+        points=len(grid),
+        model=model.name,
+        images=len(table.bvals),
+        protocol=table.hash,
+    )
+    finish(folder, config, summary, clock, page)
 
 
-report = write_page
-
-
-def train_embedded(seed: int, log: Log) -> list[Network]:
+def train_tiny(seed: int, log: Log) -> list[Network]:
     """Train two tiny networks that differ in their labels alone."""
-    bvals, bvecs = two_shell_protocol()
-    shape = MlpConfig(width=48)
-    settings = TrainConfig(network=shape, signals=8192, held_out=2048, epochs=20, batch_size=128, restarts=1)
     networks = []
     for labels in ("mle", "gt"):
         log.say(f"Training a tiny network with labels '{labels}'.")
-        one = dataclasses.replace(settings, labels=labels)
-        networks.append(train(jax.random.key(seed), bvals, bvecs, one).network)
+        settings = dataclasses.replace(TINY, labels=labels)
+        networks.append(train(jax.random.key(seed), *two_shell_protocol(), settings).network)
     return networks
 
 
@@ -201,45 +253,138 @@ def estimate_all(
     config: Config,
     model: MicrostructureModel,
     table: Table,
-    estimators: dict[str, Estimator],
+    estimators: Mapping[str, Estimator],
     grid: np.ndarray,
     log: Log,
 ) -> tuple[dict[float, dict[str, np.ndarray]], dict[float, np.ndarray]]:
     """Apply every estimator at every noise level, and compute the bound."""
     noise_key, direction_key = jax.random.split(jax.random.key(config.seed))
-    each = len(grid) * config.repeats
+    each, count = len(grid) * config.repeats, len(config.snr)
     estimates, bounds = {}, {}
-    announce(
-        log, f"Scoring {', '.join(estimators)} at {len(config.snr)} levels of noise", count=each * len(config.snr),
-        unit="voxels",
-    )  # fmt: skip
-    with log.progress("Scoring", each * len(config.snr), "voxels") as update:
+    announce(log, f"Scoring {', '.join(estimators)} at {count} levels of noise", count=each * count, unit="voxels")
+    with log.progress("Scoring", each * count, "voxels") as update:
         for number, snr in enumerate(config.snr):
-            estimates[snr] = estimate(
-                jax.random.fold_in(noise_key, number),
-                model,
-                table,
-                estimators,
-                grid,
-                config.repeats,
-                snr,
-                on_block=lambda done, before=number * each: update(before + done),
-            )
+
+            def on_block(done: int, before: int = number * each) -> None:
+                update(before + done)
+
+            key = jax.random.fold_in(noise_key, number)
+            estimates[snr] = estimate(key, model, table, estimators, grid, config.repeats, snr, on_block)
             bounds[snr] = average_bound(direction_key, model, table, grid, snr)
     return estimates, bounds
 
 
+def network_estimator(network: Network, table: Table, where: object = "weights") -> Estimator:
+    """Return a network as an estimator of voxels measured by a protocol, in whatever order it has the network's rows.
+
+    Raises:
+        InputError: The protocol is not the network's.
+    """
+    order = match_table(network.description.table, *table.gradients[:2], where).order
+    return lambda voxels: predict(network, voxels.signals[:, order])
+
+
+def fit_estimator(forward: ForwardConfig, table: Table, start: LabelStart = "grid") -> Estimator:
+    """Return the maximum-likelihood fit, told the true noise level, as an estimator."""
+    model = forward.build(np.array(table.bvals))
+    return lambda voxels: np.asarray(fit_labels(voxels, model, table, start, forward))
+
+
+def estimate(
+    key: Key[Array, ""],
+    model: MicrostructureModel,
+    table: Table,
+    estimators: Mapping[str, Estimator],
+    grid: Float[np.ndarray, "point parameter"],
+    repeats: int,
+    snr: float,
+    on_block: Callable[[int], None] | None = None,
+) -> dict[str, Float[np.ndarray, "point repeat parameter"]]:
+    """Apply estimators at one noise level; every repetition has a fibre direction and noise of its own.
+
+    Args:
+        key: Consumed.
+        model: Makes the signals.
+        table: The protocol.
+        estimators: By name; all see the same voxels.
+        grid: True parameters.
+        repeats: Repetitions of each point.
+        snr: Signal-to-noise ratio at b = 0.
+        on_block: Called with the voxels done so far.
+    """
+    truth = np.repeat(grid, repeats, axis=0)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
+    size = min(BLOCK, len(truth))
+    for start in range(0, len(truth), size):
+        block = truth[start : start + size]
+        # The last block is filled up: one compiled program for all.
+        padded = np.concatenate([block, np.repeat(block[-1:], size - len(block), axis=0)])
+        voxels = _measure(model, table, jax.random.fold_in(key, start), padded.astype(np.float32), 1 / snr)
+        for name, estimator in estimators.items():
+            found[name].append(np.asarray(estimator(voxels))[: len(block)])
+        if on_block is not None:
+            on_block(start + len(block))
+    shape = (len(grid), repeats, len(model.parameters))
+    return {name: np.concatenate(parts).reshape(shape) for name, parts in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(model: MicrostructureModel, table: Table, key, parameters, noise) -> Simulated:
+    direction_key, noise_key = jax.random.split(key)
+    direction = draw_directions(direction_key, len(parameters))
+    sigma = jnp.full(len(parameters), noise)
+    clean = model.signal(parameters, direction, np.array(table.bvals), np.array(table.bvecs))
+    return Simulated(add_rician_noise(noise_key, clean, sigma[:, None]), parameters, direction, sigma)
+
+
+def average_bound(
+    key: Key[Array, ""],
+    model: MicrostructureModel,
+    table: Table,
+    grid: Float[np.ndarray, "point parameter"],
+    snr: float,
+) -> Float[np.ndarray, "point parameter"]:
+    """Return the smallest standard deviation of an unbiased estimator, root mean square over fibre directions.
+
+    Direction and unweighted signal are unknown too, as for a fit.
+
+    Args:
+        key: Consumed: draws the directions.
+        model: Makes the signals.
+        table: The protocol.
+        grid: True parameters, inside their ranges.
+        snr: Signal-to-noise ratio at b = 0.
+    """
+    truth = np.repeat(grid, BOUND_DIRECTIONS, axis=0)
+    direction = np.asarray(draw_directions(key, len(truth)))
+    bound = cramer_rao(model, truth, direction, np.array(table.bvals), np.array(table.bvecs), 1 / snr, s0_known=False)
+    return np.sqrt((bound.errors**2).reshape(len(grid), BOUND_DIRECTIONS, -1).mean(axis=1))
+
+
+def names_of(networks: Sequence[Network]) -> list[str]:
+    """Name networks by their labels, NN_MLE and NN_GT as the paper does; equal ones are numbered."""
+    names: list[str] = []
+    for network in networks:
+        labels = network.description.labels
+        name = f"NN_{labels.split()[0].upper()}" + (" (truth start)" if "truth" in labels else "")
+        names.append(name)
+    return [
+        f"{name} {names[: index + 1].count(name)}" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    ]
+
+
 def compare(
     model: MicrostructureModel, estimates: dict[float, dict[str, np.ndarray]], weight: np.ndarray
-) -> list[dict[str, Any]]:
-    """Return how each network correlates with the fit of the same voxels, by noise level and parameter."""
-    return [
-        {"snr": snr, "estimator": name, "parameter": parameter, "correlation": value}
+) -> tuple[Agreement, ...]:
+    """Return how each estimator correlates with the fit of the same voxels, by noise level and parameter."""
+    return tuple(
+        Agreement(snr, name, parameter, value)
         for snr, found in estimates.items()
         for name, one in found.items()
         if name != "MLE"
         for parameter, value in zip(model.names, correlation(one, found["MLE"], weight), strict=True)
-    ]
+    )
 
 
 def tabulate(
@@ -248,42 +393,114 @@ def tabulate(
     bounds: dict[float, np.ndarray],
     grid: np.ndarray,
     weight: np.ndarray,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Return one row per noise level, estimator and parameter; the bound has rows of its own, without bias."""
-    rows: list[dict[str, Any]] = []
+    rows = []
     for snr, found in scores.items():
-        for name, one in found.items():
-            slopes = shrinkage(one, grid, weight)
+        bound = Scores(np.zeros_like(grid), bounds[snr], bounds[snr])
+        for name, one in [*found.items(), (BOUND, bound)]:
+            slopes = [1.0] * len(model.names) if name == BOUND else shrinkage(one, grid, weight)
             for parameter, numbers, slope in zip(model.names, summarise(one, weight), slopes, strict=True):
-                rows.append({"snr": snr, "estimator": name, "parameter": parameter, **numbers, "slope": slope})
-        zero = np.zeros_like(grid)
-        for parameter, numbers in zip(
-            model.names, summarise(Scores(zero, bounds[snr], bounds[snr]), weight), strict=True
-        ):
-            rows.append({"snr": snr, "estimator": BOUND, "parameter": parameter, **numbers, "slope": 1.0})
+                rows.append(Row(snr, name, parameter, slope=slope, **numbers))
     return rows
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the table as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show scores over the noise and over the truth, and all of them in a table."""
+    summary, config = run.summary, run.config
+    snr = _nearest(config)
+    tiles: list[tuple[str, object, str]] = []
+    for parameter in summary.parameters:
+        found = [row for row in summary.rows if (row.snr, row.parameter) == (snr, parameter) and row.estimator != BOUND]
+        best = min(found, key=lambda row: row.rmse)
+        said = f"{best.estimator}, the lowest at SNR {snr:g}"
+        tiles.append((f"{map_label(parameter)} RMSE", float(f"{best.rmse:.3g}"), said))
+    reading = Text(
+        [
+            "All estimators saw the same simulated voxels. MLE is the maximum-likelihood fit, told the true "
+            "noise level; NN_MLE are networks trained on such fits, NN_GT networks trained on the true "
+            "parameters.",
+            "Low spread with a slope below 1 is not precision: such an estimator answers with the middle of "
+            "its training range where the signal says little.",
+            "After arXiv:2507.12632. For research only, not for diagnosis.",
+        ]
+    )
+    return Page(
+        "Networks and fits on known parameters",
+        f"{', '.join(summary.estimators)}: {summary.points:,} points of the parameter range x "
+        f"{config.repeats} repetitions x {len(config.snr)} noise levels, {summary.images} images",
+        tiles,
+        [_noise_section(summary), _truth_section(run), _table_section(summary), Section("How to read this", [reading])],
+    )
 
 
-def save_scores(
-    path: Path,
-    scores: dict[float, dict[str, Scores]],
-    bounds: dict[float, np.ndarray],
-    grid: np.ndarray,
-    weight: np.ndarray,
-) -> None:
-    """Keep the scores of every point: arrays snr x estimator x point x parameter."""
-    stacked = {
-        name: np.stack([np.stack([getattr(one, name) for one in found.values()]) for found in scores.values()])
-        for name in Scores._fields
-    }
-    kept = {name: stacked[name] for name in ("bias", "sd", "rmse")}
-    write_npz(path, {"grid": grid, "weight": weight, "bound": np.stack(list(bounds.values())), **kept})
+def _nearest(config: Config) -> float:
+    return min(config.snr, key=lambda snr: abs(snr - SHOWN_SNR))
+
+
+def _noise_section(summary: Summary) -> Section:
+    blocks = []
+    for parameter, unit in summary.parameters.items():
+        label = map_label(parameter)
+        for measure, title, shown in (
+            ("median_sd", "standard deviation, median over the grid", [*summary.estimators, BOUND]),
+            ("rmse", "root mean squared error", summary.estimators),
+            ("bias", "bias, mean over the grid", summary.estimators),
+        ):
+            series = {}
+            for name in shown:
+                rows = [row for row in summary.rows if (row.estimator, row.parameter) == (name, parameter)]
+                rows.sort(key=lambda row: row.snr)
+                series[name] = (np.array([row.snr for row in rows]), np.array([getattr(row, measure) for row in rows]))
+            ylabel = f"{label} {title}" + ("" if unit == "1" else f" ({unit})")
+            caption = f"{label}: {title}."
+            caption += " An estimator below the bound pays for it in bias." if measure == "median_sd" else ""
+            blocks.append(curves(series, xlabel="signal-to-noise ratio at b = 0", ylabel=ylabel, caption=caption))
+    return Section("Over the noise", blocks)
+
+
+def _truth_section(run: Finished[Config, Summary]) -> Section:
+    with np.load(run.outputs / "scores.npz", allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    snr = _nearest(run.config)
+    place = run.config.snr.index(snr)
+    grid, weight, bound = arrays["grid"], arrays["weight"], arrays["bound"][place]
+    blocks: list[Figure] = []
+    for column, label in enumerate(map(map_label, run.summary.parameters)):
+        bias, spread = {}, {}
+        for number, name in enumerate(run.summary.estimators):
+            scores = Scores(*(arrays[field][place, number] for field in Scores._fields))
+            values, mean, sd = bias_curve(scores, grid, weight, column)
+            bias[name], spread[name] = (values, mean), (values, sd)
+        # Median, because the bound has no upper limit where a parameter hardly matters.
+        values = np.unique(grid[:, column])
+        inside = [(weight[:, column] >= DEFINED) & (grid[:, column] == value) for value in values]
+        medians = [np.median(bound[rows, column]) if rows.any() else np.nan for rows in inside]
+        spread[f"{BOUND}, median"] = (values, np.array(medians))
+        blocks += [
+            curves(bias, xlabel=f"true {label}", ylabel=f"{label} bias",
+                   caption=f"Bias of {label} over its true value at SNR {snr:g}, averaged over the other parameters. A "
+                   "falling line is shrinkage."),
+            curves(spread, xlabel=f"true {label}", ylabel=f"{label} standard deviation", log=True,
+                   caption=f"Spread of {label} over its true value at SNR {snr:g}."),
+        ]  # fmt: skip
+    return Section("Over the truth", blocks)
+
+
+def _table_section(summary: Summary) -> Section:
+    rows = [
+        (row.snr, map_label(row.parameter), row.estimator, row.bias, row.sd, row.rmse, row.slope)
+        for row in summary.rows
+        if row.estimator != BOUND
+    ]
+    columns = ("SNR", "Parameter", "Estimator", "Bias", "Standard deviation", "RMSE", "Slope")
+    caption = (
+        f"Over the points where at least {DEFINED:g} of the voxel lets the signal depend on the parameter; standard "
+        "deviation and RMSE are root means of squares. outputs/scores.csv has all columns, and the bound."
+    )
+    blocks = [PageTable(columns, rows, caption)]
+    if summary.agreement:
+        pairs = [(row.snr, map_label(row.parameter), row.estimator, row.correlation) for row in summary.agreement]
+        caption = "Pearson's r with the maximum-likelihood fit of the same voxels."
+        blocks.append(PageTable(("SNR", "Parameter", "Estimator", "Correlation with MLE"), pairs, caption))
+    return Section("Table", blocks)

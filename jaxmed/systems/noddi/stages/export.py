@@ -1,24 +1,29 @@
 """Stage `jaxmed noddi export`: a trained network as ONNX, for a scanner."""
 
 import dataclasses
-import shlex
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxmed.config import Seed, checked
+from jaxmed.config import Count, Seed, checked
 from jaxmed.errors import InputError
-from jaxmed.physics.acquisition import two_shell_protocol
+from jaxmed.files import require_given
 from jaxmed.physics.microstructure import simulate
-from jaxmed.systems.noddi.deployment import export_onnx, load_onnx, run_onnx
-from jaxmed.systems.noddi.export_page import write_page
-from jaxmed.systems.noddi.network import Network, load, predict, predict_exactly, ranges
-from jaxmed.systems.noddi.reading import require_path
-from jaxmed.systems.noddi.stages import train as training
-from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
+from jaxmed.report.page import Section, Table, Text
+from jaxmed.systems.noddi.network import (
+    Network,
+    Output,
+    export_onnx,
+    load,
+    load_onnx,
+    predict,
+    predict_exactly,
+    ranges,
+    run_onnx,
+)
+from jaxmed.train.run_folder import RunFolder
 
 LARGEST_DIFFERENCE = 1e-6
 """Allowed between ONNX Runtime and jax in double precision, as a share of each parameter's range."""
@@ -32,18 +37,14 @@ class Config:
     Attributes:
         weights: Run folder of `jaxmed noddi train`, or its outputs/model.
         rows: Simulated voxels on which ONNX Runtime and jax must agree.
-        embedded: Train a tiny network first where none is given.
-        seed: Of the rows, and of the embedded network.
+        synthetic: Train a tiny network first where none is given.
+        seed: Seed of the rows, and of the tiny network.
     """
 
     weights: Path | None = None
-    rows: int = 100_000
-    embedded: bool = False
+    rows: Count = 100_000
+    synthetic: bool = False
     seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"rows: expected 1 or more, found {self.rows}")
 
 
 def paper() -> Config:
@@ -52,53 +53,71 @@ def paper() -> Config:
 
 
 def smoke() -> Config:
-    """Your network, or a tiny one trained for the embedded protocol, in seconds."""
-    return Config(rows=5000, embedded=True)
+    """Your network, or a tiny one trained for a two-shell protocol, in seconds."""
+    return Config(rows=5000, synthetic=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What an export found.
+
+    Attributes:
+        rows: Voxels that were compared.
+        bytes: Size of the file.
+        largest_difference: Between ONNX Runtime and jax in double precision, as a share of the range.
+        differences: The same of each output.
+        single_precision: Between jax in single precision, as predict runs it, and in double.
+        protocol: Hash of the table.
+        images: Of the protocol.
+        outputs: What the network estimates.
+    """
+
+    rows: int
+    bytes: int
+    largest_difference: float
+    differences: dict[str, float]
+    single_precision: float
+    protocol: str
+    images: int
+    outputs: tuple[Output, ...]
 
 
 def run(config: Config, folder: RunFolder) -> None:
     """Read the network, write it, compare the two runtimes, write the report."""
-    if config.embedded and config.weights is None:
-        start(folder)
-        log = Log(folder.path, folder.options.quiet)
-        key, (bvals, bvecs) = jax.random.key(config.seed), two_shell_protocol()
-        network = training.train_in_folder(key, bvals, bvecs, training.smoke().train, folder, log).network
-    else:
-        network = load(require_path(config.weights, "weights"))
-        start(folder)
-        log = Log(folder.path, folder.options.quiet)
+    clock, network = Clock(), None
+    if config.weights is not None or not config.synthetic:
+        network = load(require_given(config.weights, "weights"))
+    log = begin(folder)
+    if network is None:
+        network = load(nested_run(folder, "noddi train", {"seed": config.seed}, log, "Training a tiny network.").path)
     path = folder.outputs / "network.onnx"
     export_onnx(path, network)
     rows = draw_rows(network, config.rows, config.seed)
-    differences, single, seconds = compare(path, network, rows)
-    largest = max(differences.values())
+    clock.lap("read, write and simulate")
+    found = compare(path, network, rows, clock)
+    exact = predict_exactly(network, rows)
+    description = network.description
+    _, span = ranges(description.outputs)
+    error = {name: (np.abs(values - exact) / span).max(axis=0) for name, values in found.items()}
+    largest, single = (float(error[name].max()) for name in ("ONNX Runtime", "jax"))
     if not largest < LARGEST_DIFFERENCE:
         raise InputError(path, f"ONNX Runtime within {LARGEST_DIFFERENCE:g} of jax", f"{largest:.3g}", "report this")
     log.say(
         f"ONNX Runtime and jax in double precision differ by at most {largest:.2g} on {config.rows:,} rows, "
         f"jax in single precision by {single:.2g}."
     )
-    description = network.description
-    summary = {
-        "rows": config.rows,
-        "bytes": path.stat().st_size,
-        "largest_difference": largest,
-        "differences": differences,
-        "single_precision": single,
-        "protocol": description.table.hash,
-        "images": len(description.table.bvals),
-        "outputs": [dataclasses.asdict(output) for output in description.outputs],
-        "rates": {name: config.rows / value for name, value in seconds.items()},
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed noddi export --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": seconds,
-    }
-    write_summary(folder, summary)
     log.metrics(config.rows, {"largest_difference": largest})
-    write_page(folder.path)
-
-
-report = write_page
+    summary = Summary(
+        rows=config.rows,
+        bytes=path.stat().st_size,
+        largest_difference=largest,
+        differences=dict(zip(description.names, error["ONNX Runtime"].tolist(), strict=True)),
+        single_precision=single,
+        protocol=description.table.hash,
+        images=len(description.table.bvals),
+        outputs=description.outputs,
+    )
+    finish(folder, config, summary, clock, page)
 
 
 def draw_rows(network: Network, count: int, seed: int) -> np.ndarray:
@@ -114,24 +133,50 @@ def draw_rows(network: Network, count: int, seed: int) -> np.ndarray:
     return rows
 
 
-def compare(path: Path, network: Network, rows: np.ndarray) -> tuple[dict[str, float], float, dict[str, float]]:
-    """Compare two runtimes on the same rows.
-
-    Returns:
-        The largest difference of each output between ONNX Runtime and jax in double precision, as a share of its
-        range; the same between jax in single precision, as `predict` runs it, and in double, over all outputs; and the
-        seconds of both runtimes.
-    """
-    deployed = load_onnx(path)
-    seconds, found = {}, {}
+def compare(path: Path, network: Network, rows: np.ndarray, clock: Clock) -> dict[str, np.ndarray]:
+    """Return what ONNX Runtime and jax in single precision make of the same rows; both are timed when warm."""
+    deployed, found = load_onnx(path), {}
     for name, call in (("ONNX Runtime", lambda: run_onnx(deployed, rows)), ("jax", lambda: predict(network, rows))):
-        call()  # compilation and first allocation
-        began = time.monotonic()
+        call()
+        clock.lap("compile, and allocate for the first time")
         found[name] = call()
-        seconds[name] = time.monotonic() - began
-    exact = predict_exactly(network, rows)
-    _, span = ranges(network.description.outputs)
-    error = {name: (np.abs(values - exact) / span).max(axis=0) for name, values in found.items()}
-    names = network.description.names
-    differences = {name: float(value) for name, value in zip(names, error["ONNX Runtime"], strict=True)}
-    return differences, float(error["jax"].max()), seconds
+        clock.lap(name)
+    return found
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show what the file computes, how near the runtimes are, and how to use it."""
+    summary = run.summary
+    rows = [
+        (output.name, output.definition, output.unit, *output.bounds, summary.differences[output.name])
+        for output in summary.outputs
+    ]
+    caption = (
+        "Columns of the output. Difference: the largest between ONNX Runtime and jax in double precision, as a share "
+        f"of the range; jax in single precision, as predict runs it, is {summary.single_precision:.1e} away."
+    )
+    columns = ("Output", "Definition", "Unit", "Lowest", "Highest", "Difference")
+    use = Text(
+        [
+            f"Input 'signals': float32, voxels x {summary.images} magnitudes in the order of the protocol, "
+            "not normalised; the number of voxels is free. The division by the mean unweighted signal happens "
+            "inside; voxels without unweighted signal come out as 0. Operators of opset 13.",
+            "The metadata holds the gradient table, its hash, names, definitions, units and constants. Check "
+            "the table before use: the same numbers in another order give maps that look like maps.",
+            "jaxmed noddi predict --runtime onnx --weights network.onnx runs it here; scripts/noddi_onnx.py "
+            "runs it with onnxruntime, numpy and nibabel alone.",
+            f"Protocol hash: {summary.protocol}",
+            "For research only, not for diagnosis.",
+        ]
+    )
+    return Page(
+        "A network as ONNX",
+        f"outputs/network.onnx, {summary.bytes / 1024:.0f} kB, for scans of {summary.images} images",
+        [
+            ("Largest difference", float(f"{summary.largest_difference:.2g}"), "to jax, share of each range"),
+            ("Rows", summary.rows, "compared"),
+            ("ONNX Runtime", round(summary.rows / run.seconds.get("ONNX Runtime", np.inf)), "voxels/s on this machine"),
+            ("Protocol", summary.protocol[:8], "start of its hash, in the file's metadata"),
+        ],
+        [Section("What it computes", [Table(columns, rows, caption)]), Section("How to use it", [use])],
+    )

@@ -1,38 +1,42 @@
 """Stage `jaxmed noddi predict`: maps of a scan by a trained network, in seconds."""
 
 import dataclasses
-import shlex
-import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import numpy as np
 
 from jaxmed.config import Length, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
+from jaxmed.files import require_given
 from jaxmed.io.dicom import Stack, read_stack
-from jaxmed.io.parametric_map import on_stack
-from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.synthesis.phantoms.write import write_diffusion_slab
-from jaxmed.systems.noddi.deployment import (
+from jaxmed.io.gradient_match import Table
+from jaxmed.io.maps import write_map
+from jaxmed.io.parametric_map import DicomForm, on_stack, write_dicom_map
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
+from jaxmed.report.figures import MapStyle
+from jaxmed.report.page import Note, Section, Text
+from jaxmed.report.parameter_maps import map_label, maps_section, read_map, truth_section
+from jaxmed.synthesis.phantoms.write import check_shape, write_diffusion_slab
+from jaxmed.systems.noddi.network import (
     Deployed,
-    DicomForm,
+    Network,
+    Output,
+    Signals,
+    export_onnx,
+    load,
     load_onnx,
     make_maps,
+    predict,
+    read_signals,
     run_onnx,
-    write_dicom,
     write_maps,
 )
-from jaxmed.systems.noddi.network import Network, constants, load, predict
-from jaxmed.systems.noddi.options import check_shape
-from jaxmed.systems.noddi.predict_page import write_page
-from jaxmed.systems.noddi.reading import Signals, read_signals, read_table, require_path
-from jaxmed.systems.noddi.stages import train as training
-from jaxmed.systems.noddi.table import Table
+from jaxmed.systems.noddi.protocol import read_table
+from jaxmed.systems.noddi.training import TINY
+from jaxmed.systems.noddi.voxel_fit import WET
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.volume import Volume
 
 
@@ -50,15 +54,15 @@ class Config:
         mask: NIfTI file on the grid of the scan, estimated where it is not 0. Without it: the largest connected region
             of bright unweighted signal.
         runtime: What computes: jax, or ONNX Runtime, as on a scanner (needs an .onnx file).
-        threads: Of ONNX Runtime; 0 takes one per core.
+        threads: Threads of ONNX Runtime; 0 takes one per core.
         dicom_source: Folder of the DICOM series that the scan was converted from: maps are written as DICOM too, in
             its study, on its geometry.
         series: SeriesInstanceUID or SeriesDescription to read from that folder where it holds several.
         dicom: Which DICOM: "parametric-map" (floating point), "mr-image" (16 bit, thousandths, for every viewer).
-        embedded_shape: Voxels (x, y, z) of the brain slab to take where no --dwi is given; without weights a small
+        synthetic_shape: Voxels (x, y, z) of the brain slab to take where no --dwi is given; without weights a small
             network is trained first.
-        embedded_snr: Signal-to-noise ratio of the embedded slab, white matter, unweighted.
-        seed: Of the embedded slab and the network trained for it.
+        synthetic_snr: Signal-to-noise ratio of the synthetic slab, white matter, unweighted.
+        seed: Seed of the synthetic slab and of the network trained for it.
     """
 
     weights: Path | None = None
@@ -71,17 +75,13 @@ class Config:
     dicom_source: Path | None = None
     series: str | None = None
     dicom: DicomForm = "both"
-    embedded_shape: tuple[Size, Size, Size] | None = None
-    embedded_snr: Positive = 30.0
+    synthetic_shape: tuple[Size, Size, Size] | None = None
+    synthetic_snr: Positive = 30.0
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ValueError(f"threads: expected 0 or more, found {self.threads}")
-        if self.embedded_shape is not None:
-            check_shape("embedded_shape", self.embedded_shape)
-        if not self.embedded_snr > 0:
-            raise ValueError(f"embedded_snr: expected a positive number, found {self.embedded_snr:g}")
+        if self.synthetic_shape is not None:
+            check_shape("synthetic_shape", self.synthetic_shape)
 
 
 def paper() -> Config:
@@ -91,83 +91,92 @@ def paper() -> Config:
 
 def smoke() -> Config:
     """In seconds: your scan or a simulated slab, your network or a tiny one trained for it."""
-    return Config(embedded_shape=(32, 38, 2))
+    return Config(synthetic_shape=(32, 38, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a prediction found.
+
+    Attributes:
+        voxels: That were estimated.
+        images: Of the scan.
+        outputs: Maps of the network.
+        medians: Of the maps.
+        protocol: Hash of the table.
+        labels: What the network was trained on.
+        runtime: What computed.
+        dicom: Whether the maps were written as DICOM too.
+        notes: What a reader of the maps should know.
+        truth: Folder of the true maps in the run, of a simulated scan.
+    """
+
+    voxels: int
+    images: int
+    outputs: tuple[Output, ...]
+    medians: dict[str, float]
+    protocol: str
+    labels: str
+    runtime: str
+    dicom: bool
+    notes: tuple[str, ...]
+    truth: str | None
 
 
 def run(config: Config, folder: RunFolder) -> None:
     """Read network and scan, estimate, write maps and the report."""
-    began = time.monotonic()
-    log = None
-    truth = None
-    if config.embedded_shape is not None and config.dwi is None:
-        found = None if config.weights is None else read_weights(config)
+    given, truth = config, None
+    is_trial = config.synthetic_shape is not None and config.weights is None
+    network = None if is_trial and (config.dwi is None or config.bvals is not None) else read_weights(config)
+    if config.synthetic_shape is not None and config.dwi is None:
         start(folder)
-        log = Log(folder.path, folder.options.quiet)
-        files = write_diffusion_slab(folder.path / "inputs", config.seed, config.embedded_shape, config.embedded_snr)
-        truth = files.truth
-        if found is None:
-            found = train_tiny(*two_shell_protocol(), config, folder, log)
+        files = write_diffusion_slab(folder.path / "inputs", config.seed, config.synthetic_shape, config.synthetic_snr)
+        truth = str(files.truth.relative_to(folder.path))
         config = dataclasses.replace(config, dwi=files.dwi, bvals=files.bvals, bvecs=files.bvecs, mask=files.mask)
-        began = time.monotonic()
-        scan = read_signals(config.dwi, config.bvals, config.bvecs, config.mask, table_of(found))
-        stack = read_source(config, scan)
-    else:
-        if config.embedded_shape is not None and config.weights is None and config.bvals is not None:
-            threshold = training.smoke().train.b0_threshold
-            table = read_table(config.bvals, config.bvecs, threshold)
-            own = Table.make(table.bvals, table.bvecs, threshold)
-            read_signals(config.dwi, config.bvals, config.bvecs, config.mask, own)  # a mistake there costs no training
-            start(folder)
-            log = Log(folder.path, folder.options.quiet)
-            found = train_tiny(table.bvals, table.bvecs, config, folder, log)
-        else:
-            found = read_weights(config)
-        scan = read_signals(config.dwi, config.bvals, config.bvecs, config.mask, table_of(found))
-        stack = read_source(config, scan)
-        start(folder)
-    log = log or Log(folder.path, folder.options.quiet)
-    for note in scan.notes:
-        log.say(f"Note: {note}")
-    read = time.monotonic()
-    values = run_onnx(found, scan.signals) if isinstance(found, Deployed) else predict(found, scan.signals)
-    estimated = time.monotonic()
-    outputs = found.outputs if isinstance(found, Deployed) else found.description.outputs
-    rest_on = found.constants if isinstance(found, Deployed) else constants(found.description)
-    maps = make_maps(values, scan.mask, outputs)
-    assert config.dwi is not None  # read_signals has refused None
-    write_maps(folder.outputs, maps, outputs, rest_on, scan.dwi.affine, config.dwi)
-    write_maps_mask(folder, scan, config.dwi)
+    elif network is None:
+        table = read_table(config.bvals, config.bvecs, TINY.b0_threshold)
+        read_scan(config, Table.make(*table[:2], TINY.b0_threshold))  # a mistake there costs no training
+    if network is None:
+        network = train_tiny(config, folder, begin(folder))
+    clock = Clock()
+    scan, outputs = read_scan(config, network.table), network.outputs
+    stack = read_source(config, scan)
+    log = begin(folder, scan.notes)
+    clock.lap("read and check")
+    is_onnx = isinstance(network, Deployed)
+    values = run_onnx(network, scan.signals) if is_onnx else predict(network, scan.signals)
+    clock.lap("estimate, compilation included")
+    maps = make_maps(values, scan, outputs)
+    write_maps(folder.outputs, maps, network, scan.path)
+    inside = Volume.make(scan.mask, scan.dwi.affine)
+    write_map(folder.outputs, "mask", inside, "1 where a network's estimate was made", "1", {}, reference=scan.path)
     if stack is not None:
-        files = write_dicom(folder.outputs / "dicom", maps, outputs, scan.dwi.affine, stack, config.dicom)
-        log.say(f"{len(files)} DICOM files in {folder.outputs / 'dicom'}")
-    written = time.monotonic()
-    log.say(f"{len(values):,} voxels in {estimated - read:.2f} s, with reading and writing {written - began:.2f} s")
+        place = folder.outputs / "dicom"
+        files = [write_dicom_map(place, o.name, maps[o.name], stack, o.quantity, config.dicom) for o in outputs]
+        log.say(f"{sum(map(len, files))} DICOM files in {place}")
+    clock.lap("write")
+    seconds = clock.seconds["estimate, compilation included"], sum(clock.seconds.values())
+    log.say(f"{len(values):,} voxels in {seconds[0]:.2f} s, with reading and writing {seconds[1]:.2f} s")
     medians = {output.name: float(np.median(values[:, column])) for column, output in enumerate(outputs)}
-    summary = {
-        "voxels": len(values),
-        "images": len(table_of(found).bvals),
-        "outputs": [dataclasses.asdict(output) for output in outputs],
-        "medians": medians,
-        "protocol": table_of(found).hash,
-        "constants": rest_on,
-        "runtime": "ONNX Runtime" if isinstance(found, Deployed) else "jax",
-        "dicom": stack is not None,
-        "notes": scan.notes,
-        "truth": None if truth is None else str(truth.relative_to(folder.path)),
-        "device": "cpu" if isinstance(found, Deployed) else jax.devices()[0].device_kind,
-        "command": f"jaxmed noddi predict --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {
-            "read and check": read - began,
-            "estimate, compilation included": estimated - read,
-            "write": written - estimated,
-        },
-    }
-    write_summary(folder, summary)
     log.metrics(len(values), medians)
-    write_page(folder.path)
+    summary = Summary(
+        voxels=len(values),
+        images=len(network.table.bvals),
+        outputs=outputs,
+        medians=medians,
+        protocol=network.table.hash,
+        labels=network.constants.get("labels", "unknown"),
+        runtime="ONNX Runtime" if is_onnx else "jax",
+        dicom=stack is not None,
+        notes=tuple(scan.notes),
+        truth=truth,
+    )
+    finish(folder, given, summary, clock, page)
 
 
-report = write_page
+def read_scan(config: Config, table: Table) -> Signals:
+    """Read the scan, which must have a network's protocol."""
+    return read_signals(config.dwi, config.bvals, config.bvecs, config.mask, table)
 
 
 def read_weights(config: Config) -> Network | Deployed:
@@ -176,7 +185,7 @@ def read_weights(config: Config) -> Network | Deployed:
     Raises:
         InputError: It is missing or damaged, or of another form.
     """
-    path = require_path(config.weights, "weights")
+    path = require_given(config.weights, "weights")
     if not path.exists():
         raise InputError(path, "a network of jaxmed noddi train or export", "no such path", "check the path")
     is_onnx = path.suffix == ".onnx"
@@ -187,27 +196,15 @@ def read_weights(config: Config) -> Network | Deployed:
     return load_onnx(path, config.threads) if is_onnx else load(path)
 
 
-def train_tiny(bvals: np.ndarray, bvecs: np.ndarray, config: Config, folder: RunFolder, log: Log) -> Network | Deployed:
-    """Train the network of train's preset smoke for a protocol, in the form that the runtime runs."""
-    log.say("No weights were given: a tiny network is trained for this protocol, which is good for a trial alone.")
-    settings = training.smoke().train
-    trained = training.train_in_folder(jax.random.key(config.seed), bvals, bvecs, settings, folder, log)
-    return deploy(trained.network, folder, config)
-
-
-def deploy(network: Network, folder: RunFolder, config: Config) -> Network | Deployed:
-    """Bring a network that was just trained into the form that the runtime runs."""
-    from jaxmed.systems.noddi.deployment import export_onnx
-
+def train_tiny(config: Config, folder: RunFolder, log: Log) -> Network | Deployed:
+    """Train the network of train's preset smoke for the scan's protocol, in the form that the runtime runs."""
+    said = "No weights were given: a tiny network is trained for this protocol, which is good for a trial alone."
+    changes = {"bvals": config.bvals, "bvecs": config.bvecs, "seed": config.seed}
+    network = load(nested_run(folder, "noddi train", changes, log, said).path)
     if config.runtime == "jax":
         return network
     export_onnx(folder.outputs / "network.onnx", network)
     return load_onnx(folder.outputs / "network.onnx", config.threads)
-
-
-def table_of(found: Network | Deployed) -> Any:
-    """Return the protocol of a network in either form."""
-    return found.table if isinstance(found, Deployed) else found.description.table
 
 
 def read_source(config: Config, scan: Signals) -> Stack | None:
@@ -223,10 +220,49 @@ def read_source(config: Config, scan: Signals) -> Stack | None:
     return stack
 
 
-def write_maps_mask(folder: RunFolder, scan: Signals, reference: Path) -> None:
-    """Write which voxels were estimated."""
-    from jaxmed.io import nifti
-
-    nifti.write(folder.outputs / "mask.nii.gz", Volume.make(scan.mask, scan.dwi.affine), reference=reference)
-    sidecar = {"definition": "1 where a network's estimate was made", "unit": "1", "constants": {}}
-    write_json(folder.outputs / "mask.json", sidecar)
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show the maps, and their errors where the truth is known."""
+    summary, outputs = run.summary, run.summary.outputs
+    maps = {map_label(output.name): read_map(run.outputs / f"{output.name}.nii.gz") for output in outputs}
+    mask = read_map(run.outputs / "mask.nii.gz").array > 0
+    tissue = mask & (maps["FWF"].array < WET) if "FWF" in maps else mask
+    where = {label: mask if label == "FWF" else tissue for label in maps}
+    styles = {
+        map_label(output.name): MapStyle(unit="" if output.unit == "1" else output.unit, limits=output.bounds)
+        for output in outputs
+    }
+    notes = [Note(text, "warning" if "negative" in text else "info") for text in summary.notes]
+    if summary.dicom:
+        notes.append(Note("The maps were written as DICOM too: outputs/dicom."))
+    distribution = "Distribution over estimated voxels"
+    if "FWF" in maps:
+        distribution += f"; tissue parameters where the free water fraction is below {WET:g}"
+    caption = "Maps as the network estimates them."
+    sections = [maps_section(maps, styles, mask, where, notes, caption=caption, distribution=f"{distribution}.")]
+    if summary.truth is not None:
+        files = {map_label(output.name): run.path / summary.truth / f"{output.name}.nii.gz" for output in outputs}
+        truth = {label: read_map(file) for label, file in files.items() if file.exists()}
+        caption = f"Error of the estimate; tissue parameters where the estimated FWF is below {WET:g}."
+        sections.append(truth_section(truth, maps, styles, mask, where, caption))
+    reading = Text(
+        [
+            f"These maps come from a network that was trained on simulated signals with labels '{summary.labels}'; it "
+            "gives an answer for any signal and does not say when the model does not hold: artefacts, motion "
+            "or pathology look like tissue. jaxmed noddi fit gives residuals and standard errors.",
+            "Where the free water fraction is near 1 the other maps mean nothing. For research only, not for "
+            "diagnosis.",
+        ]
+    )
+    data = "a synthetic brain slab with known truth" if run.config.dwi is None else run.config.dwi.name
+    tiles: list[tuple[str, object, str]] = [
+        ("Voxels", summary.voxels, f"in {sum(run.seconds.values()):.1f} s, reading and writing included")
+    ]
+    for output in outputs:
+        said = "median" if output.unit == "1" else f"median, {output.unit}"
+        tiles.append((map_label(output.name), round(summary.medians[output.name], 3), said))
+    return Page(
+        "Maps by a network",
+        f"{summary.images} diffusion images of {data}, estimated in {summary.voxels:,} voxels by {summary.runtime}",
+        tiles,
+        [*sections, Section("How to read this", [reading])],
+    )

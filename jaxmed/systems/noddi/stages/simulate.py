@@ -1,27 +1,31 @@
 """Stage `jaxmed noddi simulate`: a diffusion scan with known microstructure, as NIfTI with gradient tables."""
 
 import dataclasses
-import shlex
-import time
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from jaxmed.config import NonNegative, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.io.dicom_files import require_pydicom
+from jaxmed.io.maps import write_sidecar
 from jaxmed.io.parametric_map import Quantity, new_stack, write_mr_images
 from jaxmed.physics.acquisition import find_shells, two_shell_protocol
-from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, write_diffusion_slab
-from jaxmed.systems.noddi.options import check_shape
-from jaxmed.systems.noddi.reading import read_table
-from jaxmed.systems.noddi.simulate_page import write_page
-from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import MapStyle, slice_maps
+from jaxmed.report.page import Section, Table, Text
+from jaxmed.report.parameter_maps import map_label, read_map
+from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, check_shape, write_diffusion_slab
+from jaxmed.systems.noddi.protocol import read_table
+from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
+
+TRUTH = {
+    "ndi": "true neurite density index",
+    "odi": "true orientation dispersion index",
+    "fwf": "true free water fraction",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Config:
         spacing: Voxel edge in mm.
         snr: Signal-to-noise ratio of white matter at b = 0; the noise is Rician.
         dicom: Write the unweighted image as a DICOM series too, as a source for maps in DICOM.
-        seed: Of anatomy and noise.
+        seed: Seed of anatomy and noise.
     """
 
     bvals: Path | None = None
@@ -51,8 +55,6 @@ class Config:
 
     def __post_init__(self) -> None:
         check_shape("shape", self.shape)
-        if not self.spacing > 0 or not self.snr > 0:
-            raise ValueError(f"spacing, snr: expected positive numbers, found {self.spacing:g} and {self.snr:g}")
         if (self.bvals is None) != (self.bvecs is None):
             found = "only one of the two"
             raise ValueError(f"bvals, bvecs: expected both files or neither, found {found}")
@@ -73,18 +75,43 @@ def smoke() -> Config:
     return Config(shape=(24, 28, 2))
 
 
+@dataclasses.dataclass(frozen=True)
+class Shell:
+    """A shell of the protocol.
+
+    Attributes:
+        bval: Mean b-value in s/mm^2.
+        rows: Its images.
+    """
+
+    bval: float
+    rows: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a simulated scan holds.
+
+    Attributes:
+        voxels: Inside the head.
+        images: Of the protocol.
+        shells: b = 0 included.
+    """
+
+    voxels: int
+    images: int
+    shells: tuple[Shell, ...]
+
+
 def run(config: Config, folder: RunFolder) -> None:
     """Simulate and write; the files lie in RUN/outputs under the names that `jaxmed noddi fit` takes."""
-    began = time.monotonic()
+    clock = Clock()
     if config.dicom:
         require_pydicom()
-    if config.bvals is None:
-        bvals, bvecs = two_shell_protocol()
-    else:
-        table = read_table(config.bvals, config.bvecs, config.b0_threshold, needs_two_shells=False)
-        bvals, bvecs = table.bvals, table.bvecs
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
+    bvals, bvecs = two_shell_protocol()
+    if config.bvals is not None:
+        bvals, bvecs, _ = read_table(config.bvals, config.bvecs, config.b0_threshold, needs_two_shells=False)
+    log = begin(folder)
     files = write_diffusion_slab(
         folder.outputs, config.seed, config.shape, config.snr, config.spacing, protocol=(bvals, bvecs)
     )
@@ -93,37 +120,19 @@ def run(config: Config, folder: RunFolder) -> None:
         log.say(f"{write_dicom(folder.outputs / 'dicom', files, bvals <= config.b0_threshold)} DICOM files")
     voxels = int(nifti.read(files.mask).array.sum())
     log.say(f"{voxels:,} voxels inside the head, {len(bvals)} images, in {folder.outputs}")
-    summary = {
-        "voxels": voxels,
-        "images": len(bvals),
-        "shells": [{"bval": s.bval, "rows": list(s.rows)} for s in find_shells(bvals, config.b0_threshold)],
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed noddi simulate --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"simulate and write": time.monotonic() - began},
-    }
-    write_summary(folder, summary)
     log.metrics(0, {"voxels": voxels, "images": len(bvals)})
-    write_page(folder.path)
-
-
-report = write_page
+    clock.lap("simulate and write")
+    shells = tuple(Shell(shell.bval, shell.rows) for shell in find_shells(bvals, config.b0_threshold))
+    finish(folder, config, Summary(voxels, len(bvals), shells), clock, page)
 
 
 def write_sidecars(files: DiffusionFiles, config: Config) -> None:
     """Say beside every file what it holds."""
-    sigma = WHITE_MATTER / config.snr
-    write_json(
-        files.dwi.with_name("dwi.json"),
-        {"definition": "simulated diffusion signals with Rician noise", "unit": "arbitrary", "sigma": sigma},
-    )
-    write_json(files.mask.with_name("mask.json"), {"definition": "1 inside the head", "unit": "1"})
-    meanings = {
-        "ndi": "true neurite density index",
-        "odi": "true orientation dispersion index",
-        "fwf": "true free water fraction",
-    }
-    for name, definition in meanings.items():
-        write_json(files.truth / f"{name}.json", {"definition": definition, "unit": "1"})
+    sigma, said = WHITE_MATTER / config.snr, "simulated diffusion signals with Rician noise"
+    write_sidecar(files.dwi.with_name("dwi.json"), said, "arbitrary", {}, sigma=sigma)
+    write_sidecar(files.mask.with_name("mask.json"), "1 inside the head", "1", {})
+    for name, definition in TRUTH.items():
+        write_sidecar(files.truth / f"{name}.json", definition, "1", {})
 
 
 def write_dicom(folder: Path, files: DiffusionFiles, is_b0: np.ndarray) -> int:
@@ -139,3 +148,54 @@ def write_dicom(folder: Path, files: DiffusionFiles, is_b0: np.ndarray) -> int:
     if b0.array.max() > 65535:
         raise InputError("snr", "unweighted signal that 16 bits hold", f"{b0.array.max():.3g}", "raise the snr")
     return len(write_mr_images(folder, b0, new_stack((x, y, z), b0.affine, "simulated"), quantity, stored_per_unit=1))
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show the truth and the scan."""
+    config, summary, outputs = run.config, run.summary, run.outputs
+    mask = read_map(outputs / "mask.nii.gz").array > 0
+    maps = {map_label(name): read_map(outputs / "truth" / f"{name}.nii.gz") for name in TRUTH}
+    truth = slice_maps(
+        {label: volume.array for label, volume in maps.items()},
+        maps["NDI"].spacing,
+        caption="Truth: neurite density, orientation dispersion and free water fraction.",
+        styles=dict.fromkeys(maps, MapStyle(limits=(0.0, 1.0))),
+        mask=mask,
+    )
+    use = Text(
+        [
+            "RUN/outputs holds dwi.nii.gz, dwi.bval, dwi.bvec and mask.nii.gz as jaxmed noddi fit and predict "
+            "take them, and truth/ the maps that made the signals.",
+            "The anatomy is a drawing, with soft borders and slow variation, not a brain: it tells whether an "
+            "estimate recovers what is there, not whether the model describes tissue.",
+        ]
+    )
+    return Page(
+        "A simulated diffusion scan",
+        f"{summary.images} images of a brain slab with known NODDI parameters, Rician noise at a "
+        f"signal-to-noise ratio of {config.snr:g}",
+        [
+            ("Voxels", summary.voxels, "inside the head"),
+            ("Images", summary.images, f"{len(summary.shells)} shells, b = 0 included"),
+            ("SNR", config.snr, "of white matter at b = 0"),
+        ],
+        [Section("Truth", [truth]), _scan_section(run, mask), Section("How to use it", [use])],
+    )
+
+
+def _scan_section(run: Finished[Config, Summary], mask: np.ndarray) -> Section:
+    scan = read_map(run.outputs / "dwi.nii.gz")
+    images = {f"b = {shell.bval:.0f}": scan.array[..., shell.rows[0]] for shell in run.summary.shells}
+    figure = slice_maps(
+        images,
+        scan.spacing,
+        caption="The first image of each shell, arbitrary unit.",
+        styles=dict.fromkeys(images, MapStyle(colormap="gray")),
+        num_slices=4,
+    )
+    rows = [
+        (round(shell.bval), len(shell.rows), float(image[mask].mean()))
+        for shell, image in zip(run.summary.shells, images.values(), strict=True)
+    ]
+    table = Table(("b (s/mm^2)", "Images", "Mean of the first"), rows, "Shells of the protocol; means inside the head.")
+    return Section("Scan", [figure, table])

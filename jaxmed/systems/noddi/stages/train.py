@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,21 @@ import numpy as np
 from jaxmed.config import Seed, checked
 from jaxmed.io.gradients import write_gradients
 from jaxmed.io.numpy_files import write_npz
+from jaxmed.metrics.recovery import DEFINED
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import find_shells, two_shell_protocol
 from jaxmed.physics.microstructure import simulate
-from jaxmed.systems.noddi.network import Network, predict, save
-from jaxmed.systems.noddi.reading import read_table
-from jaxmed.systems.noddi.train_page import write_page
-from jaxmed.systems.noddi.training import State, TrainConfig, Trained, train
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import agreement, curves
+from jaxmed.report.page import Note, Section, Table, Text
+from jaxmed.report.parameter_maps import error_table, map_label
+from jaxmed.systems.noddi.network import Network, Output, predict, save
+from jaxmed.systems.noddi.protocol import read_table
+from jaxmed.systems.noddi.training import TINY, State, TrainConfig, Trained, train
 from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import Checkpoints
-from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.train.log import Log, read_metrics
+from jaxmed.train.run_folder import RunFolder
 
 SECONDS_BETWEEN_SAVES = 20.0
 VALIDATION_VOXELS = 5000
@@ -38,15 +41,15 @@ class Config:
     Attributes:
         bvals: FSL text file of b-values in s/mm^2; scans may have its images in another order.
         bvecs: FSL text file of unit gradient directions, 3 x N or N x 3.
-        embedded: Take a two-shell protocol (9 + 30 + 60 images) where no files are given.
+        synthetic: Take a two-shell protocol (9 + 30 + 60 images) where no files are given.
         allow_single_shell: Train NODDI although only one shell is weighted. Its maps are not NODDI.
         train: Labels, network, length.
-        seed: Of signals, network and order.
+        seed: Seed of the signals, the network and their order.
     """
 
     bvals: Path | None = None
     bvecs: Path | None = None
-    embedded: bool = False
+    synthetic: bool = False
     allow_single_shell: bool = False
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     seed: Seed = 0
@@ -59,68 +62,96 @@ def paper() -> Config:
 
 def laptop() -> Config:
     """150,000 signals of your protocol, or of one of two shells, in minutes on a few cores."""
-    network = MlpConfig(width=128)
     settings = TrainConfig(
-        network=network, signals=150_000, held_out=10_000, epochs=40, batch_size=1024, restarts=2, snr=(10.0, 50.0)
+        network=MlpConfig(width=128),
+        signals=150_000,
+        held_out=10_000,
+        epochs=40,
+        batch_size=1024,
+        restarts=2,
+        snr=(10.0, 50.0),
     )
-    return Config(embedded=True, train=settings)
+    return Config(synthetic=True, train=settings)
 
 
 def smoke() -> Config:
     """A tiny network for your protocol, or one of two shells, in seconds."""
-    network = MlpConfig(width=48)
-    settings = TrainConfig(network=network, signals=8192, held_out=2048, epochs=20, batch_size=128, restarts=2)
-    return Config(embedded=True, train=settings)
+    return Config(synthetic=True, train=dataclasses.replace(TINY, restarts=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shell:
+    """A shell of the protocol.
+
+    Attributes:
+        bval: Mean b-value in s/mm^2.
+        images: Their number.
+    """
+
+    bval: float
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What training found.
+
+    Attributes:
+        protocol: Hash of the table.
+        images: Of the protocol.
+        shells: Of the protocol.
+        outputs: What the network estimates.
+        parameters: Numbers that were trained.
+        labels: What it learned.
+        best: Which restart.
+        held_out_loss: Of the best restart.
+        notes: What was repaired in the table.
+    """
+
+    protocol: str
+    images: int
+    shells: tuple[Shell, ...]
+    outputs: tuple[Output, ...]
+    parameters: int
+    labels: str
+    best: int
+    held_out_loss: float
+    notes: tuple[str, ...]
 
 
 def run(config: Config, folder: RunFolder) -> None:
     """Read the protocol, train, export the network, write the report."""
-    began = time.monotonic()
-    if config.embedded and config.bvals is None and config.bvecs is None:
-        bvals, bvecs = two_shell_protocol()
-        notes: list[str] = []
-    else:
+    clock, (bvals, bvecs), notes = Clock(), two_shell_protocol(), ()
+    if not (config.synthetic and config.bvals is None and config.bvecs is None):
         needs_two_shells = config.train.forward.kind == "noddi" and not config.allow_single_shell
-        table = read_table(config.bvals, config.bvecs, config.train.b0_threshold, needs_two_shells=needs_two_shells)
-        bvals, bvecs, notes = table.bvals, table.bvecs, list(table.notes)
-    start(folder)
-    write_gradients(
-        folder.outputs / "model" / "protocol.bval", folder.outputs / "model" / "protocol.bvec", bvals, bvecs
-    )
-    log = Log(folder.path, folder.options.quiet)
-    for note in notes:
-        log.say(f"Note: {note}")
+        threshold = config.train.b0_threshold
+        bvals, bvecs, notes = read_table(config.bvals, config.bvecs, threshold, needs_two_shells=needs_two_shells)
+    log = begin(folder, notes)
+    model = folder.outputs / "model"
+    write_gradients(model / "protocol.bval", model / "protocol.bvec", bvals, bvecs)
     announce(
         log, f"Training {config.train.restarts} networks on {config.train.signals:,} signals of {len(bvals)} images",
         count=config.train.epochs, unit="epochs", smaller=folder.smaller,
     )  # fmt: skip
     train_key, validation_key = jax.random.split(jax.random.key(config.seed))
     trained = train_in_folder(train_key, bvals, bvecs, config.train, folder, log)
-    seconds = time.monotonic() - began
-    save(folder.outputs / "model", trained.network)
+    clock.lap("simulate, label and train, compilation included")
+    save(model, trained.network)
     write_validation(folder.outputs / "validation.npz", validation_key, trained.network)
-    description = trained.network.description
-    log.say(f"Restart {trained.best + 1} was best, with a held-out loss of {trained.losses[-1, 1, trained.best]:.5f}.")
-    summary = {
-        "protocol": description.table.hash,
-        "images": len(bvals),
-        "shells": [{"bval": s.bval, "images": len(s.rows)} for s in find_shells(bvals, config.train.b0_threshold)],
-        "outputs": [dataclasses.asdict(output) for output in description.outputs],
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.network.params)),
-        "labels": description.labels,
-        "best": trained.best,
-        "held_out_loss": float(trained.losses[-1, 1, trained.best]),
-        "validation_snr": VALIDATION_SNR,
-        "notes": notes,
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed noddi train --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"simulate, label and train, compilation included": seconds},
-    }
-    write_summary(folder, summary)
-    write_page(folder.path)
-
-
-report = write_page
+    description, loss = trained.network.description, float(trained.losses[-1, 1, trained.best])
+    log.say(f"Restart {trained.best + 1} was best, with a held-out loss of {loss:.5f}.")
+    summary = Summary(
+        protocol=description.table.hash,
+        images=len(bvals),
+        shells=tuple(Shell(s.bval, len(s.rows)) for s in find_shells(bvals, config.train.b0_threshold)),
+        outputs=description.outputs,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(trained.network.params)),
+        labels=description.labels,
+        best=trained.best,
+        held_out_loss=loss,
+        notes=notes,
+    )
+    finish(folder, config, summary, clock, page)
 
 
 def train_in_folder(
@@ -174,3 +205,77 @@ def write_validation(path: Path, key: jax.Array, network: Network) -> None:
     estimate = predict(network, voxels.signals)
     weight = model.relevance(voxels.parameters)
     write_npz(path, {"truth": voxels.parameters, "estimate": estimate, "weight": weight})
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show the learning curves, the network against the truth, and its protocol."""
+    summary, settings = run.summary, run.config.train
+    lines = read_metrics(run.path)
+    shells = [(round(shell.bval), shell.images) for shell in summary.shells]
+    protocol = [
+        Table(("b (s/mm^2)", "Images"), shells, "Shells of the gradient table that the network belongs to."),
+        Text([f"Protocol hash: {summary.protocol}"]),
+    ]
+    reading = Text(
+        [
+            "The network serves scans of this protocol in this order alone; its table travels with it. Apply "
+            "it with jaxmed noddi predict --weights RUN, compare it with fits by jaxmed noddi evaluate "
+            "--weights RUN, and take it to a scanner with jaxmed noddi export --weights RUN.",
+            "Labels that are fits of the noisy signals give estimates with little bias and the spread of a "
+            "fit; true parameters as labels give less spread and shrink every estimate to the middle.",
+            "After arXiv:2507.12632. For research only, not for diagnosis.",
+        ]
+    )
+    return Page(
+        "A network for one protocol",
+        f"{summary.parameters:,} parameters, trained on {settings.signals:,} simulated signals of "
+        f"{summary.images} images with labels '{summary.labels}'",
+        [
+            ("Epochs", len(lines), f"restart {summary.best + 1} was best"),
+            ("Held-out loss", float(f"{summary.held_out_loss:.3g}"), "mean squared error, share of each range"),
+            ("Labels", summary.labels.split()[0].upper(), "what the network learned"),
+            ("Protocol", summary.protocol[:8], "start of its hash; other tables are refused"),
+        ],
+        [
+            _curves_section(summary, lines),
+            _validation_section(run),
+            Section("Protocol", protocol),
+            Section("How to read this", [reading]),
+        ],
+    )
+
+
+def _curves_section(summary: Summary, lines: list[dict[str, float]]) -> Section:
+    steps = np.array([line["step"] for line in lines])
+    shown = {
+        label: (steps, np.array([line[name] for line in lines]))
+        for label, name in (("training", "loss"), ("held out", "held_out_loss"))
+    }
+    what = "the reproduced signals" if summary.labels == "self" else "the labels, each as a share of its range"
+    caption = f"Mean squared error of {what}, of the restart that was best in each epoch. Labels from fits hold the "
+    caption += "fits' own spread, which no network can predict wholly: the curve does not reach 0."
+    losses = np.concatenate([values for _, values in shown.values()])
+    # Within a decade a logarithmic axis has no room for numbers.
+    log = bool(losses.max() > 10 * losses.min())
+    figure = curves(shown, xlabel="epoch", ylabel="loss", log=log, caption=caption)
+    return Section("Training", [*(Note(text) for text in summary.notes), figure])
+
+
+def _validation_section(run: Finished[Config, Summary]) -> Section:
+    with np.load(run.outputs / "validation.npz", allow_pickle=False) as stored:
+        truth, estimate, weight = stored["truth"], stored["estimate"], stored["weight"]
+    truths, estimates, units = {}, {}, {}
+    for column, output in enumerate(run.summary.outputs):
+        label, inside = map_label(output.name), weight[:, column] >= DEFINED
+        truths[label], estimates[label] = truth[inside, column], estimate[inside, column]
+        units[label] = "" if output.unit == "1" else output.unit
+    said = "Estimate against truth. A slope below 1 is shrinkage to the middle of the training range."
+    return Section(
+        "Against the truth",
+        [
+            agreement(truths, estimates, units=units,
+                      caption=f"Fresh simulated signals at a signal-to-noise ratio of {VALIDATION_SNR:g}; a "
+                      "parameter is shown where at least half of the voxel lets the signal depend on it."),
+            error_table(truths, estimates, said, first="Parameter", has_slope=True),
+        ],
+    )  # fmt: skip

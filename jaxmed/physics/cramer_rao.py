@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmed.physics import rician
-from jaxmed.physics.microstructure import MicrostructureModel
-from jaxmed.systems.noddi.derivatives import tangent_frame
+from jaxmed.physics.microstructure import MicrostructureModel, tangent_frame
 
 
 class Bound(NamedTuple):

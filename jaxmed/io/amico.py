@@ -1,4 +1,4 @@
-"""AMICO beside our estimators, where it is installed: the fast linearised fit that most people use.
+"""AMICO's NODDI, where it is installed: the fast linearised fit that most people use, through the files it reads.
 
 Source: Daducci et al., NeuroImage 2015; the package dmri-amico, as its authors run NODDI. It is imported only when it
 is asked for, and keeps its kernels and rotation matrices in a folder that is removed afterwards.
@@ -11,18 +11,16 @@ import io
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxmed.io import nifti
+from jaxmed.io.gradient_match import Table
 from jaxmed.io.gradients import write_gradients
-from jaxmed.physics.microstructure import Simulated
-from jaxmed.physics.noddi import Tissue
-from jaxmed.systems.noddi.evaluation import Estimator
-from jaxmed.systems.noddi.table import Table
 from jaxmed.volume import Volume
 
 SCALE = 1000.0
@@ -35,19 +33,22 @@ def is_installed() -> bool:
 
 
 @contextlib.contextmanager
-def amico_estimator(table: Table, tissue: Tissue = Tissue()) -> Iterator[Estimator]:
-    """Yield AMICO's NODDI as an estimator; its kernels live as long as the context.
+def open_amico(
+    table: Table, parallel_diffusivity: float, free_diffusivity: float
+) -> Iterator[Callable[[Float[np.ndarray, "voxel image"]], Float[np.ndarray, "voxel 3"]]]:
+    """Yield AMICO's NODDI as a function of signals relative to b = 0; its kernels live as long as the context.
 
     Args:
         table: The protocol.
-        tissue: Diffusivities that the kernels are made with.
+        parallel_diffusivity: Along the fibres, in um^2/ms, that kernels are made with.
+        free_diffusivity: Of free water, likewise.
     """
     with tempfile.TemporaryDirectory() as name:
         folder, home = Path(name), os.environ.get("DIPY_HOME")
         os.environ["DIPY_HOME"] = name  # where dipy's import, and AMICO's rotation matrices, would write
         try:
-            evaluation = _open(folder, table, tissue)
-            yield lambda voxels: _estimate(evaluation, folder, voxels)
+            evaluation = _open(folder, table, 1e-3 * parallel_diffusivity, 1e-3 * free_diffusivity)
+            yield lambda signals: _estimate(evaluation, folder, signals)
         finally:
             os.environ.pop("DIPY_HOME")
             if home is not None:
@@ -61,7 +62,7 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _open(folder: Path, table: Table, tissue: Tissue) -> Any:
+def _open(folder: Path, table: Table, parallel: float, free: float) -> Any:
     with _quietly():
         # By name: where it is not installed, and it need not be, type checkers find nothing to resolve.
         amico: Any = importlib.import_module("amico")
@@ -78,7 +79,6 @@ def _open(folder: Path, table: Table, tissue: Tissue) -> Any:
         # Kernels depend on the protocol alone; AMICO wants a scan to read it from.
         _load(evaluation, folder, np.ones((1, len(bvals)), np.float32))
         evaluation.set_model("NODDI")
-        parallel, free = 1e-3 * tissue.parallel_diffusivity, 1e-3 * tissue.free_diffusivity
         evaluation.model.set(parallel, free, evaluation.model.IC_VFs, evaluation.model.IC_ODs, False)
         evaluation.generate_kernels(regenerate=True)
     return evaluation
@@ -90,9 +90,9 @@ def _load(evaluation: Any, folder: Path, signals: np.ndarray) -> None:
     evaluation.load_data("dwi.nii", "dwi.scheme", b0_thr=0)
 
 
-def _estimate(evaluation: Any, folder: Path, voxels: Simulated) -> np.ndarray:
+def _estimate(evaluation: Any, folder: Path, signals: np.ndarray) -> np.ndarray:
     with _quietly():
-        _load(evaluation, folder, SCALE * np.asarray(voxels.signals, np.float32))
+        _load(evaluation, folder, SCALE * np.asarray(signals, np.float32))
         evaluation.load_kernels()
         evaluation.fit()
     maps = evaluation.RESULTS["MAPs"]

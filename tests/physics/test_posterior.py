@@ -6,9 +6,9 @@ import pytest
 
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import ball_and_stick_model, noddi_model, simulate
+from jaxmed.physics.posterior import PosteriorConfig, sample_posterior
 from jaxmed.systems import noddi
-from jaxmed.systems.noddi.options import FitConfig
-from jaxmed.systems.noddi.posterior import PosteriorConfig, sample_posterior
+from jaxmed.systems.noddi.protocol import FitConfig
 
 pytest.importorskip("blackjax")
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Key
 from jaxmed.errors import InputError
 from jaxmed.physics import rician
 from jaxmed.physics.microstructure import MicrostructureModel, weighted_signal
-from jaxmed.systems.noddi.options import SIGMA_FLOOR
+from jaxmed.physics.rician import SIGMA_FLOOR
 
 START_MARGIN = 0.02
 """Chains start this far inside the bounds, as a share of the range: a bound is infinitely far in their coordinates."""
