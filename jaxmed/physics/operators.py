@@ -1,4 +1,4 @@
-"""Linear measurements of one image: blur, resampling, mask, k-space, and chains of them.
+"""Linear measurements of one image: blur, resizing, mask, any linear function.
 
 Each is made for one shape of image, (*space, channel), and comes with its adjoint and, where there is an exact one,
 its pseudo-inverse. Methods map it over a batch. Filters along the axes are one small matrix per axis: a chain of them
@@ -103,31 +103,6 @@ def blur(
     return separable(matrices, relative_cutoff)
 
 
-def resample(
-    shape: tuple[int, ...],
-    new_shape: tuple[int, ...],
-    antialias: bool = True,
-    there_and_back: bool = False,
-    relative_cutoff: float = 1e-3,
-) -> LinearOperator:
-    """Resize linearly over the same field of view; an axis may keep its size (thick slices: only one changes).
-
-    Args:
-        shape: Axes of space.
-        new_shape: Of the measurement.
-        antialias: Average over the new voxel's width, by a triangle, where voxels grow.
-        there_and_back: Resize back to the first shape: the measurement has the image's grid and less detail.
-        relative_cutoff: See `separable`.
-    """
-    matrices = []
-    for old, new in zip(shape, new_shape, strict=True):
-        matrix = resize_matrix(old, new, antialias)
-        if there_and_back:
-            matrix = resize_matrix(new, old, antialias) @ matrix
-        matrices.append(None if old == new else matrix)
-    return separable(matrices, relative_cutoff)
-
-
 def resize_matrix(old: int, new: int, antialias: bool) -> Float[np.ndarray, "new old"]:
     """Return the matrix that resizes an axis linearly over the same field of view.
 
@@ -158,68 +133,6 @@ def mask(keep: Bool[Array, "..."] | Bool[np.ndarray, "..."]) -> LinearOperator:
 
     # A projection is its own adjoint and pseudo-inverse.
     return LinearOperator(apply, apply, apply)
-
-
-def kspace(sampled: Bool[Array, "*space"] | Bool[np.ndarray, "*space"]) -> LinearOperator:
-    """Measure some Fourier coefficients of a real image, with real and imaginary parts on a last axis of 2.
-
-    The transform is orthonormal, with frequency 0 at index 0 of every axis.
-
-    Args:
-        sampled: True where a coefficient is measured. A real image's coefficients at k and -k are conjugates; the
-            pseudo-inverse averages them where both are measured and uses either where one is.
-    """
-    sampled = jnp.asarray(sampled)
-    axes = tuple(range(sampled.ndim))
-    both = sampled[..., None] + _at_minus_k(sampled[..., None], axes).astype(jnp.float32)
-
-    def keep(coefficients: Num[Array, "..."]) -> Num[Array, "..."]:
-        return jnp.where(sampled[..., None], coefficients, 0.0)
-
-    def apply(image: Float[Array, "..."]) -> Float[Array, "..."]:
-        coefficients = keep(jnp.fft.fftn(image, axes=axes, norm="ortho"))
-        return jnp.stack([coefficients.real, coefficients.imag], axis=-1)
-
-    def image_of(coefficients: Num[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.fft.ifftn(coefficients, axes=axes, norm="ortho").real
-
-    def adjoint(measurement: Float[Array, "..."]) -> Float[Array, "..."]:
-        return image_of(keep(measurement[..., 0] + 1j * measurement[..., 1]))
-
-    def pseudo_inverse(measurement: Float[Array, "..."]) -> Float[Array, "..."]:
-        coefficients = keep(measurement[..., 0] + 1j * measurement[..., 1])
-        total = coefficients + _at_minus_k(coefficients, axes).conj()
-        return image_of(total / jnp.maximum(both, 1.0))
-
-    return LinearOperator(apply, adjoint, pseudo_inverse)
-
-
-def compose(*operators: LinearOperator, pseudo_inverse: Map | None = None) -> LinearOperator:
-    """Apply operators one after the other, the first first.
-
-    Args:
-        *operators: At least one.
-        pseudo_inverse: Of the whole; that of a product is in general not the product of theirs.
-    """
-    if not operators:
-        raise ValueError("operators: expected at least one, got none")
-
-    def apply(image: Float[Array, "..."]) -> Float[Array, "..."]:
-        for operator in operators:
-            image = operator.apply(image)
-        return image
-
-    def adjoint(measurement: Float[Array, "..."]) -> Float[Array, "..."]:
-        for operator in reversed(operators):
-            measurement = operator.adjoint(measurement)
-        return measurement
-
-    return LinearOperator(apply, adjoint, pseudo_inverse)
-
-
-def _at_minus_k(coefficients: Num[Array, "..."] | Bool[Array, "..."], axes: tuple[int, ...]) -> Array:
-    """Return the array whose entry k is the one at -k."""
-    return jnp.roll(jnp.flip(coefficients, axes), 1, axes)
 
 
 def _per_axis(value: float | Sequence[float], num_axes: int) -> list[float]:

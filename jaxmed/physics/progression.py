@@ -8,12 +8,10 @@ Sources: Raj, Kuceyeski and Weiner, Neuron 2012 (network diffusion); arXiv:2508.
 toolbox (FKPP with a share of diffusion and regional weights). Agents are in `jaxmed.physics.agents`.
 """
 
-from typing import NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmed.arrays.graphs import EdgeMatrix, LaplacianKind
+from jaxmed.arrays.graphs import EdgeMatrix
 from jaxmed.arrays.types import Scalar
 
 
@@ -65,60 +63,3 @@ def weighted_fkpp(
     """
     growth = (1 - strength) + strength * weights
     return share * -rate * (laplacian @ state) + (1 - share) * growth * state * (1 - state)
-
-
-class Spectrum(NamedTuple):
-    """Eigenvectors of a Laplacian that is similar to a symmetric matrix.
-
-    Attributes:
-        values: Eigenvalues, ascending, not negative.
-        right: Columns: right eigenvectors.
-        left: Rows: left eigenvectors, left @ right = 1.
-    """
-
-    values: Float[Array, " node"]
-    right: Float[Array, "node node"]
-    left: Float[Array, "node node"]
-
-
-def diffusion_spectrum(adjacency: Float[Array, "node node"], kind: LaplacianKind) -> Spectrum:
-    """Diagonalise the Laplacian of an adjacency matrix once, for every time and seed.
-
-    Args:
-        adjacency: Symmetric, not negative, every node with an edge.
-        kind: "combinatorial", "random_walk" (through the symmetric one, to which it is similar) or "symmetric".
-    """
-    strength = jnp.sum(adjacency, axis=-1)
-    plain = jnp.diag(strength) - adjacency
-    if kind == "combinatorial":
-        values, vectors = jnp.linalg.eigh(plain)
-        return Spectrum(values, vectors, vectors.T)
-    root = jnp.sqrt(strength)
-    values, vectors = jnp.linalg.eigh(plain / root[:, None] / root)
-    if kind == "symmetric":
-        return Spectrum(values, vectors, vectors.T)
-    if kind != "random_walk":
-        raise ValueError(f"kind: expected combinatorial, random_walk or symmetric, got {kind!r}")
-    return Spectrum(values, vectors / root[:, None], vectors.T * root)
-
-
-def diffuse(
-    spectrum: Spectrum, initial: Float[Array, "*batch node"], rate: Scalar, times: Float[Array, " time"]
-) -> Float[Array, "*batch time node"]:
-    """Return exp(-rate L t) initial, in closed form.
-
-    Args:
-        spectrum: Of L.
-        initial: States at time 0.
-        rate: Per year.
-        times: In years.
-    """
-    modes = jnp.einsum("kn,...n->...k", spectrum.left, initial)
-    decay = jnp.exp(-rate * times[:, None] * spectrum.values)
-    return jnp.einsum("nk,tk,...k->...tn", spectrum.right, decay, modes)
-
-
-def logistic(initial: Float[Array, "*batch"], rate: Scalar, ceiling: Scalar, time: Array) -> Float[Array, "*batch"]:
-    """Return logistic growth v / (1 + (v / c0 - 1) exp(-alpha v t)): FKPP without diffusion, in closed form."""
-    # Multiplied through by the initial amount, so that nothing grows where there is none.
-    return ceiling * initial / (initial + (ceiling - initial) * jnp.exp(-rate * ceiling * time))

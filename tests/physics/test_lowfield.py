@@ -14,7 +14,6 @@ from jaxmed.physics.lowfield import (
     LOWFIELD2026,
     FitConfig,
     LowField,
-    StochasticLowField,
     contrast,
     linear_part,
     make_operator,
@@ -24,7 +23,6 @@ from jaxmed.physics.lowfield import (
 pytestmark = pytest.mark.core
 
 SHAPE = (32, 32)
-draw_lowfield = jax.jit(jaxmed.physics.lowfield.draw_lowfield, static_argnames="config")
 fit = jax.jit(jaxmed.physics.lowfield.fit, static_argnames=("shape", "config", "options"))
 value_and_slope = jax.jit(jax.vmap(jax.value_and_grad(contrast), (0, None)))
 
@@ -117,43 +115,6 @@ def test_fit_stops_when_nothing_improves():
     np.testing.assert_allclose([found.gamma, found.sigma], 1.0)
 
 
-def tissue_maps(shape):
-    thirds = np.array_split(np.arange(shape[0]), 3)
-    tissues = np.zeros((3, *shape), np.float32)
-    for index, rows in enumerate(thirds):
-        tissues[index, rows] = 1
-    image = tissues[0] * 1.6 + tissues[1] * 1.1 + tissues[2] * 0.4
-    return jnp.asarray(image), jnp.asarray(tissues)
-
-
-def test_drawn_contrasts_have_the_means_and_spreads_asked_for():
-    config = StochasticLowField(factor=1, gap=0.0, snr_std=(4.0, 6.0, 2.0))
-    image, tissues = tissue_maps((9, 6, 8))
-    keys = jax.random.split(jax.random.key(1), 600)
-    drawn = np.asarray(jax.vmap(lambda key: draw_lowfield(key, image, tissues, config))(keys))
-    means = np.stack([drawn[:, i * 3 : i * 3 + 3].mean((1, 2, 3)) for i in range(3)]) * config.snr_mean[0]
-    # A Rician mean lies above its signal by half the noise variance over the signal.
-    expected = np.array(config.snr_mean) + 0.5 / np.array(config.snr_mean)
-    error = np.hypot(config.snr_std, 1 / np.sqrt(144)) / np.sqrt(600)
-    assert np.all(np.abs(means.mean(1) - expected) < 4 * error)
-    np.testing.assert_allclose(means.std(1), config.snr_std, rtol=0.12)
-    np.testing.assert_allclose(np.corrcoef(means)[0, 1], config.snr_correlation, atol=0.12)
-    noise = drawn[:, :3].reshape(600, -1).std(1) * config.snr_mean[0]
-    np.testing.assert_allclose(noise.mean(), 1.0, rtol=0.02)
-
-
-def test_drawn_slices_are_thick():
-    image, tissues = tissue_maps((9, 6, 16))
-    image = image.at[..., 8:].multiply(0.5)
-    thick = draw_lowfield(jax.random.key(0), image, tissues, StochasticLowField(interpolate=False))
-    assert thick.shape == (9, 6, 4)
-    same = draw_lowfield(jax.random.key(0), image, tissues, StochasticLowField(interpolate=True))
-    assert same.shape == (9, 6, 16)
-    # The step between slices 7 and 8 became a ramp from the centre of one thick slice to that of the next.
-    profile = np.asarray(same[:3].mean((0, 1)))
-    assert np.all(np.diff(profile[5:11]) < 0.06) and profile[6] - profile[9] > 0.2
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -165,9 +126,6 @@ def test_drawn_slices_are_thick():
         lambda: LowField(noise=-1.0),
         lambda: FitConfig(patience=0),
         lambda: FitConfig(sigma_range=(2.0, 1.0)),
-        lambda: StochasticLowField(gap=1.0),
-        lambda: StochasticLowField(snr_correlation=1.0),
-        lambda: StochasticLowField(snr_mean=(0.0, 1.0, 1.0)),
         lambda: make_operator((8, 8), LowField(scale=(2.0, 2.0, 2.0))),
     ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.physics.operators import blur, compose, from_function, kspace, mask, resample, resize_matrix, separable
+from jaxmed.physics.operators import blur, from_function, mask, resize_matrix, separable
 
 pytestmark = pytest.mark.core
 
@@ -15,12 +15,10 @@ KEEP = RNG.random(SHAPE) < 0.4
 OPERATORS = {
     "blur": (blur(SHAPE, (0.8, 0.0)), SHAPE),
     "blur with zeros outside": (blur(SHAPE, 0.6, radius=3, mode="zero"), SHAPE),
-    "thick slices": (resample(SHAPE, (4, 9)), SHAPE),
-    "there and back": (resample(SHAPE, (5, 4), there_and_back=True), SHAPE),
+    "thick slices": (separable([resize_matrix(12, 4, True), None]), SHAPE),
+    "there and back": (separable([resize_matrix(5, 12, True) @ resize_matrix(12, 5, True), None]), SHAPE),
     "mask": (mask(KEEP[..., None]), SHAPE),
-    "k-space": (kspace(KEEP), SHAPE),
-    "chain": (compose(blur(SHAPE, 1.0), mask(KEEP[..., None])), SHAPE),
-    "volume": (resample((6, 5, 8), (6, 5, 2)), (6, 5, 8)),
+    "volume": (separable([None, None, resize_matrix(8, 2, True)]), (6, 5, 8)),
     "any function": (from_function(lambda x: jnp.cumsum(x[::2], axis=0) - x[1::2], (*SHAPE, 1)), SHAPE),
 }
 
@@ -59,7 +57,7 @@ def test_pseudo_inverses_are_those_of_penrose(name):
 def test_small_singular_values_do_not_blow_up_noise():
     shape = (32, 32)
     operator = blur(shape, 2.0, relative_cutoff=1e-2)
-    noise = jnp.asarray(RNG.normal(size=(*shape, 1)), jnp.float32)
+    noise = jnp.asarray(np.random.default_rng(1).normal(size=(*shape, 1)), jnp.float32)
     assert operator.pseudo_inverse is not None
     assert np.abs(operator.pseudo_inverse(noise)).max() < 1e2 * 6
     smooth = operator.adjoint(noise)
@@ -99,7 +97,5 @@ def test_resizing_equals_pytorch(antialias, new):
 
 
 def test_operators_refuse_what_cannot_be():
-    with pytest.raises(ValueError, match="at least one"):
-        compose()
     with pytest.raises(ValueError, match="one value or 2"):
         blur(SHAPE, (1.0, 1.0, 1.0))
