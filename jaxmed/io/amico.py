@@ -41,7 +41,7 @@ def open_amico(
     Args:
         table: The protocol.
         parallel_diffusivity: Along the fibres, in um^2/ms, that kernels are made with.
-        free_diffusivity: Of free water, likewise.
+        free_diffusivity: Diffusivity of free water, likewise.
     """
     with tempfile.TemporaryDirectory() as name:
         folder, home = Path(name), os.environ.get("DIPY_HOME")

@@ -15,7 +15,7 @@ from jaxmed.io.scans import kind_of
 from jaxmed.volume import Volume, require_same_grid
 
 MAX_LENGTH_CHANGE = 0.5
-"""Of a gradient by nonlinearity: coils reach 0.1 to 0.2 at the edge of a head."""
+"""Largest change of a gradient by nonlinearity: coils reach 0.1 to 0.2 at the edge of a head."""
 
 
 def count_images(dwi: Path) -> int | None:
@@ -71,7 +71,7 @@ def read_gradient_map(path: Path, dwi: Volume, dwi_path: Path) -> Float32[np.nda
         path: 4D NIfTI file of nine images on the grid of the scan: the matrix L, column by column; the gradients of
             a voxel are (I + L) times those of the table.
         dwi: The scan.
-        dwi_path: Of the scan, for messages.
+        dwi_path: File of the scan, for messages.
 
     Source: HCP reference manual, appendix on gradient nonlinearity.
 

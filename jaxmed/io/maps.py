@@ -25,7 +25,7 @@ def write_map(
 
     Args:
         folder: Where to.
-        name: Of the map.
+        name: Name of the map.
         volume: On the grid of the scan.
         definition: In one line.
         unit: "1" for a fraction.

@@ -26,10 +26,10 @@ class MlpConfig:
 
     Attributes:
         depth: Hidden layers.
-        width: Of each hidden layer; "M" takes the number of inputs, as the sister study does.
+        width: Width of each hidden layer; "M" takes the number of inputs, as the sister study does.
         activation: After every hidden layer.
-        head: Of the output, on the unit interval of each parameter's range: "sigmoid" cannot leave it, "abs" is the
-            sister study's and can exceed 1.
+        head: Bound of the output, on the unit interval of each parameter's range: "sigmoid" cannot leave it, "abs" is
+            the sister study's and can exceed 1.
     """
 
     depth: Size = 3

@@ -24,8 +24,8 @@ class AgentGraph(NamedTuple):
 
     Attributes:
         mobility: Row-stochastic: where an agent of a region goes per unit of time, itself included.
-        lengths: Of connections, in mm; where there is none, 1.
-        sizes: Of regions, in voxels.
+        lengths: Lengths of connections, in mm; where there is none, 1.
+        sizes: Sizes of regions, in voxels.
         synthesis: Normal agents born per voxel and unit of time.
         clearance: Rate of an agent's removal per unit of time.
     """
@@ -77,9 +77,9 @@ def make_agent_graph(
 
     Args:
         adjacency: Symmetric weights, every node with an edge.
-        lengths: Of connections, in mm; above speed x step where there is an edge, so that no more agents arrive than
-            travel.
-        sizes: Of regions, in voxels.
+        lengths: Lengths of connections, in mm; above speed x step where there is an edge, so that no more agents arrive
+            than travel.
+        sizes: Sizes of regions, in voxels.
         synthesis_score: z-score of the gene of synthesis; its normal distribution function is the rate.
         clearance_score: z-score of the gene of clearance, likewise.
         stay: Share of the weight on staying: W = (1 - p) A + p diag(A 1).

@@ -15,7 +15,7 @@ class Bound(NamedTuple):
     """Smallest standard deviations.
 
     Attributes:
-        errors: Of each parameter.
+        errors: Standard deviation of each parameter.
         direction_error: Root mean square angle of the direction, in degrees.
     """
 

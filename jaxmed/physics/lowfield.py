@@ -79,7 +79,7 @@ def linear_part(shape: tuple[int, ...], config: LowField, relative_cutoff: float
     Args:
         shape: Axes of space.
         config: The acquisition.
-        relative_cutoff: Of the pseudo-inverse, see `operators.separable`.
+        relative_cutoff: Cutoff of the pseudo-inverse, see `operators.separable`.
     """
     sigmas = _per_axis(config.sigma, len(shape), "sigma")
     # Nothing of it depends on data: inside a traced function too it is computed at once, for the pseudo-inverse.
@@ -146,8 +146,8 @@ class FitConfig:
     """How gamma and sigma are fitted.
 
     Attributes:
-        learning_rate: Of AdamW.
-        weight_decay: Of AdamW.
+        learning_rate: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
         max_steps: At most so many.
         patience: Stop after so many steps without a better loss.
         gamma_range: Held inside.
@@ -192,7 +192,7 @@ def fit(
         low: Their low-field images, on the same grid.
         shape: Axes of space.
         config: Everything but gamma and sigma; its sigma is 0 on axes that stay unblurred.
-        options: Of the optimiser.
+        options: Settings of the optimiser.
 
     Returns:
         The best point met, from a start at (1, 1).

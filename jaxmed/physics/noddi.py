@@ -38,7 +38,7 @@ class Tissue:
 
     Attributes:
         parallel_diffusivity: Along the fibres, inside and outside, in um^2/ms. 1.7 in vivo; ex vivo about 0.6.
-        free_diffusivity: Of free water, in um^2/ms. 3.0 at body temperature; about 2.1 at 20 degrees C.
+        free_diffusivity: Diffusivity of free water, in um^2/ms. 3.0 at body temperature; about 2.1 at 20 degrees C.
     """
 
     parallel_diffusivity: Positive = 1.7

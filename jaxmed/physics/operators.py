@@ -43,8 +43,8 @@ def from_function(apply: Map, shape: tuple[int, ...], pseudo_inverse: Map | None
 
     Args:
         apply: Linear in the image, real in and out.
-        shape: Of the image.
-        pseudo_inverse: Of the function, if known.
+        shape: Shape of the image.
+        pseudo_inverse: That of the function, if known.
     """
 
     def adjoint(measurement: Float[Array, "..."]) -> Float[Array, "..."]:

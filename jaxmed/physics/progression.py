@@ -8,7 +8,6 @@ Sources: Raj, Kuceyeski and Weiner, Neuron 2012 (network diffusion); arXiv:2508.
 toolbox (FKPP with a share of diffusion and regional weights). Agents are in `jaxmed.physics.agents`.
 """
 
-
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.graphs import EdgeMatrix
@@ -57,7 +56,7 @@ def weighted_fkpp(
         state: x, on [0, 1].
         laplacian: L.
         share: a, of diffusion, in [0, 1].
-        rate: Of diffusion.
+        rate: Rate of diffusion.
         weights: w, for example amyloid or the expression of a gene, on [0, 1].
         strength: g, in [0, 1]: 0 is plain FKPP, 1 growth in proportion to the map.
     """

@@ -41,7 +41,7 @@ def maps_section(
         mask: Voxels to show.
         where: Voxels to count, by label; `mask` for labels that are not named.
         before: Blocks to stand first.
-        caption: Of the slices.
+        caption: Caption of the slices.
         distribution: Caption of the histograms, left out where a map has nothing to count.
     """
     arrays = {label: volume.array for label, volume in maps.items()}
@@ -70,7 +70,7 @@ def truth_section(
         styles: By label.
         mask: Voxels to show.
         where: Voxels to compare, by label; `mask` for labels that are not named.
-        caption: Of the table of errors.
+        caption: Caption of the table of errors.
     """
     true, found = ({label: part[label].array for label in truth} for part in (truth, maps))
     spacing = next(iter(truth.values())).spacing
@@ -100,7 +100,7 @@ def error_table(
     Args:
         truth: By name.
         estimate: The same names.
-        caption: Of the table.
+        caption: Caption of the table.
         first: Heading of the names.
         has_slope: Add the slope of the estimate on the truth.
     """

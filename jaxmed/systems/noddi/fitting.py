@@ -14,20 +14,42 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxmed.arrays.tracing import require_values
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import GradientTable, Numbers, as_numbers, check_gradients
 from jaxmed.io.masks import fill_mask
+from jaxmed.physics.acquisition import attenuation_notes, has_two_shells
+from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.physics.noddi import Tissue
+from jaxmed.physics.posterior import Posterior
 from jaxmed.systems.noddi.protocol import FitConfig, Noise, check_protocol, prepare
-from jaxmed.systems.noddi.voxel_fit import Ascent, Estimates, Maps, Voxels, advance, begin, finish, name_maps
+from jaxmed.systems.noddi.voxel_fit import FLAGS, Ascent, Estimates, Maps, Voxels, advance, begin, finish, name_maps
 
 BLOCK_CHUNKS = 16
 """Chunks among which stragglers are gathered; a fit can be interrupted between blocks."""
 TAIL_SHARE = 8
 """A chunk of this share of the size takes the last stragglers."""
+DEFINITIONS = {
+    "direction": ("mean fibre direction, unit vector in RAS+ world axes, sign arbitrary", "1"),
+    "direction_error": ("root mean square angle of the cone of uncertainty about the direction", "degrees"),
+    "s0": ("unweighted signal", "unit of the scan"),
+    "residual": ("root mean squared residual over the fitted images divided by s0", "1"),
+    "mean_diffusivity": ("mean diffusivity of the tensor that starts the fit", "um^2/ms"),
+    "fractional_anisotropy": ("fractional anisotropy of the tensor that starts the fit", "1"),
+    "flags": ("sum of bits, 0 where nothing is to be said; see bits", "1"),
+}
+# Flags that are said where more than 0.5 % of the voxels have them.
+SAID = {
+    "ndi_undefined": "ndi means nothing (nearly pure free water, or a standard error as wide as not knowing it)",
+    "odi_undefined": "odi means nothing (few neurites, or too much noise)",
+    "direction_undefined": "the direction means nothing (a cone of uncertainty above 45 degrees, or no neurites)",
+    "not_converged": "the tolerance was not met in {iterations} iterations",
+    "misfit": "the model does not make this signal (a residual above three times the noise): its maps mean nothing",
+}
+WHERE_TISSUE = ("ndi", "odi")
+"""Maps that mean something only where there is tissue."""
 
 
 class Programs(NamedTuple):
@@ -113,7 +135,7 @@ def estimate(
         gradients: From `check_gradients` or a reader, with unweighted and weighted rows: see `check_protocol`.
         mask: Voxels to fit.
         sigma: Noise of each channel.
-        gradient_map: Of each voxel; NODDI only.
+        gradient_map: Matrix of each voxel, see `fit`; NODDI only.
         config: Model and tolerances.
         finished: Estimates of an interrupted call on the same input, one row per voxel inside the mask, in order: the
             first ones, which are not fitted again.
@@ -170,6 +192,70 @@ def default_chunk_size() -> int:
     return 2048 if jax.default_backend() == "cpu" else 65536
 
 
+def collect_maps(
+    rows: Estimates, model: MicrostructureModel, modulated: bool, posterior: Posterior | None = None
+) -> dict[str, tuple[np.ndarray, str, str]]:
+    """Return array, definition and unit of every map by name."""
+    maps = {}
+    prior = "over a flat prior on every parameter and on the direction"
+    for index, (name, definition, unit) in enumerate(parameter[:3] for parameter in model.parameters):
+        maps[name] = (rows.values[..., index], definition, unit)
+        error = f"standard error of {name} (Laplace, from the Fisher information), at most the width of its range"
+        maps[f"{name}_error"] = (rows.errors[..., index], error, unit)
+        if posterior is not None:
+            for kind, said, part in (("mean", "mean", posterior.mean), ("sd", "standard deviation", posterior.sd)):
+                array = fill_mask(part[:, index], rows.fitted)
+                maps[f"{name}_{kind}"] = (array, f"posterior {said} of {name} {prior}", unit)
+    if posterior is not None:
+        definition = "mean acceptance rate of the Markov chain; far below 0.5 it did not move well"
+        maps["posterior_acceptance"] = (fill_mask(posterior.acceptance, rows.fitted), definition, "1")
+    for name, (definition, unit) in DEFINITIONS.items():
+        maps[name] = (getattr(rows, name), definition, unit)
+    done = rows.fitted & (rows.flags & FLAGS["not_converged"] == 0)
+    maps["converged"] = (done.astype(np.uint8), "1 where the fit met its tolerance", "1")
+    if modulated and "fwf" in model.names:
+        for name in WHERE_TISSUE:
+            array = np.where(rows.fitted, maps[name][0] * (1 - maps["fwf"][0]), 0.0)
+            maps[f"{name}_modulated"] = (array, f"{name} times (1 - fwf): {name} weighted by its tissue", "1")
+    return maps
+
+
+def describe_maps(
+    rows: Estimates,
+    signals: Float[np.ndarray, "*voxel image"],
+    gradients: GradientTable,
+    mask: Bool[np.ndarray, "*voxel"],
+    config: FitConfig,
+) -> list[str]:
+    """Say what a reader of the maps must know and could not see in them."""
+    notes = []
+    fitted, threshold, free = rows.fitted, config.b0_threshold, config.tissue.free_diffusivity
+    is_noddi = config.model == "noddi"
+    weighted = gradients.bvals > threshold
+    if is_noddi and not has_two_shells(gradients.bvals[weighted], gradients.bvecs[weighted]):
+        notes.append("Only one shell is weighted: neurite density and free water cannot be told apart.")
+    diffusivity = float(np.median(rows.mean_diffusivity[fitted]))
+    anisotropy = float(np.median(rows.fractional_anisotropy[fitted]))
+    if is_noddi and anisotropy < 0.1 and diffusivity > 1.5:
+        text = f"This is free water: diffusion is isotropic (median anisotropy {anisotropy:.3f}) and fast "
+        text += f"(median diffusivity {diffusivity:.2f} um^2/ms). "
+        if abs(diffusivity - free) > 0.15 * free:
+            text += f"The model's free water has {free:g} um^2/ms, as at body temperature, so the free water fraction "
+            text += f"cannot reach 1; give --fit.tissue.free-diffusivity {diffusivity:.2f} if this is a phantom."
+        notes.append(text.strip())
+    count = int(fitted.sum())
+    for flag, meaning in SAID.items():
+        flagged = int((fitted & (rows.flags & FLAGS[flag] > 0)).sum())
+        if flagged > 0.005 * count:
+            said = meaning.format(iterations=config.max_iterations)
+            notes.append(f"In {flagged:,} of {count:,} voxels {said}; map 'flags' shows them.")
+    refused = int((mask & (rows.flags == FLAGS["no_signal"])).sum())
+    if refused:
+        notes.append(f"{refused:,} voxels hold no diffusion signal and were not fitted; map 'flags' shows them.")
+    inside, highest = (signals[fitted], rows.s0[fitted]), max(free, diffusivity)
+    return notes + attenuation_notes(*inside, gradients.bvals, threshold, highest)
+
+
 def make_programs(bvals: np.ndarray, bvecs: np.ndarray, noise: Noise, config: FitConfig, varies: bool) -> Programs:
     """Bind the compiled steps to one protocol; two protocols of the same shells share their compilation."""
     protocol = prepare(bvals, bvecs, config, varies=varies)
@@ -194,7 +280,7 @@ def run_blocks(
         programs: The compiled steps.
         voxels: All of them.
         size: Voxels of a chunk; the last one is filled up with repetitions.
-        max_iterations: Of one ascent.
+        max_iterations: Most iterations of one ascent.
         damping: That an ascent starts with.
         start: Voxels that were fitted before.
     """

@@ -23,11 +23,11 @@ from jaxmed.solvers.least_squares import Evaluation, Surface, invert_positive
 from jaxmed.systems.noddi.protocol import FitConfig, Group, Noise, Protocol
 
 S0_BOUNDS = (0.25, 4.0)
-"""Of s0, relative to the mean unweighted signal."""
+"""Bounds of s0, relative to the mean unweighted signal."""
 LARGEST_MOVE = 0.5
-"""Of a value in one step, as a share of its range: the model bends too much to promise anything further away."""
+"""Largest move of a value in one step, as a share of its range: further away the model bends too much to promise."""
 LARGEST_TURN = 1.0
-"""Of a direction in one step, as the tangent of the angle."""
+"""Largest turn of a direction in one step, as the tangent of the angle."""
 
 
 class Point(NamedTuple):
@@ -48,7 +48,7 @@ class Forward(NamedTuple):
     """A forward model as the fit wants it.
 
     Attributes:
-        names: Of the values.
+        names: Names of the values.
         lower: Their lower bounds.
         upper: Their upper bounds.
         blocks: Point -> blocks over the fitted rows, in order, relative to the mean of the unweighted ones.

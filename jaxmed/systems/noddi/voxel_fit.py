@@ -87,8 +87,8 @@ class Estimates(NamedTuple):
         direction_error: Root mean square angle of its cone of uncertainty, in degrees.
         s0: Unweighted signal, in the unit of the input: the mean, or fitted.
         residual: Root mean squared residual over the fitted rows divided by s0 (NRMSE).
-        mean_diffusivity: Of the diffusion tensor, in um^2/ms.
-        fractional_anisotropy: Of the diffusion tensor.
+        mean_diffusivity: Mean diffusivity of the tensor that starts the fit, in um^2/ms.
+        fractional_anisotropy: Anisotropy of that tensor.
         iterations: Levenberg-Marquardt iterations of the ascent that won.
         flags: Sum of `FLAGS`.
         fitted: False outside the mask, where the unweighted signal is not positive, and where the input is not finite.
@@ -163,7 +163,7 @@ class Ascent(NamedTuple):
     """State of a chunk between calls, voxel last.
 
     Attributes:
-        state: Of the solver.
+        state: State of the solver.
         other: A second start.
         tries_other: Whether it is worth an ascent.
         tensor: What the maps want of the start: mean diffusivity and anisotropy.
@@ -444,7 +444,7 @@ def search_grid(
         protocol: Its `grid`.
         config: Which NODDI the point is for; the grid itself knows neither dot nor s0.
         measured: Weighted rows in the protocol's order, relative to S0.
-        direction: Of the fibre.
+        direction: Fibre direction.
     """
     bvecs = jnp.concatenate([group.bvecs for group in protocol.groups])
     cosine = sum(bvecs[:, axis : axis + 1] * direction[axis] for axis in range(3))

@@ -93,7 +93,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.points < 2 or self.repeats < 2:
             raise ValueError(f"points, repeats: expected 2 or more, found {self.points} and {self.repeats}")
-        if not self.snr or min(self.snr) <= 0:
+        if not self.snr:
             raise ValueError(f"snr: expected ratios above 0, found {self.snr}")
 
 
@@ -143,12 +143,10 @@ class Summary:
 
     Attributes:
         rows: One per noise level, estimator and parameter; the bound has rows of its own.
-        agreement: Of each estimator with the fit.
+        agreement: Correlations with the fit; none without it.
         estimators: Their names, without the bound.
         parameters: Unit of each parameter.
-        points: Of the grid.
-        model: Which one.
-        images: Of the protocol.
+        points: Number of points of the grid.
         protocol: Hash of the table.
     """
 

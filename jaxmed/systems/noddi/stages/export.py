@@ -62,14 +62,10 @@ class Summary:
     """What an export found.
 
     Attributes:
-        rows: Voxels that were compared.
-        bytes: Size of the file.
         largest_difference: Between ONNX Runtime and jax in double precision, as a share of the range.
         differences: The same of each output.
         single_precision: Between jax in single precision, as predict runs it, and in double.
         protocol: Hash of the table.
-        images: Of the protocol.
-        outputs: What the network estimates.
     """
 
     rows: int

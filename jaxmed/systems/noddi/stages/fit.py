@@ -17,15 +17,12 @@ from jaxmed.files import require_given
 from jaxmed.io.diffusion import read_dwi, read_gradient_map
 from jaxmed.io.gradients import GradientTable, to_world
 from jaxmed.io.maps import write_map
-from jaxmed.io.masks import fill_mask
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.acquisition import (
-    attenuation_notes,
     check_series,
     check_voxels,
     choose_sigma,
     find_shells,
-    has_two_shells,
     mean_attenuation,
 )
 from jaxmed.physics.microstructure import MicrostructureModel
@@ -35,7 +32,7 @@ from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.parameter_maps import map_label, maps_section, read_map, truth_section
 from jaxmed.synthesis.phantoms.write import check_shape, write_diffusion_slab
-from jaxmed.systems.noddi.fitting import estimate
+from jaxmed.systems.noddi.fitting import WHERE_TISSUE, collect_maps, describe_maps, estimate
 from jaxmed.systems.noddi.protocol import FitConfig, check_table, read_mask
 from jaxmed.systems.noddi.voxel_fit import FLAG_DEFINITIONS, FLAGS, WET, Estimates
 from jaxmed.train.announce import announce
@@ -44,25 +41,6 @@ from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.volume import Volume
 
 SECONDS_BETWEEN_SAVES = 20.0
-DEFINITIONS = {
-    "direction": ("mean fibre direction, unit vector in RAS+ world axes, sign arbitrary", "1"),
-    "direction_error": ("root mean square angle of the cone of uncertainty about the direction", "degrees"),
-    "s0": ("unweighted signal", "unit of the scan"),
-    "residual": ("root mean squared residual over the fitted images divided by s0", "1"),
-    "mean_diffusivity": ("mean diffusivity of the tensor that starts the fit", "um^2/ms"),
-    "fractional_anisotropy": ("fractional anisotropy of the tensor that starts the fit", "1"),
-    "flags": ("sum of bits, 0 where nothing is to be said; see bits", "1"),
-}
-# Flags that are said where more than 0.5 % of the voxels have them.
-SAID = {
-    "ndi_undefined": "ndi means nothing (nearly pure free water, or a standard error as wide as not knowing it)",
-    "odi_undefined": "odi means nothing (few neurites, or too much noise)",
-    "direction_undefined": "the direction means nothing (a cone of uncertainty above 45 degrees, or no neurites)",
-    "not_converged": "the tolerance was not met in {iterations} iterations",
-    "misfit": "the model does not make this signal (a residual above three times the noise): its maps mean nothing",
-}
-WHERE_TISSUE = ("ndi", "odi")
-"""Maps that mean something only where there is tissue."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +114,7 @@ def laptop() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Shell:
-    """A shell of the scan.
-
-    Attributes:
-        bval: Mean b-value in s/mm^2.
-        images: Their number.
-        signal: Mean signal over the fitted voxels, relative to the unweighted one.
-    """
+    """A shell: mean b-value in s/mm^2, number of images, and mean signal relative to the unweighted one."""
 
     bval: float
     images: int
@@ -154,17 +126,12 @@ class Summary:
     """What a fit found.
 
     Attributes:
-        model: Which one.
         parameters: Unit of each parameter.
-        voxels: That were fitted.
-        images: Of the scan.
-        converged: Share of the voxels.
+        voxels: Number of fitted voxels.
+        converged: Share of them that met the tolerance.
         flags: Voxels inside the mask with each flag.
-        likelihood: Rician or Gaussian.
         sigma: Noise of each channel; None where not known.
-        medians: Of maps and standard errors, over the voxels where they mean something.
-        shells: Of the scan.
-        notes: What a reader of the maps should know.
+        medians: Medians of maps and standard errors, over the voxels where they mean something.
         truth: Folder of the true maps in the run, of a simulated scan.
         mask: File of the mask, where one was given.
     """
@@ -220,7 +187,7 @@ def run(config: Config, folder: RunFolder) -> None:
     model = config.fit.build_model()
     rows = _fit(config, scan, folder, log)
     clock.lap("fit, compilation included")
-    notes = describe_maps(rows, scan, config)
+    notes = describe_maps(rows, scan.dwi.array, scan.gradients, scan.mask, config.fit)
     for note in notes:
         log.say(f"Note: {note}")
     posterior = _sample(config, scan, model, rows, log)
@@ -343,34 +310,6 @@ def _sample(config: Config, scan: Scan, model: MicrostructureModel, rows: Estima
     )
 
 
-def collect_maps(
-    rows: Estimates, model: MicrostructureModel, modulated: bool, posterior: Posterior | None = None
-) -> dict[str, tuple[np.ndarray, str, str]]:
-    """Return array, definition and unit of every map by name."""
-    maps = {}
-    prior = "over a flat prior on every parameter and on the direction"
-    for index, (name, definition, unit) in enumerate(parameter[:3] for parameter in model.parameters):
-        maps[name] = (rows.values[..., index], definition, unit)
-        error = f"standard error of {name} (Laplace, from the Fisher information), at most the width of its range"
-        maps[f"{name}_error"] = (rows.errors[..., index], error, unit)
-        if posterior is not None:
-            for kind, said, part in (("mean", "mean", posterior.mean), ("sd", "standard deviation", posterior.sd)):
-                array = fill_mask(part[:, index], rows.fitted)
-                maps[f"{name}_{kind}"] = (array, f"posterior {said} of {name} {prior}", unit)
-    if posterior is not None:
-        definition = "mean acceptance rate of the Markov chain; far below 0.5 it did not move well"
-        maps["posterior_acceptance"] = (fill_mask(posterior.acceptance, rows.fitted), definition, "1")
-    for name, (definition, unit) in DEFINITIONS.items():
-        maps[name] = (getattr(rows, name), definition, unit)
-    done = rows.fitted & (rows.flags & FLAGS["not_converged"] == 0)
-    maps["converged"] = (done.astype(np.uint8), "1 where the fit met its tolerance", "1")
-    if modulated and "fwf" in model.names:
-        for name in WHERE_TISSUE:
-            array = np.where(rows.fitted, maps[name][0] * (1 - maps["fwf"][0]), 0.0)
-            maps[f"{name}_modulated"] = (array, f"{name} times (1 - fwf): {name} weighted by its tissue", "1")
-    return maps
-
-
 def write_maps(folder: Path, maps: dict[str, tuple[np.ndarray, str, str]], scan: Scan, constants: dict) -> None:
     """Write every map on the grid of the scan, with its sidecar."""
     reference = scan.path if scan.path.is_file() else None
@@ -390,36 +329,6 @@ def constants(model: MicrostructureModel, scan: Scan, fit: FitConfig) -> dict[st
     if fit.model == "noddi":
         found |= fit.tissue.constants() | {"extra_cellular": fit.extra_cellular}
     return found
-
-
-def describe_maps(rows: Estimates, scan: Scan, config: Config) -> list[str]:
-    """Say what a reader of the maps must know and could not see in them."""
-    notes = []
-    fitted, threshold, free = rows.fitted, config.fit.b0_threshold, config.fit.tissue.free_diffusivity
-    is_noddi = config.fit.model == "noddi"
-    weighted = scan.gradients.bvals > threshold
-    if is_noddi and not has_two_shells(scan.gradients.bvals[weighted], scan.gradients.bvecs[weighted]):
-        notes.append("Only one shell is weighted: neurite density and free water cannot be told apart.")
-    diffusivity = float(np.median(rows.mean_diffusivity[fitted]))
-    anisotropy = float(np.median(rows.fractional_anisotropy[fitted]))
-    if is_noddi and anisotropy < 0.1 and diffusivity > 1.5:
-        text = f"This is free water: diffusion is isotropic (median anisotropy {anisotropy:.3f}) and fast "
-        text += f"(median diffusivity {diffusivity:.2f} um^2/ms). "
-        if abs(diffusivity - free) > 0.15 * free:
-            text += f"The model's free water has {free:g} um^2/ms, as at body temperature, so the free water fraction "
-            text += f"cannot reach 1; give --fit.tissue.free-diffusivity {diffusivity:.2f} if this is a phantom."
-        notes.append(text.strip())
-    count = int(fitted.sum())
-    for flag, meaning in SAID.items():
-        flagged = int((fitted & (rows.flags & FLAGS[flag] > 0)).sum())
-        if flagged > 0.005 * count:
-            said = meaning.format(iterations=config.fit.max_iterations)
-            notes.append(f"In {flagged:,} of {count:,} voxels {said}; map 'flags' shows them.")
-    refused = int((scan.mask & (rows.flags == FLAGS["no_signal"])).sum())
-    if refused:
-        notes.append(f"{refused:,} voxels hold no diffusion signal and were not fitted; map 'flags' shows them.")
-    signals, s0 = scan.dwi.array[fitted], rows.s0[fitted]
-    return notes + attenuation_notes(signals, s0, scan.gradients.bvals, threshold, max(free, diffusivity))
 
 
 def summarise(

@@ -99,15 +99,10 @@ class Summary:
     """What a prediction found.
 
     Attributes:
-        voxels: That were estimated.
-        images: Of the scan.
-        outputs: Maps of the network.
-        medians: Of the maps.
+        medians: Medians of the maps by name.
         protocol: Hash of the table.
         labels: What the network was trained on.
-        runtime: What computed.
         dicom: Whether the maps were written as DICOM too.
-        notes: What a reader of the maps should know.
         truth: Folder of the true maps in the run, of a simulated scan.
     """
 

@@ -11,7 +11,7 @@ from jaxmed.io import nifti
 from jaxmed.io.dicom_files import require_pydicom
 from jaxmed.io.maps import write_sidecar
 from jaxmed.io.parametric_map import Quantity, new_stack, write_mr_images
-from jaxmed.physics.acquisition import find_shells, two_shell_protocol
+from jaxmed.physics.acquisition import Shell, find_shells, two_shell_protocol
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Section, Table, Text
@@ -76,27 +76,8 @@ def smoke() -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shell:
-    """A shell of the protocol.
-
-    Attributes:
-        bval: Mean b-value in s/mm^2.
-        rows: Its images.
-    """
-
-    bval: float
-    rows: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a simulated scan holds.
-
-    Attributes:
-        voxels: Inside the head.
-        images: Of the protocol.
-        shells: b = 0 included.
-    """
+    """What a simulated scan holds: voxels inside the head, and shells of the protocol, b = 0 included."""
 
     voxels: int
     images: int
@@ -122,8 +103,8 @@ def run(config: Config, folder: RunFolder) -> None:
     log.say(f"{voxels:,} voxels inside the head, {len(bvals)} images, in {folder.outputs}")
     log.metrics(0, {"voxels": voxels, "images": len(bvals)})
     clock.lap("simulate and write")
-    shells = tuple(Shell(shell.bval, shell.rows) for shell in find_shells(bvals, config.b0_threshold))
-    finish(folder, config, Summary(voxels, len(bvals), shells), clock, page)
+    shells = find_shells(bvals, config.b0_threshold)
+    finish(folder, config, Summary(voxels, len(bvals), tuple(shells)), clock, page)
 
 
 def write_sidecars(files: DiffusionFiles, config: Config) -> None:

@@ -14,7 +14,7 @@ from jaxmed.io.gradients import write_gradients
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.metrics.recovery import DEFINED
 from jaxmed.models.mlp import MlpConfig
-from jaxmed.physics.acquisition import find_shells, two_shell_protocol
+from jaxmed.physics.acquisition import Shell, find_shells, two_shell_protocol
 from jaxmed.physics.microstructure import simulate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import agreement, curves
@@ -80,31 +80,14 @@ def smoke() -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shell:
-    """A shell of the protocol.
-
-    Attributes:
-        bval: Mean b-value in s/mm^2.
-        images: Their number.
-    """
-
-    bval: float
-    images: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Summary:
     """What training found.
 
     Attributes:
         protocol: Hash of the table.
-        images: Of the protocol.
-        shells: Of the protocol.
-        outputs: What the network estimates.
         parameters: Numbers that were trained.
-        labels: What it learned.
-        best: Which restart.
-        held_out_loss: Of the best restart.
+        best: Which restart, from 0.
+        held_out_loss: Loss of the best restart.
         notes: What was repaired in the table.
     """
 
@@ -143,7 +126,7 @@ def run(config: Config, folder: RunFolder) -> None:
     summary = Summary(
         protocol=description.table.hash,
         images=len(bvals),
-        shells=tuple(Shell(s.bval, len(s.rows)) for s in find_shells(bvals, config.train.b0_threshold)),
+        shells=tuple(find_shells(bvals, config.train.b0_threshold)),
         outputs=description.outputs,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(trained.network.params)),
         labels=description.labels,
@@ -211,7 +194,7 @@ def page(run: Finished[Config, Summary]) -> Page:
     """Show the learning curves, the network against the truth, and its protocol."""
     summary, settings = run.summary, run.config.train
     lines = read_metrics(run.path)
-    shells = [(round(shell.bval), shell.images) for shell in summary.shells]
+    shells = [(round(shell.bval), len(shell.rows)) for shell in summary.shells]
     protocol = [
         Table(("b (s/mm^2)", "Images"), shells, "Shells of the gradient table that the network belongs to."),
         Text([f"Protocol hash: {summary.protocol}"]),
