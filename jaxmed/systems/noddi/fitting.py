@@ -20,11 +20,11 @@ from jaxmed.arrays.tracing import require_values
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import GradientTable, Numbers, as_numbers, check_gradients
 from jaxmed.io.masks import fill_mask
-from jaxmed.physics.acquisition import attenuation_notes, has_two_shells
+from jaxmed.physics.acquisition import attenuation_notes, check_protocol, has_two_shells
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.physics.noddi import Tissue
 from jaxmed.physics.posterior import Posterior
-from jaxmed.systems.noddi.protocol import FitConfig, Noise, check_protocol, prepare
+from jaxmed.systems.noddi.protocol import FitConfig, Noise, prepare
 from jaxmed.systems.noddi.voxel_fit import FLAGS, Ascent, Estimates, Maps, Voxels, advance, begin, finish, name_maps
 
 BLOCK_CHUNKS = 16

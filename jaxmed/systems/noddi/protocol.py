@@ -24,22 +24,11 @@ from jaxmed.files import require_given
 from jaxmed.io import masks
 from jaxmed.io.gradients import GradientTable, read_gradients
 from jaxmed.physics import noddi
-from jaxmed.physics.acquisition import (
-    MIN_AXES,
-    MIN_BVAL_RATIO,
-    count_axes,
-    find_shells,
-    has_two_shells,
-    spans_tensors,
-)
+from jaxmed.physics.acquisition import check_table, find_shells
 from jaxmed.physics.microstructure import MicrostructureModel, ball_and_stick_model, noddi_model
 from jaxmed.volume import Volume, require_same_grid
 
 Noise = Literal["gaussian", "rician"]
-HCP_THRESHOLD = 100.0
-"""What Human Connectome 7T scans want, whose unweighted images have b = 55 to 65."""
-NEARLY_UNWEIGHTED = 70.0
-"""Above it an image is weighted, if weakly."""
 TENSOR_MAX_BVAL = 1200.0
 """Largest b-value, in s/mm^2, at which a single tensor still describes tissue."""
 MAX_GROUPS = 4
@@ -332,73 +321,6 @@ def tensor_rows(bvals: np.ndarray, design: np.ndarray, b0_threshold: float) -> n
     return np.ones(len(bvals))
 
 
-def check_protocol(
-    gradients: GradientTable, where: object, b0_threshold: float, *, needs_two_shells: bool = True
-) -> list[str]:
-    """Refuse tables that cannot be fitted or trained for, and return notes on the others.
-
-    Args:
-        gradients: A checked table.
-        where: The file or argument that messages name.
-        b0_threshold: Rows up to this b-value are unweighted.
-        needs_two_shells: Whether one shell is refused: NODDI of one shell looks like maps and means nothing.
-
-    Raises:
-        InputError: Nothing is unweighted, directions repeat a few axes or lie on a plane, or there is one shell only.
-    """
-    bvals = gradients.bvals
-    is_weighted = bvals > b0_threshold
-    if is_weighted.all():
-        lowest = float(bvals.min())
-        advice = "raise the b0-threshold if these images are meant as b = 0"
-        if lowest <= HCP_THRESHOLD:
-            advice = f"--fit.b0-threshold {HCP_THRESHOLD:g} takes them as unweighted, as HCP 7T scans want"
-        expected = f"an unweighted image (b <= {b0_threshold:g} s/mm^2)"
-        raise InputError(where, expected, f"a smallest b-value of {lowest:g}", advice)
-    weighted, directions = bvals[is_weighted], gradients.bvecs[is_weighted]
-    if not spans_tensors(directions):
-        axes = count_axes(directions)
-        found = f"{len(directions)} images on {axes} different axes" if axes < MIN_AXES else "axes on a plane or line"
-        raise InputError(where, f"weighted images in {MIN_AXES} or more different directions", found)
-    if needs_two_shells and not has_two_shells(weighted, directions):
-        _refuse_one_shell(where, weighted, directions)
-    return _protocol_notes(bvals, b0_threshold)
-
-
-def _refuse_one_shell(where: object, bvals: np.ndarray, bvecs: np.ndarray) -> None:
-    shells = find_shells(bvals, b0_threshold=-1.0)
-    found = f"one at b = {shells[0].bval:.0f} s/mm^2"
-    if len(shells) > 1:
-        axes = [count_axes(bvecs[list(shell.rows)]) for shell in shells]
-        counts = [f"{count} at b = {shell.bval:.0f}" for count, shell in zip(axes, shells, strict=True)]
-        found = (
-            f"axes: {', '.join(counts)}, where a shell has {MIN_AXES} axes of its own and {MIN_BVAL_RATIO:g} times the "
-        )
-        found += "b of the one below"
-    advice = "one shell cannot tell neurite density from free water, so its maps mean nothing; "
-    advice += "--allow-single-shell (allow_single_shell=True in Python) takes it anyway"
-    raise InputError(where, "two or more weighted shells", found, advice)
-
-
-def _protocol_notes(bvals: np.ndarray, b0_threshold: float) -> list[str]:
-    notes = []
-    weighted = np.unique(bvals[bvals > b0_threshold])
-    shells = [bvals[list(shell.rows)] for shell in find_shells(bvals, b0_threshold)[1:]]
-    if len(weighted) > len(shells):
-        ranges = ", ".join(f"{min(b):g}" + (f" to {max(b):g}" if np.ptp(b) > 0 else "") for b in shells)
-        notes.append(
-            f"{len(weighted)} different b-values make {len(shells)} shell(s) ({ranges} s/mm^2): shells are for checks "
-            "and tables, every image was fitted at its own b-value."
-        )
-    nearly = (bvals > b0_threshold) & (bvals <= NEARLY_UNWEIGHTED)
-    if nearly.any():
-        notes.append(
-            f"{int(nearly.sum())} image(s) at b = {bvals[nearly].min():g} to {bvals[nearly].max():g} count as "
-            f"weighted; --fit.b0-threshold {HCP_THRESHOLD:g} takes them as unweighted, as HCP 7T scans want."
-        )
-    return notes
-
-
 def read_table(
     bvals: Path | None, bvecs: Path | None, b0_threshold: float, *, needs_two_shells: bool = True
 ) -> GradientTable:
@@ -410,12 +332,6 @@ def read_table(
     bvals, bvecs = require_given(bvals, "bvals"), require_given(bvecs, "bvecs")
     table = read_gradients(bvals, bvecs, b0_threshold=b0_threshold)
     return check_table(table, bvals, b0_threshold, needs_two_shells=needs_two_shells)
-
-
-def check_table(table: GradientTable, where: object, b0_threshold: float, *, needs_two_shells: bool) -> GradientTable:
-    """Return a table with the notes of `check_protocol` added."""
-    notes = check_protocol(table, where, b0_threshold, needs_two_shells=needs_two_shells)
-    return table._replace(notes=(*table.notes, *notes))
 
 
 def read_mask(path: Path | None, dwi: Volume, dwi_path: Path, b0: np.ndarray, notes: list[str]) -> np.ndarray:

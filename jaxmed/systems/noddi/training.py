@@ -29,13 +29,14 @@ from jaxmed.io.gradient_match import Table
 from jaxmed.io.gradients import Numbers, check_gradients
 from jaxmed.models.mlp import Mlp, MlpConfig, to_unit
 from jaxmed.nn.model import make_model
+from jaxmed.physics.acquisition import check_protocol
 from jaxmed.physics.microstructure import MicrostructureModel, Simulated, simulate, weighted_signal
 from jaxmed.physics.rician import SIGMA_FLOOR
 from jaxmed.solvers.least_squares import lm_init, lm_run
 from jaxmed.systems.noddi.fitting import estimate
 from jaxmed.systems.noddi.likelihood import Point, make_surface, model_forward, noddi_forward
 from jaxmed.systems.noddi.network import Description, ForwardConfig, Network, Output, normalise, ranges
-from jaxmed.systems.noddi.protocol import FitConfig, Protocol, check_protocol, prepare
+from jaxmed.systems.noddi.protocol import FitConfig, Protocol, prepare
 from jaxmed.systems.noddi.voxel_fit import fit_tensor, search_model
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
 

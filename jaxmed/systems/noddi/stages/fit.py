@@ -20,6 +20,7 @@ from jaxmed.io.maps import write_map
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.acquisition import (
     check_series,
+    check_table,
     check_voxels,
     choose_sigma,
     find_shells,
@@ -33,7 +34,7 @@ from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.parameter_maps import map_label, maps_section, read_map, truth_section
 from jaxmed.synthesis.phantoms.write import check_shape, write_diffusion_slab
 from jaxmed.systems.noddi.fitting import WHERE_TISSUE, collect_maps, describe_maps, estimate
-from jaxmed.systems.noddi.protocol import FitConfig, check_table, read_mask
+from jaxmed.systems.noddi.protocol import FitConfig, read_mask
 from jaxmed.systems.noddi.voxel_fit import FLAG_DEFINITIONS, FLAGS, WET, Estimates
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log

@@ -5,8 +5,14 @@ import pytest
 
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import check_gradients
-from jaxmed.physics.acquisition import count_axes, has_two_shells, spans_tensors, spread_directions, two_shell_protocol
-from jaxmed.systems.noddi.protocol import check_protocol
+from jaxmed.physics.acquisition import (
+    check_protocol,
+    count_axes,
+    has_two_shells,
+    spans_tensors,
+    spread_directions,
+    two_shell_protocol,
+)
 
 pytestmark = pytest.mark.core
 
