@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Key
 
+from jaxmed.arrays.batches import map_rows
 from jaxmed.errors import InputError
 from jaxmed.physics import rician
 from jaxmed.physics.microstructure import MicrostructureModel, weighted_signal
@@ -95,16 +96,15 @@ def sample_posterior(
     weighted = bvals > b0_threshold
     s0 = signals[:, ~weighted].mean(axis=1)
     run = jax.jit(jax.vmap(_make_chain(model, bvals, bvecs, ~weighted, config)))
-    size = min(config.chunk_size, len(signals))
-    parts = []
-    for start in range(0, len(signals), size):
-        index = np.resize(np.arange(start, min(start + size, len(signals))), size)
-        keys = jax.random.split(jax.random.fold_in(key, start), size)
+
+    def sample(index: np.ndarray) -> Posterior:
+        keys = jax.random.split(jax.random.fold_in(key, index[0]), len(index))
         measured = signals[index][:, weighted] / s0[index, None]
         relative = np.maximum(sigma / s0[index], SIGMA_FLOOR)
         arrays = (jnp.asarray(part, jnp.float32) for part in (measured, relative, values[index], direction[index]))
-        parts.append(jax.device_get(run(keys, *arrays)))
-    return Posterior(*(np.concatenate(rows)[: len(signals)] for rows in zip(*parts, strict=True)))
+        return Posterior(*jax.device_get(run(keys, *arrays)))
+
+    return map_rows(sample, len(signals), min(config.chunk_size, len(signals)))
 
 
 def require_blackjax() -> None:

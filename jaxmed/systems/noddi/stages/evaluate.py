@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jaxmed.arrays.batches import padded_rows
 from jaxmed.config import NonNegative, Positive, Seed, Size, checked, to_record
 from jaxmed.errors import InputError
 from jaxmed.io import amico
@@ -312,16 +313,13 @@ def estimate(
     """
     truth = np.repeat(grid, repeats, axis=0)
     found: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
-    size = min(BLOCK, len(truth))
-    for start in range(0, len(truth), size):
-        block = truth[start : start + size]
-        # The last block is filled up: one compiled program for all.
-        padded = np.concatenate([block, np.repeat(block[-1:], size - len(block), axis=0)])
-        voxels = _measure(model, table, jax.random.fold_in(key, start), padded.astype(np.float32), 1 / snr)
+    for rows in padded_rows(len(truth), min(BLOCK, len(truth))):
+        start = int(rows.index[0])
+        voxels = _measure(model, table, jax.random.fold_in(key, start), truth[rows.index].astype(np.float32), 1 / snr)
         for name, estimator in estimators.items():
-            found[name].append(np.asarray(estimator(voxels))[: len(block)])
+            found[name].append(np.asarray(estimator(voxels))[: rows.count])
         if on_block is not None:
-            on_block(start + len(block))
+            on_block(start + rows.count)
     shape = (len(grid), repeats, len(model.parameters))
     return {name: np.concatenate(parts).reshape(shape) for name, parts in found.items()}
 
