@@ -46,7 +46,7 @@ from jaxmed.metrics.classification import auroc
 from jaxmed.metrics.statistics import mean_interval
 from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.mae import MaeConfig, masked_model
-from jaxmed.models.published.preprocess import Preprocess, load_input
+from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import VitConfig
 from jaxmed.recipes.adapt import AdaptConfig, adapt, score, take_encoder
 from jaxmed.recipes.pretrain_mae import pretrain
@@ -340,7 +340,7 @@ def load_crops(data: Path, out: Path, number: int) -> dict[str, np.ndarray]:
         for number_of, folder in enumerate(sorted(data.glob("STS_*")))
         for row in script.cut_patient(folder, out, 40.0, number, np.random.default_rng(number_of))
     ]
-    prepare: Callable[[Path], np.ndarray] = functools.partial(load_input, preprocess=Preprocess((32, 32, 32)))
+    prepare: Callable[[Path], np.ndarray] = dataclasses.replace(PREPROCESS, size=(32, 32, 32))
     return {
         "image": np.stack([prepare(out / row["path"]) for row in rows]),
         "label": np.array([row["label"] for row in rows], np.int64),

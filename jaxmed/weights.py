@@ -11,13 +11,12 @@ archive's terms there. Importing is not needed before use (--weights takes the f
 and keeps what shapes do not tell, such as heads of other sizes than the published ones, or the names of the outputs.
 """
 
-import dataclasses
 import os
 import shutil
 import textwrap
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxmed.errors import InputError
 from jaxmed.files import make_folder
@@ -26,6 +25,8 @@ if TYPE_CHECKING:  # jax is imported on use: help and mistakes answer at once
     from jaxmed.arrays.task import Task
     from jaxmed.models.published.load import Published
 
+# Shown of every preprocessing, default or not.
+ALWAYS = dict.fromkeys(("size", "axes", "fit", "interpolation", "edge", "kind"))
 OWN_FILES = ("parameters.safetensors", "record.json")
 
 
@@ -183,16 +184,23 @@ def describe(published: "Published", path: Path) -> str:
 
 
 def _preprocessing(published: "Published") -> str:
-    settings = dataclasses.asdict(published.preprocess)
-    return ", ".join(f"{name} {_times(value) if name == 'size' else value}" for name, value in settings.items())
+    """Say what differs from the plainest preprocessing, and the fields that decide most."""
+    from jaxmed.data.preprocess import Preprocess, differences
+
+    given = published.preprocess
+    shown = {**ALWAYS, **differences(given, Preprocess())}
+    values = {name: getattr(given, name, getattr(given.intensity, name, None)) for name in shown}
+    return ", ".join(f"{name} {_told(name, value)}" for name, value in values.items())
+
+
+def _told(name: str, value: Any) -> str:
+    if name == "size":
+        return " x ".join(map(str, value))
+    return " to ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
 
 
 def _names(names: tuple[str, ...]) -> str:
     return f"{len(names)}: {', '.join(names)}" if names else "none"
-
-
-def _times(sizes: tuple[int, ...]) -> str:
-    return " x ".join(map(str, sizes))
 
 
 def _field(name: str, text: str) -> str:

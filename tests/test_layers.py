@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "jaxmed"
 ROWS = [
     {"errors", "contents", "files", "volume", "versions"},
     {"arrays", "io", "config"},
-    {"nn", "physics", "solvers", "metrics"},
+    {"nn", "physics", "solvers", "metrics", "data"},
     {"models", "synthesis"},
-    {"objectives", "diffusion", "rl", "data"},
+    {"objectives", "diffusion", "rl"},
     {"train", "report"},
     {"recipes"},
     {"systems"},

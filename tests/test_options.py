@@ -19,8 +19,9 @@ pytestmark = pytest.mark.core
 
 # Fields that take numbers below 0, and why.
 NEGATIVE = {
-    "low": "a window's end, in HU",
-    "high": "a window's end, in HU",
+    "window": "HU",
+    "range": "ends of a network's range",
+    "padding": "a network's lower end",
     "hu_window": "HU",
     "fill": "an intensity",
     "early": "logits of a gate",

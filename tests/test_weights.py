@@ -63,7 +63,8 @@ def test_show_says_what_a_file_holds(capsys, tmp_path):
         "input 8 x 8 x 8 voxels, 1 channel, in patches of 4 x 4 x 4: 8 tokens",
         "encoder width 24, depth 1, heads 2, hidden 96",
         "decoder width 16, depth 2, heads 4, hidden 64",
-        "preprocess size 8 x 8 x 8, axis_order zyx, low -1200.0, high 800.0, edge clamp",
+        "preprocess size 8 x 8 x 8, axes zyx, fit stretch, interpolation bspline, edge clamp, kind window, "
+        "window -1200 to 800",
         "licence CC-BY-NC 4.0",
         "left over none missing none",
     ):

@@ -23,7 +23,7 @@ import scipy.ndimage
 from jaxtyping import Array, Float, Float64, Shaped
 
 from jaxmed.errors import InputError
-from jaxmed.volume import Grid, Volume, check_affine
+from jaxmed.volume import Grid, Volume, affine_spacing, check_affine
 
 SIGMA_PER_FWHM = 1 / math.sqrt(8 * math.log(2))
 # Voxels: grids that differ by less count as the same lattice; headers round to float32.
@@ -85,12 +85,7 @@ def resample(
         order: 0 (labels), 1 or 3.
         antialias: Whether to blur along axes whose voxels grow.
     """
-    new = np.broadcast_to(np.asarray(spacing, np.float64), 3)
-    if not (np.isfinite(new).all() and (new > 0).all()):
-        raise InputError("spacing", "positive numbers in mm", f"{spacing}")
-    ratio = new / volume.spacing
-    shape = [max(1, round(n / r)) for n, r in zip(volume.grid.shape, ratio, strict=True)]
-    return _scale(volume, shape, ratio, order, antialias)
+    return resample_to(volume, spaced(volume.grid, spacing), order=order, antialias=antialias, fill=None)
 
 
 def resize(volume: Volume, shape: tuple[int, int, int], *, order: int = 3, antialias: bool = True) -> Volume:
@@ -102,9 +97,24 @@ def resize(volume: Volume, shape: tuple[int, int, int], *, order: int = 3, antia
         order: 0 (labels), 1 or 3.
         antialias: Whether to blur along axes whose voxels grow.
     """
+    return resample_to(volume, stretched(volume.grid, shape), order=order, antialias=antialias, fill=None)
+
+
+def spaced(grid: Grid, spacing: float | tuple[float, float, float]) -> Grid:
+    """Return the grid of `resample`."""
+    new = np.broadcast_to(np.asarray(spacing, np.float64), 3)
+    if not (np.isfinite(new).all() and (new > 0).all()):
+        raise InputError("spacing", "positive numbers in mm", f"{spacing}")
+    ratio = new / affine_spacing(grid.affine)
+    x, y, z = (max(1, round(n / r)) for n, r in zip(grid.shape, ratio, strict=True))
+    return _scaled(grid, (x, y, z), ratio)
+
+
+def stretched(grid: Grid, shape: tuple[int, int, int]) -> Grid:
+    """Return the grid of `resize`."""
     if len(shape) != 3 or min(shape) < 1:
         raise InputError("shape", "three positive numbers", f"{shape}")
-    return _scale(volume, [*shape], np.divide(volume.grid.shape, shape), order, antialias)
+    return _scaled(grid, shape, np.divide(grid.shape, shape))
 
 
 def resample_to(
@@ -230,14 +240,12 @@ def _turn(volume: Volume, permutation: list[int], is_flipped: list[bool]) -> Vol
     return Volume.make(np.ascontiguousarray(array), affine)
 
 
-def _scale(volume: Volume, shape: list[int], ratio: Float64[np.ndarray, "3"], order: int, antialias: bool) -> Volume:
-    """Resample with new voxels `ratio` times as large, about the centre of the field of view."""
-    old, new = np.array(volume.grid.shape), np.array(shape)
-    affine = volume.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ ((old - 1) / 2 - ratio * (new - 1) / 2)
+def _scaled(grid: Grid, shape: tuple[int, int, int], ratio: Float64[np.ndarray, "3"]) -> Grid:
+    """Return a grid whose voxels are `ratio` times as large, about the centre of the field of view."""
+    affine = grid.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ ((np.array(grid.shape) - 1) / 2 - ratio * (np.array(shape) - 1) / 2)
     affine[:3, :3] *= ratio
-    grid = Grid((shape[0], shape[1], shape[2]), affine)
-    return resample_to(volume, grid, order=order, antialias=antialias, fill=None)
+    return Grid(shape, affine)
 
 
 def _window(

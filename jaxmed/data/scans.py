@@ -12,6 +12,8 @@ Where several series that can be scans lie in one folder nobody knows which is m
 with a list of them, unless one was named.
 """
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,7 @@ import numpy as np
 
 from jaxmed.arrays.grid import orientation
 from jaxmed.errors import InputError
-from jaxmed.files import walk_files
+from jaxmed.files import unique_names, walk_files
 from jaxmed.io import dicom, nifti
 from jaxmed.io.dicom_files import (
     INDEX,
@@ -39,8 +41,12 @@ from jaxmed.io.dicom_files import (
     require_pydicom,
     text_of,
 )
+from jaxmed.io.scans import NAME_ENDINGS, Kind, ScanFiles, kind_of, read_volume, require_depth, volume_kind
 from jaxmed.io.scans import SUFFIXES as KIND_SUFFIXES
-from jaxmed.io.scans import Kind, ScanFiles, kind_of, read_volume, require_depth, volume_kind
+from jaxmed.io.tables import Table, read_table, resolve_path, resolve_paths
+
+VOLUMES: tuple[Kind, ...] = ("nifti", "dicom", "array")
+ANY_KIND: tuple[Kind, ...] = ("nifti", "dicom", "picture", "array")
 
 
 class Found(NamedTuple):
@@ -110,6 +116,79 @@ def find_scans(
         raise InputError(place, expected, "none in this folder", "check the path")
     found = sorted((scan._replace(fill=fill) for scan in scans), key=lambda scan: scan.path)
     return Found(tuple(found), tuple(_shortened(notes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One scan of a job.
+
+    Attributes:
+        name: A name that is unique in the job and fit for a file.
+        scan: Its file or DICOM folder.
+        row: Its row of the manifest; empty without one.
+    """
+
+    name: str
+    scan: ScanFiles
+    row: dict[str, str]
+
+    @property
+    def path(self) -> Path:
+        """Its file or folder."""
+        return self.scan.path
+
+
+def find_records(
+    manifest: Path | None,
+    place: Path | None,
+    split: str = "",
+    series: str = "",
+    fill: float | None = None,
+    kinds: Sequence[Kind] = VOLUMES,
+) -> tuple[list[Record], tuple[str, ...]]:
+    """List the scans of a job.
+
+    Args:
+        manifest: Table with the column path; the rows are records.
+        place: Instead of a table: a file, a DICOM folder, or a folder of such.
+        split: Of a manifest, only rows with this word under "split"; empty for all.
+        series: Which DICOM series is meant where a folder holds several.
+        fill: Intensity of voxels that have none; None refuses them.
+        kinds: What is looked for in a folder.
+
+    Returns:
+        The records, and notes on what was passed over.
+
+    Raises:
+        InputError: When there are none, or not a single one exists; a few missing files fail on their own, later.
+    """
+    if (manifest is None) == (place is None):
+        found = "neither" if place is None else "both"
+        raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
+    if place is not None:
+        scans, notes = find_scans(place, kinds, series, fill)
+        root = place if place.is_dir() and [scan.path for scan in scans] != [place] else place.parent
+        return _named([(os.path.relpath(scan.path, root), scan, {}) for scan in scans]), notes
+    assert manifest is not None
+    table = read_manifest(manifest)
+    rows = list(table.rows)
+    if split:
+        rows = [row for row, name in zip(rows, table.column("split"), strict=True) if name == split]
+        if not rows:
+            names = ", ".join(sorted(set(table.column("split"))))
+            raise InputError(manifest, f"rows with split '{split}'", f"only {names}")
+    paths = [resolve_path(row["path"], manifest.parent) for row in rows]
+    if not any(path.exists() for path in paths):
+        resolve_paths(table)  # says which are missing, and from where they were looked for
+    cells = [row["path"] if not Path(row["path"]).is_absolute() else Path(row["path"]).name for row in rows]
+    return _named(
+        [(cell, ScanFiles(path, series, fill=fill), row) for cell, path, row in zip(cells, paths, rows, strict=True)]
+    ), ()
+
+
+def read_manifest(path: Path) -> Table:
+    """Read a manifest, which has at least the column "path"."""
+    return read_table(path, required=("path",), optional=("label", "subject", "split"))
 
 
 def partner_of(folder: Path, place: str | Path) -> Path:
@@ -261,3 +340,9 @@ def _unlike_paths(scans: list[ScanFiles]) -> list[ScanFiles]:
 
 def _shortened(notes: list[str]) -> list[str]:
     return notes if len(notes) <= 5 else [*notes[:4], f"{len(notes) - 4} more such files"]
+
+
+def _named(found: list[tuple[str, ScanFiles, dict[str, str]]]) -> list[Record]:
+    """Give every record a name of its own, made from where its file lies."""
+    names = unique_names([cell for cell, _, _ in found], NAME_ENDINGS)
+    return [Record(name, scan, dict(row)) for name, (_, scan, row) in zip(names, found, strict=True)]

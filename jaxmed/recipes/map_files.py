@@ -22,6 +22,8 @@ from jaxtyping import Shaped
 from jaxmed.arrays.batches import padded_rows
 from jaxmed.arrays.types import Params, PartitionRules
 from jaxmed.config import Size, checked, read_record
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.scans import Record
 from jaxmed.errors import InputError, reason_of
 from jaxmed.files import make_folder, write_json
 from jaxmed.io.numpy_files import restore_npz, write_npz
@@ -170,6 +172,12 @@ class Input(NamedTuple):
     array: Shaped[np.ndarray, "..."]
     warnings: tuple[str, ...] = ()
     place: Any = None
+
+
+def read_input(preprocess: Preprocess, record: Record) -> Input:
+    """Read a record for a model; its place is the grid of the scan."""
+    found = preprocess.prepare(record.scan)
+    return Input(found.image, found.notes, found.grid)
 
 
 class BatchModel(NamedTuple):

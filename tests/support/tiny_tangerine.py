@@ -13,7 +13,7 @@ from jaxmed.io import nifti
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
 from jaxmed.models.mae import Mae, MaeConfig
 from jaxmed.models.published.load import ImportReport, Published, published_record
-from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.train.checkpoint import export_parameters
@@ -54,7 +54,7 @@ def _published(model, config, kind, task, *inputs) -> Published:
         return (centre + 0.2 * generator.standard_normal(leaf.shape)).astype(np.float32)
 
     report = ImportReport("tangerine", kind, (), (), (), "for tests only")
-    return Published(model, map_named(draw, shapes), Preprocess(SIZE), config, report, task)
+    return Published(model, map_named(draw, shapes), dataclasses.replace(PREPROCESS, size=SIZE), config, report, task)
 
 
 def export(published: Published, folder: Path) -> Path:

@@ -9,10 +9,10 @@ from scan_files import MISTAKES, make_slices, only_line, rows_of, save_slices, w
 from tiny_tangerine import axial, export, masked_autoencoder, scan, write_scans
 
 from jaxmed.cli import main
+from jaxmed.data.scans import find_records
 from jaxmed.io import nifti
 from jaxmed.recipes import map_files
 from jaxmed.systems import tangerine
-from jaxmed.systems.tangerine.inputs import find_records
 from jaxmed.volume import Volume
 
 
@@ -148,10 +148,10 @@ def test_orientation_is_checked_from_the_header_and_can_be_set(weights, tmp_path
     assert "Warning" not in capsys.readouterr().err
     assert embed(weights, tmp_path / "b", "--input", tmp_path / "turned.nii.gz") == 0
     said = capsys.readouterr().err
-    assert "Warning: turned: axis D of the cube runs left-right" in said and "axis_order='xyz'" in said
+    assert "Warning: turned: axis D of the cube runs left-right" in said and "axes='xyz'" in said
     row = rows_of(tmp_path / "b" / "outputs" / "embeddings.csv")[0]
     assert "axis D of the cube" in row["warnings"] and "Unexpected" in (tmp_path / "b" / "report.html").read_text()
-    words = ("--input", tmp_path / "turned.nii.gz", "--preprocess.axis-order", "xyz")
+    words = ("--input", tmp_path / "turned.nii.gz", "--preprocess.axes", "xyz")
     assert embed(weights, tmp_path / "c", *words) == 0
     assert "Warning" not in capsys.readouterr().err
     one, other = (arrays_of(tmp_path / run)["concat"] for run in "ca")
@@ -265,7 +265,7 @@ OTHER_MISTAKES = {
     "a scan for weights": (lambda s, w: ["--input", s, "--weights", s / "scan_0.nii.gz"], "scan_0.nii.gz: expected"),
     "unknown kind": (lambda s, w: ["--input", s, "--kinds", "clas"], "kinds"),
     "no scans at a time": (lambda s, w: ["--input", s, "--batch.size", "0"], "batch"),
-    "unknown axis order": (lambda s, w: ["--input", s, "--preprocess.axis-order", "zzz"], "axis-order"),
+    "unknown axis order": (lambda s, w: ["--input", s, "--preprocess.axes", "zzz"], "preprocess.axes"),
 }
 
 

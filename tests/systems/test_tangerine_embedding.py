@@ -153,7 +153,7 @@ def test_what_is_unexpected_about_a_scan_is_a_warning(mae):
     with pytest.warns(UserWarning) as told:
         tangerine.embed(mae, Volume.make(scan().array, axial()[:, [2, 1, 0, 3]]))
     lines = [str(warning.message) for warning in told]
-    assert len(lines) == 2 and all("use axis_order='xyz' unless" in line for line in lines)
+    assert len(lines) == 2 and all("use axes='xyz' unless" in line for line in lines)
     assert lines[0].startswith("axis D of the cube runs left-right") and lines[1].startswith("axis W")
     with pytest.warns(UserWarning, match="do not look like CT in HU"):
         tangerine.embed(mae, scan().array + 2000)

@@ -13,15 +13,15 @@ from scan_files import make_slices, save_slices
 from jaxmed.arrays.position import resize_table
 from jaxmed.cli import main
 from jaxmed.config import to_record
+from jaxmed.data.inputs import PreparedField, check_scans, input_source
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import load_published
-from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import VitConfig
-from jaxmed.systems.tangerine.checking import check_volumes
 from jaxmed.systems.tangerine.stages import pretrain as stage
 from jaxmed.train.log import Log, read_metrics
 from jaxmed.train.loop import LoopConfig
@@ -29,6 +29,7 @@ from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.volume import Volume
 
+CUBE16 = dataclasses.replace(PREPROCESS, size=(16, 16, 16))
 MODEL = MaeConfig(
     VitConfig((16, 16, 16), (8, 8, 8), width=16, depth=1, heads=2, hidden=32),
     decoder_width=16, decoder_depth=1, decoder_heads=2, decoder_hidden=32,
@@ -118,7 +119,7 @@ def test_smoke_explains_hidden_voxels_of_chests_that_it_was_not_trained_on(tmp_p
 def test_the_model_can_be_loaded_and_is_that_of_the_checkpoint(tiny):
     published = load_published(tiny / "outputs" / "model")
     assert published.report.kind == "mae" and published.report.missing == ()
-    assert published.config == MODEL and published.preprocess == Preprocess(size=(16, 16, 16))
+    assert published.config == MODEL and published.preprocess == CUBE16
     saved = load_published(tiny / "checkpoints" / "state")
     for one, other in zip(jax.tree.leaves(published.params), jax.tree.leaves(saved.params), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -138,7 +139,7 @@ def test_a_file_of_another_orientation_is_told(tiny, capsys):
     summary = json.loads((tiny / "outputs" / "summary.json").read_text())
     assert len(summary["notes"]) == 2
     assert summary["notes"][0].startswith("scan_0.nii.gz: axis D of the cube runs anterior-posterior")
-    assert "axis_order='yzx'" in summary["notes"][0]
+    assert "axes='yzx'" in summary["notes"][0]
     assert "Note: scan_0.nii.gz: axis D" in (tiny / "log.txt").read_text()
     assert "axis D of the cube runs" in (tiny / "report.html").read_text()
 
@@ -168,29 +169,29 @@ def test_a_folder_of_slices_is_prepared_in_a_cache(tmp_path):
     chest = Volume.make(np.round(np.random.default_rng(0).normal(0, 300, (10, 9, 8))).astype(np.float32), np.eye(4))
     slices = make_slices(chest)
     save_slices(slices, tmp_path / "in" / "s")
-    preprocess = Preprocess(size=(8, 8, 8))
-    scans = stage.find_scans(tmp_path / "in", stage.KINDS).scans
-    plain = np.asarray(stage.volume_source(scans, preprocess)[0]["image"])
-    packed = np.asarray(stage.volume_source(scans, preprocess, tmp_path / "cache")[0]["image"])
+    preprocess = dataclasses.replace(PREPROCESS, size=(8, 8, 8))
+    scans = stage.find_scans(tmp_path / "in", stage.VOLUMES).scans
+    plain = np.asarray(input_source(scans, preprocess)[0]["image"])
+    packed = np.asarray(input_source(scans, preprocess, tmp_path / "cache")[0]["image"])
     np.testing.assert_allclose(packed, plain, rtol=0, atol=2**-12)
     slices[3].PixelData = slices[4].PixelData
     save_slices(slices, tmp_path / "in" / "s")
-    again = np.asarray(stage.volume_source(scans, preprocess, tmp_path / "cache")[0]["image"])
+    again = np.asarray(input_source(scans, preprocess, tmp_path / "cache")[0]["image"])
     assert np.abs(again - packed).max() > 0.01  # a slice was replaced: it is prepared anew
 
 
 def test_prepared_volumes_in_a_cache_are_those_of_the_files(scans, tmp_path):
-    paths, preprocess = stage.find_scans(scans, stage.KINDS).paths, Preprocess(size=(16, 16, 16))
-    plain = stage.volume_source(paths, preprocess)
-    packed = stage.volume_source(paths, preprocess, tmp_path / "cache")
+    paths, preprocess = stage.find_scans(scans, stage.VOLUMES).paths, CUBE16
+    plain = input_source(paths, preprocess)
+    packed = input_source(paths, preprocess, tmp_path / "cache")
     assert len(packed) == len(plain) == 10
-    transform = stage.Prepared(preprocess)
+    transform = PreparedField(preprocess)
     for number in range(10):
         one, other = transform(packed[number])["image"], transform(plain[number])["image"]
         assert one.dtype == other.dtype == np.float32 and one.shape == (16, 16, 16, 1)
         np.testing.assert_allclose(one, other, rtol=0, atol=2**-12)  # half a step of float16 below 1: 0.5 HU
     times = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.image.npy"))]
-    stage.volume_source(paths, preprocess, tmp_path / "cache")
+    input_source(paths, preprocess, tmp_path / "cache")
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.image.npy"))] == times
 
 
@@ -208,13 +209,13 @@ def test_training_goes_on_from_weights_without_held_out_volumes(tiny, scans, tmp
     out = tmp_path / "further"
     config = dataclasses.replace(TINY, input=scans, data=stage.DataConfig(), weights=tiny / "outputs" / "model")
     words = ["--data.validation", "0", "--epochs", "0", "--loop.steps", "1", "--optimizer.peak-lr", "0"]
-    assert run(out, config, *words, "--preprocess.low", "-1000") == 0
+    assert run(out, config, *words, "--preprocess.intensity.window", "-1000", "800") == 0
     one, other = (load_published(folder).params for folder in (out, tiny))
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(left, right)
     notes = json.loads((out / "outputs" / "summary.json").read_text())["notes"]
     assert any(note.startswith("Starting from weights of tangerine. Licence: ") for note in notes)
-    assert any("trained with other input: low -1200.0, here -1000.0" in note for note in notes)
+    assert any("trained with other input: window (-1200.0, 800.0), here (-1000.0, 800.0)" in note for note in notes)
     assert "What the model completes" not in (out / "report.html").read_text()
 
 
@@ -223,7 +224,7 @@ def test_a_longer_run_beats_the_mean_of_the_training_chests(tmp_path):
     """Phantoms lie alike, so their mean is a strong guess; a model has to use what it sees of a chest to beat it."""
     out = tmp_path / "long"
     assert main(["tangerine", "pretrain", "--preset", "laptop", "--out", str(out), "--quiet"]) == 0
-    preprocess = Preprocess(size=(32, 32, 32))
+    preprocess = dataclasses.replace(PREPROCESS, size=(32, 32, 32))
     table = read_table(out / "inputs" / "scans.csv", ("path", "split"))
     cubes = {"train": [], "validation": []}
     for row in table.rows:
@@ -265,7 +266,7 @@ def table(folder, columns, *rows):
 def test_test_rows_are_left_alone(scans, tmp_path):
     rows = [(scans / f"scan_{n}.nii.gz", s) for n, s in ((1, "test"), (2, "validation"), (3, "train"), (4, "train"))]
     data = stage.DataConfig(manifest=table(tmp_path, ("path", "split"), *rows))
-    volumes = stage.find_volumes(dataclasses.replace(TINY, data=data), Preprocess(size=(16, 16, 16)))
+    volumes = stage.find_volumes(dataclasses.replace(TINY, data=data), CUBE16)
     assert [scan.path.name for scan in volumes.scans] == ["scan_3.nii.gz", "scan_4.nii.gz", "scan_2.nii.gz"]
     assert volumes.num_training == 2 and volumes.notes == []
 
@@ -273,22 +274,22 @@ def test_test_rows_are_left_alone(scans, tmp_path):
 def test_many_volumes_are_checked_by_their_headers(scans, tmp_path):
     paths = [shutil.copy(path, tmp_path / path.name) for path in sorted(scans.iterdir())]
     paths = [tmp_path / path.name for path in paths]
-    preprocess = Preprocess(size=(16, 16, 16))
+    preprocess = CUBE16
     rewrite(paths[4], np.zeros_like)  # broken inside, with a good header
-    assert len(check_volumes(paths, preprocess, 2, 2)) == 2
+    assert len(check_scans(paths, preprocess, 2, 2)) == 2
     with pytest.raises(InputError, match="scan_4.nii.gz: expected an image with contrast"):
-        check_volumes(paths, preprocess, 10, 2)
+        check_scans(paths, preprocess, 10, 2)
     paths[7].write_bytes(b"")
     with pytest.raises(InputError, match=r"scan_7.nii.gz: expected a NIfTI file, found an empty file"):
-        check_volumes(paths, preprocess, 2, 2)
+        check_scans(paths, preprocess, 2, 2)
     with pytest.raises(InputError, match=r"volumes: expected files that can be trained on, found 2 of 10 broken: .*_4"):
-        check_volumes(paths, preprocess, 10, 2)
+        check_scans(paths, preprocess, 10, 2)
 
 
 def test_published_configuration():
     config = stage.paper()
     settings, model, preprocess = stage.resolve(config)
-    assert preprocess == Preprocess() and preprocess.size == (256, 256, 256)
+    assert preprocess == PREPROCESS and preprocess.size == (256, 256, 256)
     assert settings.loader.batch_size == 224 and settings.accumulation == 4
     assert (settings.epochs, settings.warmup_epochs) == (400, 20)
     optimizer = settings.optimizer

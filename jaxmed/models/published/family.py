@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.models.published.names import Entry
 from jaxmed.nn.model import Model
 
@@ -79,7 +80,7 @@ class Family(NamedTuple):
         facts: config -> what others ask.
         entries: config -> every tensor and its parameter.
         make_model: (config, parts of the parameters that are there) -> the model that runs them.
-        preprocess: config -> a file, volume or array to the model's input; a frozen dataclass.
+        preprocess: config -> a file, volume or array to the model's input.
         notes: (config, settings) -> what a user should know, in sentences.
         describe: (config, parts, task) -> lines of `jaxmed weights show`: a word and a text, the kind first.
         own_record: (where, run, parameters by path) -> what `record.json` would say of a checkpoint of an own run
@@ -101,7 +102,7 @@ class Family(NamedTuple):
     facts: Callable[[Any], Facts]
     entries: Callable[[Any], list[Entry]]
     make_model: Callable[[Any, Collection[str]], Model]
-    preprocess: Callable[[Any], Any]
+    preprocess: Callable[[Any], Preprocess]
     notes: Callable[[Any, Mapping[str, Any]], tuple[str, ...]]
     describe: Callable[[Any, Collection[str], Task | None], list[tuple[str, str]]]
     own_record: Callable[[str, Mapping[str, Any], Mapping[str, Any]], dict[str, Any] | None]

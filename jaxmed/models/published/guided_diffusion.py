@@ -14,9 +14,10 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxmed.arrays.task import Task
+from jaxmed.data.intensity import Intensity
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
 from jaxmed.models.published.family import Facts, Family, Hints, Kind
-from jaxmed.models.published.image_preprocess import ImagePreprocess
 from jaxmed.models.published.names import Entry, count_parts, layer_norm, linear, reshaped, shape_of, told
 from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import Model, make_model
@@ -113,7 +114,7 @@ def entries(config: GuidedUnetConfig) -> list[Entry]:
     return [*found, *_conv("out.2", "head", config, config.widths[0], outputs)]
 
 
-def preprocess(config: GuidedUnetConfig) -> ImagePreprocess:
+def preprocess(config: GuidedUnetConfig) -> Preprocess:
     """Return what the weights expect of an image.
 
     Source: official codes. ADM and DPS: shorter side to the size, centre, 8 bits to [-1, 1]. DynamicDPS: the central
@@ -122,8 +123,9 @@ def preprocess(config: GuidedUnetConfig) -> ImagePreprocess:
     """
     size = (COARSEST * config.divisor,) * config.dimensions
     if config.channels == 1:
-        return ImagePreprocess(size)
-    return ImagePreprocess(size, config.channels, high=255.0, bottom=-1.0, top=1.0, fit="cover")
+        return Preprocess(size, intensity=Intensity("window", window=(0.0, 4096.0), range=(0.0, 2.0), clip=False))
+    intensity = Intensity("window", window=(0.0, 255.0), range=(-1.0, 1.0), clip=False)
+    return Preprocess(size, config.channels, axes="xyz", fit="cover", intensity=intensity, padding=-1.0)
 
 
 def notes(config: GuidedUnetConfig, settings: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, ...]:

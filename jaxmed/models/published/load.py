@@ -17,6 +17,7 @@ from jaxmed.arrays.task import Task
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError, listed, nearest
 from jaxmed.io import safetensors
 from jaxmed.io.weights_files import RECORD, Source, read_source
@@ -81,7 +82,7 @@ class Published:
             (image to tokens), or `models.heads.Classifier`, or `models.unet_guided.GuidedUnet`.
         params: Its parameters, float32: {"encoder": ..., "decoder": ...}, {"encoder": ...}, {"encoder": ...,
             "head": ...}, or the parts of a U-Net.
-        preprocess: A file or volume to the model's input (`Preprocess`); an array, for a U-Net (`ImagePreprocess`).
+        preprocess: A file, volume or array to the model's input.
         config: The model's sizes, of one of the classes of `Family.kinds`; who asks for a family knows which.
         report: Where the weights came from.
         task: What the outputs mean, of a classifier; None where nobody has said.
@@ -90,7 +91,7 @@ class Published:
 
     model: Model
     params: Params
-    preprocess: Any
+    preprocess: Preprocess
     config: Any
     report: ImportReport
     task: Task | None = None
@@ -305,10 +306,10 @@ def _find_task(source: Source, family: Family, config: Any, task: Task | None) -
     return task
 
 
-def _find_preprocess(source: Source, family: Family, config: Any) -> Any:
+def _find_preprocess(source: Source, family: Family, config: Any) -> Preprocess:
     """Return what the place says, or else what the family expects; a size that the model prescribes always holds."""
     expected, size = family.preprocess(config), family.facts(config).image_size
     if source.record.get("preprocess") is None:
         return expected
-    told = from_record(type(expected), source.record["preprocess"], source.where)
+    told = from_record(Preprocess, source.record["preprocess"], source.where)
     return told if size is None else dataclasses.replace(told, size=size)

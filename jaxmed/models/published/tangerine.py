@@ -6,28 +6,33 @@ they have to be told.
 Source: TANGERINE, arXiv:2507.01881, and the official code.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from jaxmed.data.intensity import Intensity
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.models.heads import ClassifierConfig
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published import timm_vit
 from jaxmed.models.published.family import Family
-from jaxmed.models.published.preprocess import Preprocess
 
 # Width to blocks of the encoders in the official code.
 DEPTHS = {768: 12, 1024: 24, 1280: 32}
+# The whole field of view becomes a cube without reorientation, then the HU window becomes [0, 1]: the clip removes the
+# overshoot of the spline. Source: preprocessing of the official 3D-MAE code.
+PREPROCESS = Preprocess(
+    (256, 256, 256), axes="zyx", fit="stretch", interpolation="bspline",
+    intensity=Intensity("window", window=(-1200.0, 800.0)),
+)  # fmt: skip
 RELEASED = timm_vit.Released("tangerine", 3, heads={768: 12, 1024: 16, 1280: 16}, decoder_heads={512: 16})
 
 
 def preprocess(config: MaeConfig | ClassifierConfig) -> Preprocess:
-    """Return what the weights expect of a scan.
-
-    Source: TANGERINE, official code (see `preprocess.Preprocess`).
-    """
-    return Preprocess(size=config.encoder.image_size)  # pyright: ignore[reportArgumentType]  three axes
+    """Return what the weights expect of a scan."""
+    return dataclasses.replace(PREPROCESS, size=config.encoder.image_size)
 
 
 def notes(config: MaeConfig | ClassifierConfig, settings: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, ...]:

@@ -12,12 +12,13 @@ from jaxtyping import Array
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, read_record, to_record
+from jaxmed.data.intensity import Intensity
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.diffusion.denoiser import Denoiser, make_denoiser
 from jaxmed.diffusion.posterior.fidelity import PLAIN, Operator, evaluate
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.models.published import guided_diffusion
-from jaxmed.models.published.image_preprocess import ImagePreprocess
 from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.unet_guided import GuidedUnetConfig
 from jaxmed.nn.model import Model
@@ -59,12 +60,12 @@ def write_network(folder: Path, params: Params, config: GuidedUnetConfig, frame:
         frame: How scans become its images.
         **further: What else stands in the record.
     """
-    high = frame.high or ImagePreprocess().high
+    intensity = Intensity("window", window=(0.0, frame.high or 4096.0), range=(0.0, TOP), clip=False)
     record = {
         "family": guided_diffusion.FAMILY.name,
         "kind": "denoiser" if config.with_time else "enhancer",
         "config": to_record(config),
-        "preprocess": to_record(ImagePreprocess(frame.size, config.channels, high=high, top=TOP)),
+        "preprocess": to_record(Preprocess(frame.size, config.channels, intensity=intensity)),
         FRAME: to_record(frame),
     }
     export_parameters(folder, params, record | further)
@@ -118,8 +119,7 @@ def _frame(path: Path, published: Published) -> FrameConfig:
             if FRAME in record:
                 return from_record(FrameConfig, record[FRAME], str(place / "record.json"))
     preprocess = published.preprocess
-    assert isinstance(preprocess, ImagePreprocess)
-    return dataclasses.replace(FrameConfig(), size=preprocess.size, high=preprocess.high)
+    return dataclasses.replace(FrameConfig(), size=preprocess.size, high=preprocess.intensity.window[1])
 
 
 def trace_pass(network: Network, batch_size: int, operator: Operator) -> tuple[core.ClosedJaxpr, jax.ShapeDtypeStruct]:

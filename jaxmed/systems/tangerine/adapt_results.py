@@ -11,13 +11,13 @@ from jaxtyping import Float
 
 from jaxmed.arrays.task import Task, predict_values, standardise
 from jaxmed.data.cohort import Cohort
+from jaxmed.data.inputs import PreparedField, input_source
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import ForgivingSource
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.cohort import Score, score_set
-from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.objectives.supervised import task_losses
 from jaxmed.recipes.adapt import AdaptConfig, Adapted, score
-from jaxmed.systems.tangerine.records import Prepared, volume_source
 from jaxmed.train.log import Log
 
 FAILED_COLUMNS = ("path", "set", "reason")
@@ -72,10 +72,10 @@ def score_cohort(
         The set, and in words what could not be scored.
     """
     log.say(f"Scoring {len(cohort.scans):,} scans of {name}.")
-    source = ForgivingSource(volume_source(cohort.scans, preprocess), (*preprocess.size, 1))
+    source = ForgivingSource(input_source(cohort.scans, preprocess), (*preprocess.size, 1))
     # Reasons are noted where records are read, which has to be this process.
     reading = dataclasses.replace(recipe, loader=dataclasses.replace(recipe.loader, num_workers=0))
-    logits = score(reading, adapted.config, adapted.params, source, Prepared(preprocess))
+    logits = score(reading, adapted.config, adapted.params, source, PreparedField(preprocess))
     failed = [(cohort.paths[row], reason) for row, reason in sorted(source.reasons.items())]
     for _, reason in failed:
         log.say(f"Failed: {reason}")

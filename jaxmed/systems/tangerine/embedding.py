@@ -31,14 +31,14 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import Params
+from jaxmed.data.inputs import require_inputs
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.models.heads import ClassifierConfig, Head, HeadConfig, pool_tokens
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import Published
-from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.models.vit import FINAL_EPSILON, Vit
 from jaxmed.nn.model import make_model
 from jaxmed.nn.transformer import LayerNorm
-from jaxmed.systems.tangerine.inputs import Scan, check_cubes, read_scan
 from jaxmed.volume import Grid, Volume
 
 Kind: TypeAlias = Literal["class", "pooled", "concat", "pre_logits"]
@@ -146,17 +146,10 @@ class Given(NamedTuple):
 
 def prepare(preprocess: Preprocess, volume: Volume | str | Path | Shaped[Any, "..."]) -> Given:
     """Prepare whatever `embed` takes; warn of what is unexpected about it."""
-    if isinstance(volume, str | Path):
-        scan = read_scan(Path(volume), preprocess)
-    elif isinstance(volume, Volume):
-        scan = Scan(preprocess(volume), volume.grid, tuple(preprocess.check(volume)))
-    elif volume.ndim == 3:
-        bare = Volume.make(np.asarray(volume), np.eye(4))
-        # An array has no orientation that could be checked.
-        scan = Scan(preprocess(bare), bare.grid, tuple(preprocess.check_values(bare)))
-    else:
-        cubes = check_cubes(volume, preprocess)
-        return Given(jnp.asarray(cubes, jnp.float32), volume.ndim == 4, False, None)
-    for note in scan.warnings:
-        warnings.warn(note, stacklevel=3)
-    return Given(scan.cube[None], True, True, scan.grid)
+    if isinstance(volume, str | Path | Volume) or volume.ndim == 3:
+        scan = preprocess.prepare(volume if isinstance(volume, str | Path | Volume) else np.asarray(volume))
+        for note in scan.notes:
+            warnings.warn(note, stacklevel=3)
+        return Given(scan.image[None], True, True, scan.grid)
+    cubes = require_inputs(volume, preprocess)
+    return Given(jnp.asarray(cubes, jnp.float32), volume.ndim == 4, False, None)

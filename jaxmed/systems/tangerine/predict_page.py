@@ -7,10 +7,10 @@ import numpy as np
 
 from jaxmed.arrays.task import Task
 from jaxmed.config import from_record, read_record
+from jaxmed.data.preprocess import WARMEST_AIR
 from jaxmed.io.tables import Table as Rows
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.cohort import HEADLINE, spell
-from jaxmed.models.published.preprocess import WARMEST_AIR
 from jaxmed.report.figures import histograms
 from jaxmed.report.overlay import Slices, overlay_slices
 from jaxmed.report.page import Note, Section, Table, Text, write_report

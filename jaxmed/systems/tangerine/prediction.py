@@ -3,7 +3,7 @@
 Source: Grad-CAM, arXiv:1610.02391, equations 1 and 2, on the tokens that TANGERINE's last block reads, after its first
 layer norm: a channel's weight is the mean of the score's gradient over the patch tokens, and the map is the weighted
 sum of the channels where that is positive. The map on the patch grid is interpolated linearly to the cube, then put
-onto the grid of the scan by `Preprocess.inverse_map`.
+onto the grid of the scan by `Preprocess.inverse`.
 """
 
 from functools import partial
@@ -18,13 +18,12 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 from jaxmed.arrays.grid import resize
 from jaxmed.arrays.task import Task, predict_values
 from jaxmed.arrays.types import Params
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
 from jaxmed.models.heads import Classifier, ClassifierConfig
 from jaxmed.models.published.load import Published
-from jaxmed.models.published.preprocess import Preprocess
 from jaxmed.nn.model import make_model
 from jaxmed.systems.tangerine.embedding import prepare
-from jaxmed.systems.tangerine.inputs import empty_volume
 from jaxmed.volume import Grid, Volume
 
 Maps: TypeAlias = Literal["top", "all", "none"]
@@ -76,7 +75,7 @@ def predict(published: Published, volume: Volume | str | Path | Shaped[Any, "...
     if given.is_scan:
         volumes = tuple(to_grid(one, published.preprocess, given.grid) for one in found.maps[0])
         return Prediction(found.values[0], found.mapped[0], volumes)
-    size = published.preprocess.size
+    size = published.preprocess.volume_size
     arrays = [spread(one, size) for one in found.maps.reshape(-1, *found.maps.shape[2:])]
     found = found._replace(maps=np.array(arrays, np.float32).reshape(*found.maps.shape[:2], *size))
     return Prediction(*(field[0] if given.is_single else field for field in found))
@@ -140,7 +139,7 @@ def spread(patches: Float[np.ndarray, "d h w"], size: tuple[int, int, int]) -> F
 
 def to_grid(patches: Float[np.ndarray, "d h w"], preprocess: Preprocess, grid: Grid | None) -> Volume:
     """Put a map on the patch grid onto the grid of its scan; onto the model's cube where the scan has none."""
-    cube = spread(patches, preprocess.size)
+    cube = spread(patches, preprocess.volume_size)
     if grid is None:
         return Volume.make(cube, np.eye(4))
-    return preprocess.inverse_map(cube, empty_volume(grid))
+    return preprocess.inverse(cube, grid)

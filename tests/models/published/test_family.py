@@ -8,20 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.data.intensity import Intensity
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.io import safetensors
 from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published import load, timm_vit
 from jaxmed.models.published.family import Family
-from jaxmed.models.published.image_preprocess import ImagePreprocess
 from jaxmed.models.vit import VitConfig
 from jaxmed.weights import describe
 
 RELEASED = timm_vit.Released("retina", 2, heads={16: 2}, decoder_heads={8: 2})
 
 
-def preprocess(config: Any) -> ImagePreprocess:
-    return ImagePreprocess(config.encoder.image_size, config.encoder.channels, high=255.0)
+def preprocess(config: Any) -> Preprocess:
+    intensity = Intensity("window", window=(0.0, 255.0), clip=False)
+    return Preprocess(config.encoder.image_size, config.encoder.channels, intensity=intensity)
 
 
 RETINA = Family(

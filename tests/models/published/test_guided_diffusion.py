@@ -10,11 +10,11 @@ import pytest
 from guided_weights import draw
 
 from jaxmed.arrays.trees import named_leaves
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
 from jaxmed.io import safetensors
 from jaxmed.models.published import guided_diffusion
 from jaxmed.models.published.family import Hints
-from jaxmed.models.published.image_preprocess import ImagePreprocess
 from jaxmed.models.published.load import export_published, load_published
 from jaxmed.models.published.names import to_parameter, to_tensor
 from jaxmed.models.unet_guided import ADM_256, CI_PRIOR, DYNAMICDPS_PRIOR, ENHANCER, GuidedUnet, GuidedUnetConfig
@@ -189,14 +189,14 @@ def test_own_weights_and_enhancers_without_time_are_read_back(tmp_path):
     published = load(tmp_path, config)
     assert published.config == config and published.report.kind == "enhancer"
     record = {"family": "guided_diffusion", "kind": "enhancer", "licence": "own"}
-    record |= {"config": dataclasses.asdict(config), "preprocess": dataclasses.asdict(ImagePreprocess((24, 16)))}
+    record |= {"config": dataclasses.asdict(config), "preprocess": dataclasses.asdict(Preprocess((24, 16)))}
     export_parameters(tmp_path / "own", published.params, record | {"diffusion": {"anything": 1}})
     with pytest.raises(InputError, match="expected weights of tangerine, found weights of guided_diffusion"):
         load_published(tmp_path / "own", "tangerine")
     with pytest.raises(InputError, match="expected weights of tangerine, found no 'patch_embed.proj.weight'"):
         load_published(tmp_path / "a.safetensors", "tangerine")
     own = load_published(tmp_path / "own")
-    assert own.config == config and own.preprocess == ImagePreprocess((24, 16)) and own.report.licence == "own"
+    assert own.config == config and own.preprocess == Preprocess((24, 16)) and own.report.licence == "own"
     for one, other in zip(jax.tree.leaves(published.params), jax.tree.leaves(own.params), strict=True):
         np.testing.assert_array_equal(one, other)
 

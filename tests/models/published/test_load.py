@@ -36,7 +36,7 @@ from jaxmed.models.published.load import (
     resize_positions,
 )
 from jaxmed.models.published.names import to_tensor
-from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.published.tangerine import PREPROCESS as TANGERINE
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.train.checkpoint import Checkpoints, export_parameters
@@ -45,7 +45,7 @@ REFERENCES = Path(__file__).resolve().parents[2] / "references"
 ENCODER = VitConfig((8, 8, 8), (4, 4, 4), width=24, depth=2, heads=2, hidden=48)
 MAE = MaeConfig(ENCODER, 20, 1, 2, 40, mask_ratio=0.5)
 CLASSIFIER = ClassifierConfig(dataclasses.replace(ENCODER, final_norm=False), HeadConfig(2, "mean", 3))
-PREPROCESS = Preprocess((8, 8, 8), "xyz", edge="zero")
+PREPROCESS = dataclasses.replace(TANGERINE, size=(8, 8, 8), axes="xyz", edge="zero")
 TASK = Task("multilabel", ("nodule", "emphysema"))
 KINDS = [(Mae, "mae", MAE, None), (Classifier, "classifier", CLASSIFIER, TASK)]
 
@@ -142,7 +142,9 @@ def test_counters_and_licence_stay_through_an_own_folder(tmp_path):
     export_parameters(tmp_path / "own", first.params, published_record(first))
     second = load_published(tmp_path / "own")
     assert second.report.licence == first.report.licence == tangerine.FAMILY.licence
-    assert second.task == TASK and second.preprocess == first.preprocess == Preprocess((8, 8, 8))
+    assert second.task == TASK and second.preprocess == first.preprocess == dataclasses.replace(
+        TANGERINE, size=(8, 8, 8)
+    )
     export_published(second, tmp_path / "again.safetensors")
     original = safetensors.read(REFERENCES / "tangerine_mlp.safetensors")
     again = safetensors.read(tmp_path / "again.safetensors")

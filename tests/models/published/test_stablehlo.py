@@ -47,9 +47,11 @@ def test_the_json_file_says_how_to_feed_it_and_what_comes_out(published, exporte
     record = json.loads(exported.with_suffix(".json").read_text())
     assert record["input"]["shape"] == ["batch", *SIZE, 1] and record["input"]["range"] == [0.0, 1.0]
     assert record["output"] == {"shape": ["batch", 3], "names": list(CLASSES.names), "unit": "probability"}
-    assert record["preprocess"] == {
-        "size": [16, 16, 16], "axis_order": "zyx", "low": -1200.0, "high": 800.0, "edge": "clamp"
+    told = record["preprocess"]
+    assert {name: told[name] for name in ("size", "axes", "fit", "interpolation", "edge")} == {
+        "size": [16, 16, 16], "axes": "zyx", "fit": "stretch", "interpolation": "bspline", "edge": "clamp"
     }  # fmt: skip
+    assert (told["intensity"]["kind"], told["intensity"]["window"]) == ("window", [-1200.0, 800.0])
     assert record["licence"] == "for tests only" and record["versions"]["jax"]
     model = load_stablehlo(exported)
     assert model.task == CLASSES

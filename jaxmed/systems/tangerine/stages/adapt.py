@@ -14,9 +14,11 @@ from jaxmed.arrays.types import Params
 from jaxmed.config import Epochs, Length, Number, Positive, Seed, Share, Size, Whole, checked, to_record
 from jaxmed.data.augment import AugmentConfig
 from jaxmed.data.cohort import Cohort, LabelledSets, read_labelled_sets
+from jaxmed.data.inputs import PreparedField, check_scans, input_source
 from jaxmed.data.labels import LabelConfig, balanced_weights
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.mixing import MixConfig
+from jaxmed.data.preprocess import FileAxes, Preprocess
 from jaxmed.data.records import LabelledSource, SubsetSource
 from jaxmed.data.splits import write_split_table
 from jaxmed.errors import InputError
@@ -24,16 +26,13 @@ from jaxmed.files import expand_home
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.published.load import OWN_LICENCE, Published, load_published, resize_positions
-from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import VitConfig
 from jaxmed.recipes.adapt import AdaptConfig, Adapted, adapt, check_run, take_encoder
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.adapt_page import write_page
 from jaxmed.systems.tangerine.adapt_results import score_cohort, write_tables
-from jaxmed.systems.tangerine.checking import check_volumes
-from jaxmed.systems.tangerine.inputs import FrameConfig
-from jaxmed.systems.tangerine.records import Prepared, volume_source
 from jaxmed.systems.tangerine.stages import pretrain
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
@@ -146,7 +145,7 @@ class Config:
     encoder: VitConfig = VitConfig()
     pool: Literal["concat", "mean", "class"] = "concat"
     hidden: Length = 0
-    preprocess: FrameConfig = FrameConfig()
+    preprocess: FileAxes = FileAxes()
     series: str = ""
     fill: float | None = None
     mode: Literal["full", "frozen", "logistic"] = "full"
@@ -264,7 +263,7 @@ def run(config: Config, folder: RunFolder) -> int:
     check_run(recipe, first.model, scans.meaning.task)
     # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
     learnt = scans.cohort.take(scans.cohort.rows("train", "validation"))
-    unexpected = check_volumes(learnt.scans, first.preprocess, config.data.check, config.loader.num_threads)
+    unexpected = check_scans(learnt.scans, first.preprocess, config.data.check, config.loader.num_threads)
     if not is_embedded:
         start(folder)
     log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, jax.process_index() == 0)
@@ -346,7 +345,7 @@ def read_start(config: Config, task: Task) -> Start:
             dtype=config.dtype,
         )  # fmt: skip
         x, y, z = encoder.image_size
-        preprocess = config.preprocess.apply(Preprocess((x, y, z)))
+        preprocess = config.preprocess.apply(dataclasses.replace(PREPROCESS, size=(x, y, z)))
         note = "No weights were given: the model starts from random ones, as the baseline from scratch."
         return Start(ClassifierConfig(encoder, head), None, preprocess, OWN_LICENCE, [note])
     published = load_published(config.weights, "tangerine")
@@ -383,7 +382,7 @@ def make_embedded(config: Config, folder: RunFolder, *, is_shared: bool = False)
     published = None if config.weights is None else load_published(config.weights, "tangerine")
     size = config.image_size if any(config.image_size) else (32, 32, 32)
     if published is not None:
-        size = published.preprocess.size
+        size = published.preprocess.volume_size
     start(folder, is_shared=is_shared)
     log = Log(folder.path, folder.options.quiet)
     finding: Literal["effusion"] = "effusion"
@@ -429,11 +428,11 @@ def train_model(
     cohort = scans.cohort
     # Packing reads every scan once: those of the test split may be broken, and are read later.
     learnt = cohort.take(cohort.rows("train", "validation"))
-    source = LabelledSource(volume_source(learnt.scans, first.preprocess, config.data.cache), learnt.targets)
+    source = LabelledSource(input_source(learnt.scans, first.preprocess, config.data.cache), learnt.targets)
     train, validation = (SubsetSource(source, learnt.rows(split)) for split in ("train", "validation"))
     log.say(f"{len(train):,} scans to train on, {len(validation):,} to select on.")
     return adapt(
-        recipe, first.model, scans.meaning.task, train, validation, Prepared(first.preprocess),
+        recipe, first.model, scans.meaning.task, train, validation, PreparedField(first.preprocess),
         folder=folder, log=log, augment=config.augmentation if config.augmentation.active else None, start=first.params,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxmed.arrays.task import predict_values
 from jaxmed.config import Count, Number, checked, to_record
 from jaxmed.data.cohort import LabelledSets
+from jaxmed.data.inputs import PreparedField, input_source
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import LabelledSource, SubsetSource
 from jaxmed.data.splits import label_fractions
@@ -24,7 +25,6 @@ from jaxmed.recipes.study import Cell, Outcome, make_cells, run_study
 from jaxmed.recipes.study_tables import compare, summarise, write_tables
 from jaxmed.systems.tangerine.convergence import Curve, reach_table, read_curve, smallest_matching
 from jaxmed.systems.tangerine.efficiency_page import write_page
-from jaxmed.systems.tangerine.records import Prepared, volume_source
 from jaxmed.systems.tangerine.stages import adapt as adapt_stage
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
@@ -129,8 +129,8 @@ def run(config: Config, folder: RunFolder) -> int:
         "arm": ARMS, "fraction": config.fractions, "seed": tuple(range(config.seed, config.seed + config.seeds)),
     })  # fmt: skip
     cache = config.data.cache or folder.path / "inputs" / "volumes"
-    source = LabelledSource(volume_source(scans.cohort.scans, first.preprocess, cache), scans.cohort.targets)
-    transform = Prepared(first.preprocess)
+    source = LabelledSource(input_source(scans.cohort.scans, first.preprocess, cache), scans.cohort.targets)
+    transform = PreparedField(first.preprocess)
     shapes = check_run(config.recipe(config.class_weights), first.model, task)
     announce(log, "Training", params=shapes, count=len(cells), unit="cells", smaller=folder.smaller)
     ready = time.monotonic()

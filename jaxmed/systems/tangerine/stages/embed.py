@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxmed.config import Number, Seed, checked, to_record
+from jaxmed.data.preprocess import FileAxes
+from jaxmed.data.scans import Record, find_records
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, write_json
 from jaxmed.io.numpy_files import write_npz
@@ -28,13 +30,13 @@ from jaxmed.recipes.map_files import (
     clear_batches,
     make_batch_mesh,
     map_batches,
+    read_input,
     write_failed,
 )
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.embed_page import write_page
 from jaxmed.systems.tangerine.embedding import DEFINITIONS, Kind, encoder_with_head, features, with_dtype
 from jaxmed.systems.tangerine.feature_space import DUPLICATE, find_neighbours, principal_plane
-from jaxmed.systems.tangerine.inputs import FrameConfig, Record, find_records, read_input, read_scan
 from jaxmed.systems.tangerine.stages import pretrain
 from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig
@@ -85,7 +87,7 @@ class Config:
     input: Path | None = None
     weights: Path | None = None
     kinds: tuple[Kind, ...] = ("concat",)
-    preprocess: FrameConfig = FrameConfig()
+    preprocess: FileAxes = FileAxes()
     series: str = ""
     fill: float | None = None
     batch: BatchConfig = BatchConfig()
@@ -129,7 +131,7 @@ def run(config: Config, folder: RunFolder) -> int:
     preprocess = config.preprocess.apply(published.preprocess)
     mesh = make_batch_mesh(config.batch, config.mesh)
     if len(records) == 1:
-        read_scan(records[0].scan, preprocess)  # a single broken file is a mistake, not a failure among many
+        preprocess.prepare(records[0].scan)  # a single broken file is a mistake, not a failure among many
     start(folder)
     log = Log(folder.path, folder.options.quiet)
     notes += [*published.report.lines, *kind_notes(published, config.kinds)]
@@ -174,7 +176,7 @@ report = write_page
 def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
     """Write phantom chests where no scans are given; where no weights are, pre-train a tiny model on such chests."""
     published = None if config.weights is None else load_published(config.weights, "tangerine")
-    shape = (32, 32, 32) if published is None else published.preprocess.size
+    shape = (32, 32, 32) if published is None else published.preprocess.volume_size
     start(folder)
     manifest = write_chest_cohort(folder.path / "inputs", config.seed, config.data.embedded, shape)
     is_synthetic = config.is_synthetic

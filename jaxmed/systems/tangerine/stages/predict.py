@@ -14,7 +14,10 @@ import numpy as np
 from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
 from jaxmed.config import Seed, Whole, checked, to_record
+from jaxmed.data.intensity import unscale
 from jaxmed.data.labels import read_known_targets
+from jaxmed.data.preprocess import FileAxes, Preprocess
+from jaxmed.data.scans import Record, find_records
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
 from jaxmed.io import nifti
@@ -25,7 +28,7 @@ from jaxmed.metrics.cohort import MEASURES, score_set
 from jaxmed.metrics.statistics import Interval
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
 from jaxmed.models.published.load import load_published
-from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import SHARDING_RULES, VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.recipes.map_files import (
@@ -37,6 +40,7 @@ from jaxmed.recipes.map_files import (
     clear_batches,
     make_batch_mesh,
     map_batches,
+    read_input,
     write_failed,
 )
 from jaxmed.recipes.probe import fit_probe
@@ -44,7 +48,6 @@ from jaxmed.report.overlay import cut_slices
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.embedding import features, with_dtype
-from jaxmed.systems.tangerine.inputs import FrameConfig, Record, find_records, read_input, read_scan
 from jaxmed.systems.tangerine.predict_page import write_page
 from jaxmed.systems.tangerine.prediction import Maps, explain, require_classifier, to_grid
 from jaxmed.systems.tangerine.stages.embed import DataConfig
@@ -137,7 +140,7 @@ class Config:
     maps: Maps = "top"
     threshold: float = 0.5
     shown: Whole = 4
-    preprocess: FrameConfig = FrameConfig()
+    preprocess: FileAxes = FileAxes()
     series: str = ""
     fill: float | None = None
     batch: BatchConfig = BatchConfig()
@@ -185,7 +188,7 @@ def run(config: Config, folder: RunFolder) -> int:
     preprocess = config.preprocess.apply(published.preprocess)
     mesh = make_batch_mesh(config.batch, config.mesh)
     if len(records) == 1:
-        read_scan(records[0].scan, preprocess)  # a single broken file is a mistake, not a failure among many
+        preprocess.prepare(records[0].scan)  # a single broken file is a mistake, not a failure among many
     start(folder)
     log = Log(folder.path, folder.options.quiet)
     notes += published.report.lines
@@ -212,7 +215,7 @@ def run(config: Config, folder: RunFolder) -> int:
         "task": to_record(task),
         "maps": config.maps,
         "threshold": config.threshold,
-        "limits": [preprocess.low, preprocess.high],
+        "limits": [*preprocess.intensity.window],
         "scores": scores,
         "previews": previews,
         "notes": notes + further,
@@ -233,7 +236,7 @@ report = write_page
 def make_embedded(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
     """Write phantom chests where no scans are given; where no weights are, fit a tiny classifier to such chests."""
     published = None if config.weights is None else load_published(config.weights, "tangerine")
-    shape = EMBEDDED_SHAPE if published is None else published.preprocess.size
+    shape = EMBEDDED_SHAPE if published is None else published.preprocess.volume_size
     start(folder)
     manifest = write_chest_cohort(
         folder.path / "inputs", config.seed, config.data.embedded, shape, ChestConfig(severity=(0.7, 1.0)),
@@ -261,13 +264,13 @@ def make_classifier(place: Path, manifest: Path, seed: int) -> None:
         VitConfig(EMBEDDED_SHAPE, (4, 4, 4), width=48, depth=1, heads=2, hidden=96, final_norm=False),
         HeadConfig(norm=False),
     )
-    preprocess = Preprocess(EMBEDDED_SHAPE)
+    preprocess = dataclasses.replace(PREPROCESS, size=EMBEDDED_SHAPE)
     image = np.zeros((1, *preprocess.size, 1), np.float32)
     params = jax.jit(make_model(Classifier(model)).init)(jax.random.key(seed), image)
     found: dict[str, tuple[Any, Any]] = {}
     for split in ("train", "validation"):
         records, _ = find_records(manifest, None, split)
-        cubes = np.stack([read_scan(record.scan, preprocess).cube for record in records])
+        cubes = np.stack([preprocess(record.scan) for record in records])
         labels = np.array([[float(record.row["label"])] for record in records])
         found[split] = (np.asarray(features(model, params, cubes)["concat"]), labels)
     probe = fit_probe("binary", *found["train"], *found["validation"], np.ones(1))
@@ -404,7 +407,7 @@ def write_previews(
 def read_hounsfield(scan: ScanFiles, preprocess: Preprocess) -> Volume:
     """Read a scan to look at; a prepared cube as the HU that it stands for, turned to lie as one reads."""
     if kind_of(scan.path) == "array":
-        cube = read_scan(scan, preprocess).cube[..., 0] * (preprocess.high - preprocess.low) + preprocess.low
+        cube = unscale(preprocess(scan)[..., 0], preprocess.intensity, *preprocess.intensity.window)
         return Volume.make(np.ascontiguousarray(cube.transpose(2, 1, 0)), np.eye(4))
     return read_volume(scan).volume
 

@@ -16,9 +16,11 @@ from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Epochs, Number, Seed, Share, Size, Whole, checked
 from jaxmed.data.augment import draw_flips, flip
 from jaxmed.data.cohort import split_unlabelled, subject_notes
+from jaxmed.data.inputs import PreparedField, check_scans, input_source
 from jaxmed.data.loader import LoaderConfig
+from jaxmed.data.preprocess import Preprocess, differences
 from jaxmed.data.records import SubsetSource
-from jaxmed.data.scans import find_scans
+from jaxmed.data.scans import VOLUMES, find_scans, read_manifest
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
@@ -33,7 +35,7 @@ from jaxmed.models.published.load import (
     published_record,
     resize_positions,
 )
-from jaxmed.models.published.preprocess import Preprocess
+from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.published.timm_vit import entries
 from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
@@ -42,10 +44,7 @@ from jaxmed.recipes.pretrain_mae import Reconstruction, pretrain
 from jaxmed.recipes.training import TrainConfig, TrainData, check_fit
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
-from jaxmed.systems.tangerine.checking import check_volumes
-from jaxmed.systems.tangerine.inputs import KINDS, read_scan
 from jaxmed.systems.tangerine.pretrain_page import write_page
-from jaxmed.systems.tangerine.records import Prepared, read_manifest, volume_source
 from jaxmed.train.checkpoint import compare_arrays, export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, length_notes
@@ -124,7 +123,7 @@ class Config:
     warm_start: Path | None = None
     series: str = ""
     fill: float | None = None
-    preprocess: Preprocess = Preprocess()
+    preprocess: Preprocess = PREPROCESS
     model: MaeConfig = MaeConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, b1=0.9, b2=0.95, weight_decay=0.05)
     epochs: Epochs = 400
@@ -249,10 +248,10 @@ def run(config: Config, folder: RunFolder) -> None:
     if cache is not None:
         log.say(f"Preparing volumes in {cache}; those that are there already stay.")
         if is_first():
-            source = volume_source(volumes.scans, preprocess, cache)
+            source = input_source(volumes.scans, preprocess, cache)
         wait_for_first("cache")
     if source is None:  # opening a cache sums every file in it: the first process has done so
-        source = volume_source(volumes.scans, preprocess, cache)
+        source = input_source(volumes.scans, preprocess, cache)
     rows = np.arange(len(volumes.scans))
     held_out = SubsetSource(source, rows[volumes.num_training :]) if counts["validation"] else None
 
@@ -260,7 +259,7 @@ def run(config: Config, folder: RunFolder) -> None:
         return flip(image, draw_flips(key, 3, (1, 2), config.flip_probability))
 
     ready = time.monotonic()
-    data = TrainData(SubsetSource(source, rows[: volumes.num_training]), held_out, Prepared(preprocess))
+    data = TrainData(SubsetSource(source, rows[: volumes.num_training]), held_out, PreparedField(preprocess))
     params, pictures = pretrain(
         settings, masked_model(model), data,
         folder=folder, log=log, augment=augment, start=None if given is None else given.params,
@@ -273,7 +272,7 @@ def run(config: Config, folder: RunFolder) -> None:
     summary = {
         "volumes": counts,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "window": [preprocess.low, preprocess.high],
+        "window": [*preprocess.intensity.window],
         "errors": [{"error": picture.error, "variance": picture.variance} for picture in pictures],
         "notes": notes,
         "device": jax.devices()[0].device_kind,
@@ -308,7 +307,7 @@ def make_embedded(config: Config, folder: RunFolder, preprocess: Preprocess) -> 
     if is_first():
         start(folder)
         write_chest_cohort(
-            place, config.seed, config.data.embedded, preprocess.size, ChestConfig(severity=(0.5, 1.0)),
+            place, config.seed, config.data.embedded, preprocess.volume_size, ChestConfig(severity=(0.5, 1.0)),
             finding="effusion", distractors=1 / 3,
         )  # fmt: skip
     wait_for_first("inputs")
@@ -330,7 +329,7 @@ def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
         scans, passed = [ScanFiles(path, config.series, fill=config.fill) for path in resolve_paths(table)], ()
     else:
         assert place is not None
-        scans, passed = find_scans(place, KINDS, config.series, config.fill)
+        scans, passed = find_scans(place, VOLUMES, config.series, config.fill)
         # Series of one study show one person.
         rows = [{"path": str(scan.path), "subject": scan.study} for scan in scans]
         table = make_table(place, ("path", "subject"), rows)
@@ -341,7 +340,7 @@ def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
     chosen = (*training, *held_out)
     notes = [*passed]
     notes += [] if manifest is None or "subject" not in table.columns else subject_notes(table)
-    notes += check_volumes(chosen, preprocess, config.data.check, config.loader.num_threads)
+    notes += check_scans(chosen, preprocess, config.data.check, config.loader.num_threads)
     return Volumes(chosen, len(training), notes)
 
 
@@ -373,11 +372,7 @@ def start_notes(published: Published | None, preprocess: Preprocess) -> list[str
         return []
     report = published.report
     notes = [f"Starting from weights of {report.family}. Licence: {report.licence}.", *report.remarks]
-    differing = [
-        f"{field.name} {getattr(published.preprocess, field.name)}, here {getattr(preprocess, field.name)}"
-        for field in dataclasses.fields(preprocess)
-        if getattr(published.preprocess, field.name) != getattr(preprocess, field.name)
-    ]
+    differing = [f"{name} {a}, here {b}" for name, (a, b) in differences(published.preprocess, preprocess).items()]
     return notes + [f"The weights to start from were trained with other input: {'; '.join(differing)}."] * bool(
         differing
     )
@@ -407,7 +402,7 @@ def write_pictures(
             sidecar = {
                 "definition": definition,
                 "unit": "1",
-                "constants": {"HU that is 0": preprocess.low, "HU that is 1": preprocess.high},
+                "constants": dict(zip(("HU that is 0", "HU that is 1"), preprocess.intensity.window, strict=True)),
                 "source": str(scan.path),
                 "axes": "slice, row, column of the model; the affine leads to the scan's world",
                 "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
@@ -417,8 +412,8 @@ def write_pictures(
 
 def find_affine(scan: ScanFiles, preprocess: Preprocess) -> Float64[np.ndarray, "4 4"]:
     """Return where the voxels of a scan's cube stand."""
-    grid = read_scan(scan, preprocess).grid
-    return AXIAL if grid is None else preprocess.cube_affine(grid)
+    grid = preprocess.prepare(scan).grid
+    return AXIAL if grid is None else preprocess.input_grid(grid).affine
 
 
 def is_first() -> bool:
