@@ -20,7 +20,6 @@ from jaxtyping import Int, Shaped
 from jaxmed.errors import InputError, reason_of
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image
-from jaxmed.io.tables import Table, require_columns, resolve_paths
 from jaxmed.volume import Volume
 
 # Ends of the seed sequences, so that the order of an epoch and the seeds of its records never meet.
@@ -284,32 +283,6 @@ class ForgivingSource:
     def name(self, index: int) -> str:
         """Return the record's file."""
         return self.source.name(index)
-
-
-def manifest_source(
-    table: Table,
-    files: Mapping[str, str],
-    values: Mapping[str, str] | None = None,
-    readers: Mapping[str, Callable[[Path], Any]] | None = None,
-) -> FileSource:
-    """Make a source of a manifest's rows.
-
-    Args:
-        table: One row per record.
-        files: Field to the column that holds its files.
-        values: Field to the column that holds its numbers; they become float32.
-        readers: How a field is read, where not by `read_file`.
-
-    Raises:
-        InputError: When a column or a file is missing, or a value is no number.
-    """
-    values = values or {}
-    require_columns(table, (*files.values(), *values.values()))
-    return FileSource(
-        {field: tuple(resolve_paths(table, column)) for field, column in files.items()},
-        {field: np.array(table.floats(column), np.float32) for field, column in values.items()},
-        readers or {},
-    )
 
 
 def _same_length(columns: Mapping[str, Sequence[Any] | Shaped[np.ndarray, "record ..."]]) -> None:

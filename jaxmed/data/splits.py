@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxmed.errors import InputError
-from jaxmed.io.tables import Table, read_table, require_disjoint_subjects, resolve_path, write_table
+from jaxmed.io.tables import Table, require_disjoint_subjects, resolve_path, write_table
 
 SPLITS = ("train", "validation", "test")
 
@@ -67,32 +67,6 @@ def split_subjects(
             home[moved] = SPLITS[split]
             counts[donor], counts[split] = counts[donor] - 1, 1
     return [home[subject] for subject in subjects]
-
-
-def fold_of_subjects(
-    subjects: Sequence[str], num_folds: int, seed: int = 0, labels: Sequence[Hashable] | None = None
-) -> Int[np.ndarray, " record"]:
-    """Assign every record to one of k folds, whole subjects at a time.
-
-    Args:
-        subjects: Subject of each record.
-        num_folds: Number of folds, 2 or more.
-        seed: Of the draw.
-        labels: Class of each record, for folds of about equal shares of every class.
-
-    Returns:
-        Fold of each record, from 0; the sizes of two folds differ by at most one subject.
-
-    Raises:
-        InputError: When there are fewer subjects than folds.
-    """
-    groups = _by_class(subjects, labels, seed)
-    ordered = [subject for group in groups for subject in group]
-    if num_folds < 2 or len(ordered) < num_folds:
-        found = f"{num_folds} folds of {len(ordered)} subjects"
-        raise InputError("num_folds", "2 or more, and at most the number of subjects", found)
-    fold = {subject: position % num_folds for position, subject in enumerate(ordered)}
-    return np.array([fold[subject] for subject in subjects], np.int64)
 
 
 def label_fractions(
@@ -228,27 +202,6 @@ def write_split_table(
     rows = tuple({**moved(row), "split": split} for row, split in zip(table.rows, splits, strict=True))
     require_disjoint_subjects(dataclasses.replace(table, path=Path(path), columns=columns, rows=rows), subject)
     write_table(path, columns, rows)
-
-
-def read_split_table(
-    path: str | Path, subject: str = "subject", split: str = "split"
-) -> tuple[Table, dict[str, Int[np.ndarray, " record"]]]:
-    """Read a manifest with a column of splits.
-
-    Returns:
-        The table, and per split the numbers of its rows.
-
-    Raises:
-        InputError: When a column is missing, a split has another name than those of `SPLITS`, or a subject stands in
-            two splits.
-    """
-    table = read_table(path, required=(subject, split))
-    for row, line in zip(table.rows, table.lines, strict=True):
-        if row[split] not in SPLITS:
-            raise table.wrong(line, f"one of {', '.join(SPLITS)} under '{split}'", f"'{row[split]}'")
-    require_disjoint_subjects(table, subject, split)
-    column = np.array(table.column(split))
-    return table, {name: np.flatnonzero(column == name) for name in SPLITS}
 
 
 def _by_class(subjects: Sequence[str], labels: Sequence[Hashable] | None, seed: int) -> list[list[str]]:

@@ -26,7 +26,6 @@ from jaxmed.io.dicom_files import (
     collect_warnings,
     count_frames,
     find_images,
-    group_series,
     list_files,
     read_numbers,
     require_pydicom,
@@ -203,17 +202,6 @@ def read_stack(path: str | Path, *, series: str | None = None) -> Stack:
         first.orientation,
         np.array([frames[index].position for index in order]),
     )
-
-
-def list_series(path: str | Path) -> dict[str, str]:
-    """Return the SeriesInstanceUIDs under a folder, each with its description and file count."""
-    require_pydicom()
-    with collect_warnings([]):
-        groups = group_series(find_images(list_files(Path(path))))
-    return {
-        uid: f"{text_of(images[0].header, 'SeriesDescription') or 'no description'}, {len(images)} files"
-        for uid, images in groups.items()
-    }
 
 
 def open_series(

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 DicomForm = Literal["parametric-map", "mr-image", "both"]
-PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 STORED_PER_UNIT = 1000
 """An MR image stores this many counts for a value of 1."""

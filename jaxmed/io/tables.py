@@ -164,18 +164,6 @@ def require_columns(table: Table, names: Sequence[str]) -> None:
             raise InputError(table.path, f"a column '{name}'", found, advice)
 
 
-def require_two_classes(table: Table, column: str = "label") -> None:
-    """Refuse labels that cannot be told apart because they are all the same.
-
-    Raises:
-        InputError: When the column holds fewer than two values.
-    """
-    classes = sorted({value for value in table.column(column) if value})
-    if len(classes) < 2:
-        found = f"only {_shown(classes[0])}" if classes else "none"
-        raise InputError(table.path, f"two or more classes under '{column}'", found)
-
-
 def require_disjoint_subjects(table: Table, subject: str = "subject", split: str = "split") -> None:
     """Refuse a table in which one subject stands in two splits: its scans would leak.
 

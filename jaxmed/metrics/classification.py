@@ -157,19 +157,6 @@ def differences(
     )
 
 
-def score_predictions(
-    labels: Shaped[np.ndarray, " row"], predictions: Shaped[np.ndarray, " row"], num_classes: int
-) -> dict[str, float]:
-    """Score predicted classes: accuracy, balanced_accuracy, f1_macro, mcc and the three kappas, as in `score`.
-
-    Raises:
-        InputError: A class is not from 0 to `num_classes` - 1, or one has no row among the labels.
-    """
-    counts = confusion_matrix(labels, predictions, num_classes).astype(np.float64)
-    _require_classes(counts.sum(axis=1))
-    return {name: float(values[0]) for name, values in weighted.from_confusion(counts[None]).items()}
-
-
 def confusion_matrix(
     labels: Shaped[np.ndarray, " row"], predictions: Shaped[np.ndarray, " row"], num_classes: int
 ) -> Int[np.ndarray, "truth prediction"]:
@@ -208,24 +195,6 @@ def operating_curve(labels: Shaped[np.ndarray, " row"], scores: Real[np.ndarray,
     sensitivity, false_alarms = weighted.rates(is_positive, scores, np.ones((1, len(labels))))
     thresholds = np.concatenate([[np.inf], np.unique(scores.astype(np.float64))[::-1]])
     return OperatingCurve(thresholds, sensitivity[0], 1 - false_alarms[0])
-
-
-def sensitivity_at_specificity(
-    labels: Shaped[np.ndarray, " row"], scores: Real[np.ndarray, " row"], specificity: float
-) -> float:
-    """Return the highest sensitivity of all thresholds with at least this specificity; nothing is interpolated."""
-    _check_share(specificity, "specificity")
-    is_positive = _checked_positives(labels, scores)
-    return float(weighted.best_rate(is_positive, scores, np.ones((1, len(labels))), specificity, "sensitivity")[0])
-
-
-def specificity_at_sensitivity(
-    labels: Shaped[np.ndarray, " row"], scores: Real[np.ndarray, " row"], sensitivity: float
-) -> float:
-    """Return the highest specificity of all thresholds with at least this sensitivity; nothing is interpolated."""
-    _check_share(sensitivity, "sensitivity")
-    is_positive = _checked_positives(labels, scores)
-    return float(weighted.best_rate(is_positive, scores, np.ones((1, len(labels))), sensitivity, "specificity")[0])
 
 
 def youden_threshold(
@@ -472,11 +441,6 @@ def _check_probabilities(probabilities: np.ndarray) -> None:
 def _check_subjects(subjects: np.ndarray, num_rows: int) -> None:
     if len(subjects) != num_rows:
         raise InputError("subjects", f"one per row, {num_rows}", len(subjects))
-
-
-def _check_share(share: float, what: str) -> None:
-    if not 0 <= share <= 1:
-        raise InputError(what, "a number from 0 to 1", share)
 
 
 def _check_bins(num_bins: int) -> None:

@@ -8,7 +8,7 @@ volume error relative to an empty truth is None.
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import scipy.ndimage
@@ -203,36 +203,6 @@ def mae(
         InputError: The shapes differ, the mask is empty, or a voxel that counts is not finite.
     """
     return float(np.abs(np.subtract(*_values(truth, estimate, mask))).mean())
-
-
-def nrmse(
-    truth: Real[np.ndarray, "*space"],
-    estimate: Real[np.ndarray, "*space"],
-    mask: Bool[np.ndarray, "*space"] | None = None,
-    relative_to: Literal["range", "mean", "norm"] = "range",
-) -> float:
-    """Return the root mean squared error, as a fraction of the truth's size.
-
-    Args:
-        truth: Image.
-        estimate: Image.
-        mask: Voxels that count; None for all.
-        relative_to: The truth's range (maximum minus minimum), mean, or root mean square.
-
-    Raises:
-        InputError: As for `mae`, or that size is not positive.
-    """
-    true, found = _values(truth, estimate, mask)
-    match relative_to:
-        case "range":
-            size = float(np.ptp(true))
-        case "mean":
-            size = float(true.mean())
-        case "norm":
-            size = float(np.sqrt((true**2).mean()))
-    if not size > 0:
-        raise InputError(f"{relative_to} of the true image", "a positive number", size, "choose another relative_to")
-    return float(np.sqrt(((found - true) ** 2).mean())) / size
 
 
 def psnr(

@@ -1,4 +1,4 @@
-"""Intervals and tests for results: bootstrap over subjects, paired tests, corrections, DeLong.
+"""Intervals and tests for results: bootstrap over subjects, paired tests, corrections.
 
 NumPy on the host. A statistic to be bootstrapped is a function of row weights: a resample that drew a subject twice
 gives all rows of that subject the weight 2, one that left it out the weight 0. So thousands of resamples are one call,
@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy.stats
-from jaxtyping import Float64, Int, Real, Shaped
+from jaxtyping import Float64, Real, Shaped
 
 from jaxmed.errors import InputError
 
@@ -80,28 +80,6 @@ class PairedTest(NamedTuple):
     statistic: float
     p_value: float
     num_pairs: int
-
-
-class AurocTest(NamedTuple):
-    """DeLong's comparison of two AUROCs on the same rows.
-
-    Attributes:
-        first: AUROC of the first scores.
-        second: AUROC of the second.
-        difference: First minus second.
-        low: Lower end of its normal interval.
-        high: Upper end.
-        statistic: Standard normal under equality.
-        p_value: Two-sided.
-    """
-
-    first: float
-    second: float
-    difference: float
-    low: float
-    high: float
-    statistic: float
-    p_value: float
 
 
 class _Draws(NamedTuple):
@@ -204,20 +182,6 @@ def weighted_mean(values: Real[np.ndarray, " row"]) -> Statistic:
     return lambda weights: weights @ values.astype(np.float64) / weights.sum(axis=1)
 
 
-def one_by_one(function: Callable[[Int[np.ndarray, " drawn"]], float]) -> Statistic:
-    """Make a statistic of any function of drawn row numbers; it is called once per resample.
-
-    Args:
-        function: From row numbers, in which a row may stand several times, to a number; NaN where not defined.
-    """
-
-    def statistic(weights: Float64[np.ndarray, "resample row"]) -> Float64[np.ndarray, " resample"]:
-        rows = np.arange(weights.shape[1])
-        return np.array([function(np.repeat(rows, row.astype(int))) for row in weights], np.float64)
-
-    return statistic
-
-
 def mean_interval(values: Real[np.ndarray, " value"], level: float = 0.95) -> Interval:
     """Return the mean with Student's t interval; equal values give an interval of no width.
 
@@ -314,81 +278,6 @@ def cohen_dz(first: Real[np.ndarray, " pair"], second: Real[np.ndarray, " pair"]
     if not np.ptp(differences):
         raise InputError("differences between pairs", "some that vary", f"all equal to {differences[0]:.6g}")
     return float(differences.mean() / differences.std(ddof=1))
-
-
-def hedges_g(first: Real[np.ndarray, " one"], second: Real[np.ndarray, " other"]) -> float:
-    """Return the effect size of two independent groups, corrected for small samples.
-
-    Raises:
-        InputError: A group has fewer than two values, or neither varies.
-
-    Source: Hedges, Journal of Educational Statistics 6 (1981), 107, with the usual 1 - 3 / (4 df - 1).
-    """
-    first, second = _finite(first, "first group", least=2), _finite(second, "second group", least=2)
-    freedom = len(first) + len(second) - 2
-    squares = first.var(ddof=1) * (len(first) - 1) + second.var(ddof=1) * (len(second) - 1)
-    if not squares > 0:
-        raise InputError("two groups", "values that vary within a group", "none that do")
-    return float((first.mean() - second.mean()) / np.sqrt(squares / freedom) * (1 - 3 / (4 * freedom - 1)))
-
-
-def delong_test(
-    labels: Shaped[np.ndarray, " row"],
-    first: Real[np.ndarray, " row"],
-    second: Real[np.ndarray, " row"],
-    level: float = 0.95,
-) -> AurocTest:
-    """Test whether two scores of the same rows have the same AUROC.
-
-    Rows count as independent: where a subject has several, use `bootstrap_differences`. Equal AUROCs whose difference
-    has no variance (say, the same scores twice) give a statistic of 0 and p = 1.
-
-    Args:
-        labels: 0 or 1.
-        first: Scores, higher for class 1.
-        second: Scores of the other model.
-        level: Coverage of the interval of the difference.
-
-    Raises:
-        InputError: A class has fewer than two rows, or the AUROCs differ without variance (both separate all or no
-            pairs).
-
-    Source: DeLong et al., Biometrics 44 (1988), 837; by ranks: Sun and Xu, IEEE Signal Processing Letters 21 (2014),
-        1389.
-    """
-    _check_level(level)
-    if not np.isin(labels, (0, 1)).all():
-        raise InputError("labels", "0 or 1 in every row", np.unique(labels).tolist())
-    is_positive = labels == 1
-    num_positive, num_negative = int(is_positive.sum()), int((~is_positive).sum())
-    if min(num_positive, num_negative) < 2:
-        raise InputError("labels", "two or more rows of each class", f"{num_negative} of 0 and {num_positive} of 1")
-    placements = [_placements(_finite(scores, "scores", least=4), is_positive) for scores in (first, second)]
-    areas = [float(positive.mean()) for positive, _ in placements]
-    difference = areas[0] - areas[1]
-    variance = (placements[0][0] - placements[1][0]).var(ddof=1) / num_positive
-    variance += (placements[0][1] - placements[1][1]).var(ddof=1) / num_negative
-    # The variance of a difference of placements is that of DeLong's contrast (1, -1).
-    error = float(np.sqrt(variance))
-    if error < ROUNDING:
-        if abs(difference) > ROUNDING:
-            raise InputError("AUROCs", "a difference with a variance", f"{difference:.6g} with none", "use more rows")
-        return AurocTest(areas[0], areas[1], 0.0, 0.0, 0.0, 0.0, 1.0)
-    statistic = difference / error
-    half = float(scipy.stats.norm.ppf((1 + level) / 2)) * error
-    p_value = float(2 * scipy.stats.norm.sf(abs(statistic)))
-    return AurocTest(areas[0], areas[1], difference, difference - half, difference + half, statistic, p_value)
-
-
-def _placements(
-    scores: Float64[np.ndarray, " row"], is_positive: np.ndarray
-) -> tuple[Float64[np.ndarray, " positive"], Float64[np.ndarray, " negative"]]:
-    """For each positive the share of negatives below it, for each negative the share of positives above it."""
-    positive, negative = scores[is_positive], scores[~is_positive]
-    ranks = scipy.stats.rankdata(scores)
-    above = (ranks[is_positive] - scipy.stats.rankdata(positive)) / len(negative)
-    below = 1 - (ranks[~is_positive] - scipy.stats.rankdata(negative)) / len(positive)
-    return above, below
 
 
 def _draw(

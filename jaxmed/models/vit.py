@@ -215,7 +215,5 @@ SHARDING_RULES = (
     (r"mlp/fc2/kernel$", PartitionSpec("model", None)),
 )
 
-VIT_S16_3D = VitConfig(width=384, depth=12, heads=6, hidden=1536)
-VIT_B16_3D = VitConfig(width=768, depth=12, heads=12, hidden=3072)
 VIT_L16_3D = VitConfig()
 VIT_L16_2D = VitConfig(image_size=(224, 224), patch_size=(16, 16), channels=3)

@@ -6,14 +6,13 @@ from jaxmed.data.records import (
     FileSource,
     SubsetSource,
     epoch_order,
-    manifest_source,
     read_labels,
     record_at,
     record_seed,
 )
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.io.tables import read_table, write_table
+from jaxmed.io.tables import read_table, resolve_paths, write_table
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
@@ -51,9 +50,9 @@ def test_a_manifest_becomes_records(tmp_path):
         nifti.write(tmp_path / f"{number}.nii.gz", Volume.make(np.full((2, 3, 4), number, np.int16), np.eye(4)))
     rows = [{"path": f"{n}.nii.gz", "mask": f"{n}.nii.gz", "age": 60 + n} for n in range(3)]
     write_table(tmp_path / "m.csv", ("path", "mask", "age"), rows)
-    source = manifest_source(
-        read_table(tmp_path / "m.csv"), {"image": "path", "label": "mask"}, {"age": "age"}, {"label": read_labels}
-    )
+    table = read_table(tmp_path / "m.csv")
+    files = {"image": tuple(resolve_paths(table, "path")), "label": tuple(resolve_paths(table, "mask"))}
+    source = FileSource(files, {"age": np.array(table.floats("age"), np.float32)}, {"label": read_labels})
     record = source[2]
     assert (len(source), record["age"], source.name(2)) == (3, 62, str(tmp_path / "2.nii.gz"))
     assert record["image"].array.dtype == np.float32 and record["label"].array.dtype == np.int32

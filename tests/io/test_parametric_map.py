@@ -9,7 +9,6 @@ from jaxmed.io import nifti
 from jaxmed.io.dicom import read_series, read_stack
 from jaxmed.io.parametric_map import (
     MR_IMAGE,
-    PARAMETRIC_MAP,
     Quantity,
     new_stack,
     on_stack,
@@ -68,7 +67,7 @@ def test_parametric_maps_keep_values_units_and_places(scan, tmp_path):
     write_parametric_map(tmp_path / "ndi.dcm", volume, read_stack(folder), QUANTITY)
     assert world_values(read_series(tmp_path / "ndi.dcm")) == world_values(volume)
     data = pydicom.dcmread(tmp_path / "ndi.dcm")
-    assert data.SOPClassUID == PARAMETRIC_MAP and list(data.ImageType[:2]) == ["DERIVED", "PRIMARY"]
+    assert data.SOPClassUID == pydicom.uid.ParametricMapStorage and list(data.ImageType[:2]) == ["DERIVED", "PRIMARY"]
     assert data.FloatPixelData and "PixelData" not in data
     mapping = data.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence[0]
     unit = mapping.MeasurementUnitsCodeSequence[0]

@@ -8,7 +8,6 @@ from jaxmed.errors import InputError
 from jaxmed.io.tables import (
     read_table,
     require_disjoint_subjects,
-    require_two_classes,
     resolve_path,
     resolve_paths,
     write_table,
@@ -133,12 +132,6 @@ def test_numbers_are_read_and_wrong_ones_named(tmp_path):
             table.floats(column)
     with pytest.raises(InputError, match="whole number under 'b', found '2.5'"):
         table.integers("b")
-
-
-def test_one_class_is_refused(tmp_path):
-    require_two_classes(read_table(make(tmp_path, "label\n0\n1\n")))
-    with pytest.raises(InputError, match="two or more classes under 'label', found only '1'"):
-        require_two_classes(read_table(make(tmp_path, "label,x\n1,2\n1,2\n,2\n")))
 
 
 def test_subject_in_two_splits_is_refused(tmp_path):

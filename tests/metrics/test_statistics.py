@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import scipy.stats
-from sklearn.metrics import roc_auc_score
 
 from jaxmed.errors import InputError
 from jaxmed.metrics import statistics as st
@@ -92,49 +91,6 @@ def test_effect_sizes_equal_hand_values():
     # Differences 1, 2, 3: mean 2, standard deviation 1.
     assert st.cohen_dz(np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(2.0)
     assert st.cohen_dz(np.ones(3), np.ones(3)) == 0.0
-    # Means 2 and 5, pooled standard deviation 1, four degrees of freedom: -3 (1 - 3 / 15).
-    assert st.hedges_g(np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0])) == pytest.approx(-2.4)
-    with pytest.raises(InputError, match="vary"):
-        st.hedges_g(np.ones(3), np.zeros(3))
-
-
-def brute_delong(labels, first, second):
-    """DeLong's formulas as written, with every pair compared."""
-    areas, rows, columns = [], [], []
-    for scores in (first, second):
-        positive, negative = scores[labels == 1], scores[labels == 0]
-        kernel = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
-        areas.append(kernel.mean())
-        rows.append(kernel.mean(axis=1))
-        columns.append(kernel.mean(axis=0))
-    covariance = np.cov(rows) / len(rows[0]) + np.cov(columns) / len(columns[0])
-    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-    return areas, (areas[0] - areas[1]) / np.sqrt(variance)
-
-
-def test_delong_equals_brute_force_and_scikit_learn(rng):
-    labels = (rng.random(70) < 0.4).astype(int)
-    first = (labels + rng.normal(0, 1, 70)).round(1)
-    second = (labels + rng.normal(0, 2, 70)).round(1)
-    areas, statistic = brute_delong(labels, first, second)
-    found = st.delong_test(labels, first, second)
-    np.testing.assert_allclose(found[:2], areas)
-    np.testing.assert_allclose(found[:2], [roc_auc_score(labels, scores) for scores in (first, second)])
-    np.testing.assert_allclose(found.statistic, statistic)
-    np.testing.assert_allclose(found.p_value, 2 * scipy.stats.norm.sf(abs(statistic)))
-    assert found.low < found.difference < found.high
-
-
-def test_delong_decides_on_degenerate_scores():
-    labels = np.array([0, 0, 1, 1])
-    same = st.delong_test(labels, np.arange(4.0), np.arange(4.0))
-    assert (same.statistic, same.p_value) == (0.0, 1.0)
-    with pytest.raises(InputError, match="with a variance"):
-        st.delong_test(labels, np.arange(4.0), np.zeros(4))
-    with pytest.raises(InputError, match="two or more rows of each class"):
-        st.delong_test(np.array([0, 0, 0, 1]), np.arange(4.0), np.zeros(4))
-    with pytest.raises(InputError, match="0 or 1"):
-        st.delong_test(np.array([0, 2, 1, 1]), np.arange(4.0), np.zeros(4))
 
 
 @pytest.mark.parametrize("method", ["percentile", "bca"])
@@ -195,15 +151,6 @@ def test_seed_fixes_the_interval_and_blocks_do_not_change_it(rng, monkeypatch):
     monkeypatch.setattr(st, "BLOCK_SIZE", 30 * 7)
     blocked = st.bootstrap(statistic, np.arange(30), seed=4, num_resamples=200, method="bca")
     np.testing.assert_allclose(blocked, first, rtol=1e-12)
-
-
-def test_one_by_one_equals_the_vectorised_form(rng):
-    values = rng.normal(size=20)
-    fast = st.bootstrap(st.weighted_mean(values), np.arange(20) // 2, seed=2, num_resamples=50)
-    slow = st.bootstrap(
-        st.one_by_one(lambda rows: float(values[rows].mean())), np.arange(20) // 2, seed=2, num_resamples=50
-    )
-    np.testing.assert_allclose(fast, slow)
 
 
 def test_constant_statistics_have_an_interval_of_no_width():

@@ -10,8 +10,8 @@ from toy import EDGE, RULES, init
 
 from jaxmed.data.augment import AugmentConfig, augment
 from jaxmed.data.loader import LoaderConfig, evaluation_batches
-from jaxmed.data.records import SubsetSource, manifest_source
-from jaxmed.data.splits import label_fractions, read_split_table, split_subjects, write_split_table
+from jaxmed.data.records import FileSource, SubsetSource
+from jaxmed.data.splits import SPLITS, label_fractions, split_subjects, write_split_table
 from jaxmed.data.transforms import Intensity, VolumeTransform
 from jaxmed.io import nifti
 from jaxmed.io.tables import read_table, write_table
@@ -93,12 +93,13 @@ def run(config: Config, folder: RunFolder) -> dict[str, float]:
     subjects, labels = table.column("subject"), np.asarray(table.integers("label"))
     splits = split_subjects(subjects, (0.5, 0.25, 0.25), seed, list(labels))
     write_split_table(folder.outputs / "splits.csv", table, splits)
-    table, rows = read_split_table(folder.outputs / "splits.csv", "subject", "split")
-    rows = {name: np.asarray(index) for name, index in rows.items()}
+    table = read_table(folder.outputs / "splits.csv")
+    rows = {name: np.flatnonzero(np.array(table.column("split")) == name) for name in SPLITS}
     training = rows["train"]
     subset = label_fractions([subjects[row] for row in training], list(labels[training]), (config.fraction,), seed)
     training = training[subset[config.fraction]]
-    source = manifest_source(table, {"image": "path"}, {"label": "label"})
+    values = {"label": np.array(table.floats("label"), np.float32)}
+    source = FileSource({"image": tuple(map(Path, table.column("path")))}, values)
 
     def read(name):
         index = training if name == "train" else rows[name]
