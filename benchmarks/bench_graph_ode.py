@@ -4,8 +4,9 @@ The field is the mixture of a mechanistic and a local expert (k L c, logistic gr
 time, a gate over time), the same weights in both, float32, states saved at 11 times, the loss a mean square, gradients
 of every parameter. The peer is torchdiffeq as its authors show it: the batch as one state, dopri5, odeint_adjoint.
 jaxmed solves the batch as one state too, by Tsitouras' pair at the same tolerances, and differentiates the steps
-taken. The row with fixed steps is the path that the system itself takes, RK4 on a grid. Beside each time stands the
-error of states and of the gradient against a double-precision solution at 1e-10, the gradient's relative to its norm.
+taken. The rows with fixed steps are the two paths that the system takes: RK4 on a grid by diffrax (`--solver diffrax`,
+the default) and by a scan (`--solver fixed`). Beside each time stands the error of states and of the gradient against a
+double-precision solution at 1e-10, the gradient's relative to its norm.
 """
 
 import functools
@@ -28,10 +29,10 @@ from timing import (
     versions,
 )
 
-from jaxmed.arrays.graphs import GraphOperators, graph_operators
+from jaxmed.arrays.graphs import GraphsTuple, make_graph, operator
 from jaxmed.models.graph_diffusion import ProgressionConfig, make_progression_model, set_mechanism
-from jaxmed.solvers.fixed_grid import interpolate, solve_fixed
-from jaxmed.solvers.ode import OdeConfig, solve
+from jaxmed.solvers.fixed_grid import interpolate
+from jaxmed.solvers.ode import OdeConfig, Solver, solve, solve_trajectory
 from jaxmed.synthesis.phantoms.connectome import random_connectome
 
 SUBJECTS = 64
@@ -52,7 +53,7 @@ class Workload(NamedTuple):
         start: States of all subjects, (subject, region).
     """
 
-    graph: GraphOperators
+    graph: GraphsTuple
     params: Any
     start: jax.Array
 
@@ -66,7 +67,7 @@ def main() -> None:
     for regions in SIZES[config.size]:
         work = make_workload(regions)
         reference = solve_reference(work)
-        programs = {"adaptive": gradient(work, adaptive), "fixed grid": gradient(work, fixed)}
+        programs = {name: gradient(work, states) for name, states in WAYS.items()}
         compiled = {name: compile_apart(program, work.params) for name, program in programs.items()}
         calls: dict[str, Callable[[], Any]] = {
             name: functools.partial(made.call, work.params) for name, made in compiled.items()
@@ -77,7 +78,8 @@ def main() -> None:
         results = {name: call() for name, call in calls.items()}
         for name in programs:
             described = f"{SUBJECTS} subjects x {regions} regions, {YEARS:g} years, forward and backward, "
-            how = f"tolerance {TOLERANCE:g}" if name == "adaptive" else f"{STEPS} fixed steps"
+            how = {"adaptive": f"diffrax, tolerance {TOLERANCE:g}", "fixed": f"{STEPS} fixed steps"}
+            how["diffrax grid"] = f"diffrax, {STEPS} fixed steps"
             measured = {
                 "jaxmed": Measurement(
                     seconds[name], compile_s=compiled[name].seconds, accuracy=errors(results[name], reference)
@@ -90,7 +92,7 @@ def main() -> None:
                     versions=versions("torch", "torchdiffeq"),
                     device=describe_cpu(conditions.cores),
                 )
-            rows += make_rows(f"ode_{regions}", described + how, measured, conditions, peak)
+            rows += make_rows(f"ode_{regions}", described + how[name], measured, conditions, peak)
     emit(rows, config.json)
 
 
@@ -100,7 +102,7 @@ def main() -> None:
 def make_workload(regions: int) -> Workload:
     """Draw a connectome, weights and states."""
     # Dense at 1000 too, as the peer's: with 64 subjects at once a product of matrices beats sums over edges.
-    graph = graph_operators(random_connectome(0, regions, min(0.25, 20 / regions)).adjacency, is_sparse=False)
+    graph = make_graph(random_connectome(0, regions, min(0.25, 20 / regions)).adjacency, is_sparse=False)
     model = make_progression_model(MODEL)
     start = jnp.asarray(np.random.default_rng(0).uniform(0.0, 0.3, (SUBJECTS, regions)), jnp.float32)
     params = model.init(jax.random.key(0), start[0], jnp.array(0.0), graph, start[0])
@@ -112,7 +114,7 @@ def make_workload(regions: int) -> Workload:
     return Workload(graph, params | {"gate": params["gate"] | {"out": gate}}, start)
 
 
-def field(t: jax.Array, states: jax.Array, args: tuple[Any, GraphOperators]) -> jax.Array:
+def field(t: jax.Array, states: jax.Array, args: tuple[Any, GraphsTuple]) -> jax.Array:
     """Return the derivative of all subjects."""
     params, graph = args
     apply = make_progression_model(MODEL).apply
@@ -126,16 +128,23 @@ def adaptive(params: Any, work: Workload, tolerance: float = TOLERANCE) -> jax.A
     return solve(field, work.start, times, config, (params, work.graph)).states
 
 
-def fixed(params: Any, work: Workload) -> jax.Array:
-    """Return states at the saved times from a fixed grid."""
+def on_grid(params: Any, work: Workload, solver: Solver) -> jax.Array:
+    """Return states at the saved times from a fixed grid, as a fit does."""
     grid = jnp.linspace(0.0, YEARS, STEPS + 1)
     shape = work.start.shape
 
-    def flat(t: jax.Array, states: jax.Array, args: tuple[Any, GraphOperators]) -> jax.Array:
+    def flat(t: jax.Array, states: jax.Array, args: tuple[Any, GraphsTuple]) -> jax.Array:
         return field(t, states.reshape(shape), args).reshape(-1)
 
-    course = solve_fixed(flat, work.start.reshape(-1), grid, (params, work.graph))
+    course = solve_trajectory(flat, work.start.reshape(-1), grid, (params, work.graph), solver)
     return interpolate(course, jnp.linspace(0.0, YEARS, SAVED)).reshape(SAVED, *shape)
+
+
+WAYS: dict[str, Callable[..., jax.Array]] = {
+    "adaptive": adaptive,
+    "diffrax grid": functools.partial(on_grid, solver="diffrax"),
+    "fixed": functools.partial(on_grid, solver="fixed"),
+}
 
 
 def gradient(work: Workload, states: Callable[[Any, Workload], jax.Array]) -> Callable[[Any], Any]:
@@ -178,7 +187,7 @@ def torch_gradient(work: Workload, threads: int) -> Callable[[], Any]:
     torch.set_num_threads(threads)
     leaves, tree = jax.tree.flatten(jax.device_get(work.params))
     tensors = [torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for leaf in leaves]
-    laplacian = torch.tensor(np.asarray(work.graph.laplacian))
+    laplacian = torch.tensor(np.asarray(operator(work.graph, "laplacian")))
     start = torch.tensor(np.asarray(work.start))
     times = torch.linspace(0.0, YEARS, SAVED)
 

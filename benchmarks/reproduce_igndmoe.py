@@ -25,7 +25,7 @@ import numpy as np
 import scipy.stats
 import tyro
 
-from jaxmed.arrays.graphs import graph_operators
+from jaxmed.arrays.graphs import make_graph
 from jaxmed.files import write_json, write_text
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.synthesis.phantoms.connectome import Cohort, CohortConfig, random_connectome, simulate_cohort
@@ -99,7 +99,7 @@ def main() -> None:
     planted = CohortConfig(subjects=size.subjects, reaction=0.2, edge_diffusivity=1.0)
     seeds = (0, (size.regions + 1) // 2)
     cohort = simulate_cohort(jax.random.key(config.seed), connectome.adjacency, seeds, planted)
-    graph = graph_operators(connectome.adjacency)
+    graph = make_graph(connectome.adjacency)
     held_out = np.zeros(size.subjects, bool)
     held_out[: size.subjects // 6] = True
     errors, fits = {}, {}

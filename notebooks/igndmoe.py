@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import spearmanr
 
-from jaxmed.arrays.graphs import graph_operators
+from jaxmed.arrays.graphs import make_graph
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.systems import igndmoe
@@ -43,7 +43,7 @@ from jaxmed.systems.igndmoe.options import FitConfig
 connectome = random_connectome(0, 8, 0.4)
 planted = CohortConfig(subjects=60, reaction=0.2, edge_diffusivity=1.0)
 cohort = simulate_cohort(jax.random.key(0), connectome.adjacency, seeds=(0, 4), config=planted)
-graph = graph_operators(connectome.adjacency)
+graph = make_graph(connectome.adjacency)
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
 axes[0].plot(cohort.times, cohort.states)

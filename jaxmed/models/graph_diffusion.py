@@ -1,7 +1,8 @@
 """How pathology changes on a connectome: mechanistic, graph-diffusion and local experts, mixed by a gate over time.
 
 Every module here is the right-hand side of an equation for the regional state c: `(c, t, graph, initial) -> Rates`,
-with c on [0, 1] for each node, t in years, and the graph an argument, so that subject-specific graphs are vmapped.
+with c on [0, 1] for each node, t in years, and the graph, a jraph `GraphsTuple` of `arrays.graphs.make_graph`, an
+argument, so that subject-specific graphs are vmapped.
 Networks see t divided by the horizon; the released code gives them years, which saturates a new gate at once.
 
 Source: arXiv:2508.07032, equations 1 to 9 ("paper"), and its partial release ("release").
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxmed.arrays.graphs import EdgeMatrix, GraphOperators
+from jaxmed.arrays.graphs import EdgeMatrix, GraphsTuple, edges_once, operator, regional_map
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.config import Positive, Size, checked
 from jaxmed.nn.model import Model, make_model
@@ -131,7 +132,7 @@ class Single(nn.Module):
 
     @nn.compact
     def __call__(
-        self, c: Float[Array, " node"], t: Scalar, graph: GraphOperators, initial: Float[Array, " node"]
+        self, c: Float[Array, " node"], t: Scalar, graph: GraphsTuple, initial: Float[Array, " node"]
     ) -> Rates:
         rate = self.expert(self.config, name="expert")(c, t, graph, initial)
         return Rates(rate, rate[None], jnp.ones(1, c.dtype))
@@ -144,7 +145,7 @@ class Mixture(nn.Module):
 
     @nn.compact
     def __call__(
-        self, c: Float[Array, " node"], t: Scalar, graph: GraphOperators, initial: Float[Array, " node"]
+        self, c: Float[Array, " node"], t: Scalar, graph: GraphsTuple, initial: Float[Array, " node"]
     ) -> Rates:
         config = self.config
         structures = {
@@ -223,20 +224,22 @@ class Mechanism(nn.Module):
         """Return v; 1 where nothing grows."""
         return nn.softplus(self.top) if self._grows() else jnp.ones(())
 
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         diffusion = nn.softplus(self.diffusion)
         if not self._grows():
-            return network_diffusion(c, graph.laplacian, diffusion)
+            return network_diffusion(c, operator(graph, "laplacian"), diffusion)
         growth, ceiling = nn.softplus(self.growth), self.ceiling()
         if self.config.equation == "fkpp":
-            return fkpp(c, graph.laplacian, diffusion, growth, ceiling)
+            return fkpp(c, operator(graph, "laplacian"), diffusion, growth, ceiling)
         if self.config.equation == "igndmoe":
             # Below 0, where only the other experts can push a region, logistic growth would run to minus infinity in
             # finite time: there nothing grows.
-            return network_diffusion(c, graph.laplacian, diffusion) + growth * jnp.maximum(c, 0.0) * (ceiling - c)
+            return network_diffusion(c, operator(graph, "laplacian"), diffusion) + growth * jnp.maximum(c, 0.0) * (
+                ceiling - c
+            )
         # The toolbox's form on c / v: growth and ceiling give its dimensionless equation a unit.
         share, strength = nn.sigmoid(self.share), nn.sigmoid(self.strength)
-        rate = weighted_fkpp(c / ceiling, graph.laplacian, share, diffusion, graph.regional, strength)
+        rate = weighted_fkpp(c / ceiling, operator(graph, "laplacian"), share, diffusion, regional_map(graph), strength)
         return growth * ceiling * rate
 
 
@@ -250,12 +253,12 @@ class GraphAutoEncoder(nn.Module):
     config: ProgressionConfig
 
     @nn.compact
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         latent = self.config.latent
-        x = node_inputs(c, t, self.config.horizon)
-        h = nn.swish(nn.Dense(latent, name="encode_1")(graph.propagation @ x))
-        h = nn.tanh(nn.Dense(latent, name="encode_2")(graph.propagation @ h))
-        return _decode(refine(h) if isinstance(graph.propagation, EdgeMatrix) else nn.softmax(h @ h.T) @ h, latent)
+        x, propagation = node_inputs(c, t, self.config.horizon), operator(graph, "propagation")
+        h = nn.swish(nn.Dense(latent, name="encode_1")(propagation @ x))
+        h = nn.tanh(nn.Dense(latent, name="encode_2")(propagation @ h))
+        return _decode(refine(h) if isinstance(propagation, EdgeMatrix) else nn.softmax(h @ h.T) @ h, latent)
 
 
 class IncidenceDiffusion(nn.Module):
@@ -270,16 +273,17 @@ class IncidenceDiffusion(nn.Module):
     config: ProgressionConfig
 
     @nn.compact
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
-        difference = c[graph.senders] - c[graph.receivers]
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
+        senders, receivers, weights = edges_once(graph)
+        difference = c[senders] - c[receivers]
         time = jnp.full_like(difference, t / self.config.horizon)
         # The same from both ends.
-        x = [c[graph.senders] + c[graph.receivers], difference**2, graph.weights, time]
+        x = [c[senders] + c[receivers], difference**2, weights, time]
         hidden = nn.swish(nn.Dense(self.config.latent, name="edge")(jnp.stack(x, axis=-1)))
         start = nn.initializers.constant(FIRST_DIFFUSIVITY)
         g = nn.softplus(nn.Dense(1, kernel_init=nn.initializers.zeros, bias_init=start, name="out")(hidden))[:, 0]
-        flux = graph.weights * g * difference
-        return jnp.zeros_like(c).at[graph.senders].add(-flux).at[graph.receivers].add(flux)
+        flux = weights * g * difference
+        return jnp.zeros_like(c).at[senders].add(-flux).at[receivers].add(flux)
 
 
 class LowRankDiffusion(nn.Module):
@@ -292,7 +296,7 @@ class LowRankDiffusion(nn.Module):
     config: ProgressionConfig
 
     @nn.compact
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         size = (len(c), self.config.rank)
         hidden = nn.swish(nn.Dense(self.config.width, name="hidden")(with_time(c, t, self.config.horizon)))
         encode = nn.Dense(size[0] * size[1], name="encode")(hidden).reshape(size)
@@ -306,10 +310,11 @@ class GraphConvolutions(nn.Module):
     config: ProgressionConfig
 
     @nn.compact
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         x = node_inputs(c, t, self.config.horizon)
-        h = nn.swish(nn.Dense(self.config.latent, name="encode_1")(graph.propagation @ x))
-        return _decode(graph.propagation @ h, self.config.latent)
+        propagation = operator(graph, "propagation")
+        h = nn.swish(nn.Dense(self.config.latent, name="encode_1")(propagation @ x))
+        return _decode(propagation @ h, self.config.latent)
 
 
 class GraphTransformer(nn.Module):
@@ -318,7 +323,7 @@ class GraphTransformer(nn.Module):
     config: ProgressionConfig
 
     @nn.compact
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         latent = self.config.latent
         x = nn.Dense(latent, name="embed")(node_inputs(c, t, self.config.horizon))
         attention = _edge_attention(x, graph, self.config.heads, latent, nn.initializers.lecun_normal())
@@ -334,7 +339,7 @@ class DenseReaction(nn.Module):
     config: ProgressionConfig
 
     @nn.compact
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         hidden = nn.swish(nn.Dense(self.config.width, name="hidden")(with_time(c, t, self.config.horizon)))
         return RATE_UNIT * nn.Dense(len(c), kernel_init=nn.initializers.zeros, name="out")(hidden)
 
@@ -345,7 +350,7 @@ class PerRegionReaction(nn.Module):
     config: ProgressionConfig
 
     @nn.compact
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         hidden = nn.swish(nn.Dense(self.config.width, name="hidden")(node_inputs(c, t, self.config.horizon)))
         return RATE_UNIT * nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
 
@@ -359,7 +364,7 @@ class AttentionDiffusion(nn.Module):
     config: ProgressionConfig
 
     @nn.compact
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         start = nn.initializers.constant(1e-5)
         attention = _edge_attention(c[:, None], graph, self.config.heads, self.config.latent, start)
         pace = nn.sigmoid(self.param("pace", nn.initializers.zeros, ()))
@@ -377,9 +382,9 @@ class NeuralDynamics(nn.Module):
     config: ProgressionConfig
 
     @nn.compact
-    def __call__(self, c: Array, t: Array, graph: GraphOperators, initial: Array) -> Array:
+    def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         embedded = nn.tanh(nn.Dense(self.config.latent, name="embed")(node_inputs(c, t, self.config.horizon)))
-        hidden = nn.swish(nn.Dense(self.config.latent, name="convolve")(graph.propagation @ embedded))
+        hidden = nn.swish(nn.Dense(self.config.latent, name="convolve")(operator(graph, "propagation") @ embedded))
         return RATE_UNIT * nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
 
 
@@ -455,16 +460,17 @@ def _decode(x: Array, latent: int) -> Array:
     return RATE_UNIT * nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(hidden)[:, 0]
 
 
-def _edge_attention(x: Array, graph: GraphOperators, heads: int, latent: int, start: Callable) -> Array | EdgeMatrix:
+def _edge_attention(x: Array, graph: GraphsTuple, heads: int, latent: int, start: Callable) -> Array | EdgeMatrix:
     """Return the mean over heads of softmax attention of every node over itself and its neighbours, as a matrix."""
     shape = (len(x), heads, -(-latent // heads))
     query, key = (
         nn.Dense(shape[1] * shape[2], kernel_init=start, name=name)(x).reshape(shape) for name in ("query", "key")
     )
-    if isinstance(graph.adjacency, EdgeMatrix):
-        return _sparse_attention(query, key, graph.adjacency)
+    adjacency = operator(graph, "adjacency")
+    if isinstance(adjacency, EdgeMatrix):
+        return _sparse_attention(query, key, adjacency)
     scores = jnp.einsum("uhd,vhd->huv", query, key) / np.sqrt(shape[2])
-    linked = (graph.adjacency > 0) | jnp.eye(len(x), dtype=bool)
+    linked = (adjacency > 0) | jnp.eye(len(x), dtype=bool)
     return nn.softmax(jnp.where(linked, scores, -jnp.inf), axis=-1).mean(axis=0)
 
 

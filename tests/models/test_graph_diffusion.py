@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.arrays.graphs import graph_operators, stack_graphs
+from jaxmed.arrays.graphs import edges_once, make_graph, operator, stack_graphs
 from jaxmed.models.graph_diffusion import (
     ProgressionConfig,
     Rates,
@@ -38,7 +38,7 @@ def double():
 def compiled(config):
     """Model and start of a configuration, compiled once for all tests: op by op, every operation is a program."""
     model = make_progression_model(config)
-    inputs = (jnp.asarray(STATE), jnp.array(3.0), graph_operators(PATH, "combinatorial"), jnp.asarray(STATE))
+    inputs = (jnp.asarray(STATE), jnp.array(3.0), make_graph(PATH, "combinatorial"), jnp.asarray(STATE))
     return model._replace(apply=jax.jit(model.apply), init=jax.jit(model.init)), inputs
 
 
@@ -91,7 +91,7 @@ def edge_operator(params, state, t, graph):
     p = params["structure"]
     p, state = jax.tree.map(np.asarray, (p, state))
     matrix = np.zeros((4, 4))
-    for u, v, weight in zip(*map(np.asarray, (graph.senders, graph.receivers, graph.weights)), strict=True):
+    for u, v, weight in zip(*map(np.asarray, edges_once(graph)), strict=True):
         x = np.array([state[u] + state[v], (state[u] - state[v]) ** 2, weight, t / 30])
         h = x @ p["edge"]["kernel"] + p["edge"]["bias"]
         g = np.log1p(np.exp((h / (1 + np.exp(-h))) @ p["out"]["kernel"] + p["out"]["bias"]))[0]
@@ -124,8 +124,8 @@ def test_a_new_mixture_with_its_first_expert_alone_is_fkpp(key, structure):
     np.testing.assert_allclose(rates.weights, 1 / 3)
     params["gate"]["out"]["bias"] = jnp.array([800.0, 0, 0])
     found = trajectory(model, params, graph, start, times)
-    rates = jnp.array([0.1, 0.3, 1.0])
-    mechanistic = jax.jit(lambda r: solve_fixed(lambda t, c, r: fkpp(c, graph.laplacian, *r), start, times, r))(rates)
+    rates, matrix = jnp.array([0.1, 0.3, 1.0]), operator(graph, "laplacian")
+    mechanistic = jax.jit(lambda r: solve_fixed(lambda t, c, r: fkpp(c, matrix, *r), start, times, r))(rates)
     np.testing.assert_allclose(found.states, mechanistic.states, atol=1e-12)
     np.testing.assert_allclose(found.states[-1], [0.91671082, 0.88517759, 0.86064258, 0.81088155], atol=1e-7)
 
@@ -166,7 +166,7 @@ def test_the_released_normalisation_is_that_of_torch(key):
 def test_structures_relabel_with_their_nodes(key, structure):
     model, params, (state, t, graph, _) = built(key, True, structure=structure, local="per_region")
     order = np.array([2, 0, 3, 1])
-    shuffled = graph_operators(PATH[np.ix_(order, order)], "combinatorial")
+    shuffled = make_graph(PATH[np.ix_(order, order)], "combinatorial")
     one = model.apply(params, state, t, graph, state).total
     other = model.apply(params, state[order], t, shuffled, state[order]).total
     np.testing.assert_allclose(other, one[order], atol=1e-12)
@@ -181,7 +181,7 @@ SPARSE = [
 @pytest.mark.parametrize("fields", SPARSE, ids=lambda fields: " ".join(fields.values()))
 def test_a_graph_kept_as_edges_gives_the_fields_and_gradients_of_its_matrix(key, fields):
     model, params, (state, t, graph, _) = built(key, True, **fields)
-    edges = graph_operators(PATH, "combinatorial", num_edges=5, is_sparse=True)  # two of them padding
+    edges = make_graph(PATH, "combinatorial", num_edges=5, is_sparse=True)  # two of them padding
 
     def total(params, c, graph):
         return jnp.sum(jnp.sin(model.apply(params, c, t, graph, state).total * jnp.arange(1.0, 5)))
@@ -234,7 +234,7 @@ def test_subject_specific_graphs_are_vmapped(key):
     model, params, (state, t, graph, start) = built(key, True, structure="incidence")
     both = jax.vmap(lambda g: model.apply(params, state, t, g, start).total)(graphs)
     np.testing.assert_allclose(both[0], model.apply(params, state, t, graph, start).total, atol=1e-14)
-    alone = graph_operators(other, "combinatorial")
+    alone = make_graph(other, "combinatorial")
     np.testing.assert_allclose(both[1], model.apply(params, state, t, alone, start).total, atol=1e-14)
 
 
@@ -250,7 +250,8 @@ def test_subjects_with_their_own_graphs_are_solved_at_once_with_their_own_steps(
     both = jax.jit(jax.vmap(one))(graphs)
     assert bool(both.succeeded.all()) and int(both.num_steps[1]) > 2 * int(both.num_steps[0])
     rates = [jax.nn.softplus(params["expert"][name]) for name in ("diffusion", "growth", "ceiling")]
-    exact = solve(lambda t, c, r: fkpp(c, graph.laplacian, *r), state, times, config, rates)
+    matrix = operator(graph, "laplacian")
+    exact = solve(lambda t, c, r: fkpp(c, matrix, *r), state, times, config, rates)
     np.testing.assert_allclose(both.states[0], exact.states, atol=1e-7)
 
 
@@ -304,7 +305,9 @@ def test_the_same_field_and_weights_give_torchdiffeqs_trajectory(key):
     torchdiffeq = pytest.importorskip("torchdiffeq")
     model, params, (state, _, graph, start) = built(key, True)
     weights = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf)), params)
-    propagation, matrix = (torch.tensor(np.asarray(m)) for m in (graph.propagation, graph.laplacian))
+    propagation, matrix = (
+        torch.tensor(np.asarray(m)) for m in (operator(graph, "propagation"), operator(graph, "laplacian"))
+    )
 
     def dense(layer, x):
         return x @ layer["kernel"] + layer["bias"]

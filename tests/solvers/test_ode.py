@@ -1,11 +1,15 @@
-"""The ODE solver: closed forms, orders, gradients by every adjoint, and failures as data."""
+"""The ODE solver: closed forms, orders, gradients by every adjoint, events, and failures as data."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.solvers.ode import OdeConfig, solve
+from jaxmed.solvers.fixed_grid import interpolate
+from jaxmed.solvers.ode import GRID, OdeConfig, solve, solve_trajectory
 
 pytestmark = pytest.mark.core
 TIMES = jnp.array([0.0, 0.5, 2.0])
@@ -100,7 +104,61 @@ def test_failures_are_told_one_by_one():
     assert not np.isfinite(solution.states[1, -1])
 
 
+def logistic(t, y, rate):
+    return rate * y * (1 - y)
+
+
+STARTS, GROWTH, YEARS = jnp.array([0.05, 0.02]), jnp.array([0.4, 0.3]), jnp.linspace(0.0, 20.0, 33)
+
+
+def loss(rate, solver, config=GRID):
+    course = solve_trajectory(logistic, STARTS, YEARS, rate, solver, config)
+    return jnp.sum(interpolate(course, jnp.array([3.3, 11.1])) ** 2), course
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    ["checkpoint", "forward", *(pytest.param(name, marks=pytest.mark.slow) for name in ("direct", "backsolve"))],
+)
+def test_both_solvers_give_one_trajectory_and_one_gradient(adjoint):
+    differentiate = jax.jacfwd if adjoint == "forward" else jax.grad
+    config = dataclasses.replace(GRID, adjoint=adjoint)
+    slope, course = jax.jit(lambda rate: differentiate(loss, has_aux=True)(rate, "diffrax", config))(GROWTH)
+    expected, fixed = jax.jit(lambda rate: jax.grad(loss, has_aux=True)(rate, "fixed"))(GROWTH)
+    np.testing.assert_allclose(course.states, fixed.states, atol=1e-5)
+    np.testing.assert_allclose(course.slopes, fixed.slopes, atol=1e-5)
+    # Solved back in time the gradient is that of another approximation.
+    np.testing.assert_allclose(slope, expected, rtol=1e-3 if adjoint == "backsolve" else 1e-5)
+
+
+def test_a_solve_stops_where_the_mean_passes_a_value_and_stays():
+    def stop(config, start):
+        return solve(lambda t, y, _: y * (1 - y), start, jnp.linspace(0.0, 10.0, 21), config)
+
+    for config in (OdeConfig(stop_at=0.5), dataclasses.replace(GRID, stop_at=0.5)):
+        found = jax.jit(jax.vmap(functools.partial(stop, config)))(jnp.array([0.1, 1e-6]))
+        np.testing.assert_allclose(found.end, [np.log(9), 10.0], atol=2e-3)
+        assert found.succeeded.all() and int(found.num_steps[0]) < int(found.num_steps[1]) + 20
+        np.testing.assert_allclose(found.states[0, 5:], 0.5, atol=1e-3)
+        exact = 1 / (1 + 9 * np.exp(-np.linspace(0.0, 10.0, 21)))
+        np.testing.assert_allclose(found.states[0, :5], exact[:5], atol=1e-3)
+
+
+def test_a_solve_stops_where_nothing_moves():
+    config = dataclasses.replace(GRID, steady=0.01)
+    rate = jnp.array(1.0)
+    course = jax.jit(lambda rate: solve_trajectory(logistic, STARTS, YEARS, rate, "diffrax", config))(rate)
+    full = solve_trajectory(logistic, STARTS, YEARS, rate, "fixed")
+    speed = np.abs(full.slopes).max(axis=1)
+    after = int(np.argmax((speed < 0.01) & (np.arange(33) > 0)))
+    np.testing.assert_allclose(course.states[: after + 1], full.states[: after + 1], atol=1e-6)
+    np.testing.assert_array_equal(course.states[after:], np.broadcast_to(course.states[after], (33 - after, 2)))
+    np.testing.assert_array_equal(course.slopes[after:], 0)
+
+
 @pytest.mark.parametrize(("field", "value"), [("rtol", 0.0), ("atol", -1.0), ("max_steps", 0), ("step", 0.0)])
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         OdeConfig(**{field: value})
+    with pytest.raises(ValueError, match="adjoint: expected one that can stop early"):
+        OdeConfig(adjoint="backsolve", stop_at=0.5)

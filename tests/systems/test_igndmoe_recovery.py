@@ -10,7 +10,7 @@ from jaxmed.systems.igndmoe.fitting import fit_problems
 from jaxmed.systems.igndmoe.options import ATTRIBUTION, FitConfig
 from jaxmed.systems.igndmoe.recovery import CANDIDATES, choices, plant, stage_correlations, stage_curve, weight_slopes
 
-RECIPE = FitConfig(grid_steps=32, stages=64, steps=20, loops=3)
+RECIPE = FitConfig(grid_steps=32, stages=64, steps=20, loops=3, solver="fixed")
 STRONG = {"reaction": 0.2, "edge_diffusivity": 1.0}
 """Of the second and third planted expert, so that a mixture is worth its parameters."""
 
@@ -34,7 +34,7 @@ def test_weights_change_with_stage_as_planted():
     # mechanistic weight falls, that of the local reaction rises.
     config = CohortConfig(subjects=90, noise=0.01)
     planted = plant(range(3), 12, config)
-    recipe = dataclasses.replace(ATTRIBUTION, grid_steps=24, stages=64, loops=10)
+    recipe = dataclasses.replace(ATTRIBUTION, grid_steps=24, stages=64, loops=10, solver="fixed")
     fitted = fit_problems(planted.problems, recipe, np.arange(3))
     found = weight_slopes(fitted, config)
     assert (found.mechanistic < 0).all() and (found.log_ratio > 0).all()

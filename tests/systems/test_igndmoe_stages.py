@@ -17,7 +17,7 @@ from jaxmed.systems.igndmoe.reading import ConnectomeConfig, read_connectome
 
 TINY = [
     *("--fit.model.equation", "fkpp", "--fit.grid-steps", "32", "--fit.stages", "64"),
-    *("--fit.steps", "15", "--fit.loops", "2", "--starts", "1"),
+    *("--fit.steps", "15", "--fit.loops", "2", "--solver", "fixed", "--starts", "1"),
 ]
 
 
@@ -172,7 +172,7 @@ def test_a_map_made_by_diffusion_is_explained_from_its_own_seed(places, tmp_path
     (tmp_path / "map.csv").write_text(text)
     words = ["--connectome", inputs(places)[1], "--map.file", tmp_path / "map.csv", "--map.more-is", "better"]
     words += ["--fit.steps", 5, "--fit.loops", 1, "--fit.grid-steps", 16, "--fit.stages", 16, "--fit.model.width", 4]
-    words += ["--map.mixture-seeds", 2]
+    words += ["--map.mixture-seeds", 2, "--solver", "fixed"]
     assert run("compare", *words, "--out", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())
     models = summary["models"]
@@ -203,7 +203,7 @@ def test_a_cohort_says_how_well_its_stages_could_be_recovered(tmp_path):
         4,
     ]
     words += ["--cohort.mechanism", "fkpp", "--recovery.irregularities", 0, 0.9, "--recovery.cohorts", 1]
-    words += ["--recovery.fit.steps", 10, "--recovery.fit.loops", 2, "--recovery.fit.stages", 64]
+    words += ["--recovery.fit.steps", 10, "--recovery.fit.loops", 2, "--recovery.fit.stages", 64, "--solver", "fixed"]
     assert run("simulate", *words, "--out", tmp_path / "run") == 0
     rows = rows_of(tmp_path / "run" / "outputs" / "stage_recovery.csv")
     assert [(row["visits"], row["irregularity"]) for row in rows] == [("1", "0.0"), ("4", "0.0"), ("4", "0.9")]
@@ -243,7 +243,7 @@ def test_mistakes_end_in_one_line(places, tmp_path, capsys):
 
 
 def test_growth_and_diffusion_are_chosen_over_diffusion_alone_where_they_were_planted(tmp_path):
-    assert run("compare", "--preset", "smoke", "--out", tmp_path / "run") == 0
+    assert run("compare", "--preset", "smoke", "--solver", "fixed", "--out", tmp_path / "run") == 0
     outputs = tmp_path / "run" / "outputs"
     summary = json.loads((outputs / "summary.json").read_text())
     by_name = {model["model"]: model for model in summary["models"]}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.arrays.graphs import graph_operators
+from jaxmed.arrays.graphs import make_graph
 from jaxmed.arrays.visits import Visits
 from jaxmed.diffusion.samplers import sample
 from jaxmed.models.mask_generator import GeneratorConfig
@@ -44,7 +44,7 @@ def embed(values):
 def fit_course(values):
     adjacency = np.ones((4, 4)) - np.eye(4)
     visits = Visits(values, jnp.zeros((3, 1)), jnp.ones((3, 1), bool))
-    return igndmoe.fit(visits, graph_operators(adjacency)).errors
+    return igndmoe.fit(visits, make_graph(adjacency)).errors
 
 
 def think(image):

@@ -17,7 +17,8 @@ from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.visits import Visits
 from jaxmed.config import NonNegative, Number, Positive, Size, checked
 from jaxmed.physics.progression import fkpp, network_diffusion
-from jaxmed.solvers.fixed_grid import interpolate, solve_fixed
+from jaxmed.solvers.fixed_grid import interpolate
+from jaxmed.solvers.ode import GRID, OdeConfig, Solver, solve_trajectory
 
 Mechanism = Literal["moe", "fkpp", "ndm"]
 SOLVER_STEPS = 600
@@ -176,6 +177,8 @@ def simulate_cohort(
     seeds: tuple[int, ...],
     config: CohortConfig = CohortConfig(),
     kind: LaplacianKind = "random_walk",
+    solver: Solver = "fixed",
+    ode: OdeConfig = GRID,
 ) -> Cohort:
     """Draw patients of one disease on a connectome.
 
@@ -185,6 +188,8 @@ def simulate_cohort(
         seeds: Regions where the disease starts.
         config: Mechanisms and measurements.
         kind: Of the Laplacian in the truth.
+        solver: Of its equation; see `solvers.ode.solve_trajectory`.
+        ode: Of diffrax, likewise.
     """
     onset_key, count_key, gap_key, noise_key = jax.random.split(key, 4)
     matrix = laplacian(jnp.asarray(adjacency), kind)
@@ -193,9 +198,11 @@ def simulate_cohort(
     most = config.most_visits if config.every_visit else min(config.most_visits, len(VISIT_SHARES))
     longest = config.horizon + config.gap[1] * (most - 1)
     grid = jnp.linspace(0.0, longest, SOLVER_STEPS + 1)
-    course = jax.jit(
-        lambda: solve_fixed(lambda t, c, _: true_rate(config, jnp.asarray(adjacency), matrix, c, t), start, grid)
-    )()
+
+    def rate(t: Array, c: Array, _: None) -> Array:
+        return true_rate(config, jnp.asarray(adjacency), matrix, c, t)
+
+    course = jax.jit(lambda: solve_trajectory(rate, start, grid, None, solver, ode))()
 
     shape = (config.subjects, most)
     onsets = jax.random.uniform(onset_key, shape[:1], minval=config.onset[0], maxval=config.onset[1])

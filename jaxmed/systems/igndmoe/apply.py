@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxmed.arrays.graphs import graph_operators
+from jaxmed.arrays.graphs import make_graph
 from jaxmed.errors import InputError
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.systems.igndmoe.fitting import fit
@@ -62,7 +62,7 @@ def embedded_fit(folder: RunFolder, subjects: int, seed: int) -> tuple[Path, Pat
     connectome = read_connectome(old.connectome, ConnectomeConfig(), notes)
     cohort = read_cohort(old.table, connectome.regions, "none", notes)
     config = FitConfig(model=ProgressionConfig(equation="fkpp"), grid_steps=32, stages=64, steps=15, loops=2)
-    fitted = fit(cohort.visits, graph_operators(connectome.adjacency), config, find_regions(old.seeds, connectome))
+    fitted = fit(cohort.visits, make_graph(connectome.adjacency), config, find_regions(old.seeds, connectome))
     write_course(folder.path / "inputs" / "fitted", fitted, cohort, connectome.regions, config.stages)
     # The same connectome, so the same disease, with other patients.
     new = write_embedded(DataConfig(embedded=subjects), folder.path / "inputs" / "new", seed)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.arrays.graphs import GraphsTuple
 from jaxmed.arrays.visits import Visits, count_values
 from jaxmed.models.graph_diffusion import Equation
 from jaxmed.solvers.fixed_grid import Trajectory
@@ -49,7 +49,7 @@ def make_folds(count: int, folds: int, seed: int) -> np.ndarray:
 
 def compare_models(
     visits: Visits,
-    graph: GraphOperators,
+    graph: GraphsTuple,
     seeds: tuple[int, ...],
     config: FitConfig,
     models: Sequence[Equation],

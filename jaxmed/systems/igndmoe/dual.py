@@ -7,6 +7,7 @@ seeds, bootstrap draws), which differ in their keys and in the weights of subjec
 Source: arXiv:2508.07032, section on dual optimisation.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,15 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.arrays.graphs import GraphsTuple, Matrix, operator
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.arrays.visits import Visits, count_values
 from jaxmed.models.graph_diffusion import ProgressionConfig, Rates, make_progression_model, set_mechanism
 from jaxmed.nn.model import Model
 from jaxmed.physics.progression import fkpp
 from jaxmed.solvers import quasi_newton
-from jaxmed.solvers.fixed_grid import Trajectory, solve_fixed
+from jaxmed.solvers.fixed_grid import Trajectory
+from jaxmed.solvers.ode import solve_trajectory
 from jaxmed.systems.igndmoe.alignment import align
 from jaxmed.systems.igndmoe.loss import Terms, profiled_error, regularisers, stage_visits
 from jaxmed.systems.igndmoe.options import FitConfig
@@ -45,7 +47,7 @@ class Problem(NamedTuple):
     """
 
     visits: Visits
-    graph: GraphOperators
+    graph: GraphsTuple
     seeds: Float[Array, " region"]
     train: Float[Array, " subject"]
     validation: Float[Array, " subject"]
@@ -113,19 +115,33 @@ def time_grid(config: FitConfig) -> Float[Array, " time"]:
 
 
 def solve_course(
-    model: Model, params: Params, graph: GraphOperators, seeds: Float[Array, " region"], times: Float[Array, " time"]
+    model: Model, params: Params, graph: GraphsTuple, seeds: Float[Array, " region"], config: FitConfig
 ) -> Trajectory:
-    """Solve the equation from the seeds."""
+    """Solve the equation from the seeds to the horizon."""
     initial = jax.nn.sigmoid(params["seed"]) * seeds
 
-    def field(t: Array, c: Array, field_params: Params) -> Array:
+    # Everything comes through the arguments: a solve back in time differentiates nothing else.
+    def field(t: Array, c: Array, args: tuple[Params, GraphsTuple, Array]) -> Array:
+        field_params, graph, initial = args
         return model.apply(field_params, c, t, graph, initial).total
 
-    return solve_fixed(field, initial, times, params["field"])
+    args = (params["field"], graph, initial)
+    return solve_trajectory(field, initial, time_grid(config), args, config.solver, config.ode)
+
+
+def value_and_slope(function: Callable[[Array], Array], config: FitConfig) -> quasi_newton.ValueAndGradient:
+    """Return a function's value and gradient, by forward derivatives where the solver's adjoint asks for them."""
+    if config.ode.adjoint != "forward":
+        return jax.value_and_grad(function)
+
+    def along(point: Array, direction: Array) -> tuple[Array, Array]:
+        return jax.jvp(function, (point,), (direction,))
+
+    return lambda point: jax.vmap(along, (None, 0), (None, 0))(point, jnp.eye(len(point), dtype=point.dtype))
 
 
 def rates_along(
-    model: Model, params: Params, graph: GraphOperators, seeds: Float[Array, " region"], course: Trajectory
+    model: Model, params: Params, graph: GraphsTuple, seeds: Float[Array, " region"], course: Trajectory
 ) -> Rates:
     """Return experts and weights at every point of a course."""
     initial = jax.nn.sigmoid(params["seed"]) * seeds
@@ -140,12 +156,12 @@ def init(key: KeyArray, problem: Problem, config: FitConfig) -> DualState:
         problem: Data and graph.
         config: Recipe.
     """
-    model, times = make_progression_model(config.model), time_grid(config)
+    model = make_progression_model(config.model)
     rates, onsets = mechanistic_start(problem, config)
     initial = jax.nn.sigmoid(rates.seed) * problem.seeds
-    field = model.init(key, initial, times[0], problem.graph, initial)
+    field = model.init(key, initial, jnp.zeros(()), problem.graph, initial)
     params = {"field": _start_field(model, field, rates, problem, initial, config.model), "seed": rates.seed}
-    staged = align(solve_course(model, params, problem.graph, problem.seeds, times), problem.visits, config.stages)
+    staged = align(solve_course(model, params, problem.graph, problem.seeds, config), problem.visits, config.stages)
     # Equations without a mechanistic part start flat, where stages mean nothing: theirs are the mechanistic curve's.
     is_mechanistic = config.model.equation in ("igndmoe", "ndm", "fkpp", "weighted_fkpp") and not config.model.quirks
     onsets = staged.onsets if is_mechanistic else onsets
@@ -155,9 +171,9 @@ def init(key: KeyArray, problem: Problem, config: FitConfig) -> DualState:
 
 def step(state: DualState, problem: Problem, config: FitConfig) -> tuple[DualState, Info]:
     """Do one round: train at fixed stages, then stage all subjects; a finished run stays as it is."""
-    model, times = make_progression_model(config.model), time_grid(config)
-    params, terms, rejected = _trajectory_step(model, state, problem, times, config)
-    course = solve_course(model, params, problem.graph, problem.seeds, times)
+    model = make_progression_model(config.model)
+    params, terms, rejected = _trajectory_step(model, state, problem, config)
+    course = solve_course(model, params, problem.graph, problem.seeds, config)
     staged = align(course, problem.visits, config.stages)
     train, validation = _mean_errors(problem, staged.errors)
     # NaN is never better, so a run that breaks ends with its best round.
@@ -205,12 +221,8 @@ def mechanistic_start(problem: Problem, config: FitConfig) -> tuple[StartRates, 
 
     def course(logs: Array) -> Trajectory:
         rates = _from_logs(logs, grows)
-        return solve_fixed(
-            lambda t, c, r: fkpp(c, problem.graph.laplacian, r.diffusion, r.growth, r.ceiling),
-            jax.nn.sigmoid(rates.seed) * problem.seeds,
-            times,
-            rates,
-        )
+        initial, args = jax.nn.sigmoid(rates.seed) * problem.seeds, (rates, operator(problem.graph, "laplacian"))
+        return solve_trajectory(_fkpp_field, initial, times, args, config.solver, config.ode)
 
     def score(logs: Array) -> Array:
         total = jnp.sum(problem.train * align(course(logs), problem.visits, 64, 0).errors)
@@ -230,12 +242,17 @@ def mechanistic_start(problem: Problem, config: FitConfig) -> tuple[StartRates, 
     def one_round(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         logs, onsets = carry
         staged = stage_visits(course(logs), problem.visits, onsets, problem.train)
-        function = jax.value_and_grad(lambda x: profiled_error(staged, course(x)))
+        function = value_and_slope(lambda x: profiled_error(staged, course(x)), config)
         logs = quasi_newton.run(function, logs, START_STEPS).point
         return (logs, align(course(logs), problem.visits, config.stages).onsets), None
 
     (logs, onsets), _ = jax.lax.scan(one_round, (logs, onsets), length=START_ROUNDS)
     return _from_logs(logs, grows), onsets
+
+
+def _fkpp_field(t: Array, c: Array, args: tuple[StartRates, Matrix]) -> Array:
+    rates, laplacian = args
+    return fkpp(c, laplacian, rates.diffusion, rates.growth, rates.ceiling)
 
 
 def _grows(model: ProgressionConfig) -> bool:
@@ -277,29 +294,25 @@ def _start_field(
 
 
 def _trajectory_step(
-    model: Model, state: DualState, problem: Problem, times: Array, config: FitConfig
+    model: Model, state: DualState, problem: Problem, config: FitConfig
 ) -> tuple[Params, Terms, Array]:
-    first = solve_course(model, state.params, problem.graph, problem.seeds, times)
+    first = solve_course(model, state.params, problem.graph, problem.seeds, config)
     staged = stage_visits(first, problem.visits, state.onsets, problem.train)
     flat, unravel = ravel_pytree(state.params)
 
     def terms_of(params: Params) -> Terms:
-        course = solve_course(model, params, problem.graph, problem.seeds, times)
+        course = solve_course(model, params, problem.graph, problem.seeds, config)
         norm = overlap = jnp.zeros(())
         if config.model.equation == "igndmoe":
             experts = rates_along(model, params, problem.graph, problem.seeds, course).experts
-            norm, overlap = regularisers(experts, times[1] - times[0])
+            norm, overlap = regularisers(experts, course.times[1] - course.times[0])
         return Terms(profiled_error(staged, course), norm, overlap)
 
-    def loss(point: Array) -> tuple[Array, Terms]:
+    def loss(point: Array) -> Array:
         terms = terms_of(unravel(point))
-        return terms.data + config.norm_weight * terms.norm + config.overlap_weight * terms.overlap, terms
+        return terms.data + config.norm_weight * terms.norm + config.overlap_weight * terms.overlap
 
-    def value_and_gradient(point: Array) -> tuple[Array, Array]:
-        (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(point)
-        return value, gradient
-
-    end = quasi_newton.run(value_and_gradient, flat, config.steps, config.memory)
+    end = quasi_newton.run(value_and_slope(loss, config), flat, config.steps, config.memory)
     params = unravel(end.point)
     return params, terms_of(params), end.rejected
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.arrays.graphs import GraphsTuple, regional_map
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import Params
 from jaxmed.arrays.visits import Visits, is_measured, mark_missing
@@ -50,7 +50,7 @@ Watch = Callable[[dual.DualState, dual.Info], None]
 
 
 def fit(
-    visits: Visits, graph: GraphOperators, config: FitConfig = FitConfig(), seeds: tuple[int, ...] | None = None
+    visits: Visits, graph: GraphsTuple, config: FitConfig = FitConfig(), seeds: tuple[int, ...] | None = None
 ) -> Fit:
     """Fit the course of a disease to the visits of a cohort: the host's driver, which stops when the fit has settled.
 
@@ -59,7 +59,7 @@ def fit(
 
     Args:
         visits: Regional values on [0, 1], NaN where not measured, and years since the first visit.
-        graph: Connectome, from `arrays.graphs.graph_operators`.
+        graph: Connectome, from `arrays.graphs.make_graph`.
         config: Equation and recipe; a share of subjects is kept for early stopping.
         seeds: Numbers of the regions where the disease starts. None takes the one with the highest mean value, a guess
             that knows nothing of anatomy: give them where they are known, for tau the two entorhinal ones.
@@ -75,7 +75,7 @@ def fit(
 
 
 def fit_on_device(
-    visits: Visits, graph: GraphOperators, config: FitConfig = FitConfig(), seeds: tuple[int, ...] | None = None
+    visits: Visits, graph: GraphsTuple, config: FitConfig = FitConfig(), seeds: tuple[int, ...] | None = None
 ) -> Fit:
     """Fit as `fit` does, in one function to trace: for `jax.jit`, and `jax.vmap` over cohorts and graphs.
 
@@ -95,7 +95,7 @@ def fit_on_device(
     train, validation = _keep_validation(len(visits.present), config)
 
     @jax.custom_jvp
-    def run(visits: Visits, graph: GraphOperators) -> Fit:
+    def run(visits: Visits, graph: GraphsTuple) -> Fit:
         problem = make_problem(visits, graph, seeds, train, validation)
         state = dual.init(jax.random.key(config.seed), problem, config)
         state, _ = jax.lax.scan(lambda s, _: (dual.step(s, problem, config)[0], None), state, length=config.loops)
@@ -120,7 +120,7 @@ def _keep_validation(count: int, config: FitConfig) -> tuple[np.ndarray, np.ndar
 
 def fit_runs(
     visits: Visits,
-    graph: GraphOperators,
+    graph: GraphsTuple,
     config: FitConfig,
     seeds: tuple[int, ...] | None,
     train: Float[np.ndarray, "run subject"],
@@ -170,7 +170,7 @@ def fit_problems(problems: dual.Problem, config: FitConfig, run_seeds: Int[np.nd
 
 def make_problem(
     visits: Visits,
-    graph: GraphOperators,
+    graph: GraphsTuple,
     seeds: tuple[int, ...] | None,
     train: Float[np.ndarray, "*run subject"],
     validation: Float[np.ndarray, "*run subject"],
@@ -180,7 +180,7 @@ def make_problem(
     Raises:
         ValueError: There is no seed, or one that is no region.
     """
-    regions = graph.regional.shape[-1]
+    regions = regional_map(graph).shape[-1]
     if seeds is not None and (not seeds or min(seeds) < 0 or max(seeds) >= regions):
         raise ValueError(f"seeds: expected numbers of regions from 0 to {regions - 1}, got {seeds}")
     if visits.values.shape[-1] != regions:
@@ -216,7 +216,7 @@ def programs(config: FitConfig, is_shared: bool = True) -> tuple[Callable, Calla
 
 def _finish(state: dual.DualState, problem: dual.Problem, config: FitConfig) -> Fit:
     model, params = make_progression_model(config.model), state.best.params
-    course = dual.solve_course(model, params, problem.graph, problem.seeds, dual.time_grid(config))
+    course = dual.solve_course(model, params, problem.graph, problem.seeds, config)
     rates = dual.rates_along(model, params, problem.graph, problem.seeds, course)
     staged = align(course, problem.visits, config.stages)
     succeeded = jnp.all(jnp.isfinite(course.states)) & jnp.all(jnp.isfinite(staged.errors))

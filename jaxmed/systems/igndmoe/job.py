@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxmed.arrays.graphs import GraphOperators, graph_operators
+from jaxmed.arrays.graphs import GraphsTuple, make_graph
 from jaxmed.config import Regions, Share, checked
 from jaxmed.data.splits import split_subjects
 from jaxmed.errors import InputError
@@ -93,7 +93,7 @@ class Inputs(NamedTuple):
     """
 
     connectome: Connectome
-    graph: GraphOperators
+    graph: GraphsTuple
     cohort: Cohort
     seeds: tuple[int, ...]
     roles: tuple[str, ...]
@@ -135,7 +135,7 @@ def read_inputs(files: Files, data: DataConfig, fit: FitConfig, notes: list[str]
         raise InputError(files.table or "table", "a split for every subject", "some without", "fill in column 'split'")
     if roles.count("train") < 2:
         raise InputError(files.table or "table", "two training subjects or more", roles.count("train"))
-    return Inputs(connectome, graph_operators(connectome.adjacency, fit.laplacian), cohort, seeds, roles)
+    return Inputs(connectome, make_graph(connectome.adjacency, fit.laplacian), cohort, seeds, roles)
 
 
 def role_weights(roles: Sequence[str], role: str, runs: int = 1) -> Float[np.ndarray, "run subject"]:

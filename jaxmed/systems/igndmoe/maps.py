@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxmed.arrays.graphs import GraphOperators
+from jaxmed.arrays.graphs import GraphsTuple, operator
 from jaxmed.arrays.visits import pad_visits
 from jaxmed.physics.agents import STEP, AgentGraph, atrophy, equilibrium, spread_agents
 from jaxmed.physics.progression import weighted_fkpp
-from jaxmed.solvers.fixed_grid import solve_fixed
+from jaxmed.solvers.ode import solve_trajectory
 from jaxmed.systems.igndmoe.fitting import fit
 from jaxmed.systems.igndmoe.measures import row_correlations
 from jaxmed.systems.igndmoe.options import FitConfig
@@ -75,13 +75,13 @@ def bic(r: float, count: int, parameters: int) -> float | None:
 
 
 def score_diffusion(
-    graph: GraphOperators, target: Float[np.ndarray, " region"], known: Bool[np.ndarray, " region"]
+    graph: GraphsTuple, target: Float[np.ndarray, " region"], known: Bool[np.ndarray, " region"]
 ) -> MapScore:
     """Score network diffusion from every seed."""
     times = jnp.linspace(0.0, LONGEST, GRID + 1)[1:]
 
     def courses() -> Array:
-        step = jax.scipy.linalg.expm(-(times[1] - times[0]) * graph.laplacian)
+        step = jax.scipy.linalg.expm(-(times[1] - times[0]) * operator(graph, "laplacian"))
 
         def advance(states: Array, _: None) -> tuple[Array, Array]:
             states = step @ states
@@ -95,12 +95,13 @@ def score_diffusion(
 
 
 def score_fkpp(
-    graph: GraphOperators,
+    graph: GraphsTuple,
     target: Float[np.ndarray, " region"],
     known: Bool[np.ndarray, " region"],
     weights: Float[np.ndarray, " region"] | None = None,
+    config: FitConfig = FitConfig(),
 ) -> MapScore:
-    """Score FKPP with a share of diffusion, its growth weighted where a map of weights is given."""
+    """Score FKPP with a share of diffusion, its growth weighted where a map of weights is given; solved as a fit is."""
     grid = jnp.linspace(0.0, 30.0, GRID + 1)
     strengths = (0.0,) if weights is None else STRENGTHS
     modulation = jnp.ones(len(target)) if weights is None else jnp.asarray(weights, jnp.float32)
@@ -108,9 +109,10 @@ def score_fkpp(
 
     def course(setting: Array, seed: Array) -> Array:
         def field(t: Array, x: Array, _: None) -> Array:
-            return weighted_fkpp(x, graph.laplacian, setting[0], jnp.ones(()), modulation, setting[1])
+            return weighted_fkpp(x, operator(graph, "laplacian"), setting[0], jnp.ones(()), modulation, setting[1])
 
-        return solve_fixed(field, jnp.zeros(len(target)).at[seed].set(1.0), grid).states[1:]
+        start = jnp.zeros(len(target)).at[seed].set(1.0)
+        return solve_trajectory(field, start, grid, None, config.solver, config.ode).states[1:]
 
     seeds = jnp.arange(len(target))
     every = jax.jit(lambda: jax.lax.map(lambda s: jax.vmap(lambda seed: course(s, seed))(seeds), settings))()
@@ -151,7 +153,7 @@ def score_agents(
 
 def fit_mixture(
     config: FitConfig,
-    graph: GraphOperators,
+    graph: GraphsTuple,
     target: Float[np.ndarray, " region"],
     known: Bool[np.ndarray, " region"],
     preference: Float[np.ndarray, " region"],

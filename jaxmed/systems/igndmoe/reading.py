@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxmed.arrays.graphs import components, keep_strongest, mirror_triangle, rescale
+from jaxmed.arrays.graphs import components, keep_strongest, mirror_triangle
 from jaxmed.arrays.visits import Visits, pad_visits
 from jaxmed.config import checked
 from jaxmed.errors import SIDES, InputError, closest, nearest, side_of
@@ -116,7 +116,7 @@ def read_connectome(path: Path | None, config: ConnectomeConfig, notes: list[str
     apart = [region for region, label in zip(regions, labels, strict=True) if label != np.bincount(labels).argmax()]
     if apart:
         notes.append(f"The connectome is not connected; apart from its largest part: {', '.join(apart)}.")
-    return Connectome(path, regions, rescale(matrix, "max").astype(np.float32))
+    return Connectome(path, regions, (matrix / matrix.max()).astype(np.float32))
 
 
 def _name(path: Path, square: Square, labels: Path | None, notes: list[str]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from jaxmed.arrays.graphs import LaplacianKind, graph_operators
+from jaxmed.arrays.graphs import LaplacianKind, make_graph
 from jaxmed.arrays.visits import count_values
 from jaxmed.models.graph_diffusion import Equation
 from jaxmed.synthesis.phantoms.connectome import Cohort, CohortConfig, random_connectome, simulate_cohort
@@ -89,7 +89,7 @@ def plant_on(
     cohorts, problems = [], []
     for seed, adjacency in zip(seeds, adjacencies, strict=True):
         cohorts.append(simulate_cohort(jax.random.key(seed), adjacency, start, config))
-        graph = graph_operators(adjacency, laplacian, num_edges)
+        graph = make_graph(adjacency, laplacian, num_edges)
         problems.append(make_problem(cohorts[-1].visits, graph, start, train, validation))
     return Planted(jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems), cohorts, held_out)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmed.arrays.graphs import graph_operators
+from jaxmed.arrays.graphs import make_graph
 from jaxmed.arrays.visits import count_values
 from jaxmed.config import Size, checked
 from jaxmed.errors import InputError
@@ -204,7 +204,7 @@ def _run_map(config: Config, folder: RunFolder) -> None:
     columns = read_map(config.map, connectome, notes)
     target, known = columns["value"], np.isfinite(columns["value"])
     # Every seed's course by a matrix exponential.
-    graph = graph_operators(connectome.adjacency, config.fit.laplacian, is_sparse=False)
+    graph = make_graph(connectome.adjacency, config.fit.laplacian, is_sparse=False)
     agents = read_agents(config.map, connectome, columns, notes)
     start(folder)
     log = Log(folder.path, folder.options.quiet)
@@ -221,10 +221,10 @@ def _run_map(config: Config, folder: RunFolder) -> None:
 
     log.say(f"Network diffusion from {len(target)} seeds, then FKPP with {len(maps.SHARES)} shares of diffusion.")
     keep(maps.score_diffusion(graph, target, known))
-    keep(maps.score_fkpp(graph, target, known))
+    keep(maps.score_fkpp(graph, target, known, None, config.fit))
     if config.map.weight is not None:
         log.say(f"Weighted FKPP with {len(maps.SHARES) * len(maps.STRENGTHS)} settings.")
-        keep(maps.score_fkpp(graph, target, known, columns["weight"]))
+        keep(maps.score_fkpp(graph, target, known, columns["weight"], config.fit))
     else:
         notes.append("Weighted FKPP is left out: no map of weights was given (--map.weight COLUMN).")
     if agents is not None:

@@ -131,7 +131,8 @@ def run(config: Config, folder: RunFolder) -> None:
         regions, adjacency = connectome.regions, connectome.adjacency
         seeds = find_regions(config.seeds, connectome)
     log = begin(folder, notes)
-    cohort = simulate_cohort(jax.random.key(config.seed), adjacency, seeds, config.cohort)
+    solver, ode = config.recovery.fit.solver, config.recovery.fit.ode
+    cohort = simulate_cohort(jax.random.key(config.seed), adjacency, seeds, config.cohort, solver=solver, ode=ode)
     write_cohort(folder.outputs, config.seed, cohort, adjacency, regions, seeds, to_record(config.cohort))
     visits = int(cohort.visits.present.sum())
     log.say(f"{config.cohort.subjects} patients, {visits} visits, {len(regions)} regions, in {folder.outputs}")
