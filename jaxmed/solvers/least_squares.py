@@ -3,8 +3,8 @@
 Problems lie along the last axis, so that every operation is one vector instruction over neighbouring problems and the
 few unknowns are unrolled. On a CPU a 5 x 5 system of 100,000 takes 11 ns so, and 930 ns by `jax.scipy.linalg` under
 `vmap`, which calls LAPACK for each: more than the models they serve. So 20,000 NODDI fits to 99 images take 0.30 s,
-7.4 times as fast as AMICO's linearised fit, and 200 of them 0.04 s, 631 times as fast as dmipy-fit, which maps a general
-optimiser over voxels (benchmarks/results/cpu.jsonl, rows noddi_fit).
+7.4 times as fast as AMICO's linearised fit, and 200 of them 0.04 s, 631 times as fast as dmipy-fit, which maps a
+general optimiser over voxels (benchmarks/results/cpu.jsonl, rows noddi_fit).
 """
 
 from collections.abc import Callable

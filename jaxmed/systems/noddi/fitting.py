@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxmed.arrays.batches import padded_rows
 from jaxmed.arrays.tracing import require_values
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import GradientTable, Numbers, as_numbers, check_gradients
@@ -332,13 +333,12 @@ def _until_done(programs, voxels, index, ascent, size, max_iterations, pool):
 def _map(program, voxels, index, ascent, chosen, size, pool):
     """Run a program over the chosen places of a block, a chunk at a time, and join what it returns."""
 
-    def call(start):
-        places = chosen[start : start + size]
-        filled = np.resize(places, size)
+    def call(rows):
+        filled = chosen[rows.index]
         result = program(voxels.take(index[filled]), None if ascent is None else _take(ascent, filled))
-        return _take(jax.device_get(result), slice(0, len(places)))
+        return _take(jax.device_get(result), slice(0, rows.count))
 
-    return _join(list(pool.map(call, range(0, len(chosen), size))))
+    return _join(list(pool.map(call, padded_rows(len(chosen), size))))
 
 
 def _join(parts):
