@@ -24,20 +24,20 @@ from jaxmed.recipes.study import Cell, Result
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.mixture import make_isotropic
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.dynamicdps.arms import (
-    ARMS,
-    PUBLISHED,
-    STARTS_FROM_ESTIMATE,
-    ArmConfig,
-    expected_passes,
-    length_of,
-    make_arm,
-)
-from jaxmed.systems.dynamicdps.comparison import NOISE, average, compare, plan_cells
+from jaxmed.systems.dynamicdps.enhancement import draw_samples, make_program
+from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, expected_passes, length_of, make_solver
 from jaxmed.systems.dynamicdps.networks import write_network
 from jaxmed.systems.dynamicdps.reading import FrameConfig
-from jaxmed.systems.dynamicdps.scoring import MEASURES, make_scorer, make_subject, score_subject
-from jaxmed.systems.dynamicdps.stages.compare import Config, read_subjects
+from jaxmed.systems.dynamicdps.scoring import (
+    MEASURES,
+    NOISE,
+    average,
+    compare,
+    make_scorer,
+    make_subject,
+    score_subject,
+)
+from jaxmed.systems.dynamicdps.stages.compare import Config, plan_cells, read_subjects
 
 SIZE = (16, 16)
 PLAIN_SCAN = LowField(gamma=1.0, scale=2.0, sigma=0.7, radius=3, noise=0.01)
@@ -110,33 +110,34 @@ def test_every_method_moves_towards_the_truth(problem, name):
     # The whole chain: a shorter one keeps the wrong kind of edge, which is another test's matter.
     start = StartTime(rule="fixed", fixed=59)
     method = dataclasses.replace(STRICT, sampler=chain, start=start, noise_std=0.01)
-    arm = make_arm(name, lambda params: oracle(mixture, VpDiscrete()), SIZE, PLAIN_SCAN, method,
-                   ArmConfig(evaluations=60, scale=0.5))  # fmt: skip
-    found = jax.jit(arm)({}, jax.random.key(0), measurement, wrong, np.arange(2))
-    errors = [float(np.sqrt(np.mean((np.asarray(image) - truth) ** 2))) for image in (wrong, found.image)]
-    assert np.asarray(found.image).min() >= 0 and np.asarray(found.image).max() <= 2
+    solve = make_solver(name, SIZE, PLAIN_SCAN, method, ArmConfig(evaluations=60, scale=0.5))
+    program = make_program(lambda params: oracle(mixture, VpDiscrete()), make_operator(SIZE, PLAIN_SCAN), method, 2,
+                           solve)  # fmt: skip
+    found = draw_samples(program, {}, jax.random.key(0), measurement, wrong)
+    errors = [float(np.sqrt(np.mean((image - truth) ** 2))) for image in (wrong, found.mean)]
+    assert found.mean.min() >= 0 and found.mean.max() <= 2
     if name == "conditional":
-        assert errors[1] == errors[0] and (np.asarray(found.evaluations) == 0).all()
+        assert errors[1] == errors[0] and (found.evaluations == 0).all() and not found.curve.size
         return
     assert errors[1] < 0.6 * errors[0]
     if name == "dynamicdps":
-        assert (np.asarray(found.evaluations) > 1).all() and (np.asarray(found.start) == 60).all()
+        assert (found.evaluations > 1).all() and (found.start_time == 59).all()
     else:
-        assert (np.asarray(found.evaluations) == 60).all()
+        assert (found.evaluations == 60).all()
 
 
 def test_lengths_are_those_of_the_authors_unless_a_budget_is_given():
     assert length_of("dps", 1000, ArmConfig()) == 1000 and length_of("ddrm", 1000, ArmConfig()) == 20
     assert length_of("dps", 100, ArmConfig()) == 100
-    assert {length_of(name, 1000, ArmConfig(evaluations=70)) for name in PUBLISHED} == {70}
+    fixed_length = {name for name, arm in ARMS.items() if arm.evaluations}
+    assert {length_of(name, 1000, ArmConfig(evaluations=70)) for name in fixed_length} == {70}
     fixed = dataclasses.replace(STRICT, start=StartTime(rule="fixed", fixed=49))
     # Fifty steps, and searches of six trials at 10, 15, ... 45 left.
     assert expected_passes("dynamicdps", fixed, ArmConfig()) == 50 + 8 * 6
     assert expected_passes("conditional", fixed, ArmConfig()) == 0 and expected_passes("ddrm", fixed, ArmConfig()) == 20
-    assert {"reddiff", "daps", "pnp-dpir"} < set(PUBLISHED) < set(ARMS)
-    assert set(STARTS_FROM_ESTIMATE) < set(ARMS)
+    assert {"reddiff", "daps", "pnp-dpir"} < fixed_length == set(ARMS) - {"conditional", "dynamicdps"}
     with pytest.raises(InputError, match="arm: expected one of .*, found 'dsp'"):
-        make_arm("dsp", lambda params: None, SIZE, PLAIN_SCAN, STRICT)
+        make_solver("dsp", SIZE, PLAIN_SCAN, STRICT)
     with pytest.raises(ValueError, match="evaluations: expected 2 or more, or 0, found 1"):
         ArmConfig(evaluations=1)
 
@@ -320,5 +321,5 @@ def test_the_smoke_preset_trains_its_own_networks(tmp_path):
         for row in rows_of(out / "outputs" / "means.csv") if row["measure"] == "residual"
     }  # fmt: skip
     # An unknown contrast: the conditional model contradicts its measurement, and the refined image does not.
-    where = "other contrast", "initial"
+    where = "other contrast", "train-initial"
     assert found[*where, "dynamicdps"] < 0.5 * found[*where, "conditional"]

@@ -21,10 +21,9 @@ from jaxmed.io import nifti
 from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField
-from jaxmed.systems.dynamicdps.arms import ARMS
-from jaxmed.systems.dynamicdps.calibration import digest_of
+from jaxmed.systems.dynamicdps.calibration import Calibrated, digest_of, read_calibration
+from jaxmed.systems.dynamicdps.methods import ARMS, MethodConfig
 from jaxmed.systems.dynamicdps.networks import write_network
-from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_calibration
 from jaxmed.systems.dynamicdps.reading import FrameConfig
 from jaxmed.systems.dynamicdps.stages import compare as compare_stage
 from jaxmed.systems.dynamicdps.stages import enhance as stage

@@ -1,5 +1,6 @@
 """A bank of residuals of full runs on reference images, and the acquisition that joins two scans."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from functools import partial
@@ -13,13 +14,54 @@ from jaxtyping import Array, Float32
 
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import from_record, read_record
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.dps import Dps, dps
+from jaxmed.diffusion.posterior.frame import residual_norms
 from jaxmed.diffusion.posterior.start_time import Calibration, StartTime, bin_means, calibrate
 from jaxmed.errors import InputError
 from jaxmed.files import make_folder
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.lowfield import Fit, FitConfig, LowField, fit, make_operator, simulate
+from jaxmed.systems.dynamicdps.enhancement import in_batches
+
+CALIBRATION = "calibration.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """What `calibrate` found for one prior and one acquisition.
+
+    Attributes:
+        start: Bank and compression for `start_time.choose_start`.
+        acquisition: From high field to low field, gamma and sigma as fitted where there were pairs.
+        steps: Steps of the chain that the bank was recorded on.
+        prior: Digest of the prior's parameters: a bank is that of one prior.
+    """
+
+    start: StartTime
+    acquisition: LowField
+    steps: int
+    prior: str
+
+
+def read_calibration(place: Path, prior: Params | None = None) -> Calibrated:
+    """Read what a run of calibrate left.
+
+    Args:
+        place: The run, or its file.
+        prior: Parameters of the prior that it must be of.
+
+    Raises:
+        InputError: There is none, it is damaged, or it is of another prior.
+    """
+    path = next((p for p in (place / "outputs" / CALIBRATION, place / CALIBRATION, place) if p.is_file()), None)
+    if path is None:
+        raise InputError(place, f"a run of calibrate, with outputs/{CALIBRATION}", "none", "check the path")
+    found = from_record(Calibrated, read_record(path), str(path))
+    if prior is not None and found.prior != digest_of(prior):
+        raise InputError("calibration", "one of this prior", "one of another", "calibrate again")
+    return found
 
 
 def record_bank(
@@ -56,12 +98,11 @@ def record_bank(
 
     make_folder(parts)
     rows = []
-    for first in range(0, len(measurement), batch_size):
-        count = min(batch_size, len(measurement) - first)
+    for indices, count in in_batches(len(measurement), batch_size):
+        first = int(indices[0])
         path = parts / f"{first:06d}.npz"
         stored = restore_npz(path)
         if stored is None:
-            indices = np.minimum(np.arange(first, first + batch_size), len(measurement) - 1)
             residuals = np.asarray(run(params, key, measurement[indices], indices))[::-1, :count].T
             write_npz(path, stored := {"residuals": residuals})
         rows.append(stored["residuals"])
@@ -117,8 +158,7 @@ def residuals_of(
 ) -> Float32[np.ndarray, " image"]:
     """Return |y - A(x)| of each image."""
     operator = make_operator(images.shape[1:-1], acquisition)
-    measured = np.asarray(jax.jit(jax.vmap(operator))(images))
-    return np.linalg.norm((measurement - measured).reshape(len(images), -1), axis=1).astype(np.float32)
+    return np.asarray(jax.jit(partial(residual_norms, operator))(images, measurement))
 
 
 def fit_acquisition(

@@ -1,6 +1,7 @@
 """Enhancement on arrays: estimates, measurements and an operator in, refined images and their record out."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,7 +18,7 @@ from jaxmed.diffusion.posterior.ddnm import Ddnm, ddnm
 from jaxmed.diffusion.posterior.diffpir import Diffpir, diffpir
 from jaxmed.diffusion.posterior.dps import Dps, dps
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps, dynamicdps
-from jaxmed.diffusion.posterior.frame import Info
+from jaxmed.diffusion.posterior.frame import Info, residual_norms
 from jaxmed.diffusion.posterior.pigdm import Pigdm, pigdm
 from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir, pnp_dpir
 from jaxmed.diffusion.posterior.reddiff import Reddiff, reddiff
@@ -56,16 +57,13 @@ def enhance(
         TypeError: The gradient of `DynamicDps` with searches is taken in reverse. `jit`, `vmap` and forward mode take
             every method, and reverse mode every other one: `DynamicDps(search=None)` too.
     """
-    match config:
-        case DynamicDps():
-            return dynamicdps(key, denoiser, measurement, operator, initial, config, indices)
-        case Ccdf():
-            return ccdf(key, denoiser, measurement, operator, initial, config, indices)
-    solver = SOLVERS[type(config)]
-    return solver(key, denoiser, measurement, operator, jnp.zeros_like(initial), config, indices)
+    start = initial if isinstance(config, DynamicDps | Ccdf) else jnp.zeros_like(initial)
+    return SOLVERS[type(config)](key, denoiser, measurement, operator, start, config, indices)
 
 
 SOLVERS: dict[type, Callable[..., tuple[Array, Info]]] = {
+    DynamicDps: dynamicdps,
+    Ccdf: ccdf,
     Dps: dps,
     Ddnm: ddnm,
     Diffpir: diffpir,
@@ -74,7 +72,6 @@ SOLVERS: dict[type, Callable[..., tuple[Array, Info]]] = {
     Daps: daps,
     PnpDpir: pnp_dpir,
 }
-"""What begins without an estimate, by its settings."""
 
 
 class Samples(NamedTuple):
@@ -91,6 +88,7 @@ class Samples(NamedTuple):
             were there; NaN where none was.
         step_sizes: Mean of the step sizes there.
         flags: Verdicts of all line searches: how often each status came.
+        seconds: Per sample, without compilation.
     """
 
     mean: Float32[np.ndarray, "image ..."]
@@ -102,6 +100,7 @@ class Samples(NamedTuple):
     curve: Float32[np.ndarray, " step"]
     step_sizes: Float32[np.ndarray, " step"]
     flags: Int[np.ndarray, " status"]
+    seconds: float
 
 
 NUM_STATUS = 6
@@ -111,12 +110,12 @@ class Program(NamedTuple):
     """What is compiled once and called for every batch.
 
     Attributes:
-        run: (params, key, measurement, initial, indices) -> (image, Info).
-        residual: (measurement, image) -> |y - A(x)| of each.
+        run: (params, key, measurement, initial, indices) -> ((image, Info), seconds).
+        residual: (image, measurement) -> |y - A(x)| of each.
         batch_size: Samples of a call.
     """
 
-    run: Callable[..., tuple[Array, Info]]
+    run: Callable[..., tuple[tuple[Array, Info], float]]
     residual: Callable[..., Array]
     batch_size: int
 
@@ -139,17 +138,22 @@ def make_program(
     """
 
     @jax.jit
-    def run(params: Params, key: KeyArray, measurement: Array, initial: Array, indices: Array) -> tuple[Array, Info]:
+    def solve(params: Params, key: KeyArray, measurement: Array, initial: Array, indices: Array) -> tuple[Array, Info]:
         if solver is not None:
             return solver(key, prior(params), measurement, initial, indices)
         return enhance(key, prior(params), measurement, operator, initial, config, indices)
 
-    @jax.jit
-    @partial(jax.vmap)
-    def residual(measurement: Array, image: Array) -> Array:
-        return jnp.linalg.norm((measurement - operator(image)).ravel())
+    compiled = []
 
-    return Program(run, residual, batch_size)
+    def run(params: Params, *inputs: Any) -> tuple[tuple[Array, Info], float]:
+        arrays = [jnp.asarray(part) for part in inputs]
+        if not compiled:  # apart from what is timed
+            compiled.append(solve.lower(params, *arrays).compile())
+        began = time.monotonic()
+        found = jax.block_until_ready(compiled[0](params, *arrays))
+        return found, time.monotonic() - began
+
+    return Program(run, jax.jit(partial(residual_norms, operator)), batch_size)
 
 
 def draw_samples(
@@ -174,20 +178,18 @@ def draw_samples(
         num_samples: Per image.
         progress: Told how many samples are done.
     """
-    total, size = len(measurement) * num_samples, program.batch_size
+    total, seconds = len(measurement) * num_samples, 0.0
     images: list[Any] = []
     infos: list[dict[str, Any]] = []
-    for first in range(0, total, size):
-        # The last batch repeats its last sample: one shape is one compilation.
-        indices = np.minimum(np.arange(first, first + size), total - 1)
+    for indices, count in in_batches(total, program.batch_size):
         places = indices // num_samples
-        found = program.run(params, key, measurement[places], initial[places], indices)
+        found, spent = program.run(params, key, measurement[places], initial[places], indices)
+        seconds += spent
         image, info = jax.device_get(found)
-        count = min(size, total - first)
         images.append(image[:count])
         infos.append({name: part[..., :count] for name, part in info._asdict().items()})
         if progress is not None:
-            progress(first + count)
+            progress(int(indices[0]) + count)
     grouped = np.concatenate(images).reshape(len(initial), num_samples, *initial.shape[1:])
     mean = grouped.mean(1, dtype=np.float64).astype(np.float32)
     info = {name: np.concatenate([one[name] for one in infos], axis=-1) for name in infos[0]}
@@ -195,23 +197,32 @@ def draw_samples(
     return Samples(
         mean=mean,
         std=grouped.std(1, dtype=np.float64).astype(np.float32),
-        residual=_batched(program, measurement, mean),
-        initial_residual=_batched(program, measurement, initial),
+        residual=apply_in_batches(program.residual, program.batch_size, mean, measurement),
+        initial_residual=apply_in_batches(program.residual, program.batch_size, initial, measurement),
         start_time=info["start_time"].reshape(-1, num_samples),
         evaluations=info["evaluations"].reshape(-1, num_samples),
         curve=_mean_over(info["residuals"], was_there)[::-1],
         step_sizes=_mean_over(info["step_sizes"], was_there)[::-1],
         flags=np.bincount(info["flags"][was_there], minlength=NUM_STATUS),
+        seconds=seconds / total,
     )
 
 
-def _batched(program: Program, measurement: np.ndarray, image: np.ndarray) -> Float32[np.ndarray, " image"]:
-    size = program.batch_size
-    found = []
-    for first in range(0, len(image), size):
-        places = np.minimum(np.arange(first, first + size), len(image) - 1)
-        found.append(np.asarray(program.residual(measurement[places], image[places]))[: len(image) - first])
-    return np.concatenate(found).astype(np.float32)
+def in_batches(total: int, size: int) -> Iterator[tuple[Int[np.ndarray, " batch"], int]]:
+    """Yield the places of each batch, and how many count: the last repeats its last, for one compilation."""
+    for first in range(0, total, size):
+        yield np.minimum(np.arange(first, first + size), total - 1), min(size, total - first)
+
+
+def apply_in_batches(
+    function: Callable[..., Array], size: int, *arrays: Float32[np.ndarray, "image ..."]
+) -> Float32[np.ndarray, "image ..."]:
+    """Apply a compiled function to a batch of images at a time."""
+    found = [
+        np.asarray(function(*(array[places] for array in arrays)), np.float32)[:count]
+        for places, count in in_batches(len(arrays[0]), size)
+    ]
+    return np.concatenate(found)
 
 
 def _mean_over(values: np.ndarray, counts: np.ndarray) -> Float32[np.ndarray, " step"]:

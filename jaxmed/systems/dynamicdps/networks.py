@@ -1,13 +1,13 @@
 """Trained networks of this system on disk: parameters, and the frame in which they see scans."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 from jaxtyping import Array
 
 from jaxmed.arrays.types import Params
@@ -15,15 +15,20 @@ from jaxmed.config import from_record, read_record, to_record
 from jaxmed.data.intensity import Intensity
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.diffusion.denoiser import Denoiser, make_denoiser
-from jaxmed.diffusion.posterior.fidelity import PLAIN, Operator, evaluate
+from jaxmed.diffusion.posterior.fidelity import PLAIN, evaluate
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.models.published import guided_diffusion
 from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.unet_guided import GuidedUnetConfig
 from jaxmed.nn.model import Model
+from jaxmed.physics.lowfield import LowField, make_operator
+from jaxmed.recipes.stage import nested_run
 from jaxmed.systems.dynamicdps.reading import TOP, FrameConfig
+from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import export_parameters
+from jaxmed.train.log import Log
+from jaxmed.train.run_folder import RunFolder
 
 FRAME = "frame"
 
@@ -80,13 +85,30 @@ def load_prior(path: Path) -> Network:
     return _load(path, "denoiser", "a diffusion prior", "give a run of train-prior")
 
 
-def load_initial(path: Path) -> Network:
+def load_initial(path: Path, prior: Network | None = None, name: object = None) -> Network:
     """Read a conditional network: a run of train-initial.
 
+    Args:
+        path: The run.
+        prior: Whose frame it must have.
+        name: What a message calls it; the path by default.
+
     Raises:
-        InputError: The place cannot be read, or holds another network.
+        InputError: The place cannot be read, holds another network, or one of another frame.
     """
-    return _load(path, "enhancer", "a conditional network", "give a run of train-initial")
+    network = _load(path, "enhancer", "a conditional network", "give a run of train-initial")
+    if prior is not None:
+        own, theirs = (f"{frame.size} at {frame.spacing:g} mm" for frame in (network.frame, prior.frame))
+        if own != theirs:
+            expected = f"a network of the prior's frame, {theirs}"
+            raise InputError(name or path, expected, own, "train it on the prior's frame")
+    return network
+
+
+def apply_initial(network: Network) -> Callable[[Array], Array]:
+    """Return the compiled function from a batch of measurements to a conditional network's images, in [0, 2]."""
+    apply = jax.jit(lambda params, x: jnp.clip(network.model.apply(params, x), 0.0, TOP))
+    return partial(apply, network.params)
 
 
 def make_prior(network: Network, params: Params) -> Denoiser:
@@ -122,16 +144,32 @@ def _frame(path: Path, published: Published) -> FrameConfig:
     return dataclasses.replace(FrameConfig(), size=preprocess.size, high=preprocess.intensity.window[1])
 
 
-def trace_pass(network: Network, batch_size: int, operator: Operator) -> tuple[core.ClosedJaxpr, jax.ShapeDtypeStruct]:
-    """Trace how a prior meets a batch of images once, forward and backward, for `train.announce`.
+def announce_passes(
+    log: Log, label: str, network: Network, batch_size: int, acquisition: LowField, count: int, unit: str, smaller: str
+) -> None:
+    """Say how large a prior and its batches are, and how long it may take to meet them forward and backward.
 
-    Returns:
-        The program, and the shape of the batch.
+    Args:
+        log: Where.
+        label: What is about to be done.
+        network: The prior.
+        batch_size: Images at a time.
+        acquisition: From image to measurement.
+        count: How often it meets a batch.
+        unit: What these are called.
+        smaller: Of the run folder.
     """
+    operator = make_operator(network.frame.size, acquisition)
 
     def meet(params: Params, images: Array, times: Array) -> Any:
         return evaluate(make_prior(network, params), images, operator, PLAIN, images, times)
 
     images = jax.ShapeDtypeStruct((batch_size, *network.frame.size, 1), jnp.float32)
-    times = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
-    return jax.make_jaxpr(meet)(network.params, images, times), images
+    program = jax.make_jaxpr(meet)(network.params, images, jax.ShapeDtypeStruct((batch_size,), jnp.float32))
+    announce(log, label, params=network.params, batch=images, program=program, count=count, unit=unit, smaller=smaller)
+
+
+def tiny_network(folder: RunFolder, stage: str, changes: Mapping[str, Any], log: Log) -> Path:
+    """Run a stage's preset smoke inside a run, on phantom brains, once; return its run."""
+    why = "Calibrating it on" if stage == "calibrate" else f"Running {stage} on"
+    return nested_run(folder, f"dynamicdps {stage}", changes, log, f"{why} synthetic brains first.").path

@@ -1,5 +1,6 @@
 """One scan from file to refined file: read, estimate, refine, measure tissue, write maps with their sidecars."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int, Shaped
 
 from jaxmed.arrays.grid import resample_to
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import to_record
+from jaxmed.data.scans import partner_of
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
@@ -26,6 +28,7 @@ from jaxmed.systems.dynamicdps.networks import Network
 from jaxmed.systems.dynamicdps.reading import (
     FrameConfig,
     Scan,
+    cut_images,
     head_of,
     read_inside,
     read_scan,
@@ -45,6 +48,8 @@ MAPS = {
     "initial": "estimate that was refined",
     "difference": "enhanced minus input, both at the voxel size of the prior's images",
 }
+LEAST_HEAD = 0.1
+"""Share of head that an image of a reference or test scan needs."""
 
 
 class Plan(NamedTuple):
@@ -106,16 +111,57 @@ class Loaded(NamedTuple):
     Attributes:
         scan: The scan.
         estimate: By another tool, in [0, 2]; None where a network or the scan itself gives it.
-        head: Where to refine.
-        brain: Where to measure tissue.
+        head: Where to refine, and to measure tissue: a mask, or else the largest bright region.
         labels: Label map as stored, or None.
     """
 
     scan: Scan
     estimate: Float32[np.ndarray, "x y z"] | None
     head: Bool[np.ndarray, "x y z"]
-    brain: Bool[np.ndarray, "x y z"]
     labels: Volume | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+    """What happened to a scan; outputs/NAME.json.
+
+    Attributes:
+        name: Of its results.
+        path: The scan.
+        initial: Estimate by another tool.
+        notes: What is unexpected about the scan.
+        images: Tiles that were refined.
+        samples: Posterior samples of each.
+        spacing_mm: Voxel size of the prior's images.
+        residual: Median of |y - A(x)|, of the estimates ("initial") and the results ("enhanced").
+        improved: Share of images whose residual fell.
+        start: Where samples entered the chain: "lowest", "median" and "highest", in steps left.
+        evaluations: Forward and backward passes per sample.
+        steps: Steps left at which there was a sample.
+        curve: Mean residual of the denoised image there.
+        step_sizes: Mean step size there.
+        flags: How often line searches ended in what way.
+        volumes_ml: Tissue volumes of "input", "initial" and "enhanced".
+        labels_ml: Volume of every label of the label map.
+    """
+
+    name: str
+    path: str
+    initial: str | None
+    notes: tuple[str, ...]
+    images: int
+    samples: int
+    spacing_mm: tuple[float, ...]
+    residual: dict[str, float]
+    improved: float
+    start: dict[str, int]
+    evaluations: float
+    steps: tuple[int, ...]
+    curve: tuple[float, ...]
+    step_sizes: tuple[float, ...]
+    flags: dict[str, int]
+    volumes_ml: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    labels_ml: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def load(inputs: Inputs, frame: FrameConfig, fill: float | None = None) -> Loaded:
@@ -130,32 +176,28 @@ def load(inputs: Inputs, frame: FrameConfig, fill: float | None = None) -> Loade
         InputError: For whatever a user can have wrong in these files.
     """
     scan = read_scan(inputs.scan, frame, fill)
-    grid = scan.volume.grid
     estimate = None
     if inputs.initial is not None:
         other = read_scan(inputs.initial, frame, fill)
-        moved = resample_to(other.volume, grid, order=1, fill=np.nan).array
+        moved = resample_to(other.volume, scan.volume.grid, order=1, fill=np.nan).array
         inside = float(np.isfinite(moved).mean())
         if inside < 0.5:
             found = f"one that covers {inside:.0%} of it"
             raise InputError(inputs.initial, f"an image of the space of {inputs.path}", found, "register it first")
         # Beyond its field of view the measurement stands in.
         estimate = np.where(np.isfinite(moved), moved, scan.volume.array).astype(np.float32)
-    head = head_of(scan.volume.array)
-    brain = head
-    if inputs.mask is not None:
-        # A mask says what the brain is; what lies outside is not refined.
-        head = brain = read_inside(inputs.mask, scan)
+    # A mask says what the brain is; what lies outside is not refined.
+    head = head_of(scan.volume.array) if inputs.mask is None else read_inside(inputs.mask, scan)
     labels = None
     if inputs.labels is not None:
         labels = nifti.read(inputs.labels, dimensions=(3,), dtype=np.int32, allow_constant=False)
-    return Loaded(scan, estimate, head, brain, labels)
+    return Loaded(scan, estimate, head, labels)
 
 
 def process(
     plan: Plan, inputs: Inputs, key: KeyArray, folder: Path, tell: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Refine a scan and write its maps; return its row of the summary.
+) -> Refinement:
+    """Refine a scan and write its maps.
 
     Args:
         plan: The same for all scans.
@@ -204,34 +246,36 @@ def process(
     row = describe(refined.samples, inputs, loaded.scan)
     if plan.wants_tissue:
         images = {"input": y, "initial": maps["initial"], "enhanced": refined.image}
-        row["volumes_ml"] = tissue_volumes(images, loaded.brain, loaded.scan.volume.spacing)
+        volumes = tissue_volumes(images, loaded.head, loaded.scan.volume.spacing)
+        row = dataclasses.replace(row, volumes_ml=volumes)
     if loaded.labels is not None:
-        row["labels_ml"] = count_labels(loaded.labels)
+        row = dataclasses.replace(row, labels_ml=count_labels(loaded.labels))
     return row
 
 
-def describe(samples: Samples, inputs: Inputs, scan: Scan) -> dict[str, Any]:
-    """Return what happened to a scan's images, ready for JSON."""
-    reached = np.isfinite(samples.curve)
-    steps = np.flatnonzero(reached)
-    return {
-        "name": inputs.name,
-        "path": str(inputs.path),
-        "initial": None if inputs.initial is None else str(inputs.initial),
-        "notes": list(scan.notes),
-        "images": len(samples.mean),
-        "samples": int(samples.start_time.shape[1]),
-        "spacing_mm": list(scan.volume.spacing),
-        "residual": {"initial": _median(samples.initial_residual), "enhanced": _median(samples.residual)},
-        "improved": float(np.mean(samples.residual < samples.initial_residual)),
-        "start": {"lowest": int(samples.start_time.min()), "median": int(np.median(samples.start_time)),
-                  "highest": int(samples.start_time.max())},
-        "evaluations": float(samples.evaluations.mean()),
-        "steps": [int(step) for step in steps],
-        "curve": [float(value) for value in samples.curve[reached]],
-        "step_sizes": [float(value) for value in samples.step_sizes[reached]],
-        "flags": {name: int(count) for name, count in zip(STATUS, samples.flags, strict=True)},
-    }  # fmt: skip
+def describe(samples: Samples, inputs: Inputs, scan: Scan) -> Refinement:
+    """Say what happened to a scan's images."""
+    reached, starts = np.isfinite(samples.curve), samples.start_time
+    return Refinement(
+        name=inputs.name,
+        path=str(inputs.path),
+        initial=None if inputs.initial is None else str(inputs.initial),
+        notes=tuple(scan.notes),
+        images=len(samples.mean),
+        samples=int(starts.shape[1]),
+        spacing_mm=tuple(scan.volume.spacing),
+        residual={
+            "initial": float(np.median(samples.initial_residual)),
+            "enhanced": float(np.median(samples.residual)),
+        },
+        improved=float(np.mean(samples.residual < samples.initial_residual)),
+        start={"lowest": int(starts.min()), "median": int(np.median(starts)), "highest": int(starts.max())},
+        evaluations=float(samples.evaluations.mean()),
+        steps=tuple(np.flatnonzero(reached).tolist()),
+        curve=tuple(samples.curve[reached].tolist()),
+        step_sizes=tuple(samples.step_sizes[reached].tolist()),
+        flags={name: int(count) for name, count in zip(STATUS, samples.flags, strict=True)},
+    )
 
 
 def write_maps(
@@ -272,8 +316,7 @@ def tissue_volumes(
         brain: The voxels that count; the same for all.
         spacing: In mm.
     """
-    found = np.nonzero(brain)
-    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in found)
+    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(brain))
     mask = jnp.asarray(brain[box])
     voxel = float(np.prod(spacing)) / 1000
 
@@ -287,10 +330,38 @@ def tissue_volumes(
 
 def count_labels(labels: Volume) -> dict[str, float]:
     """Count every structure of a label map, in ml; 0 is background."""
-    values = [int(value) for value in np.unique(labels.array) if value]
-    table = {str(value): (value,) for value in values}
+    table = {str(value): (value,) for value in np.unique(labels.array).tolist() if value}
     return label_volumes(labels.array, table, float(np.prod(labels.spacing)) / 1000)
 
 
-def _median(values: np.ndarray) -> float:
-    return float(np.median(values))
+def with_head(
+    scan: Scan, frame: FrameConfig
+) -> tuple[Shaped[np.ndarray, "image ..."], Int[np.ndarray, " kept"], Bool[np.ndarray, "x y z"]]:
+    """Cut a scan; return its images, the numbers of those that show enough of a head, and the head."""
+    head = head_of(scan.volume.array)
+    images, _ = cut_images(scan.volume.array, frame, head)
+    share = cut_images(head, frame, head)[0].reshape(len(images), -1).mean(1)
+    return images, np.flatnonzero(share >= LEAST_HEAD), head
+
+
+def evenly(count: int, total: int) -> Int[np.ndarray, " chosen"]:
+    """Return at most so many numbers below a total, evenly spread."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+
+
+def pair_files(paths: tuple[Path, ...], place: Path, other: Path) -> list[Path]:
+    """Return the file of the same name below another folder for each file; or the one other file.
+
+    Raises:
+        InputError: One has no partner.
+    """
+    if other.is_file():
+        if len(paths) > 1:
+            raise InputError(other, f"a folder with {len(paths)} files", "one file", "give a folder")
+        return [other]
+    root = place if place.is_dir() and paths != (place,) else place.parent
+    found = [partner_of(other, path.relative_to(root)) for path in paths]
+    for path in found:
+        if not path.exists():
+            raise InputError(path, "a file for every input, by the same name", "none", "check the names")
+    return found

@@ -1,47 +1,56 @@
 """DynamicDPS calibrate: the bank that chooses starts, its compression, and the acquisition, for one prior."""
 
 import dataclasses
-import shlex
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from jaxmed.config import Length, NonNegative, Number, Seed, Size, checked, to_record
-from jaxmed.data.scans import find_scans, partner_of
+from jaxmed.config import Length, Number, Positive, Seed, Size, checked, to_record
+from jaxmed.data.scans import find_scans
 from jaxmed.diffusion.posterior.dps import Dps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
+from jaxmed.diffusion.posterior.start_time import choose_start
 from jaxmed.diffusion.samplers import Ancestral
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
-from jaxmed.io.tables import write_table
+from jaxmed.io.tables import read_table, write_table
 from jaxmed.physics.lowfield import LOWFIELD2026, FitConfig, LowField, make_operator
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.bands import Band, banded_curves
+from jaxmed.report.figures import curves
+from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.dynamicdps.calibrate_page import write_page
 from jaxmed.systems.dynamicdps.calibration import (
+    CALIBRATION,
+    Calibrated,
     digest_of,
     fit_acquisition,
     make_start,
     measure,
+    read_calibration,
     record_bank,
     residuals_of,
 )
-from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior, trace_pass
-from jaxmed.systems.dynamicdps.options import CALIBRATION, Calibrated
-from jaxmed.systems.dynamicdps.reading import KINDS, FrameConfig, cut_images, head_of, read_scan
-from jaxmed.systems.dynamicdps.stages import train_prior
-from jaxmed.train.announce import announce
+from jaxmed.systems.dynamicdps.enhancement import apply_in_batches
+from jaxmed.systems.dynamicdps.networks import (
+    announce_passes,
+    apply_initial,
+    load_initial,
+    load_prior,
+    make_prior,
+    tiny_network,
+)
+from jaxmed.systems.dynamicdps.reading import KINDS, FrameConfig, cut_images, read_scan
+from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, evenly, pair_files, with_head
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
+from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import require_same_grid
-
-LEAST_HEAD = 0.1
-"""Share of head that a reference image needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +74,9 @@ class Config:
         steps: Of the chain; 0 for all 1000. Another number is another sampler: enhance takes the bank's.
         bins: Of the bank.
         share: Share of familiar estimates that is to start in the first bin.
-        embedded: Make so many phantom brains where no scans are given, and a tiny prior where no weights are.
+        synthetic: Make so many phantom brains where no scans are given, and a tiny prior where no weights are.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
-        seed: Of noise and runs.
+        seed: Seed of the noise and of the runs.
     """
 
     input: Path | None = None
@@ -79,22 +88,19 @@ class Config:
     fit: FitConfig = FitConfig()
     runs: Size = 16
     batch_size: Size = 8
-    scale: NonNegative = 0.3
+    scale: Positive = 0.3
     steps: Length = 0
     bins: Size = 20
     share: float = 0.95
-    embedded: Number = 0
+    synthetic: Number = 0
     fill: float | None = None
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.runs < 1 or self.batch_size < 1 or self.embedded < 0:
-            found = self.runs, self.batch_size, self.embedded
-            raise ValueError(f"runs, batch_size, embedded: expected 1, 1 and 0 or more, found {found}")
-        if not self.scale > 0 or not 0 < self.share <= 1:
-            raise ValueError(f"scale, share: expected above 0, and in (0, 1], found {self.scale:g}, {self.share:g}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: expected a number in (0, 1], found {self.share:g}")
         steps = self.steps or VpDiscrete().num_steps
-        if not 2 <= steps <= VpDiscrete().num_steps or self.bins < 1 or steps % self.bins:
+        if not 2 <= steps <= VpDiscrete().num_steps or steps % self.bins:
             raise ValueError(f"steps, bins: expected up to 1000, and a divisor of it, found {steps}, {self.bins}")
 
 
@@ -111,7 +117,7 @@ def laptop() -> Config:
 def smoke() -> Config:
     """A chain of 100 steps, in seconds: your scans or phantom brains, your prior or a tiny one made on the spot."""
     acquisition = LowField(gamma=0.8, scale=2.0, sigma=1.0, radius=4, noise=0.02)
-    return Config(acquisition=acquisition, runs=6, batch_size=6, steps=100, embedded=6)
+    return Config(acquisition=acquisition, runs=6, batch_size=6, steps=100, synthetic=6)
 
 
 class References(NamedTuple):
@@ -128,84 +134,108 @@ class References(NamedTuple):
     names: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """How the acquisition was fitted to pairs.
+
+    Attributes:
+        rms: Error that the fit leaves over, taken for noise.
+        steps: Of the fit.
+    """
+
+    rms: float
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was calibrated on what.
+
+    Attributes:
+        references: File and slice of every reference image.
+        prior: Where the prior was read.
+        fit: Of the acquisition; None without pairs.
+        familiar: |y - A(x)| of each image's estimate.
+        truth: Of the images themselves.
+        estimates: What the estimates are, in words.
+        monotone: Whether the means of the bins rise throughout.
+    """
+
+    references: tuple[str, ...]
+    prior: str
+    fit: Fitted | None
+    familiar: tuple[float, ...]
+    truth: tuple[float, ...]
+    estimates: str
+    monotone: bool
+
+
 def run(config: Config, folder: RunFolder) -> None:
     """Read references, fit the acquisition, record the bank, choose the compression, write the report."""
-    began = time.monotonic()
-    if config.embedded and (config.input is None or config.weights is None):
-        config = make_embedded(config, folder)
+    clock, asked = Clock(), config
+    if config.synthetic and (config.input is None or config.weights is None):
+        config = synthetic_inputs(config, folder)
     if config.weights is None or config.input is None:
         missing = "weights" if config.weights is None else "input"
         raise InputError(missing, "a prior and reference scans", "nothing", f"give --{missing}, or try --preset smoke")
     network = load_prior(config.weights)
     initial = None if config.initial is None else load_initial(config.initial)
     references = read_references(config, network.frame)
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
-    for remark in (*network.remarks, *(initial.remarks if initial else ())):
-        log.say(f"Note: {remark}")
-    log.say(
-        f"{len(references.images)} reference images of {len(set(n.split(',')[0] for n in references.names))} scans."
-    )
-    ready = time.monotonic()
+    log = begin(folder, (*network.remarks, *(initial.remarks if initial else ())))
+    scans = {name.split(",")[0] for name in references.names}
+    log.say(f"{len(references.images)} reference images of {len(scans)} scans.")
+    clock.lap("read")
     acquisition, fitted = _fit(config, references, log)
     measurement = measure(jax.random.key(config.seed), references.images, acquisition)
-    estimate = _estimate(initial, measurement)
+    estimate = np.clip(measurement, 0.0, 2.0)
+    if initial is not None:
+        estimate = apply_in_batches(apply_initial(initial), 1, measurement)
     familiar = residuals_of(measurement, estimate, acquisition)
-    bank = _record(config, network, measurement, acquisition, folder, log)
+    announce_passes(
+        log, f"Recording {len(measurement)} runs, {config.batch_size} at a time", network, config.batch_size,
+        acquisition, (config.steps or VpDiscrete().num_steps) * -(-len(measurement) // config.batch_size), "steps",
+        folder.smaller,
+    )  # fmt: skip
+    with log.progress("Recording", len(measurement), "runs") as update:
+        bank = record_bank(
+            partial(make_prior, network), network.params, jax.random.key(config.seed + 1), measurement,
+            make_operator(measurement.shape[1:-1], acquisition),
+            Dps(config.scale, Ancestral(num_steps=config.steps or None), PLAIN), config.batch_size,
+            folder.checkpoints / "bank", update,
+        )  # fmt: skip
     rule = make_start(bank, familiar if initial else None, config.bins, config.share)
+    clock.lap("fit and run, compilation included")
     calibrated = Calibrated(rule, acquisition, config.steps, digest_of(network.params))
-    computed = time.monotonic()
     write_json(folder.outputs / CALIBRATION, to_record(calibrated))
-    quantiles = np.quantile(bank, [0.0, 0.5, 1.0], axis=0)
     columns = ("steps_left", "mean", "lowest", "median", "highest")
+    values = np.concatenate([bank.mean(0)[None], np.quantile(bank, [0.0, 0.5, 1.0], axis=0)])
     rows: list[dict[str, Any]] = [
-        dict(zip(columns, (left, *(float(f"{v:.6g}") for v in values)), strict=True))
-        for left, values in enumerate(zip(bank.mean(0), *quantiles, strict=True))
+        dict(zip(columns, (left, *(float(f"{v:.6g}") for v in line)), strict=True))
+        for left, line in enumerate(values.T)
     ]
     write_table(folder.outputs / "bank.csv", columns, rows)
-    own = residuals_of(measurement, references.images, acquisition)
-    summary: dict[str, Any] = {
-        "references": list(references.names),
-        "prior": str(config.weights),
-        "fit": fitted,
-        "familiar": [float(value) for value in familiar],
-        "truth": [float(value) for value in own],
-        "estimates": "a conditional network's" if initial else "the measurements themselves",
-        "monotone": bool(np.all(np.diff(rule.means) >= 0)),
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed dynamicdps calibrate --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read": ready - began, "fit and run, compilation included": computed - ready},
-    }
-    write_summary(folder, summary)
     log.say(f"Compression: tau {rule.tau:.3g} at scale {rule.scale:.3g}; the first bin ends at {rule.means[0]:.3g}.")
-    write_page(folder.path)
+    summary = Summary(
+        references.names, str(config.weights), fitted, tuple(familiar.tolist()),
+        tuple(residuals_of(measurement, references.images, acquisition).tolist()),
+        "a conditional network's" if initial else "the measurements themselves",
+        bool(np.all(np.diff(rule.means) >= 0)),
+    )  # fmt: skip
+    finish(folder, asked, summary, clock, page)
 
 
-report = write_page
-
-
-def make_embedded(config: Config, folder: RunFolder) -> Config:
+def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     """Write phantom brains where no scans are given, and train a tiny prior on others where none is given."""
     if config.input is not None:
         find_scans(config.input, KINDS, config.series)  # a mistake there costs no training
-    start(folder)
-    weights = config.weights or train_tiny_prior(folder, config.seed)
+    weights = config.weights or tiny_network(folder, "train-prior", {"seed": config.seed}, begin(folder))
+    begin(folder)
     if config.input is not None:
         return dataclasses.replace(config, weights=weights)
     size = load_prior(weights).frame.size
     # Another seed than that of the prior's own phantoms.
-    manifest = write_brain_cohort(folder.path / "inputs" / "brains", config.seed + 1, config.embedded, size)
+    manifest = write_brain_cohort(folder.path / "inputs" / "brains", config.seed + 1, config.synthetic, size)
     return dataclasses.replace(config, weights=weights, input=manifest.parent / "scans")
-
-
-def train_tiny_prior(folder: RunFolder, seed: int) -> Path:
-    """Train the smoke preset's prior inside a run, once; return its run."""
-    settings = dataclasses.replace(train_prior.smoke(), seed=seed)
-    nested = open_run("dynamicdps", "train-prior", settings, RunOptions(folder.path / "inputs" / "prior", quiet=True))
-    if nested.status != "complete":
-        Log(folder.path, folder.options.quiet).say("Training a tiny prior on embedded brains first.")
-        train_prior.run(settings, nested)
-    return nested.path
 
 
 def read_references(config: Config, frame: FrameConfig) -> References:
@@ -217,84 +247,112 @@ def read_references(config: Config, frame: FrameConfig) -> References:
     assert config.input is not None
     scans = find_scans(config.input, KINDS, config.series, apart=(config.low,)).scans
     paths = tuple(scan.path for scan in scans)
-    partners = None if config.low is None else pair_files(paths, config.input, config.low)
+    partners = [None] * len(paths) if config.low is None else pair_files(paths, config.input, config.low)
     images, low, names = [], [], []
-    for number, path in enumerate(paths):
-        scan = read_scan(scans[number], frame, config.fill)
-        head = head_of(scan.volume.array)
-        cut, _ = cut_images(scan.volume.array, frame, head)
-        share = cut_images(head, frame, head)[0].reshape(len(cut), -1).mean(1)
-        kept = np.flatnonzero(share >= LEAST_HEAD)
+    for files, partner in zip(scans, partners, strict=True):
+        scan = read_scan(files, frame, config.fill)
+        cut, kept, head = with_head(scan, frame)
         images += [cut[index] for index in kept]
-        names += [f"{path.name}, {index}" for index in kept]
-        if partners is not None:
-            other = read_scan(partners[number], frame, config.fill)
-            require_same_grid(other.volume, scan.volume, str(partners[number]), str(path))
-            other_cut, _ = cut_images(other.volume.array, frame, head)
-            low += [other_cut[index] for index in kept]
+        names += [f"{files.path.name}, {index}" for index in kept]
+        if partner is not None:
+            other = read_scan(partner, frame, config.fill)
+            require_same_grid(other.volume, scan.volume, str(partner), str(files.path))
+            low += [cut_images(other.volume.array, frame, head)[0][index] for index in kept]
     if not images:
         advice = "check the scans, or the size of the prior's images"
         raise InputError(config.input, f"images of which {LEAST_HEAD:.0%} is head", "none", advice)
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(config.runs, len(images))).round().astype(int))
-    return References(
-        np.stack([images[i] for i in chosen])[..., None].astype(np.float32),
-        np.stack([low[i] for i in chosen])[..., None].astype(np.float32) if low else None,
-        tuple(names[i] for i in chosen),
+    chosen = evenly(config.runs, len(images))
+    high, partners_of = (
+        np.stack([found[i] for i in chosen])[..., None].astype(np.float32) if found else None for found in (images, low)
     )
+    assert high is not None
+    return References(high, partners_of, tuple(names[i] for i in chosen))
 
 
-def pair_files(paths: tuple[Path, ...], place: Path, other: Path) -> list[Path]:
-    """Return the file of the same name below another folder for each file; or the one other file.
-
-    Raises:
-        InputError: One has no partner.
-    """
-    if other.is_file():
-        if len(paths) > 1:
-            raise InputError(other, f"a folder with {len(paths)} files", "one file", "give a folder")
-        return [other]
-    root = place if place.is_dir() and paths != (place,) else place.parent
-    found = [partner_of(other, path.relative_to(root)) for path in paths]
-    for path in found:
-        if not path.exists():
-            raise InputError(path, "a file for every input, by the same name", "none", "check the names")
-    return found
-
-
-def _fit(config: Config, references: References, log: Log) -> tuple[LowField, dict[str, float] | None]:
+def _fit(config: Config, references: References, log: Log) -> tuple[LowField, Fitted | None]:
     if references.low is None:
         return config.acquisition, None
     found = fit_acquisition(references.images, references.low, config.acquisition, config.fit)
-    gamma, sigma = float(found.gamma), float(found.sigma)
-    log.say(f"Fitted to pairs: gamma {gamma:.3g}, blur {sigma:.3g} voxels, error {float(found.loss) ** 0.5:.3g}.")
+    # What the fit leaves over is noise, and whatever the model cannot say.
+    gamma, sigma, noise = float(found.gamma), float(found.sigma), float(found.loss) ** 0.5
+    log.say(f"Fitted to pairs: gamma {gamma:.3g}, blur {sigma:.3g} voxels, error {noise:.3g}.")
     blurred = config.acquisition.sigma
     sigmas = tuple(sigma if s > 0 else 0.0 for s in blurred) if isinstance(blurred, tuple) else sigma
-    # What the fit leaves over is noise, and whatever the model cannot say.
-    noise = float(found.loss) ** 0.5
     acquisition = dataclasses.replace(config.acquisition, gamma=gamma, sigma=sigmas, noise=noise)
-    return acquisition, {"gamma": gamma, "sigma": sigma, "rms": noise, "steps": int(found.steps)}
+    return acquisition, Fitted(noise, int(found.steps))
 
 
-def _estimate(initial: Network | None, measurement: np.ndarray) -> Float32[np.ndarray, "image ..."]:
-    if initial is None:
-        return np.clip(measurement, 0.0, 2.0)
-    apply = jax.jit(partial(initial.model.apply, initial.params))
-    return np.clip(np.concatenate([np.asarray(apply(one[None])) for one in measurement]), 0.0, 2.0)
+# The page -----------------------------------------------------------------------------------------------------------
 
 
-def _record(
-    config: Config, network: Network, measurement: np.ndarray, acquisition: LowField, folder: RunFolder, log: Log
-) -> Float32[np.ndarray, "run step"]:
-    operator = make_operator(measurement.shape[1:-1], acquisition)
-    settings = Dps(config.scale, Ancestral(num_steps=config.steps or None), PLAIN)
-    program, images = trace_pass(network, config.batch_size, operator)
-    announce(
-        log, f"Recording {len(measurement)} runs, {config.batch_size} at a time", params=network.params, batch=images,
-        program=program, count=(config.steps or VpDiscrete().num_steps) * -(-len(measurement) // config.batch_size),
-        unit="steps", smaller=folder.smaller,
-    )  # fmt: skip
-    with log.progress("Recording", len(measurement), "runs") as update:
-        return record_bank(
-            partial(make_prior, network), network.params, jax.random.key(config.seed + 1), measurement, operator,
-            settings, config.batch_size, folder.checkpoints / "bank", update,
-        )  # fmt: skip
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show the bank, the rule that follows from it, and the acquisition."""
+    summary, calibrated = run.summary, read_calibration(run.path)
+    rule = calibrated.start
+    tiles = [
+        ("Runs", len(summary.references), "of DPS, one per reference image"),
+        ("First bin", round(rule.means[0], 3), "mean residual |y - A(x)|"),
+        ("Tau", round(rule.tau, 3), f"compression, at a scale of {rule.scale:.3g}"),
+        ("Familiar", round(float(np.median(summary.familiar)), 3), "median residual of estimates"),
+    ]
+    reading = [
+        f"outputs/{CALIBRATION} is what jaxmed dynamicdps enhance --calibration RUN reads. It belongs to one prior, "
+        "one acquisition and one size of images: residuals are norms over whole images.",
+        "Residuals of estimates below the first bin's mean start as late as there is; tau compresses those above, so "
+        "that estimates unlike anything in the bank do not begin in pure noise.",
+        "Source: DynamicDPS, arXiv:2503.01075, and its code. The choice of tau and scale is ours.",
+    ]
+    return Page(
+        "Calibration of DynamicDPS",
+        f"{len(summary.references)} full runs of DPS on reference images",
+        tiles,
+        [_bank(run, calibrated), _acquisition(calibrated, summary), Section("How to read this", [Text(reading)])],
+    )
+
+
+def _bank(run: Finished[Config, Summary], calibrated: Calibrated) -> Section:
+    table = read_table(run.outputs / "bank.csv")
+    bank = {name: np.array(table.floats(name)) for name in table.columns}
+    rule, blocks = calibrated.start, []
+    if not run.summary.monotone:
+        text = "The means of the bins do not rise throughout; the rule reads their running maximum."
+        blocks.append(Note(text, "warning"))
+    band = Band(bank["steps_left"], bank["mean"], bank["lowest"], bank["highest"])
+    residual = np.geomspace(max(min(run.summary.familiar) / 4, 1e-6), max(bank["highest"].max(), 1e-5), 200)
+    started = np.asarray(choose_start(jnp.asarray(residual), rule), float)
+    rows = [
+        (index, rule.steps_per_bin * (index + 1) - 1, mean, rule.scale * (mean / rule.scale) ** (1 / rule.tau))
+        for index, mean in enumerate(rule.means)
+    ]
+    columns = ("bin", "start (steps left)", "mean residual", "residual of an estimate that passes it")
+    blocks += [
+        banded_curves(
+            {"residual": band}, xlabel="steps left", ylabel="residual |y - A(x)|",
+            caption="Residual of the denoised image during full runs: mean, lowest and highest over the runs.",
+        ),
+        curves(
+            {"start": (residual, started)}, xlabel="residual of an estimate", ylabel="start (steps left)",
+            caption="Where an estimate enters the chain: the more it contradicts the measurement, the further back.",
+        ),
+        Table(columns, rows, "The bins of the bank."),
+    ]  # fmt: skip
+    return Section("Bank", blocks)
+
+
+def _acquisition(calibrated: Calibrated, summary: Summary) -> Section:
+    acquisition, fit = calibrated.acquisition, summary.fit
+    said = "given" if fit is None else f"fitted to pairs in {fit.steps} steps, error {fit.rms:.3g}"
+    rows = [
+        ("gamma (power of contrast)", acquisition.gamma, said),
+        ("blur (voxels)", str(acquisition.sigma), said),
+        ("ratio of voxel sizes", str(acquisition.scale), "given"),
+        ("noise (in [0, 2])", acquisition.noise, "given" if fit is None else "what the fit leaves over"),
+    ]
+    quantities = [("estimates", summary.familiar), ("truth", summary.truth)]
+    residuals = [(name, *(float(v) for v in np.quantile(values, [0, 0.5, 1]))) for name, values in quantities]
+    caption = f"Residuals |y - A(x)| of the reference images' estimates ({summary.estimates}) and of the truth."
+    tables = [
+        Table(("quantity", "value", "how"), rows, "From the reference images to low field."),
+        Table(("of", "lowest", "median", "highest"), residuals, caption),
+    ]
+    return Section("Acquisition", tables)

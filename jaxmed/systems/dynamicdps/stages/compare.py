@@ -1,21 +1,18 @@
 """DynamicDPS compare: conditional models alone, and every solver, on the same scans, conditions and prior."""
 
 import dataclasses
+import math
 import os
-import shlex
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Shaped
 
-from jaxmed.arrays.types import Params
-from jaxmed.config import NonNegative, Number, Seed, Size, checked
+from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked, read_record
 from jaxmed.data.cohort import stated_splits, subjects_of
 from jaxmed.data.scans import find_scans
 from jaxmed.errors import InputError
@@ -23,46 +20,45 @@ from jaxmed.files import atomic_path, make_folder, unique_names
 from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
 from jaxmed.io.tables import read_table, resolve_paths, write_table
 from jaxmed.physics.lowfield import LowField, make_operator
-from jaxmed.recipes.study import Cell, Result, run_study
-from jaxmed.recipes.study import Outcome as CellOutcome
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.study import Cell, Outcome, Result, read_failures, read_results, run_study
+from jaxmed.report.figures import Bar, MapStyle, bars, slice_maps
+from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.dynamicdps import scoring
-from jaxmed.systems.dynamicdps.arms import ARMS, ArmConfig, expected_passes, make_arm
-from jaxmed.systems.dynamicdps.calibration import digest_of, measure
-from jaxmed.systems.dynamicdps.compare_page import write_page
-from jaxmed.systems.dynamicdps.comparison import NOISE, Difference, Mean, average, compare, plan_cells
-from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior, trace_pass
-from jaxmed.systems.dynamicdps.options import MethodConfig, read_calibration
-from jaxmed.systems.dynamicdps.reading import (
-    KINDS,
-    FrameConfig,
-    cut_images,
-    head_of,
-    read_labels,
-    read_scan,
-    simplify_labels,
+from jaxmed.systems.dynamicdps.calibration import measure, read_calibration
+from jaxmed.systems.dynamicdps.enhancement import Program, apply_in_batches, draw_samples, make_program
+from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, MethodConfig, expected_passes, make_solver
+from jaxmed.systems.dynamicdps.networks import (
+    Network,
+    announce_passes,
+    apply_initial,
+    load_initial,
+    load_prior,
+    make_prior,
+    tiny_network,
 )
+from jaxmed.systems.dynamicdps.reading import KINDS, FrameConfig, cut_images, read_labels, read_scan, simplify_labels
+from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, evenly, with_head
 from jaxmed.systems.dynamicdps.scoring import (
+    AXES,
+    MEASURES,
+    NOISE,
     ScoreConfig,
     Scorer,
     Subject,
-    examples,
+    average,
+    compare,
     make_scorer,
     make_subject,
     score_subject,
 )
-from jaxmed.systems.dynamicdps.stages import calibrate, train_initial
-from jaxmed.train.announce import announce
-from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
+from jaxmed.train.run_folder import RunFolder
 
 IN_DISTRIBUTION, OTHER_CONTRAST = "in-distribution", "other contrast"
 TRIES_FAILED_AGAIN = True
-LEAST_HEAD = 0.1
-"""Share of head that an image needs."""
-Program: TypeAlias = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, float]]
-"""Measurements and estimates -> images, evaluations and steps of each, and seconds per image."""
+MOST_EXAMPLES = 4
+"""Images that the page shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +83,10 @@ class Config:
         subjects: At most so many; 0 for all.
         score: What counts as hallucination.
         batch_size: Images at a time.
-        embedded: Compare on so many phantom brains where no scans are given, and with networks trained on the spot
+        synthetic: Compare on so many phantom brains where no scans are given, and with networks trained on the spot
             where none are given.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
-        seed: Of noise and samples.
+        seed: Seed of the noise and of the samples.
     """
 
     manifest: Path | None = None
@@ -105,10 +101,10 @@ class Config:
     budget: ArmConfig = ArmConfig()
     method: MethodConfig = MethodConfig()
     slices: Size = 10
-    subjects: int = 0
+    subjects: Whole = 0
     score: ScoreConfig = ScoreConfig()
     batch_size: Size = 8
-    embedded: Number = 0
+    synthetic: Number = 0
     fill: float | None = None
     seed: Seed = 0
 
@@ -116,16 +112,6 @@ class Config:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
             raise ValueError(f"arms: expected some of {', '.join(ARMS)}, each once, found {self.arms}")
-        if self.slices < 1 or self.subjects < 0 or self.batch_size < 1 or self.embedded < 0:
-            found = self.slices, self.subjects, self.batch_size, self.embedded
-            raise ValueError(f"slices, subjects, batch_size, embedded: expected 1, 0, 1 and 0 or more, found {found}")
-        if self.other_gamma < 0:
-            raise ValueError(f"other_gamma: expected a positive power, or 0, found {self.other_gamma:g}")
-
-    @property
-    def has_scans(self) -> bool:
-        """Whether scans to compare on are given: they take the place of phantoms, whatever the preset."""
-        return self.manifest is not None or self.input is not None
 
 
 def paper() -> Config:
@@ -146,7 +132,7 @@ def smoke() -> Config:
         arms=("conditional", "dps", "ddnm", "dynamicdps"),
         method=MethodConfig(plain=True),
         slices=1,
-        embedded=6,
+        synthetic=6,
     )
 
 
@@ -175,101 +161,103 @@ class Study(NamedTuple):
     estimates: dict[tuple[str, str], Float32[np.ndarray, "image ..."]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was compared.
+
+    Attributes:
+        subjects: Number of subjects.
+        images: Their images.
+        initials: Names of the conditional models.
+        conditions: Power of contrast, by name.
+        cells: Combinations of condition, conditional model and method.
+        failed: Those that failed.
+        prior: Where the prior was read.
+    """
+
+    subjects: int
+    images: int
+    initials: tuple[str, ...]
+    conditions: dict[str, float]
+    cells: int
+    failed: int
+    prior: str
+
+
 def run(config: Config, folder: RunFolder) -> int:
     """Read and check, run every cell that is not finished, write tables and report. Returns 1 when cells failed."""
-    began = time.monotonic()
-    asked = config
-    if config.embedded and (not config.has_scans or config.weights is None or not config.initial):
-        config = make_embedded(config, folder)
+    clock, asked = Clock(), config
+    has_scans = config.manifest is not None or config.input is not None
+    if config.synthetic and (not has_scans or config.weights is None or not config.initial):
+        config = synthetic_inputs(config, folder)
     study = read_study(config)
-    method = config.method.build(_read_bank(config, study.prior))
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
+    place = config.calibration
+    method = config.method.build(None if place is None else read_calibration(place, study.prior.params))
     images = sum(len(subject.images) for subject in study.subjects)
-    for remark in dict.fromkeys(note for n in (study.prior, *study.initials.values()) for note in n.remarks):
-        log.say(f"Note: {remark}")
+    networks = (study.prior, *study.initials.values())
+    log = begin(folder, dict.fromkeys(remark for network in networks for remark in network.remarks))
     log.say(f"{images} images of {len(study.subjects)} subjects, {len(study.initials)} conditional models.")
     cells = plan_cells(config.arms, tuple(study.initials), tuple(study.conditions))
-    scorers = {
-        name: make_scorer(study.prior.frame.size, condition.acquisition, config.score)
-        for name, condition in study.conditions.items()
-    }
+    size = study.prior.frame.size
+    scorers = {name: make_scorer(size, one.acquisition, config.score) for name, one in study.conditions.items()}
     passes = sum(expected_passes(str(cell["arm"]), method, config.budget) for cell in cells)
-    operator = make_operator(study.prior.frame.size, config.acquisition)
-    program, batch = trace_pass(study.prior, config.batch_size, operator)
-    announce(
-        log, f"Comparing in {len(cells)} cells of {images} images", params=study.prior.params, batch=batch,
-        program=program, count=passes * -(-images // config.batch_size), unit="passes of the prior",
-        smaller=folder.smaller,
+    announce_passes(
+        log, f"Comparing in {len(cells)} cells of {images} images", study.prior, config.batch_size, config.acquisition,
+        passes * -(-images // config.batch_size), "passes of the prior", folder.smaller,
     )  # fmt: skip
     programs: dict[tuple[str, str], Program] = {}
-    ready = time.monotonic()
+    clock.lap("read and estimate")
 
-    def run_cell(cell: Cell) -> CellOutcome:
+    def run_cell(cell: Cell) -> Outcome:
         arm, name = str(cell["arm"]), str(cell["condition"])
         if (arm, name) not in programs:
             acquisition = study.conditions[name].acquisition
-            raw = make_arm(arm, partial(make_prior, study.prior), study.prior.frame.size, acquisition, method,
-                           config.budget)  # fmt: skip
-            programs[arm, name] = make_program(raw, study.prior.params, config.batch_size, config.seed)
-        return _run_cell(cell, study, programs[arm, name], scorers[name], folder)
+            solver = make_solver(arm, size, acquisition, method, config.budget)
+            programs[arm, name] = make_program(
+                partial(make_prior, study.prior), make_operator(size, acquisition), method, config.batch_size, solver
+            )
+        return _run_cell(cell, study, programs[arm, name], scorers[name], config.seed, folder)
 
     done = run_study(cells, run_cell, folder.path, asked, log=log)
-    finished = time.monotonic()
-    means, differences = average(done.results, config.seed), compare(done.results, config.seed)
-    write_results(folder.outputs, means, differences, done.results)
-    summary = {
-        "subjects": len(study.subjects), "images": images, "initials": list(study.initials),
-        "conditions": {name: condition.acquisition.gamma for name, condition in study.conditions.items()},
-        "arms": list(config.arms), "cells": len(cells), "failed": len(done.failures),
-        "budget": config.budget.evaluations, "prior": str(config.weights),
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed dynamicdps compare --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read and estimate": ready - began, "run the cells, compilation included": finished - ready},
-    }  # fmt: skip
-    write_summary(folder, summary)
+    clock.lap("run the cells, compilation included")
+    write_results(folder.outputs, done.results, config.seed)
     keep_examples(folder.outputs, study)
-    write_page(folder.path)
+    conditions = {name: condition.acquisition.gamma for name, condition in study.conditions.items()}
+    summary = Summary(
+        len(study.subjects), images, tuple(study.initials), conditions, len(cells), len(done.failures),
+        str(config.weights),
+    )  # fmt: skip
+    finish(folder, asked, summary, clock, page)
     return done.exit_code
 
 
-report = write_page
+def plan_cells(arms: Sequence[str], initials: Sequence[str], conditions: Sequence[str]) -> tuple[Cell, ...]:
+    """Return one cell per condition, conditional model and method; methods that begin in noise once per condition.
 
-
-def make_program(arm: Callable[..., Any], params: Any, batch_size: int, seed: int) -> Program:
-    """Return a method that is compiled once, and whose calls are timed without compilation.
-
-    Args:
-        arm: Of `arms.make_arm`.
-        params: Of the prior.
-        batch_size: Images at a time.
-        seed: Of the samples.
+    Raises:
+        InputError: A list is empty or names something twice, or an arm is unknown.
     """
-    jitted, key, compiled = jax.jit(arm), jax.random.key(seed), []
-
-    def run(measurement: np.ndarray, estimate: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        total, parts, seconds = len(measurement), [], 0.0
-        for first in range(0, total, batch_size):
-            # The last batch repeats its last image: one shape is one compilation.
-            places = np.minimum(np.arange(first, first + batch_size), total - 1)
-            inputs = params, key, *(jnp.asarray(part) for part in (measurement[places], estimate[places], places))
-            if not compiled:
-                compiled.append(jitted.lower(*inputs).compile())
-            began = time.monotonic()
-            found = jax.block_until_ready(compiled[0](*inputs))
-            seconds += time.monotonic() - began
-            parts.append([np.asarray(part)[: total - first] for part in found])
-        image, evaluations, steps = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return image, evaluations, steps, seconds / total
-
-    return run
+    for name, names in (("arms", arms), ("initial", initials), ("conditions", conditions)):
+        if not names or len(set(names)) < len(names):
+            raise InputError(name, "one or more, each once", ", ".join(names) or "none")
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise InputError("arms", f"some of {', '.join(ARMS)}", f"'{unknown[0]}'")
+    return tuple(
+        Cell(tuple(zip(AXES, (condition, initial, arm), strict=True)))
+        for condition in conditions
+        for arm in arms
+        for initial in (initials if ARMS[arm].starts_from_estimate else (NOISE,))
+    )
 
 
-def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, folder: RunFolder) -> CellOutcome:
+def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, seed: int, folder: RunFolder) -> Outcome:
     name, initial = str(cell["condition"]), str(cell["initial"])
     measurement = study.conditions[name].measurement
     estimate = np.zeros_like(measurement) if initial == NOISE else study.estimates[initial, name]
-    image, evaluations, steps, seconds = program(measurement, estimate)
+    found = draw_samples(program, study.prior.params, jax.random.key(seed), measurement, estimate)
+    image, evaluations = found.mean, found.evaluations[:, 0].astype(np.float32)
+    steps = np.minimum(found.start_time[:, 0] + 1, len(found.curve))
     if not np.isfinite(image).all():
         raise InputError(str(cell), "finite images", "NaN or Inf", "give a smaller --budget.scale")
     rows, first = [], 0
@@ -278,11 +266,12 @@ def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, folder
         scores = score_subject(scorer, subject, measurement[own], image[own, ..., 0], evaluations[own])
         rows.append({"subject": subject.name, **scores, "steps": float(steps[own].mean())})
         first = own.stop
-    with atomic_path(make_folder(folder.outputs / "examples") / f"{cell.slug}.npy") as temporary:
-        np.save(temporary, examples(image[..., 0]))
-    measures = (*scoring.MEASURES, "evaluations")
-    means = {measure: float(np.mean([row[measure] for row in rows])) for measure in measures}
-    return CellOutcome(means | {"seconds": seconds, "steps": float(steps.mean())}, rows)
+    _keep(folder.outputs, cell.slug, image[..., 0])
+    means = {name: float(np.mean([row[name] for row in rows])) for name in (*MEASURES, "evaluations")}
+    return Outcome(means | {"seconds": found.seconds, "steps": float(steps.mean())}, rows)
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
 
 
 def read_study(config: Config) -> Study:
@@ -295,12 +284,9 @@ def read_study(config: Config) -> Study:
         missing = "weights" if config.weights is None else "initial"
         raise InputError(missing, "a prior, and conditional models", "none", "train them, or try --preset smoke")
     prior = load_prior(config.weights)
-    initials = dict(zip(_names(config.initial), map(load_initial, config.initial), strict=True))
-    for name, network in initials.items():
-        if network.frame.size != prior.frame.size or network.frame.spacing != prior.frame.spacing:
-            expected = f"a network of the prior's frame, {prior.frame.size} at {prior.frame.spacing:g} mm"
-            found = f"{network.frame.size} at {network.frame.spacing:g} mm"
-            raise InputError(f"initial {name}", expected, found, "train it on the prior's frame")
+    names = [path.name or str(path) for path in config.initial]
+    names = [name if names.count(name) == 1 else f"{name} {index + 1}" for index, name in enumerate(names)]
+    initials = {n: load_initial(p, prior, f"initial {n}") for n, p in zip(names, config.initial, strict=True)}
     subjects = read_subjects(config, prior.frame)
     truth = np.concatenate([subject.images for subject in subjects])[..., None]
     gammas = {IN_DISTRIBUTION: config.acquisition.gamma}
@@ -313,21 +299,10 @@ def read_study(config: Config) -> Study:
         conditions[name] = Condition(acquisition, measure(key, truth, acquisition))
     estimates = {}
     for name, network in initials.items():
-        apply = jax.jit(network.model.apply)
+        apply = apply_initial(network)
         for where, condition in conditions.items():
-            estimates[name, where] = estimate(apply, network.params, condition.measurement, config.batch_size)
+            estimates[name, where] = apply_in_batches(apply, config.batch_size, condition.measurement)
     return Study(prior, initials, conditions, subjects, estimates)
-
-
-def estimate(
-    apply: Callable[..., Any], params: Params, measurement: Float32[np.ndarray, "image ..."], batch_size: int
-) -> Float32[np.ndarray, "image ..."]:
-    """Apply a conditional model, compiled, to measurements; its images are held in [0, 2]."""
-    parts = []
-    for first in range(0, len(measurement), batch_size):
-        places = np.minimum(np.arange(first, first + batch_size), len(measurement) - 1)
-        parts.append(np.asarray(apply(params, measurement[places]))[: len(measurement) - first])
-    return np.clip(np.concatenate(parts), 0.0, 2.0)
 
 
 def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
@@ -336,20 +311,8 @@ def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
     Raises:
         InputError: A file cannot be read, a label map has another grid, or no image shows a head.
     """
-    if (config.manifest is None) == (config.input is None):
-        found = "neither" if config.manifest is None else "both"
-        raise InputError("manifest, input", "one of them", found, "or try --preset smoke")
-    if config.manifest is None:
-        assert config.input is not None
-        scans = find_scans(config.input, KINDS, config.series).scans
-        root = config.input if config.input.is_dir() and scans[0].path != config.input else config.input.parent
-        # Every scan is a subject of its own, whatever its folder's files are called.
-        names = unique_names([os.path.relpath(scan.path, root) for scan in scans], NAME_ENDINGS)
-        files = [(name, scan, None) for name, scan in zip(names, scans, strict=True)]
-    else:
-        files = _listed(config.manifest, config.series)
     grouped: dict[str, list[tuple[np.ndarray, np.ndarray | None]]] = {}
-    for name, path, labels in files:
+    for name, path, labels in list_subjects(config):
         if name not in grouped and config.subjects and len(grouped) == config.subjects:
             continue
         grouped.setdefault(name, []).append(_read_images(path, labels, frame, config))
@@ -361,97 +324,82 @@ def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
     return subjects
 
 
-def _listed(manifest: Path, series: str) -> list[tuple[str, ScanFiles, Path | None]]:
-    table = read_table(manifest, required=("path",), optional=("subject", "labels", "split"))
+def list_subjects(config: Config) -> list[tuple[str, ScanFiles, Path | None]]:
+    """List subject, scan and label map of every test scan.
+
+    Raises:
+        InputError: There are none, or table and folder are both given.
+    """
+    if (config.manifest is None) == (config.input is None):
+        found = "neither" if config.manifest is None else "both"
+        raise InputError("manifest, input", "one of them", found, "or try --preset smoke")
+    if config.input is not None:
+        scans = find_scans(config.input, KINDS, config.series).scans
+        root = config.input if config.input.is_dir() and scans[0].path != config.input else config.input.parent
+        # Every scan is a subject of its own, whatever its folder's files are called.
+        names = unique_names([os.path.relpath(scan.path, root) for scan in scans], NAME_ENDINGS)
+        return [(name, scan, None) for name, scan in zip(names, scans, strict=True)]
+    assert config.manifest is not None
+    table = read_table(config.manifest, required=("path",), optional=("subject", "labels", "split"))
     paths = resolve_paths(table)
     labels = resolve_paths(table, "labels") if "labels" in table.columns else [None] * len(paths)
     splits = stated_splits(table) or ["test"] * len(paths)
-    rows = list(zip(subjects_of(table), paths, labels, splits, strict=True))
     if "test" not in splits:
-        raise InputError(manifest, "rows with split 'test'", "none", "leave the column out to use all")
-    return [(subject, ScanFiles(path, series), place) for subject, path, place, split in rows if split == "test"]
+        raise InputError(config.manifest, "rows with split 'test'", "none", "leave the column out to use all")
+    rows = zip(subjects_of(table), paths, labels, splits, strict=True)
+    return [(name, ScanFiles(path, config.series), place) for name, path, place, split in rows if split == "test"]
 
 
 def _read_images(
-    scanned: ScanFiles, labels: Path | None, frame: FrameConfig, config: Config
+    files: ScanFiles, labels: Path | None, frame: FrameConfig, config: Config
 ) -> tuple[Float32[np.ndarray, "image ..."], np.ndarray | None]:
-    path = scanned.path
-    scan = read_scan(scanned, frame, config.fill)
-    head = head_of(scan.volume.array)
-    images, _ = cut_images(scan.volume.array, frame, head)
-    share = cut_images(head, frame, head)[0].reshape(len(images), -1).mean(1)
-    kept = np.flatnonzero(share >= LEAST_HEAD)
+    scan = read_scan(files, frame, config.fill)
+    images, kept, head = with_head(scan, frame)
     if not kept.size:
         advice = "check the scan, or the size of the prior's images"
-        raise InputError(path, f"an image of which {LEAST_HEAD:.0%} is head", "none", advice)
-    chosen = kept[np.unique(np.linspace(0, len(kept) - 1, min(config.slices, len(kept))).round().astype(int))]
+        raise InputError(files.path, f"an image of which {LEAST_HEAD:.0%} is head", "none", advice)
+    chosen = kept[evenly(config.slices, len(kept))]
     found = None
     if labels is not None:
         volume = read_labels(labels, frame)
         if volume.array.shape != scan.volume.array.shape:
-            raise InputError(labels, f"the grid of {path}", f"shape {volume.array.shape}", "resample it")
+            raise InputError(labels, f"the grid of {files.path}", f"shape {volume.array.shape}", "resample it")
         found = cut_images(simplify_labels(volume.array), frame, head)[0][chosen]
     return images[chosen].astype(np.float32), found
 
 
-def make_embedded(config: Config, folder: RunFolder) -> Config:
+def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     """Write phantom brains, and train a tiny prior, its calibration and a conditional model, where none is given."""
-    if config.manifest is not None:
-        _listed(config.manifest, config.series)  # a mistake there costs no training
-    if config.input is not None:
-        find_scans(config.input, KINDS, config.series)
-    start(folder)
-    place, log = folder.path / "inputs", Log(folder.path, folder.options.quiet)
-    weights = config.weights or calibrate.train_tiny_prior(folder, config.seed)
+    has_scans = config.manifest is not None or config.input is not None
+    if has_scans:
+        list_subjects(config)  # a mistake there costs no training
+    log = begin(folder)
+    weights = config.weights or tiny_network(folder, "train-prior", {"seed": config.seed}, log)
     calibration = config.calibration
     if calibration is None and config.method.start == "bank":
-        settings = dataclasses.replace(
-            calibrate.smoke(), weights=weights, acquisition=config.acquisition, seed=config.seed
-        )
-        calibration = _nested("calibrate", calibrate, settings, place / "calibration", log)
-    initial = config.initial
-    if not initial:
-        settings = dataclasses.replace(train_initial.smoke(), acquisition=config.acquisition, gamma=(1.0, 1.0))
-        initial = (_nested("train-initial", train_initial, settings, place / "initial", log),)
-    if config.has_scans:
-        return dataclasses.replace(config, weights=weights, initial=initial, calibration=calibration)
-    size = load_prior(weights).frame.size
-    brain = BrainConfig(lesion_probability=0.0)
+        changes = {"weights": weights, "acquisition": config.acquisition, "seed": config.seed}
+        calibration = tiny_network(folder, "calibrate", changes, log)
+    changes = {"acquisition": config.acquisition, "gamma": (1.0, 1.0)}
+    initial = config.initial or (tiny_network(folder, "train-initial", changes, log),)
+    config = dataclasses.replace(config, weights=weights, initial=initial, calibration=calibration)
+    if has_scans:
+        return config
     # Another seed than those of the networks' own phantoms.
-    manifest = write_brain_cohort(
-        place / "truth", config.seed + 4, config.embedded, size, brain, fractions=(0.0, 0.0, 1.0)
+    place, brain, size = (
+        folder.path / "inputs" / "truth",
+        BrainConfig(lesion_probability=0.0),
+        load_prior(weights).frame.size,
     )
-    return dataclasses.replace(config, weights=weights, initial=initial, calibration=calibration, manifest=manifest)
+    cohort = write_brain_cohort(place, config.seed + 4, config.synthetic, size, brain, fractions=(0.0, 0.0, 1.0))
+    return dataclasses.replace(config, manifest=cohort)
 
 
-def _nested(stage: str, module: Any, settings: Any, place: Path, log: Log) -> Path:
-    nested = open_run("dynamicdps", stage, settings, RunOptions(place, quiet=True))
-    if nested.status != "complete":
-        log.say(f"Running {stage} on embedded brains first.")
-        module.run(settings, nested)
-    return nested.path
+# Writing ------------------------------------------------------------------------------------------------------------
 
 
-def _read_bank(config: Config, prior: Network) -> Any:
-    if config.calibration is None:
-        return None
-    calibrated = read_calibration(config.calibration)
-    if calibrated.prior != digest_of(prior.params):
-        raise InputError("calibration", "one of this prior", "one of another", "calibrate again")
-    return calibrated
-
-
-def _names(paths: tuple[Path, ...]) -> list[str]:
-    """Name conditional models by their folders, made different where two are called the same."""
-    names = [path.name or str(path) for path in paths]
-    return [name if names.count(name) == 1 else f"{name} {index + 1}" for index, name in enumerate(names)]
-
-
-def write_results(
-    folder: Path, means: tuple[Mean, ...], differences: tuple[Difference, ...], results: tuple[Result, ...]
-) -> None:
+def write_results(folder: Path, results: Sequence[Result], seed: int) -> None:
     """Write means.csv, differences.csv and subjects.csv."""
-    for name, rows in (("means", means), ("differences", differences)):
+    for name, rows in (("means", average(results, seed)), ("differences", compare(results, seed))):
         if rows:
             columns = [field.name for field in dataclasses.fields(rows[0])]
             write_table(folder / f"{name}.csv", columns, [dataclasses.asdict(row) for row in rows])
@@ -462,8 +410,155 @@ def write_results(
 
 def keep_examples(folder: Path, study: Study) -> None:
     """Keep truth and measurements of some images, for the report."""
-    images = {"truth": examples(np.concatenate([subject.images for subject in study.subjects]))}
-    images |= {f"measurement, {name}": examples(found.measurement[..., 0]) for name, found in study.conditions.items()}
-    for name, image in images.items():
-        with atomic_path(make_folder(folder / "examples") / f"{name}.npy") as temporary:
-            np.save(temporary, image)
+    _keep(folder, "truth", np.concatenate([subject.images for subject in study.subjects]))
+    for name, condition in study.conditions.items():
+        _keep(folder, f"measurement, {name}", condition.measurement[..., 0])
+
+
+def _keep(folder: Path, name: str, images: Shaped[np.ndarray, "image ..."]) -> None:
+    """Keep the images that are shown: some slices, evenly over all of them, or the first volume."""
+    shown = images[:1] if images.ndim == 4 else images[evenly(MOST_EXAMPLES, len(images))]
+    with atomic_path(make_folder(folder / "examples") / f"{name}.npy") as temporary:
+        np.save(temporary, shown)
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+SHOWN = ("psnr", "residual", "volume_error", "false_lesions")
+# Headings of the tables; what is not among them is in outputs/means.csv and differences.csv.
+COLUMNS = {
+    "psnr": "PSNR (dB)", "ssim": "SSIM", "residual": "residual", "volume_error": "volume error",
+    "contradicted": "contra- dicted", "unseen": "unseen", "false_lesions": "false lesions", "perceptual": "perceptual",
+}  # fmt: skip
+TOLD = (
+    "Volume error: relative, mean of CSF, grey and white matter. Contradicted, unseen: share of the error that the "
+    "measurement contradicts, and that it cannot see, relative to the truth. False lesions: share of images with one. "
+    "Perceptual: hallucination score."
+)
+READING = (
+    "All methods see the same prior and the same measurements; those that start from an estimate get it from the "
+    "conditional model that is named. Scores have a fixed range of intensities, 2. Volumes are measured by one "
+    "estimator on truth and estimate.",
+    "The published measure of hallucination is not known. Three stand in: the share of the error that the measurement "
+    "contradicts and the share that it cannot see; false lesions; and a perceptual score that looks at the worst "
+    "places.",
+    "DDRM, DDNM and CCDF are made for linear operators: they see the measurement with its contrast undone, which is "
+    "exact for gamma 1 only. Their steps, and DPS's, are not tuned to this data.",
+    "Source: DynamicDPS, arXiv:2503.01075. For research only, not for diagnosis.",
+)
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show images of every method, their means, and what each changes against the conditional model."""
+    summary = run.summary
+    cells = plan_cells(run.config.arms, summary.initials, tuple(summary.conditions))
+    results = read_results(cells, run.path, read_record(run.outputs / "study.json")["config"])
+    tiles: list[tuple[str, object, str]] = [("Cells", summary.cells, f"{summary.failed} failed")]
+    for arm in ("conditional", "dynamicdps"):
+        first = next(iter(summary.conditions))
+        found = [r.metrics["psnr"] for r in results if (r.cell["arm"], r.cell["condition"]) == (arm, first)]
+        if found:
+            tiles.append(("PSNR", round(float(np.mean(found)), 2), f"dB, {arm}, {first}"))
+    sections = [_images(run, results), _means(run, results), _differences(run)] if results else []
+    failures = [(str(failure.cell), failure.reason) for failure in read_failures(cells, run.path)]
+    if failures:
+        table = Table(("Cell", "Reason"), failures, "Cells that failed; others were finished.")
+        sections.append(Section("Failed", [table]))
+    conditions = "; ".join(f"{name}: gamma {gamma:g}" for name, gamma in summary.conditions.items())
+    note = Note(f"Conditions: {conditions}. The conditional models were trained for the first.")
+    return Page(
+        "Comparison of methods that enhance low-field scans",
+        f"{summary.images} images of {_count(summary.subjects, 'subject')}, one prior, "
+        f"{_count(len(summary.initials), 'conditional model')}",
+        tiles,
+        [*sections, Section("How to read this", [note, Text(READING)])],
+    )
+
+
+def _images(run: Finished[Config, Summary], results: Sequence[Result]) -> Section:
+    place, blocks = run.outputs / "examples", []
+    for condition in dict.fromkeys(str(result.cell["condition"]) for result in results):
+        paths = {"truth": place / "truth.npy", "input": place / f"measurement, {condition}.npy"}
+        paths |= {
+            _label(dict(result.cell.key), run.summary): place / f"{result.cell.slug}.npy"
+            for result in results
+            if result.cell["condition"] == condition
+        }
+        shown = {}
+        for label, path in paths.items():
+            if path.exists():
+                image = np.load(path, allow_pickle=False)
+                shown[label] = image[0] if image.ndim == 4 else np.moveaxis(image, 0, -1)
+        styles = {name: MapStyle(colormap="gray", limits=(0.0, 2.0)) for name in shown}
+        caption = f"Images spread over all, {condition}; intensities in [0, 2]."
+        blocks.append(slice_maps(shown, (1.0, 1.0, 1.0), caption=caption, styles=styles, num_slices=MOST_EXAMPLES))
+    return Section("Images", blocks)
+
+
+def _means(run: Finished[Config, Summary], results: Sequence[Result]) -> Section:
+    summary, budget, blocks = run.summary, run.config.budget.evaluations, []
+    over = "subjects with its 95 % bootstrap interval" if summary.subjects > 1 else "the images of the one subject"
+    means = read_table(run.outputs / "means.csv").rows
+    for shown in SHOWN:
+        found = [
+            Bar(_label(row, summary), float(row["mean"]), float(row["low"] or math.nan),
+                float(row["high"] or math.nan), row["condition"])
+            for row in means if row["measure"] == shown
+        ]  # fmt: skip
+        caption = f"{MEASURES[shown]}: mean over {over}."
+        blocks.append(bars(found, xlabel=MEASURES[shown], caption=caption))
+    for condition in summary.conditions:
+        rows = [
+            [_label(dict(result.cell.key), summary),
+             *(result.metrics[name] for name in (*COLUMNS, "evaluations", "steps", "seconds"))]
+            for result in results if result.cell["condition"] == condition
+        ]  # fmt: skip
+        told = f"{budget} evaluations" if budget else "the number of evaluations of their authors"
+        caption = (
+            f"Means over subjects, {condition}. {TOLD} Evaluations are passes of the network, forward and backward "
+            "counted together, steps those of the chain that were walked, seconds per image without compilation. "
+            f"Fixed methods had {told}."
+        )
+        blocks.append(Table(("method", *COLUMNS.values(), "evalu- ations", "steps", "s"), rows, caption))
+    return Section("Methods", blocks)
+
+
+def _differences(run: Finished[Config, Summary]) -> Section:
+    """Show what each method changes, one line per method: the measures side by side."""
+    path, summary, blocks = run.outputs / "differences.csv", run.summary, []
+    found = read_table(path).rows if path.exists() else ()
+    names = [name for name in COLUMNS if name not in ("ssim", "unseen")]
+    for condition in summary.conditions:
+        lines: dict[tuple[str, str], dict[str, Mapping[str, str]]] = {}
+        for row in found:
+            if row["condition"] == condition:
+                lines.setdefault((row["arm"], row["initial"]), {})[row["measure"]] = row
+        several = len(summary.initials) > 1
+        rows = [
+            [f"{arm} against {initial}" if several else arm, *(_difference(line[name]) for name in names)]
+            for (arm, initial), line in lines.items()
+        ]
+        caption = f"Each method minus the conditional model alone, {condition}, subject by subject: mean"
+        if summary.subjects > 1:
+            caption += ", 95 % bootstrap interval, and p of Wilcoxon's signed-rank test, by Holm over the methods."
+        else:
+            caption += ". One subject: there is neither an interval nor a test."
+        blocks.append(Table(("method", *(COLUMNS[name] for name in names)), rows, caption))
+    return Section("Against the conditional model", blocks)
+
+
+def _difference(row: Mapping[str, str]) -> str:
+    text = f"{float(row['difference']):+.3g}"
+    if row["low"]:
+        text += f" [{float(row['low']):+.3g}, {float(row['high']):+.3g}]"
+    return text + (f", p {float(row['p_corrected']):.2g}" if row["p_corrected"] else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _label(place: Mapping[str, Any], summary: Summary) -> str:
+    """Name a method, and its conditional model where there are several."""
+    initial = str(place["initial"])
+    return str(place["arm"]) if initial == NOISE or len(summary.initials) == 1 else f"{initial}: {place['arm']}"

@@ -2,21 +2,17 @@
 
 import dataclasses
 import os
-import shlex
-import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
 
-from jaxmed.arrays.types import KeyArray
-from jaxmed.config import Number, Seed, Size, checked, to_record
+from jaxmed.arrays.grid import reorient
+from jaxmed.config import Number, Seed, Size, checked, from_record, to_record
 from jaxmed.data.scans import find_scans
-from jaxmed.diffusion.denoiser import Denoiser
-from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names
 from jaxmed.io import nifti
@@ -25,21 +21,25 @@ from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
 from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import MapStyle, curves, slice_maps
+from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.dynamicdps.arms import ARMS, STARTS_FROM_ESTIMATE, ArmConfig, expected_passes, make_solver
-from jaxmed.systems.dynamicdps.calibration import digest_of
-from jaxmed.systems.dynamicdps.enhance_page import write_page
+from jaxmed.systems.dynamicdps.calibration import Calibrated, measure, read_calibration
 from jaxmed.systems.dynamicdps.enhancement import make_program
-from jaxmed.systems.dynamicdps.networks import Network, load_initial, load_prior, make_prior, trace_pass
-from jaxmed.systems.dynamicdps.options import Calibrated, MethodConfig, read_calibration
-from jaxmed.systems.dynamicdps.reading import KINDS, TOP
-from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, load, process
-from jaxmed.systems.dynamicdps.stages import calibrate
-from jaxmed.systems.dynamicdps.stages.calibrate import pair_files
+from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, MethodConfig, expected_passes, make_solver
+from jaxmed.systems.dynamicdps.networks import (
+    Network,
+    announce_passes,
+    load_initial,
+    load_prior,
+    make_prior,
+    tiny_network,
+)
+from jaxmed.systems.dynamicdps.reading import KINDS
+from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, Refinement, load, pair_files, process
 from jaxmed.systems.dynamicdps.volumes import TilingConfig
-from jaxmed.train.announce import announce
-from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
+from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
 TRIES_FAILED_AGAIN = True
@@ -72,9 +72,9 @@ class Config:
         labels: Label map of the scan, or a folder of them: its volumes stand beside the measured ones.
         tissue: Measure CSF, grey and white matter of input, estimate and result (T1-weighted scans).
         batch_size: Images at a time.
-        embedded: Refine so many phantom brains where no scans are given; make a tiny prior where none is given.
+        synthetic: Refine so many phantom brains where no scans are given; make a tiny prior where none is given.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
-        seed: Of the samples.
+        seed: Seed of the samples.
     """
 
     input: Path | None = None
@@ -93,14 +93,9 @@ class Config:
     labels: Path | None = None
     tissue: bool = True
     batch_size: Size = 8
-    embedded: Number = 0
+    synthetic: Number = 0
     fill: float | None = None
     seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.batch_size < 1 or self.embedded < 0:
-            found = self.samples, self.batch_size, self.embedded
-            raise ValueError(f"samples, batch_size, embedded: expected 1, 1 and 0 or more, found {found}")
 
 
 def paper() -> Config:
@@ -114,100 +109,96 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """Embedded phantom brains, a tiny prior and its calibration made on the spot, in seconds."""
-    return Config(samples=2, embedded=2)
+    """Phantom brains, a tiny prior and its calibration made on the spot, in seconds."""
+    return Config(samples=2, synthetic=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was refined.
+
+    Attributes:
+        scans: Every scan that was.
+        failed: How many were not.
+        chain: Steps of the whole chain, which the start is a part of.
+        prior: Where the prior was read.
+        notes: What a user should know.
+    """
+
+    scans: tuple[Refinement, ...]
+    failed: int
+    chain: int
+    prior: str
+    notes: tuple[str, ...]
 
 
 def run(config: Config, folder: RunFolder) -> int:
     """Read and check, refine every scan, write maps, tables and the report. Returns 1 when scans failed."""
-    began = time.monotonic()
-    if config.embedded and (config.input is None or config.weights is None):
-        config = make_embedded(config, folder)
+    clock, asked = Clock(), config
+    if config.synthetic and (config.input is None or config.weights is None):
+        config = synthetic_inputs(config, folder)
     if config.input is None or config.weights is None:
         missing = "input" if config.input is None else "weights"
         raise InputError(missing, "scans and a prior", "nothing", f"give --{missing}, or try --preset smoke")
     network = load_prior(config.weights)
-    calibrated = None if config.calibration is None else read_calibration(config.calibration)
+    calibrated = None if config.calibration is None else read_calibration(config.calibration, network.params)
     plan = make_plan(config, network, calibrated)
     inputs, passed = list_inputs(config)
     if len(inputs) == 1:
         load(inputs[0], plan.frame, plan.fill)  # a single broken file is a mistake, not a failure among many
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
-    for note in (notes := [*passed, *make_notes(config, plan, calibrated)]):
-        log.say(f"Note: {note}")
-    operator = make_operator(plan.frame.size, plan.acquisition)
-    program, images = trace_pass(network, config.batch_size, operator)
-    announce(
-        log, f"Refining {len(inputs):,} scans; for every batch", params=network.params, batch=images, program=program,
-        count=expected_passes(config.solver, plan.method, config.budget), unit="passes", smaller=folder.smaller,
+    notes = (*passed, *make_notes(config, plan, calibrated))
+    log = begin(folder, notes)
+    announce_passes(
+        log, f"Refining {len(inputs):,} scans; for every batch", network, config.batch_size, plan.acquisition,
+        expected_passes(config.solver, plan.method, config.budget), "passes", folder.smaller,
     )  # fmt: skip
-    ready = time.monotonic()
+    clock.lap("read and check")
 
     def work(number: int, one: Inputs, tell: Tell) -> dict[str, Any]:
-        return process(plan, one, jax.random.fold_in(jax.random.key(config.seed), number), folder.outputs, tell)
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        return to_record(process(plan, one, key, folder.outputs, tell))
 
     rows, failed, _ = map_files(
         inputs, work, folder.outputs, log, "Refining", "scans",
         lambda row: {"residual": row["residual"]["enhanced"], "initial_residual": row["residual"]["initial"]},
     )  # fmt: skip
-    computed = time.monotonic()
-    for row in rows:
-        for note in row.get("notes", ()):
-            log.say(f"Note: {row['name']}: {note}")
-    write_tables(folder.outputs, rows)
+    clock.lap("refine, compilation included")
+    scans = tuple(from_record(Refinement, row, row["name"]) for row in rows)
+    for scan in scans:
+        for note in scan.notes:
+            log.say(f"Note: {scan.name}: {note}")
+    write_tables(folder.outputs, scans)
     write_failed(folder.outputs, failed)
-    summary: dict[str, Any] = {
-        "scans": rows,
-        "failed": len(failed),
-        "chain": plan_steps(config, calibrated),
-        "prior": str(config.weights),
-        "notes": notes,
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed dynamicdps enhance --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read and check": ready - began, "refine, compilation included": computed - ready},
-    }
-    write_summary(folder, summary)
-    write_page(folder.path)
+    chain = config.method.steps or (calibrated.steps if calibrated else 0) or 1000
+    finish(folder, asked, Summary(scans, len(failed), chain, str(config.weights), notes), clock, page)
     return 1 if failed else 0
 
 
-report = write_page
-
-
-def make_embedded(config: Config, folder: RunFolder) -> Config:
+def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     """Write phantom brains as low-field scans where none are given; so with a tiny prior and its calibration."""
     if config.input is not None:
         list_inputs(config)  # a mistake there costs no training
-    start(folder)
-    place = folder.path / "inputs"
+    log = begin(folder)
     if config.calibration is None:
-        weights = config.weights or calibrate.train_tiny_prior(folder, config.seed)
-        settings = dataclasses.replace(calibrate.smoke(), weights=weights, seed=config.seed)
-        nested = open_run("dynamicdps", "calibrate", settings, RunOptions(place / "calibration", quiet=True))
-        if nested.status != "complete":
-            Log(folder.path, folder.options.quiet).say("Calibrating it on embedded brains.")
-            calibrate.run(settings, nested)
-        config = dataclasses.replace(config, weights=weights, calibration=nested.path)
+        weights = config.weights or tiny_network(folder, "train-prior", {"seed": config.seed}, log)
+        changes = {"weights": weights, "seed": config.seed}
+        config = dataclasses.replace(
+            config, weights=weights, calibration=tiny_network(folder, "calibrate", changes, log)
+        )
     if config.weights is None or config.calibration is None:
         raise InputError("weights", "a prior beside the calibration", "nothing", "give both, or neither")
     if config.input is not None:
         return config
-    acquisition = read_calibration(config.calibration).acquisition
-    size = load_prior(config.weights).frame.size
-    manifest = write_brain_cohort(place / "truth", config.seed + 2, config.embedded, size)
-    make_lowfield(manifest.parent / "scans", place / "scans", acquisition, config.seed, size)
-    return dataclasses.replace(config, input=place / "scans")
-
-
-def make_lowfield(truth: Path, place: Path, acquisition: LowField, seed: int, size: tuple[int, ...]) -> None:
-    """Write the low-field measurement of every phantom, once."""
-    for number, path in enumerate(find_scans(truth, ("nifti",)).paths):
+    acquisition, size = read_calibration(config.calibration).acquisition, load_prior(config.weights).frame.size
+    place = folder.path / "inputs" / "scans"
+    manifest = write_brain_cohort(folder.path / "inputs" / "truth", config.seed + 2, config.synthetic, size)
+    for number, path in enumerate(find_scans(manifest.parent / "scans", ("nifti",)).paths):
         if not (place / path.name).exists():
             volume = nifti.read(path)
             image = volume.array.reshape(1, *size, 1)
-            measured = calibrate.measure(jax.random.key(seed + number), image, acquisition)
+            measured = measure(jax.random.key(config.seed + number), image, acquisition)
             nifti.write(place / path.name, Volume.make(measured.reshape(volume.array.shape), volume.affine))
+    return dataclasses.replace(config, input=place)
 
 
 def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -> Plan:
@@ -221,8 +212,6 @@ def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -
         if not frame.is_sliced:
             raise InputError("axis", "none for a prior in 3D", config.axis, "leave --axis out")
         frame = dataclasses.replace(frame, axis=config.axis)
-    if calibrated is not None and calibrated.prior != digest_of(network.params):
-        raise InputError("calibration", "one of this prior", "one of another", "calibrate again")
     acquisition = config.acquisition if calibrated is None else calibrated.acquisition
     is_dynamic = config.solver == "dynamicdps"
     # Only DynamicDPS asks the bank where to start.
@@ -230,34 +219,18 @@ def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -
     method = asked.build(calibrated)
     initial = None
     if config.initial is not None and is_run(config.initial):
-        initial = load_initial(config.initial)
-        if initial.frame.size != frame.size or initial.frame.spacing != frame.spacing:
-            found = f"{initial.frame.size} at {initial.frame.spacing:g} mm"
-            expected = f"a network of the prior's frame, {frame.size} at {frame.spacing:g} mm"
-            raise InputError(config.initial, expected, found, "train it on the prior's frame")
+        initial = load_initial(config.initial, network)
     try:
         operator = make_operator(frame.size, acquisition)
     except ValueError as error:
         raise InputError("acquisition", f"one for {len(frame.size)} axes", str(error)) from error
-    solver = None if is_dynamic else _other_solver(config, frame.size, acquisition, method)
+    solver = make_solver(config.solver, frame.size, acquisition, method, config.budget)
     program = make_program(partial(make_prior, network), operator, method, config.batch_size, solver)
     settings = {"solver": config.solver} | to_record(method if is_dynamic else config.budget)
     return Plan(
         network, program, initial, frame, config.tiling, method, settings, acquisition, config.samples, config.tissue,
         config.fill,
     )  # fmt: skip
-
-
-def _other_solver(config: Config, size: tuple[int, ...], acquisition: LowField, method: DynamicDps) -> Any:
-    """Return a method of compare's; its images are held in [0, 2], as those of DynamicDPS are."""
-    solve = make_solver(config.solver, size, acquisition, method, config.budget)
-
-    def solver(key: KeyArray, denoiser: Denoiser, measurement: Array, initial: Array, indices: Array) -> Any:
-        begin = initial if config.solver in STARTS_FROM_ESTIMATE else jnp.zeros_like(initial)
-        image, info = solve(key, denoiser, measurement, begin, indices)
-        return jnp.clip(image, 0.0, TOP), info
-
-    return solver
 
 
 def is_run(place: Path) -> bool:
@@ -272,27 +245,23 @@ def list_inputs(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
         InputError: There are none, or one has no partner.
     """
     assert config.input is not None
-    apart = [place for place in (config.initial, config.mask, config.labels) if place is None or not is_run(place)]
-    scans, passed = find_scans(config.input, KINDS, config.series, apart=apart)
+    given = (config.initial, config.mask, config.labels)
+    places = [None if place is None or is_run(place) else place for place in given]
+    scans, passed = find_scans(config.input, KINDS, config.series, apart=[place for place in places if place])
     paths = tuple(scan.path for scan in scans)
-
-    def partners(place: Path | None) -> list[Path | None]:
-        if place is None or is_run(place):
-            return [None] * len(paths)
-        if not place.exists():
+    partners = []
+    for place in places:
+        if place is not None and not place.exists():
             raise InputError(place, "a file or folder", "nothing", "check the path")
-        assert config.input is not None
-        return [*pair_files(paths, config.input, place)]
-
-    places = [partners(place) for place in (config.initial, config.mask, config.labels)]
+        partners.append([None] * len(paths) if place is None else pair_files(paths, config.input, place))
     root = config.input if config.input.is_dir() and paths != (config.input,) else config.input.parent
     names = unique_names([os.path.relpath(path, root) for path in paths], NAME_ENDINGS, tuple(MAPS), TABLES)
-    return [Inputs(name, scan, *others) for name, scan, *others in zip(names, scans, *places, strict=True)], passed
+    return [Inputs(name, scan, *others) for name, scan, *others in zip(names, scans, *partners, strict=True)], passed
 
 
 def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:
     """Say what a user should know about this run."""
-    method = config.method.describe() if config.solver == "dynamicdps" else ARMS[config.solver]
+    method = config.method.describe() if config.solver == "dynamicdps" else ARMS[config.solver].description
     notes = [f"Method: {method}.", f"Weights: {plan.network.licence}.", *plan.network.remarks]
     if plan.frame.spacing:
         size = f"{plan.frame.spacing:g} mm"
@@ -310,31 +279,137 @@ def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> lis
     return notes
 
 
-def plan_steps(config: Config, calibrated: Calibrated | None) -> int:
-    """Return the steps of the whole chain, which the start is a part of."""
-    return config.method.steps or (calibrated.steps if calibrated else 0) or 1000
-
-
-def write_tables(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_tables(folder: Path, scans: Sequence[Refinement]) -> None:
     """Write scans.csv, and volumes.csv where tissue was measured."""
     columns = ("id", "images", "initial_residual", "residual", "improved", "start", "evaluations")
     table = [
-        {
-            "id": row["name"],
-            "images": row["images"],
-            "initial_residual": f"{row['residual']['initial']:.6g}",
-            "residual": f"{row['residual']['enhanced']:.6g}",
-            "improved": f"{row['improved']:.6g}",
-            "start": row["start"]["median"],
-            "evaluations": f"{row['evaluations']:.6g}",
-        }
-        for row in rows
-    ]
-    write_table(folder / "scans.csv", columns, table)
+        (scan.name, scan.images, *(f"{scan.residual[name]:.6g}" for name in ("initial", "enhanced")),
+         f"{scan.improved:.6g}", scan.start["median"], f"{scan.evaluations:.6g}")
+        for scan in scans
+    ]  # fmt: skip
+    write_table(folder / "scans.csv", columns, [dict(zip(columns, row, strict=True)) for row in table])
     volumes = [
-        {"id": row["name"], "image": image, **{f"{name}_ml": f"{values[name]:.6g}" for name in TISSUES}}
-        for row in rows
-        for image, values in row.get("volumes_ml", {}).items()
+        {"id": scan.name, "image": image, **{f"{name}_ml": f"{values[name]:.6g}" for name in TISSUES}}
+        for scan in scans
+        for image, values in scan.volumes_ml.items()
     ]
     if volumes:
-        write_table(folder / "volumes.csv", ("id", "image", *(f"{name}_ml" for name in TISSUES)), volumes)
+        write_table(folder / "volumes.csv", tuple(volumes[0]), volumes)
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+MOST_PICTURES = 8
+TITLES = {"input": "Input", "initial": "Estimate", "enhanced": "Enhanced", "difference": "Difference"}
+TITLES |= {"uncertainty": "Uncertainty"}
+READING = (
+    "A lower residual says that the image explains the measurement better, not that it is true: what the scanner "
+    "cannot see comes from the prior. The uncertainty map shows where samples disagree; what all samples invent alike "
+    "it does not show.",
+    "Intensities are in the unit of the scan by its own scale; contrast is that of the prior.",
+    "Method: DynamicDPS, arXiv:2503.01075. For research only, not for diagnosis.",
+)
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show scans and maps, residuals, line searches and tissue volumes."""
+    summary, scans = run.summary, run.summary.scans
+    sections = [Section("Notes", [Note(text) for text in summary.notes])]
+    tiles: list[tuple[str, object, str]] = [("Scans", len(scans), f"{summary.failed} failed")]
+    sections += [_scan(run.outputs, scan) for scan in scans[:MOST_PICTURES]]
+    if scans:
+        before, after = (np.median([scan.residual[name] for scan in scans]) for name in ("initial", "enhanced"))
+        start = int(np.median([scan.start["median"] for scan in scans]))
+        evaluations = float(np.mean([scan.evaluations for scan in scans]))
+        tiles += [
+            ("Residual", round(float(after), 3), f"median |y - A(x)|; {before:.3g} before"),
+            ("Steps", start + 1, f"median, of {summary.chain}"),
+            ("Evaluations", round(evaluations, 1), "forward and backward passes per sample"),
+        ]
+        sections += [_residuals(scans, summary.chain), _searches(scans)]
+        if any(scan.volumes_ml for scan in scans):
+            sections.append(_volumes(scans))
+    if summary.failed:
+        text = f"{summary.failed} scans failed: see outputs/failed.csv for the reasons."
+        sections.insert(0, Section("Failed scans", [Note(text, "warning")]))
+    sections.append(Section("How to read this", [Text(READING)]))
+    return Page("Enhanced scans", f"DynamicDPS on {len(scans)} scans", tiles, sections)
+
+
+def _scan(outputs: Path, scan: Refinement) -> Section:
+    try:
+        read = {
+            name: reorient(nifti.read(outputs / f"{scan.name}_{name}.nii.gz")) for name in TITLES if name != "input"
+        }
+    except (OSError, InputError):
+        return Section(scan.name, [Note("The maps are no longer in this folder.", "warning")])
+    maps = {name: volume.array for name, volume in read.items()}
+    maps["input"] = maps["enhanced"] - maps["difference"]
+    mask = np.abs(maps["input"]) > 0
+    highest = {name: float(np.percentile(np.abs(maps[name]), 99.5)) or 1e-6 for name in ("difference", "uncertainty")}
+    top = max(float(np.percentile(maps["enhanced"][mask], 99.5)) if mask.any() else 1.0, 1e-6)
+    size = highest["difference"]
+    grey = MapStyle(limits=(0.0, top), colormap="gray", unit="scan intensity")
+    styles = dict.fromkeys(("input", "initial", "enhanced"), grey) | {
+        "difference": MapStyle(limits=(-size, size), colormap="RdBu_r", unit="scan intensity"),
+        "uncertainty": MapStyle(limits=(0.0, highest["uncertainty"]), colormap="magma", unit="scan intensity"),
+    }
+    shown = [name for name in TITLES if name != "uncertainty" or scan.samples > 1]
+    caption = f"{scan.name}: input, estimate, result, and result minus input"
+    caption += f"; standard deviation over {scan.samples} samples." if scan.samples > 1 else "."
+    figure = slice_maps(
+        {TITLES[name]: maps[name] for name in shown}, read["enhanced"].spacing, caption=caption,
+        styles={TITLES[name]: styles[name] for name in shown}, num_slices=4,
+    )  # fmt: skip
+    lowest, last = scan.start["lowest"], scan.start["highest"]
+    samples = "1 sample" if scan.samples == 1 else f"{scan.samples} samples"
+    text = (
+        f"{scan.images} images, {samples} each. Median residual {scan.residual['initial']:.3g} before and "
+        f"{scan.residual['enhanced']:.3g} after; lower in {scan.improved:.0%} of the images. Started with "
+        f"{lowest if lowest == last else f'{lowest} to {last}'} steps left."
+    )
+    return Section(scan.name, [Text([text]), figure])
+
+
+def _residuals(scans: Sequence[Refinement], chain: int) -> Section:
+    series = {scan.name: (np.array(scan.steps, float), np.array(scan.curve)) for scan in scans[:MOST_PICTURES]}
+    rows = [
+        (scan.name, scan.images, scan.residual["initial"], scan.residual["enhanced"], f"{scan.improved:.0%}",
+         scan.start["median"], scan.evaluations)
+        for scan in scans
+    ]  # fmt: skip
+    columns = ("scan", "images", "residual before", "residual after", "lower in", "start", "evaluations")
+    figure = curves(
+        series, xlabel="steps left", ylabel="residual |y - A(x)|",
+        caption="Residual of the denoised image on the way down to 0 steps left, mean over images and samples.",
+    )  # fmt: skip
+    text = f"The chain has {chain} steps; a start with n steps left takes n + 1 of them."
+    return Section("Residuals", [figure, Table(columns, rows, text)])
+
+
+def _searches(scans: Sequence[Refinement]) -> Section:
+    total = {name: sum(scan.flags[name] for scan in scans) for name in scans[0].flags}
+    series = {scan.name: (np.array(scan.steps, float), np.array(scan.step_sizes)) for scan in scans[:MOST_PICTURES]}
+    caption = "Step sizes that the line searches found, mean over images and samples."
+    figure = curves(series, xlabel="steps left", ylabel="step size", caption=caption)
+    rows = [(name, count, count / max(sum(total.values()), 1)) for name, count in total.items()]
+    table = Table(("verdict", "steps", "share"), rows, "Steps without a search count as converged.")
+    return Section("Line searches", [figure, table])
+
+
+def _volumes(scans: Sequence[Refinement]) -> Section:
+    rows = [
+        (scan.name, TITLES[image], *(values[name] for name in TISSUES))
+        for scan in scans
+        for image, values in scan.volumes_ml.items()
+    ]
+    caption = (
+        "Tissue volumes by a Gaussian mixture with partial volume and gain, the same for every image. It expects the "
+        "order of a T1-weighted brain, fluid darkest and white matter brightest: of other contrasts, and of heads "
+        "without a mask, these numbers mean nothing."
+    )
+    blocks = [Table(("scan", "image", *(f"{name} (ml)" for name in TISSUES)), rows, caption)]
+    labels = [(scan.name, name, value) for scan in scans for name, value in scan.labels_ml.items()]
+    if labels:
+        blocks.append(Table(("scan", "label", "volume (ml)"), labels, "Volumes counted in the label map."))
+    return Section("Tissue volumes", blocks)
