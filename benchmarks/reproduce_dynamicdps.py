@@ -33,7 +33,7 @@ from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.files import write_json, write_text
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.statistics import Interval, bootstrap, weighted_mean
-from jaxmed.systems.dynamicdps.arms import ArmConfig
+from jaxmed.systems.dynamicdps.methods import ArmConfig
 from jaxmed.systems.dynamicdps.stages import calibrate, compare, train_initial, train_prior
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.run_folder import RunOptions, open_run
@@ -116,16 +116,17 @@ def perform(size: str, out: Path) -> Path:
     stage(train_prior, "train-prior", prior, place / "prior")
     initial = dataclasses.replace(initial, acquisition=settings.acquisition)
     # The second conditional model is another kind: narrower, and never shown noise.
-    narrow = dataclasses.replace(initial.model, width=initial.model.width // 2, groups=initial.model.groups // 2)
+    model = initial.network.model
+    narrow = dataclasses.replace(model, width=model.width // 2, groups=model.groups // 2)
     noiseless = dataclasses.replace(settings.acquisition, noise=0.0)
     for name, one in (
         ("one", initial),
-        ("two", dataclasses.replace(initial, model=narrow, acquisition=noiseless, seed=1)),
+        ("two", changed(initial, {"model": narrow}, {"seed": 1}, acquisition=noiseless)),
     ):
         stage(train_initial, "train-initial", one, place / name)
     bank = dataclasses.replace(
         bank, weights=place / "prior", initial=place / "one", acquisition=settings.acquisition,
-        input=place / "prior" / "inputs" / "scans", embedded=0,
+        input=place / "prior" / "inputs" / "scans", synthetic=0,
     )  # fmt: skip
     stage(calibrate, "calibrate", bank, place / "calibration")
     settings = dataclasses.replace(
@@ -141,21 +142,25 @@ def networks_of(size: str) -> tuple[train_prior.Config, train_initial.Config, ca
         return train_prior.smoke(), train_initial.smoke(), calibrate.smoke()
     if size == "gpu":
         prior, initial = train_prior.paper(), train_initial.paper()
-        data, frame = train_prior.DataConfig(embedded=4000), dataclasses.replace(prior.frame, spacing=0.0)
-        return (
-            dataclasses.replace(prior, data=data, frame=frame),
-            dataclasses.replace(initial, data=data, frame=frame),
-            calibrate.laptop(),
-        )
+        images = {"data": train_prior.DataConfig(embedded=4000)}
+        return changed(prior, images), changed(initial, images), calibrate.laptop()
     prior, initial, data = train_prior.smoke(), train_initial.smoke(), train_prior.DataConfig(embedded=400)
-    model = dataclasses.replace(prior.model, multipliers=(1, 2, 2), attention_factors=(4,))
+    model = dataclasses.replace(prior.network.model, multipliers=(1, 2, 2), attention_factors=(4,))
+    enhancer = dataclasses.replace(model, with_time=False)
     return (
-        dataclasses.replace(prior, data=data, model=model, ema_decay=0.995, loop=LoopConfig(steps=1500, log_every=50)),
-        dataclasses.replace(
-            initial, data=data, model=dataclasses.replace(model, with_time=False), ema_decay=0.99,
-            loop=LoopConfig(steps=600, log_every=50),
-        ),
+        changed(prior, {"data": data, "model": model},
+                {"ema_decay": 0.995, "loop": LoopConfig(steps=1500, log_every=50)}),
+        changed(initial, {"data": data, "model": enhancer},
+                {"ema_decay": 0.99, "loop": LoopConfig(steps=600, log_every=50)}),
         dataclasses.replace(calibrate.laptop(), runs=8, batch_size=8),
+    )  # fmt: skip
+
+
+def changed(config: Any, network: dict[str, Any], train: dict[str, Any] | None = None, **further: Any) -> Any:
+    """Return a training stage's configuration with other settings of its network, its run, and its own."""
+    return dataclasses.replace(
+        config, network=dataclasses.replace(config.network, **network),
+        train=dataclasses.replace(config.train, **(train or {})), **further,
     )  # fmt: skip
 
 
@@ -163,8 +168,8 @@ def settings_of(size: str) -> compare.Config:
     """Return the comparison's settings."""
     smoke = compare.smoke()
     if size == "smoke":
-        return dataclasses.replace(smoke, embedded=24)
-    return dataclasses.replace(smoke, arms=compare.Config().arms, embedded=16, budget=ArmConfig())
+        return dataclasses.replace(smoke, synthetic=24)
+    return dataclasses.replace(smoke, arms=compare.Config().arms, synthetic=16, budget=ArmConfig())
 
 
 def stage(module: Any, name: str, settings: Any, out: Path) -> None:

@@ -33,8 +33,8 @@ from jaxmed.diffusion.posterior.start_time import StartTime, choose_start
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.synthesis.phantoms.brain import make_brain
 from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic
+from jaxmed.synthesis.phantoms.shortcut import SMALL, lesion_error, make_case
 from jaxmed.systems import dynamicdps
-from jaxmed.systems.dynamicdps.shortcut import SMALL, lesion_error, make_case
 
 # %% [markdown]
 # ## Brains with a lesion, a cue, both or neither

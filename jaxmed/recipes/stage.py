@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxmed.config import from_record, read_record, to_record
 from jaxmed.report.page import Section, Tile, write_report
@@ -81,18 +82,31 @@ class Clock:
 
 
 def begin(folder: RunFolder, notes: Iterable[str] = (), *, tensorboard: bool = False) -> Log:
-    """Make the run folder ready, open its log and say the notes.
+    """Make the run folder ready, open its log and say the notes; every process waits until the first has done so.
 
     Args:
         folder: Of the run; one that was begun before, for synthetic inputs, is left as it is.
         notes: What a user should know about the inputs.
         tensorboard: Whether metrics go to TensorBoard too.
     """
-    start(folder)
+    first_only(lambda: start(folder), "folder")
     log = Log(folder.path, folder.options.quiet, tensorboard, jax.process_index() == 0)
     for note in notes:
         log.say(f"Note: {note}")
     return log
+
+
+def first_only(write: Callable[[], object], what: str) -> None:
+    """Let the one process of several that writes do so, and every other wait for it.
+
+    Args:
+        write: What is done.
+        what: Its name, the same in all processes.
+    """
+    if jax.process_index() == 0:
+        write()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def finish(

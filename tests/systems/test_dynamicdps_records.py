@@ -9,6 +9,7 @@ from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
 from jaxmed.synthesis.deformation import DeformationConfig
+from jaxmed.synthesis.label_images import DEEP, FLUID, WHITE, SyntheticConfig, draw_t1_means
 from jaxmed.systems.dynamicdps.reading import FrameConfig, simplify_labels
 from jaxmed.systems.dynamicdps.records import (
     Cut,
@@ -18,7 +19,6 @@ from jaxmed.systems.dynamicdps.records import (
     list_files,
     read_images,
 )
-from jaxmed.systems.dynamicdps.synthetic import DEEP, FLUID, WHITE, SyntheticConfig, draw_t1_means
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core

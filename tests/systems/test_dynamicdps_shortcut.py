@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from priors import oracle
+from shortcut_models import fit_linear, small_recipe, train_conditional, train_prior
 
 from jaxmed.diffusion.posterior.dps import Dps, dps
 from jaxmed.diffusion.posterior.dynamicdps import STRICT, dynamicdps
@@ -17,18 +18,14 @@ from jaxmed.diffusion.samplers import Ancestral
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.synthesis.phantoms.brain import make_brain
 from jaxmed.synthesis.phantoms.mixture import make_isotropic
-from jaxmed.systems.dynamicdps.shortcut import (
+from jaxmed.synthesis.phantoms.shortcut import (
     SMALL,
     ShortcutConfig,
     draw_case,
     draw_pair,
     draw_prior_image,
-    fit_linear,
     lesion_error,
     make_case,
-    small_recipe,
-    train_conditional,
-    train_prior,
 )
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunOptions, open_run, start

@@ -19,11 +19,12 @@ from jaxmed.models.published.load import export_published, load_published
 from jaxmed.models.unet_guided import DYNAMICDPS_PRIOR, GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
+from jaxmed.recipes.training import TrainConfig
 from jaxmed.systems.dynamicdps.networks import load_initial, load_prior, write_network
 from jaxmed.systems.dynamicdps.reading import FrameConfig
 from jaxmed.systems.dynamicdps.records import DataConfig, ImageMaker
 from jaxmed.systems.dynamicdps.stages import train_initial, train_prior
-from jaxmed.systems.dynamicdps.training import read_start
+from jaxmed.systems.dynamicdps.training import ImageNetworkConfig, load_initial_weights
 from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
@@ -31,16 +32,23 @@ from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.volume import Volume
 
 MODEL = GuidedUnetConfig(width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=2, groups=4)
+IMAGES = ImageNetworkConfig(frame=FrameConfig((8, 8)), model=MODEL)
 PRIOR = train_prior.Config(
-    frame=FrameConfig((8, 8)),
-    model=MODEL,
-    optimizer=OptimizerConfig(peak_lr=1e-3, decay="constant", weight_decay=0.0),
-    loader=LoaderConfig(batch_size=4),
-    loop=LoopConfig(steps=3, log_every=1, save_every=0),
-    mesh=MeshConfig(data=1),
+    IMAGES,
+    TrainConfig(
+        OptimizerConfig(peak_lr=1e-3, decay="constant", weight_decay=0.0),
+        LoopConfig(steps=3, log_every=1, save_every=0),
+        LoaderConfig(batch_size=4),
+        MeshConfig(data=1),
+        ema_decay=0.9999,
+    ),
     samples=2,
     sample_steps=2,
 )
+
+
+def prior(**changes):
+    return dataclasses.replace(PRIOR, network=dataclasses.replace(IMAGES, **changes))
 
 
 def head(seed, shape=(14, 12, 6)):
@@ -83,9 +91,9 @@ def test_smoke_prior_tells_noise_from_heads_that_it_was_not_trained_on(tmp_path)
     # 1 is the error of a network that predicts no noise.
     assert read_metrics(out)[-1]["evaluation/loss"] < 0.1
     summary = json.loads((out / "outputs" / "summary.json").read_text())
-    assert summary["counts"]["train images"] == 32 and summary["counts"]["validation scans"] == 8
-    prior = load_prior(out)
-    assert prior.frame == FrameConfig((32, 32)) and prior.config == train_prior.smoke().model
+    assert summary["counts"]["train"]["images"] == 32 and summary["counts"]["validation"]["scans"] == 8
+    found = load_prior(out)
+    assert found.frame == FrameConfig((32, 32)) and found.config == train_prior.smoke().network.model
     drawn = nifti.read(out / "outputs" / "samples.nii.gz").array
     assert drawn.shape == (32, 32, 4) and drawn.min() >= 0 and drawn.max() <= 2
     page = (out / "report.html").read_text()
@@ -114,20 +122,20 @@ def test_smoke_enhancer_is_nearer_to_the_truth_than_its_input(tmp_path):
 
 @pytest.mark.slow
 def test_a_prior_of_volumes_is_trained_on_patches_and_refines_a_volume(scans, tmp_path):
-    config = dataclasses.replace(
-        PRIOR, input=scans, frame=FrameConfig((4, 4, 4)), model=dataclasses.replace(MODEL, dimensions=3),
+    config = prior(
+        input=scans, frame=FrameConfig((4, 4, 4)), model=dataclasses.replace(MODEL, dimensions=3),
         data=DataConfig(validation=0.25, patches=4),
     )  # fmt: skip
     out = tmp_path / "run"
     assert run(out, "train-prior", config) == 0
     summary = json.loads((out / "outputs" / "summary.json").read_text())
-    assert summary["counts"]["train images"] == 12 and summary["counts"]["validation images"] == 4
-    prior = load_prior(out)
-    assert prior.config.dimensions == 3 and prior.frame.size == (4, 4, 4)
+    assert summary["counts"]["train"]["images"] == 12 and summary["counts"]["validation"]["images"] == 4
+    found = load_prior(out)
+    assert found.config.dimensions == 3 and found.frame.size == (4, 4, 4)
     assert nifti.read(out / "outputs" / "samples_1.nii.gz").array.shape == (4, 4, 4)
     assert "What the prior has learnt" in (out / "report.html").read_text()
     published = load_published(out / "checkpoints" / "state")
-    assert published.report.kind == "denoiser" and published.config == prior.config
+    assert published.report.kind == "denoiser" and published.config == found.config
     words = ["--weights", str(out), "--input", str(scans / "scan_0.nii.gz"), "--out", str(tmp_path / "enhanced")]
     words += ["--method.start", "fixed", "--method.fixed-start", "2", "--method.plain", "--acquisition.radius", "1"]
     words += ["--acquisition.scale", "1.0", "--acquisition.sigma", "0.5", "--no-tissue", "--quiet"]
@@ -144,13 +152,15 @@ def stored(tmp_path_factory):
     shapes = jax.eval_shape(make_model(GuidedUnet(MODEL)).init, jax.random.key(0), image, time)
     generator = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: generator.standard_normal(leaf.shape).astype(np.float32), shapes)
-    write_network(out / "outputs" / "model", params, MODEL, PRIOR.frame, licence="for tests only")
+    write_network(out / "outputs" / "model", params, MODEL, IMAGES.frame, licence="for tests only")
     return out, params
 
 
 @pytest.mark.core
 def test_training_may_start_from_a_run_and_hands_its_licence_on(stored):
-    params, licence = read_start(stored[0], dataclasses.replace(MODEL, dtype="bfloat16", remat=True, dropout=0.1))
+    params, licence = load_initial_weights(
+        stored[0], dataclasses.replace(MODEL, dtype="bfloat16", remat=True, dropout=0.1)
+    )
     assert licence == {"licence": "for tests only"}
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(stored[1]), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -163,7 +173,7 @@ def test_tensors_without_a_place_are_handed_to_the_log_and_the_record(stored, tm
     stray = {"classifier.weight": np.zeros(2, np.float32)}
     safetensors.write(file, safetensors.read(file) | stray, safetensors.read_metadata(file))
     expected = "1 tensors of the file have no place in the model: classifier.weight"
-    assert read_start(file, MODEL)[1] == {"licence": "for tests only", "notes": [expected]}
+    assert load_initial_weights(file, MODEL)[1] == {"licence": "for tests only", "notes": [expected]}
     assert load_prior(file).remarks == (expected,)
 
 
@@ -181,14 +191,15 @@ def test_pairs_are_made_by_the_scanner():
 
 @pytest.mark.core
 def test_the_paper_presets_are_the_published_ones():
-    prior = train_prior.paper()
-    assert dataclasses.replace(prior.model, remat=False) == DYNAMICDPS_PRIOR
-    assert (prior.optimizer.peak_lr, prior.optimizer.weight_decay, prior.optimizer.decay) == (1e-4, 0.0, "constant")
-    assert (prior.ema_decay, prior.loader.batch_size, prior.loop.steps) == (0.9999, 8, 360_000)
-    assert prior.frame.size == (256, 256) and train_prior.SCHEDULE.betas == "cosine"
+    network, train = train_prior.paper().network, train_prior.paper().train
+    assert dataclasses.replace(network.model, remat=False) == DYNAMICDPS_PRIOR
+    assert (train.optimizer.peak_lr, train.optimizer.weight_decay, train.optimizer.decay) == (1e-4, 0.0, "constant")
+    assert (train.ema_decay, train.loader.batch_size, train.loop.steps) == (0.9999, 8, 360_000)
+    assert network.frame.size == (256, 256) and train_prior.SCHEDULE.betas == "cosine"
     initial = train_initial.paper()
-    assert (initial.optimizer.peak_lr, initial.loader.batch_size, initial.loop.steps) == (2e-4, 16, 100_000)
-    assert initial.gamma == (0.8, 1.0) and initial.acquisition.scale == 4 and initial.model.width == 64
+    train = initial.train
+    assert (train.optimizer.peak_lr, train.loader.batch_size, train.loop.steps) == (2e-4, 16, 100_000)
+    assert initial.gamma == (0.8, 1.0) and initial.acquisition.scale == 4 and initial.network.model.width == 64
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
@@ -228,7 +239,7 @@ def test_a_broken_scan_ends_in_one_line_and_nothing_is_written(mistake, scans, t
     copy = tmp_path / "scans"
     shutil.copytree(scans, copy)
     break_it(copy)
-    config = dataclasses.replace(PRIOR, input=copy, data=DataConfig(validation=0.0))
+    config = prior(input=copy, data=DataConfig(validation=0.0))
     assert run(tmp_path / "run", "train-prior", config) == 2
     line = only_line(capsys)
     assert line.startswith("jaxmed: ") and ": expected " in line and ", found " in line and message in line, line
@@ -258,7 +269,7 @@ def test_a_wrong_table_ends_in_one_line_and_nothing_is_written(mistake, scans, t
     shutil.copytree(scans, tmp_path / "scans")
     manifest = tmp_path / "scans" / "table.csv"
     write_table(manifest, columns, [dict(zip(columns, row, strict=True)) for row in rows])
-    config = dataclasses.replace(PRIOR, data=DataConfig(manifest=manifest))
+    config = prior(data=DataConfig(manifest=manifest))
     assert run(tmp_path / "run", "train-prior", config) == 2
     line = only_line(capsys)
     assert line.startswith("jaxmed: ") and message in line, line
@@ -302,13 +313,15 @@ def test_a_wrong_option_ends_in_one_line_and_nothing_is_written(mistake, scans, 
     ],
 )
 def test_a_wrong_scanner_is_told(words, message, scans, tmp_path, capsys):
-    config = dataclasses.replace(train_initial.smoke(), input=scans, data=DataConfig())
+    smoke = train_initial.smoke()
+    network = dataclasses.replace(smoke.network, input=scans, data=DataConfig())
+    config = dataclasses.replace(smoke, network=network)
     assert run(tmp_path / "run", "train-initial", config, *words) == 2
     assert message in only_line(capsys) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.core
 def test_weights_of_another_size_are_told(stored, scans, tmp_path, capsys):
-    config = dataclasses.replace(PRIOR, input=scans, model=dataclasses.replace(MODEL, blocks=2))
+    config = prior(input=scans, model=dataclasses.replace(MODEL, blocks=2))
     assert run(tmp_path / "run", "train-prior", config, "--weights", str(stored[0])) == 2
     assert "a network with blocks 2, found 1; set --model.blocks" in only_line(capsys)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
+from jaxmed.arrays.batches import padded_rows
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import from_record, read_record
@@ -23,7 +24,6 @@ from jaxmed.errors import InputError
 from jaxmed.files import make_folder
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.lowfield import Fit, FitConfig, LowField, fit, make_operator, simulate
-from jaxmed.systems.dynamicdps.enhancement import in_batches
 
 CALIBRATION = "calibration.json"
 
@@ -98,7 +98,7 @@ def record_bank(
 
     make_folder(parts)
     rows = []
-    for indices, count in in_batches(len(measurement), batch_size):
+    for indices, count in padded_rows(len(measurement), batch_size):
         first = int(indices[0])
         path = parts / f"{first:06d}.npz"
         stored = restore_npz(path)

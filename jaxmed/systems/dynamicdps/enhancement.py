@@ -1,7 +1,7 @@
 """Enhancement on arrays: estimates, measurements and an operator in, refined images and their record out."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxmed.arrays.batches import map_rows, padded_rows
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.ccdf import Ccdf, ccdf
@@ -181,7 +182,7 @@ def draw_samples(
     total, seconds = len(measurement) * num_samples, 0.0
     images: list[Any] = []
     infos: list[dict[str, Any]] = []
-    for indices, count in in_batches(total, program.batch_size):
+    for indices, count in padded_rows(total, program.batch_size):
         places = indices // num_samples
         found, spent = program.run(params, key, measurement[places], initial[places], indices)
         seconds += spent
@@ -208,21 +209,11 @@ def draw_samples(
     )
 
 
-def in_batches(total: int, size: int) -> Iterator[tuple[Int[np.ndarray, " batch"], int]]:
-    """Yield the places of each batch, and how many count: the last repeats its last, for one compilation."""
-    for first in range(0, total, size):
-        yield np.minimum(np.arange(first, first + size), total - 1), min(size, total - first)
-
-
 def apply_in_batches(
     function: Callable[..., Array], size: int, *arrays: Float32[np.ndarray, "image ..."]
 ) -> Float32[np.ndarray, "image ..."]:
     """Apply a compiled function to a batch of images at a time."""
-    found = [
-        np.asarray(function(*(array[places] for array in arrays)), np.float32)[:count]
-        for places, count in in_batches(len(arrays[0]), size)
-    ]
-    return np.concatenate(found)
+    return map_rows(lambda rows: function(*(array[rows] for array in arrays)), len(arrays[0]), size)
 
 
 def _mean_over(values: np.ndarray, counts: np.ndarray) -> Float32[np.ndarray, " step"]:

@@ -21,6 +21,7 @@ from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import Table, read_table, resolve_paths
+from jaxmed.synthesis.label_images import SyntheticConfig, draw_image
 from jaxmed.systems.dynamicdps.reading import KINDS as SCANS
 from jaxmed.systems.dynamicdps.reading import (
     FrameConfig,
@@ -29,7 +30,6 @@ from jaxmed.systems.dynamicdps.reading import (
     read_labels,
     read_scan,
 )
-from jaxmed.systems.dynamicdps.synthetic import SyntheticConfig, draw_image
 
 Kind = Literal["image", "labels"]
 KINDS = ("image", "labels")

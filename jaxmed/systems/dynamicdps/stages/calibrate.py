@@ -228,7 +228,7 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     """Write phantom brains where no scans are given, and train a tiny prior on others where none is given."""
     if config.input is not None:
         find_scans(config.input, KINDS, config.series)  # a mistake there costs no training
-    weights = config.weights or tiny_network(folder, "train-prior", {"seed": config.seed}, begin(folder))
+    weights = config.weights or tiny_network(folder, "train-prior", {"train.seed": config.seed}, begin(folder))
     begin(folder)
     if config.input is not None:
         return dataclasses.replace(config, weights=weights)

@@ -374,7 +374,7 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     if has_scans:
         list_subjects(config)  # a mistake there costs no training
     log = begin(folder)
-    weights = config.weights or tiny_network(folder, "train-prior", {"seed": config.seed}, log)
+    weights = config.weights or tiny_network(folder, "train-prior", {"train.seed": config.seed}, log)
     calibration = config.calibration
     if calibration is None and config.method.start == "bank":
         changes = {"weights": weights, "acquisition": config.acquisition, "seed": config.seed}

@@ -180,7 +180,7 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
         list_inputs(config)  # a mistake there costs no training
     log = begin(folder)
     if config.calibration is None:
-        weights = config.weights or tiny_network(folder, "train-prior", {"seed": config.seed}, log)
+        weights = config.weights or tiny_network(folder, "train-prior", {"train.seed": config.seed}, log)
         changes = {"weights": weights, "seed": config.seed}
         config = dataclasses.replace(
             config, weights=weights, calibration=tiny_network(folder, "calibrate", changes, log)

@@ -68,7 +68,7 @@ def draw_image(
 
     Args:
         key: Consumed.
-        labels: Structures, both sides with one label (`reading.simplify_labels`); 2 or 3 axes; 0 stays dark.
+        labels: Structures, both sides with one label; 2 or 3 axes; 0 stays dark.
         config: Ranges.
     """
     place_key, kind_key, contrast_key, noise_key, blur_key, bias_key, gamma_key = jax.random.split(key, 7)
