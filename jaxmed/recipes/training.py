@@ -76,8 +76,9 @@ class TrainConfig:
     seed: Seed = 0
 
 
-# The type of a stage's field `train`: on the command line its options carry no prefix (--loop.steps, --seed).
-TrainFlags: TypeAlias = Annotated[TrainConfig, tyro.conf.arg(name="")]
+# In the type of a field that is a record: on the command line its options carry no prefix (--loop.steps, --seed).
+NO_PREFIX = tyro.conf.arg(name="")
+TrainFlags: TypeAlias = Annotated[TrainConfig, NO_PREFIX]
 
 
 class TrainData(NamedTuple):

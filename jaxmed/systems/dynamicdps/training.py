@@ -7,7 +7,6 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-import tyro
 from jaxtyping import Array, Float32
 
 from jaxmed.arrays.types import KeyArray, Params
@@ -20,7 +19,7 @@ from jaxmed.models.unet_guided import GuidedUnetConfig, guided_unet
 from jaxmed.nn.model import Network
 from jaxmed.recipes.denoiser import NetworkLoss, Prepare, train_denoiser
 from jaxmed.recipes.stage import Clock, begin, first_only
-from jaxmed.recipes.training import TrainConfig, TrainData, check_fit
+from jaxmed.recipes.training import NO_PREFIX, TrainConfig, TrainData, check_fit
 from jaxmed.report.figures import MapStyle, curves
 from jaxmed.report.page import Figure, Table, Tile
 from jaxmed.synthesis.label_images import SyntheticConfig
@@ -75,7 +74,7 @@ class ImageNetworkConfig:
 
 
 # The type of a stage's field `network`: on the command line its options carry no prefix (--input, --model.width).
-NetworkFlags: TypeAlias = Annotated[ImageNetworkConfig, tyro.conf.arg(name="")]
+NetworkFlags: TypeAlias = Annotated[ImageNetworkConfig, NO_PREFIX]
 
 
 class Images(NamedTuple):
