@@ -92,6 +92,7 @@ def test_smoke_prior_tells_noise_from_heads_that_it_was_not_trained_on(tmp_path)
     assert read_metrics(out)[-1]["evaluation/loss"] < 0.1
     summary = json.loads((out / "outputs" / "summary.json").read_text())
     assert summary["counts"]["train"]["images"] == 32 and summary["counts"]["validation"]["scans"] == 8
+    assert summary["bits_per_voxel"] is None
     found = load_prior(out)
     assert found.frame == FrameConfig((32, 32)) and found.config == train_prior.smoke().network.model
     drawn = nifti.read(out / "outputs" / "samples.nii.gz").array
@@ -127,8 +128,9 @@ def test_a_prior_of_volumes_is_trained_on_patches_and_refines_a_volume(scans, tm
         data=DataConfig(validation=0.25, patches=4),
     )  # fmt: skip
     out = tmp_path / "run"
-    assert run(out, "train-prior", config) == 0
+    assert run(out, "train-prior", dataclasses.replace(config, likelihoods=2)) == 0
     summary = json.loads((out / "outputs" / "summary.json").read_text())
+    assert np.isfinite(summary["bits_per_voxel"]) and "Bits per voxel" in (out / "report.html").read_text()
     assert summary["counts"]["train"]["images"] == 12 and summary["counts"]["validation"]["images"] == 4
     found = load_prior(out)
     assert found.config.dimensions == 3 and found.frame.size == (4, 4, 4)
