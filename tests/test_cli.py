@@ -129,11 +129,17 @@ def test_a_run_folder_whose_name_is_no_utf8_is_refused(tmp_path, capsys):
 READ_SCANS = [name for name in STAGES if name.split()[0] in ("tangerine", "dynamicdps", "selfplay")]
 
 
+def reading_options(name):
+    """Settings of a stage, or the record among them whose options carry no prefix either."""
+    config = load_stage(*name.split()).Config()
+    return config if hasattr(config, "series") else config.network
+
+
 @pytest.mark.parametrize("name", READ_SCANS)
 def test_every_stage_that_reads_scans_takes_a_fill(name):
-    assert load_stage(*name.split()).Config().fill is None  # of which the command line makes --fill
+    assert reading_options(name).fill is None  # of which the command line makes --fill
 
 
 @pytest.mark.parametrize("name", [*READ_SCANS, "noddi fit", "noddi predict"])
 def test_every_stage_that_reads_scans_lets_one_name_a_series(name):
-    assert not load_stage(*name.split()).Config().series  # of which the command line makes --series
+    assert not reading_options(name).series  # of which the command line makes --series
