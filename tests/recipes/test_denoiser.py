@@ -14,6 +14,7 @@ from jaxmed.diffusion.denoiser import denoising_loss
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.models.unet_guided import GuidedUnetConfig, guided_unet
+from jaxmed.nn.model import Network
 from jaxmed.recipes.denoiser import train_denoiser
 from jaxmed.recipes.training import TrainConfig, TrainData, check_fit, initialise
 from jaxmed.train.log import Log
@@ -98,6 +99,19 @@ def test_parts_and_devices_give_the_same_run(run, tmp_path):
     )
     _, lines = train(config, tmp_path / "run")
     np.testing.assert_allclose(losses(lines), losses(run[2])[:4], rtol=1e-5)
+
+
+@pytest.mark.core
+def test_any_network_is_trained(tmp_path):
+    """A network of one number: the noise that it predicts is a share of what it sees."""
+    network = Network(lambda key: {"share": jnp.zeros(())}, lambda params, x, t: params["share"] * x)
+    folder = open_run("dynamicdps", "train-prior", None, RunOptions(tmp_path / "run", quiet=True))
+    start(folder)
+    data = TrainData(ArraySource({"image": images(8, 0)}), None, take)
+    config = dataclasses.replace(CONFIG, loop=LoopConfig(steps=40, log_every=40, save_every=0), ema_decay=0.0)
+    log = Log(folder.path, quiet=True)
+    params = train_denoiser(config, network, loss, data, flip, folder=folder, log=log)
+    assert 0.05 < float(params["share"]) < 0.2
 
 
 @pytest.mark.core

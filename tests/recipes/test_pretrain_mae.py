@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.arrays.masking import random_masking, take_tokens
+from jaxmed.arrays.patches import patchify
 from jaxmed.arrays.position import sincos
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.records import ArraySource
 from jaxmed.errors import InputError
-from jaxmed.models.mae import MaeConfig, masked_model
+from jaxmed.models.mae import MaeConfig, MaeOutput, MaskedModel, masked_model
 from jaxmed.models.vit import VitConfig
+from jaxmed.nn.model import Network
 from jaxmed.objectives.masked import masked_loss
 from jaxmed.recipes.pretrain_mae import _loss, pretrain, reconstruct
 from jaxmed.recipes.training import TrainConfig, TrainData, check_fit
-from jaxmed.train.log import Log
+from jaxmed.train.log import Log, read_metrics
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
@@ -128,6 +131,29 @@ def test_training_starts_from_given_parameters(short, tmp_path):
     still = dataclasses.replace(CONFIG, epochs=0, loop=LoopConfig(steps=1), optimizer=OptimizerConfig(peak_lr=0.0))
     params, _, _ = train(still, tmp_path / "run", start=given)
     assert_same(given, params, 0)
+
+
+def test_any_encoder_of_visible_patches_is_trained_in_two_dimensions(tmp_path):
+    """Of two patches out of four a linear encoder sees the mean, from which its decoder guesses the other two."""
+
+    def init(key):
+        return {"encoder": 0.1 * jax.random.normal(key, (16, 8)), "decoder": jnp.zeros((8, 16))}
+
+    def apply(params, image, noise):
+        masking = random_masking(noise, 0.5)
+        tokens = take_tokens(patchify(image, (4, 4)), masking.kept) @ params["encoder"]
+        guess = jnp.repeat(tokens.mean(axis=1, keepdims=True) @ params["decoder"], 2, axis=1)
+        return MaeOutput(tokens, guess, masking)
+
+    model = MaskedModel(Network(init, apply), (8, 8), 1, (4, 4))
+    pattern = np.tile(np.linspace(0, 1, 16).reshape(4, 4), (2, 2))
+    images = (np.random.default_rng(0).uniform(0.5, 1, (20, 1, 1)) * pattern).astype(np.float32)[..., None]
+    data = TrainData(ArraySource({"image": images[:16]}), ArraySource({"image": images[16:]}), lambda fields, _: fields)
+    folder = open_folder(tmp_path / "run")
+    config = dataclasses.replace(CONFIG, epochs=100, optimizer=OptimizerConfig(peak_lr=3e-2, weight_decay=0.0))
+    _, pictures = pretrain(config, model, data, folder=folder, log=Log(folder.path, quiet=True))
+    assert read_metrics(folder.path)[-1]["evaluation/explained"] > 0.9
+    np.testing.assert_allclose(pictures[0].completed, images[16], atol=0.15)
 
 
 @pytest.mark.core
