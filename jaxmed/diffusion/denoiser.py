@@ -41,7 +41,7 @@ class Preconditioning(NamedTuple):
         time: What the network is told about t.
         clean: Share of the image in the target.
         noise: Share of the noise in the target.
-        weight: Of the squared error of the network's output.
+        weight: Weight of the squared error of the network's output.
     """
 
     skip: Float[Array, "..."]
@@ -57,7 +57,7 @@ def precondition(schedule: Schedule, prediction: Prediction, t: Num[Array, "..."
     """Return the coefficients of one kind of network at times t.
 
     Args:
-        schedule: Of the prior.
+        schedule: The prior's schedule.
         prediction: What the network predicts; "edm" takes the row of EDM's table 1 that belongs to the schedule: on a
             VP schedule the noise, on VE minus the noise, on EDM a mixture of unit variance.
         t: Times.
@@ -149,7 +149,7 @@ def denoising_loss(
     Args:
         apply: (params, x, time) -> the network's output.
         schedule: Draws the times too.
-        params: Of the network.
+        params: The network's parameters.
         keys: One per image, for its time and its noise.
         batch: "image" [batch, *shape, channel].
         prediction: What the network predicts.

@@ -37,7 +37,7 @@ class LikelihoodConfig:
         data_std: About the standard deviation of the images; scales the solver's state, not the result.
         bin_width: Width of a grey level, where images were stored in levels; then bits per dimension are those of
             the levels.
-        ode: Of the flow.
+        ode: How the flow is solved.
 
     Source: score SDE, arXiv:2011.13456, appendix D.2; EDM, arXiv:2206.00364, equation 1; FFJORD, arXiv:1810.01367,
         for the probes.

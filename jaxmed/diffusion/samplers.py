@@ -32,8 +32,8 @@ class Ancestral:
 
     Attributes:
         num_steps: Steps; absent means the whole of a discrete chain, other schedules need a number.
-        variance: Of the noise added in a step: "fixed_large" is that of the forward step (beta_t), "posterior" that of
-            q(x_s | x_t, x_0).
+        variance: Variance of the noise added in a step: "fixed_large" is that of the forward step (beta_t), "posterior"
+            that of q(x_s | x_t, x_0).
         times: Descending times to visit, in place of the schedule's own grid.
 
     Source: DDPM, arXiv:2006.11239, equation 7 and section 3.2.
@@ -310,7 +310,7 @@ def plan(schedule: Schedule, sampler: Sampler, to_image: bool = True) -> LinearS
     """Tabulate a sampler's steps in float64.
 
     Args:
-        schedule: Of the prior.
+        schedule: The prior's schedule.
         sampler: Method and its settings.
         to_image: Whether the last step goes from the last time to the image; without it the plan ends at that time.
     """

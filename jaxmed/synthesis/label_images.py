@@ -40,7 +40,7 @@ class SyntheticConfig:
         blur: Standard deviation of the blur that mixes structures at their borders, in voxels.
         gamma: Standard deviation of the logarithm of a random exponent.
         bias: The gain of the coil.
-        deformation: Of the labels.
+        deformation: How the labels are deformed.
     """
 
     t1_probability: float = 0.5

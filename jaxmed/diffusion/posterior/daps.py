@@ -25,7 +25,7 @@ class Daps:
     """Settings of DAPS.
 
     Attributes:
-        noise_std: Of the measurement's white noise, in its units.
+        noise_std: Deviation of the measurement's white noise, in its units.
         num_levels: Noise levels.
         ode_steps: Euler steps from each level to an image, each one evaluation of the network.
         langevin_steps: Steps that fit that image to the measurement; they do not touch the network.
@@ -34,7 +34,7 @@ class Daps:
         gain: Largest singular value of the operator; 1 for one that averages.
         spread: r / (sigma / alpha): r is the standard deviation of an image given its noisy version.
         first_level: sigma / alpha of the first level.
-        last_level: Of the last.
+        last_level: The last.
         rho: Levels are evenly spaced in their 1 / rho-th power.
 
     Source: DAPS, arXiv:2407.01521, algorithm 1: 5 ODE steps, rho 7, r = sigma.

@@ -43,7 +43,7 @@ def separable_spectrum(
 
     Args:
         matrices: One per axis of space; None leaves that axis as it is.
-        shape: Of the image, (*space, ...).
+        shape: Shape of the image, (*space, ...).
         relative_cutoff: Singular values below this fraction of the largest count as 0.
     """
     lefts: list[np.ndarray | None] = []
@@ -84,7 +84,7 @@ def dense_spectrum(operator: Operator, shape: tuple[int, ...], relative_cutoff: 
 
     Args:
         operator: Linear, of one image.
-        shape: Of the image.
+        shape: Shape of the image.
         relative_cutoff: Singular values below this fraction of the largest count as 0.
     """
     matrix = np.asarray(jax.jacfwd(lambda image: operator(image).ravel())(jnp.zeros(shape)), np.float64)
@@ -111,7 +111,7 @@ class Ddrm:
     """Settings of DDRM.
 
     Attributes:
-        noise_std: Of the measurement's white noise, in its units; 0 for none.
+        noise_std: Deviation of the measurement's white noise, in its units; 0 for none.
         eta: Share of fresh noise along directions measured worse than the step's noise, or not at all.
         eta_b: Weight of the measurement along directions measured better.
         num_steps: Steps, each one evaluation of the network.

@@ -20,7 +20,7 @@ class Diffpir:
     """Settings of DiffPIR.
 
     Attributes:
-        noise_std: Of the measurement's white noise, in its units.
+        noise_std: Deviation of the measurement's white noise, in its units.
         strength: lambda: how much the prior's image weighs; its weight is lambda noise_std^2 alpha^2 / sigma^2.
         renewal: zeta: share of the noise's variance that is drawn anew in a step.
         solver_steps: Steps of conjugate gradients for the fit; they do not touch the network.

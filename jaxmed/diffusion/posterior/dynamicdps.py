@@ -73,8 +73,8 @@ class DynamicDps:
             and is a true descent. mixed: the authors', the residual along the gradient of L before the prior's step,
             with trials that start after it.
         level: Noise level at which trials are denoised: that of the next step, which they are at, or the present one.
-        noise_std: Of the measurement's noise, in its units: a sample stops at the first fit as good as the noise
-            allows, |y - A(x)| <= noise_std sqrt(size of y). Absent walks to the end and may fit the noise.
+        noise_std: Deviation of the measurement's noise, in its units: a sample stops at the first fit as good as the
+            noise allows, |y - A(x)| <= noise_std sqrt(size of y). Absent walks to the end and may fit the noise.
         clip: Range of images: the estimate and the result are held inside.
 
     Source: arXiv:2503.01075; github.com/edshkim98/DynamicDPS (`REPO2025`, `REPO2026`); the default's search is

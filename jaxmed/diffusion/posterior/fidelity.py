@@ -32,8 +32,8 @@ class Fidelity:
     """The terms of L.
 
     Attributes:
-        edge_weight: Of the difference of Sobel magnitudes.
-        similarity_weight: Of the structural dissimilarity of patches.
+        edge_weight: Weight of the difference of Sobel magnitudes.
+        similarity_weight: Weight of the structural dissimilarity of patches.
         halves: Which images of [0, 2] become [0, 1] before they are compared. all: both, for edges and similarity.
             release: for edges each whose largest value exceeds 1; for similarity none, in whose constants the range is
             still taken for 1.

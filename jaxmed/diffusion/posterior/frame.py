@@ -87,7 +87,7 @@ def walk(
             number of steps left, which names the random numbers.
         state: The first.
         columns: One entry per step, computed in double precision.
-        dtype: Of the images; the table has it too, or float32 where that is finer.
+        dtype: Type of the images; the table has it too, or float32 where that is finer.
         step_sizes: For the record.
         cost: Evaluations of the network in a step.
     """
@@ -115,8 +115,8 @@ class Chain(NamedTuple):
 
     Attributes:
         time: t.
-        alpha: Of the schedule, there.
-        sigma: Of the schedule, there.
+        alpha: The schedule's, there.
+        sigma: The schedule's, there.
         keep: Factor of the noisy image.
         pull: Factor of the expected image.
         noise: Standard deviation of fresh noise.
@@ -134,9 +134,9 @@ def make_chain(schedule: Schedule, sampler: Ancestral | Ddim, dtype: jnp.dtype) 
     """Tabulate a sampler's steps, computed in double precision.
 
     Args:
-        schedule: Of the prior.
+        schedule: The prior's schedule.
         sampler: Which times to visit and how much noise to add.
-        dtype: Of the images; times are float32 at least.
+        dtype: Type of the images; times are float32 at least.
     """
     steps = plan(schedule, sampler)
     assert isinstance(steps, LinearSteps)

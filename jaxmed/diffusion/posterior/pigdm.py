@@ -22,7 +22,7 @@ class Pigdm:
     """Settings of PiGDM.
 
     Attributes:
-        noise_std: Of the measurement's white noise, in its units; 0 for none.
+        noise_std: Deviation of the measurement's white noise, in its units; 0 for none.
         data_std: Standard deviation of the images; with 1 the covariance is the paper's s^2 / (1 + s^2), where s is
             sigma / alpha, and exact for white images. Of images that are not white the largest along any direction:
             guidance along a direction whose covariance is underrated overshoots.

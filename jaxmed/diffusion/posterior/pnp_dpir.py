@@ -23,7 +23,7 @@ class PnpDpir:
     """Settings of PnP-DPIR.
 
     Attributes:
-        noise_std: Of the measurement's white noise, in its units; the last level too.
+        noise_std: Deviation of the measurement's white noise, in its units; the last level too.
         strength: lambda: how much the denoised image weighs; its weight is lambda noise_std^2 / level^2. With 1 a
             Gaussian prior counts as it is, with lambda its logarithm lambda times.
         first_level: sigma / alpha of the first round, in units of the image: 49 of 255 grey values, on [0, 2].

@@ -27,7 +27,7 @@ class Reddiff:
     Attributes:
         strength: lambda of the regulariser's weight, lambda sigma / alpha; the variance of the measurement's noise is
             in it, since the data term is |y - A(image)|^2 / 2.
-        rate: Of Adam, in units of the image; its moments decay by 0.9 and 0.99.
+        rate: Adam's, in units of the image; its moments decay by 0.9 and 0.99.
         num_steps: Steps, each one evaluation of the network.
         first_level: sigma / alpha of the first step. The weight grows with it, and so do Adam's moments, which a short
             run does not forget.

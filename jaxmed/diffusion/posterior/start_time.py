@@ -121,7 +121,7 @@ def calibrate(
 
     Args:
         residuals: |y - A(initial)| of estimates of the kind that the bank was made for.
-        means: Of the bank's bins.
+        means: Means of the bank's bins.
         share: Fraction of them that must start in the first bin.
         tau: The power where the scale is chosen.
     """

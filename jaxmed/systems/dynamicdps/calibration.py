@@ -81,11 +81,11 @@ def record_bank(
 
     Args:
         prior: Denoiser of given parameters.
-        params: Of the prior.
+        params: The prior's parameters.
         key: Consumed.
         measurement: y of each run.
-        operator: Of one image.
-        config: Of DPS.
+        operator: From one image to its measurement.
+        config: How DPS is run.
         batch_size: Runs at a time.
         parts: That folder.
         progress: Told how many runs are done.
@@ -120,10 +120,10 @@ def make_start(
     """Turn a bank and the residuals of familiar estimates into a rule.
 
     Args:
-        bank: Of `record_bank`.
+        bank: What `record_bank` returns.
         residuals: |y - A(initial)| of estimates of which a share is to start in the first bin. Without any the authors'
             power is taken in units of the first bin's mean.
-        num_bins: Of the bank.
+        num_bins: Bins into which the bank is cut.
         share: That share.
 
     Raises:

@@ -132,7 +132,7 @@ def make_program(
 
     Args:
         prior: Denoiser of given parameters.
-        operator: Of one image.
+        operator: From one image to its measurement.
         config: Method and its settings.
         batch_size: Samples at a time.
         solver: (key, denoiser, measurement, initial, indices) -> (image, Info), instead of the config's method.
@@ -171,8 +171,8 @@ def draw_samples(
     Sample k of image i has the random numbers of i num_samples + k, whatever the batch.
 
     Args:
-        program: Of `make_program`.
-        params: Of the prior.
+        program: What `make_program` returns.
+        params: The prior's parameters.
         key: Consumed.
         measurement: y of each image.
         initial: Estimate of each.

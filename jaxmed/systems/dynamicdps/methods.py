@@ -140,7 +140,8 @@ class Arm(NamedTuple):
 
     Attributes:
         description: In words.
-        evaluations: Of the network, as its authors have it; a chain that is shorter limits it. 0: its own business.
+        evaluations: Evaluations of the network that its authors take; a chain that is shorter limits them. 0 where the
+            method chooses.
         starts_from_estimate: Whether it looks at the conditional model's image.
     """
 

@@ -68,7 +68,7 @@ class Subject(NamedTuple):
     """A subject's images.
 
     Attributes:
-        name: Of the subject.
+        name: Who it is.
         images: Truth in [0, 2].
         brain: Voxels in which tissue is measured and lesions are looked for.
         lesions: True lesions.
@@ -89,7 +89,7 @@ class Scorer(NamedTuple):
             the truth, after the contrast.
         perceptual: (truth, image) -> hallucination score of each.
         volumes: (stack, mask) -> volume of each of TISSUES, in voxels.
-        config: Of lesions.
+        config: What counts as a lesion.
     """
 
     residual: Measure
@@ -104,8 +104,8 @@ def make_scorer(size: tuple[int, ...], acquisition: LowField, config: ScoreConfi
 
     Args:
         size: Axes of space of an image.
-        acquisition: Of the condition.
-        config: Of hallucination.
+        acquisition: The condition's.
+        config: What counts as hallucination.
     """
     operator = make_operator(size, acquisition)
     # The pseudo-inverse's cutoff says what counts as seen: contrast of a hundredth is none.
@@ -153,7 +153,7 @@ def score_subject(
         subject: Truth.
         measurement: (image, *space, 1).
         estimate: Like the truth.
-        evaluations: Of the network, per image.
+        evaluations: Evaluations of the network, per image.
     """
     truth = subject.images
     contradicted, unseen = scorer.split(truth, estimate)
@@ -243,7 +243,7 @@ class Difference:
         difference: Mean of method minus conditional.
         low: Lower end of its 95 % bootstrap interval over subjects; None where there is none.
         high: Upper end.
-        p_value: Of Wilcoxon's signed ranks, two-sided; None for fewer than two pairs.
+        p_value: p of Wilcoxon's signed ranks, two-sided; None for fewer than two pairs.
         p_corrected: After Holm, over the methods of this condition, conditional model and measure.
         pairs: Subjects that both have.
     """
