@@ -8,9 +8,12 @@ import os
 import re
 import shutil
 import stat
+import struct
 import time
 import unicodedata
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,12 @@ WRITE_ADVICE = {
 }
 
 
+# What decoders raise on damaged files: many have no error of their own.
+DAMAGED = (
+    *(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError),
+    *(RuntimeError, SyntaxError, struct.error, zlib.error, zipfile.BadZipFile),
+    UserWarning,  # what Pillow says before it fails, where warnings are errors
+)
 LONGEST_NAME = 120
 """Bytes of a name of results: endings and suffixes follow, and file systems end at 255."""
 # Opening these may wait for ever.

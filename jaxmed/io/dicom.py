@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float32, Float64, Shaped
 
 from jaxmed.errors import InputError
 from jaxmed.io.dicom_files import (
@@ -115,21 +115,11 @@ def read_with_notes(
         InputError: As there.
     """
     path, warned = Path(path), []
-    images, notes = open_series(path, series, files, warned)
-    with collect_warnings(warned):
-        frames = [frame for image in images for frame in read_frames(image)]
+    frames, notes = open_frames(path, series, files, warned)
     frames, copies = drop_copies(path, frames, warned)
     order, affine, further = arrange(path, frames, allow_shear)
-    array = np.empty((frames[0].shape[1], frames[0].shape[0], len(frames)), np.float32)
-    places: dict[Path, list[int]] = {}
-    for z, item in enumerate(order):
-        places.setdefault(frames[item].path, []).append(z)
-    for file, slices in places.items():
-        stored = decode(file, warned)
-        for z in slices:
-            frame = frames[order[z]]
-            array[..., z] = rescale(stored[frame.number], frame).T
-    array = require_intensities(array, path, fill=fill)
+    images = fill_images([frames[index] for index in order], warned)
+    array = require_intensities(images.reshape(images.shape[:3]), path, fill=fill)
     return Read(Volume.make(array, affine), (*notes, *copies, *further, *warning_notes(warned)))
 
 
@@ -145,10 +135,7 @@ def read_grid(path: str | Path, *, series: str | None = None, files: Sequence[Pa
         InputError: See `read_series`.
     """
     path, warned = Path(path), []
-    images, _ = open_series(path, series, files, warned)
-    with collect_warnings(warned):
-        frames = [frame for image in images for frame in read_frames(image)]
-    frames, _ = drop_copies(path, frames, warned)
+    frames, _ = drop_copies(path, open_frames(path, series, files, warned)[0], warned)
     _, affine, _ = arrange(path, frames, False)
     rows, columns = frames[0].shape
     return Grid((columns, rows, len(frames)), affine)
@@ -186,11 +173,8 @@ def read_stack(path: str | Path, *, series: str | None = None) -> Stack:
     Raises:
         InputError: See `read_series`.
     """
-    path, warned = Path(path), []
-    images, _ = open_series(path, series, (), warned)
-    with collect_warnings(warned):
-        places = group_places([frame for image in images for frame in read_frames(image)])
-    frames = [group[0] for group in places]
+    path = Path(path)
+    frames = [group[0] for group in group_places(open_frames(path, series, (), [])[0])]
     order, affine, _ = arrange(path, frames, allow_shear=False)
     first = frames[order[0]]
     return Stack(
@@ -225,6 +209,38 @@ def open_series(
             advice = "name the folder that holds the .dcm files"
             raise InputError(path, "a DICOM image series", "no DICOM image", advice)
         return choose_series(path, images, series)
+
+
+def open_frames(
+    path: Path, series: str | None, files: Sequence[Path], warned: list[str]
+) -> tuple[list[Frame], list[str]]:
+    """Return every frame of one series, and notes; arguments and errors as of `open_series`."""
+    images, notes = open_series(path, series, files, warned)
+    with collect_warnings(warned):
+        return [frame for image in images for frame in read_frames(image)], notes
+
+
+def fill_images(
+    frames: Sequence[Frame], warned: list[str], count: int = 1
+) -> Float32[np.ndarray, "column row slice image"]:
+    """Read the pixels of frames that are sorted by image, then by slice; each file is decoded once.
+
+    Args:
+        frames: As many of each image.
+        warned: Gets pydicom's warnings.
+        count: Images.
+    """
+    (rows, columns), depth = frames[0].shape, len(frames) // count
+    array = np.empty((columns, rows, depth, count), np.float32)
+    places: dict[Path, list[int]] = {}
+    for place, frame in enumerate(frames):
+        places.setdefault(frame.path, []).append(place)
+    for file, members in places.items():
+        stored = decode(file, warned)
+        for place in members:
+            frame = frames[place]
+            array[:, :, place % depth, place // depth] = rescale(stored[frame.number], frame).T
+    return array
 
 
 def read_frames(image: Image) -> list[Frame]:

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.io.dicom import CONVERT, Frame, arrange, group_of, open_series, read_frames, rescale
+from jaxmed.io.dicom import CONVERT, Frame, arrange, fill_images, group_of, open_series, read_frames
 from jaxmed.io.dicom_files import Image, collect_warnings, read_numbers, warning_notes
-from jaxmed.io.dicom_pixels import decode
 from jaxmed.io.gradients import MAX_NORM_ERROR, GradientTable, check_gradients, from_world
 from jaxmed.volume import Volume, require_intensities
 
@@ -54,8 +53,7 @@ def read_diffusion(
     with collect_warnings(warned):
         weighted = [item for image in members for item in _weighted_frames(image, b0_threshold)]
     images = _group_images(path, weighted)
-    places: dict[Path, list[tuple[int, int, Frame]]] = {}
-    affine = np.eye(4)
+    frames, affine = [], np.eye(4)
     for number, image in enumerate(images):
         order, found, further = arrange(path, [item.frame for item in image], False)
         if number == 0:
@@ -63,15 +61,8 @@ def read_diffusion(
             notes += further
         elif len(image) != len(images[0]) or not np.allclose(found, affine, atol=1e-3):
             raise InputError(path, f"image {number + 1} on the grid of the first", "another grid", CONVERT)
-        for z, item in enumerate(order):
-            places.setdefault(image[item].frame.path, []).append((z, number, image[item].frame))
-    rows, columns = images[0][0].frame.shape
-    array = np.empty((columns, rows, len(images[0]), len(images)), np.float32)
-    for file, slices in places.items():
-        stored = decode(file, warned)
-        for z, number, frame in slices:
-            array[..., z, number] = rescale(stored[frame.number], frame).T
-    array = require_intensities(array, path)
+        frames += [image[index].frame for index in order]
+    array = require_intensities(fill_images(frames, warned, len(images)), path)
     table = _make_table(path, images, affine, b0_threshold)
     return Volume.make(array, affine), table._replace(notes=(*table.notes, *notes, *warning_notes(warned)))
 

@@ -14,7 +14,6 @@ import contextlib
 import importlib
 import logging
 import re
-import struct
 import threading
 import warnings
 from collections import Counter
@@ -25,25 +24,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxmed.errors import InputError
-from jaxmed.files import require_file, walk_files
+from jaxmed.files import DAMAGED, require_file, walk_files
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
     from pydicom.uid import UID
 
 # What pydicom raises on damaged or undecodable data: it has no error of its own.
-READ_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-)
 SUFFIXES = (".dcm", ".ima", ".dicom")
 INDEX = "DICOMDIR"
 TEXT_VRS = ("AS", "CS", "DA", "DS", "DT", "IS", "LO", "PN", "SH", "TM", "UI")
@@ -154,7 +141,7 @@ def read_file(path: Path, *, pixels: bool = False, tags: Sequence[str] | None = 
 
     try:
         data = dcmread(path, stop_before_pixels=not pixels, force=True, specific_tags=None if tags is None else [*tags])
-    except READ_ERRORS as error:
+    except DAMAGED as error:
         raise InputError(path, "a whole DICOM file", f"a damaged one ({error})", "copy it again") from error
     if not data.file_meta.get("TransferSyntaxUID"):
         is_implicit, is_little = data.original_encoding
@@ -341,7 +328,7 @@ def read_numbers(file: Path, source: "Dataset", name: str, count: int) -> tuple[
         value = source[name].value
         parts = [value] if isinstance(value, str | bytes | int | float) else [*value]
         values = tuple(float(part) for part in parts)
-    except READ_ERRORS:
+    except DAMAGED:
         values = ()
     if len(values) != count or not np.isfinite(values).all():
         advice = "write decimals with a point" if "," in text else "export the series again"
@@ -362,7 +349,7 @@ def text_of(source: "Dataset", name: str) -> str:
             value = value.decode("latin-1")
         elif isinstance(value, bytes):
             value = source[name].value
-    except READ_ERRORS:
+    except DAMAGED:
         return "something unreadable"
     if value is None:
         return ""

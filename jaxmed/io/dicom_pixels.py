@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxmed.errors import InputError
-from jaxmed.io.dicom_files import READ_ERRORS, collect_warnings, count_frames, read_file, read_numbers
+from jaxmed.files import DAMAGED
+from jaxmed.io.dicom_files import collect_warnings, count_frames, read_file, read_numbers
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -48,7 +49,7 @@ def decode(file: Path, warned: list[str]) -> Shaped[np.ndarray, "frame row colum
                 pixels = apply_modality_lut(pixels, data)
         except InputError:
             raise
-        except READ_ERRORS as error:
+        except DAMAGED as error:
             found = f"a damaged one ({error})"
             raise InputError(file, "a whole DICOM file", found, "copy it again") from error
     return pixels.reshape(expected)

@@ -5,10 +5,8 @@ for colour, red, green, blue. 8-bit and 16-bit integers are scaled to [0, 1] by 
 to 0 and 1, in every format; other integers and floating point values are kept as they are.
 """
 
-import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,29 +15,12 @@ from jaxtyping import Float32, Shaped
 from PIL import Image, ImageOps
 
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, require_file, require_room
+from jaxmed.files import DAMAGED, atomic_path, require_file, require_room
 from jaxmed.io.numpy_files import array_names, read_array, read_member
 from jaxmed.volume import require_intensities
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 ARRAY_SUFFIXES = (".npy", ".npz")
-# What Pillow's decoders raise on damaged files: it has no error of its own.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    KeyError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    MemoryError,
-    OverflowError,
-    NotImplementedError,
-    UserWarning,  # what Pillow says before it fails, where warnings are errors
-    struct.error,
-    zlib.error,
-)
 
 
 def read_image(
@@ -183,7 +164,7 @@ def _read_picture(
     except _SeveralColours as error:
         advice = "give a grey picture, or one of black and one colour"
         raise InputError(path, "a mask of two values", error, advice) from error
-    except DECODE_ERRORS as error:
+    except DAMAGED as error:
         raise InputError(path, "a whole image", f"a damaged one ({error})", "copy again") from error
     shapes = {page.shape for page in pages}
     if len(shapes) > 1:
@@ -263,7 +244,7 @@ def _read_array(path: Path, key: str | None) -> Shaped[np.ndarray, "..."]:
             found = f"the arrays {', '.join(names) or '(none)'}"
             raise InputError(path, f"array '{key}'" if key else "one array", found, "name one")
         return read_member(path, key)
-    except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         if isinstance(error, InputError):
             raise
         advice = "save plain numbers, without pickled objects" if "pickle" in str(error) else ""

@@ -20,22 +20,10 @@ import numpy as np
 from jaxtyping import Shaped
 
 STORAGES = {
-    "DoubleStorage": "f8",
-    "FloatStorage": "f4",
-    "HalfStorage": "f2",
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": "i8",
-    "IntStorage": "i4",
-    "ShortStorage": "i2",
-    "CharStorage": "i1",
-    "ByteStorage": "u1",
-    "BoolStorage": "?",
-    "ComplexFloatStorage": "c8",
-    "ComplexDoubleStorage": "c16",
-    "UntypedStorage": "u1",
-    "QInt8Storage": "i1",
-    "QUInt8Storage": "u1",
-    "QInt32Storage": "i4",
+    **{"DoubleStorage": "f8", "FloatStorage": "f4", "HalfStorage": "f2", "BFloat16Storage": ml_dtypes.bfloat16},
+    **{"LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1"},
+    **{"BoolStorage": "?", "ComplexFloatStorage": "c8", "ComplexDoubleStorage": "c16", "UntypedStorage": "u1"},
+    **{"QInt8Storage": "i1", "QUInt8Storage": "u1", "QInt32Storage": "i4"},
 }
 DTYPES = {
     **{"float64": "f8", "double": "f8", "float32": "f4", "float": "f4", "float16": "f2"},
@@ -46,25 +34,13 @@ DTYPES = {
 }
 # Of Python's own library: modules that hold nothing but kinds of data, and single names of others.
 DATA_MODULES = frozenset(
-    (
-        "collections",
-        "argparse",
-        "datetime",
-        "decimal",
-        "fractions",
-        "uuid",
-        "enum",
-        "typing",
-        "pathlib",
-        "pathlib._local",
-    )
+    ("collections", "argparse", "datetime", "decimal", "fractions", "uuid", "enum", "typing", "pathlib")
+    + ("pathlib._local",)
 )
 DATA_NAMES = frozenset(
     ("types SimpleNamespace", "functools partial", "random Random", "re _compile", "copyreg __newobj__")
-    + tuple(
-        f"builtins {name}"
-        for name in ("bool", "xrange", "unicode", "long", "range", "slice", "str", "type", "Ellipsis", "NoneType")
-    )
+    + ("builtins bool", "builtins xrange", "builtins unicode", "builtins long", "builtins range", "builtins slice")
+    + ("builtins str", "builtins type", "builtins Ellipsis", "builtins NoneType")
 )
 MOST_AXES = 64
 LONGEST_TEXT = 4096  # of paths and devices, whose parts could double at every step

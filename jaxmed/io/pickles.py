@@ -8,17 +8,16 @@ Source: torch/serialization.py of PyTorch (the layouts).
 """
 
 import io
+import mmap
 import re
-import struct
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from jaxmed.errors import InputError
-from jaxmed.files import require_file
+from jaxmed.files import DAMAGED, require_file
 from jaxmed.io.pickle_names import STORAGE_NAMES, Global, Refused, Storage, Tensor, Unread, typed
 from jaxmed.io.pickle_opcodes import MOST_STEPS, Budget, Interpreter, Plain, TooMuch, UnknownOpcode
 
@@ -27,22 +26,6 @@ LARGEST_PICKLE = 1 << 28  # bytes; tensors are not in it
 LARGEST_DIRECTORY = 1 << 23  # bytes of a zip file's table of contents: 100,000 tensors
 LARGEST_EXPANSION = 1 << 28  # bytes of compressed members in all; torch.save compresses nothing
 LARGEST_TENSORS = 1 << 32  # bytes of the chosen ones; beyond, safetensors is read in place
-CORRUPT = (
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-    EOFError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-    MemoryError,
-    RuntimeError,
-    OSError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def read_checkpoint(path: str | Path, choose: Callable[[Any], Any] | None = None) -> Any:
@@ -87,7 +70,7 @@ def read_checkpoint(path: str | Path, choose: Callable[[Any], Any] | None = None
         raise InputError(path, error, "more", advice) from error
     except UnknownOpcode as error:
         raise InputError(path, "the opcodes of a checkpoint", f"the opcode {error}") from error
-    except CORRUPT as error:
+    except DAMAGED as error:
         found = f"a damaged or other file ({type(error).__name__}: {str(error)[:200]})"
         raise InputError(path, "a PyTorch checkpoint", found, "copy it again") from error
 
@@ -174,31 +157,11 @@ def _read_zip(path: Path, file: _Short) -> Any:
     return Interpreter(persistent, Budget(MOST_STEPS)).run(io.BytesIO(read(pickles[0], LARGEST_PICKLE)))
 
 
-class _Bounded:
-    """The pickles at the start of a file, not more of it than LARGEST_PICKLE."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.left = file, LARGEST_PICKLE
-
-    def read(self, size: int, /) -> bytes:
-        return self._count(self.file.read(min(size, self.left + 1)))
-
-    def readline(self) -> bytes:
-        return self._count(self.file.readline(self.left + 1))
-
-    def _count(self, data: bytes) -> bytes:
-        self.left -= len(data)
-        if self.left < 0:
-            raise TooMuch(f"at most {LARGEST_PICKLE:,} bytes of pickles")
-        return data
-
-
 def _read_legacy(path: Path, file: BinaryIO) -> Any:
     if file.read(1) != b"\x80":
         found = "something that is not a checkpoint"
         raise InputError(path, "a PyTorch checkpoint", found, "check the path")
-    file.seek(0)
-    stream, budget = _Bounded(file), Budget(MOST_STEPS)
+    budget, size = Budget(MOST_STEPS), path.stat().st_size
     storages: dict[str, Storage] = {}
     views: dict[str, Storage] = {}
     order: Literal["<", ">"] = "<"
@@ -219,14 +182,20 @@ def _read_legacy(path: Path, file: BinaryIO) -> Any:
     def plain(_: Any) -> Any:
         raise ValueError("a reference before the data")
 
-    if not _is_number(Interpreter(plain, budget).run(stream), LEGACY_MAGIC):
-        raise InputError(path, "a PyTorch checkpoint", "a pickle of another kind", "save it with torch.save")
-    Interpreter(plain, budget).run(stream)  # the protocol version, 1001 ever since
-    system = typed(Interpreter(plain, budget).run(stream), dict)
-    order = "<" if system.get("little_endian", sys.byteorder == "little") is not False else ">"
-    content = Interpreter(persistent, budget).run(stream)
-    keys = typed(Interpreter(plain, budget).run(stream), list)
-    end = path.stat().st_size
+    with mmap.mmap(file.fileno(), min(size, LARGEST_PICKLE), access=mmap.ACCESS_READ) as stream:
+        try:
+            if not _is_number(Interpreter(plain, budget).run(stream), LEGACY_MAGIC):
+                raise InputError(path, "a PyTorch checkpoint", "a pickle of another kind", "save it with torch.save")
+            Interpreter(plain, budget).run(stream)  # the protocol version, 1001 ever since
+            system = typed(Interpreter(plain, budget).run(stream), dict)
+            order = "<" if system.get("little_endian", sys.byteorder == "little") is not False else ">"
+            content = Interpreter(persistent, budget).run(stream)
+            keys = typed(Interpreter(plain, budget).run(stream), list)
+        except (ValueError, EOFError) as error:
+            if stream.tell() == LARGEST_PICKLE < size:
+                raise TooMuch(f"at most {LARGEST_PICKLE:,} bytes of pickles") from error
+            raise
+        file.seek(stream.tell())
     for key in keys:
         # Written in the order of the machine, the count always little endian.
         count = int.from_bytes(file.read(8), "little")
@@ -234,7 +203,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> Any:
         if count != storage.count:
             raise ValueError(f"{count} elements for {storage.count}")
         start = file.tell()
-        if start + storage.nbytes > end:
+        if start + storage.nbytes > size:
             raise EOFError("the file ends before its last tensor")
         storage.load = lambda start=start, size=storage.nbytes: _read_at(file, start, size)
         file.seek(start + storage.nbytes)

@@ -8,7 +8,7 @@ from jaxtyping import Float64
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from jaxmed.report.drawing import FULL_WIDTH, both_themes, short_label
+from jaxmed.report.drawing import both_themes, line_axes, short_label, write_legend
 from jaxmed.report.page import Figure, format_value
 from jaxmed.report.themes import Theme
 
@@ -45,8 +45,7 @@ def banded_curves(
     ticks = np.unique(np.concatenate([band.x for band in bands.values()]))
 
     def draw(theme: Theme) -> Canvas:
-        canvas = Canvas(figsize=(FULL_WIDTH, 3.4), layout="constrained")
-        ax = canvas.add_subplot()
+        canvas, ax = line_axes(theme, xlabel, ylabel)
         for number, (name, band) in enumerate(bands.items()):
             color = theme.cycle[number % len(theme.cycle)]
             ax.fill_between(band.x, band.low, band.high, color=color, alpha=0.18, linewidth=0)
@@ -57,10 +56,7 @@ def banded_curves(
         if len(ticks) <= 10:
             ax.set_xticks(ticks)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value, 3)))
-        ax.set_xlabel(short_label(xlabel))
-        ax.set_title(short_label(ylabel), loc="left", color=theme.muted, size=9, pad=10)
-        if len(bands) > 1:
-            ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=min(len(bands), 4), borderaxespad=0.3)
+        write_legend(ax, len(bands))
         return canvas
 
     last = ", ".join(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
@@ -106,6 +107,21 @@ def _settings(theme: Theme) -> dict[Any, Any]:
         "svg.fonttype": "path",
         "svg.hashsalt": "jaxmed",
     }
+
+
+def line_axes(theme: Theme, xlabel: str, ylabel: str, height: float = 3.4) -> tuple[Canvas, Axes]:
+    """Return a figure of full width and its axes; what is measured along y stands above them."""
+    canvas = Canvas(figsize=(FULL_WIDTH, height), layout="constrained")
+    ax = canvas.add_subplot()
+    ax.set_xlabel(short_label(xlabel))
+    ax.set_title(short_label(ylabel), loc="left", color=theme.muted, size=9, pad=10)
+    return canvas, ax
+
+
+def write_legend(ax: Axes, number: int) -> None:
+    """Write the names of lines above the axes, where there are several."""
+    if number > 1:
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=min(number, 4), borderaxespad=0.3)
 
 
 def short_label(text: str, longest: int = 60) -> str:

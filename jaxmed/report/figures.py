@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from jaxmed.report.drawing import FULL_WIDTH, both_themes, short_label
+from jaxmed.report.drawing import FULL_WIDTH, both_themes, line_axes, short_label, write_legend
 from jaxmed.report.mapgrid import (
     MapGrid,
     draw_color_bar,
@@ -111,7 +111,7 @@ def slice_maps(
         alt: Description of the picture; empty for one made from the names.
     """
     mask = _shown_mask(maps, mask)
-    axis = choose_axis(_shape(mask))
+    axis = choose_axis(mask.shape)
     indices = choose_slices(mask, axis, num_slices)
     box = crop_box(mask, axis)
     styles = {name: (styles or {}).get(name, MapStyle()) for name in maps}
@@ -165,7 +165,7 @@ def map_comparison(
     """
     _check_names(truth, estimate)
     mask = _shown_mask(truth, mask)
-    axis = choose_axis(_shape(mask))
+    axis = choose_axis(mask.shape)
     index = choose_slices(mask, axis, 1)[0] if index is None else index
     box = crop_box(mask, axis)
     styles = {name: (styles or {}).get(name, MapStyle()) for name in truth}
@@ -287,21 +287,15 @@ def agreement(
                 shown = np.log10(np.where(counts > 0, counts, np.nan))
                 # Rare is close to the background, in both themes.
                 colormap = "viridis_r" if theme is LIGHT else "viridis"
-                ax.imshow(
-                    shown.T,
-                    colormap,
-                    origin="lower",
-                    extent=(low, high, low, high),
-                    interpolation="nearest",
-                )
+                span = (low, high, low, high)
+                ax.imshow(shown.T, colormap, origin="lower", extent=span, interpolation="nearest")
             else:
                 ax.plot(x, y, "o", markersize=3.5, alpha=0.6, markeredgewidth=0, color=theme.cycle[0])
             ax.plot([low, high], [low, high], color=theme.text, linewidth=0.9, linestyle=(0, (4, 3)))
             ax.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-            ax.set_xlabel("truth")
-            ax.set_ylabel("estimate")
-            ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-            ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+            ax.set(xlabel="truth", ylabel="estimate")
+            for side in (ax.xaxis, ax.yaxis):
+                side.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             ax.grid(False)
             _title(ax, name, (units or {}).get(name, ""), theme)
             patch = {"facecolor": theme.background, "edgecolor": "none", "alpha": 0.75, "pad": 2}
@@ -335,8 +329,7 @@ def curves(
     lines = {name: _thinned(x, y, log) for name, (x, y) in series.items()}
 
     def draw(theme: Theme) -> Canvas:
-        canvas = Canvas(figsize=(FULL_WIDTH, 3.4), layout="constrained")
-        ax = canvas.add_subplot()
+        canvas, ax = line_axes(theme, xlabel, ylabel)
         has_points = False
         for number, (name, (x, y)) in enumerate(lines.items()):
             # A single point has no line; a style per round of colours keeps many series apart.
@@ -350,12 +343,8 @@ def curves(
             ax.yaxis.set_major_formatter(FuncFormatter(_power_label))
             ax.yaxis.set_minor_locator(NullLocator())
             _span_a_decade(ax)
-        ax.set_xlabel(short_label(xlabel))
         ax.margins(x=0.01)
-        ax.set_title(short_label(ylabel), loc="left", color=theme.muted, size=9, pad=10)
-        if len(lines) > 1:
-            columns = min(len(lines), 4)
-            ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, borderaxespad=0.3)
+        write_legend(ax, len(lines))
         if not has_points:
             _write_empty(ax, theme)
         return canvas
@@ -410,11 +399,6 @@ def bars(rows: Sequence[Bar], *, xlabel: str, caption: str, alt: str = "") -> Fi
 
     said = "; ".join(f"{f'{row.group}, ' if row.group else ''}{row.label}: {_bar_text(row)}" for row in rows)
     return both_themes(draw, "svg", caption, alt or f"{xlabel}. {said}.")
-
-
-def _shape(mask: Bool[np.ndarray, "x y z"]) -> tuple[int, int, int]:
-    x, y, z = mask.shape
-    return x, y, z
 
 
 def _shown_mask(

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float64
 from matplotlib.figure import Figure as Canvas
 
-from jaxmed.report.drawing import FULL_WIDTH, both_themes, short_label
+from jaxmed.report.drawing import both_themes, line_axes, short_label
 from jaxmed.report.page import Figure
 from jaxmed.report.themes import Theme
 
@@ -38,8 +38,7 @@ def scatter(
     size = 6.0 if number <= 300 else 3.0
 
     def draw(theme: Theme) -> Canvas:
-        canvas = Canvas(figsize=(FULL_WIDTH, 4.6), layout="constrained")
-        ax = canvas.add_subplot()
+        canvas, ax = line_axes(theme, xlabel, ylabel, 4.6)
         for place, (name, points) in enumerate(groups.items()):
             color = theme.cycle[place % len(theme.cycle)]
             marker = MARKERS[place // len(theme.cycle) % len(MARKERS)]
@@ -51,8 +50,6 @@ def scatter(
             for text, (x, y) in zip((names or {}).get(name, ()), points, strict=False):
                 style = {"textcoords": "offset points", "xytext": (5, 3), "color": theme.muted, "size": 7.5}
                 ax.annotate(short_label(text, 24), (x, y), **style)
-        ax.set_xlabel(short_label(xlabel))
-        ax.set_title(short_label(ylabel), loc="left", color=theme.muted, size=9, pad=10)
         ax.margins(0.06)
         ax.grid(True, axis="both")
         if len(groups) > 1:
