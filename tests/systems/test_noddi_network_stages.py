@@ -13,6 +13,8 @@ from jaxmed.cli import main
 from jaxmed.io import amico, nifti
 from jaxmed.io.dicom import read_series, read_stack
 from jaxmed.io.parametric_map import on_stack
+from jaxmed.recipes.stage import Page
+from jaxmed.systems.noddi.stages import predict as predict_stage
 from jaxmed.systems.noddi.stages import train as train_stage
 from jaxmed.volume import Volume
 
@@ -41,6 +43,13 @@ def places(tmp_path_factory):
     assert run("train", *tables, *TINY, "--out", folder / "net") == 0
     assert run("export", "--weights", folder / "net", "--rows", 3000, "--out", folder / "onnx") == 0
     return folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leave pages empty, for tests that look at files and notes alone."""
+    for stage in (train_stage, predict_stage):
+        monkeypatch.setattr(stage, "page", lambda run: Page("A run", "without figures", (), ()))
 
 
 def scan_words(folder):
@@ -103,6 +112,7 @@ def test_a_trained_network_is_a_complete_run(places):
     assert "Against the truth" in page and "Slope" in page
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_killed_training_continues_to_the_same_network(places, tmp_path, monkeypatch):
     monkeypatch.setattr(train_stage, "SECONDS_BETWEEN_SAVES", 0.0)
     scan = places / "sim" / "outputs"
@@ -149,6 +159,7 @@ def test_maps_lie_on_the_grid_of_the_scan_and_say_what_they_are(places, predicte
         assert sidecar["unit"] == "1" and sidecar["software"].startswith("jaxmed")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_voxels_of_nan_are_left_out_and_said(places, predicted, tmp_path):
     scan = shutil.copytree(places / "sim" / "outputs", tmp_path / "scan")
 
@@ -168,6 +179,7 @@ def test_voxels_of_nan_are_left_out_and_said(places, predicted, tmp_path):
     assert notes == ["1 voxels hold NaN or Inf; their maps are 0, and map 'mask' leaves them out."]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_background_of_nan_changes_no_voxel_inside(places, predicted, tmp_path):
     scan = shutil.copytree(places / "sim" / "outputs", tmp_path / "scan")
     mask = read_map(scan, "mask") > 0
@@ -184,6 +196,7 @@ def test_a_background_of_nan_changes_no_voxel_inside(places, predicted, tmp_path
         np.testing.assert_array_equal(read_map(tmp_path / name / "outputs", "fwf"), expected)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_images_in_another_order_give_the_same_maps_by_every_road(places, predicted, tmp_path):
     scan = shutil.copytree(places / "sim" / "outputs", tmp_path / "scan")
     order = np.random.default_rng(0).permutation(99)
@@ -215,6 +228,7 @@ def test_dicom_maps_agree_with_nifti_in_the_world(places, predicted):
             np.testing.assert_allclose(volume.array.transpose(2, 1, 0), expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_both_runtimes_and_the_script_give_the_same_maps(places, predicted):
     scan = places / "sim" / "outputs"
     network = places / "onnx" / "outputs" / "network.onnx"
@@ -412,6 +426,7 @@ def test_a_wrong_word_ends_in_one_line(places, mistake, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_networks_of_two_protocols_are_not_compared(places, tmp_path, capsys):
     scan = shutil.copytree(places / "sim" / "outputs", tmp_path / "scan")
     (scan / "dwi.bval").write_text((scan / "dwi.bval").read_text().replace("2855", "2000"))
@@ -452,6 +467,7 @@ def test_the_script_refuses_in_one_line(places, tmp_path):
 # Real protocols and data ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_hcp_protocol_is_trained_for(shared_data, tmp_path):
     folder = shared_data / "dwi_protocols"
     tables = ["--bvals", folder / "hcp_wuminn_bvals.txt", "--bvecs", folder / "hcp_wuminn_bvecs.txt"]
@@ -460,6 +476,7 @@ def test_the_hcp_protocol_is_trained_for(shared_data, tmp_path):
     assert len(record["config"]["table"]["bvals"]) == 288
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_network_estimates_a_real_scan(shared_data, tmp_path):
     folder = shared_data / "dwi_human_dsi101"
     tables = ["--bvals", folder / "dwi.bval", "--bvecs", folder / "dwi.bvec"]
@@ -471,6 +488,7 @@ def test_a_network_estimates_a_real_scan(shared_data, tmp_path):
     assert 0 < np.median(fwf) < 0.5
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_real_single_shell_is_refused_unless_allowed(shared_data, tmp_path, capsys):
     folder = shared_data / "dwi_human_64dir"
     tables = ["--bvals", folder / "dwi.bval", "--bvecs", folder / "dwi.bvec"]

@@ -13,8 +13,10 @@ from jaxmed.cli import main
 from jaxmed.io import nifti
 from jaxmed.io.gradients import read_gradients, to_world
 from jaxmed.physics.acquisition import two_shell_protocol
+from jaxmed.recipes.stage import Page
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
 from jaxmed.systems.noddi import fitting
+from jaxmed.systems.noddi.protocol import FitConfig
 from jaxmed.systems.noddi.stages import fit as stage
 from jaxmed.systems.noddi.voxel_fit import FLAGS
 from jaxmed.volume import Volume
@@ -33,6 +35,12 @@ def smoke(tmp_path_factory):
 
 def read_map(run, name):
     return nifti.read(run / "outputs" / f"{name}.nii.gz").array
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leave the page empty, for tests that look at maps and notes alone: figures take longer than small fits."""
+    monkeypatch.setattr(stage, "page", lambda run: Page("A fit", "without figures", (), ()))
 
 
 def test_smoke_run_beats_the_mean_of_the_truth(smoke):
@@ -85,7 +93,7 @@ def test_the_report_can_be_written_again(smoke, tmp_path):
     assert (copy / "report.html").exists()
 
 
-def test_a_killed_run_continues_to_the_same_maps(smoke, tmp_path, monkeypatch):
+def test_a_killed_run_continues_to_the_same_maps(tmp_path, monkeypatch, no_figures):
     out = tmp_path / "killed"
     monkeypatch.setattr(stage, "SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(fitting, "BLOCK_CHUNKS", 1)
@@ -103,8 +111,12 @@ def test_a_killed_run_continues_to_the_same_maps(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "_save", save)
     assert main([*arguments, "--out", str(out)]) == 0
     assert "Continuing after 512 voxels" in (out / "log.txt").read_text()
-    assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    np.testing.assert_array_equal(read_map(out, "ndi"), read_map(tmp_path / "whole", "ndi"))
+    inputs = out / "inputs"
+    files = {"dwi": inputs / "dwi.nii.gz", "bvals": inputs / "dwi.bval", "bvecs": inputs / "dwi.bvec"}
+    config = stage.Config(**files, mask=inputs / "mask.nii.gz", fit=FitConfig(chunk_size=256))
+    scan = stage.read_scan(config)
+    whole = fitting.estimate(scan.dwi.array, scan.gradients, scan.mask, sigma=scan.sigma, config=config.fit)
+    np.testing.assert_array_equal(read_map(out, "ndi"), whole.values[..., 0])
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
@@ -307,6 +319,15 @@ def fit_scan(scan, out, *options):
     return json.loads((out / "outputs" / "summary.json").read_text())["notes"]
 
 
+@pytest.fixture(scope="module")
+def plain(good, tmp_path_factory):
+    """The fit of the good scan, by a preset that would simulate a larger one."""
+    out = tmp_path_factory.mktemp("runs") / "plain"
+    fit_scan(good, out, "--preset", "laptop")
+    return out
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_voxels_of_nan_are_flagged_and_never_reach_a_map(scan, tmp_path):
     rewrite(scan / "dwi.nii.gz", poke(np.nan))
     rewrite(scan / "mask.nii.gz", poke(1))
@@ -323,12 +344,12 @@ def test_voxels_of_nan_are_flagged_and_never_reach_a_map(scan, tmp_path):
     np.testing.assert_allclose(read_map(tmp_path / "run", "ndi_modulated"), ndi * (1 - fwf), atol=1e-6)
 
 
-def test_a_preset_is_a_size_and_files_replace_its_synthetic_data(scan, tmp_path):
-    fit_scan(scan, tmp_path / "run", "--preset", "laptop")
-    assert not (tmp_path / "run" / "inputs").exists()
-    assert read_map(tmp_path / "run", "ndi").shape == (8, 9, 2)
+def test_a_preset_is_a_size_and_files_replace_its_synthetic_data(plain):
+    assert not (plain / "inputs").exists()
+    assert read_map(plain, "ndi").shape == (8, 9, 2)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_oil_is_noted_and_flagged(scan, tmp_path):
     """What hardly diffuses ends at ndi = 1, whatever it is."""
     rng, bvals = np.random.default_rng(0), np.loadtxt(scan / "dwi.bval")
@@ -340,6 +361,7 @@ def test_an_oil_is_noted_and_flagged(scan, tmp_path):
     assert (flags[mask] & FLAGS["misfit"] > 0).all()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_voxel_beyond_any_intensity_is_left_out(scan, tmp_path):
     def change(array):
         array[4, 4, 0, 50] = 1e25
@@ -352,17 +374,18 @@ def test_a_voxel_beyond_any_intensity_is_left_out(scan, tmp_path):
     assert flags[4, 4, 0] == FLAGS["not_finite"] and read_map(tmp_path / "run", "ndi")[4, 4, 0] == 0
 
 
-def test_lengths_that_tell_b_are_used_and_said(scan, tmp_path):
+@pytest.mark.usefixtures("no_figures")
+def test_lengths_that_tell_b_are_used_and_said(scan, plain, tmp_path):
     """One nominal b-value of 2855, and directions shorter by the root of b over it."""
-    fit_scan(scan, tmp_path / "plain")
     bvals = np.loadtxt(scan / "dwi.bval")
     np.savetxt(scan / "dwi.bvec", np.loadtxt(scan / "dwi.bvec") * np.sqrt(bvals / 2855))
     (scan / "dwi.bval").write_text(" ".join("2855" if bval else "0" for bval in bvals))
     notes = fit_scan(scan, tmp_path / "run")
     assert any("they tell b, which was scaled by their squares (b = 711 to 2855 s/mm^2)" in note for note in notes)
-    np.testing.assert_allclose(read_map(tmp_path / "run", "ndi"), read_map(tmp_path / "plain", "ndi"), atol=1e-3)
+    np.testing.assert_allclose(read_map(tmp_path / "run", "ndi"), read_map(plain, "ndi"), atol=1e-3)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_voxels_without_unweighted_signal_are_flagged(scan, tmp_path):
     rewrite(scan / "mask.nii.gz", poke(1))
     rewrite(scan / "dwi.nii.gz", lambda a: poke(np.where(np.arange(99) < 9, 0.0, 1.0))(a))
@@ -371,6 +394,7 @@ def test_voxels_without_unweighted_signal_are_flagged(scan, tmp_path):
     assert read_map(tmp_path / "run", "flags")[1, 1, 1] == FLAGS["no_signal"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_b_values_that_vary_within_a_shell_are_said_and_fitted_each(scan, tmp_path):
     bvals = np.loadtxt(scan / "dwi.bval")
     (scan / "dwi.bval").write_text(" ".join(f"{b + (i % 3 - 1) * 5 * (b > 0):g}" for i, b in enumerate(bvals)))
@@ -381,6 +405,7 @@ def test_b_values_that_vary_within_a_shell_are_said_and_fitted_each(scan, tmp_pa
     assert np.median(np.abs(read_map(tmp_path / "run", "ndi") - truth)[tissue]) < 0.05
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_series_scaled_apart_are_found_and_can_be_brought_together(scan, tmp_path):
     """The last 60 images get a b = 0 image of their own and half the brightness, as a second series would have."""
     bvals = np.loadtxt(scan / "dwi.bval")
@@ -405,19 +430,19 @@ def write_deviations(scan, array):
     nifti.write(scan / "grad_dev.nii.gz", Volume.make(array.astype(np.float32), nifti.read(scan / "dwi.nii.gz").affine))
 
 
-def test_gradient_nonlinearity_changes_b_and_directions_voxel_by_voxel(scan, tmp_path):
+@pytest.mark.usefixtures("no_figures")
+def test_gradient_nonlinearity_changes_b_and_directions_voxel_by_voxel(scan, plain, tmp_path):
     """A gradient 10 % too strong makes b 21 % too large; told so, the fit finds what it finds without."""
     deviations = np.zeros((8, 9, 2, 9))
     deviations[..., [0, 4, 8]] = 0.1
     write_deviations(scan, deviations)
-    fit_scan(scan, tmp_path / "plain")
     bvals = np.loadtxt(scan / "dwi.bval")
     (scan / "dwi.bval").write_text(" ".join(f"{b / 1.21:.6f}" for b in bvals))
     notes = fit_scan(scan, tmp_path / "told", "--grad-dev", str(scan / "grad_dev.nii.gz"))
     assert any("lengths from 1.100 to 1.100" in note for note in notes)
-    sure = (read_map(tmp_path / "plain", "fwf") < 0.5) & (read_map(tmp_path / "plain", "s0") > 0)
+    sure = (read_map(plain, "fwf") < 0.5) & (read_map(plain, "s0") > 0)
     for name in ("ndi", "odi", "fwf"):
-        first, second = (read_map(tmp_path / run, name)[sure] for run in ("plain", "told"))
+        first, second = (read_map(run, name)[sure] for run in (plain, tmp_path / "told"))
         assert np.median(np.abs(first - second)) < 2e-3, name
 
 
@@ -440,6 +465,7 @@ def test_another_model_goes_the_same_way(scan, tmp_path):
     assert "Ball and stick maps" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_dicom_folder_gives_the_maps_of_its_nifti_twin(tmp_path):
     pytest.importorskip("pydicom")
     protocol = two_shell_protocol(3, ((8, 711.0), (8, 2855.0)))
@@ -498,6 +524,7 @@ def write_dicom(scan, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
 def test_posterior_maps_stand_beside_the_fit(scan, tmp_path):
     pytest.importorskip("blackjax")
     fit_scan(scan, tmp_path / "run", "--posterior-samples", "100", "--fit.model", "ball-and-stick")
@@ -522,6 +549,7 @@ def fit_real(folder, out, *options):
     return main(["noddi", "fit", *words, "--out", str(out), "--quiet", *options])
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_real_human_grid_scan_gives_plausible_tissue(shared_data, tmp_path):
     assert fit_real(shared_data / "dwi_human_dsi101", tmp_path / "run") == 0
     fwf, ndi = read_map(tmp_path / "run", "fwf"), read_map(tmp_path / "run", "ndi")
@@ -531,6 +559,7 @@ def test_real_human_grid_scan_gives_plausible_tissue(shared_data, tmp_path):
     assert sum(shell["images"] for shell in shells) == 102
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_real_water_says_free_water(shared_data, tmp_path):
     folder = shared_data / "dwi_phantom_water"
     assert fit_real(folder, tmp_path / "run") == 0
@@ -542,6 +571,7 @@ def test_real_water_says_free_water(shared_data, tmp_path):
     assert np.median(read_map(tmp_path / "cold", "fwf")) > 0.9
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_real_single_shell_is_refused_unless_allowed(shared_data, tmp_path, capsys):
     folder = shared_data / "dwi_human_64dir"
     assert fit_real(folder, tmp_path / "run") == 2
