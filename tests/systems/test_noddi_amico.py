@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmed.cli import main
+from jaxmed.io.amico import open_amico
 from jaxmed.io.gradient_match import Table
 from jaxmed.io.gradients import write_gradients
 from jaxmed.physics import noddi as model
