@@ -1,16 +1,13 @@
 import numpy as np
 import pytest
 
+from jaxmed.data.intensity import Intensity, scale
 from jaxmed.data.transforms import (
-    Intensity,
-    VolumeTransform,
     percentile_range,
     random_crop,
     window,
-    z_score,
 )
 from jaxmed.errors import InputError
-from jaxmed.io import nifti
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
@@ -28,6 +25,10 @@ def test_window_maps_ends_and_clips():
     np.testing.assert_allclose(window(hu, -1000, 400), [0, 0, 0.5, 1, 1], atol=1e-6)
 
 
+def z_score(array):
+    return scale(array, Intensity("zscore", inside="foreground"), "image").array
+
+
 def test_z_score_standardises_the_foreground(volume):
     scaled = z_score(volume.array)
     assert abs(scaled[2:].mean()) < 1e-4 and abs(scaled[2:].std() - 1) < 1e-4
@@ -37,7 +38,7 @@ def test_z_score_standardises_the_foreground(volume):
     with pytest.raises(InputError, match="a spread of intensities"):
         z_score(np.ones((4, 4, 4), np.float32))
     with pytest.raises(InputError, match="some foreground"):
-        z_score(volume.array, np.zeros(volume.array.shape, bool))
+        percentile_range(volume.array, mask=np.zeros(volume.array.shape, bool))
 
 
 def test_percentiles_become_0_and_1(volume):
@@ -46,38 +47,6 @@ def test_percentiles_become_0_and_1(volume):
     np.testing.assert_allclose(np.percentile(scaled, [25, 75]), [0, 1], atol=1e-5)
     clipped = percentile_range(volume.array, 25, 75, mask)
     assert clipped.min() == 0 and clipped.max() == 1
-
-
-def test_a_volume_comes_to_frame_spacing_size_and_range(volume, tmp_path):
-    nifti.write(tmp_path / "a.nii.gz", volume)
-    transform = VolumeTransform("RAS", (4.0, 4.0, 4.0), (8, 8, 8), intensity=Intensity("window", 0, 200), padding=0.25)
-    array = transform(tmp_path / "a.nii.gz")
-    assert array.shape == (8, 8, 8, 1) and array.dtype == np.float32
-    np.testing.assert_array_equal(array, transform(volume))
-    result = transform.apply(volume)
-    np.testing.assert_allclose(result.spacing, 4)
-    assert result.affine[0, 0] == 4 and array[0, 0, 0, 0] == 0.25
-    # Zero voxels were at the low end of an axis that points left: now at its high end.
-    assert array[6, 4, 4, 0] < array[1, 4, 4, 0]
-
-
-def test_the_whole_field_of_view_can_be_kept(volume):
-    result = VolumeTransform("", size=(6, 5, 4), fit="resize", intensity=Intensity("none")).apply(volume)
-    np.testing.assert_allclose(result.spacing, 4)
-    assert result.array.shape == (6, 5, 4)
-
-
-def test_settings_out_of_range_are_named():
-    with pytest.raises(ValueError, match="low below high"):
-        Intensity("window", 1, 1)
-    with pytest.raises(ValueError, match="percentages"):
-        Intensity("percentile", 0, 101)
-
-
-def test_a_picture_is_no_volume(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((4, 4)))
-    with pytest.raises(InputError, match="a NIfTI volume"):
-        VolumeTransform()(tmp_path / "a.npy")
 
 
 @pytest.mark.parametrize("spatial", [(9, 7), (9, 7, 5)])

@@ -9,10 +9,11 @@ import numpy as np
 from toy import EDGE, RULES, init
 
 from jaxmed.data.augment import AugmentConfig, augment
+from jaxmed.data.intensity import Intensity
 from jaxmed.data.loader import LoaderConfig, evaluation_batches
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import FileSource, SubsetSource
 from jaxmed.data.splits import SPLITS, label_fractions, split_subjects, write_split_table
-from jaxmed.data.transforms import Intensity, VolumeTransform
 from jaxmed.io import nifti
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.classification import score
@@ -64,8 +65,8 @@ def write_phantoms(folder: Path, subjects: int) -> Path:
 
 
 def prepare(fields, generator):
-    transform = VolumeTransform(frame="RAS", intensity=Intensity("window", 0.0, 1.0))
-    return {"image": transform(fields["image"]), "label": fields["label"]}
+    preprocess = Preprocess((EDGE,) * 3, intensity=Intensity("window", window=(0.0, 1.0)))
+    return {"image": preprocess(fields["image"]), "label": fields["label"]}
 
 
 def loss(params, keys, batch):
