@@ -28,7 +28,6 @@ class Parameter(NamedTuple):
         unit: "1" for a fraction.
         bounds: What a fit and a network's output are confined to.
         draw: Range that simulations draw from, uniformly.
-        scale: What an error is divided by to be compared with those of other parameters.
         starts: Values a fit tries before it iterates.
     """
 
@@ -37,7 +36,6 @@ class Parameter(NamedTuple):
     unit: str
     bounds: tuple[float, float]
     draw: tuple[float, float]
-    scale: float
     starts: tuple[float, ...]
 
 
@@ -72,7 +70,6 @@ NDI = Parameter(
     "1",
     bounds=(0.0, 1.0),
     draw=(0.0, 1.0),
-    scale=1.0,
     starts=tuple(step / 10 for step in range(1, 10)),
 )
 ODI = Parameter(
@@ -81,7 +78,6 @@ ODI = Parameter(
     "1",
     bounds=(0.01, 0.99),
     draw=(0.02, 0.99),
-    scale=1.0,
     starts=(0.02, 0.04, 0.08, 0.14, 0.2, 0.3, 0.5, 0.84),
 )
 FWF = Parameter(
@@ -90,7 +86,6 @@ FWF = Parameter(
     "1",
     bounds=(0.0, 1.0),
     draw=(0.0, 1.0),
-    scale=1.0,
     starts=(0.03, 0.2, 0.4, 0.6, 0.8, 0.97),
 )
 DOT = Parameter(
@@ -99,7 +94,6 @@ DOT = Parameter(
     "1",
     bounds=(0.0, 1.0),
     draw=(0.0, 0.3),
-    scale=1.0,
     starts=(0.03, 0.15, 0.3),
 )
 STICK_FRACTION = Parameter(
@@ -108,7 +102,6 @@ STICK_FRACTION = Parameter(
     "1",
     bounds=(0.0, 1.0),
     draw=(0.0, 1.0),
-    scale=1.0,
     starts=tuple(step / 10 for step in range(1, 10)),
 )
 DIFFUSIVITY = Parameter(
@@ -117,7 +110,6 @@ DIFFUSIVITY = Parameter(
     "um^2/ms",
     bounds=(0.05, 4.0),
     draw=(0.5, 3.0),
-    scale=1.0,
     starts=(0.3, 0.6, 0.9, 1.2, 1.6, 2.0, 2.5, 3.0),
 )
 
