@@ -27,7 +27,6 @@ from jaxmed.report.mapgrid import (
 )
 from jaxmed.report.page import Figure, format_column, format_value, superscript
 from jaxmed.report.slices import (
-    EDGES,
     PLANES,
     choose_axis,
     choose_slices,
@@ -120,15 +119,11 @@ def slice_maps(
 
     def draw(theme: Theme) -> Canvas:
         grid = MapGrid.make(len(maps), [len(indices)], image_size(spacing, axis, box))
-        canvas = Canvas(figsize=(grid.width, grid.height))
-        for column, index in enumerate(indices):
-            edges = EDGES[axis] if column == 0 else ("", "")
-            grid.write_heading(canvas, theme, column, f"{PLANES[axis]} {index}", edges)
+        canvas = grid.canvas(theme, [f"{PLANES[axis]} {index}" for index in indices], axis)
         for row, (name, volume) in enumerate(maps.items()):
             grid.write_label(canvas, theme, row, name, [styles[name].unit])
             for column, index in enumerate(indices):
-                image = masked_slice(volume, mask, axis, index, box)
-                ax = grid.axes(canvas, row, column)
+                image, ax = masked_slice(volume, mask, axis, index, box), grid.axes(canvas, row, column)
                 show_slice(ax, image, styles[name].colormap, ranges[name], spacing, axis)
             bar = grid.bar_axes(canvas, row, 0)
             draw_color_bar(bar, styles[name].colormap, ranges[name], values[name])
@@ -175,10 +170,7 @@ def map_comparison(
 
     def draw(theme: Theme) -> Canvas:
         grid = MapGrid.make(len(truth), [2, 1], image_size(spacing, axis, box))
-        canvas = Canvas(figsize=(grid.width, grid.height))
-        for column, heading in enumerate(("truth", "estimate", "difference")):
-            edges = EDGES[axis] if column == 0 else ("", "")
-            grid.write_heading(canvas, theme, column, heading, edges)
+        canvas = grid.canvas(theme, ("truth", "estimate", "difference"), axis)
         for row, name in enumerate(truth):
             style = styles[name]
             errors = finite_values(difference[name], mask)

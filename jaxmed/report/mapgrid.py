@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 
 from jaxmed.report.drawing import FULL_WIDTH, short_label
 from jaxmed.report.page import format_value
-from jaxmed.report.slices import slice_image, slice_spacing
+from jaxmed.report.slices import EDGES, slice_image, slice_spacing
 from jaxmed.report.themes import Theme
 
 # Inches.
@@ -68,12 +68,7 @@ class MapGrid(NamedTuple):
 
     def box(self, left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
         """Turn inches from the top left into the fractions from the bottom left of matplotlib."""
-        return (
-            left / self.width,
-            1 - (top + height) / self.height,
-            width / self.width,
-            height / self.height,
-        )
+        return left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height
 
     def axes(self, canvas: Canvas, row: int, column: int) -> Axes:
         """Add the place of one slice."""
@@ -88,13 +83,17 @@ class MapGrid(NamedTuple):
         height = min(self.cell[1] * 0.8, 1.4)
         return canvas.add_axes(self.box(left, self.top(row) + (self.cell[1] - height) / 2, 0.075, height))
 
-    def write_heading(self, canvas: Canvas, theme: Theme, column: int, text: str, edges: tuple[str, str]) -> None:
-        """Write what a column shows, and which side of the patient is at its edges."""
-        left, y = self.left(column) / self.width, 1 - 0.22 / self.height
-        right = left + self.cell[0] / self.width
-        canvas.text((left + right) / 2, y, text, ha="center", color=theme.muted, size=8)
-        canvas.text(left, y, edges[0], ha="left", color=theme.text, size=8)
-        canvas.text(right, y, edges[1], ha="right", color=theme.text, size=8)
+    def canvas(self, theme: Theme, headings: Sequence[str], axis: int) -> Canvas:
+        """Return the figure: what each column shows, and which sides of the patient are at the edges of the first."""
+        canvas, y = Canvas(figsize=(self.width, self.height)), 1 - 0.22 / self.height
+        for column, heading in enumerate(headings):
+            left = self.left(column) / self.width
+            right = left + self.cell[0] / self.width
+            edges = EDGES[axis] if column == 0 else ("", "")
+            canvas.text((left + right) / 2, y, heading, ha="center", color=theme.muted, size=8)
+            canvas.text(left, y, edges[0], ha="left", color=theme.text, size=8)
+            canvas.text(right, y, edges[1], ha="right", color=theme.text, size=8)
+        return canvas
 
     def write_label(self, canvas: Canvas, theme: Theme, row: int, name: str, lines: Sequence[str]) -> None:
         """Write the name of a map and, below it, small lines about it; empty ones are left out."""
@@ -102,14 +101,8 @@ class MapGrid(NamedTuple):
         y = self.top(row) + self.cell[1] / 2 - 0.085 * len(lines)
         canvas.text(0, 1 - y / self.height, short_label(name, 14), va="center", size=10)
         for number, line in enumerate(lines, 1):
-            canvas.text(
-                0,
-                1 - (y + 0.02 + 0.165 * number) / self.height,
-                short_label(line, 18),
-                va="center",
-                color=theme.muted,
-                size=8,
-            )
+            place = 1 - (y + 0.02 + 0.165 * number) / self.height
+            canvas.text(0, place, short_label(line, 18), va="center", color=theme.muted, size=8)
 
 
 def image_size(spacing: tuple[float, float, float], axis: int, box: tuple[slice, slice]) -> tuple[float, float]:
@@ -143,14 +136,8 @@ def show_slice(
     row, column = slice_spacing(spacing, axis)
     colors = matplotlib.colormaps[colormap].with_extremes(bad=(0, 0, 0, 0))
     # Voxels stay voxels: smoothing would invent detail.
-    ax.imshow(
-        np.ma.masked_invalid(image),
-        colors,
-        vmin=limits[0],
-        vmax=limits[1],
-        aspect=row / column,
-        interpolation="nearest",
-    )
+    (low, high), shown = limits, np.ma.masked_invalid(image)
+    ax.imshow(shown, colors, vmin=low, vmax=high, aspect=row / column, interpolation="nearest")
 
 
 def draw_color_bar(ax: Axes, colormap: str, limits: tuple[float, float], values: Float64[np.ndarray, " voxel"]) -> None:

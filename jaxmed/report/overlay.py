@@ -11,7 +11,7 @@ from jaxmed.arrays.grid import reorient
 from jaxmed.report.drawing import both_themes
 from jaxmed.report.mapgrid import MapGrid, draw_color_bar, show_slice
 from jaxmed.report.page import Figure
-from jaxmed.report.slices import EDGES, PLANES, choose_axis, choose_slices, slice_image, slice_spacing
+from jaxmed.report.slices import PLANES, choose_axis, choose_slices, slice_image, slice_spacing
 from jaxmed.report.themes import Theme
 from jaxmed.volume import Volume
 
@@ -86,11 +86,9 @@ def overlay_slices(
 
     def draw(theme: Theme) -> Canvas:
         grid = MapGrid.make(2, [count], size)
-        canvas = Canvas(figsize=(grid.width, grid.height))
+        canvas = grid.canvas(theme, [f"{PLANES[slices.axis]} {index}" for index in slices.index], slices.axis)
         colors = matplotlib.colormaps[HEAT]
-        for place, index in enumerate(slices.index):
-            edges = EDGES[slices.axis] if place == 0 else ("", "")
-            grid.write_heading(canvas, theme, place, f"{PLANES[slices.axis]} {index}", edges)
+        for place in range(count):
             image, overlay = slices.image[place].astype(np.float64), slices.overlay[place] / largest
             for row in (0, 1):
                 ax = grid.axes(canvas, row, place)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from jaxmed.errors import side_of
 from jaxmed.report.drawing import FULL_WIDTH, both_themes, short_label
 from jaxmed.report.page import Figure
 from jaxmed.report.themes import Theme
@@ -74,7 +75,7 @@ def glass_brain(
 
 def _ring(names: Sequence[str]) -> np.ndarray:
     """Left regions on the left half, right ones mirrored, others below."""
-    sides = [_side(name) for name in names]
+    sides = [side_of(name) or "" for name in names]
     angles = np.zeros(len(names))
     for side, first, last in (("left", 100.0, 235.0), ("right", 80.0, -55.0), ("", 245.0, 295.0)):
         index = [place for place, found in enumerate(sides) if found == side]
@@ -83,15 +84,6 @@ def _ring(names: Sequence[str]) -> np.ndarray:
         angles[index] = np.linspace(first, last, len(index))
     radians = np.deg2rad(angles)
     return np.stack([np.cos(radians), np.sin(radians)], axis=1)
-
-
-def _side(name: str) -> str:
-    lower = name.lower()
-    if lower.startswith(("l_", "lh", "left", "ctx-lh")) or "_lh_" in lower:
-        return "left"
-    if lower.startswith(("r_", "rh", "right", "ctx-rh")) or "_rh_" in lower:
-        return "right"
-    return ""
 
 
 def _write_names(ax: Axes, points: np.ndarray, names: Sequence[str], theme: Theme) -> None:

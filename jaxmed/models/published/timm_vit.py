@@ -134,8 +134,9 @@ def describe(config: MaeConfig | ClassifierConfig, parts: Collection[str], task:
     encoder = config.encoder
     size, patch = (" x ".join(map(str, sizes)) for sizes in (encoder.image_size, encoder.patch_size))
     unit = "voxels" if len(encoder.image_size) == 3 else "pixels"
+    channels = f"{encoder.channels} channel{'s' * (encoder.channels > 1)}"
     fields = [
-        ("input", f"{size} {unit}, {encoder.channels} channel, in patches of {patch}: {encoder.num_tokens:,} tokens"),
+        ("input", f"{size} {unit}, {channels}, in patches of {patch}: {encoder.num_tokens:,} tokens"),
         ("encoder", f"width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, hidden {encoder.hidden}"),
     ]
     if isinstance(config, ClassifierConfig):
