@@ -117,7 +117,7 @@ def require_room(path: str | Path, num_bytes: int, packed: int | None = None) ->
 
     Args:
         path: The file.
-        num_bytes: Of its content, as its header says.
+        num_bytes: Size of its content, as its header says.
         packed: Bytes of the compressed content; None where it is stored as it is.
 
     Raises:
@@ -279,7 +279,7 @@ def unique_names(
     hold no two underscores in a row and none at an end, so that what is put behind "__" is told from the name.
 
     Args:
-        places: Of the files below their folder, such as "s1/T1.nii.gz".
+        places: Paths of the files below their folder, such as "s1/T1.nii.gz".
         suffixes: What is left away at the end of a place, in lower case.
         endings: Results of NAME are called NAME itself and NAME_ENDING for each of these: x and x_mask are not both
             names where "mask" is one.

@@ -59,8 +59,8 @@ def import_weights(
         heads: Attention heads of the encoder, for widths that were not published: shapes do not tell them.
         decoder_heads: Attention heads of the decoder, likewise.
         task: What a classifier's outputs mean; a published file does not say it, and predict needs it.
-        names: Of the outputs: classes, labels or targets; of a binary task the positive class.
-        mean: Of a regression's training targets, one per output.
+        names: Names of the outputs: classes, labels or targets; of a binary task the positive class.
+        mean: Mean of a regression's training targets, one per output.
         deviation: Their standard deviation, likewise.
         overwrite: Replace weights that the folder holds.
     """

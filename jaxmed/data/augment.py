@@ -48,7 +48,7 @@ class AugmentConfig:
         flip_axes: Spatial axes that are flipped, each with `flip_probability`.
         flip_probability: Per axis.
         shift: Largest move along each axis in whole voxels, which leaves noise as it is; edges are repeated.
-        affine_probability: Of rotation, scale, shear, translation and stretching together.
+        affine_probability: Probability of rotation, scale, shear, translation and stretching together.
         rotation: Largest angle in degrees, about every axis (one in 2D).
         scale: Range of the magnification, drawn per axis when `is_isotropic` is false.
         is_isotropic: Whether all axes share one magnification.
@@ -59,21 +59,21 @@ class AugmentConfig:
         spacing: Voxel size per axis in mm, so that rotations of unequal voxels stay rigid; empty for equal ones.
         fill: Value of voxels that come from outside; None repeats the edge.
         label_fill: Likewise for labels.
-        bias_probability: Of a smooth multiplicative field.
+        bias_probability: Probability of a smooth multiplicative field.
         bias_strength: Largest |log| of the field anywhere; each field draws its own up to this.
         bias_order: Degree of its polynomial.
-        gamma_probability: Of a power of the intensities.
+        gamma_probability: Probability of a power of the intensities.
         gamma: Range of the exponent.
         gamma_is_log: Whether exponents are drawn evenly on a logarithmic scale; else evenly.
-        intensity_probability: Of a scale and a shift of the intensities.
+        intensity_probability: Probability of a scale and a shift of the intensities.
         intensity_scale: Range of the factor.
         intensity_shift: Range of the summand.
-        blur_probability: Of a Gaussian blur.
+        blur_probability: Probability of a Gaussian blur.
         blur_sigma: Range of its standard deviation, in voxels.
         blur_is_isotropic: Whether all axes share one standard deviation.
         blur_is_integrated: Whether the Gaussian is integrated over each voxel; else sampled at its centre.
         blur_radius: Voxels on each side that the blur looks at; the Gaussian ends there.
-        noise_probability: Of noise.
+        noise_probability: Probability of noise.
         noise_sigma: Range of its standard deviation.
         is_rician: Whether noise is that of a magnitude image; else Gaussian.
         limits: Values to which the result is cut; None leaves it.

@@ -151,7 +151,7 @@ class Stack(NamedTuple):
         affine: Column, row, slice to RAS+, in mm.
         spacing: Between rows, between columns, between slices, in mm.
         orientation: Direction cosines of a row and of a column, LPS+.
-        positions: Of each slice's first pixel, LPS+, in mm.
+        positions: Centres of each slice's first pixel, LPS+, in mm.
     """
 
     path: Path

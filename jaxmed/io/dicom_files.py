@@ -269,7 +269,7 @@ def choose_series(path: Path, images: Sequence[Image], series: str | None) -> tu
 
     Args:
         path: Where they were found, for messages.
-        images: Of any number of series; at least one.
+        images: At least one, of any number of series.
         series: SeriesInstanceUID, or SeriesDescription; None or empty where there is one.
 
     Raises:

@@ -121,7 +121,7 @@ class Session(NamedTuple):
     """A network ready to run.
 
     Attributes:
-        session: Of ONNX Runtime.
+        session: A session of ONNX Runtime.
         metadata: The strings that its file carries.
         images: Values per voxel that it expects.
     """

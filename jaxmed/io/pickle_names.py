@@ -66,7 +66,7 @@ class Unread:
     """An object of a class that is not read: what the file says of it, inert. Hashed and compared by identity.
 
     Attributes:
-        name: Of its class or maker, such as "__main__.Config".
+        name: Name of its class or maker, such as "__main__.Config".
         args: What it would have been made from.
         items: What was put into it, where it is a kind of dict, list or set.
         state: Its attributes.

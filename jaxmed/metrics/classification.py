@@ -73,11 +73,11 @@ def score(
 
     Args:
         labels: 0 or 1 for "binary", one column per label for "multilabel"; a class from 0 up for "multiclass".
-        probabilities: Of class 1, or one column per class (rows adding up to 1) or label.
+        probabilities: Those of class 1, or one column per class (rows adding up to 1) or label.
         task: What the labels are.
         threshold: Probability from which a row is positive, for "binary", or for all labels or each of "multilabel";
             choose it on validation data (`youden_threshold`).
-        names: Of the labels of "multilabel", for the keys; empty for their numbers.
+        names: Names of the labels of "multilabel", for the keys; empty for their numbers.
 
     Returns:
         binary: auroc, aupr (average precision), accuracy, balanced_accuracy, sensitivity, specificity, f1, mcc,
@@ -120,7 +120,7 @@ def intervals(
         probabilities: As for `score`.
         task: As for `score`.
         subjects: Subject of each row; all rows of a subject are drawn together.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         threshold: As for `score`.
         names: As for `score`.
         num_resamples: Draws.
@@ -235,7 +235,7 @@ def reliability_curve(
 
     Args:
         labels: 0 or 1, or a class from 0 up.
-        probabilities: Of class 1, or one column per class.
+        probabilities: Those of class 1, or one column per class.
         num_bins: Most bins.
         binning: "equal_width" for ((m - 1) / M, m / M], with 0 in the first; "equal_mass" for as many rows in each as
             possible, where equal probabilities stay together.

@@ -63,8 +63,8 @@ class LesionConfig:
     """What counts as a false lesion.
 
     Attributes:
-        sigma: Of the Gaussian low-pass, in voxels.
-        threshold: Of the low-passed error, in the unit of the images.
+        sigma: Standard deviation of the Gaussian low-pass, in voxels.
+        threshold: Threshold of the low-passed error, in the unit of the images.
         least_volume: Fewest voxels of a region.
         margin: Voxels around true lesions that do not count: their borders may blur.
     """
@@ -88,8 +88,8 @@ class ShafeConfig:
     """The perceptual score.
 
     Attributes:
-        radius: Of the circle of spatial frequencies that is kept, in periods per image.
-        temperature: Of the softmax over places; small looks at the worst place only.
+        radius: Radius of the circle of spatial frequencies that is kept, in periods per image.
+        temperature: Temperature of the softmax over places; small looks at the worst place only.
     """
 
     radius: Spread = 55.0

@@ -126,7 +126,7 @@ def bootstrap_all(
     Args:
         statistics: Function of row weights.
         subjects: Subject of each row; `numpy.arange` where each row is its own.
-        seed: Of the draws.
+        seed: Seed of the draws.
         num_resamples: Draws.
         level: Coverage wanted, in (0, 1).
         method: "percentile", or "bca": corrected for bias and for a spread that changes with the value. Its bias

@@ -64,8 +64,8 @@ class TissueFit(NamedTuple):
 
     Attributes:
         shares: Posterior probability of each of TISSUES in every voxel, 0 outside the mask.
-        mean: Of each of TISSUES, in the unit of the image.
-        std: Of each component: the tissues, then the borders CSF to grey and grey to white.
+        mean: Mean of each of TISSUES, in the unit of the image.
+        std: Standard deviation of each component: the tissues, then the borders CSF to grey and grey to white.
         weight: Share of each component in the mask.
         gain: b, 1 on average over the mask.
         log_likelihood: Per voxel of the mask, after each step (image scaled to a mean of 1).

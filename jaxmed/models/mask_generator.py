@@ -28,7 +28,7 @@ class GeneratorConfig:
         dimensions: Spatial axes.
         widths: Channels of each level of the U-Net, multiples of the first; or of each plain convolution.
         blocks: Residual blocks of an encoder level of the U-Net.
-        dtype: Of activations and products.
+        dtype: Type of activations and products.
     """
 
     kind: Literal["unet", "plain"] = "unet"

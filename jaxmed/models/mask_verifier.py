@@ -39,7 +39,7 @@ class VerifierConfig:
         dimensions: Spatial axes.
         widths: Channels of each level; levels are halved.
         dense: Widths of the dense layers before the logit.
-        dtype: Of activations and products.
+        dtype: Type of activations and products.
     """
 
     kind: Literal["joint", "plain"] = "joint"

@@ -71,7 +71,7 @@ class TopkUnetConfig:
 
     Attributes:
         widths: Channels of each level; every level halves the edges.
-        value_width: Of the value's hidden layer.
+        value_width: Width of the value's hidden layer.
     """
 
     widths: tuple[Size, ...] = (32, 64, 128)

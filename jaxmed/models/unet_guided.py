@@ -36,10 +36,10 @@ class GuidedUnetConfig:
 
     Attributes:
         dimensions: Spatial axes.
-        channels: Of the input.
+        channels: Channels of the input.
         outputs: Channels of the result, without those of `learn_sigma`.
         width: Channels that the multipliers multiply.
-        multipliers: Of the width, one per level, finest first.
+        multipliers: Multipliers of the width, one per level, finest first.
         blocks: Residual blocks of an encoder level; a decoder level has one more.
         attention_factors: Levels with attention, by how often their voxels fit into one of theirs: 1, 2, 4, ...
         heads: Attention heads, where `head_channels` is 0.
@@ -50,8 +50,8 @@ class GuidedUnetConfig:
             convolution and by nearest neighbour with a convolution.
         learn_sigma: Twice the outputs; the second half interpolates the logarithm of the variance.
         dropout: Before the last convolution of a block, while a key is given.
-        groups: Of the norms; a divisor of every level's channels.
-        dtype: Of activations and products; norms, softmax, time and result are float32.
+        groups: Groups of the norms; a divisor of every level's channels.
+        dtype: Type of activations and products; norms, softmax, time and result are float32.
         remat: Recompute whole levels in the backward pass: less memory, a third more work.
         attention: See `nn.attention.self_attention`; "blocks" serves volumes with many tokens.
         keeps_depth: Whether the first axis of a volume is never halved, as in the official code, which made it for

@@ -20,7 +20,7 @@ class Hints(NamedTuple):
 
     Attributes:
         heads: Attention heads of the encoder, as the user says; None where nothing is said.
-        decoder_heads: Of the decoder, likewise.
+        decoder_heads: Attention heads of the decoder, likewise.
         settings: The arguments of the training code, where the file holds them, by name.
     """
 
@@ -47,9 +47,9 @@ class Facts(NamedTuple):
     Attributes:
         kind: Its name in `Family.kinds`.
         heads: Attention heads of the encoder; None without attention.
-        decoder_heads: Of a decoder that has its own.
+        decoder_heads: Attention heads of a decoder that has its own.
         image_size: Voxels of the input along each axis of space; None where a model takes any size.
-        outputs: Of a classifier or regressor, whose outputs have names; None of other models.
+        outputs: Number of named outputs of a classifier or regressor; None of other models.
     """
 
     kind: str

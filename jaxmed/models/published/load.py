@@ -131,7 +131,7 @@ def load_published(
         family: Whose weights they are; "auto" looks at the names.
         heads: Attention heads of the encoder, for files whose width was not published: shapes do not tell them, and
             not every file holds the arguments of its training.
-        decoder_heads: Of the decoder, likewise.
+        decoder_heads: Attention heads of the decoder, likewise.
         task: What the outputs of a classifier mean, for files that do not say it.
 
     Raises:

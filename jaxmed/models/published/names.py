@@ -25,9 +25,9 @@ class Entry(NamedTuple):
     """One tensor and its parameter.
 
     Attributes:
-        name: Of the tensor, in the original code.
-        path: Of the parameter, such as "encoder/patch_embed/kernel".
-        shape: Of the tensor.
+        name: The tensor's name in the original code.
+        path: Path of the parameter, such as "encoder/patch_embed/kernel".
+        shape: Shape of the tensor.
         axes: The tensor's axes in the order in which the parameter reads them.
         target: Shape of the parameter.
     """

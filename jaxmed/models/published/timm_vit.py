@@ -47,9 +47,9 @@ class Released(NamedTuple):
 
     Attributes:
         name: The family's.
-        axes: Of space, 2 or 3.
+        axes: Axes of space, 2 or 3.
         heads: Width to heads of the encoders.
-        decoder_heads: Of the decoders.
+        decoder_heads: Width to heads of the decoders.
     """
 
     name: str
