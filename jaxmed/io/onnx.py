@@ -23,7 +23,7 @@ from jaxmed.files import atomic_path, require_file
 
 OPSET = 13
 IR_VERSION = 7
-"""Of opset 12 and 13: read by every ONNX Runtime since 1.6 (2020)."""
+"""The IR of opset 12 and 13: read by every ONNX Runtime since 1.6 (2020)."""
 INPUT, OUTPUT = "signals", "parameters"
 ACTIVATIONS = {"elu": "Elu", "relu": "Relu"}
 HEADS = {"sigmoid": "Sigmoid", "abs": "Abs"}

@@ -29,7 +29,7 @@ MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 STORED_PER_UNIT = 1000
 """An MR image stores this many counts for a value of 1."""
 GRID_TOLERANCE = 0.05
-"""Of the smallest voxel edge: writers round positions and directions to a few digits."""
+"""As a share of the smallest voxel edge: writers round positions and directions to a few digits."""
 # What a derived series shares with its source: the patient, the study, the frame of reference, the equipment.
 COPIED = (
     "SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientAge", "PatientWeight",

@@ -47,7 +47,7 @@ def draw_log_bias(
 
     Args:
         key: Consumed.
-        shape: Of the image, 2D or 3D.
+        shape: Shape of the image, 2D or 3D.
         config: Ranges.
         photo: In photo mode each slab has its own gain along axis 1.
     """

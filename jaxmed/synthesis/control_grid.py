@@ -40,7 +40,7 @@ def draw_field(
 
     Args:
         key: Consumed; draws the size of the control grid and its values.
-        shape: Of the field.
+        shape: Shape of the field.
         scale: Range of the control points per voxel of the output, drawn evenly, one number for all axes.
         amplitude: Standard deviation of the control values.
         num_channels: Independent fields.

@@ -67,7 +67,7 @@ class Affine(NamedTuple):
     Attributes:
         matrix: In voxels.
         distance_scale: Geometric mean of the scalings; distances warped along are divided by it.
-        shift: Of the native centre, in voxels.
+        shift: Shift of the native centre, in voxels.
     """
 
     matrix: Float[Array, "axis axis"]
@@ -84,8 +84,8 @@ def draw_affine(
 
     Args:
         key: Consumed.
-        native_shape: Of the volume to be sampled.
-        shape: Of the output.
+        native_shape: Shape of the volume to be sampled.
+        shape: Shape of the output.
         config: Ranges.
 
     Deviation: in 2D, A = SHx SHy R with one angle and two shears; the source has 3D only.
@@ -112,7 +112,7 @@ def draw_displacement(
 
     Args:
         key: Consumed.
-        shape: Of the output.
+        shape: Shape of the output.
         config: Ranges.
         photo: In photo mode slabs do not move along axis 1, and each has its own control points.
     """
@@ -141,7 +141,7 @@ def sampling_coordinates(
     """Return where each output voxel is sampled in the native volume, clamped to its voxels.
 
     Args:
-        native_shape: Of the volume to be sampled.
+        native_shape: Shape of the volume to be sampled.
         affine: Linear part.
         displacement: Nonlinear part, on the output grid.
     """
@@ -164,8 +164,8 @@ def draw_deformation(
 
     Args:
         key: Consumed.
-        native_shape: Of the volumes to be sampled; 2 or 3 axes.
-        shape: Of the output.
+        native_shape: Shape of the volumes to be sampled; 2 or 3 axes.
+        shape: Shape of the output.
         config: Ranges.
         photo: Photo mode, or None.
     """

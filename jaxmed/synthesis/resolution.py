@@ -29,7 +29,7 @@ class ResolutionConfig:
     """How acquisitions are drawn.
 
     Attributes:
-        photo_probability: Of photo mode.
+        photo_probability: Probability of photo mode.
         photo_spacing: Range of the slabs' spacing in mm.
         low_only: Whether acquisitions of 1 mm, and of one thick axis, are left out (for super-resolution).
         noise_std: Range of the noise's standard deviation, at low resolution; 5 to 15 suits synthetic intensities of

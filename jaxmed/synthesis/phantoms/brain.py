@@ -31,14 +31,14 @@ class BrainConfig:
 
     Attributes:
         field_of_view: Length of every axis in mm; the voxel size is this divided by the shape.
-        intensity: Of CSF, grey matter, white matter, ventricles and lesion; images lie in [0, 2].
+        intensity: Intensity of CSF, grey matter, white matter, ventricles and lesion; images lie in [0, 2].
         intensity_spread: Standard deviation of a subject's tissue intensities, relative.
         texture: Standard deviation of slow variation within tissues, relative.
         noise: Standard deviation of the scanner's noise.
         lesion_radius: Range of the lesion's radius in mm.
         lesion_probability: That `draw_brain` makes a lesion.
-        cue_intensity: Of the bright spot.
-        cue_radius: Of the bright spot, in mm.
+        cue_intensity: Intensity of the bright spot.
+        cue_radius: Radius of the bright spot, in mm.
         cue_probability: That `draw_brain` makes a cue, where cue and lesion are independent.
         lesion_follows_cue: Whether `draw_brain` makes a cue with every lesion and a lesion with every cue.
         anatomy_spread: Largest relative deviation of radii and places between subjects.
@@ -86,7 +86,7 @@ class BrainPhantom(NamedTuple):
 
     Attributes:
         image: Intensity in [0, 2].
-        shares: Of each of TISSUES in every voxel; they sum to 1.
+        shares: Shares of each of TISSUES in every voxel; they sum to 1.
         labels: The tissue with the largest share, in the numbering of LABELS.
         lesion: Where the lesion is, or would be were it there: in the white matter, more than half a voxel.
         cue: Where the bright spot is, or would be.

@@ -75,7 +75,7 @@ class ChestPhantom(NamedTuple):
         lung: Inside the lungs, vessels and findings included.
         masks: Where each of FINDINGS changes the scan; empty where it is absent.
         flags: Which of FINDINGS are present.
-        severity: Of each of FINDINGS, in [0, 1]; drawn for absent ones too.
+        severity: Severity of each of FINDINGS, in [0, 1]; drawn for absent ones too.
     """
 
     array: Float[Array, "x y z"]

@@ -23,7 +23,7 @@ from jaxmed.solvers.ode import GRID, OdeConfig, Solver, solve_trajectory
 Mechanism = Literal["moe", "fkpp", "ndm"]
 SOLVER_STEPS = 600
 VISIT_SHARES = (0.5, 0.25, 0.15, 0.1)
-"""Of subjects with 1, 2, 3 and 4 visits."""
+"""Shares of subjects with 1, 2, 3 and 4 visits."""
 
 
 class Connectome(NamedTuple):
@@ -31,7 +31,7 @@ class Connectome(NamedTuple):
 
     Attributes:
         adjacency: Symmetric, connected, zero diagonal, largest weight 1.
-        points: Of the nodes, in mm.
+        points: Positions of the nodes, in mm.
     """
 
     adjacency: Float[np.ndarray, "node node"]
@@ -51,7 +51,7 @@ class CohortConfig:
         growth: alpha, per year.
         ceiling: v.
         reaction: Height of the local reaction, a half sine over [0, v], per year.
-        edge_diffusivity: Of the graph-diffusion expert between two full nodes, per year.
+        edge_diffusivity: Diffusivity of the graph-diffusion expert between two full nodes, per year.
         early: Logits of the experts at stage 0.
         late: Logits at the horizon; between them they are linear in time.
         seed_value: State of the seeds at stage 0.
@@ -100,7 +100,7 @@ class Cohort(NamedTuple):
         onsets: Stage at the first visit, in years of the disease.
         times: Grid of the true course, in years.
         states: True course.
-        weights: Of the three experts on the grid.
+        weights: Weights of the three experts on the grid.
     """
 
     visits: Visits
@@ -114,7 +114,7 @@ def random_connectome(seed: int, nodes: int = 20, density: float = 0.25, reach: 
     """Draw a connectome: lognormal weights that fall with distance, the strongest share of edges, connected.
 
     Args:
-        seed: Of points and weights.
+        seed: Seed of points and weights.
         nodes: Number of regions.
         density: Share of possible edges to keep, at least the spanning tree of the strongest.
         reach: Distance over which weights fall by e, in mm.
@@ -154,7 +154,7 @@ def true_rate(
 
     Args:
         config: The mechanisms.
-        adjacency: Of the connectome.
+        adjacency: Adjacency of the connectome.
         matrix: Its Laplacian.
         c: State.
         t: Stage in years.
@@ -187,9 +187,9 @@ def simulate_cohort(
         adjacency: Symmetric, not negative, zero diagonal.
         seeds: Regions where the disease starts.
         config: Mechanisms and measurements.
-        kind: Of the Laplacian in the truth.
-        solver: Of its equation; see `solvers.ode.solve_trajectory`.
-        ode: Of diffrax, likewise.
+        kind: Kind of the Laplacian in the truth.
+        solver: Solver of its equation; see `solvers.ode.solve_trajectory`.
+        ode: Options of diffrax, likewise.
     """
     onset_key, count_key, gap_key, noise_key = jax.random.split(key, 4)
     matrix = laplacian(jnp.asarray(adjacency), kind)

@@ -17,8 +17,8 @@ class Mixture(NamedTuple):
     """Weights, means, and covariances by their eigenvectors.
 
     Attributes:
-        log_weights: Of the modes; sum to 1 after exponentiation.
-        means: Of the modes.
+        log_weights: Logarithms of the weights of the modes; sum to 1 after exponentiation.
+        means: Means of the modes.
         variances: Eigenvalues of the covariances; zero where a mode has no extent.
         axes: Eigenvectors, one per column; absent where all are the coordinate axes, as images want it.
     """
@@ -101,7 +101,7 @@ def posterior(
     """Return the mixture given y = A x_0 + noise.
 
     Args:
-        mixture: Of few dimensions.
+        mixture: A mixture of few dimensions.
         matrix: A.
         measurement: y.
         noise_std: Standard deviation of the white noise in y, positive.

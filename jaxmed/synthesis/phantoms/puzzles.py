@@ -126,11 +126,11 @@ class _Pose(NamedTuple):
     """How shapes stand and look; lengths in voxels. Mapped over shapes.
 
     Attributes:
-        radius: Of the sphere around the shape.
+        radius: Radius of the sphere around the shape.
         center: From the middle of the image.
         turn: Normal numbers, see `_rotation`.
         axes: Directions of a blob's waves, not yet of length 1.
-        phases: Of these waves.
+        phases: Phases of these waves.
         level: Place within the range of intensities, in [0, 1).
         kind: Place within the families of distractors, in [0, 1).
     """

@@ -53,9 +53,9 @@ def write_diffusion_slab(
 
     Args:
         folder: Gets dwi.nii.gz, dwi.bval, dwi.bvec, mask.nii.gz and truth/{ndi,odi,fwf}.nii.gz.
-        seed: Of anatomy and noise.
+        seed: Seed of anatomy and noise.
         shape: Voxels along x, y and z.
-        snr: Of white matter at b = 0; Rician.
+        snr: Signal-to-noise ratio of white matter at b = 0; Rician.
         spacing: Voxel edge in mm.
         protocol: b-values in s/mm^2 and directions; None takes the two-shell protocol.
     """

@@ -35,7 +35,7 @@ def write_brain_cohort(
     Args:
         folder: Gets scans.csv, scans.json (seed and settings), scans/brain_0000.nii.gz and labels/brain_0000.nii.gz
             and so on: float32 in [0, 2] and uint8 label maps, axes RAS+, the centre of the field of view at 0 mm.
-        seed: Of the cohort; the anatomy and noise of subject i are the same whatever the number of subjects.
+        seed: Seed of the cohort; the anatomy and noise of subject i are the same whatever the number of subjects.
         subjects: How many.
         shape: Voxels along x, y and z; two numbers make one axial slice as thick as a voxel is wide.
         config: Anatomy, contrast and probabilities of lesion and cue.

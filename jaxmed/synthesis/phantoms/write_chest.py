@@ -44,7 +44,7 @@ def write_chest_cohort(
     Args:
         folder: Gets scans.csv, scans.json (seed and settings) and scans/chest_0000.nii.gz and so on: int16 HU, axes
             RAS+, the centre of the field of view at 0 mm.
-        seed: Of the cohort; the anatomy and noise of subject i are the same whatever the number of subjects.
+        seed: Seed of the cohort; the anatomy and noise of subject i are the same whatever the number of subjects.
         subjects: How many.
         shape: Voxels along x, y and z; the voxel size in mm is `config.field_of_view` divided by it.
         config: Scanner and anatomy.

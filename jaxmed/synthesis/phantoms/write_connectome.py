@@ -56,7 +56,7 @@ def write_cohort(
 
     Args:
         folder: Where to.
-        seed: Of the ages.
+        seed: Seed of the ages.
         cohort: From `simulate_cohort`.
         adjacency: Its connectome.
         regions: Names.

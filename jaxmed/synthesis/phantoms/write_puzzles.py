@@ -30,10 +30,10 @@ class Counts(NamedTuple):
     """Puzzles of each family, by what they are for.
 
     Attributes:
-        train: Of each family for training.
-        validation: Of the family for validation.
-        support: Of each novel family, with labels.
-        test: Of each novel family, to be solved.
+        train: Images of each family for training.
+        validation: Images of the family for validation.
+        support: Images of each novel family, with labels.
+        test: Images of each novel family, to be solved.
     """
 
     train: int
@@ -56,8 +56,8 @@ def write_puzzle_cohort(
     Args:
         folder: Gets puzzles.csv, puzzles.json (seed and settings), and images and masks: 8-bit PNG in 2D; in 3D
             NIfTI, float32 in [0, 1] and uint8, voxels of 1 mm, axes RAS+, the centre of the field of view at 0 mm.
-        seed: Of the cohort.
-        counts: Of each family.
+        seed: Seed of the cohort.
+        counts: Counts of each family.
         shape: Pixels along rows and columns, or voxels along x, y and z.
         config: What is drawn.
 
