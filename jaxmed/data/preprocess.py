@@ -14,6 +14,7 @@ or rounding is one more word of `interpolation`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -409,7 +410,7 @@ class Loaded(NamedTuple):
     @property
     def images(self) -> list[Shaped[np.ndarray, "..."]]:
         """Every slice or picture, or the volumes."""
-        return [*planes(self.volume.array, self.axis)] if self.axis is not None else [v.array for v in self.volumes]
+        return images_of(self.volumes, self.axis)
 
     def restore(self, array: Shaped[np.ndarray, "x y z"]) -> Volume:
         """Bring a result on the grid of `volume` back onto the grid of the file; the unit stays."""
@@ -436,6 +437,11 @@ class Loaded(NamedTuple):
         is_shown = self.grid.affine[1, 1] < 0  # `data.stored`: x to the right, y up
         stack = np.ascontiguousarray(np.moveaxis(np.swapaxes(volume.array, 0, 1) if is_shown else volume.array, 2, 0))
         return stack if self.kind == "stack" else stack[0]
+
+
+def images_of(volumes: Sequence[Volume], axis: int | None) -> list[Shaped[np.ndarray, "..."]]:
+    """Return every slice of a volume across an axis, or the volumes."""
+    return [volume.array for volume in volumes] if axis is None else [*planes(volumes[0].array, axis)]
 
 
 def differences(one: Preprocess, other: Preprocess) -> dict[str, tuple[Any, Any]]:

@@ -89,9 +89,9 @@ def cut_window(
 
 
 def cut(
-    images: Shaped[np.ndarray, "item ..."], windows: Sequence[Window], size: Sequence[int]
+    images: Sequence[Any] | Shaped[np.ndarray, "item ..."], windows: Sequence[Window], size: Sequence[int]
 ) -> Shaped[np.ndarray, "window ..."]:
-    """Cut windows out of `planes`, one after the other."""
+    """Cut windows out of images, such as `planes`, one after the other."""
     return np.stack([cut_window(images[window.item], window.starts, size) for window in windows])
 
 
