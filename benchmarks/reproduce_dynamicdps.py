@@ -142,9 +142,9 @@ def networks_of(size: str) -> tuple[train_prior.Config, train_initial.Config, ca
         return train_prior.smoke(), train_initial.smoke(), calibrate.smoke()
     if size == "gpu":
         prior, initial = train_prior.paper(), train_initial.paper()
-        images = {"data": train_prior.DataConfig(embedded=4000)}
+        images = {"data": train_prior.DataConfig(synthetic=4000)}
         return changed(prior, images), changed(initial, images), calibrate.laptop()
-    prior, initial, data = train_prior.smoke(), train_initial.smoke(), train_prior.DataConfig(embedded=400)
+    prior, initial, data = train_prior.smoke(), train_initial.smoke(), train_prior.DataConfig(synthetic=400)
     model = dataclasses.replace(prior.network.model, multipliers=(1, 2, 2), attention_factors=(4,))
     enhancer = dataclasses.replace(model, with_time=False)
     return (

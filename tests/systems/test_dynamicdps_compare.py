@@ -27,7 +27,7 @@ from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.enhancement import draw_samples, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, expected_passes, length_of, make_solver
 from jaxmed.systems.dynamicdps.networks import write_network
-from jaxmed.systems.dynamicdps.reading import FrameConfig
+from jaxmed.systems.dynamicdps.reading import PREPROCESS
 from jaxmed.systems.dynamicdps.scoring import (
     MEASURES,
     NOISE,
@@ -38,6 +38,11 @@ from jaxmed.systems.dynamicdps.scoring import (
     score_subject,
 )
 from jaxmed.systems.dynamicdps.stages.compare import Config, plan_cells, read_subjects
+
+
+def sized(size, **changes):
+    return dataclasses.replace(PREPROCESS, size=size, **changes)
+
 
 SIZE = (16, 16)
 PLAIN_SCAN = LowField(gamma=1.0, scale=2.0, sigma=0.7, radius=3, noise=0.01)
@@ -149,7 +154,7 @@ def test_lengths_are_those_of_the_authors_unless_a_budget_is_given():
 def files(tmp_path_factory):
     """Untrained networks with the smallest layout, and a cohort of three brains."""
     place = tmp_path_factory.mktemp("compare")
-    frame, rng = FrameConfig((32, 32)), np.random.default_rng(9)
+    frame, rng = sized((32, 32)), np.random.default_rng(9)
     for name, with_time in (("prior", True), ("one", False), ("two", False)):
         config = GuidedUnetConfig(
             width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=1, groups=4, with_time=with_time
@@ -179,7 +184,7 @@ def test_scans_of_one_name_in_two_folders_are_two_subjects(tmp_path):
     scan = nifti.read(next((write_brain_cohort(tmp_path / "made", 1, 1, (32, 32)).parent / "scans").iterdir()))
     for name in ("a/T1.nii.gz", "b/T1.nii.gz", "b_T1.nii"):
         nifti.write(tmp_path / "scans" / name, scan)
-    subjects = read_subjects(Config(input=tmp_path / "scans", slices=1), FrameConfig((32, 32)))
+    subjects = read_subjects(Config(input=tmp_path / "scans", slices=1), sized((32, 32)))
     assert [(one.name, len(one.images)) for one in subjects] == [("a_T1", 1), ("b_T1", 1), ("b_T1_2", 1)]
 
 
@@ -259,7 +264,7 @@ def test_mistakes_end_in_one_line(files, tmp_path, capsys, change, message):
     assert error.startswith("jaxmed: ") and message in error and "Traceback" not in error
 
 
-def test_images_without_a_head_and_models_of_another_frame_are_refused(files, tmp_path, capsys):
+def test_images_without_a_head_and_models_of_another_size_are_refused(files, tmp_path, capsys):
     place, manifest = files
     other = GuidedUnetConfig(
         width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=1, groups=4, with_time=False
@@ -267,11 +272,11 @@ def test_images_without_a_head_and_models_of_another_frame_are_refused(files, tm
     image = jax.ShapeDtypeStruct((1, 16, 16, 1), jnp.float32)
     shapes = jax.eval_shape(make_model(GuidedUnet(other)).init, jax.random.key(0), image)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-    write_network(tmp_path / "small" / "outputs" / "model", params, other, FrameConfig((16, 16)))
+    write_network(tmp_path / "small" / "outputs" / "model", params, other, sized((16, 16)))
     words = command(files, tmp_path / "run")
     words[words.index(str(place / "two"))] = str(tmp_path / "small")
     assert main(words) == 2
-    assert "expected a network of the prior's frame, (32, 32)" in capsys.readouterr().err
+    assert "expected a network of the prior's preprocessing, (32, 32)" in capsys.readouterr().err
     table = tmp_path / "train.csv"
     first = manifest.parent / "scans" / "brain_0000.nii.gz"
     table.write_text(f"path,split\n{first},train\n")

@@ -24,14 +24,19 @@ from jaxmed.physics.lowfield import LowField
 from jaxmed.systems.dynamicdps.calibration import Calibrated, digest_of, read_calibration
 from jaxmed.systems.dynamicdps.methods import ARMS, MethodConfig
 from jaxmed.systems.dynamicdps.networks import write_network
-from jaxmed.systems.dynamicdps.reading import FrameConfig
+from jaxmed.systems.dynamicdps.reading import PREPROCESS
 from jaxmed.systems.dynamicdps.stages import compare as compare_stage
 from jaxmed.systems.dynamicdps.stages import enhance as stage
 from jaxmed.train import log
 from jaxmed.volume import Volume
 
+
+def sized(size, **changes):
+    return dataclasses.replace(PREPROCESS, size=size, **changes)
+
+
 TINY = GuidedUnetConfig(width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=2, groups=4)
-FRAME = FrameConfig((16, 16))
+FRAME = sized((16, 16))
 ACQUISITION = LowField(gamma=0.8, scale=2.0, sigma=0.8, radius=2, noise=0.01)
 START = StartTime(means=(2.0, 3.0, 4.0, 6.0), tau=0.5, steps_per_bin=5)
 
@@ -263,7 +268,7 @@ def test_a_prior_of_volumes_refines_a_scan_in_blended_tiles(tmp_path):
     shapes = jax.eval_shape(make_model(GuidedUnet(config)).init, jax.random.key(0), *inputs)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)
-    write_network(tmp_path / "prior" / "outputs" / "model", params, config, FrameConfig((8, 8, 8)))
+    write_network(tmp_path / "prior" / "outputs" / "model", params, config, sized((8, 8, 8)))
     image = np.zeros((12, 12, 10))
     image[4:, 4:, 2:] = head((8, 8, 8), 0) + 100
     affine = np.array([[0, 0, 2.0, 1], [-3, 0, 0, 5], [0, 2, 0, 0], [0, 0, 0, 1]])

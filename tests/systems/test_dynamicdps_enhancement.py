@@ -28,10 +28,15 @@ from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic
 from jaxmed.systems import dynamicdps
 from jaxmed.systems.dynamicdps.calibration import digest_of, fit_acquisition, make_start, measure, record_bank
 from jaxmed.systems.dynamicdps.enhancement import draw_samples, enhance, make_program
-from jaxmed.systems.dynamicdps.reading import FrameConfig
+from jaxmed.systems.dynamicdps.reading import PREPROCESS
 from jaxmed.systems.dynamicdps.volumes import TilingConfig, apply_network, cut_tiles, refine
 
 pytestmark = pytest.mark.core
+
+
+def sized(size, **changes):
+    return dataclasses.replace(PREPROCESS, size=size, **changes)
+
 
 SIZE = (8, 8)
 RNG = np.random.default_rng(0)
@@ -138,7 +143,7 @@ def test_a_volume_is_refined_slice_by_slice_and_blended(program, key):
     head = np.zeros(shape, bool)
     head[4:16, 1:4, 2:9] = True
     volume = np.where(head, RNG.uniform(0.5, 1.5, shape), 0.0).astype(np.float32)
-    frame = FrameConfig(SIZE, axis="coronal")
+    frame = sized(SIZE, axis="coronal")
     doubled = make_program(prior, lambda x: 0.5 * x, dataclasses.replace(CONFIG, first_step=0.5), 4)
     tiles = cut_tiles(volume / 2, volume, head, frame, TilingConfig())
     assert tiles.measurement.shape[1:] == (*SIZE, 1) and 0 < tiles.kept.sum() < len(tiles.kept)
@@ -157,7 +162,7 @@ def test_a_volume_is_refined_slice_by_slice_and_blended(program, key):
 
 def test_small_volumes_are_extended_and_cut_back(key):
     volume = RNG.uniform(0.5, 1.5, (3, 6, 8)).astype(np.float32)
-    frame = FrameConfig((8, 8, 8))
+    frame = sized((8, 8, 8))
     tiles = cut_tiles(volume, volume, np.ones(volume.shape, bool), frame, TilingConfig())
     assert tiles.measurement.shape == (1, 8, 8, 8, 1)
     np.testing.assert_allclose(tiles.blend(tiles.all_initial), volume, atol=1e-6)

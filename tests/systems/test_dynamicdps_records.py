@@ -1,5 +1,7 @@
 """Training images of DynamicDPS: who is held out, which slices, what is drawn from labels."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
 from jaxmed.synthesis.deformation import DeformationConfig
 from jaxmed.synthesis.label_images import DEEP, FLUID, WHITE, SyntheticConfig, draw_t1_means
-from jaxmed.systems.dynamicdps.reading import FrameConfig, simplify_labels
+from jaxmed.systems.dynamicdps.reading import PREPROCESS, simplify_labels
 from jaxmed.systems.dynamicdps.records import (
     Cut,
     DataConfig,
@@ -23,7 +25,12 @@ from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
 
-FRAME = FrameConfig((16, 16))
+
+def sized(size, **changes):
+    return dataclasses.replace(PREPROCESS, size=size, **changes)
+
+
+FRAME = sized((16, 16))
 
 
 def labelled(shape=(20, 18, 10)):
@@ -104,7 +111,7 @@ def test_slices_run_over_the_head_and_labels_lose_skin_and_side(folder):
 
 
 def test_volumes_give_patches_of_the_head(folder):
-    data, frame = DataConfig(validation=0.0, patches=5), FrameConfig((4, 4, 4))
+    data, frame = DataConfig(validation=0.0, patches=5), sized((4, 4, 4))
     source = read_images(list_files(data, folder / "scans", 0), "train", data, frame, 1)
     assert len(source) == 20 and source.name(7).endswith("b.nii.gz")
     assert all(image.shape < (20, 18, 10) for image in source.images)
@@ -157,7 +164,7 @@ def test_sources_tell_themselves_apart():
 
 
 def test_labels_are_drawn_finer_and_scans_stay_as_they_are(folder):
-    data, frame = DataConfig(labels=folder / "labels", validation=0.0, finer=2), FrameConfig((8, 8), spacing=2.0)
+    data, frame = DataConfig(labels=folder / "labels", validation=0.0, supersample=2), sized((8, 8), spacing=(2.0,))
     source = read_images(list_files(data, folder / "scans", 0), "train", data, frame, 1)
     cut, make = Cut((8, 8), 2), ImageMaker(None, 2, None)
     scan, labels = (
@@ -168,5 +175,5 @@ def test_labels_are_drawn_finer_and_scans_stay_as_they_are(folder):
     # Means of the four labels under each voxel.
     means = labels["voxels"].reshape(8, 2, 8, 2).mean((1, 3))
     np.testing.assert_allclose(make(jax.random.key(0), labels)[..., 0], means, rtol=1e-6)
-    with pytest.raises(InputError, match="data.finer: expected 1 where frame.spacing"):
-        read_images(list_files(data, None, 0), "train", data, FrameConfig((8, 8)), 1)
+    with pytest.raises(InputError, match="data.supersample: expected 1 where preprocess.spacing"):
+        read_images(list_files(data, None, 0), "train", data, sized((8, 8)), 1)

@@ -21,7 +21,7 @@ from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.systems.dynamicdps.networks import load_initial, load_prior, write_network
-from jaxmed.systems.dynamicdps.reading import FrameConfig
+from jaxmed.systems.dynamicdps.reading import PREPROCESS
 from jaxmed.systems.dynamicdps.records import DataConfig, ImageMaker
 from jaxmed.systems.dynamicdps.stages import train_initial, train_prior
 from jaxmed.systems.dynamicdps.training import ImageNetworkConfig, load_initial_weights
@@ -31,8 +31,13 @@ from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.volume import Volume
 
+
+def sized(size, **changes):
+    return dataclasses.replace(PREPROCESS, size=size, **changes)
+
+
 MODEL = GuidedUnetConfig(width=8, multipliers=(1,), blocks=1, attention_factors=(), heads=2, groups=4)
-IMAGES = ImageNetworkConfig(frame=FrameConfig((8, 8)), model=MODEL)
+IMAGES = ImageNetworkConfig(preprocess=sized((8, 8)), model=MODEL)
 PRIOR = train_prior.Config(
     IMAGES,
     TrainConfig(
@@ -94,7 +99,7 @@ def test_smoke_prior_tells_noise_from_heads_that_it_was_not_trained_on(tmp_path)
     assert summary["counts"]["train"]["images"] == 32 and summary["counts"]["validation"]["scans"] == 8
     assert summary["bits_per_voxel"] is None
     found = load_prior(out)
-    assert found.frame == FrameConfig((32, 32)) and found.config == train_prior.smoke().network.model
+    assert found.preprocess == sized((32, 32)) and found.config == train_prior.smoke().network.model
     drawn = nifti.read(out / "outputs" / "samples.nii.gz").array
     assert drawn.shape == (32, 32, 4) and drawn.min() >= 0 and drawn.max() <= 2
     page = (out / "report.html").read_text()
@@ -124,7 +129,7 @@ def test_smoke_enhancer_is_nearer_to_the_truth_than_its_input(tmp_path):
 @pytest.mark.slow
 def test_a_prior_of_volumes_is_trained_on_patches_and_refines_a_volume(scans, tmp_path):
     config = prior(
-        input=scans, frame=FrameConfig((4, 4, 4)), model=dataclasses.replace(MODEL, dimensions=3),
+        input=scans, preprocess=sized((4, 4, 4)), model=dataclasses.replace(MODEL, dimensions=3),
         data=DataConfig(validation=0.25, patches=4),
     )  # fmt: skip
     out = tmp_path / "run"
@@ -133,7 +138,7 @@ def test_a_prior_of_volumes_is_trained_on_patches_and_refines_a_volume(scans, tm
     assert np.isfinite(summary["bits_per_voxel"]) and "Bits per voxel" in (out / "report.html").read_text()
     assert summary["counts"]["train"]["images"] == 12 and summary["counts"]["validation"]["images"] == 4
     found = load_prior(out)
-    assert found.config.dimensions == 3 and found.frame.size == (4, 4, 4)
+    assert found.config.dimensions == 3 and found.preprocess.size == (4, 4, 4)
     assert nifti.read(out / "outputs" / "samples_1.nii.gz").array.shape == (4, 4, 4)
     assert "What the prior has learnt" in (out / "report.html").read_text()
     published = load_published(out / "checkpoints" / "state")
@@ -154,7 +159,7 @@ def stored(tmp_path_factory):
     shapes = jax.eval_shape(make_model(GuidedUnet(MODEL)).init, jax.random.key(0), image, time)
     generator = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: generator.standard_normal(leaf.shape).astype(np.float32), shapes)
-    write_network(out / "outputs" / "model", params, MODEL, IMAGES.frame, licence="for tests only")
+    write_network(out / "outputs" / "model", params, MODEL, IMAGES.preprocess, licence="for tests only")
     return out, params
 
 
@@ -197,7 +202,7 @@ def test_the_paper_presets_are_the_published_ones():
     assert dataclasses.replace(network.model, remat=False) == DYNAMICDPS_PRIOR
     assert (train.optimizer.peak_lr, train.optimizer.weight_decay, train.optimizer.decay) == (1e-4, 0.0, "constant")
     assert (train.ema_decay, train.loader.batch_size, train.loop.steps) == (0.9999, 8, 360_000)
-    assert network.frame.size == (256, 256) and train_prior.SCHEDULE.betas == "cosine"
+    assert network.preprocess.size == (256, 256) and train_prior.SCHEDULE.betas == "cosine"
     initial = train_initial.paper()
     train = initial.train
     assert (train.optimizer.peak_lr, train.loader.batch_size, train.loop.steps) == (2e-4, 16, 100_000)
@@ -284,11 +289,14 @@ OPTIONS = {
     "missing folder": (["--input", "nowhere"], "nowhere: expected"),
     "missing weights": (["--input", "{scans}", "--weights", "nowhere.pt"], "nowhere.pt"),
     "weights that are none": (["--input", "{scans}", "--weights", "{scans}/scan_1.nii.gz"], "weights"),
-    "size": (["--input", "{scans}", "--model.multipliers", "1", "2", "--frame.size", "9", "8"], "multiples of 2"),
-    "axes": (["--input", "{scans}", "--frame.size", "8", "8", "8"], "size: expected 2 numbers"),
+    "size": (["--input", "{scans}", "--model.multipliers", "1", "2", "--preprocess.size", "9", "8"], "multiples of 2"),
+    "axes": (["--input", "{scans}", "--preprocess.size", "8", "8", "8"], "size: expected 2 numbers"),
     "batch": (["--input", "{scans}", "--accumulation", "3"], "loader.batch_size: expected a multiple of 3 parts"),
     "heads": (["--input", "{scans}", "--model.heads", "3"], "heads: expected a divisor of 8 channels"),
-    "finer": (["--data.labels", "{scans}", "--data.finer", "2"], "data.finer: expected 1 where frame.spacing"),
+    "supersample": (
+        ["--data.labels", "{scans}", "--data.supersample", "2"],
+        "data.supersample: expected 1 where",
+    ),
     "type": (["--input", "{scans}", "--dtype", "float16"], "--dtype"),
     "slices": (["--input", "{scans}", "--data.slices", "0.9", "0.1"], "slices: expected two shares in order"),
 }

@@ -1,4 +1,4 @@
-"""Trained networks of this system on disk: parameters, and the frame in which they see scans."""
+"""Trained networks of this system on disk: parameters, and the preprocessing by which they see scans."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxmed.arrays.types import Params
-from jaxmed.config import from_record, read_record, to_record
-from jaxmed.data.intensity import Intensity
+from jaxmed.config import to_record
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.diffusion.denoiser import Denoiser, make_denoiser
 from jaxmed.diffusion.posterior.fidelity import PLAIN, evaluate
@@ -24,13 +23,11 @@ from jaxmed.models.unet_guided import GuidedUnetConfig
 from jaxmed.nn.model import Model
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.stage import nested_run
-from jaxmed.systems.dynamicdps.reading import TOP, FrameConfig
+from jaxmed.systems.dynamicdps.reading import MAX_INTENSITY, PREPROCESS
 from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
-
-FRAME = "frame"
 
 
 class Network(NamedTuple):
@@ -39,7 +36,7 @@ class Network(NamedTuple):
     Attributes:
         model: `model.apply(params, x, t)` for a prior, without t for an enhancer.
         params: Its parameters.
-        frame: How scans become its images.
+        preprocess: How scans become its images.
         config: Its sizes.
         path: Where it was read.
         licence: What may be done with it.
@@ -48,30 +45,30 @@ class Network(NamedTuple):
 
     model: Model
     params: Params
-    frame: FrameConfig
+    preprocess: Preprocess
     config: GuidedUnetConfig
     path: Path
     licence: str
     remarks: tuple[str, ...] = ()
 
 
-def write_network(folder: Path, params: Params, config: GuidedUnetConfig, frame: FrameConfig, **further: Any) -> None:
+def write_network(
+    folder: Path, params: Params, config: GuidedUnetConfig, preprocess: Preprocess, **further: Any
+) -> None:
     """Write a network for other stages and for `load_published`.
 
     Args:
         folder: outputs/model of a run.
         params: Of the network.
         config: Its sizes.
-        frame: How scans become its images.
+        preprocess: How scans become its images.
         **further: What else stands in the record.
     """
-    intensity = Intensity("window", window=(0.0, frame.high or 4096.0), range=(0.0, TOP), clip=False)
     record = {
         "family": guided_diffusion.FAMILY.name,
         "kind": "denoiser" if config.with_time else "enhancer",
         "config": to_record(config),
-        "preprocess": to_record(Preprocess(frame.size, config.channels, intensity=intensity)),
-        FRAME: to_record(frame),
+        "preprocess": to_record(preprocess),
     }
     export_parameters(folder, params, record | further)
 
@@ -90,24 +87,24 @@ def load_initial(path: Path, prior: Network | None = None, name: object = None) 
 
     Args:
         path: The run.
-        prior: Whose frame it must have.
+        prior: Whose preprocessing it must have.
         name: What a message calls it; the path by default.
 
     Raises:
-        InputError: The place cannot be read, holds another network, or one of another frame.
+        InputError: The place cannot be read, holds another network, or one of another preprocessing.
     """
     network = _load(path, "enhancer", "a conditional network", "give a run of train-initial")
     if prior is not None:
-        own, theirs = (f"{frame.size} at {frame.spacing:g} mm" for frame in (network.frame, prior.frame))
+        own, theirs = (f"{one.size} at {one.told_spacing}" for one in (network.preprocess, prior.preprocess))
         if own != theirs:
-            expected = f"a network of the prior's frame, {theirs}"
-            raise InputError(name or path, expected, own, "train it on the prior's frame")
+            expected = f"a network of the prior's preprocessing, {theirs}"
+            raise InputError(name or path, expected, own, "train it on the prior's preprocessing")
     return network
 
 
 def apply_initial(network: Network) -> Callable[[Array], Array]:
     """Return the compiled function from a batch of measurements to a conditional network's images, in [0, 2]."""
-    apply = jax.jit(lambda params, x: jnp.clip(network.model.apply(params, x), 0.0, TOP))
+    apply = jax.jit(lambda params, x: jnp.clip(network.model.apply(params, x), 0.0, MAX_INTENSITY))
     return partial(apply, network.params)
 
 
@@ -118,7 +115,7 @@ def make_prior(network: Network, params: Params) -> Denoiser:
         network: Model and sizes.
         params: Its parameters, or what stands for them while a program is traced.
     """
-    return make_denoiser(partial(network.model.apply, params), VpDiscrete(), "epsilon", clip=(0.0, TOP))
+    return make_denoiser(partial(network.model.apply, params), VpDiscrete(), "epsilon", clip=(0.0, MAX_INTENSITY))
 
 
 def _load(path: Path, kind: str, expected: str, advice: str) -> Network:
@@ -129,19 +126,17 @@ def _load(path: Path, kind: str, expected: str, advice: str) -> Network:
     if config.channels != 1 or config.outputs != 1 or config.learn_sigma:
         found = f"{config.channels} in and {config.outputs * (1 + config.learn_sigma)} out"
         raise InputError(path, f"{expected} of one channel", found, advice)
-    report, frame = published.report, _frame(path, published)
-    return Network(published.model, published.params, frame, config, path, report.licence, report.remarks)
+    report, preprocess = published.report, _preprocess(published)
+    return Network(published.model, published.params, preprocess, config, path, report.licence, report.remarks)
 
 
-def _frame(path: Path, published: Published) -> FrameConfig:
-    """Return the frame beside own weights; published ones are fed as their authors fed them."""
-    for place in (path, path / "outputs" / "model"):
-        if (place / "record.json").exists():
-            record = read_record(place / "record.json")
-            if FRAME in record:
-                return from_record(FrameConfig, record[FRAME], str(place / "record.json"))
-    preprocess = published.preprocess
-    return dataclasses.replace(FrameConfig(), size=preprocess.size, high=preprocess.intensity.window[1])
+def _preprocess(published: Published) -> Preprocess:
+    """Return the preprocessing of own weights; published ones are fed as their authors fed them, within the head."""
+    told = published.preprocess
+    if told.intensity.kind == "background":
+        return told
+    intensity = dataclasses.replace(PREPROCESS.intensity, high=told.intensity.window[1])
+    return dataclasses.replace(PREPROCESS, size=told.size, intensity=intensity)
 
 
 def announce_passes(
@@ -159,12 +154,12 @@ def announce_passes(
         unit: What these are called.
         smaller: Of the run folder.
     """
-    operator = make_operator(network.frame.size, acquisition)
+    operator = make_operator(network.preprocess.size, acquisition)
 
     def meet(params: Params, images: Array, times: Array) -> Any:
         return evaluate(make_prior(network, params), images, operator, PLAIN, images, times)
 
-    images = jax.ShapeDtypeStruct((batch_size, *network.frame.size, 1), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch_size, *network.preprocess.size, 1), jnp.float32)
     program = jax.make_jaxpr(meet)(network.params, images, jax.ShapeDtypeStruct((batch_size,), jnp.float32))
     announce(log, label, params=network.params, batch=images, program=program, count=count, unit=unit, smaller=smaller)
 

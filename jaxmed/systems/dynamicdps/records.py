@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,24 +11,20 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxmed.arrays.filters import downsample
+from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import Length, Number, Share, Size, checked
 from jaxmed.data.cohort import groups_of_files, hold_out, require_files_apart, split_unlabelled, subject_notes
-from jaxmed.data.scans import Found, find_scans
-from jaxmed.data.transforms import random_crop
+from jaxmed.data.inputs import require_whole, try_each
+from jaxmed.data.preprocess import Preprocess, load
+from jaxmed.data.scans import ANY_KIND, Found, find_scans
+from jaxmed.data.windows import cut_about, random_crop
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import Table, read_table, resolve_paths
 from jaxmed.synthesis.label_images import SyntheticConfig, draw_image
-from jaxmed.systems.dynamicdps.reading import KINDS as SCANS
-from jaxmed.systems.dynamicdps.reading import (
-    FrameConfig,
-    cut_images,
-    head_of,
-    read_labels,
-    read_scan,
-)
+from jaxmed.systems.dynamicdps.reading import read_labels
 
 Kind = Literal["image", "labels"]
 KINDS = ("image", "labels")
@@ -50,9 +45,9 @@ class DataConfig:
         slices: First and last slice, as shares of the head's extent.
         every: Distance of the slices that are taken; 1 takes all.
         patches: Patches of a volume in an epoch, for networks in 3D.
-        finer: Label maps are read, and their images drawn, with voxels this many times as small along each axis of an
-            image; means over them make the image, in which structures then mix at their borders as in a scan.
-        embedded: Generate this many phantom brains where no files are given.
+        supersample: Label maps are read, and their images drawn, with voxels this many times as small along each axis
+            of an image; means over them make the image, in which structures then mix at their borders as in a scan.
+        synthetic: Draw this many phantom brains where no files are given.
     """
 
     manifest: Path | None = None
@@ -61,19 +56,19 @@ class DataConfig:
     slices: tuple[Share, Share] = (0.05, 0.95)
     every: Size = 1
     patches: Length = 32
-    finer: Size = 1
-    embedded: Number = 0
+    supersample: Size = 1
+    synthetic: Number = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation: expected a share in [0, 1), found {self.validation:g}")
         if not 0 <= self.slices[0] < self.slices[1] <= 1:
             raise ValueError(f"slices: expected two shares in order, found {self.slices}")
-        if min(self.every, self.patches, self.finer) < 1:
-            found = self.every, self.patches, self.finer
-            raise ValueError(f"every, patches, finer: expected 1 or more, found {found}")
-        if self.embedded < 0:
-            raise ValueError(f"embedded: expected 0 or more, found {self.embedded}")
+        if min(self.every, self.patches, self.supersample) < 1:
+            found = self.every, self.patches, self.supersample
+            raise ValueError(f"every, patches, supersample: expected 1 or more, found {found}")
+        if self.synthetic < 0:
+            raise ValueError(f"synthetic: expected 0 or more, found {self.synthetic}")
 
 
 class Listed(NamedTuple):
@@ -139,21 +134,21 @@ class Cut:
 
     Attributes:
         size: Voxels along each axis.
-        finer: Of label maps; scans repeat their voxels, whose mean they are again.
+        supersample: Of label maps; scans repeat their voxels, whose mean they are again.
     """
 
     size: tuple[int, ...]
-    finer: int = 1
+    supersample: int = 1
 
     def __call__(self, fields: Mapping[str, Any], generator: np.random.Generator) -> dict[str, Any]:
         """Return the voxels as float32."""
         voxels = fields["voxels"]
-        size = tuple(length * (self.finer if fields["is_labels"] else 1) for length in self.size)
+        size = tuple(length * (self.supersample if fields["is_labels"] else 1) for length in self.size)
         if voxels.shape != size:
             voxels = random_crop({"voxels": voxels}, size, generator)["voxels"]
-        if self.finer > 1 and not fields["is_labels"]:
+        if self.supersample > 1 and not fields["is_labels"]:
             for axis in range(voxels.ndim):
-                voxels = np.repeat(voxels, self.finer, axis)
+                voxels = np.repeat(voxels, self.supersample, axis)
         return {"voxels": np.asarray(voxels, np.float32), "is_labels": fields["is_labels"]}
 
 
@@ -182,7 +177,7 @@ def list_files(data: DataConfig, place: Path | None, seed: int, series: str = ""
         scans = [ScanFiles(path, series) for path in resolve_paths(table)]
         kinds, splits = kinds_of(table), split_unlabelled(table, data.validation, seed)
         notes = subject_notes(table)
-    images = NONE if place is None else find_scans(place, SCANS, series, apart=(data.labels,))
+    images = NONE if place is None else find_scans(place, ANY_KIND, series, apart=(data.labels,))
     labels = NONE if data.labels is None else find_scans(data.labels, ("nifti",))
     # Drawn apart, so that both kinds are held out where there are two or more of each.
     for kind, found in zip(KINDS, (images, labels), strict=True):
@@ -206,7 +201,7 @@ def kinds_of(table: Table) -> list[str]:
 
 
 def read_images(
-    listed: Listed, split: str, data: DataConfig, frame: FrameConfig, threads: int, fill: float | None = None
+    listed: Listed, split: str, data: DataConfig, preprocess: Preprocess, threads: int, fill: float | None = None
 ) -> ImageSource | None:
     """Read every file of a split and cut it.
 
@@ -214,7 +209,7 @@ def read_images(
         listed: The files.
         split: Which of them.
         data: Which slices.
-        frame: Size, axis, voxel size and scale.
+        preprocess: Size, axis, voxel size and scale.
         threads: That read.
         fill: Intensity of voxels that have none; None refuses them.
 
@@ -228,27 +223,13 @@ def read_images(
     if not files:
         return None
 
-    def read(file: tuple[ScanFiles, str]) -> Shaped[np.ndarray, "image ..."] | InputError:
-        try:
-            return _cut_file(*file, data, frame, fill)
-        except InputError as error:
-            return error
+    def read(file: tuple[ScanFiles, str]) -> Shaped[np.ndarray, "image ..."]:
+        return _cut_file(*file, data, preprocess, fill)
 
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(read, files))
-    broken = [error for error in found if isinstance(error, InputError)]
-    if len(broken) == 1:
-        raise broken[0]
-    if broken:
-        told = "; ".join(map(str, broken[:3])) + ("; ..." if len(broken) > 3 else "")
-        expected, advice = "files that can be trained on", "repair them, or leave them out of the manifest"
-        raise InputError("scans", expected, f"{len(broken)} of {len(files)} broken: {told}", advice)
-    images = [image for stack in found if not isinstance(stack, InputError) for image in stack]
-    names = [
-        str(scan.path) for (scan, _), stack in zip(files, found, strict=True) if not isinstance(stack, InputError)
-        for _ in stack
-    ]  # fmt: skip
-    return ImageSource(images, names, 1 if frame.is_sliced else data.patches)
+    stacks = require_whole(try_each(read, files, threads), "scans")
+    images = [image for stack in stacks for image in stack]
+    names = [str(scan.path) for (scan, _), stack in zip(files, stacks, strict=True) for _ in stack]
+    return ImageSource(images, names, 1 if preprocess.is_sliced else data.patches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,13 +238,13 @@ class ImageMaker:
 
     Attributes:
         synthetic: Of contrasts drawn from labels; None where no record holds labels, which spares the drawing.
-        finer: Voxels of a record per voxel of the image, along each axis.
+        supersample: Voxels of a record per voxel of the image, along each axis.
         axis: Axis of the image that runs from left to right; None where none does.
         flip: Probability that left and right are exchanged.
     """
 
     synthetic: SyntheticConfig | None
-    finer: int = 1
+    supersample: int = 1
     axis: int | None = 0
     flip: float = 0.5
 
@@ -274,8 +255,8 @@ class ImageMaker:
         if self.synthetic is not None:
             drawn = draw_image(draw_key, image.astype(jnp.int32), self.synthetic)
             image = jnp.where(fields["is_labels"], drawn, image)
-        if self.finer > 1:
-            image = downsample(image, self.finer)
+        if self.supersample > 1:
+            image = downsample(image, self.supersample)
         if self.axis is not None:
             image = jnp.where(jax.random.bernoulli(flip_key, self.flip), jnp.flip(image, self.axis), image)
         return image[..., None]
@@ -288,39 +269,41 @@ def _subjects_of(found: Found) -> list[str]:
 
 
 def _cut_file(
-    scan: ScanFiles, kind: str, data: DataConfig, frame: FrameConfig, fill: float | None
+    scan: ScanFiles, kind: str, data: DataConfig, preprocess: Preprocess, fill: float | None
 ) -> Shaped[np.ndarray, "image ..."]:
     path = scan.path
     if kind == "labels":
         if not path.name.lower().endswith(nifti.SUFFIXES):
             raise InputError(path, "a label map as NIfTI", f"the suffix '{path.suffix}'")
-        frame = _finer(frame, data.finer)
-        array = read_labels(path, frame).array.astype(np.uint8)
+        preprocess = _supersampled(preprocess, data.supersample)
+        array = read_labels(path, preprocess).array.astype(np.uint8)
         head = array > 0
     else:
-        array = read_scan(scan, frame, fill).volume.array.astype(np.float16)
-        head = head_of(array.astype(np.float32))
+        array = load(scan, preprocess, fill).volume.array.astype(np.float16)
+        head = find_foreground(array.astype(np.float32))
     if not head.any():
         raise InputError(path, "a head", "background alone", "check the file")
-    if not frame.is_sliced:
+    if not preprocess.is_sliced:
         # Patches are drawn from the head, with a quarter of a patch around it.
         bounds = [np.flatnonzero(head.any(axis=tuple(o for o in range(3) if o != axis))) for axis in range(3)]
         box = tuple(
             slice(max(0, places[0] - size // 4), places[-1] + 1 + size // 4)
-            for places, size in zip(bounds, frame.size, strict=True)
+            for places, size in zip(bounds, preprocess.size, strict=True)
         )
         return array[box][None]
-    images, placement = cut_images(array, frame, head)
-    present = np.flatnonzero(head.any(axis=tuple(axis for axis in range(3) if axis != placement.axis)))
+    images, _ = cut_about(array, preprocess.slice_axis, preprocess.size, head)
+    present = np.flatnonzero(head.any(axis=tuple(axis for axis in range(3) if axis != preprocess.slice_axis)))
     low, high = (round(present[0] + share * (present[-1] - present[0])) for share in data.slices)
     return images[low : high + 1 : data.every]
 
 
-def _finer(frame: FrameConfig, finer: int) -> FrameConfig:
-    """Return the frame of images that have so many voxels more along each axis."""
-    if finer == 1:
-        return frame
-    if not frame.spacing:
-        raise InputError("data.finer", "1 where frame.spacing is that of the files", finer, "set --frame.spacing")
-    size = tuple(length * finer for length in frame.size)
-    return dataclasses.replace(frame, size=size, spacing=frame.spacing / finer)
+def _supersampled(preprocess: Preprocess, supersample: int) -> Preprocess:
+    """Return the preprocessing of images that have so many voxels more along each axis."""
+    if supersample == 1:
+        return preprocess
+    if not preprocess.spacing:
+        expected = "1 where preprocess.spacing is that of the files"
+        raise InputError("data.supersample", expected, supersample, "set --preprocess.spacing")
+    size = tuple(length * supersample for length in preprocess.size)
+    spacing = tuple(length / supersample for length in preprocess.spacing)
+    return dataclasses.replace(preprocess, size=size, spacing=spacing)

@@ -11,10 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Shaped
 
+from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.grid import resample_to
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import to_record
+from jaxmed.data.preprocess import Loaded as LoadedScan
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.preprocess import load as load_scan
 from jaxmed.data.scans import partner_of
+from jaxmed.data.windows import cut_about
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
@@ -25,16 +30,7 @@ from jaxmed.metrics.tissue import TISSUES, fit_tissue, label_volumes, mixture_vo
 from jaxmed.physics.lowfield import LowField
 from jaxmed.systems.dynamicdps.enhancement import Program, Samples
 from jaxmed.systems.dynamicdps.networks import Network
-from jaxmed.systems.dynamicdps.reading import (
-    FrameConfig,
-    Scan,
-    cut_images,
-    head_of,
-    read_inside,
-    read_scan,
-    restore_scan,
-    to_picture,
-)
+from jaxmed.systems.dynamicdps.reading import read_inside
 from jaxmed.systems.dynamicdps.volumes import TilingConfig, apply_network, cut_tiles, refine
 from jaxmed.train.log import duration
 from jaxmed.versions import software_versions
@@ -59,7 +55,7 @@ class Plan(NamedTuple):
         network: The prior.
         program: Compiled refinement.
         initial: Conditional network; None where estimates come from files, or are the measurements.
-        frame: How scans become images.
+        preprocess: How scans become images.
         tiling: How images larger than the prior's are cut.
         method: Settings of DynamicDPS, whose chain any other solver walks.
         settings: Of the solver that is used, as a record.
@@ -72,7 +68,7 @@ class Plan(NamedTuple):
     network: Network
     program: Program
     initial: Network | None
-    frame: FrameConfig
+    preprocess: Preprocess
     tiling: TilingConfig
     method: DynamicDps
     settings: dict[str, Any]
@@ -115,7 +111,7 @@ class Loaded(NamedTuple):
         labels: Label map as stored, or None.
     """
 
-    scan: Scan
+    scan: LoadedScan
     estimate: Float32[np.ndarray, "x y z"] | None
     head: Bool[np.ndarray, "x y z"]
     labels: Volume | None
@@ -164,21 +160,21 @@ class Refinement:
     labels_ml: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def load(inputs: Inputs, frame: FrameConfig, fill: float | None = None) -> Loaded:
+def load(inputs: Inputs, preprocess: Preprocess, fill: float | None = None) -> Loaded:
     """Read and check a scan and what belongs to it.
 
     Args:
         inputs: The files.
-        frame: Of the prior.
+        preprocess: Of the prior.
         fill: Intensity of voxels that have none; None refuses them.
 
     Raises:
         InputError: For whatever a user can have wrong in these files.
     """
-    scan = read_scan(inputs.scan, frame, fill)
+    scan = load_scan(inputs.scan, preprocess, fill)
     estimate = None
     if inputs.initial is not None:
-        other = read_scan(inputs.initial, frame, fill)
+        other = load_scan(inputs.initial, preprocess, fill)
         moved = resample_to(other.volume, scan.volume.grid, order=1, fill=np.nan).array
         inside = float(np.isfinite(moved).mean())
         if inside < 0.5:
@@ -187,7 +183,7 @@ def load(inputs: Inputs, frame: FrameConfig, fill: float | None = None) -> Loade
         # Beyond its field of view the measurement stands in.
         estimate = np.where(np.isfinite(moved), moved, scan.volume.array).astype(np.float32)
     # A mask says what the brain is; what lies outside is not refined.
-    head = head_of(scan.volume.array) if inputs.mask is None else read_inside(inputs.mask, scan)
+    head = find_foreground(scan.volume.array) if inputs.mask is None else read_inside(inputs.mask, scan, preprocess)
     labels = None
     if inputs.labels is not None:
         labels = nifti.read(inputs.labels, dimensions=(3,), dtype=np.int32, allow_constant=False)
@@ -209,17 +205,17 @@ def process(
     Raises:
         InputError: For whatever is wrong with the files, or when the result is not finite.
     """
-    loaded = load(inputs, plan.frame, plan.fill)
+    loaded = load(inputs, plan.preprocess, plan.fill)
     y = np.asarray(loaded.scan.volume.array, np.float32)
     estimate = y if loaded.estimate is None else loaded.estimate
-    tiles = cut_tiles(y, estimate, loaded.head, plan.frame, plan.tiling)
+    tiles = cut_tiles(y, estimate, loaded.head, plan.preprocess, plan.tiling)
     if not tiles.kept.any():
         advice = "check the scan, or lower --tiling.least-head"
         raise InputError(inputs.path, "a head to refine", "none in any image", advice)
     if plan.initial is not None and loaded.estimate is None:
         batch = plan.program.batch_size
         estimate = apply_network(plan.initial.model.apply, plan.initial.params, tiles, batch)
-        tiles = cut_tiles(y, estimate, loaded.head, plan.frame, plan.tiling)
+        tiles = cut_tiles(y, estimate, loaded.head, plan.preprocess, plan.tiling)
     total = len(tiles.measurement) * plan.num_samples
     unit = "images" if plan.num_samples == 1 else f"images, {plan.num_samples} of each"
 
@@ -253,7 +249,7 @@ def process(
     return row
 
 
-def describe(samples: Samples, inputs: Inputs, scan: Scan) -> Refinement:
+def describe(samples: Samples, inputs: Inputs, scan: LoadedScan) -> Refinement:
     """Say what happened to a scan's images."""
     reached, starts = np.isfinite(samples.curve), samples.start_time
     return Refinement(
@@ -279,7 +275,7 @@ def describe(samples: Samples, inputs: Inputs, scan: Scan) -> Refinement:
 
 
 def write_maps(
-    folder: Path, inputs: Inputs, scan: Scan, maps: dict[str, Float32[np.ndarray, "x y z"]], plan: Plan
+    folder: Path, inputs: Inputs, scan: LoadedScan, maps: dict[str, Float32[np.ndarray, "x y z"]], plan: Plan
 ) -> None:
     """Write maps on the grid and in the unit of the scan, each with a sidecar."""
     is_nifti = inputs.path.name.lower().endswith(nifti.SUFFIXES)
@@ -293,11 +289,11 @@ def write_maps(
         "licence": plan.network.licence,
     }
     for name, array in maps.items():
-        volume = restore_scan(array, scan, is_difference=name in ("uncertainty", "difference"))
+        volume = scan.restore_stored(array, is_difference=name in ("uncertainty", "difference"))
         path = folder / f"{inputs.name}_{name}.nii.gz"
         nifti.write(path, volume, reference=inputs.path if is_nifti else None)
-        if scan.is_picture and name == "enhanced":
-            picture = np.clip(to_picture(Volume.make(array, scan.volume.affine)) / 2 * 255, 0, 255)
+        if scan.kind == "picture" and name == "enhanced":
+            picture = np.clip(scan.as_stored(scan.restore(array)) / 2 * 255, 0, 255)
             write_png(folder / f"{inputs.name}_{name}.png", picture.astype(np.uint8))
         sidecar = {"definition": MAPS[name], "unit": "that of the input"}
         software = f"jaxmed {software_versions().get('jaxmed', 'unknown')}"
@@ -335,12 +331,12 @@ def count_labels(labels: Volume) -> dict[str, float]:
 
 
 def with_head(
-    scan: Scan, frame: FrameConfig
+    scan: LoadedScan, preprocess: Preprocess
 ) -> tuple[Shaped[np.ndarray, "image ..."], Int[np.ndarray, " kept"], Bool[np.ndarray, "x y z"]]:
     """Cut a scan; return its images, the numbers of those that show enough of a head, and the head."""
-    head = head_of(scan.volume.array)
-    images, _ = cut_images(scan.volume.array, frame, head)
-    share = cut_images(head, frame, head)[0].reshape(len(images), -1).mean(1)
+    head = find_foreground(scan.volume.array)
+    images, _ = cut_about(scan.volume.array, preprocess.slice_axis, preprocess.size, head)
+    share = cut_about(head, preprocess.slice_axis, preprocess.size, head)[0].reshape(len(images), -1).mean(1)
     return images, np.flatnonzero(share >= LEAST_HEAD), head
 
 

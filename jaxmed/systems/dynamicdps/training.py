@@ -11,6 +11,7 @@ from jaxtyping import Array, Float32
 
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Share, checked
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
@@ -26,7 +27,7 @@ from jaxmed.synthesis.label_images import SyntheticConfig
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.networks import write_network
-from jaxmed.systems.dynamicdps.reading import AXES, FrameConfig
+from jaxmed.systems.dynamicdps.reading import PREPROCESS
 from jaxmed.systems.dynamicdps.records import Cut, DataConfig, ImageMaker, ImageSource, list_files, read_images
 from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.versions import software_versions
@@ -48,7 +49,7 @@ class ImageNetworkConfig:
         input: A scan, or a folder of scans, instead of a table.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: Published or own weights to start from; random where empty.
-        frame: How scans become images; its size decides between slices and patches of volumes.
+        preprocess: How scans become images; its size decides between slices and patches of volumes.
         synthetic: How contrasts are drawn from label maps.
         model: The network; its dtype is set by --dtype.
         flip_probability: Of an exchange of left and right.
@@ -59,7 +60,7 @@ class ImageNetworkConfig:
     input: Path | None = None
     series: str = ""
     weights: Path | None = None
-    frame: FrameConfig = FrameConfig()
+    preprocess: Preprocess = PREPROCESS
     synthetic: SyntheticConfig = SyntheticConfig()
     model: GuidedUnetConfig = GuidedUnetConfig()
     flip_probability: Share = 0.5
@@ -149,7 +150,7 @@ def train_network(
     Raises:
         InputError: For whatever is wrong with a setting, a table or a file.
     """
-    network = guided_unet(dataclasses.replace(config.model, dtype=train.dtype), config.frame.size)
+    network = guided_unet(dataclasses.replace(config.model, dtype=train.dtype), config.preprocess.size)
     check_fit(train, network)
     initial, origin = load_initial_weights(config.weights, config.model)
     images = read_training_images(config, folder, train.seed, train.loader.num_threads)
@@ -159,16 +160,16 @@ def train_network(
         log.say(f"{counts['images']:,} images {words}, of {counts['scans']} scans and {counts['labels']} label maps.")
     clock.lap("read and cut")
     # Left and right are x, which sagittal slices do not have.
-    axis = None if config.frame.is_sliced and AXES[config.frame.axis] == 0 else 0
+    axis = None if config.preprocess.slice_axis == 0 else 0
     has_labels = any(source is not None and source.has_labels for source in (images.training, images.held_out))
-    maker = ImageMaker(config.synthetic if has_labels else None, config.data.finer, axis, config.flip_probability)
-    prepare, cut = make_prepare(maker), Cut(config.frame.size, config.data.finer)
+    maker = ImageMaker(config.synthetic if has_labels else None, config.data.supersample, axis, config.flip_probability)
+    prepare, cut = make_prepare(maker), Cut(config.preprocess.size, config.data.supersample)
     params = train_denoiser(
         train, network, loss, TrainData(images.training, images.held_out, cut), prepare, folder=folder, log=log,
         start=initial,
     )  # fmt: skip
     clock.lap("train, compilation included")
-    write_network(folder.outputs / "model", params, config.model, config.frame, **further, **origin)
+    write_network(folder.outputs / "model", params, config.model, config.preprocess, **further, **origin)
     return Trained(network, params, images, prepare, cut)
 
 
@@ -206,10 +207,10 @@ def read_training_images(config: ImageNetworkConfig, folder: RunFolder, seed: in
         InputError: For whatever is wrong with a table or a file.
     """
     data, place = config.data, config.input
-    if data.embedded and not (data.manifest or data.labels or place):
+    if data.synthetic and not (data.manifest or data.labels or place):
         target = folder.path / "inputs"
         # Real heads fill their field of view; so that the scale is the same, phantoms have no lesions here.
-        brain, size, count = BrainConfig(lesion_probability=0.0), config.frame.size, data.embedded
+        brain, size, count = BrainConfig(lesion_probability=0.0), config.preprocess.size, data.synthetic
 
         def write() -> None:
             start(folder)
@@ -219,7 +220,7 @@ def read_training_images(config: ImageNetworkConfig, folder: RunFolder, seed: in
         data, place = dataclasses.replace(data, manifest=target / "scans.csv"), None
     listed = list_files(data, place, seed, config.series)
     training, held_out = (
-        read_images(listed, split, data, config.frame, threads, config.fill) for split in ("train", "validation")
+        read_images(listed, split, data, config.preprocess, threads, config.fill) for split in ("train", "validation")
     )
     assert training is not None
     counts = {

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +10,12 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from jaxmed.arrays.batches import map_rows
-from jaxmed.arrays.tiles import TileConfig, blend, cut
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import checked
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.windows import cut, paste, planes, tile
 from jaxmed.systems.dynamicdps.enhancement import Program, Samples, draw_samples
-from jaxmed.systems.dynamicdps.reading import AXES, FrameConfig
+from jaxmed.systems.dynamicdps.reading import MAX_INTENSITY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def cut_tiles(
     measurement: Float32[np.ndarray, "x y z"],
     initial: Float32[np.ndarray, "x y z"],
     head: Bool[np.ndarray, "x y z"],
-    frame: FrameConfig,
+    preprocess: Preprocess,
     config: TilingConfig,
 ) -> Tiles:
     """Cut slices, or the volume, into tiles of the prior's size; what is smaller is extended by zeros.
@@ -67,30 +67,20 @@ def cut_tiles(
         measurement: In [0, 2], RAS+.
         initial: The estimate, on its grid.
         head: Where there is something to refine.
-        frame: Size and axis of the prior's images.
+        preprocess: Size and axis of the prior's images.
         config: Overlap.
     """
-    axis = AXES[frame.axis] if frame.is_sliced else None
-    tiles = TileConfig(frame.size, config.overlap)
-    first, padding, shape = _to_images(measurement, axis, frame.size)
-    inner = first.shape[1:]
-    cut_all = jax.jit(jax.vmap(lambda image: cut(image[..., None], tiles)))
+    axis, size = preprocess.slice_axis, preprocess.size
+    y, x, inside = (planes(volume, axis) for volume in (measurement, initial, head))
+    windows = tile(len(y), y.shape[1:], size, config.overlap)
+    kept = cut(inside, windows, size).reshape(len(windows), -1).mean(1) > config.least_head
 
-    def tiled(volume: np.ndarray) -> np.ndarray:
-        images, _, _ = _to_images(volume, axis, frame.size)
-        found = np.asarray(cut_all(images.astype(np.float32)))
-        return found.reshape(-1, *frame.size, 1)
+    def blend(values: np.ndarray) -> np.ndarray:
+        return paste(values[..., 0], windows, np.zeros(measurement.shape, np.float32), axis)
 
-    def untile(values: np.ndarray) -> np.ndarray:
-        grouped = values.reshape(len(first), -1, *frame.size, 1)
-        joined = np.asarray(jax.jit(jax.vmap(partial(blend, shape=inner, config=tiles)))(grouped))[..., 0]
-        images = joined[(slice(None), *(slice(low, low + n) for (low, _), n in zip(padding, shape, strict=True)))]
-        return images[0] if axis is None else np.moveaxis(images, 0, axis)
-
-    share = tiled(head).reshape(-1, int(np.prod(frame.size))).mean(1)
-    kept = share > config.least_head
-    all_initial = tiled(initial)
-    return Tiles(tiled(measurement)[kept], all_initial[kept], kept, untile, all_initial)
+    all_initial = cut(x, windows, size)[..., None].astype(np.float32)
+    first = cut(y, [window for window, keep in zip(windows, kept, strict=True) if keep], size) if kept.any() else y[:0]
+    return Tiles(first[..., None].astype(np.float32), all_initial[kept], kept, blend, all_initial)
 
 
 class Refined(NamedTuple):
@@ -131,18 +121,8 @@ def apply_network(
     apply: Callable[..., Any], params: Params, tiles: Tiles, batch_size: int
 ) -> Float32[np.ndarray, "x y z"]:
     """Return the estimate of a conditional network, tile by tile; where no tile holds head, the measurement."""
-    program = jax.jit(lambda params, x: jnp.clip(apply(params, x), 0.0, 2.0))
+    program = jax.jit(lambda params, x: jnp.clip(apply(params, x), 0.0, MAX_INTENSITY))
     images, measurement = tiles.all_initial.copy(), tiles.measurement
     if len(measurement):
         images[tiles.kept] = map_rows(lambda rows: program(params, measurement[rows]), len(measurement), batch_size)
     return tiles.blend(images)
-
-
-def _to_images(
-    volume: np.ndarray, axis: int | None, size: tuple[int, ...]
-) -> tuple[np.ndarray, list[tuple[int, int]], tuple[int, ...]]:
-    """Return slices, or the volume, at least as large as a tile; the widths added, and the shape before."""
-    images = volume[None] if axis is None else np.moveaxis(volume, axis, 0)
-    missing = [max(tile - n, 0) for tile, n in zip(size, images.shape[1:], strict=True)]
-    widths = [(lack // 2, lack - lack // 2) for lack in missing]
-    return np.pad(images, [(0, 0), *widths]), widths, images.shape[1:]

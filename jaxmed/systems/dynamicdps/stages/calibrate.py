@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxmed.config import Length, Number, Positive, Seed, Size, checked, to_record
-from jaxmed.data.scans import find_scans
+from jaxmed.data.preprocess import Preprocess, load
+from jaxmed.data.scans import ANY_KIND, find_scans
+from jaxmed.data.windows import cut_about
 from jaxmed.diffusion.posterior.dps import Dps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
 from jaxmed.diffusion.posterior.start_time import choose_start
@@ -46,7 +48,6 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.reading import KINDS, FrameConfig, cut_images, read_scan
 from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, evenly, pair_files, with_head
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
@@ -180,7 +181,7 @@ def run(config: Config, folder: RunFolder) -> None:
         raise InputError(missing, "a prior and reference scans", "nothing", f"give --{missing}, or try --preset smoke")
     network = load_prior(config.weights)
     initial = None if config.initial is None else load_initial(config.initial)
-    references = read_references(config, network.frame)
+    references = read_references(config, network.preprocess)
     log = begin(folder, (*network.remarks, *(initial.remarks if initial else ())))
     scans = {name.split(",")[0] for name in references.names}
     log.say(f"{len(references.images)} reference images of {len(scans)} scans.")
@@ -227,37 +228,39 @@ def run(config: Config, folder: RunFolder) -> None:
 def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     """Write phantom brains where no scans are given, and train a tiny prior on others where none is given."""
     if config.input is not None:
-        find_scans(config.input, KINDS, config.series)  # a mistake there costs no training
+        find_scans(config.input, ANY_KIND, config.series)  # a mistake there costs no training
     weights = config.weights or tiny_network(folder, "train-prior", {"train.seed": config.seed}, begin(folder))
     begin(folder)
     if config.input is not None:
         return dataclasses.replace(config, weights=weights)
-    size = load_prior(weights).frame.size
+    size = load_prior(weights).preprocess.size
     # Another seed than that of the prior's own phantoms.
     manifest = write_brain_cohort(folder.path / "inputs" / "brains", config.seed + 1, config.synthetic, size)
     return dataclasses.replace(config, weights=weights, input=manifest.parent / "scans")
 
 
-def read_references(config: Config, frame: FrameConfig) -> References:
+def read_references(config: Config, preprocess: Preprocess) -> References:
     """Read the scans, and choose images evenly over all that show enough of a head.
 
     Raises:
         InputError: A file cannot be read, a pair is incomplete or on two grids, or no image shows a head.
     """
     assert config.input is not None
-    scans = find_scans(config.input, KINDS, config.series, apart=(config.low,)).scans
+    scans = find_scans(config.input, ANY_KIND, config.series, apart=(config.low,)).scans
     paths = tuple(scan.path for scan in scans)
     partners = [None] * len(paths) if config.low is None else pair_files(paths, config.input, config.low)
     images, low, names = [], [], []
     for files, partner in zip(scans, partners, strict=True):
-        scan = read_scan(files, frame, config.fill)
-        cut, kept, head = with_head(scan, frame)
+        scan = load(files, preprocess, config.fill)
+        cut, kept, head = with_head(scan, preprocess)
         images += [cut[index] for index in kept]
         names += [f"{files.path.name}, {index}" for index in kept]
         if partner is not None:
-            other = read_scan(partner, frame, config.fill)
+            other = load(partner, preprocess, config.fill)
             require_same_grid(other.volume, scan.volume, str(partner), str(files.path))
-            low += [cut_images(other.volume.array, frame, head)[0][index] for index in kept]
+            low += [
+                cut_about(other.volume.array, preprocess.slice_axis, preprocess.size, head)[0][index] for index in kept
+            ]
     if not images:
         advice = "check the scans, or the size of the prior's images"
         raise InputError(config.input, f"images of which {LEAST_HEAD:.0%} is head", "none", advice)

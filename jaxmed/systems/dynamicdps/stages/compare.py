@@ -14,7 +14,9 @@ from jaxtyping import Float32, Shaped
 
 from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked, read_record
 from jaxmed.data.cohort import stated_splits, subjects_of
-from jaxmed.data.scans import find_scans
+from jaxmed.data.preprocess import Preprocess, load
+from jaxmed.data.scans import ANY_KIND, find_scans
+from jaxmed.data.windows import cut_about
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, make_folder, unique_names
 from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
@@ -38,7 +40,7 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.reading import KINDS, FrameConfig, cut_images, read_labels, read_scan, simplify_labels
+from jaxmed.systems.dynamicdps.reading import read_labels, simplify_labels
 from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, evenly, with_head
 from jaxmed.systems.dynamicdps.scoring import (
     AXES,
@@ -198,7 +200,7 @@ def run(config: Config, folder: RunFolder) -> int:
     log = begin(folder, dict.fromkeys(remark for network in networks for remark in network.remarks))
     log.say(f"{images} images of {len(study.subjects)} subjects, {len(study.initials)} conditional models.")
     cells = plan_cells(config.arms, tuple(study.initials), tuple(study.conditions))
-    size = study.prior.frame.size
+    size = study.prior.preprocess.size
     scorers = {name: make_scorer(size, one.acquisition, config.score) for name, one in study.conditions.items()}
     passes = sum(expected_passes(str(cell["arm"]), method, config.budget) for cell in cells)
     announce_passes(
@@ -287,7 +289,7 @@ def read_study(config: Config) -> Study:
     names = [path.name or str(path) for path in config.initial]
     names = [name if names.count(name) == 1 else f"{name} {index + 1}" for index, name in enumerate(names)]
     initials = {n: load_initial(p, prior, f"initial {n}") for n, p in zip(names, config.initial, strict=True)}
-    subjects = read_subjects(config, prior.frame)
+    subjects = read_subjects(config, prior.preprocess)
     truth = np.concatenate([subject.images for subject in subjects])[..., None]
     gammas = {IN_DISTRIBUTION: config.acquisition.gamma}
     if config.other_gamma and config.other_gamma != config.acquisition.gamma:
@@ -305,7 +307,7 @@ def read_study(config: Config) -> Study:
     return Study(prior, initials, conditions, subjects, estimates)
 
 
-def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
+def read_subjects(config: Config, preprocess: Preprocess) -> list[Subject]:
     """Read every test subject's images.
 
     Raises:
@@ -315,7 +317,7 @@ def read_subjects(config: Config, frame: FrameConfig) -> list[Subject]:
     for name, path, labels in list_subjects(config):
         if name not in grouped and config.subjects and len(grouped) == config.subjects:
             continue
-        grouped.setdefault(name, []).append(_read_images(path, labels, frame, config))
+        grouped.setdefault(name, []).append(_read_images(path, labels, preprocess, config))
     subjects = []
     for name, parts in grouped.items():
         images = np.concatenate([images for images, _ in parts])
@@ -334,7 +336,7 @@ def list_subjects(config: Config) -> list[tuple[str, ScanFiles, Path | None]]:
         found = "neither" if config.manifest is None else "both"
         raise InputError("manifest, input", "one of them", found, "or try --preset smoke")
     if config.input is not None:
-        scans = find_scans(config.input, KINDS, config.series).scans
+        scans = find_scans(config.input, ANY_KIND, config.series).scans
         root = config.input if config.input.is_dir() and scans[0].path != config.input else config.input.parent
         # Every scan is a subject of its own, whatever its folder's files are called.
         names = unique_names([os.path.relpath(scan.path, root) for scan in scans], NAME_ENDINGS)
@@ -351,20 +353,20 @@ def list_subjects(config: Config) -> list[tuple[str, ScanFiles, Path | None]]:
 
 
 def _read_images(
-    files: ScanFiles, labels: Path | None, frame: FrameConfig, config: Config
+    files: ScanFiles, labels: Path | None, preprocess: Preprocess, config: Config
 ) -> tuple[Float32[np.ndarray, "image ..."], np.ndarray | None]:
-    scan = read_scan(files, frame, config.fill)
-    images, kept, head = with_head(scan, frame)
+    scan = load(files, preprocess, config.fill)
+    images, kept, head = with_head(scan, preprocess)
     if not kept.size:
         advice = "check the scan, or the size of the prior's images"
         raise InputError(files.path, f"an image of which {LEAST_HEAD:.0%} is head", "none", advice)
     chosen = kept[evenly(config.slices, len(kept))]
     found = None
     if labels is not None:
-        volume = read_labels(labels, frame)
+        volume = read_labels(labels, preprocess)
         if volume.array.shape != scan.volume.array.shape:
             raise InputError(labels, f"the grid of {files.path}", f"shape {volume.array.shape}", "resample it")
-        found = cut_images(simplify_labels(volume.array), frame, head)[0][chosen]
+        found = cut_about(simplify_labels(volume.array), preprocess.slice_axis, preprocess.size, head)[0][chosen]
     return images[chosen].astype(np.float32), found
 
 
@@ -388,7 +390,7 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     place, brain, size = (
         folder.path / "inputs" / "truth",
         BrainConfig(lesion_probability=0.0),
-        load_prior(weights).frame.size,
+        load_prior(weights).preprocess.size,
     )
     cohort = write_brain_cohort(place, config.seed + 4, config.synthetic, size, brain, fractions=(0.0, 0.0, 1.0))
     return dataclasses.replace(config, manifest=cohort)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmed.arrays.grid import reorient
 from jaxmed.config import Number, Seed, Size, checked, from_record, to_record
-from jaxmed.data.scans import find_scans
+from jaxmed.data.scans import ANY_KIND, find_scans
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names
 from jaxmed.io import nifti
@@ -36,7 +36,6 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.reading import KINDS
 from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, Refinement, load, pair_files, process
 from jaxmed.systems.dynamicdps.volumes import TilingConfig
 from jaxmed.train.run_folder import RunFolder
@@ -145,7 +144,7 @@ def run(config: Config, folder: RunFolder) -> int:
     plan = make_plan(config, network, calibrated)
     inputs, passed = list_inputs(config)
     if len(inputs) == 1:
-        load(inputs[0], plan.frame, plan.fill)  # a single broken file is a mistake, not a failure among many
+        load(inputs[0], plan.preprocess, plan.fill)  # a single broken file is a mistake, not a failure among many
     notes = (*passed, *make_notes(config, plan, calibrated))
     log = begin(folder, notes)
     announce_passes(
@@ -189,7 +188,7 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
         raise InputError("weights", "a prior beside the calibration", "nothing", "give both, or neither")
     if config.input is not None:
         return config
-    acquisition, size = read_calibration(config.calibration).acquisition, load_prior(config.weights).frame.size
+    acquisition, size = read_calibration(config.calibration).acquisition, load_prior(config.weights).preprocess.size
     place = folder.path / "inputs" / "scans"
     manifest = write_brain_cohort(folder.path / "inputs" / "truth", config.seed + 2, config.synthetic, size)
     for number, path in enumerate(find_scans(manifest.parent / "scans", ("nifti",)).paths):
@@ -207,11 +206,11 @@ def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -
     Raises:
         InputError: They do not belong together.
     """
-    frame = network.frame
+    preprocess = network.preprocess
     if config.axis:
-        if not frame.is_sliced:
+        if not preprocess.is_sliced:
             raise InputError("axis", "none for a prior in 3D", config.axis, "leave --axis out")
-        frame = dataclasses.replace(frame, axis=config.axis)
+        preprocess = dataclasses.replace(preprocess, axis=config.axis)
     acquisition = config.acquisition if calibrated is None else calibrated.acquisition
     is_dynamic = config.solver == "dynamicdps"
     # Only DynamicDPS asks the bank where to start.
@@ -221,15 +220,15 @@ def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -
     if config.initial is not None and is_run(config.initial):
         initial = load_initial(config.initial, network)
     try:
-        operator = make_operator(frame.size, acquisition)
+        operator = make_operator(preprocess.size, acquisition)
     except ValueError as error:
-        raise InputError("acquisition", f"one for {len(frame.size)} axes", str(error)) from error
-    solver = make_solver(config.solver, frame.size, acquisition, method, config.budget)
+        raise InputError("acquisition", f"one for {len(preprocess.size)} axes", str(error)) from error
+    solver = make_solver(config.solver, preprocess.size, acquisition, method, config.budget)
     program = make_program(partial(make_prior, network), operator, method, config.batch_size, solver)
     settings = {"solver": config.solver} | to_record(method if is_dynamic else config.budget)
     return Plan(
-        network, program, initial, frame, config.tiling, method, settings, acquisition, config.samples, config.tissue,
-        config.fill,
+        network, program, initial, preprocess, config.tiling, method, settings, acquisition, config.samples,
+        config.tissue, config.fill,
     )  # fmt: skip
 
 
@@ -247,7 +246,7 @@ def list_inputs(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
     assert config.input is not None
     given = (config.initial, config.mask, config.labels)
     places = [None if place is None or is_run(place) else place for place in given]
-    scans, passed = find_scans(config.input, KINDS, config.series, apart=[place for place in places if place])
+    scans, passed = find_scans(config.input, ANY_KIND, config.series, apart=[place for place in places if place])
     paths = tuple(scan.path for scan in scans)
     partners = []
     for place in places:
@@ -263,8 +262,8 @@ def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> lis
     """Say what a user should know about this run."""
     method = config.method.describe() if config.solver == "dynamicdps" else ARMS[config.solver].description
     notes = [f"Method: {method}.", f"Weights: {plan.network.licence}.", *plan.network.remarks]
-    if plan.frame.spacing:
-        size = f"{plan.frame.spacing:g} mm"
+    if plan.preprocess.spacing:
+        size = plan.preprocess.told_spacing
         notes.append(f"The prior's images have voxels of {size}: what a scan shows below that is lost in the result.")
     if config.initial is None:
         notes.append("No estimate is given: the scan itself is refined.")

@@ -21,7 +21,7 @@ from jaxmed.report.figures import slice_maps
 from jaxmed.report.page import Section, Text
 from jaxmed.synthesis.control_grid import Range
 from jaxmed.synthesis.label_images import SyntheticConfig
-from jaxmed.systems.dynamicdps.reading import TOP, FrameConfig
+from jaxmed.systems.dynamicdps.reading import MAX_INTENSITY, PREPROCESS
 from jaxmed.systems.dynamicdps.records import DataConfig, ImageMaker
 from jaxmed.systems.dynamicdps.training import (
     ONE_MM,
@@ -85,9 +85,9 @@ class Config:
             raise ValueError(f"gamma: expected two positive numbers in order, found {self.gamma}")
         for name in ("scale", "sigma"):
             value = getattr(self.acquisition, name)
-            if isinstance(value, tuple) and len(value) != len(self.network.frame.size):
+            if isinstance(value, tuple) and len(value) != len(self.network.preprocess.size):
                 raise ValueError(
-                    f"acquisition.{name}: expected one number or one per axis of frame.size, found {value}"
+                    f"acquisition.{name}: expected one number or one per axis of preprocess.size, found {value}"
                 )
 
 
@@ -100,8 +100,8 @@ def laptop() -> Config:
     """1 M parameters on 64 x 64 slices of 3 mm, resolution halved, 3,000 steps: an hour on a CPU."""
     return Config(
         network=ImageNetworkConfig(
-            DataConfig(finer=3),
-            frame=FrameConfig((64, 64), spacing=3.0),
+            DataConfig(supersample=3),
+            preprocess=dataclasses.replace(PREPROCESS, size=(64, 64), spacing=(3.0,)),
             synthetic=T1,
             model=dataclasses.replace(CI_PRIOR, with_time=False),
         ),
@@ -120,8 +120,8 @@ def smoke() -> Config:
     """A tiny network at 32 x 32, in seconds: on your scans, or on phantom brains."""
     return Config(
         network=ImageNetworkConfig(
-            DataConfig(embedded=40),
-            frame=FrameConfig((32, 32)),
+            DataConfig(synthetic=40),
+            preprocess=dataclasses.replace(PREPROCESS, size=(32, 32)),
             synthetic=T1,
             model=GuidedUnetConfig(
                 width=16, multipliers=(1, 2), blocks=1, attention_factors=(), heads=2, groups=8, with_time=False
@@ -162,7 +162,7 @@ def run(config: Config, folder: RunFolder) -> None:
         config.network, config.train, enhancement_loss, lambda maker: make_pair(config, maker), folder, clock, **scanner
     )
     pairs = found.examples(jax.random.key(config.train.seed + 3), config.samples, held_out=True)
-    enhanced = jnp.clip(jax.jit(found.network.apply)(found.params, pairs["measurement"]), 0.0, TOP)
+    enhanced = jnp.clip(jax.jit(found.network.apply)(found.params, pairs["measurement"]), 0.0, MAX_INTENSITY)
     images = {"truth": pairs["image"], "measurement": pairs["measurement"], "enhanced": enhanced}
     shown = {name: np.asarray(array, np.float32)[..., 0] for name, array in images.items()}
     if jax.process_index() == 0:
@@ -175,7 +175,7 @@ def run(config: Config, folder: RunFolder) -> None:
 
 def make_pair(config: Config, maker: ImageMaker) -> Callable[[KeyArray, Mapping[str, Array]], dict[str, Array]]:
     """Return the function from a record to a high-field image and its low-field measurement, both [*size, 1]."""
-    linear = linear_part(config.network.frame.size, config.acquisition)
+    linear = linear_part(config.network.preprocess.size, config.acquisition)
 
     def pair(key: KeyArray, fields: Mapping[str, Array]) -> dict[str, Array]:
         image_key, gamma_key, noise_key = jax.random.split(key, 3)
@@ -197,7 +197,7 @@ def enhancement_loss(apply: Any, params: Any, keys: Any, batch: Mapping[str, Arr
 
 
 def _mean_psnr(images: Float32[np.ndarray, "image ..."], truth: Float32[np.ndarray, "image ..."]) -> float:
-    return float(np.mean([psnr(one, other, TOP) for one, other in zip(images, truth, strict=True)]))
+    return float(np.mean([psnr(one, other, MAX_INTENSITY) for one, other in zip(images, truth, strict=True)]))
 
 
 def page(run: Finished[Config, Summary]) -> Page:

@@ -20,7 +20,7 @@ from jaxmed.recipes.stage import Clock, Finished, Page, finish
 from jaxmed.recipes.training import TrainConfig, TrainFlags
 from jaxmed.report.figures import slice_maps
 from jaxmed.report.page import Figure, Section, Text
-from jaxmed.systems.dynamicdps.reading import TOP, FrameConfig
+from jaxmed.systems.dynamicdps.reading import MAX_INTENSITY, PREPROCESS
 from jaxmed.systems.dynamicdps.records import DataConfig
 from jaxmed.systems.dynamicdps.training import (
     ONE_MM,
@@ -91,7 +91,11 @@ def paper() -> Config:
 def laptop() -> Config:
     """1.2 M parameters on 64 x 64 slices of 3 mm, 8,000 steps: your scans and label maps, an hour or two on a CPU."""
     return Config(
-        network=ImageNetworkConfig(DataConfig(finer=3), frame=FrameConfig((64, 64), spacing=3.0), model=CI_PRIOR),
+        network=ImageNetworkConfig(
+            DataConfig(supersample=3),
+            preprocess=dataclasses.replace(PREPROCESS, size=(64, 64), spacing=(3.0,)),
+            model=CI_PRIOR,
+        ),
         train=TrainConfig(
             OptimizerConfig(peak_lr=3e-4, warmup_steps=200, weight_decay=0.0, clip_norm=1.0),
             LoopConfig(steps=8000, log_every=50, save_every=1000, evaluate_every=2000),
@@ -106,8 +110,8 @@ def smoke() -> Config:
     """A tiny network at 32 x 32, in seconds: on your scans, or on phantom brains."""
     return Config(
         network=ImageNetworkConfig(
-            DataConfig(embedded=40),
-            frame=FrameConfig((32, 32)),
+            DataConfig(synthetic=40),
+            preprocess=dataclasses.replace(PREPROCESS, size=(32, 32)),
             model=GuidedUnetConfig(width=16, multipliers=(1, 2), blocks=1, attention_factors=(), heads=2, groups=8),
         ),
         train=TrainConfig(
@@ -165,8 +169,8 @@ def draw_samples(config: Config, trained: Trained) -> np.ndarray:
 
     @jax.jit
     def draw(params: Any) -> Array:
-        denoiser = make_denoiser(partial(trained.network.apply, params), SCHEDULE, clip=(0.0, TOP))
-        shape = (config.samples, *config.network.frame.size, 1)
+        denoiser = make_denoiser(partial(trained.network.apply, params), SCHEDULE, clip=(0.0, MAX_INTENSITY))
+        shape = (config.samples, *config.network.preprocess.size, 1)
         return sample(jax.random.key(config.train.seed + 2), denoiser, shape, Ddim(config.sample_steps))
 
     return np.asarray(draw(trained.params), np.float32)[..., 0]
@@ -181,7 +185,7 @@ def bits_per_voxel(config: Config, trained: Trained) -> float:
     def score(params: Any, images: Array) -> Array:
         # Unclipped: the flow needs a smooth denoiser.
         denoiser = make_denoiser(partial(trained.network.apply, params), SCHEDULE)
-        return log_likelihood(key, denoiser, images, LikelihoodConfig(bin_width=TOP / 256)).bits_per_dim
+        return log_likelihood(key, denoiser, images, LikelihoodConfig(bin_width=MAX_INTENSITY / 256)).bits_per_dim
 
     return float(np.mean(map_rows(lambda rows: score(trained.params, images[rows]), config.likelihoods, 1)))
 
