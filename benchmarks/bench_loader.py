@@ -21,10 +21,10 @@ import numpy as np
 import scipy.ndimage
 from timing import Measurement, alternate, emit, first_call, make_rows, measure_peak, parse_config, prepare
 
+from jaxmed.data.intensity import to_range
 from jaxmed.data.loader import LoaderConfig, evaluation_batches
 from jaxmed.data.pack import PackConfig, pack
 from jaxmed.data.records import FileSource, Source
-from jaxmed.data.transforms import window
 from jaxmed.io import nifti
 from jaxmed.volume import Volume
 
@@ -101,7 +101,7 @@ def write_volumes(folder: Path, edge: int, count: int) -> tuple[list[np.ndarray]
 
 def prepare_record(fields: dict[str, Any], generator: np.random.Generator) -> dict[str, np.ndarray]:
     """Window a volume."""
-    return {"image": window(fields["image"].array, *WINDOW)[..., None]}
+    return {"image": to_range(fields["image"].array, *WINDOW)[..., None]}
 
 
 def read_all(source: Source, threads: int) -> None:

@@ -69,6 +69,8 @@ def tile(num_items: int, lengths: Sequence[int], size: Sequence[int], overlap: f
         size: Of a window.
         overlap: Share of a window that its neighbour has too, in [0, 1).
     """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap: expected a share from 0 up to below 1, found {overlap:g}")
     axes = []
     for length, count in zip(lengths, size, strict=True):
         step = max(1, round(count * (1 - overlap)))
