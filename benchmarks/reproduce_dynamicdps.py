@@ -28,9 +28,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from jaxmed.config import read_record
 from jaxmed.diffusion.schedule import VpDiscrete
-from jaxmed.files import write_json, write_text
+from jaxmed.files import read_record, write_json, write_text
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.statistics import Interval, bootstrap, weighted_mean
 from jaxmed.systems.dynamicdps.methods import ArmConfig

@@ -46,9 +46,8 @@ from typing import Any, Literal
 
 import tyro
 
-from jaxmed.config import read_record
 from jaxmed.errors import InputError
-from jaxmed.files import write_json, write_text
+from jaxmed.files import read_record, write_json, write_text
 from jaxmed.systems.selfplay.comparing import ABOVE, read_outcomes, summarise
 from jaxmed.systems.selfplay.stages import compare
 from jaxmed.train.run_folder import RunOptions, open_run

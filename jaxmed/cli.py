@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Annotated, Any
 
-from jaxmed.config import from_record, read_record, resolve_paths
+from jaxmed.config import from_record, resolve_paths
 from jaxmed.errors import InputError, Interrupted, nearest
-from jaxmed.files import WRITE_ADVICE
+from jaxmed.files import WRITE_ADVICE, read_record
 
 STAGES = {
     "tangerine pretrain": "train a 3D masked autoencoder on chest CTs without labels",

@@ -6,8 +6,9 @@ from typing import Literal
 
 import pytest
 
-from jaxmed.config import from_record, read_record, resolve_paths, to_record
+from jaxmed.config import from_record, resolve_paths, to_record
 from jaxmed.errors import InputError, nearest
+from jaxmed.files import read_record
 
 pytestmark = pytest.mark.core
 

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmed.config import read_record
 from jaxmed.contents import recognise
 from jaxmed.errors import InputError
-from jaxmed.files import require_file
+from jaxmed.files import read_record, require_file
 from jaxmed.io import gradients, nifti, onnx, pickles, safetensors
 from jaxmed.io.images import read_image
 from jaxmed.io.tables import read_table

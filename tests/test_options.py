@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from jaxmed.cli import STAGES, SYSTEMS, load_stage, main
-from jaxmed.config import from_record, read_record
+from jaxmed.config import from_record
 from jaxmed.errors import InputError
+from jaxmed.files import read_record
 from jaxmed.train.run_folder import RunOptions
 
 pytestmark = pytest.mark.core

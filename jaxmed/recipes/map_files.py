@@ -21,11 +21,11 @@ from jaxtyping import Shaped
 
 from jaxmed.arrays.batches import padded_rows
 from jaxmed.arrays.types import Params, PartitionRules
-from jaxmed.config import Size, checked, read_record
+from jaxmed.config import Size, checked
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.scans import Record
 from jaxmed.errors import InputError, reason_of
-from jaxmed.files import make_folder, write_json
+from jaxmed.files import make_folder, read_record, write_json
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.train.announce import announce

@@ -20,7 +20,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from jaxmed.config import from_record, read_record, to_record
+from jaxmed.config import from_record, to_record
+from jaxmed.files import read_record
 from jaxmed.report.page import Section, Tile, write_report
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, read_summary, start, write_summary

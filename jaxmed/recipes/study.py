@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxmed.config import read_record, to_record
+from jaxmed.config import to_record
 from jaxmed.errors import InputError
-from jaxmed.files import make_folder, remove_leftovers, write_json
+from jaxmed.files import make_folder, read_record, remove_leftovers, write_json
 from jaxmed.io.tables import write_table
 from jaxmed.train.log import Log
 

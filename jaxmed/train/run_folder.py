@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmed.config import read_record, to_record
+from jaxmed.config import to_record
 from jaxmed.errors import InputError
-from jaxmed.files import LEFTOVER, expand_home, make_folder, remove_leftovers, write_json
+from jaxmed.files import LEFTOVER, expand_home, make_folder, read_record, remove_leftovers, write_json
 from jaxmed.train.run_inputs import Inputs, changed_inputs, find_inputs
 from jaxmed.versions import software_versions
 

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from jaxmed.config import read_record
 from jaxmed.errors import InputError
-from jaxmed.files import walk_files
+from jaxmed.files import read_record, walk_files
 from jaxmed.io.sheets import read_sheet
 
 # Per folder, per file: size in bytes and time of the last change in ns.

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import pytest
 
-from jaxmed.config import read_record
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
+from jaxmed.files import read_record, write_json
 from jaxmed.io.tables import read_table
 from jaxmed.recipes.map_files import map_files, write_failed
 from jaxmed.train.log import Log

@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmed.arrays.task import Task, predict_values
-from jaxmed.config import from_record, read_record, to_record
+from jaxmed.config import from_record, to_record
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, require_file, write_json
+from jaxmed.files import atomic_path, read_record, require_file, write_json
 from jaxmed.models.heads import Classifier, ClassifierConfig
 from jaxmed.models.published.load import Published
 from jaxmed.nn.attention import LONG

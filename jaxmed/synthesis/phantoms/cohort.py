@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmed.config import read_record
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
+from jaxmed.files import read_record, write_json
 
 SPLITS = ("train", "validation", "test")
 

@@ -15,13 +15,13 @@ from jaxtyping import Array, Float32
 from jaxmed.arrays.batches import padded_rows
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import from_record, read_record
+from jaxmed.config import from_record
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.dps import Dps, dps
 from jaxmed.diffusion.posterior.frame import residual_norms
 from jaxmed.diffusion.posterior.start_time import Calibration, StartTime, bin_means, calibrate
 from jaxmed.errors import InputError
-from jaxmed.files import make_folder
+from jaxmed.files import make_folder, read_record
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.lowfield import Fit, FitConfig, LowField, fit, make_operator, simulate
 

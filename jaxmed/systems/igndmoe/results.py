@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmed.arrays.visits import count_values
-from jaxmed.config import read_record
 from jaxmed.errors import InputError
-from jaxmed.files import require_file, write_json
+from jaxmed.files import read_record, require_file, write_json
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.models.graph_diffusion import EXPERTS

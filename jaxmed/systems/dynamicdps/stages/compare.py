@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Shaped
 
-from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked, read_record
+from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked
 from jaxmed.data.cohort import stated_splits, subjects_of
 from jaxmed.data.preprocess import Preprocess, load
 from jaxmed.data.scans import ANY_KIND, find_scans
 from jaxmed.data.windows import cut_about
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, make_folder, unique_names
+from jaxmed.files import atomic_path, make_folder, read_record, unique_names
 from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
 from jaxmed.io.tables import read_table, resolve_paths, write_table
 from jaxmed.physics.lowfield import LowField, make_operator
