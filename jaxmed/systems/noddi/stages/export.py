@@ -86,6 +86,7 @@ def run(config: Config, folder: RunFolder) -> None:
     log = begin(folder)
     if network is None:
         network = load(nested_run(folder, "noddi train", {"seed": config.seed}, log, "Training a tiny network.").path)
+        clock.lap("train a tiny network")
     path = folder.outputs / "network.onnx"
     export_onnx(path, network)
     rows = draw_rows(network, config.rows, config.seed)
