@@ -15,6 +15,7 @@ from jaxmed.io.dicom import read_series, read_stack
 from jaxmed.io.parametric_map import on_stack
 from jaxmed.recipes.stage import Page
 from jaxmed.systems.noddi.stages import predict as predict_stage
+from jaxmed.systems.noddi.stages import simulate as simulate_stage
 from jaxmed.systems.noddi.stages import train as train_stage
 from jaxmed.volume import Volume
 
@@ -48,7 +49,7 @@ def places(tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Leave pages empty, for tests that look at files and notes alone."""
-    for stage in (train_stage, predict_stage):
+    for stage in (simulate_stage, train_stage, predict_stage):
         monkeypatch.setattr(stage, "page", lambda run: Page("A run", "without figures", (), ()))
 
 
@@ -85,6 +86,7 @@ def test_a_simulated_scan_is_what_its_truth_and_protocol_say(places):
     assert on_stack(nifti.read(outputs / "mask.nii.gz"), read_stack(outputs / "dicom")).shape == (3, 14, 12)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_scan_is_simulated_for_a_protocol_of_files(places, tmp_path):
     (tmp_path / "b.bval").write_text("0 700 700 700 700 700 700 2000\n")
     rows = np.random.default_rng(0).normal(size=(3, 8))
@@ -437,6 +439,7 @@ def test_networks_of_two_protocols_are_not_compared(places, tmp_path, capsys):
     assert "expected the protocol of the network" in only_line(capsys)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_source_of_another_scan_is_refused(places, tmp_path, capsys):
     scan = places / "sim" / "outputs"
     assert run("simulate", "--shape", 12, 14, 4, "--dicom", "--out", tmp_path / "other") == 0
