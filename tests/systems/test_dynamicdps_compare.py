@@ -26,8 +26,7 @@ from jaxmed.synthesis.phantoms.mixture import make_isotropic
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.enhancement import draw_samples, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, expected_passes, length_of, make_solver
-from jaxmed.systems.dynamicdps.networks import write_network
-from jaxmed.systems.dynamicdps.reading import PREPROCESS
+from jaxmed.systems.dynamicdps.networks import PREPROCESS, write_network
 from jaxmed.systems.dynamicdps.scoring import (
     MEASURES,
     NOISE,

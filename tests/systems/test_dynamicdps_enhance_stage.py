@@ -23,8 +23,7 @@ from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField
 from jaxmed.systems.dynamicdps.calibration import Calibrated, digest_of, read_calibration
 from jaxmed.systems.dynamicdps.methods import ARMS, MethodConfig
-from jaxmed.systems.dynamicdps.networks import write_network
-from jaxmed.systems.dynamicdps.reading import PREPROCESS
+from jaxmed.systems.dynamicdps.networks import PREPROCESS, write_network
 from jaxmed.systems.dynamicdps.stages import compare as compare_stage
 from jaxmed.systems.dynamicdps.stages import enhance as stage
 from jaxmed.train import log

@@ -27,9 +27,16 @@ from jaxmed.solvers.line_search import Wolfe
 from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic
 from jaxmed.systems import dynamicdps
 from jaxmed.systems.dynamicdps.calibration import digest_of, fit_acquisition, make_start, measure, record_bank
-from jaxmed.systems.dynamicdps.enhancement import draw_samples, enhance, make_program
-from jaxmed.systems.dynamicdps.reading import PREPROCESS
-from jaxmed.systems.dynamicdps.volumes import TilingConfig, apply_network, cut_tiles, refine
+from jaxmed.systems.dynamicdps.enhancement import (
+    TilingConfig,
+    apply_network,
+    cut_tiles,
+    draw_samples,
+    enhance,
+    make_program,
+    refine,
+)
+from jaxmed.systems.dynamicdps.networks import PREPROCESS
 
 pytestmark = pytest.mark.core
 

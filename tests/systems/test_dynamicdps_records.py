@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.data.brain_labels import simplify_labels
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
 from jaxmed.synthesis.deformation import DeformationConfig
 from jaxmed.synthesis.label_images import DEEP, FLUID, WHITE, SyntheticConfig, draw_t1_means
-from jaxmed.systems.dynamicdps.reading import PREPROCESS, simplify_labels
+from jaxmed.systems.dynamicdps.networks import PREPROCESS
 from jaxmed.systems.dynamicdps.records import (
     Cut,
     DataConfig,

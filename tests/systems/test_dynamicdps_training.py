@@ -20,8 +20,7 @@ from jaxmed.models.unet_guided import DYNAMICDPS_PRIOR, GuidedUnet, GuidedUnetCo
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.training import TrainConfig
-from jaxmed.systems.dynamicdps.networks import load_initial, load_prior, write_network
-from jaxmed.systems.dynamicdps.reading import PREPROCESS
+from jaxmed.systems.dynamicdps.networks import PREPROCESS, load_initial, load_prior, write_network
 from jaxmed.systems.dynamicdps.records import DataConfig, ImageMaker
 from jaxmed.systems.dynamicdps.stages import train_initial, train_prior
 from jaxmed.systems.dynamicdps.training import ImageNetworkConfig, load_initial_weights

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import to_record
+from jaxmed.data.intensity import Intensity
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.diffusion.denoiser import Denoiser, make_denoiser
 from jaxmed.diffusion.posterior.fidelity import PLAIN, evaluate
@@ -23,11 +24,17 @@ from jaxmed.models.unet_guided import GuidedUnetConfig
 from jaxmed.nn.model import Model
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.stage import nested_run
-from jaxmed.systems.dynamicdps.reading import MAX_INTENSITY, PREPROCESS
+from jaxmed.systems.dynamicdps.enhancement import MAX_INTENSITY
 from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
+
+PREPROCESS = Preprocess(
+    (256, 256), intensity=Intensity("background", percentiles=(0.0, 99.5), reference=1.6, range=(0.0, MAX_INTENSITY))
+)
+"""Scans are turned to RAS+ and scaled: the background, also of scans in [-1, 1] or with a mean of 0, becomes 0, and a
+percentile of the intensities inside the head a fixed value, so that scans of any unit look alike."""
 
 
 class Network(NamedTuple):

@@ -14,6 +14,7 @@ from jaxmed.arrays.filters import downsample
 from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import Length, Number, Share, Size, checked
+from jaxmed.data.brain_labels import read_labels
 from jaxmed.data.cohort import groups_of_files, hold_out, require_files_apart, split_unlabelled, subject_notes
 from jaxmed.data.inputs import require_whole, try_each
 from jaxmed.data.preprocess import Preprocess, load
@@ -24,7 +25,6 @@ from jaxmed.io import nifti
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import Table, read_table, resolve_paths
 from jaxmed.synthesis.label_images import SyntheticConfig, draw_image
-from jaxmed.systems.dynamicdps.reading import read_labels
 
 Kind = Literal["image", "labels"]
 KINDS = ("image", "labels")

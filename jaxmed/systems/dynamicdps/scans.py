@@ -15,9 +15,7 @@ from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.grid import resample_to
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import to_record
-from jaxmed.data.preprocess import Loaded as LoadedScan
-from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.preprocess import load as load_scan
+from jaxmed.data.preprocess import Loaded, Preprocess, load, load_mask
 from jaxmed.data.scans import partner_of
 from jaxmed.data.windows import cut_about
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
@@ -28,10 +26,15 @@ from jaxmed.io.images import write_png
 from jaxmed.io.scans import ScanFiles
 from jaxmed.metrics.tissue import TISSUES, fit_tissue, label_volumes, mixture_volumes
 from jaxmed.physics.lowfield import LowField
-from jaxmed.systems.dynamicdps.enhancement import Program, Samples
+from jaxmed.systems.dynamicdps.enhancement import (
+    Program,
+    Samples,
+    TilingConfig,
+    apply_network,
+    cut_tiles,
+    refine,
+)
 from jaxmed.systems.dynamicdps.networks import Network
-from jaxmed.systems.dynamicdps.reading import read_inside
-from jaxmed.systems.dynamicdps.volumes import TilingConfig, apply_network, cut_tiles, refine
 from jaxmed.train.log import duration
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
@@ -101,7 +104,7 @@ class Inputs(NamedTuple):
         return self.scan.path
 
 
-class Loaded(NamedTuple):
+class Case(NamedTuple):
     """A scan and what belongs to it, on the prior's grid.
 
     Attributes:
@@ -111,7 +114,7 @@ class Loaded(NamedTuple):
         labels: Label map as stored, or None.
     """
 
-    scan: LoadedScan
+    scan: Loaded
     estimate: Float32[np.ndarray, "x y z"] | None
     head: Bool[np.ndarray, "x y z"]
     labels: Volume | None
@@ -160,7 +163,7 @@ class Refinement:
     labels_ml: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def load(inputs: Inputs, preprocess: Preprocess, fill: float | None = None) -> Loaded:
+def read_case(inputs: Inputs, preprocess: Preprocess, fill: float | None = None) -> Case:
     """Read and check a scan and what belongs to it.
 
     Args:
@@ -171,10 +174,10 @@ def load(inputs: Inputs, preprocess: Preprocess, fill: float | None = None) -> L
     Raises:
         InputError: For whatever a user can have wrong in these files.
     """
-    scan = load_scan(inputs.scan, preprocess, fill)
+    scan = load(inputs.scan, preprocess, fill)
     estimate = None
     if inputs.initial is not None:
-        other = load_scan(inputs.initial, preprocess, fill)
+        other = load(inputs.initial, preprocess, fill)
         moved = resample_to(other.volume, scan.volume.grid, order=1, fill=np.nan).array
         inside = float(np.isfinite(moved).mean())
         if inside < 0.5:
@@ -187,7 +190,19 @@ def load(inputs: Inputs, preprocess: Preprocess, fill: float | None = None) -> L
     labels = None
     if inputs.labels is not None:
         labels = nifti.read(inputs.labels, dimensions=(3,), dtype=np.int32, allow_constant=False)
-    return Loaded(scan, estimate, head, labels)
+    return Case(scan, estimate, head, labels)
+
+
+def read_inside(path: Path, scan: Loaded, preprocess: Preprocess) -> Bool[np.ndarray, "x y z"]:
+    """Read the mask of a scan, or a label map of its brain, onto the grid of `scan.volume`.
+
+    Raises:
+        InputError: For whatever is wrong with the file, its grid is another, or nothing is inside.
+    """
+    inside = load_mask(path, scan, preprocess)[0].array
+    if not inside.any():
+        raise InputError(path, "a mask with voxels", "none", "check the mask")
+    return inside
 
 
 def process(
@@ -205,17 +220,17 @@ def process(
     Raises:
         InputError: For whatever is wrong with the files, or when the result is not finite.
     """
-    loaded = load(inputs, plan.preprocess, plan.fill)
-    y = np.asarray(loaded.scan.volume.array, np.float32)
-    estimate = y if loaded.estimate is None else loaded.estimate
-    tiles = cut_tiles(y, estimate, loaded.head, plan.preprocess, plan.tiling)
+    case = read_case(inputs, plan.preprocess, plan.fill)
+    y = np.asarray(case.scan.volume.array, np.float32)
+    estimate = y if case.estimate is None else case.estimate
+    tiles = cut_tiles(y, estimate, case.head, plan.preprocess, plan.tiling)
     if not tiles.kept.any():
         advice = "check the scan, or lower --tiling.least-head"
         raise InputError(inputs.path, "a head to refine", "none in any image", advice)
-    if plan.initial is not None and loaded.estimate is None:
+    if plan.initial is not None and case.estimate is None:
         batch = plan.program.batch_size
         estimate = apply_network(plan.initial.model.apply, plan.initial.params, tiles, batch)
-        tiles = cut_tiles(y, estimate, loaded.head, plan.preprocess, plan.tiling)
+        tiles = cut_tiles(y, estimate, case.head, plan.preprocess, plan.tiling)
     total = len(tiles.measurement) * plan.num_samples
     unit = "images" if plan.num_samples == 1 else f"images, {plan.num_samples} of each"
 
@@ -238,18 +253,18 @@ def process(
         "initial": estimate.astype(np.float32),
         "difference": (refined.image - y).astype(np.float32),
     }
-    write_maps(folder, inputs, loaded.scan, maps, plan)
-    row = describe(refined.samples, inputs, loaded.scan)
+    write_maps(folder, inputs, case.scan, maps, plan)
+    row = describe(refined.samples, inputs, case.scan)
     if plan.wants_tissue:
         images = {"input": y, "initial": maps["initial"], "enhanced": refined.image}
-        volumes = tissue_volumes(images, loaded.head, loaded.scan.volume.spacing)
+        volumes = tissue_volumes(images, case.head, case.scan.volume.spacing)
         row = dataclasses.replace(row, volumes_ml=volumes)
-    if loaded.labels is not None:
-        row = dataclasses.replace(row, labels_ml=count_labels(loaded.labels))
+    if case.labels is not None:
+        row = dataclasses.replace(row, labels_ml=count_labels(case.labels))
     return row
 
 
-def describe(samples: Samples, inputs: Inputs, scan: LoadedScan) -> Refinement:
+def describe(samples: Samples, inputs: Inputs, scan: Loaded) -> Refinement:
     """Say what happened to a scan's images."""
     reached, starts = np.isfinite(samples.curve), samples.start_time
     return Refinement(
@@ -275,7 +290,7 @@ def describe(samples: Samples, inputs: Inputs, scan: LoadedScan) -> Refinement:
 
 
 def write_maps(
-    folder: Path, inputs: Inputs, scan: LoadedScan, maps: dict[str, Float32[np.ndarray, "x y z"]], plan: Plan
+    folder: Path, inputs: Inputs, scan: Loaded, maps: dict[str, Float32[np.ndarray, "x y z"]], plan: Plan
 ) -> None:
     """Write maps on the grid and in the unit of the scan, each with a sidecar."""
     is_nifti = inputs.path.name.lower().endswith(nifti.SUFFIXES)
@@ -331,7 +346,7 @@ def count_labels(labels: Volume) -> dict[str, float]:
 
 
 def with_head(
-    scan: LoadedScan, preprocess: Preprocess
+    scan: Loaded, preprocess: Preprocess
 ) -> tuple[Shaped[np.ndarray, "image ..."], Int[np.ndarray, " kept"], Bool[np.ndarray, "x y z"]]:
     """Cut a scan; return its images, the numbers of those that show enough of a head, and the head."""
     head = find_foreground(scan.volume.array)

@@ -26,8 +26,7 @@ from jaxmed.report.page import Figure, Table, Tile
 from jaxmed.synthesis.label_images import SyntheticConfig
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.dynamicdps.networks import write_network
-from jaxmed.systems.dynamicdps.reading import PREPROCESS
+from jaxmed.systems.dynamicdps.networks import PREPROCESS, write_network
 from jaxmed.systems.dynamicdps.records import Cut, DataConfig, ImageMaker, ImageSource, list_files, read_images
 from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.versions import software_versions

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked
+from jaxmed.data.brain_labels import read_labels, simplify_labels
 from jaxmed.data.cohort import stated_splits, subjects_of
 from jaxmed.data.preprocess import Preprocess, load
 from jaxmed.data.scans import ANY_KIND, find_scans
@@ -40,7 +41,6 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.reading import read_labels, simplify_labels
 from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, evenly, with_head
 from jaxmed.systems.dynamicdps.scoring import (
     AXES,

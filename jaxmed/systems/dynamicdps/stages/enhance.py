@@ -26,7 +26,7 @@ from jaxmed.report.figures import MapStyle, curves, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import Calibrated, measure, read_calibration
-from jaxmed.systems.dynamicdps.enhancement import make_program
+from jaxmed.systems.dynamicdps.enhancement import TilingConfig, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, MethodConfig, expected_passes, make_solver
 from jaxmed.systems.dynamicdps.networks import (
     Network,
@@ -36,8 +36,7 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, Refinement, load, pair_files, process
-from jaxmed.systems.dynamicdps.volumes import TilingConfig
+from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, Refinement, pair_files, process, read_case
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
@@ -144,7 +143,7 @@ def run(config: Config, folder: RunFolder) -> int:
     plan = make_plan(config, network, calibrated)
     inputs, passed = list_inputs(config)
     if len(inputs) == 1:
-        load(inputs[0], plan.preprocess, plan.fill)  # a single broken file is a mistake, not a failure among many
+        read_case(inputs[0], plan.preprocess, plan.fill)  # a single broken file is a mistake, not a failure among many
     notes = (*passed, *make_notes(config, plan, calibrated))
     log = begin(folder, notes)
     announce_passes(

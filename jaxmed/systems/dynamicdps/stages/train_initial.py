@@ -21,7 +21,8 @@ from jaxmed.report.figures import slice_maps
 from jaxmed.report.page import Section, Text
 from jaxmed.synthesis.control_grid import Range
 from jaxmed.synthesis.label_images import SyntheticConfig
-from jaxmed.systems.dynamicdps.reading import MAX_INTENSITY, PREPROCESS
+from jaxmed.systems.dynamicdps.enhancement import MAX_INTENSITY
+from jaxmed.systems.dynamicdps.networks import PREPROCESS
 from jaxmed.systems.dynamicdps.records import DataConfig, ImageMaker
 from jaxmed.systems.dynamicdps.training import (
     ONE_MM,

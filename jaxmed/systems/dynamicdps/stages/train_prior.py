@@ -20,7 +20,8 @@ from jaxmed.recipes.stage import Clock, Finished, Page, finish
 from jaxmed.recipes.training import TrainConfig, TrainFlags
 from jaxmed.report.figures import slice_maps
 from jaxmed.report.page import Figure, Section, Text
-from jaxmed.systems.dynamicdps.reading import MAX_INTENSITY, PREPROCESS
+from jaxmed.systems.dynamicdps.enhancement import MAX_INTENSITY
+from jaxmed.systems.dynamicdps.networks import PREPROCESS
 from jaxmed.systems.dynamicdps.records import DataConfig
 from jaxmed.systems.dynamicdps.training import (
     ONE_MM,

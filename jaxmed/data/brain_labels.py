@@ -1,40 +1,17 @@
-"""How this system sees scans, masks and label maps.
-
-A scan is turned to RAS+, resampled where a voxel size is asked for, and scaled to [0, 2]: its background is 0, and a
-percentile of the intensities inside the head becomes a fixed value, so that scans of any unit look alike, those in
-[-1, 1] or with a mean of 0 too.
-"""
+"""Label maps of brains in FreeSurfer's numbering, as images are drawn from them and scored with them; on the host."""
 
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int32, Shaped
+from jaxtyping import Int32, Shaped
 from scipy import ndimage
 
 from jaxmed.arrays.grid import reorient
-from jaxmed.data.intensity import Intensity
-from jaxmed.data.preprocess import Loaded, Preprocess, load_mask
-from jaxmed.errors import InputError
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.io import nifti
 from jaxmed.volume import Volume
 
-MAX_INTENSITY = 2.0
-PREPROCESS = Preprocess(
-    (256, 256), intensity=Intensity("background", percentiles=(0.0, 99.5), reference=1.6, range=(0.0, MAX_INTENSITY))
-)
 FLUID, FLUID_DISTANCE = 24, 5.0  # mm
-
-
-def read_inside(path: Path, scan: Loaded, preprocess: Preprocess) -> Bool[np.ndarray, "x y z"]:
-    """Read the mask of a scan, or a label map of its brain, onto the grid of `scan.volume`.
-
-    Raises:
-        InputError: For whatever is wrong with the file, its grid is another, or nothing is inside.
-    """
-    inside = load_mask(path, scan, preprocess)[0].array
-    if not inside.any():
-        raise InputError(path, "a mask with voxels", "none", "check the mask")
-    return inside
 
 
 def read_labels(path: Path, preprocess: Preprocess) -> Volume:
