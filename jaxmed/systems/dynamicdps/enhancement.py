@@ -257,7 +257,7 @@ class Tiles(NamedTuple):
     """A volume in tiles.
 
     Attributes:
-        measurement: Of the tiles that hold head, (tile, *size, 1).
+        measurement: y of the tiles that hold head, (tile, *size, 1).
         initial: The same of the estimate.
         kept: Which of all tiles those are.
         blend: All tiles to the volume they were cut from.

@@ -66,7 +66,7 @@ def write_network(
 
     Args:
         folder: outputs/model of a run.
-        params: Of the network.
+        params: The network's parameters.
         config: Its sizes.
         preprocess: How scans become its images.
         **further: What else stands in the record.
@@ -159,7 +159,7 @@ def announce_passes(
         acquisition: From image to measurement.
         count: How often it meets a batch.
         unit: What these are called.
-        smaller: Of the run folder.
+        smaller: The preset that fits a CPU, as the run folder names it.
     """
     operator = make_operator(network.preprocess.size, acquisition)
 

@@ -134,7 +134,7 @@ class Cut:
 
     Attributes:
         size: Voxels along each axis.
-        supersample: Of label maps; scans repeat their voxels, whose mean they are again.
+        supersample: How much finer label maps are; scans repeat their voxels, whose mean they are again.
     """
 
     size: tuple[int, ...]
@@ -158,7 +158,7 @@ def list_files(data: DataConfig, place: Path | None, seed: int, series: str = ""
     Args:
         data: Tables and folders.
         place: A scan, or a folder of scans, instead of a manifest.
-        seed: Of the draw of held-out subjects.
+        seed: Seed of the draw of held-out subjects.
         series: Which DICOM series is meant where a folder holds several.
 
     Raises:
@@ -237,7 +237,7 @@ class ImageMaker:
     """A record's voxels to one training image, on the device; called with a key.
 
     Attributes:
-        synthetic: Of contrasts drawn from labels; None where no record holds labels, which spares the drawing.
+        synthetic: How contrasts are drawn from labels; None where no record holds labels, which spares the drawing.
         supersample: Voxels of a record per voxel of the image, along each axis.
         axis: Axis of the image that runs from left to right; None where none does.
         flip: Probability that left and right are exchanged.

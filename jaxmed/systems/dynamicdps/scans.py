@@ -61,8 +61,8 @@ class Plan(NamedTuple):
         preprocess: How scans become images.
         tiling: How images larger than the prior's are cut.
         method: Settings of DynamicDPS, whose chain any other solver walks.
-        settings: Of the solver that is used, as a record.
-        acquisition: Of the operator.
+        settings: Settings of the solver that is used, as a record.
+        acquisition: The operator's acquisition.
         num_samples: Posterior samples per image.
         wants_tissue: Whether tissue volumes are measured.
         fill: Intensity of voxels that have none; None refuses them.
@@ -85,7 +85,7 @@ class Inputs(NamedTuple):
     """A scan with what belongs to it.
 
     Attributes:
-        name: Of its results.
+        name: Name of its results.
         scan: The scan.
         initial: Estimate by another tool, or None.
         mask: Brain mask, or None.
@@ -125,7 +125,7 @@ class Refinement:
     """What happened to a scan; outputs/NAME.json.
 
     Attributes:
-        name: Of its results.
+        name: Name of its results.
         path: The scan.
         initial: Estimate by another tool.
         notes: What is unexpected about the scan.
@@ -168,7 +168,7 @@ def read_case(inputs: Inputs, preprocess: Preprocess, fill: float | None = None)
 
     Args:
         inputs: The files.
-        preprocess: Of the prior.
+        preprocess: How the prior sees scans.
         fill: Intensity of voxels that have none; None refuses them.
 
     Raises:

@@ -51,7 +51,7 @@ class ImageNetworkConfig:
         preprocess: How scans become images; its size decides between slices and patches of volumes.
         synthetic: How contrasts are drawn from label maps.
         model: The network; its dtype is set by --dtype.
-        flip_probability: Of an exchange of left and right.
+        flip_probability: Probability of an exchange of left and right.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
     """
 
@@ -143,7 +143,7 @@ def train_network(
         loss: What is to be small.
         make_prepare: From the maker of images to that of examples.
         folder: The run's.
-        clock: Of the run.
+        clock: The run's clock.
         **further: What else the record of the network says.
 
     Raises:

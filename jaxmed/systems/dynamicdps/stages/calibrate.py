@@ -72,8 +72,8 @@ class Config:
         runs: Reference images, each one full run of DPS.
         batch_size: Runs at a time.
         scale: Step of DPS.
-        steps: Of the chain; 0 for all 1000. Another number is another sampler: enhance takes the bank's.
-        bins: Of the bank.
+        steps: Steps of the chain; 0 for all 1000. Another number is another sampler: enhance takes the bank's.
+        bins: Bins into which the bank is cut.
         share: Share of familiar estimates that is to start in the first bin.
         synthetic: Make so many phantom brains where no scans are given, and a tiny prior where no weights are.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
@@ -126,7 +126,7 @@ class References(NamedTuple):
 
     Attributes:
         images: In [0, 2], (image, *size, 1).
-        low: Of the same places; None without pairs.
+        low: The same places at low field; None without pairs.
         names: File, and slice.
     """
 
@@ -141,7 +141,7 @@ class Fitted:
 
     Attributes:
         rms: Error that the fit leaves over, taken for noise.
-        steps: Of the fit.
+        steps: Steps that the fit took.
     """
 
     rms: float
@@ -155,9 +155,9 @@ class Summary:
     Attributes:
         references: File and slice of every reference image.
         prior: Where the prior was read.
-        fit: Of the acquisition; None without pairs.
+        fit: How the acquisition was fitted; None without pairs.
         familiar: |y - A(x)| of each image's estimate.
-        truth: Of the images themselves.
+        truth: |y - A(x)| of the images themselves.
         estimates: What the estimates are, in words.
         monotone: Whether the means of the bins rise throughout.
     """

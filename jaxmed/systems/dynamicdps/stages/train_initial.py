@@ -146,7 +146,7 @@ class Summary:
 
     Attributes:
         counts: Scans, label maps and images of each split.
-        parameters: Of the network.
+        parameters: Number of the network's parameters.
         psnr: Mean of the images shown, in dB: of the low-field image ("measurement"), and of what is made of it.
     """
 

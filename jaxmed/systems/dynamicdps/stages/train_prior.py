@@ -133,7 +133,7 @@ class Summary:
 
     Attributes:
         counts: Scans, label maps and images of each split.
-        parameters: Of the network.
+        parameters: Number of the network's parameters.
         drawn: Mean and standard deviation of the images drawn from it.
         bits_per_voxel: Mean of -log2 likelihood over held-out images, of 256 grey levels; None where it was not asked.
     """
