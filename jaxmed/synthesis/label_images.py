@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.filters import gaussian_blur
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.warping import sample
-from jaxmed.config import NonNegative, Spread, checked
+from jaxmed.config import NonNegative, Share, Spread, checked
 from jaxmed.synthesis.bias_field import BiasFieldConfig, apply_bias, draw_log_bias
 from jaxmed.synthesis.contrast import NUM_LABELS, Contrast, ContrastConfig, apply_gamma, draw_contrast, render
 from jaxmed.synthesis.control_grid import Range
@@ -43,7 +43,7 @@ class SyntheticConfig:
         deformation: How the labels are deformed.
     """
 
-    t1_probability: float = 0.5
+    t1_probability: Share = 0.5
     spread: Range = (2.0, 12.0)
     blur: tuple[Spread, Spread] = (0.4, 0.8)
     gamma: NonNegative = 0.1
@@ -51,14 +51,10 @@ class SyntheticConfig:
     deformation: DeformationConfig = DeformationConfig(rotation=10.0, shear=0.05, scaling=0.1, amplitude=2.0)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.t1_probability <= 1:
-            raise ValueError(f"t1_probability: expected a probability, found {self.t1_probability:g}")
         for name in ("spread", "blur"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ValueError(f"{name}: expected a range from 0 on, found {(low, high)}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma: expected 0 or more, found {self.gamma:g}")
 
 
 def draw_image(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxmed.arrays.batches import map_rows, padded_rows
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import checked
+from jaxmed.config import Decay, checked
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.windows import cut, paste, planes, tile
 from jaxmed.diffusion.denoiser import Denoiser
@@ -245,12 +245,8 @@ class TilingConfig:
         least_head: Tiles with a smaller share of head are left as they are.
     """
 
-    overlap: float = 0.5
-    least_head: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1 or not 0 <= self.least_head < 1:
-            raise ValueError(f"overlap, least_head: expected [0, 1) both, found {self.overlap:g}, {self.least_head:g}")
+    overlap: Decay = 0.5
+    least_head: Decay = 0.01
 
 
 class Tiles(NamedTuple):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxmed.arrays.filters import downsample
 from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.types import KeyArray
-from jaxmed.config import Length, Number, Share, Size, checked
+from jaxmed.config import Decay, Number, Share, Size, checked
 from jaxmed.data.brain_labels import read_labels
 from jaxmed.data.cohort import groups_of_files, hold_out, require_files_apart, split_unlabelled, subject_notes
 from jaxmed.data.inputs import require_whole, try_each
@@ -52,23 +52,16 @@ class DataConfig:
 
     manifest: Path | None = None
     labels: Path | None = None
-    validation: float = 0.1
+    validation: Decay = 0.1
     slices: tuple[Share, Share] = (0.05, 0.95)
     every: Size = 1
-    patches: Length = 32
+    patches: Size = 32
     supersample: Size = 1
     synthetic: Number = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise ValueError(f"validation: expected a share in [0, 1), found {self.validation:g}")
         if not 0 <= self.slices[0] < self.slices[1] <= 1:
             raise ValueError(f"slices: expected two shares in order, found {self.slices}")
-        if min(self.every, self.patches, self.supersample) < 1:
-            found = self.every, self.patches, self.supersample
-            raise ValueError(f"every, patches, supersample: expected 1 or more, found {found}")
-        if self.synthetic < 0:
-            raise ValueError(f"synthetic: expected 0 or more, found {self.synthetic}")
 
 
 class Listed(NamedTuple):
