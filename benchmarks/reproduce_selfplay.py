@@ -46,6 +46,7 @@ from typing import Any, Literal
 
 import tyro
 
+from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.files import read_record, write_json, write_text
 from jaxmed.systems.selfplay.comparing import ABOVE, read_outcomes, summarise
@@ -74,7 +75,7 @@ class Config:
     """The command line.
 
     Attributes:
-        size: smoke runs the comparison on embedded puzzles; others need runs.
+        size: smoke runs the comparison on synthetic puzzles; others need runs.
         run: NAME=RUN, runs of `jaxmed selfplay compare` to read; NAME=RUN,RUN,... where each left out a subject.
         out: Folder of the table.
     """
@@ -118,7 +119,7 @@ def read_runs(runs: list[Path]) -> dict[str, Any]:
         return summaries[0]
     outcomes, subjects = read_outcomes([run / "outputs" / "cases.csv" for run in runs])
     counts = {name: sum(summary[name] for summary in summaries) for name in ("cases", "subjects", "failed")}
-    return summaries[0] | summarise(outcomes, subjects, 0) | counts
+    return summaries[0] | to_record(summarise(outcomes, subjects, 0)) | counts
 
 
 def test_claims(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
@@ -210,7 +211,7 @@ def render(
         cells = [f"{100 * found[arm][-1]['mean']:.1f}" if arm in found else "-" for arm in arms]
         lines.append(f"| {name} ({summary['cases']} images, {summary['seeds']} seeds) | " + " | ".join(cells) + " |")
     for name, summary in summaries.items():
-        if "level_against_threshold" in summary["tests"]:
+        if summary["tests"].get("level_against_threshold") is not None:
             lines += ["", f"Where thinking begins, {name}: the threshold that the verifier likes best for each image "
                       "against one threshold for all, the best on the other subjects, which needs no verifier: "
                       f"{show(summary['tests']['level_against_threshold'])} points of Dice."]  # fmt: skip

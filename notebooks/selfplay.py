@@ -16,7 +16,7 @@
 #
 # System I draws a mask at once, and a verifier says how good a mask is. System II lets two players propose changes, the
 # verifier judges, the better proposal stays, and the policy learns from who wins. This notebook trains a tiny System I
-# on procedural puzzles, spoils its answer, and thinks.
+# on procedural puzzles, corrupts its answer, and thinks.
 
 # %%
 import jax
@@ -32,8 +32,8 @@ from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.synthesis.phantoms.puzzles import FAMILIES, make_puzzle
 from jaxmed.systems import selfplay
 from jaxmed.systems.selfplay import system_one
-from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.thinking import ThinkConfig
+from jaxmed.systems.selfplay.verifier import calibrate
 
 # %% [markdown]
 # ## Puzzles
@@ -57,7 +57,7 @@ plt.show()
 # ## System I
 #
 # Reptile: a few steps on one task, then both networks move a share of the way. The verifier learns the overlap (Dice)
-# of true, generated, spoilt and flattering masks.
+# of true, generated, corrupted and flattering masks.
 
 # %%
 config = system_one.SystemOneConfig(
@@ -83,7 +83,7 @@ plt.show()
 # %% [markdown]
 # ## Can the verifier be trusted?
 #
-# Thinking finds what the verifier likes. So before thinking: do its scores rank spoilt masks as their Dice does?
+# Thinking finds what the verifier likes. So before thinking: do its scores rank corrupted masks as their Dice does?
 
 # %%
 new_images, new_masks = draw(jax.random.split(jax.random.key(9), 4), jnp.zeros(4, jnp.int32))
@@ -92,7 +92,7 @@ system = system._replace(temperature=found.temperature)
 
 plt.figure(figsize=(4, 3), layout="constrained")
 plt.plot(found.overlaps.ravel(), found.scores.ravel(), ".")
-plt.xlabel("Dice of spoilt masks")
+plt.xlabel("Dice of corrupted masks")
 plt.ylabel("verifier's score")
 plt.title(f"Spearman {found.rank:.2f}")
 plt.show()

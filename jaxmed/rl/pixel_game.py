@@ -273,6 +273,6 @@ def spread_blocks(edges: tuple[int, ...], grid: Bool[Array, "game *grid"]) -> Bo
     return grid
 
 
-def expand_like(flag: Bool[Array, " game"], array: Shaped[Array, "game ..."]) -> Bool[Array, "game ..."]:
-    """Give a flag of each game as many axes as an array has."""
-    return flag.reshape(-1, *(1,) * (array.ndim - 1))
+def expand_like(values: Shaped[Array, " game"], array: Shaped[Array, "game ..."]) -> Shaped[Array, "game ..."]:
+    """Give a value of each game as many axes as an array has."""
+    return values.reshape(-1, *(1,) * (array.ndim - 1))

@@ -15,7 +15,7 @@ from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
 from jaxmed.io.tables import write_table
-from jaxmed.systems.selfplay.data import DataConfig, read_cases, read_manifest, write_embedded
+from jaxmed.systems.selfplay.data import DataConfig, read_cases, read_manifest, write_synthetic
 from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.scans import middle_of, place, read_scan, read_truth, write_result
 from jaxmed.volume import Volume
@@ -391,8 +391,8 @@ def test_impossible_settings_are_named(kind, field, value):
         kind(**{field: value})
 
 
-def test_embedded_puzzles_take_the_road_of_files(tmp_path):
-    config = write_embedded(DataConfig(embedded=4), FrameConfig((16, 16)), 0, tmp_path)
+def test_synthetic_puzzles_take_the_road_of_files(tmp_path):
+    config = write_synthetic(DataConfig(synthetic=4), FrameConfig((16, 16)), 0, tmp_path)
     train, failures = read_cases(config, FrameConfig((16, 16)), "train")
     assert failures == () and train.images.shape == (20, 16, 16) and np.bincount(train.tasks).tolist() == [4] * 5
     support, test = (read_cases(config, FrameConfig((16, 16)), split)[0] for split in ("support", "test"))

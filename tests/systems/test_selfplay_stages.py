@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from jaxmed.cli import main
+from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
 from jaxmed.systems.selfplay.comparing import BASE, ELSEWHERE, LEVEL, Outcome, read_outcomes, summarise
 from jaxmed.systems.selfplay.networks import load_system_one
+from jaxmed.train.run_folder import start
 from jaxmed.volume import Volume
 
 
@@ -31,7 +33,7 @@ def thought(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(thought):
-    return thought / "inputs" / "adapted"
+    return thought / "inputs" / "adapt"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def rows_of(path):
 
 
 def test_meta_training_hands_on_a_system_that_can_be_read(thought):
-    run_folder = thought / "inputs" / "meta"
+    run_folder = thought / "inputs" / "meta-train"
     trained = load_system_one(run_folder)
     assert trained.task == "" and trained.frame.size == (16, 16) and set(trained.system.params) == {
         "generator", "verifier",
@@ -152,8 +154,8 @@ def test_one_broken_file_does_not_stop_the_others(thought, weights, tmp_path):
 def taught(thought, manifest, tmp_path_factory):
     out = tmp_path_factory.mktemp("selfplay") / "policy"
     code = run(
-        "train-policy", "--preset", "smoke", "--data.embedded", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
-        "--weights", thought / "inputs" / "meta", "--out", out,
+        "train-policy", "--preset", "smoke", "--data.synthetic", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
+        "--weights", thought / "inputs" / "meta-train", "--out", out,
     )  # fmt: skip
     assert code == 0
     return out
@@ -183,8 +185,8 @@ def test_a_policy_is_taught_on_familiar_tasks_and_looked_at_on_another(taught, t
 def compared(thought, manifest, taught, tmp_path_factory):
     out = tmp_path_factory.mktemp("selfplay") / "compare"
     code = run(
-        "compare", "--preset", "smoke", "--data.embedded", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
-        "--weights", thought / "inputs" / "meta", "--think.levels", 0.3, 0.7, "--policy-weights", taught,
+        "compare", "--preset", "smoke", "--data.synthetic", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
+        "--weights", thought / "inputs" / "meta-train", "--think.levels", 0.3, 0.7, "--policy-weights", taught,
         "--patch-game", "--out", out,
     )  # fmt: skip
     assert code == 0
@@ -222,9 +224,9 @@ def test_tables_of_several_comparisons_are_read_as_one(compared, tmp_path):
     # Leave one subject out: a comparison for each, one bootstrap over all.
     table, summary = compared / "outputs" / "cases.csv", json.loads((compared / "outputs" / "summary.json").read_text())
     once = summarise(*read_outcomes([table]), 0)
-    assert once["arms"].keys() == summary["arms"].keys()
+    assert once.arms.keys() == summary["arms"].keys()
     for arm, entries in summary["arms"].items():
-        assert [entry["mean"] for entry in once["arms"][arm]] == pytest.approx([e["mean"] for e in entries], abs=1e-6)
+        assert [entry.mean for entry in once.arms[arm]] == pytest.approx([e["mean"] for e in entries], abs=1e-6)
     outcomes, subjects = read_outcomes([table, table])
     assert len(subjects) == 2 * summary["cases"]
     np.testing.assert_array_equal(outcomes[0].dice, np.tile(read_outcomes([table])[0][0].dice, 2))
@@ -246,10 +248,10 @@ def test_one_threshold_is_chosen_on_the_other_subjects():
     ]  # fmt: skip
     summary = summarise(outcomes, subjects, 0)
     # Left out: anna, so 0.5 is best (0.75 against 0.35); ben, so 0.2 is (0.67 against 0.33), and for cleo too.
-    assert summary["arms"][ELSEWHERE][0]["mean"] == pytest.approx(np.mean([0.1, 0.2, 0.5, 0.2]) + 0.05)
-    assert summary["tests"]["level_against_threshold"]["mean"] == pytest.approx(0.5 - 0.25)
-    assert len(summary["points"]) == 24
-    assert ELSEWHERE not in summarise(outcomes, ["anna"] * 4, 0)["arms"]
+    assert summary.arms[ELSEWHERE][0].mean == pytest.approx(np.mean([0.1, 0.2, 0.5, 0.2]) + 0.05)
+    assert summary.tests.level_against_threshold.mean == pytest.approx(0.5 - 0.25)
+    assert len(summary.points) == 24
+    assert ELSEWHERE not in summarise(outcomes, ["anna"] * 4, 0).arms
 
 
 def test_one_subject_has_no_interval(compared, tmp_path):
@@ -257,11 +259,11 @@ def test_one_subject_has_no_interval(compared, tmp_path):
     run = shutil.copytree(compared, tmp_path / "run")
     outcomes, subjects = read_outcomes([run / "outputs" / "cases.csv"])
     alone = summarise(outcomes, ["patient"] * len(subjects), 0)
-    base = alone["arms"]["System I"][0]
-    assert base["mean"] == pytest.approx(outcomes[0].dice.mean())
-    assert base["low"] is base["high"] is base["error"] is alone["tests"]["against_random"]["low"] is None
+    base = alone.arms["System I"][0]
+    assert base.mean == pytest.approx(outcomes[0].dice.mean())
+    assert base.low is base.high is base.error is alone.tests.against_random.low is None
     summary = run / "outputs" / "summary.json"
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | alone))
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | to_record(alone)))
     assert main(["report", str(run)]) == 0
     assert "one subject" in (run / "report.html").read_text()
 
@@ -311,7 +313,7 @@ def test_mistakes_end_in_one_line(arguments, said, thought, weights, manifest, t
 
 
 @pytest.mark.parametrize("stage", ["meta-train", "train-policy", "adapt", "think", "compare"])
-def test_files_over_an_embedded_run_start_from_nothing(stage, thought, weights, manifest, tmp_path, monkeypatch):
+def test_files_over_a_synthetic_run_start_from_nothing(stage, thought, weights, manifest, tmp_path, monkeypatch):
     out = tmp_path / "run"
     for name in ("inputs/puzzles", "checkpoints/state/40", "outputs/system1"):
         (out / name).mkdir(parents=True)
@@ -320,7 +322,9 @@ def test_files_over_an_embedded_run_start_from_nothing(stage, thought, weights, 
     class Begun(Exception):
         """The stage is past its checks."""
 
-    def begin(path, *_):
+    def begin(folder, *_, **__):
+        start(folder)
+        path = folder.path
         assert not (path / "checkpoints").exists() and not (path / "inputs").exists()
         assert [place.name for place in path.iterdir() if place.name == "outputs"] and not any(
             (path / "outputs").iterdir()
@@ -328,10 +332,11 @@ def test_files_over_an_embedded_run_start_from_nothing(stage, thought, weights, 
         raise Begun
 
     module = importlib.import_module(f"jaxmed.systems.selfplay.stages.{stage.replace('-', '_')}")
-    monkeypatch.setattr(module, "Log", begin)
+    monkeypatch.setattr(module, "begin", begin)
     given = ["--input", thought / "inputs" / "test"] if stage == "think" else ["--data.manifest", manifest]
-    given += {"meta-train": ["--preset", "smoke", "--data.embedded", 0], "think": ["--weights", weights]}.get(
-        stage, ["--weights", thought / "inputs" / "meta", *(["--task", "star"] if stage != "train-policy" else [])]
+    given += {"meta-train": ["--preset", "smoke", "--data.synthetic", 0], "think": ["--weights", weights]}.get(
+        stage,
+        ["--weights", thought / "inputs" / "meta-train", *(["--task", "star"] if stage != "train-policy" else [])],
     )
     with pytest.raises(Begun):
         run(stage, *given, "--overwrite", "--out", out)

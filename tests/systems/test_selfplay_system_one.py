@@ -1,4 +1,4 @@
-"""System I: Reptile's identities, losses, adaptation, spoilt masks, calibration."""
+"""System I: Reptile's identities, losses, adaptation, corrupted masks, calibration."""
 
 from functools import partial
 
@@ -10,10 +10,10 @@ import pytest
 from jaxmed.metrics.imaging import dice
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
+from jaxmed.synthesis.corruption import KINDS, corrupt
 from jaxmed.systems.selfplay import system_one
-from jaxmed.systems.selfplay.calibration import calibrate
-from jaxmed.systems.selfplay.corruption import KINDS, corrupt
 from jaxmed.systems.selfplay.system_one import AdaptConfig, MetaConfig, SystemOne, SystemOneConfig
+from jaxmed.systems.selfplay.verifier import calibrate
 
 CONFIG = SystemOneConfig(GeneratorConfig("plain", widths=(4,)), VerifierConfig("plain", widths=(4,), dense=(8,)))
 RATE = 1e-3
@@ -117,7 +117,7 @@ def test_a_guess_of_no_weight_does_not_count(start):
     weights = jnp.array([1.0, 1.0, 0.0, 0.0])
     first, _ = system_one.adapt(jax.random.key(0), system, images, masks, config, weights)
     second, _ = system_one.adapt(jax.random.key(0), system, images, wrong, config, weights)
-    # The verifier's spoilt masks are drawn by image: those of no weight are drawn and not counted.
+    # The verifier's corrupted masks are drawn by image: those of no weight are drawn and not counted.
     assert largest(first.params, second.params) < 1e-6
 
 
@@ -143,14 +143,14 @@ def test_no_steps_leave_everything(start):
 
 
 @pytest.fixture(scope="module")
-def spoilt():
+def corrupted():
     mask = jnp.zeros((16, 16), bool).at[4:12, 5:11].set(True)
     keys = jax.random.split(jax.random.key(2), 300)
     return mask, np.asarray(jax.jit(jax.vmap(partial(corrupt, mask=mask)))(keys)), keys
 
 
-def test_masks_are_spoilt_in_every_way(spoilt):
-    mask, masks, keys = spoilt
+def test_masks_are_corrupted_in_every_way(corrupted):
+    mask, masks, keys = corrupted
     mask = np.asarray(mask)
     kinds = np.array([int(jax.random.randint(jax.random.split(key)[0], (), 0, len(KINDS))) for key in keys])
     by_kind = {name: masks[kinds == number] for number, name in enumerate(KINDS)}
@@ -164,7 +164,7 @@ def test_masks_are_spoilt_in_every_way(spoilt):
     assert 0.03 < changed.mean() < 0.07 and changed.max() < 0.2
 
 
-def test_nothing_is_spoilt_without_strength():
+def test_nothing_is_corrupted_without_strength():
     mask = jnp.zeros((8, 8), bool).at[2:6, 2:6].set(True)
     keys = jax.random.split(jax.random.key(0), 50)
     found = jax.jit(jax.vmap(partial(corrupt, mask=mask, strength=0.0)))(keys)
@@ -179,11 +179,11 @@ def test_a_verifier_that_knows_the_overlap_is_trusted_and_a_constant_one_is_not(
     def oracle(system, images, shown):
         return jax.nn.sigmoid(2.0 * jax.scipy.special.logit(0.01 + 0.98 * system_one.overlap(masks * 1.0, shown)))
 
-    monkeypatch.setattr("jaxmed.systems.selfplay.calibration.judge_masks", oracle)
+    monkeypatch.setattr("jaxmed.systems.selfplay.verifier.judge_masks", oracle)
     found = calibrate(jax.random.key(0), system, images, masks)
     assert found.rank == pytest.approx(1.0, abs=1e-6) and found.temperature == pytest.approx(2.0, rel=0.1)
     monkeypatch.setattr(
-        "jaxmed.systems.selfplay.calibration.judge_masks", lambda system, images, shown: jnp.full(len(images), 0.3)
+        "jaxmed.systems.selfplay.verifier.judge_masks", lambda system, images, shown: jnp.full(len(images), 0.3)
     )
     found = calibrate(jax.random.key(0), system, images, masks)
     assert found.is_constant and np.isnan(found.rank) and found.temperature == 1.0

@@ -1,4 +1,4 @@
-"""Thinking: budgets, the best that was seen, controls, constant verifiers, rounds, and the gradient's climb."""
+"""Thinking: budgets, the best that was seen, controls, constant verifiers, rounds, and the ascent along its gradient."""
 
 import dataclasses
 import itertools
@@ -14,17 +14,17 @@ from jaxmed.errors import InputError
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
+from jaxmed.rl.ascent import ascend
 from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.search import SearchConfig
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems import selfplay
 from jaxmed.systems.selfplay import system_one
-from jaxmed.systems.selfplay.debate import debate
-from jaxmed.systems.selfplay.gradient import climb
 from jaxmed.systems.selfplay.stages import think as stages_think
 from jaxmed.systems.selfplay.stages import train_policy as stages_train_policy
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, generate
-from jaxmed.systems.selfplay.thinking import PAPER, Budget, ThinkConfig, judge_masks, make_judge, think
+from jaxmed.systems.selfplay.thinking import PAPER, Budget, ThinkConfig, debate, think
+from jaxmed.systems.selfplay.verifier import judge_masks, make_judge
 
 SYSTEM = SystemOneConfig(GeneratorConfig("plain", widths=(4,)), VerifierConfig("plain", widths=(4,), dense=(8,)))
 PLAY = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True, flips=2), games=4, steps=4)
@@ -192,19 +192,19 @@ def test_a_debate_follows_the_rules(system, images, thought):
         assert flips.sum() <= 2
 
 
-def test_climbing_a_linear_score_reaches_its_best_mask():
+def test_ascending_a_linear_score_reaches_its_best_mask():
     weights = jax.random.normal(jax.random.key(0), (3, 4, 4))
 
     def score(masks):
         return (weights * masks).sum((1, 2))
 
-    masks, values, flips = climb(score, jnp.zeros((3, 4, 4), bool), jnp.full(3, 4), 12)
+    masks, values, flips = ascend(score, jnp.zeros((3, 4, 4), bool), jnp.full(3, 4), 12)
     np.testing.assert_array_equal(masks, weights > 0)
     np.testing.assert_allclose(values, jnp.maximum(weights, 0).sum((1, 2)), rtol=1e-6)
     assert flips.tolist() == [0, 0, 0]
 
 
-def test_climbing_never_makes_it_worse():
+def test_ascending_never_makes_it_worse():
     table = np.random.default_rng(0).uniform(size=16).astype(np.float32)
     cells = np.array(list(itertools.product([0, 1], repeat=4)), np.float32)
 
@@ -214,7 +214,7 @@ def test_climbing_never_makes_it_worse():
         return (jnp.prod(cells * flat + (1 - cells) * (1 - flat), axis=2) * table).sum(1)
 
     start = jnp.asarray(cells.reshape(-1, 2, 2) > 0.5)
-    masks, values, _ = climb(score, start, jnp.full(16, 2), 8)
+    masks, values, _ = ascend(score, start, jnp.full(16, 2), 8)
     assert (np.asarray(values) >= table - 1e-6).all()
     np.testing.assert_allclose(values, score(masks.astype(jnp.float32)), atol=1e-6)
 

@@ -1,8 +1,9 @@
 """What arms of a comparison achieved: Dice by case and budget, means with intervals, and the tests that matter."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -108,49 +109,127 @@ def read_outcomes(paths: Sequence[Path]) -> tuple[list[Outcome], tuple[str, ...]
     return outcomes, subjects
 
 
-def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over subjects; one subject has no more than that.
+
+    Attributes:
+        mean: Of the mean over seeds of each case.
+        low: End of the interval, bootstrapped over subjects.
+        high: The other end.
+        error: Standard error over subjects.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An arm at a budget, over cases and seeds.
+
+    Attributes:
+        budget: Steps of thought.
+        mean: Dice; `low`, `high` and `error` as of an interval.
+        low: See `Interval`.
+        high: See `Interval`.
+        error: See `Interval`.
+        gain: Dice over System I's.
+        jaccard: Intersection over union.
+        hausdorff_95: As in `Outcome`.
+        region_f1: As in `Outcome`.
+        score: The verifier's.
+    """
+
+    budget: int
+    mean: float
+    low: float | None
+    high: float | None
+    error: float | None
+    gain: Interval
+    jaccard: float
+    hausdorff_95: float
+    region_f1: float
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tests:
+    """What a comparison is about; None where an arm for it is missing.
+
+    Attributes:
+        against_random: Dice of self-play over random proposals' at the largest budget.
+        rank_of_budget: Mean over cases of Spearman's correlation of budget and Dice of self-play.
+        area: Mean Dice of self-play over the budgets.
+        level_against_threshold: Dice of the verifier's choice of a level over that of the best on other subjects.
+        score_and_dice: Spearman's correlation over all answers.
+    """
+
+    against_random: Interval | None = None
+    rank_of_budget: float | None = None
+    area: float | None = None
+    level_against_threshold: Interval | None = None
+    score_and_dice: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What all arms achieved.
+
+    Attributes:
+        arms: By name, budgets in order.
+        tests: What it is about.
+        points: Dice and score of some answers.
+    """
+
+    arms: dict[str, tuple[Entry, ...]]
+    tests: Tests
+    points: tuple[tuple[float, float], ...]
+
+
+def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -> Comparison:
     """Return means with intervals of every arm and budget, the gain over System I, and the verifier's worth.
 
-    Intervals are bootstrapped over subjects, of the mean over seeds; `error` is the standard error over subjects. Where
-    there is one subject, they are None. Where System I answered at several thresholds, so does an arm that takes for
-    each subject the one that is best on all others: what the verifier's choice has to beat.
+    Where System I answered at several thresholds, so does an arm that takes for each subject the one that is best on
+    all others: what the verifier's choice has to beat.
 
     Args:
         outcomes: Of all arms, seeds and budgets, over the same cases.
         subjects: Of the cases.
         seed: Of the draws.
     """
-    arms: dict[str, list[dict[str, Any]]] = {}
     overlaps = np.concatenate([outcome.dice for outcome in outcomes])
     scores = np.concatenate([outcome.score for outcome in outcomes])
     outcomes = [*outcomes, *_thresholds_from_others(outcomes, subjects)]
-    base = _mean(outcomes, BASE, 0)
-    budgets = sorted({outcome.budget for outcome in outcomes if outcome.budget})
+
+    def mean(arm: str, budget: int = 0, name: str = "dice") -> np.ndarray:
+        return _mean(outcomes, arm, budget, name)
+
+    def interval(values: np.ndarray) -> Interval:
+        return _interval(values, subjects, seed)
+
+    base, arms = mean(BASE), {}
     for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
+        entries = []
         for budget in sorted({outcome.budget for outcome in outcomes if outcome.arm == arm}):
-            mean = _mean(outcomes, arm, budget)
-            entry: dict[str, Any] = {"budget": budget} | _interval(mean, subjects, seed)
-            entry["gain"] = _interval(mean - base, subjects, seed)
-            entry |= {
-                name: float(np.mean(_mean(outcomes, arm, budget, name)))
-                for name in ("jaccard", "hausdorff_95", "region_f1", "score")
-            }
-            arms.setdefault(arm, []).append(entry)
-    tests: dict[str, Any] = {}
-    if budgets and any(outcome.arm == LEARNT for outcome in outcomes):
-        learnt = _mean(outcomes, LEARNT, budgets[-1])
-        if any(outcome.arm == RANDOM for outcome in outcomes):
-            tests["against_random"] = _interval(learnt - _mean(outcomes, RANDOM, budgets[-1]), subjects, seed)
-        courses = np.stack([base, *(_mean(outcomes, LEARNT, budget) for budget in budgets)])
-        tests["rank_of_budget"] = _correlations(np.arange(len(courses)), courses)
-        tests["area"] = float(np.mean(courses[1:]))
+            own = interval(mean(arm, budget))
+            others = (float(np.mean(mean(arm, budget, name))) for name in list(COLUMNS)[1:])
+            gain = interval(mean(arm, budget) - base)
+            entries.append(Entry(budget, own.mean, own.low, own.high, own.error, gain, *others))
+        arms[arm] = tuple(entries)
+    tests = Tests(score_and_dice=_spearman(scores, overlaps))
+    budgets = sorted({outcome.budget for outcome in outcomes if outcome.budget})
+    if budgets and LEARNT in arms:
+        courses = np.stack([base, *(mean(LEARNT, budget) for budget in budgets)])
+        rank, area = _correlations(np.arange(len(courses)), courses), float(np.mean(courses[1:]))
+        random = interval(courses[-1] - mean(RANDOM, budgets[-1])) if RANDOM in arms else None
+        tests = dataclasses.replace(tests, against_random=random, rank_of_budget=rank, area=area)
     if {ELSEWHERE, LEVEL} <= arms.keys():
-        tests["level_against_threshold"] = _interval(
-            _mean(outcomes, LEVEL, 0) - _mean(outcomes, ELSEWHERE, 0), subjects, seed
-        )
-    tests["score_and_dice"] = _spearman(scores, overlaps)
-    points = np.linspace(0, len(overlaps) - 1, min(600, len(overlaps))).round().astype(int)
-    return {"arms": arms, "tests": tests, "points": np.stack([overlaps, scores], 1)[points].round(4).tolist()}
+        tests = dataclasses.replace(tests, level_against_threshold=interval(mean(LEVEL) - mean(ELSEWHERE)))
+    places = np.linspace(0, len(overlaps) - 1, min(600, len(overlaps))).round().astype(int)
+    return Comparison(arms, tests, np.stack([overlaps, scores], 1)[places].round(4).tolist())
 
 
 def _thresholds_from_others(outcomes: Sequence[Outcome], subjects: Sequence[str]) -> list[Outcome]:
@@ -179,15 +258,14 @@ def _mean(outcomes: Sequence[Outcome], arm: str, budget: int, name: str = "dice"
     return np.mean([getattr(o, name) for o in outcomes if o.arm == arm and o.budget == budget], axis=0)
 
 
-def _interval(values: np.ndarray, subjects: Sequence[str], seed: int) -> dict[str, float | None]:
-    """Return mean, interval and standard error; one subject has neither."""
+def _interval(values: np.ndarray, subjects: Sequence[str], seed: int) -> Interval:
     listed = np.array(subjects)
     by_subject = [values[listed == subject].mean() for subject in np.unique(listed)]
     if len(by_subject) == 1:
-        return {"mean": float(values.mean()), "low": None, "high": None, "error": None}
+        return Interval(float(values.mean()))
     found = bootstrap(weighted_mean(values), listed, seed=seed)
     error = float(np.std(by_subject, ddof=1) / np.sqrt(len(by_subject)))
-    return {"mean": found.estimate, "low": found.low, "high": found.high, "error": error}
+    return Interval(found.estimate, found.low, found.high, error)
 
 
 def _correlations(order: np.ndarray, courses: np.ndarray) -> float | None:

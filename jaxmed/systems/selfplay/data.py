@@ -42,7 +42,7 @@ class DataConfig:
         min_voxels: Mask voxels that an image needs, at the frame's voxel size; slices with fewer are left out.
         shift: Largest distance of the middle of the mask from the middle of its image along each axis, in voxels, drawn
             evenly for each case; images stay inside their file, so at its sides the distance is larger.
-        embedded: Generate this many puzzles per familiar family, and half as many per novel one, where no manifest is
+        synthetic: Generate this many puzzles per familiar family, and half as many per novel one, where no manifest is
             given.
     """
 
@@ -52,14 +52,14 @@ class DataConfig:
     max_items: Whole = 0
     min_voxels: Count = 16
     shift: Length = 0
-    embedded: Number = 0
+    synthetic: Number = 0
 
     def __post_init__(self) -> None:
         if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(f"fractions: expected three shares that sum to 1, found {self.fractions}")
         if self.min_voxels < 1:
             raise ValueError(f"min_voxels: expected 1 or more, found {self.min_voxels}")
-        for name in ("max_items", "shift", "embedded"):
+        for name in ("max_items", "shift", "synthetic"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
 
@@ -138,20 +138,20 @@ class _Case(NamedTuple):
     name: str
 
 
-def write_embedded(config: DataConfig, frame: FrameConfig, seed: int, folder: Path) -> DataConfig:
+def write_synthetic(config: DataConfig, frame: FrameConfig, seed: int, folder: Path) -> DataConfig:
     """Write the puzzles of a run as files, and return the settings that read them.
 
     Args:
-        config: With `embedded` above 0.
+        config: With `synthetic` above 0.
         frame: Of whose size they are.
         seed: Of the puzzles.
         folder: Gets the files; what is there already stays.
     """
-    half = max(config.embedded // 2, 1)
-    counts = Counts(train=config.embedded, validation=half, support=min(half, 16), test=half)
+    half = max(config.synthetic // 2, 1)
+    counts = Counts(train=config.synthetic, validation=half, support=min(half, 16), test=half)
     manifest = write_puzzle_cohort(folder, seed, counts, frame.size)
     # Small images hold small shapes; each is one to be found.
-    return dataclasses.replace(config, manifest=manifest, embedded=0, min_voxels=1)
+    return dataclasses.replace(config, manifest=manifest, synthetic=0, min_voxels=1)
 
 
 def read_manifest(config: DataConfig, seed: int) -> tuple[Record, ...]:

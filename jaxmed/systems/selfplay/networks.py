@@ -1,16 +1,21 @@
-"""System I on disk: the parameters of both networks, the frame in which they see images, and the temperature."""
+"""What stages hand on: System I (both networks, the frame in which they see images, the temperature), and a policy."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
 from jaxmed.errors import InputError
 from jaxmed.io.weights_files import load_parameters
 from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.system_one import SystemOne, SystemOneConfig
+from jaxmed.systems.selfplay.thinking import ThinkConfig
 from jaxmed.train.checkpoint import export_parameters
 
 FAMILY = "selfplay"
+POLICY = "selfplay-policy"
+SNAPSHOT = "visit_"
 
 
 class Trained(NamedTuple):
@@ -36,7 +41,7 @@ def write_system_one(folder: Path, system: SystemOne, frame: FrameConfig, task: 
         folder: outputs/system1 of a run.
         system: Both networks.
         frame: How files become their images.
-        task: What it was adapted to.
+        task: What it was adapted to; empty where it was not.
         **further: What else stands in the record.
     """
     record = {
@@ -94,3 +99,42 @@ def load_system_one(path: Path) -> Trained:
     if missing:
         raise InputError(where, "parameters of generator and verifier", f"no {' and no '.join(sorted(missing))}")
     return Trained(SystemOne(config, params, float(record["temperature"])), frame, record["task"], path)
+
+
+def write_policy(folder: Path, params: Params, config: ThinkConfig, size: tuple[int, ...]) -> None:
+    """Write a policy for think and compare, as outputs/policy of a run."""
+    export_parameters(folder, params, {"family": POLICY, "think": to_record(config), "size": list(size)})
+
+
+def read_snapshots(folder: Path, last: int) -> tuple[tuple[int, ...], list[Params]]:
+    """Read the policies that a run kept on its way: after how many visits, and their parameters."""
+    found = {int(place.name.removeprefix(SNAPSHOT)): place for place in folder.glob(f"{SNAPSHOT}*")}
+    numbers = tuple(sorted(number for number in found if number <= last))
+    return numbers, [load_parameters(found[number])[0] for number in numbers]
+
+
+def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple[ThinkConfig, Params]:
+    """Read a policy, and return settings of thought with its network in them.
+
+    Args:
+        path: A run of train-policy.
+        config: How to think; the network is the policy's.
+        size: Of the images that will be thought about.
+
+    Raises:
+        InputError: The place holds no policy, or one for other images or rules of flips.
+    """
+    params, record, where = load_exported(path, "policy", POLICY, "a run of train-policy", "check --policy-weights")
+    trained = from_record(ThinkConfig, record["think"], where)
+    if tuple(record["size"]) != size:
+        raise InputError(path, f"a policy for images of {size}", f"one for {tuple(record['size'])}")
+    if trained.play.game.blocks(size) != config.play.game.blocks(size):
+        raise InputError(
+            "think.play.game.super-pixel", f"that of the policy, {trained.play.game.super_pixel}",
+            config.play.game.super_pixel,
+        )  # fmt: skip
+    may_pass = trained.play.game.at_most_k
+    if may_pass != config.play.game.at_most_k:
+        # The sign of what it says decides who flips under one rule, and means nothing under the other.
+        raise InputError("think.play.game.at-most-k", f"that of the policy, {may_pass}", not may_pass)
+    return dataclasses.replace(config, policy=trained.policy), params

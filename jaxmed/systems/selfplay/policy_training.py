@@ -11,7 +11,6 @@ Source: arXiv:2506.22075 (comments of the reference implementation: the policy i
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,29 +19,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
-from jaxmed.config import Size, checked, from_record, to_record
-from jaxmed.errors import InputError
-from jaxmed.io.weights_files import load_parameters
+from jaxmed.config import Size, checked
 from jaxmed.rl import tournament
 from jaxmed.rl.opponents import elo, exploitability
 from jaxmed.rl.selfplay import Problem, make_problem
-from jaxmed.systems.selfplay.calibration import calibrate
 from jaxmed.systems.selfplay.data import Cases
-from jaxmed.systems.selfplay.networks import load_exported
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
-from jaxmed.systems.selfplay.thinking import (
-    Budget,
-    ThinkConfig,
-    Thought,
-    make_judge,
-    player_of,
-    score_masks,
-    think,
-)
-from jaxmed.train.checkpoint import export_parameters
+from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, Thought, player_of, think
+from jaxmed.systems.selfplay.verifier import calibrate, make_judge, score_masks
 
-FAMILY = "selfplay-policy"
-SNAPSHOT = "visit_"
+EVALUATED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +45,6 @@ class VisitConfig:
     shots: Size = 8
     images: Size = 8
     iterations: Size = 4
-
-    def __post_init__(self) -> None:
-        for name in ("shots", "images", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
 
 
 class PolicyState(NamedTuple):
@@ -117,7 +98,7 @@ def draw_visit(
     }  # fmt: skip
 
 
-def settle(key: KeyArray, system: SystemOne, visit: dict[str, Any], config: AdaptConfig) -> SystemOne:
+def adapt_to_task(key: KeyArray, system: SystemOne, visit: dict[str, Any], config: AdaptConfig) -> SystemOne:
     """Adapt System I to the task of a visit, and set its verifier's temperature."""
     adapt_key, probe_key = jax.random.split(key)
     shots, masks = jnp.asarray(visit["shot"]), jnp.asarray(visit["shot_mask"])
@@ -153,10 +134,41 @@ def policy_step(
 
     A task whose verifier has no opinion leaves the policy as it was.
     """
-    settle_key, think_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-    adapted = settle(settle_key, system, visit, adaptation)
+    adapt_key, think_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    adapted = adapt_to_task(adapt_key, system, visit, adaptation)
     found, metrics = think_on(think_key, adapted, visit, config, iterations, state.params)
     return PolicyState(state.step + 1, found.policy or state.params, state.key), metrics
+
+
+class EvalCase(NamedTuple):
+    """Images that a policy is looked at with.
+
+    Attributes:
+        key: Of the players.
+        system: System I, adapted to their task.
+        visit: Labelled images and those to think about.
+    """
+
+    key: KeyArray
+    system: SystemOne
+    visit: dict[str, np.ndarray]
+
+
+def make_eval_cases(
+    seed: int, config: VisitConfig, adaptation: AdaptConfig, system: SystemOne, cases: Cases
+) -> list[EvalCase]:
+    """Draw images of one task, the same for every policy, and adapt System I to it."""
+    of_task, found = np.flatnonzero(cases.tasks == 0), []
+    for number, pair in enumerate(jax.random.split(jax.random.key(seed + 1), (EVALUATED, 2))):
+        visit = draw_visit(config, cases, of_task, np.random.default_rng((seed, 12, number)))
+        found.append(EvalCase(pair[1], adapt_to_task(pair[0], system, visit, adaptation), visit))
+    return found
+
+
+def evaluate_policy(config: ThinkConfig, iterations: int, cases: list[EvalCase], params: Params) -> dict[str, float]:
+    """Think with a policy about images of a task that it was not taught on, as long as a visit lasts."""
+    found = [think_on(case.key, case.system, case.visit, config, iterations, params)[1] for case in cases]
+    return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
 
 
 class Match(NamedTuple):
@@ -206,42 +218,3 @@ def match_snapshots(
     found = play(problem, stacked)
     gains = [float(exploitability(row)) for row in found.rewards]
     return Match(np.asarray(found.scores), np.asarray(elo(found.scores)), np.array(gains))
-
-
-def write_policy(folder: Path, params: Params, config: ThinkConfig, size: tuple[int, ...]) -> None:
-    """Write a policy for think and compare, as outputs/policy of a run."""
-    export_parameters(folder, params, {"family": FAMILY, "think": to_record(config), "size": list(size)})
-
-
-def read_snapshots(folder: Path, last: int) -> tuple[tuple[int, ...], list[Params]]:
-    """Read the policies that a run kept on its way: after how many visits, and their parameters."""
-    found = {int(place.name.removeprefix(SNAPSHOT)): place for place in folder.glob(f"{SNAPSHOT}*")}
-    numbers = tuple(sorted(number for number in found if number <= last))
-    return numbers, [load_parameters(found[number])[0] for number in numbers]
-
-
-def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple[ThinkConfig, Params]:
-    """Read a policy, and return settings of thought with its network in them.
-
-    Args:
-        path: A run of train-policy.
-        config: How to think; the network is the policy's.
-        size: Of the images that will be thought about.
-
-    Raises:
-        InputError: The place holds no policy, or one for other images or rules of flips.
-    """
-    params, record, where = load_exported(path, "policy", FAMILY, "a run of train-policy", "check --policy-weights")
-    trained = from_record(ThinkConfig, record["think"], where)
-    if tuple(record["size"]) != size:
-        raise InputError(path, f"a policy for images of {size}", f"one for {tuple(record['size'])}")
-    if trained.play.game.blocks(size) != config.play.game.blocks(size):
-        raise InputError(
-            "think.play.game.super-pixel", f"that of the policy, {trained.play.game.super_pixel}",
-            config.play.game.super_pixel,
-        )  # fmt: skip
-    may_pass = trained.play.game.at_most_k
-    if may_pass != config.play.game.at_most_k:
-        # The sign of what it says decides who flips under one rule, and means nothing under the other.
-        raise InputError("think.play.game.at-most-k", f"that of the policy, {may_pass}", not may_pass)
-    return dataclasses.replace(config, policy=trained.policy), params

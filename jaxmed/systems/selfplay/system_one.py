@@ -1,14 +1,14 @@
 """System I: a generator of masks and a verifier of them, learnt on many familiar tasks, adapted by a few labels.
 
 The generator G answers at once; the verifier D says how good an answer is, and is what System II thinks with. They are
-trained against each other: D tells true masks from G's and from spoilt ones, G learns to please D. Reptile moves both
-towards where a few steps on one task lead, so that a few steps suffice for a new one.
+trained against each other: D tells true masks from G's and from corrupted ones, G learns to please D. Reptile moves
+both towards where a few steps on one task lead, so that a few steps suffice for a new one.
 
 Source: arXiv:2506.22075, and its reference implementation (losses "adversarial", Reptile, constants).
 Deviation: by default D estimates the overlap (Dice) of a mask with the truth, and learns from thresholded and from
-    spoilt masks too, because those are what System II shows it, and from masks that its own gradient flatters it with,
-    because those are what System II finds; in the reference it sees soft masks of G alone. A pixel
-    loss helps G. Adaptation starts both networks from the averaged weights; the reference's verifier starts from those
+    corrupted masks too, because those are what System II shows it, and from masks that its own gradient flatters it
+    with, because those are what System II finds; in the reference it sees soft masks of G alone. A pixel loss helps
+    G. Adaptation starts both networks from the averaged weights; the reference's verifier starts from those
     of the last inner loop (`MetaConfig.match_release`).
 """
 
@@ -26,7 +26,7 @@ from jaxmed.config import Length, NonNegative, Size, checked
 from jaxmed.data.augment import AugmentConfig, augment
 from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, Verifier, VerifierConfig, make_verifier
-from jaxmed.systems.selfplay.corruption import corrupt
+from jaxmed.synthesis.corruption import corrupt
 
 LABEL_NOISE = 0.05
 MOST_FLATTERING = 0.1
@@ -48,8 +48,8 @@ class SystemOneConfig:
     Attributes:
         generator: Image to mask.
         verifier: Image and mask to a score.
-        target: What the verifier learns: "overlap", the Dice of true, generated, spoilt and flattering masks with the
-            truth; or "adversarial", 1 for true and 0 for generated masks.
+        target: What the verifier learns: "overlap", the Dice of true, generated, corrupted and flattering masks with
+            the truth; or "adversarial", 1 for true and 0 for generated masks.
         pixel_weight: Of the binary cross-entropy of G's mask with the true one.
         verifier_weight: Of the loss by which G pleases D.
         threshold: Of G's probabilities, above which a voxel is in the mask.
@@ -132,7 +132,7 @@ class SystemOne(NamedTuple):
     Attributes:
         config: Networks and losses.
         params: {"generator": ..., "verifier": ...}.
-        temperature: By which the verifier's logits are divided; see `calibration`.
+        temperature: By which the verifier's logits are divided; see `verifier.calibrate`.
     """
 
     config: SystemOneConfig
@@ -289,7 +289,7 @@ def _inner_step(
     masks: Array,
     weights: Array,
 ) -> tuple[Params, Any, dict[str, Scalar]]:
-    """Train the verifier on true, generated and spoilt masks, then the generator through the frozen verifier."""
+    """Train the verifier on true, generated and corrupted masks, then the generator through the frozen verifier."""
     verifier_loss = partial(_verifier_loss, config, key, params["generator"], images, masks, weights)
     value, gradient = jax.value_and_grad(verifier_loss)(params["verifier"])
     update, verifier_state = OPTIMIZER.update(gradient, opt_state["verifier"])
@@ -321,7 +321,7 @@ def _verifier_loss(
         targets = [1.0 + LABEL_NOISE * jax.random.uniform(first_key, (len(images),))]
         targets += [LABEL_NOISE * jax.random.uniform(second_key, (len(images),))]
     else:
-        shown = [masks, soft, *_spoilt(first_key, masks, soft, config.threshold)]
+        shown = [masks, soft, *_corrupted(first_key, masks, soft, config.threshold)]
         flatter = partial(_flatter, verifier, jax.lax.stop_gradient((params, embedding)))
         shown += [flatter(key, mask) for key, mask in zip(jax.random.split(second_key), (masks, soft), strict=True)]
         targets = [overlap(masks, candidate) for candidate in shown]
@@ -346,13 +346,13 @@ def _flatter(verifier: Verifier, judge: Any, key: KeyArray, masks: Array) -> Arr
     return jnp.where(flips, 1 - hard, hard)
 
 
-def _spoilt(key: KeyArray, masks: Array, soft: Array, threshold: float) -> list[Array]:
-    """Return what System II will show: the generated mask as it starts from it, with flips; and spoilt true masks."""
+def _corrupted(key: KeyArray, masks: Array, soft: Array, threshold: float) -> list[Array]:
+    """Return what System II will show: the generated mask as it starts from it, and corrupted masks."""
     hard = soft > threshold
     keys = jax.random.split(key, (2, len(masks)))
-    spoil = jax.vmap(corrupt)
-    spoilt = [spoil(keys[0], masks > 0.5), spoil(keys[1], hard)]
-    return [candidate.astype(jnp.float32) for candidate in (hard, *spoilt)]
+    wrong = jax.vmap(corrupt)
+    shown = (hard, wrong(keys[0], masks > 0.5), wrong(keys[1], hard))
+    return [candidate.astype(jnp.float32) for candidate in shown]
 
 
 def _generator_loss(

@@ -14,9 +14,9 @@ Deviation: the answer is the best mask so far, never what a game happens to end 
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,25 +28,29 @@ from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Length, NonNegative, Share, Whole, checked
 from jaxmed.errors import InputError
-from jaxmed.models.mask_verifier import make_verifier
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
-from jaxmed.rl import patch_play, search, selfplay
+from jaxmed.rl import patch_game, patch_play, pixel_game, search, selfplay, tournament
+from jaxmed.rl.ascent import ascend
 from jaxmed.rl.opponents import OpponentConfig
+from jaxmed.rl.patch_game import PatchGame, mark_patches
 from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem
-from jaxmed.rl.pixel_game import PixelGame
+from jaxmed.rl.pixel_game import PixelGame, expand_like
 from jaxmed.rl.policies import Policy, make_policy
 from jaxmed.rl.ppo import SB3, PpoConfig
 from jaxmed.rl.search import SearchConfig, SearchState
 from jaxmed.rl.selfplay import Problem, SelfPlayConfig
-from jaxmed.systems.selfplay.corruption import corrupt
-from jaxmed.systems.selfplay.gradient import climb
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, adapt, generate
+from jaxmed.systems.selfplay.verifier import (
+    Judge,
+    choose_level,
+    is_constant,
+    judge_masks_jit,
+    make_judge,
+    score_masks,
+)
 
 Game = Literal["pixel", "patch"]
 Stop = Literal["budget", "time", "plateau", "constant verifier"]
-
-CONSTANT = 1e-6  # a verifier whose scores of spoilt masks differ by less judges nothing
-PROBES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +132,13 @@ LAPTOP = ThinkConfig(
     policy=TopkUnetConfig(widths=(8, 16), value_width=16),
 )
 """For a CPU: the default policy's U-Net takes minutes for an iteration there, this one seconds."""
+
+SMOKE = ThinkConfig(
+    play=SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16),
+    patch=PatchPlayConfig(game=PatchGame(patches=8), games=16, turns=16),
+    policy=TopkUnetConfig(widths=(8, 16), value_width=16),
+)
+"""In seconds."""
 
 PAPER = ThinkConfig(
     play=SelfPlayConfig(
@@ -233,9 +244,9 @@ def think(
     images = jnp.asarray(image, jnp.float32)
     images = images[None] if images.ndim == system.config.generator.dimensions else images
     check_game(game, config, images.shape[1:])
+    share = dataclasses.replace(budget, steps=budget.steps // config.rounds, seconds=budget.seconds / config.rounds)
     total = None
     for number in range(config.rounds):
-        share = dataclasses.replace(budget, steps=budget.steps // config.rounds, seconds=budget.seconds / config.rounds)
         round_key, adapt_key = jax.random.split(jax.random.fold_in(key, number))
         found = _think_once(round_key, system, images, share, config, game, policy, watch, total)
         total = found if total is None else _joined(total, found)
@@ -282,7 +293,7 @@ def _think_once(
     judge = make_judge(system, images, config.prior_weight, level)
     # From `start` on: what was known before can score no higher, since the verifier chose.
     points = [
-        (steps, 0.0, np.asarray(_judge_jit(system.config, judge, jnp.arange(len(images)), masks * 1.0)), masks)
+        (steps, 0.0, np.asarray(judge_masks_jit(system.config, judge, jnp.arange(len(images)), masks * 1.0)), masks)
         for steps, masks in {0: np.asarray(known), done: np.asarray(start)}.items()
     ]
 
@@ -298,18 +309,16 @@ def _think_once(
         return answer("constant verifier", policy=policy)
     if done >= budget.steps:
         return answer("budget", policy=policy)
-    if game == "patch":
-        size, advance = _start_patches(play_key, system.config, config.patch, judge, images, start, probability, policy)
-    else:
-        size, advance = _start(play_key, system.config, config, images.shape[1:], judge, images, start, policy)
-    state, spent, waited, stop = None, 0.0, 0, "budget"
+    plan = _plan(play_key, system.config, config, game, judge, images, start, probability, policy)
+    state, spent, waited, stop = plan.first, 0.0, 0, "budget"
     while done < budget.steps:
-        state, (values, masks), seconds = advance(state)
-        done, spent = done + size, spent + seconds
-        gain = float(np.mean(np.asarray(values) - points[-1][2]))
-        points.append((done, spent, np.asarray(values), np.asarray(masks)))
+        began = time.perf_counter()
+        state = jax.block_until_ready(plan.advance(plan.problem, state))
+        done, spent = done + plan.size, spent + time.perf_counter() - began
+        points.append((done, spent, np.asarray(state.best.value), np.asarray(state.best.mask)))
         if watch is not None:
             watch(done, float(np.mean(points[-1][2])))
+        gain = float(np.mean(points[-1][2] - points[-2][2]))
         waited = 0 if gain > budget.tolerance else waited + 1
         if budget.patience and waited >= budget.patience:
             stop = "plateau"
@@ -317,105 +326,76 @@ def _think_once(
         if budget.seconds and spent >= budget.seconds:
             stop = "time"
             break
-    agreement, learnt = None, policy
-    if config.mode != "grad":
-        assert state is not None
-        agreement = _agreement(state.game.image, state.game.mask, len(images))
-        learnt = state.params if config.mode == "learn" else policy
-    return answer(stop, agreement, learnt)
+    if isinstance(state, Ascent):
+        return answer(stop, policy=policy)
+    agreement = _agreement(state.game.image, state.game.mask, len(images))
+    return answer(stop, agreement, state.params if config.mode == "learn" else policy)
 
 
-def _start(
+class Plan(NamedTuple):
+    """What is done in iterations.
+
+    Attributes:
+        size: Steps of the game in an iteration.
+        advance: (problem, state) -> state, compiled: the clock runs afterwards.
+        problem: What the program is given every time.
+        first: The state to begin with; it has the field `best`.
+    """
+
+    size: int
+    advance: Any
+    problem: Any
+    first: Any
+
+
+class Ascent(NamedTuple):
+    """Where the ascent along the verifier's gradient stands.
+
+    Attributes:
+        best: Masks and their scores.
+        flips: Voxels that are tried next, for each image.
+    """
+
+    best: pixel_game.Best
+    flips: Int[Array, " image"]
+
+
+def _plan(
     key: KeyArray,
     system: SystemOneConfig,
     config: ThinkConfig,
-    shape: tuple[int, ...],
-    judge: Any,
-    images: Array,
-    start: Array,
-    policy: Params | None,
-) -> tuple[int, Callable[[Any], tuple[Any, tuple[Array, Array], float]]]:
-    """Return the steps of an iteration, and a function that does one: state (None at first) to state and best masks.
-
-    Programs are compiled before the clock runs.
-    """
-    if config.mode == "grad":
-        flips = config.play.game.num_flips(shape)
-        size = len(images) * config.play.steps
-        program = _climb.lower(system, config.play.steps, judge, start, jnp.full(len(images), flips)).compile()
-
-        def advance(state: Any) -> Any:
-            began = time.perf_counter()
-            at = (start, jnp.full(len(images), flips)) if state is None else state
-            masks, values, flips_left = jax.block_until_ready(program(judge, *at))
-            return (masks, flips_left), (values, masks), time.perf_counter() - began
-
-        return size, advance
-    # Every image gets as many games as every other.
-    play = dataclasses.replace(config.play, games=-(-config.play.games // len(images)) * len(images))
-    problem = selfplay.make_problem(functools.partial(score_masks, system), judge, images, start)
-    size = play.steps_per_iteration
-    if config.mode == "mcts":
-        search.require_mctx()
-        first = search.init(key, play.games, problem)
-        program = _search.lower(system, config.search, play.game, play.steps, problem, first).compile()
-        size *= config.search.simulations
-    else:
-        play = dataclasses.replace(play, mode=config.mode)
-        player = player_of(config, shape)
-        first = _begin(play, player, key, problem, policy)
-        program = _iterate.lower(system, play, player, problem, first).compile()
-
-    return size, _play_on(program, problem, first)
-
-
-def _play_on(program: Any, problem: Any, first: Any) -> Callable[[Any], tuple[Any, tuple[Array, Array], float]]:
-    def advance(state: Any) -> Any:
-        began = time.perf_counter()
-        new = jax.block_until_ready(program(problem, first if state is None else state))
-        return new, (new.best.value, new.best.mask), time.perf_counter() - began
-
-    return advance
-
-
-def _start_patches(
-    key: KeyArray,
-    system: SystemOneConfig,
-    config: PatchPlayConfig,
-    judge: Any,
+    game: Game,
+    judge: Judge,
     images: Array,
     start: Array,
     probability: Array,
     policy: Params | None,
-) -> tuple[int, Callable[[Any], tuple[Any, tuple[Array, Array], float]]]:
-    """As `_start`, for the patch game."""
-    problem = patch_problem(system, config, judge, images, start, probability)
-    first = _begin_patches(config, key, problem, policy)
-    program = _iterate_patches.lower(system, config, problem, first).compile()
-    return config.steps_per_iteration, _play_on(program, problem, first)
+) -> Plan:
+    def plan(size: int, program: Any, settings: tuple[Any, ...], problem: Any, first: Any) -> Plan:
+        return Plan(size, program.lower(system, *settings, problem, first).compile(), problem, first)
 
-
-def patch_problem(
-    system: SystemOneConfig, config: PatchPlayConfig, judge: Any, images: Array, start: Array, probability: Array
-) -> PatchProblem:
-    """Cut images into the patches that are played for, scored by System I's mean probability."""
-    verify = functools.partial(score_masks, system)
-    return patch_play.make_patch_problem(config.game, verify, judge, images, start, probability)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _begin_patches(
-    config: PatchPlayConfig, key: KeyArray, problem: PatchProblem, policy: Params | None
-) -> patch_play.State:
-    return patch_play.init(key, config, patch_play.make_patch_policy(config), problem, policy)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _iterate_patches(
-    system: SystemOneConfig, config: PatchPlayConfig, problem: PatchProblem, state: patch_play.State
-) -> patch_play.State:
-    model = patch_play.make_patch_policy(config)
-    return patch_play.iterate(config, model, functools.partial(score_masks, system), problem, state)[0]
+    if game == "patch":
+        patches = patch_problem(system, config.patch, judge, images, start, probability)
+        return plan(
+            config.patch.steps_per_iteration, _iterate_patches, (config.patch,), patches,
+            _begin_patches(config.patch, key, patches, policy),
+        )  # fmt: skip
+    if config.mode == "grad":
+        flips = jnp.full(len(images), config.play.game.num_flips(images.shape[1:]))
+        first = Ascent(pixel_game.Best(start, jnp.zeros(len(images))), flips)
+        return plan(len(images) * config.play.steps, _ascend, (config.play.steps,), judge, first)
+    # Every image gets as many games as every other.
+    play = dataclasses.replace(config.play, games=-(-config.play.games // len(images)) * len(images))
+    problem = selfplay.make_problem(partial(score_masks, system), judge, images, start)
+    if config.mode == "mcts":
+        search.require_mctx()
+        return plan(
+            play.steps_per_iteration * config.search.simulations, _search, (config.search, play.game, play.steps),
+            problem, search.init(key, play.games, problem),
+        )  # fmt: skip
+    play, player = dataclasses.replace(play, mode=config.mode), player_of(config, images.shape[1:])
+    first = _begin(play, player, key, problem, policy)
+    return plan(play.steps_per_iteration, _iterate, (play, player), problem, first)
 
 
 def player_of(config: ThinkConfig, shape: tuple[int, ...]) -> Policy:
@@ -423,155 +403,74 @@ def player_of(config: ThinkConfig, shape: tuple[int, ...]) -> Policy:
     return _policy(config.policy, config.play.game, shape)
 
 
-@functools.lru_cache(maxsize=32)
+@lru_cache(maxsize=32)
 def _policy(config: TopkUnetConfig | GaussianMlpConfig, game: PixelGame, shape: tuple[int, ...]) -> Policy:
     """One policy for equal settings, so that equal programs are recognised."""
     return make_policy(config, game, shape)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def patch_problem(
+    system: SystemOneConfig, config: PatchPlayConfig, judge: Judge, images: Array, start: Array, probability: Array
+) -> PatchProblem:
+    """Cut images into the patches that are played for, scored by System I's mean probability."""
+    verify = partial(score_masks, system)
+    return patch_play.make_patch_problem(config.game, verify, judge, images, start, probability)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def _begin(
     play: SelfPlayConfig, player: Policy, key: KeyArray, problem: Problem, policy: Params | None
 ) -> selfplay.State:
     return selfplay.init(key, play, player, problem, policy)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _iterate(
     system: SystemOneConfig, play: SelfPlayConfig, player: Policy, problem: Problem, state: selfplay.State
 ) -> selfplay.State:
-    return selfplay.iterate(play, player, functools.partial(score_masks, system), problem, state)[0]
+    return selfplay.iterate(play, player, partial(score_masks, system), problem, state)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _search(
     system: SystemOneConfig, config: SearchConfig, game: PixelGame, steps: int, problem: Problem, state: SearchState
 ) -> SearchState:
-    return search.iterate(config, game, functools.partial(score_masks, system), steps, problem, state)
+    return search.iterate(config, game, partial(score_masks, system), steps, problem, state)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _climb(system: SystemOneConfig, steps: int, judge: Any, masks: Array, flips: Array) -> tuple[Array, Array, Array]:
+@partial(jax.jit, static_argnums=(0, 1))
+def _ascend(system: SystemOneConfig, steps: int, judge: Judge, state: Ascent) -> Ascent:
     def score(masks: Array) -> Array:
         return score_masks(system, judge, jnp.arange(len(masks)), masks)
 
-    return climb(score, masks, flips, steps)
+    masks, values, flips = ascend(score, state.best.mask, state.flips, steps)
+    return Ascent(pixel_game.Best(masks, values), flips)
 
 
-class Judge(NamedTuple):
-    """What scores masks of known images.
-
-    Attributes:
-        params: Of the verifier.
-        embedding: Of each image.
-        temperature: By which its logits are divided.
-        evidence: Of System I for each voxel, weighted: what a logit gains by the voxel's being in the mask.
-        first: The sum of it over System I's mask at that level, so that this mask's logit is the verifier's.
-    """
-
-    params: Params
-    embedding: Any
-    temperature: Float[Array, ""]
-    evidence: Float[Array, "image *space"]
-    first: Float[Array, " image"]
+@partial(jax.jit, static_argnums=0)
+def _begin_patches(
+    config: PatchPlayConfig, key: KeyArray, problem: PatchProblem, policy: Params | None
+) -> patch_play.State:
+    return patch_play.init(key, config, patch_play.make_patch_policy(config), problem, policy)
 
 
-def choose_level(
-    system: SystemOne,
-    images: Float[Array, "image *space"],
-    probability: Float[Array, "image *space"],
-    known: Bool[Array, "image *space"],
-    levels: tuple[float, ...],
-) -> tuple[Bool[Array, "image *space"], Float[Array, " image"]]:
-    """Return the masks that the verifier likes best among those that are known and System I's at other thresholds.
-
-    Returns:
-        Masks, and the threshold of each: System I's own for what is known.
-    """
-    masks = jnp.stack([known, *(probability > level for level in levels)])
-    judge, places = make_judge(system, images), jnp.arange(len(images))
-    scores = jnp.stack([_judge_jit(system.config, judge, places, candidate * 1.0) for candidate in masks])
-    best, thresholds = scores.argmax(axis=0), jnp.array([system.config.threshold, *levels])
-    return masks[best, places], thresholds[best]
+@partial(jax.jit, static_argnums=(0, 1))
+def _iterate_patches(
+    system: SystemOneConfig, config: PatchPlayConfig, problem: PatchProblem, state: patch_play.State
+) -> patch_play.State:
+    model = patch_play.make_patch_policy(config)
+    return patch_play.iterate(config, model, partial(score_masks, system), problem, state)[0]
 
 
-def make_judge(
-    system: SystemOne,
-    images: Float[Array, "image *space"],
-    prior_weight: float = 0.0,
-    level: Float[Array, " image"] | None = None,
-) -> Judge:
-    """Prepare to score masks of images; evidence is against System I's masks at its own threshold, or at a level."""
-    embedding = _embed(system.config, system.params, images)
-    if prior_weight:
-        level = jnp.full(len(images), system.config.threshold) if level is None else level
-        evidence, first = _weigh(system.config, system.params, images, level, jnp.float32(prior_weight))
-    else:
-        evidence, first = jnp.zeros(images.shape), jnp.zeros(len(images))
-    return Judge(system.params["verifier"], embedding, jnp.float32(system.temperature), evidence, first)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _weigh(config: SystemOneConfig, params: Params, images: Array, level: Array, weight: Array) -> tuple[Array, Array]:
-    probability = generate(config, params, images)
-    axes = tuple(range(1, images.ndim))
-    level = level.reshape(-1, *(1,) * len(axes))
-    mask = probability > level
-    logits = jax.scipy.special.logit(jnp.clip(probability, 1e-6, 1 - 1e-6))
-    # Where System I finds nothing, what it expects: else the smallest doubt would outweigh every verifier.
-    size = mask.sum(axes, keepdims=True)
-    size = jnp.where(size > 0, size, jnp.maximum(probability.sum(axes, keepdims=True), 1.0))
-    evidence = weight * (logits - jax.scipy.special.logit(level)) / size
-    return evidence, jnp.where(mask, evidence, 0.0).sum(axes)
-
-
-def judge_masks(
-    system: SystemOne, images: Float[Array, "image *space"], masks: Float[Array, "image *space"]
-) -> Float[Array, " image"]:
-    """Return D of each mask, at the verifier's temperature."""
-    judge = make_judge(system, images)
-    return _judge_jit(system.config, judge, jnp.arange(len(images)), masks.astype(jnp.float32))
-
-
-def is_constant(
-    key: KeyArray, system: SystemOne, images: Float[Array, "image *space"], masks: Bool[Array, "image *space"]
-) -> bool:
-    """Tell whether the verifier scores spoilt masks all alike, so that there is nothing to think with."""
-    keys = jax.random.split(key, PROBES * len(masks))
-    many = jax.jit(jax.vmap(corrupt))(keys, jnp.tile(masks, (PROBES, *(1,) * (masks.ndim - 1))))
-    judge = make_judge(system, images)
-    places = jnp.tile(jnp.arange(len(images)), PROBES)
-    values = _judge_jit(system.config, judge, places, many.astype(jnp.float32))
-    return bool(jnp.ptp(values) < CONSTANT)
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def _generate(config: SystemOneConfig, params: Params, images: Array) -> Array:
     return generate(config, params, images)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(config: SystemOneConfig, params: Params, images: Array) -> Any:
-    return make_verifier(config.verifier).embed(params["verifier"], images[..., None])
-
-
-def score_masks(
-    config: SystemOneConfig, judge: Judge, index: Int[Array, " game"], masks: Float[Array, "game *space"]
-) -> Float[Array, " game"]:
-    """Return the scores of masks of numbered images: D, and System I's evidence where the judge weighs it."""
-    seen = jax.tree.map(lambda leaf: leaf[index], judge.embedding)
-    logits = make_verifier(config.verifier).score(judge.params, seen, masks) / judge.temperature
-    evidence = (masks * judge.evidence[index]).sum(tuple(range(1, masks.ndim))) - judge.first[index]
-    return jax.nn.sigmoid(logits + evidence)
-
-
-_judge_jit = functools.partial(jax.jit, static_argnums=0)(score_masks)
 
 
 def _agreement(image: Array, masks: Array, count: int) -> Array:
     total = jax.ops.segment_sum(masks.astype(jnp.float32), image, count)
     games = jax.ops.segment_sum(jnp.ones(len(image)), image, count)
-    return total / jnp.maximum(games, 1).reshape(-1, *(1,) * (masks.ndim - 1))
+    return total / expand_like(jnp.maximum(games, 1), total)
 
 
 def _readapt(
@@ -598,3 +497,92 @@ def _joined(before: Thought, after: Thought) -> Thought:
         np.concatenate([old.masks, new.masks[1:]]),
     )
     return after._replace(first=before.first, probability=before.probability, trace=trace)
+
+
+# A debate -------------------------------------------------------------------------------------------------------------
+
+
+class Debate(NamedTuple):
+    """A game of the policy against itself.
+
+    Attributes:
+        masks: Before each step, and after the last.
+        flips: What the player would flip; the patch that it names.
+        rival_flips: What the rival would.
+        values: D of the player's proposal; the object's probability in its patch.
+        rival_values: The same of the rival's.
+        is_won: The player's is at least as good.
+        scores: D of `masks`.
+    """
+
+    masks: Bool[np.ndarray, "step_1 *space"]
+    flips: Bool[np.ndarray, "step *space"]
+    rival_flips: Bool[np.ndarray, "step *space"]
+    values: Float32[np.ndarray, " step"]
+    rival_values: Float32[np.ndarray, " step"]
+    is_won: Bool[np.ndarray, " step"]
+    scores: Float32[np.ndarray, " step_1"]
+
+
+def debate(
+    key: KeyArray,
+    system: SystemOne,
+    config: ThinkConfig,
+    policy: Params,
+    image: Float[Array, "*space"],
+    mask: Bool[Array, "*space"],
+    steps: int,
+    level: Float[Array, " one"] | None = None,
+    game: Game = "pixel",
+) -> Debate:
+    """Play a game of a policy with itself from a mask, and keep its course; `level` as in `make_judge`.
+
+    The patch game begins with nothing, and may be stopped before its last step.
+    """
+    images, start, verify = image[None], mask[None], partial(score_masks, system.config)
+    judge = make_judge(system, images, config.prior_weight, level)
+    if game == "patch":
+        return _debate_patches(key, system, config.patch, policy, images, start, steps, judge)
+    player, problem = player_of(config, image.shape), selfplay.make_problem(verify, judge, images, start)
+
+    @jax.jit
+    def play(problem: Problem, policy: Params) -> tournament.Trace:
+        return tournament.play(key, config.play.game, player, verify, problem, policy, policy, games=1, steps=steps)
+
+    trace = play(problem, policy)
+    info = jax.tree.map(lambda leaf: np.asarray(leaf)[:, 0], trace.info)
+    masks = np.concatenate([np.asarray(start), np.asarray(trace.mask)[:, 0]])
+    scores = np.concatenate([np.asarray(problem.cases.values), np.asarray(trace.value)[:, 0]])
+    return Debate(masks, info.flips, info.rival_flips, info.value, info.rival_value, info.is_won, scores)
+
+
+def _debate_patches(
+    key: KeyArray,
+    system: SystemOne,
+    config: PatchPlayConfig,
+    policy: Params,
+    images: Array,
+    start: Array,
+    turns: int,
+    judge: Judge,
+) -> Debate:
+    alone = OpponentConfig(schedule="live", groups=1, pool=1)
+    config = dataclasses.replace(config, games=1, turns=turns, minibatches=1, opponents=alone)
+    model = patch_play.make_patch_policy(config)
+    probability = _generate(system.config, system.params, images)
+
+    @jax.jit
+    def play(policy: Params) -> Any:
+        problem = patch_problem(system.config, config, judge, images, start, probability)
+        state = patch_play.init(key, config, model, problem, policy)
+        found = patch_play.rollout(config, model, problem, state, key)
+        last = patch_game.erase(jax.tree.map(lambda leaf: leaf[-1, 1], found.state), found.patch[-1, 1])
+        named = jnp.concatenate([found.state.is_erased[:, 0, 0], last.is_erased]) & ~problem.is_empty
+        chosen = jax.nn.one_hot(found.patch[..., 0].T, named.shape[1], dtype=bool)
+        masks, flips, answers = (mark_patches(config.game, images.shape[1:], part) for part in (named, *chosen))
+        scores = score_masks(system.config, judge, jnp.zeros(turns + 1, jnp.int32), masks.astype(jnp.float32))
+        info = jax.tree.map(lambda leaf: leaf[:, 0], found.info)
+        return (masks, flips, answers, *info, scores), found.is_played[:, 0, 0].sum()
+
+    course, count = jax.tree.map(np.asarray, play(policy))
+    return Debate(*(part[: count + (len(part) > turns)] for part in course))

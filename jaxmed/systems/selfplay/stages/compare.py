@@ -1,8 +1,7 @@
 """Self-play compare: thinking curves of self-play and its controls, beside System I and supervised networks."""
 
 import dataclasses
-import shlex
-import time
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,37 +13,39 @@ from jaxmed.arrays.types import Params
 from jaxmed.config import Count, Length, Seed, Size, checked
 from jaxmed.data.augment import AugmentConfig
 from jaxmed.io.tables import write_table
-from jaxmed.models.policy import TopkUnetConfig
-from jaxmed.rl.patch_game import PatchGame
-from jaxmed.rl.patch_play import PatchPlayConfig
-from jaxmed.rl.pixel_game import PixelGame
-from jaxmed.rl.selfplay import SelfPlayConfig
-from jaxmed.systems.selfplay.calibration import calibrate
-from jaxmed.systems.selfplay.compare_page import write_page
-from jaxmed.systems.selfplay.comparing import ABOVE, LEVEL, Outcome, summarise
-from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.bands import Band, banded_curves
+from jaxmed.report.figures import Bar, bars
+from jaxmed.report.page import Figure, Note, Section, Table, Text
+from jaxmed.report.scatter import scatter
+from jaxmed.systems.selfplay.comparing import ABOVE, LEVEL, Entry, Interval, Outcome, Tests, summarise
+from jaxmed.systems.selfplay.data import Cases, DataConfig
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import Trained, load_for
-from jaxmed.systems.selfplay.policy_training import load_policy
-from jaxmed.systems.selfplay.stages.adapt import choose_task, draw_shots, make_embedded
-from jaxmed.systems.selfplay.stages.meta_train import write_failed
+from jaxmed.systems.selfplay.networks import Trained, load_for, load_policy
 from jaxmed.systems.selfplay.supervised import MamlConfig, adapt_maml, fit_maml, fit_supervised
 from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate
-from jaxmed.systems.selfplay.thinking import (
-    LAPTOP,
-    Budget,
-    Game,
-    ThinkConfig,
-    check_game,
-    choose_level,
-    judge_masks,
-    think,
+from jaxmed.systems.selfplay.tasks import (
+    SHOTS,
+    TASK,
+    choose_task,
+    draw_shots,
+    failed_sections,
+    read_splits,
+    with_inputs,
+    write_failed,
 )
+from jaxmed.systems.selfplay.thinking import LAPTOP, SMOKE, Budget, Game, ThinkConfig, check_game, think
+from jaxmed.systems.selfplay.verifier import calibrate, choose_level, judge_masks
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.train.run_folder import RunFolder
 
 MODES = {"self-play": "learn", "random proposals": "propose", "verifier's gradient": "grad"}
+LEVELS = (
+    "Thinking begins from the threshold of System I's probability that the verifier likes best: what this gives is the "
+    "arm 'verifier's level', and only what lies beyond it is the game's. To beat is one threshold for all, the best on "
+    "the other subjects, which needs no verifier."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +98,6 @@ class Config:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name in ("shots", "together", "num_seeds", "supervised_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
         if not self.budgets or min(self.budgets) < 1 or list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError(f"budgets: expected ascending numbers of steps, found {self.budgets}")
 
@@ -124,23 +122,48 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """Tiny networks, in seconds: your images, or puzzles."""
-    play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
-    patch = PatchPlayConfig(game=PatchGame(patches=8), games=16, turns=16)
-    thinking = ThinkConfig(play=play, patch=patch, policy=TopkUnetConfig(widths=(8, 16), value_width=16))
     return Config(
-        data=DataConfig(embedded=24), task="star", shots=4, adapt=AdaptConfig(steps=8, rate=1e-3),
-        budgets=(256, 1024), think=thinking, cases=4, together=4, num_seeds=1, supervised_steps=30,
+        data=DataConfig(synthetic=24), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3),
+        budgets=(256, 1024), think=SMOKE, cases=4, together=4, num_seeds=1, supervised_steps=30,
         maml=MamlConfig(steps=20, inner_steps=2),
     )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was compared, and what came of it.
+
+    Attributes:
+        arms: By name, budgets in order.
+        tests: What the comparison is about.
+        points: Dice and score of some answers.
+        task: The new task.
+        cases: Test images.
+        subjects: Of the test images.
+        shots: Labelled images.
+        unit: Of distances.
+        seeds: Draws of labelled images, adaptations and players.
+        failed: Records that could not be used.
+        notes: What a reader should know.
+    """
+
+    arms: dict[str, tuple[Entry, ...]]
+    tests: Tests
+    points: tuple[tuple[float, float], ...]
+    task: str
+    cases: int
+    subjects: int
+    shots: int
+    unit: str
+    seeds: int
+    failed: int
+    notes: tuple[str, ...]
+
+
 def run(config: Config, folder: RunFolder) -> int:
     """Read, let every arm answer for every seed, compare and report. Returns 1 when records failed."""
-    began = time.monotonic()
-    if config.data.embedded:
-        prepared = make_embedded(config, folder)
-        assert isinstance(prepared, Config)
-        config = prepared
+    clock = Clock()
+    config = with_inputs(config, folder)
     (trained, frame), taught = load_for(config.weights, config.frame), None
     if config.policy_weights is not None:
         thinking, taught = load_policy(config.policy_weights, config.think, trained.frame.size)
@@ -148,11 +171,10 @@ def run(config: Config, folder: RunFolder) -> int:
         config = dataclasses.replace(config, think=thinking)
     check_game("patch" if config.patch_game else "pixel", config.think, frame.size)
     material = read_material(config, frame)
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
+    log = begin(folder)
     test = material.test
     log.say(f"'{material.task}': {len(test.images)} test images of {len(set(test.subjects))} subjects.")
-    ready = time.monotonic()
+    clock.lap("read and cut")
     outcomes: list[Outcome] = []
     announce(
         log, f"Comparing on {len(test.images)} images up to {config.budgets[-1]:,} steps", count=config.num_seeds,
@@ -162,29 +184,17 @@ def run(config: Config, folder: RunFolder) -> int:
         for number in range(config.num_seeds):
             outcomes += run_seed(config, trained, taught, material, config.seed + number, log)
             update(number + 1)
-    compared = time.monotonic()
+    clock.lap("compare, compilation included")
     rows = [row for outcome in outcomes for row in outcome.rows(test)]
     write_table(folder.outputs / "cases.csv", tuple(rows[0]), rows)
     write_failed(folder.outputs, material.failed)
-    summary = summarise(outcomes, test.subjects, config.seed) | {
-        "task": material.task,
-        "cases": len(test.images),
-        "subjects": len(set(test.subjects)),
-        "shots": config.shots,
-        "unit": "mm" if test.spacing else "pixels",
-        "seeds": config.num_seeds,
-        "failed": len(material.failed),
-        "notes": material.notes,
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed selfplay compare --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read and cut": ready - began, "compare, compilation included": compared - ready},
-    }
-    write_summary(folder, summary)
-    write_page(folder.path)
+    found = summarise(outcomes, test.subjects, config.seed)
+    summary = Summary(
+        found.arms, found.tests, found.points, material.task, len(test.images), len(set(test.subjects)), config.shots,
+        "mm" if test.spacing else "pixels", config.num_seeds, len(material.failed), material.notes,
+    )  # fmt: skip
+    finish(folder, config, summary, clock, page)
     return 1 if material.failed else 0
-
-
-report = write_page
 
 
 class Material(NamedTuple):
@@ -204,7 +214,7 @@ class Material(NamedTuple):
     test: Cases
     training: Cases | None
     failed: tuple[Any, ...]
-    notes: list[str]
+    notes: tuple[str, ...]
 
 
 def read_material(config: Config, frame: FrameConfig) -> Material:
@@ -213,22 +223,17 @@ def read_material(config: Config, frame: FrameConfig) -> Material:
     Raises:
         InputError: For whatever is wrong with the manifest or its files.
     """
-    support, failed = read_cases(config.data, frame, "support", config.seed, series=config.series, fill=config.fill)
-    support, task = choose_task(support, config.task)
-    test, further = read_cases(config.data, frame, "test", config.seed, series=config.series, fill=config.fill)
-    test, failed = choose_task(test, task)[0], failed + further
+    cases, failed = read_splits(config, frame, ("support", "test"), ("train",))
+    support, task = choose_task(cases["support"], config.task)
+    test, notes = choose_task(cases["test"], task)[0], []
     if config.cases and config.cases < len(test.images):
         test = test.select(np.linspace(0, len(test.images) - 1, config.cases).round().astype(int))
-    training, notes = None, []
-    if any(record.split == "train" for record in read_manifest(config.data, config.seed)):
-        training, further = read_cases(config.data, frame, "train", config.seed, series=config.series, fill=config.fill)
-        failed += further
-    else:
+    if "train" not in cases:
         notes.append("The manifest has no familiar tasks: no network is supervised by all labels.")
     if len(set(test.subjects)) == 1:
         notes.append("All test images are of one subject: there are no intervals.")
     draw_shots(support, config.shots, config.seed)
-    return Material(task, support, test, training, failed, notes)
+    return Material(task, support, test, cases.get("train"), failed, tuple(notes))
 
 
 def run_seed(
@@ -330,3 +335,94 @@ def _choose_levels(config: Config, system: SystemOne, images: np.ndarray) -> np.
 def _answer(arm: str, seed: int, system: SystemOne, test: Cases, masks: np.ndarray, budget: int = 0) -> Outcome:
     values = judge_masks(system, jnp.asarray(test.images), jnp.asarray(masks, jnp.float32))
     return Outcome.measure(arm, seed, budget, test.masks, masks, np.asarray(values), test.spacing or 1.0)
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show thinking curves, where each method ends, and whether the verifier knows."""
+    summary = run.summary
+    points = scatter(
+        {"answers": np.array(summary.points, float)}, xlabel="Dice with the true mask", ylabel="verifier's score",
+        caption="Every answer of every arm: the verifier's score against Dice. Thinking can be trusted as far as one "
+        "rises with the other.",
+    )  # fmt: skip
+    rows = [
+        Bar(name, 100 * entries[-1].mean, _percent(entries[-1].low), _percent(entries[-1].high))
+        for name, entries in summary.arms.items()
+    ]
+    caption = "Mean Dice at the largest budget, with 95 % intervals bootstrapped over subjects."
+    return Page(
+        "Thinking, compared",
+        f"Self-play reasoning on '{summary.task}', {summary.cases} images, {summary.seeds} seeds",
+        _tiles(summary),
+        [
+            *failed_sections(summary.failed),
+            *([Section("Notes", [Note(text) for text in summary.notes])] if summary.notes else []),
+            Section("Thinking curves", [_curves(summary)]),
+            Section("Where each method ends", [bars(rows, xlabel="Dice (%)", caption=caption), _table(summary)]),
+            Section("Does the verifier know?", [points]),
+            Section("How to read this", [Text([
+                "All arms answer for the same test images. Thinking uses those images, but no label of them; budgets "
+                f"are of {run.config.together} images that are thought about together. Every seed draws its own "
+                "labelled images, adapts System I, and plays anew.",
+                "Random proposals follow the same rules as self-play with a policy that knows nothing: what they gain "
+                "is the verifier's doing, what self-play gains beyond is the policy's. If the score rises while Dice "
+                "falls, the verifier is being exploited.",
+                *([LEVELS] if run.config.think.levels else []),
+                "Foundation models and human readers are not compared with: neither can be had here.",
+            ])]),
+        ],
+    )  # fmt: skip
+
+
+def _tiles(summary: Summary) -> list[tuple[str, object, str]]:
+    arms, tests = summary.arms, summary.tests
+    tiles: list[tuple[str, object, str]] = [
+        ("System I", f"{100 * arms['System I'][0].mean:.1f} %", f"Dice, {summary.shots} labelled images")
+    ]
+    if "self-play" in arms:
+        gain = arms["self-play"][-1].gain
+        tiles.append(("Thinking adds", f"{100 * gain.mean:+.1f}", f"points of Dice, {_span(gain)}"))
+    if tests.against_random is not None:
+        tiles.append(("Beyond random", f"{100 * tests.against_random.mean:+.1f}", "points of Dice"))
+    if tests.score_and_dice is not None:
+        tiles.append(("Verifier", f"{tests.score_and_dice:.2f}", "Spearman of score and Dice, all answers"))
+    return tiles
+
+
+def _span(found: Entry | Interval, sign: str = "+") -> str:
+    low, high = found.low, found.high
+    return "one subject" if low is None or high is None else f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
+
+
+def _percent(value: float | None) -> float:
+    return math.nan if value is None else 100 * value
+
+
+def _curves(summary: Summary) -> Figure:
+    base, bands = summary.arms["System I"][0], {}
+    for name, entries in summary.arms.items():
+        if not entries[-1].budget:
+            continue
+        points = [base, *entries]
+        x = np.array([max(entry.budget, entries[0].budget / 4) for entry in points], float)
+        middle, error = (np.array([100 * (value or 0.0) for value in values]) for values in (
+            [entry.mean for entry in points], [entry.error for entry in points]
+        ))  # fmt: skip
+        bands[name] = Band(x, middle, middle - error, middle + error)
+    return banded_curves(
+        bands, xlabel="steps of the game", ylabel="Dice (%)", log_x=True,
+        caption="Dice of the best masks so far against the budget; the first point is System I. Bands: one standard "
+        "error over subjects.",
+    )  # fmt: skip
+
+
+def _table(summary: Summary) -> Table:
+    rows = [
+        [name, entry.budget or None, round(100 * entry.mean, 2), _span(entry, ""), round(100 * entry.gain.mean, 2),
+         _span(entry.gain), round(entry.hausdorff_95, 2), round(100 * entry.region_f1, 1), entry.score]
+        for name, entries in summary.arms.items() for entry in entries
+    ]  # fmt: skip
+    columns = ("method", "steps", "Dice (%)", "95 % interval", "gain (points)", "95 % interval of the gain",
+               f"HD95 ({summary.unit})", "region F1 (%)", "score")  # fmt: skip
+    return Table(columns, rows, "Means over cases and seeds; the gain is over System I. A mask without voxels is as "
+                 "far from the truth as the image is wide; a region is found by a single shared voxel.")  # fmt: skip

@@ -1,11 +1,8 @@
 """Self-play meta-train: train generator and verifier on familiar tasks, so that a few labels suffice for a new one."""
 
 import dataclasses
-import shlex
-import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,23 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import Seed, Size, checked
-from jaxmed.io.numpy_files import write_npz
-from jaxmed.io.tables import write_table
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import curves
+from jaxmed.report.page import Section, Table, Text
 from jaxmed.systems.selfplay import system_one
-from jaxmed.systems.selfplay.data import Cases, DataConfig, Failure, read_cases, read_manifest, write_embedded
+from jaxmed.systems.selfplay.data import Cases, DataConfig
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.meta_page import write_page
 from jaxmed.systems.selfplay.networks import write_system_one
 from jaxmed.systems.selfplay.system_one import MetaConfig, MetaState, SystemOne, SystemOneConfig
-from jaxmed.train.log import Log
+from jaxmed.systems.selfplay.tasks import (
+    TINY,
+    example_figure,
+    failed_sections,
+    read_splits,
+    write_examples,
+    write_failed,
+    write_puzzles,
+)
+from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.train.run_folder import RunFolder
 
 EVALUATED = 128
-SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Config:
         loop: Tasks to see, and intervals of lines, saves and evaluations.
         mesh: The devices.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
-        seed: Of parameters, tasks and batches.
+        seed: Seed of the parameters, tasks and batches.
     """
 
     data: DataConfig = DataConfig()
@@ -62,8 +67,6 @@ class Config:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected 1 or more, found {self.batch_size}")
         if len(self.frame.size) != self.system.generator.dimensions:
             found = f"{len(self.frame.size)} and {self.system.generator.dimensions}"
             raise ValueError(f"frame.size, system.generator.dimensions: expected as many axes, found {found}")
@@ -92,8 +95,8 @@ def laptop() -> Config:
 def smoke() -> Config:
     """Tiny networks at 16 x 16, in seconds: on your images, or on puzzles."""
     return Config(
-        data=DataConfig(embedded=24),
-        frame=FrameConfig((16, 16)),
+        data=DataConfig(synthetic=24),
+        frame=TINY,
         system=SystemOneConfig(GeneratorConfig("plain", widths=(16, 16, 16)), VerifierConfig(widths=(8,), dense=(32,))),
         meta=MetaConfig(inner_steps=2, epsilon=0.5, rate=2e-3),
         batch_size=8,
@@ -102,25 +105,34 @@ def smoke() -> Config:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was trained, on what.
+
+    Attributes:
+        cases: Cases of each familiar task.
+        held_out: Tasks that were only looked at.
+        failed: Records that could not be used.
+        parameters: Parameters of each network.
+    """
+
+    cases: dict[str, int]
+    held_out: tuple[str, ...]
+    failed: int
+    parameters: dict[str, int]
+
+
 def run(config: Config, folder: RunFolder) -> int:
     """Read the tasks, train, export System I, show what it makes of held-out tasks. Returns 1 when records failed."""
-    began = time.monotonic()
-    config = prepare_data(config, folder)
-    training, failed = read_cases(
-        config.data, config.frame, "train", config.seed, series=config.series, fill=config.fill
-    )
-    has_held_out = any(record.split == "validation" for record in read_manifest(config.data, config.seed))
-    held_out = training
-    if has_held_out:
-        held_out, further = read_cases(
-            config.data, config.frame, "validation", config.seed, series=config.series, fill=config.fill
-        )
-        failed += further
-    start(folder)
-    log = Log(folder.path, folder.options.quiet, config.loop.tensorboard)
+    clock = Clock()
+    data = write_puzzles(config.data, config.frame, config.seed, folder)
+    config = dataclasses.replace(config, data=data)
+    cases, failed = read_splits(config, config.frame, ("train",), ("validation",))
+    training, held_out, has_held_out = cases["train"], cases.get("validation", cases["train"]), "validation" in cases
+    log = begin(folder, tensorboard=config.loop.tensorboard)
     log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
     log.say(f"Looked at: {', '.join(held_out.task_names)}." if has_held_out else "No task is held out to look at.")
-    ready = time.monotonic()
+    clock.lap("read and cut")
     params = system_one.init_params(jax.random.key(config.seed), config.system, config.frame.size)
     state = system_one.init_meta(jax.random.key(config.seed + 1), config.system, config.meta, params)
     state = fit(
@@ -133,41 +145,16 @@ def run(config: Config, folder: RunFolder) -> int:
         log=log,
         evaluate=make_evaluation(config, held_out),
     )
-    trained = time.monotonic()
+    clock.lap("train, compilation included")
     system = SystemOne(config.system, system_one.handed_on(config.meta, state))
     write_system_one(folder.outputs / "system1", system, config.frame)
     write_examples(folder.outputs / "examples.npz", system, held_out)
     write_failed(folder.outputs, failed)
     counts = {name: int(np.sum(training.tasks == number)) for number, name in enumerate(training.task_names)}
-    summary = {
-        "cases": counts,
-        "held_out": list(held_out.task_names) if has_held_out else [],
-        "failed": len(failed),
-        "parameters": {name: sum(a.size for a in jax.tree.leaves(tree)) for name, tree in state.params.items()},
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed selfplay meta-train --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read and cut": ready - began, "train, compilation included": trained - ready},
-    }
-    write_summary(folder, summary)
-    write_page(folder.path)
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in state.params.items()}
+    summary = Summary(counts, held_out.task_names if has_held_out else (), len(failed), sizes)
+    finish(folder, config, summary, clock, page)
     return 1 if failed else 0
-
-
-report = write_page
-
-
-def prepare_data(config: Any, folder: RunFolder) -> Any:
-    """Write the puzzles of a run that has no manifest; other runs keep their settings.
-
-    Args:
-        config: Of a stage with `data`, `frame` and `seed`.
-        folder: The run, begun here when there are puzzles.
-    """
-    if not config.data.embedded or config.data.manifest is not None:
-        return config
-    start(folder)
-    data = write_embedded(config.data, config.frame, config.seed, folder.path / "inputs" / "puzzles")
-    return dataclasses.replace(config, data=data)
 
 
 def batches(config: Config, cases: Cases, first: int) -> Iterator[dict[str, np.ndarray]]:
@@ -203,15 +190,51 @@ def make_evaluation(config: Config, held_out: Cases) -> Any:
     return evaluate
 
 
-def write_examples(path: Path, system: SystemOne, cases: Cases) -> None:
-    """Write a few images, their masks and the generator's, for the report."""
-    some = np.linspace(0, len(cases.images) - 1, min(SHOWN, len(cases.images))).round().astype(int)
-    images = cases.images[some]
-    soft = np.asarray(jax.jit(partial(system_one.generate, system.config))(system.params, jnp.asarray(images)))
-    write_npz(path, {"images": images, "masks": cases.masks[some], "generated": soft}, is_compressed=True)
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show how both networks learnt, and what the generator makes of held-out images."""
+    summary, lines = run.summary, read_metrics(run.path)
+    last = next((line for line in reversed(lines) if "evaluation/overlap" in line), {})
+    which = "a task that is not trained on" if summary.held_out else "the tasks that are trained on"
 
+    def series(name: str, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        found = [(line["step"], factor * line[name]) for line in lines if name in line]
+        return np.array([x for x, _ in found]), np.array([y for _, y in found])
 
-def write_failed(folder: Path, failed: tuple[Failure, ...]) -> None:
-    """Write failed.csv where records could not be used."""
-    if failed:
-        write_table(folder / "failed.csv", Failure._fields, [failure._asdict() for failure in failed])
+    names = {"training, within a task": "overlap", which: "evaluation/overlap"}
+    training = [
+        curves(
+            {name: series(key, 100.0) for name, key in names.items()},
+            xlabel="tasks seen", ylabel="Dice of the generator (%)",
+            caption="Dice of the generated masks: in the inner loops, and of the averages.",
+        ),
+        curves(
+            {name: series(name) for name in ("generator", "verifier")}, xlabel="tasks seen", ylabel="loss",
+            caption="Losses of both networks in the inner loops. The verifier's cannot reach 0: its targets are "
+            "overlaps.",
+        ),
+        Table(("task", "cases"), list(summary.cases.items()),
+              "Familiar tasks; held out: " + (", ".join(summary.held_out) or "none")),
+    ]  # fmt: skip
+    return Page(
+        "System I, meta-trained",
+        f"Self-play reasoning, {len(summary.cases)} familiar tasks",
+        [
+            ("Tasks", len(summary.cases), f"{sum(summary.cases.values()):,} cases"),
+            ("Dice", f"{100 * last.get('evaluation/overlap', float('nan')):.1f} %", f"on {which}"),
+            ("Discrimination", f"{last.get('evaluation/discrimination', float('nan')):.3f}", "D(true) - D(generated)"),
+            ("Parameters", f"{sum(summary.parameters.values()):,}", "of both networks"),
+        ],
+        [
+            *failed_sections(summary.failed),
+            Section("Training", training),
+            Section("What the generator makes of " + which, [example_figure(run.outputs / "examples.npz")]),
+            Section("How to read this", [Text([
+                "Reptile moves the averages of both networks towards where a few steps on one task lead. The "
+                "generator's Dice is that of the averages, without adaptation: what a few labels add is seen by the "
+                "adapt stage.",
+                "Discrimination is the mean of D of true masks minus D of generated ones. Near 0 the generator's masks "
+                "please the verifier as much as true ones do: with a good generator that is as it should be, with a "
+                "bad one it means that the verifier has learnt nothing.",
+            ])]),
+        ],
+    )  # fmt: skip

@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import shlex
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.types import Params
-from jaxmed.config import Seed, checked
+from jaxmed.config import Seed, checked, from_record, to_record
 from jaxmed.data.scans import find_scans, partner_of
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
@@ -20,30 +18,37 @@ from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.imaging import dice
-from jaxmed.models.policy import TopkUnetConfig
 from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
-from jaxmed.rl.patch_game import PatchGame
-from jaxmed.rl.patch_play import PatchPlayConfig
-from jaxmed.rl.pixel_game import PixelGame
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
+from jaxmed.report.figures import curves
+from jaxmed.report.masks import Panel, mask_panels
+from jaxmed.report.page import Block, Figure, Note, Section, Table, Text
 from jaxmed.rl.search import require_mctx
-from jaxmed.rl.selfplay import SelfPlayConfig
+from jaxmed.systems.selfplay import tasks
 from jaxmed.systems.selfplay.data import DataConfig, read_manifest
-from jaxmed.systems.selfplay.debate import debate
 from jaxmed.systems.selfplay.frames import KINDS
-from jaxmed.systems.selfplay.networks import Trained, load_system_one
-from jaxmed.systems.selfplay.policy_training import load_policy
+from jaxmed.systems.selfplay.networks import Trained, load_policy, load_system_one
 from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_result
-from jaxmed.systems.selfplay.stages import adapt
-from jaxmed.systems.selfplay.think_page import write_page
-from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, Budget, Game, ThinkConfig, Thought, check_game, think
+from jaxmed.systems.selfplay.tasks import SHOTS, TASK, plane
+from jaxmed.systems.selfplay.thinking import (
+    LAPTOP,
+    PAPER,
+    SMOKE,
+    Budget,
+    Game,
+    ThinkConfig,
+    Thought,
+    check_game,
+    debate,
+    think,
+)
 from jaxmed.train.announce import announce
-from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, start, write_summary
+from jaxmed.train.run_folder import RunFolder
 from jaxmed.versions import software_versions
 
 KEPT_STEPS = 12
 """Of the debate that the report shows."""
-EMBEDDED_FILES = 2
+SYNTHETIC_FILES = 2
 TRIES_FAILED_AGAIN = True
 PATCH_NOTE = (
     "The patch game is played: players name patches in turn, the one whose patch shows more of the object, by System "
@@ -51,6 +56,28 @@ PATCH_NOTE = (
 )
 ENDINGS = ("mask", "agreement", "thought")
 """Of the results of a file."""
+MOST_FILES = 6
+MOST_IMAGES = 8
+DEBATES = {
+    "pixel": "A debate of the trained policy with itself, from where the game began. In every step both players name "
+    "voxels to flip; the titles give the scores of both results. The better one becomes the next mask, unless both are "
+    "worse than what there is and the rules keep it.",
+    "patch": "A patch game of the trained policy with itself, until it was stopped or the figure ends. In every turn "
+    "both players name a patch, the second when the first one's is gone; the titles give System I's mean probability "
+    "in both. The mask is what has been named so far.",
+}
+GAMES = {
+    "pixel": "The pixel game: two players propose flips of the mask, the verifier judges, the better proposal stays.",
+    "patch": "The patch game (RLSP): two players name patches of the image in turn, the one whose patch shows more of "
+    "the object wins, and either may end the game. The patches that a game has named are a mask; the verifier judges "
+    "it after every move. So masks are made of whole patches (think.patch.game.patches), but for System I's own.",
+}
+STOPS = {
+    "budget": "the budget was used up",
+    "time": "the time was up",
+    "plateau": "no better mask was found any more",
+    "constant verifier": "the verifier gives every mask the same score: this is System I's answer",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +98,9 @@ class Config:
         think: How to think.
         policy_weights: A run of train-policy, whose policy each file begins with; a fresh one when absent. It plays the
             pixel game.
-        data: Embedded puzzles to think about instead of files.
+        data: Synthetic puzzles to think about instead of files.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
-        seed: Of the players.
+        seed: Seed of the players.
     """
 
     input: Path | None = None
@@ -109,10 +136,7 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """A few steps, in seconds: your images or puzzles, your System I or a tiny one made on the spot."""
-    play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
-    patch = PatchPlayConfig(game=PatchGame(patches=8), games=16, turns=16)
-    config = ThinkConfig(play=play, patch=patch, policy=TopkUnetConfig(widths=(8, 16), value_width=16))
-    return Config(budget=Budget(steps=1024), think=config, data=DataConfig(embedded=24))
+    return Config(budget=Budget(steps=1024), think=SMOKE, data=DataConfig(synthetic=24))
 
 
 class Job(NamedTuple):
@@ -136,11 +160,82 @@ class Job(NamedTuple):
         return self.scan.path
 
 
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The course of thinking about a file, before it and after every iteration; means over its images.
+
+    Attributes:
+        steps: Of the game, so far.
+        seconds: So far, without compilation.
+        score: Of the best masks.
+        dice: Of the same masks, where the truth is known.
+    """
+
+    steps: tuple[int, ...]
+    seconds: tuple[float, ...]
+    score: tuple[float, ...]
+    dice: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanSummary:
+    """What came of a file.
+
+    Attributes:
+        name: Of its results.
+        images: That were cut from it.
+        stop: Why thinking ended.
+        steps: Of the game.
+        seconds: Of thinking, without compilation.
+        first_score: What the verifier said of System I's masks.
+        score: What it says of the answer.
+        scores: The same of each image.
+        voxels: In the mask.
+        curve: How it came about.
+        path: The file.
+        dice: Of the answer, where the truth is known.
+        first_dice: Of System I's masks.
+    """
+
+    name: str
+    images: int
+    stop: str
+    steps: int
+    seconds: float
+    first_score: float
+    score: float
+    scores: tuple[float, ...]
+    voxels: int
+    curve: Curve
+    path: str = ""
+    dice: float | None = None
+    first_dice: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What came of all files.
+
+    Attributes:
+        game: That was played.
+        scans: Files that were thought about.
+        failed: Files that could not be used.
+        task: What System I is adapted to; empty where it is not.
+        notes: What a user should know about this run.
+    """
+
+    game: Game
+    scans: tuple[ScanSummary, ...]
+    failed: int
+    task: str
+    notes: tuple[str, ...]
+
+
 def run(config: Config, folder: RunFolder) -> int:
     """Think about every file; write masks, confidence and courses, and the report. Returns 1 when files failed."""
-    began = time.monotonic()
-    if config.data.embedded and (config.input is None or config.weights is None):
-        config = make_embedded(config, folder)
+    clock = Clock()
+    if config.data.synthetic and (config.input is None or config.weights is None):
+        config = make_inputs(config, folder)
     if config.input is None or config.weights is None:
         missing = "input" if config.input is None else "weights"
         raise InputError(missing, "images and System I", "nothing", f"give --{missing}, or try --preset smoke")
@@ -152,72 +247,50 @@ def run(config: Config, folder: RunFolder) -> int:
         config = dataclasses.replace(config, think=thinking)
     check_game(config.game, config.think, trained.frame.size)
     jobs, passed = list_jobs(config)
-    if len(jobs) == 1:
-        read_scan(
-            jobs[0].scan, trained.frame, jobs[0].box, tiles=config.tiles, fill=config.fill
-        )  # a single broken file is a mistake
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
+    if len(jobs) == 1:  # a single broken file is a mistake
+        read_scan(jobs[0].scan, trained.frame, jobs[0].box, tiles=config.tiles, fill=config.fill)
     notes = [*passed, *make_notes(trained, config)]
-    for note in notes:
-        log.say(f"Note: {note}")
+    log = begin(folder, notes)
     budget = f"{config.budget.seconds:g} s" if config.budget.seconds else f"{config.budget.steps:,} steps"
     announce(
         log, f"Thinking for {budget} about each", params=trained.system.params, count=len(jobs), unit="files",
         smaller=folder.smaller,
     )  # fmt: skip
-    ready = time.monotonic()
+    clock.lap("read and check")
 
     def work(number: int, job: Job, tell: Tell) -> dict[str, Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        return process(config, trained, policy, job, key, folder.outputs, tell)
+        return to_record(process(config, trained, policy, job, key, folder.outputs, tell))
 
-    rows, failed, _ = map_files(
+    found = map_files(
         jobs, work, folder.outputs, log, "Thinking", "files",
         lambda row: {"score": row["score"], "first_score": row["first_score"]},
     )  # fmt: skip
-    for row in rows:
-        if row["stop"] == "constant verifier":
-            log.say(f"{row['name']}: the verifier gives every mask the same score; this is System I's answer.")
-    thought = time.monotonic()
-    write_scans(folder.outputs, rows)
-    write_failed(folder.outputs, failed)
-    summary = {
-        "game": config.game,
-        "scans": rows,
-        "failed": len(failed),
-        "task": trained.task,
-        "notes": notes,
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed selfplay think --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read and check": ready - began, "think, compilation included": thought - ready},
-    }
-    write_summary(folder, summary)
-    write_page(folder.path)
-    return 1 if failed else 0
+    scans = tuple(from_record(ScanSummary, row, f"{row['name']}.json") for row in found.rows)
+    for scan in scans:
+        if scan.stop == "constant verifier":
+            log.say(f"{scan.name}: the verifier gives every mask the same score; this is System I's answer.")
+    clock.lap("think, compilation included")
+    write_scans(folder.outputs, scans)
+    write_failed(folder.outputs, found.failed)
+    summary = Summary(config.game, scans, len(found.failed), trained.task, tuple(notes))
+    finish(folder, config, summary, clock, page)
+    return 1 if found.failed else 0
 
 
-report = write_page
-
-
-def make_embedded(config: Config, folder: RunFolder) -> Config:
+def make_inputs(config: Config, folder: RunFolder) -> Config:
     """Adapt a tiny System I to a novel family of puzzles where none is given, and think about them without files."""
     if config.input is not None:
         list_jobs(config)  # a mistake there costs no training
-    prepared = adapt.make_embedded(dataclasses.replace(adapt.smoke(), data=config.data, weights=config.weights), folder)
-    weights = config.weights
+    made, weights = tasks.make_inputs(tasks.Inputs(config.data, None, config.weights), 0, folder), config.weights
     if weights is None:
-        settings = dataclasses.replace(prepared, data=prepared.data, seed=config.seed)
-        nested = open_run("selfplay", "adapt", settings, RunOptions(folder.path / "inputs" / "adapted", quiet=True))
-        if nested.status != "complete":
-            text = f"Adapting it to '{settings.task}' by {settings.shots} labelled images."
-            Log(folder.path, folder.options.quiet).say(text)
-            adapt.run(settings, nested)
-        weights = nested.path
+        why = f"Adapting it to '{TASK}' by {SHOTS} labelled images."
+        changes = made._asdict() | {"seed": config.seed}
+        weights = nested_run(folder, "selfplay adapt", changes, begin(folder), why).path
     if config.input is not None:
         return dataclasses.replace(config, weights=weights)
-    records = read_manifest(prepared.data, config.seed)
-    chosen = [row for row in records if row.split == "test" and row.task == prepared.task][:EMBEDDED_FILES]
+    records = read_manifest(made.data, config.seed)
+    chosen = [row for row in records if row.split == "test" and row.task == TASK][:SYNTHETIC_FILES]
     places = {"images": folder.path / "inputs" / "test", "masks": folder.path / "inputs" / "test_masks"}
     for row in chosen:
         for place, source in ((places["images"], row.path), (places["masks"], row.mask)):
@@ -273,8 +346,8 @@ def make_notes(trained: Trained, config: Config) -> list[str]:
 
 def process(
     config: Config, trained: Trained, policy: Params | None, job: Job, key: Any, outputs: Path, tell: Tell
-) -> dict[str, Any]:
-    """Think about one file, write what comes of it, and return its record."""
+) -> ScanSummary:
+    """Think about one file, and write what comes of it."""
     scan = read_scan(job.scan, trained.frame, job.box, tiles=config.tiles, fill=config.fill)
     think_key, debate_key = jax.random.split(key)
 
@@ -282,15 +355,9 @@ def process(
         tell(f"{job.name}: {steps:,} steps, score {value:.3f}")
 
     found = think(
-        think_key,
-        trained.system,
-        scan.images,
-        config.budget,
-        config.think,
-        game=config.game,
-        policy=policy,
+        think_key, trained.system, scan.images, config.budget, config.think, game=config.game, policy=policy,
         watch=watch,
-    )
+    )  # fmt: skip
     truth = None if job.mask is None else read_truth(job.mask, scan, trained.frame)
     write_maps(outputs, job, scan, found)
     arrays: dict[str, np.ndarray] = {
@@ -307,27 +374,28 @@ def process(
         arrays |= {f"debate_{name}": value for name, value in course._asdict().items()}
         arrays["debate_image"] = scan.images[largest]
     write_npz(outputs / f"{job.name}_thought.npz", arrays, is_compressed=True)
-    row = {
-        "name": job.name,
-        "images": len(scan.images),
-        "stop": found.stop,
-        "steps": int(found.trace.steps[-1]),
-        "seconds": float(found.trace.seconds[-1]),
-        "first_score": float(found.trace.values[0].mean()),
-        "score": float(found.values.mean()),
-        "scores": [float(value) for value in found.values],
-        "voxels": int(found.masks.sum()),
-        "curve": {
-            "steps": found.trace.steps.tolist(),
-            "seconds": found.trace.seconds.tolist(),
-            "score": found.trace.values.mean(axis=1).tolist(),
-        },
-    }
+    trace, overlaps = found.trace, [None, None, None]
     if truth is not None:
-        answers = [*found.trace.masks, found.first]
-        *course, first = (float(np.mean([dice(t, m) for t, m in zip(truth, masks, strict=True)])) for masks in answers)
-        row["curve"]["dice"], row["dice"], row["first_dice"] = course, course[-1], first
-    return row
+        answers = [*trace.masks, found.first]
+        *trajectory, first = (
+            float(np.mean([dice(t, m) for t, m in zip(truth, masks, strict=True)])) for masks in answers
+        )
+        overlaps = [trajectory, trajectory[-1], first]
+    scores = trace.values.mean(axis=1).tolist()
+    return ScanSummary(
+        job.name,
+        len(scan.images),
+        found.stop,
+        int(trace.steps[-1]),
+        float(trace.seconds[-1]),
+        float(trace.values[0].mean()),
+        float(found.values.mean()),
+        tuple(float(value) for value in found.values),
+        int(found.masks.sum()),
+        Curve(trace.steps.tolist(), trace.seconds.tolist(), scores, overlaps[0]),
+        str(job.path),
+        *overlaps[1:],
+    )
 
 
 def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> None:
@@ -346,13 +414,123 @@ def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> None:
         write_json(outputs / f"{job.name}_{name}.json", sidecar)
 
 
-def write_scans(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_scans(folder: Path, scans: tuple[ScanSummary, ...]) -> None:
     """Write scans.csv."""
-    columns = ["id", "images", "steps", "seconds", "stop", "first_score", "score", "voxels"]
-    columns += ["first_dice", "dice"] if any("dice" in row for row in rows) else []
-    table = [
-        {"id": row["name"]}
-        | {name: f"{row[name]:.6g}" if isinstance(row.get(name), float) else row.get(name, "") for name in columns[1:]}
-        for row in rows
-    ]
-    write_table(folder / "scans.csv", columns, table)
+    columns = ["images", "steps", "seconds", "stop", "first_score", "score", "voxels"]
+    columns += ["first_dice", "dice"] if any(scan.dice is not None for scan in scans) else []
+    table = []
+    for scan in scans:
+        values = {name: getattr(scan, name) for name in columns}
+        shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
+        table.append({"id": scan.name} | {name: "" if value is None else value for name, value in shown.items()})
+    write_table(folder / "scans.csv", ["id", *columns], table)
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show masks, debates and scores of the files."""
+    summary, scans = run.summary, run.summary.scans
+    sections = [_file_section(run.outputs, scan, summary.game) for scan in scans[:MOST_FILES]]
+    if scans:
+        sections.append(Section("Thinking", _courses(scans)))
+    if summary.notes:
+        sections.insert(0, Section("Notes", [Note(text) for text in summary.notes]))
+    if summary.failed:
+        text = f"{summary.failed} files failed: see outputs/failed.csv for the reasons."
+        sections.insert(0, Section("Failed files", [Note(text, "warning")]))
+    sections.append(Section("How to read this", [Text([
+        GAMES[summary.game],
+        "The score is the verifier's opinion, lowered by System I's evidence against what was changed "
+        "(think.prior-weight), and not the truth: thinking finds masks that it likes. Whether they are better depends "
+        "on how well the verifier's scores follow Dice, which the report of the adapt stage shows.",
+        "Agreement is the share of games whose mask holds a voxel when thinking ends: voxels near a half are those "
+        "that the players keep flipping.",
+        "The answer is the best mask that was seen, and could have been had at any time.",
+    ])]))  # fmt: skip
+    subtitle = f"Self-play reasoning on {len(scans)} files, by the {summary.game} game"
+    return Page("Masks, thought about", subtitle, _tiles(summary), sections)
+
+
+def _tiles(summary: Summary) -> list[tuple[str, object, str]]:
+    scans = summary.scans
+    tiles: list[tuple[str, object, str]] = [("Files", len(scans), f"{summary.failed} failed")]
+    if not scans:
+        return tiles
+    first, last = (float(np.mean([getattr(scan, name) for scan in scans])) for name in ("first_score", "score"))
+    tiles.append(("Score", f"{last:.3f}", f"mean over files; {first:.3f} before thinking"))
+    tiles.append(("Steps", f"{sum(scan.steps for scan in scans):,}", f"{sum(scan.seconds for scan in scans):.1f} s"))
+    scored = [(scan.first_dice, scan.dice) for scan in scans if scan.dice is not None]
+    if scored:
+        first, last = 100 * np.mean(np.array(scored, float), axis=0)
+        tiles.append(("Dice", f"{last:.1f} %", f"{first:.1f} % before thinking, {len(scored)} files"))
+    return tiles
+
+
+def _file_section(outputs: Path, scan: ScanSummary, game: Game) -> Section:
+    try:
+        with np.load(outputs / f"{scan.name}_thought.npz") as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except OSError:
+        return Section(scan.name, [Note("The masks are no longer in this folder.", "warning")])
+    blocks: list[Block] = [_masks(arrays, scan)]
+    if "debate_masks" in arrays:
+        blocks.append(_debate(arrays, game))
+    return Section(scan.name, blocks)
+
+
+def _masks(arrays: dict[str, np.ndarray], scan: ScanSummary) -> Figure:
+    count = len(arrays["images"])
+    shown = np.unique(np.linspace(0, count - 1, min(MOST_IMAGES, count)).round().astype(int))
+    panels = []
+    for place in shown:
+        image, first, last = (arrays[name][place] for name in ("images", "first", "masks"))
+        guide = last if last.any() else first
+        outlines = {"System I": plane(first, guide), "after thinking": plane(last, guide)}
+        if "truth" in arrays:
+            outlines["true"] = plane(arrays["truth"][place], guide)
+        panels.append(Panel(plane(image, guide), f"score {scan.scores[place]:.2f}", outlines))
+        panels.append(Panel(plane(arrays["agreement"][place], guide), "agreement"))
+    return mask_panels(
+        panels, columns=4, limits=(0.0, 1.0),
+        caption=f"Masks before and after {scan.steps:,} steps, and the share of games that hold each voxel; "
+        f"{STOPS[scan.stop]}.",
+        alt=f"{len(shown)} images with outlines of masks, each beside its map of agreement.",
+    )  # fmt: skip
+
+
+def _debate(arrays: dict[str, np.ndarray], game: Game) -> Figure:
+    image, masks = arrays["debate_image"], arrays["debate_masks"]
+    guide = masks[-1] if masks[-1].any() else np.ones_like(masks[-1])
+    panels = []
+    for step, is_won in enumerate(arrays["debate_is_won"]):
+        values = arrays["debate_values"][step], arrays["debate_rival_values"][step]
+        flips = {"first player": arrays["debate_flips"][step], "second player": arrays["debate_rival_flips"][step]}
+        title = f"{step + 1}: {values[0]:.3f} {'>' if is_won else '<'} {values[1]:.3f}"
+        fills = {name: plane(flip, guide) for name, flip in flips.items()}
+        panels.append(Panel(plane(image, guide), title, {"mask": plane(masks[step], guide)}, fills))
+    return mask_panels(
+        panels, columns=6, limits=(0.0, 1.0),
+        caption=DEBATES[game],
+        alt=f"{len(panels)} steps of a game: the mask and the voxels that both players would flip.",
+    )  # fmt: skip
+
+
+def _courses(scans: tuple[ScanSummary, ...]) -> list[Block]:
+    scored = [scan for scan in scans if scan.dice is not None]
+    blocks: list[Block] = [curves(
+        {scan.name: (np.array(scan.curve.steps, float), np.array(scan.curve.score)) for scan in scans[:8]},
+        xlabel="steps of the game", ylabel="score",
+        caption="The score of the best masks so far, mean over the images of a file.",
+    )]  # fmt: skip
+    if scored:
+        blocks.append(curves(
+            {scan.name: (np.array(scan.curve.steps, float), 100 * np.array(scan.curve.dice)) for scan in scored[:8]},
+            xlabel="steps of the game", ylabel="Dice (%)",
+            caption="Dice of the same masks with the true ones. Where the score rises and Dice falls, thinking has "
+            "found what the verifier gets wrong.",
+        ))  # fmt: skip
+    columns = {
+        "file": "name", "images": "images", "steps": "steps", "seconds": "seconds", "end": "stop",
+        "score before": "first_score", "score": "score",
+    } | ({"Dice before": "first_dice", "Dice": "dice"} if scored else {})  # fmt: skip
+    rows = [[getattr(scan, name) for name in columns.values()] for scan in scans]
+    return [*blocks, Table(tuple(columns), rows, "One line per file.")]

@@ -1,48 +1,36 @@
 """Self-play train-policy: teach System II's policy on familiar tasks, so that a new one needs less thought."""
 
 import dataclasses
-import shlex
-import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Seed, checked
-from jaxmed.models.policy import TopkUnetConfig
-from jaxmed.rl.pixel_game import PixelGame
-from jaxmed.rl.selfplay import SelfPlayConfig
-from jaxmed.systems.selfplay.data import Cases, DataConfig, read_cases, read_manifest
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import curves
+from jaxmed.report.page import Figure, Section, Table, Text
+from jaxmed.systems.selfplay.data import DataConfig
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import load_for
-from jaxmed.systems.selfplay.policy_page import write_page
+from jaxmed.systems.selfplay.networks import SNAPSHOT, load_for, read_snapshots, write_policy
 from jaxmed.systems.selfplay.policy_training import (
-    SNAPSHOT,
     PolicyState,
     VisitConfig,
-    draw_visit,
+    evaluate_policy,
+    make_eval_cases,
     match_snapshots,
     policy_step,
-    read_snapshots,
-    settle,
-    think_on,
     visits,
-    write_policy,
 )
-from jaxmed.systems.selfplay.stages.adapt import make_embedded
-from jaxmed.systems.selfplay.stages.meta_train import write_failed
-from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne
-from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, ThinkConfig, player_of
-from jaxmed.train.log import Log
+from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig
+from jaxmed.systems.selfplay.tasks import failed_sections, read_splits, with_inputs, write_failed
+from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, SMOKE, ThinkConfig, player_of
+from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
-from jaxmed.train.run_folder import RunFolder, start, write_summary
-
-LOOKS = 2
+from jaxmed.train.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +48,7 @@ class Config:
         think: How to think; it always learns, in one round.
         loop: Visits to make, and intervals of lines, saves and evaluations.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
-        seed: Of the policy, of visits and of players.
+        seed: Seed of the policy, of visits and of players.
     """
 
     data: DataConfig = DataConfig()
@@ -96,49 +84,80 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """Tiny networks and a few visits, in seconds: your images, or puzzles."""
-    play = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=16, steps=16)
     return Config(
-        data=DataConfig(embedded=24),
+        data=DataConfig(synthetic=24),
         adapt=AdaptConfig(steps=4, rate=1e-3),
         visit=VisitConfig(shots=4, images=4, iterations=2),
-        think=ThinkConfig(play=play, policy=TopkUnetConfig(widths=(8, 16), value_width=16)),
+        think=SMOKE,
         loop=LoopConfig(steps=4, log_every=1, save_every=2),
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class SnapshotMatch:
+    """Snapshots of the policy against each other.
+
+    Attributes:
+        visits: After how many each was taken.
+        scores: Share of the steps that the snapshot of the row wins from that of the column, ties half.
+        elo: Rating of each, with mean 0.
+        exploitability: What the best of the others gains on each, in D per step.
+    """
+
+    visits: tuple[int, ...]
+    scores: tuple[tuple[float, ...], ...]
+    elo: tuple[float, ...]
+    exploitability: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a policy has learnt.
+
+    Attributes:
+        tasks: Familiar tasks.
+        looked_at: The task of the evaluation, if it was not trained on.
+        fresh: What a policy gains there that has learnt nothing.
+        match: Snapshots of the policy.
+        steps_of_visit: Steps of the game in a visit.
+        parameters: Parameters of the policy.
+        failed: Records that could not be used.
+    """
+
+    tasks: tuple[str, ...]
+    looked_at: str
+    fresh: dict[str, float]
+    match: SnapshotMatch
+    steps_of_visit: int
+    parameters: int
+    failed: int
+
+
 def run(config: Config, folder: RunFolder) -> int:
     """Read the tasks, visit them, export the policy, show what it is worth. Returns 1 when records failed."""
-    began = time.monotonic()
-    if config.data.embedded:
-        prepared = make_embedded(config, folder)
-        assert isinstance(prepared, Config)
-        config = prepared
+    clock = Clock()
+    config = with_inputs(config, folder)
     trained, frame = load_for(config.weights, config.frame)
-    training, failed = read_cases(config.data, frame, "train", config.seed, series=config.series, fill=config.fill)
-    held_out, has_held_out = training, False
-    if any(record.split == "validation" for record in read_manifest(config.data, config.seed)):
-        held_out, further = read_cases(
-            config.data, frame, "validation", config.seed, series=config.series, fill=config.fill
-        )
-        failed, has_held_out = failed + further, True
-    start(folder)
-    log = Log(folder.path, folder.options.quiet, config.loop.tensorboard)
+    cases, failed = read_splits(config, frame, ("train",), ("validation",))
+    training, held_out = cases["train"], cases.get("validation", cases["train"])
+    log = begin(folder, tensorboard=config.loop.tensorboard)
     log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
-    ready = time.monotonic()
+    clock.lap("read and cut")
     first_key, root = jax.random.split(jax.random.key(config.seed))
     params = player_of(config.think, frame.size).init(first_key)
-    looks = make_looks(config, trained.system, held_out)
+    eval_cases = make_eval_cases(config.seed, config.visit, config.adapt, trained.system, held_out)
 
     def evaluate(state: PolicyState) -> dict[str, float]:
         place = folder.outputs / "snapshots" / f"{SNAPSHOT}{int(state.step):06d}"
         write_policy(place, state.params, config.think, frame.size)
-        return look(config, looks, state.params)
+        return evaluate_policy(config.think, config.visit.iterations, eval_cases, state.params)
 
-    fresh = evaluate(PolicyState(jnp.zeros((), jnp.int32), params, root))
+    start = PolicyState(jnp.zeros((), jnp.int32), params, root)
+    fresh = evaluate(start)
     log.say(f"Before training, thinking gains {fresh['score_gain']:.4f} of the verifier's score in as many steps.")
     state = fit(
         config.loop,
-        PolicyState(jnp.zeros((), jnp.int32), params, root),
+        start,
         partial(policy_step, trained.system, config.adapt, config.think, config.visit.iterations),
         lambda first: visits(config.visit, training, config.seed, first, config.loop.steps),
         mesh=make_mesh(MeshConfig(data=1)),
@@ -146,64 +165,90 @@ def run(config: Config, folder: RunFolder) -> int:
         log=log,
         evaluate=evaluate,
     )
-    visited = time.monotonic()
+    clock.lap("train, compilation included")
     numbers, snapshots = read_snapshots(folder.outputs / "snapshots", config.loop.steps)
-    first = looks[0]
+    first = eval_cases[0]
     match = match_snapshots(first.key, first.system, first.visit["image"], config.think, snapshots)
-    played = time.monotonic()
+    clock.lap("match of snapshots")
     write_policy(folder.outputs / "policy", state.params, config.think, frame.size)
     write_failed(folder.outputs, failed)
-    summary = {
-        "tasks": list(training.task_names),
-        "looked_at": held_out.task_names[0] if has_held_out else "",
-        "fresh": fresh,
-        "match": {"visits": numbers} | {name: values.round(4).tolist() for name, values in match._asdict().items()},
-        "steps_of_visit": config.visit.iterations * config.think.play.steps_per_iteration,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "failed": len(failed),
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed selfplay train-policy --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {
-            "read and cut": ready - began,
-            "train, compilation included": visited - ready,
-            "match of snapshots": played - visited,
-        },
-    }
-    write_summary(folder, summary)
-    write_page(folder.path)
+    summary = Summary(
+        training.task_names,
+        held_out.task_names[0] if "validation" in cases else "",
+        fresh,
+        SnapshotMatch(numbers, *(values.round(4).tolist() for values in match)),
+        config.visit.iterations * config.think.play.steps_per_iteration,
+        sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        len(failed),
+    )
+    finish(folder, config, summary, clock, page)
     return 1 if failed else 0
 
 
-report = write_page
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show what the policy gains from visit to visit, and its snapshots against each other."""
+    summary, lines = run.summary, read_metrics(run.path)
+    last = next(line for line in reversed(lines) if "evaluation/score_gain" in line)
+    which = f"'{summary.looked_at}', which it was not taught on" if summary.looked_at else "a task of training"
+    fresh, match = summary.fresh, summary.match
+    end = len(match.visits) - 1
+    rows = [
+        [visits, round(match.elo[row]), match.exploitability[row],
+         *(None if row == rival else round(100 * match.scores[row][rival], 1) for rival in (0, end))]
+        for row, visits in enumerate(match.visits)
+    ]  # fmt: skip
+    ratings = [
+        curves(
+            {"snapshot": (np.array(match.visits, float), np.array(match.elo))},
+            xlabel="visits", ylabel="Elo", caption="Rating of each snapshot among all, with mean 0.",
+        ),
+        Table(
+            ("visits", "Elo", "exploitability (score a step)", "against the first (%)", "against the last (%)"), rows,
+            "Snapshots; the last columns are shares of steps in which this one makes the better proposal.",
+        ),
+    ]  # fmt: skip
+    return Page(
+        "System II's policy, taught",
+        f"Self-play reasoning, {len(summary.tasks)} familiar tasks",
+        [
+            ("Visits", int(last["step"]), ", ".join(summary.tasks)),
+            ("Score gained", f"{last['evaluation/score_gain']:+.4f}", f"untaught {fresh['score_gain']:+.4f}"),
+            ("Dice gained", f"{100 * last['evaluation/overlap_gain']:+.2f}",
+             f"points; untaught {100 * fresh['overlap_gain']:+.2f}"),
+            ("Parameters", f"{summary.parameters:,}", "of the policy"),
+        ],
+        [
+            *failed_sections(summary.failed),
+            Section("Learning to think", [
+                _gains(lines, fresh, "score_gain", "the verifier's score", 1.0),
+                _gains(lines, fresh, "overlap_gain", "Dice, in points", 100.0),
+            ]),
+            Section("Snapshots against each other", ratings),
+            Section("How to read this", [Text([
+                f"A visit adapts System I to a familiar task and thinks about other images of it for "
+                f"{summary.steps_of_visit:,} steps of the game. What it gains in them should grow from visit to visit, "
+                "if what the policy learns on one task serves the next.",
+                f"Now and then the policy thinks about images of {which}: always the same, for as many steps. The flat "
+                "line is what a policy gains there that has learnt nothing before. If the score's gain grows and that "
+                "of Dice falls, the policy learns to exploit the verifier. If both fall to 0, it has learnt to pass: a "
+                "policy is paid for its proposals on average, the answer is the best of all, and where System I is "
+                "good most changes are for the worse. Without think.play.game.at-most-k nobody passes.",
+                "Snapshots of the policy play each other on images of that task. 400 points of Elo are odds of ten to "
+                "one to make the better proposal; a policy is exploitable as far as another one gains on it.",
+            ])]),
+        ],
+    )  # fmt: skip
 
 
-class Look(NamedTuple):
-    """Images that a policy is looked at with.
+def _gains(lines: list[dict[str, float]], fresh: dict[str, float], name: str, what: str, factor: float) -> Figure:
+    def series(key: str) -> tuple[np.ndarray, np.ndarray]:
+        found = [(line["step"], factor * line[key]) for line in lines if key in line]
+        return np.array([x for x, _ in found]), np.array([y for _, y in found])
 
-    Attributes:
-        key: Of the players.
-        system: System I, adapted to their task.
-        visit: Labelled images and those to think about.
-    """
-
-    key: KeyArray
-    system: SystemOne
-    visit: dict[str, np.ndarray]
-
-
-def make_looks(config: Config, system: SystemOne, cases: Cases) -> list[Look]:
-    """Draw images of one task, the same for every policy, and adapt System I to it."""
-    of_task = np.flatnonzero(cases.tasks == 0)
-    looks = []
-    for number, pair in enumerate(jax.random.split(jax.random.key(config.seed + 1), (LOOKS, 2))):
-        visit = draw_visit(config.visit, cases, of_task, np.random.default_rng((config.seed, 12, number)))
-        looks.append(Look(pair[1], settle(pair[0], system, visit, config.adapt), visit))
-    return looks
-
-
-def look(config: Config, looks: list[Look], params: Params) -> dict[str, float]:
-    """Think with a policy about images of a task that it was not taught on, as long as a visit lasts."""
-    found = [
-        think_on(one.key, one.system, one.visit, config.think, config.visit.iterations, params)[1] for one in looks
-    ]
-    return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+    visits, evaluated = series(name), series(f"evaluation/{name}")
+    ends = np.array([min(visits[0].min(), 1.0), max(visits[0].max(), evaluated[0].max())])
+    untaught = ends, np.full(2, factor * fresh[name])
+    return curves(
+        {"visits": visits, "looked at": evaluated, "looked at, untaught": untaught},
+        xlabel="visits", ylabel=f"gain in {what}", caption=f"Gain of a visit in {what}.",
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Thinking without players: flip the voxels for which the verifier's gradient asks, as long as it pays."""
+"""The pixel game without players: flip the voxels for which the verifier's gradient asks, as long as it pays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.rl.pixel_game import expand_like
 
-def climb(
+
+def ascend(
     score: Callable[[Float[Array, "image *space"]], Float[Array, " image"]],
     masks: Bool[Array, "image *space"],
     flips: Int[Array, " image"],
     steps: int,
 ) -> tuple[Bool[Array, "image *space"], Float[Array, " image"], Int[Array, " image"]]:
-    """Climb the verifier's score.
+    """Ascend the verifier's score.
 
     A step flips the voxels whose flip promises most by the gradient, up to `flips` of those that promise anything. The
     new mask stays where it scores higher; otherwise the image's number of flips is halved, and after one flip that
@@ -41,7 +43,7 @@ def climb(
         chosen = ((order < flips[:, None]) & (promise > 0)).reshape(masks.shape)
         proposal = masks ^ chosen
         is_better = score(proposal.astype(jnp.float32)) > value
-        kept = jnp.where(is_better.reshape(-1, *(1,) * (masks.ndim - 1)), proposal, masks)
+        kept = jnp.where(expand_like(is_better, masks), proposal, masks)
         return (kept, jnp.where(is_better, flips, flips // 2)), None
 
     (masks, flips), _ = jax.lax.scan(step, (masks, flips), length=steps)

@@ -12,7 +12,7 @@ KINDS = ("shifted", "dilated", "eroded", "hole", "blob", "flipped")
 
 
 def corrupt(key: KeyArray, mask: Bool[Array, "*space"], strength: Scalar | float = 1.0) -> Bool[Array, "*space"]:
-    """Spoil a mask in one of `KINDS`, drawn at random, and by a random amount.
+    """Corrupt a mask in one of `KINDS`, drawn at random, and by a random amount.
 
     Args:
         key: Consumed.
