@@ -1,14 +1,18 @@
-"""Matches between policies of the pixel game, without learning: the debate move by move, and tables of results."""
+"""Matches between policies without learning: debates move by move, and tables of results of the pixel game."""
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.rl import pixel_game
+from jaxmed.rl import patch_game, patch_play, pixel_game
+from jaxmed.rl.opponents import OpponentConfig
+from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem
 from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.policies import Policy
 from jaxmed.rl.selfplay import Problem, Verify
@@ -28,6 +32,28 @@ class Trace(NamedTuple):
     mask: Bool[Array, "time game *shape"]
     value: Float[Array, "time game"]
     info: pixel_game.Info
+
+
+class Debate(NamedTuple):
+    """A game of the policy against itself.
+
+    Attributes:
+        masks: Before each step, and after the last.
+        flips: What the player would flip; the patch that it names.
+        rival_flips: What the rival would.
+        values: D of the player's proposal; the object's probability in its patch.
+        rival_values: The same of the rival's.
+        is_won: The player's is at least as good.
+        scores: D of `masks`.
+    """
+
+    masks: Bool[np.ndarray, "step_1 *space"]
+    flips: Bool[np.ndarray, "step *space"]
+    rival_flips: Bool[np.ndarray, "step *space"]
+    values: Float32[np.ndarray, " step"]
+    rival_values: Float32[np.ndarray, " step"]
+    is_won: Bool[np.ndarray, " step"]
+    scores: Float32[np.ndarray, " step_1"]
 
 
 class Results(NamedTuple):
@@ -118,3 +144,44 @@ def compare(
 
     rewards, scores = jax.lax.map(lambda player: jax.lax.map(lambda rival: match(player, rival), rivals), params)
     return Results(rewards, scores)
+
+
+def debate(
+    key: KeyArray, game: PixelGame, policy: Policy, verify: Verify, problem: Problem, params: Params, steps: int
+) -> Debate:
+    """Let a policy play a game with itself, on the first image of a problem; compiled here."""
+
+    @jax.jit
+    def match(problem: Problem, params: Params) -> Trace:
+        return play(key, game, policy, verify, problem, params, params, 1, steps)
+
+    trace, cases = match(problem, params), problem.cases
+    info = jax.tree.map(lambda leaf: np.asarray(leaf)[:, 0], trace.info)
+    masks, scores = (
+        np.concatenate([np.asarray(first[:1]), np.asarray(later)[:, 0]])
+        for first, later in ((cases.masks, trace.mask), (cases.values, trace.value))
+    )
+    return Debate(masks, info.flips, info.rival_flips, info.value, info.rival_value, info.is_won, scores)
+
+
+def debate_patches(
+    key: KeyArray, config: PatchPlayConfig, verify: Verify, problem: PatchProblem, params: Params, turns: int
+) -> Debate:
+    """Let a policy play the patch game with itself, on the only image of a problem, until it is stopped."""
+    alone = OpponentConfig(schedule="live", groups=1, pool=1)
+    config = dataclasses.replace(config, games=1, turns=turns, minibatches=1, opponents=alone)
+    model, shape = patch_play.make_patch_policy(config), problem.cases.images.shape[1:]
+
+    @jax.jit
+    def match(problem: PatchProblem, params: Params) -> Any:
+        found = patch_play.rollout(config, model, problem, patch_play.init(key, config, model, problem, params), key)
+        last = patch_game.erase(jax.tree.map(lambda leaf: leaf[-1, 1], found.state), found.patch[-1, 1])
+        named = jnp.concatenate([found.state.is_erased[:, 0, 0], last.is_erased]) & ~problem.is_empty
+        chosen = jax.nn.one_hot(found.patch[..., 0].T, named.shape[1], dtype=bool)
+        masks, flips, rival_flips = (patch_game.mark_patches(config.game, shape, part) for part in (named, *chosen))
+        scores = verify(problem.verifier, jnp.zeros(turns + 1, jnp.int32), masks.astype(jnp.float32))
+        info = jax.tree.map(lambda leaf: leaf[:, 0], found.info)
+        return (masks, flips, rival_flips, *info, scores), found.is_played[:, 0, 0].sum()
+
+    trajectory, count = jax.tree.map(np.asarray, match(problem, params))
+    return Debate(*(part[: count + (len(part) > turns)] for part in trajectory))

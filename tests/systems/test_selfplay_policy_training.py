@@ -11,7 +11,7 @@ from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.policy import GaussianMlpConfig
 from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.selfplay import SelfPlayConfig
-from jaxmed.systems.selfplay import networks, policy_training
+from jaxmed.systems.selfplay import inputs, policy_training
 from jaxmed.systems.selfplay.data import Cases
 from jaxmed.systems.selfplay.policy_training import PolicyState, VisitConfig
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, init_params
@@ -113,17 +113,17 @@ def test_snapshots_are_rated_by_who_proposes_better(system):
 
 def test_a_policy_is_read_as_it_was_written(system, tmp_path):
     params = player_of(THINK, SIZE).init(jax.random.key(1))
-    networks.write_policy(tmp_path / "outputs" / "policy", params, THINK, SIZE)
-    settings, found = networks.load_policy(tmp_path, ThinkConfig(), SIZE)
+    inputs.write_policy(tmp_path / "outputs" / "policy", params, THINK, SIZE)
+    settings, found = inputs.load_policy(tmp_path, ThinkConfig(), SIZE)
     assert settings == ThinkConfig(policy=THINK.policy)
     jax.tree.map(np.testing.assert_array_equal, found, params)
     with pytest.raises(InputError, match=r"expected a policy for images of \(16, 16\), found one for \(8, 8\)"):
-        networks.load_policy(tmp_path, ThinkConfig(), (16, 16))
+        inputs.load_policy(tmp_path, ThinkConfig(), (16, 16))
     coarse = ThinkConfig(play=SelfPlayConfig(game=PixelGame(super_pixel=2, at_most_k=True)))
     with pytest.raises(InputError, match="think.play.game.super-pixel: expected that of the policy, 1, found 2"):
-        networks.load_policy(tmp_path, coarse, SIZE)
+        inputs.load_policy(tmp_path, coarse, SIZE)
     exact = ThinkConfig(play=SelfPlayConfig(game=PixelGame()))
     with pytest.raises(InputError, match="think.play.game.at-most-k: expected that of the policy, True, found False"):
-        networks.load_policy(tmp_path, exact, SIZE)
+        inputs.load_policy(tmp_path, exact, SIZE)
     with pytest.raises(InputError, match="expected a run of train-policy, found nothing"):
-        networks.load_policy(tmp_path / "absent", ThinkConfig(), SIZE)
+        inputs.load_policy(tmp_path / "absent", ThinkConfig(), SIZE)

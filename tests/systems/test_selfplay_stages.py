@@ -14,7 +14,7 @@ from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
 from jaxmed.systems.selfplay.comparing import BASE, ELSEWHERE, LEVEL, Outcome, read_outcomes, summarise
-from jaxmed.systems.selfplay.networks import load_system_one
+from jaxmed.systems.selfplay.inputs import load_system_one
 from jaxmed.train.run_folder import start
 from jaxmed.volume import Volume
 
@@ -46,16 +46,21 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_meta_training_hands_on_a_system_that_can_be_read(thought):
-    run_folder = thought / "inputs" / "meta-train"
-    trained = load_system_one(run_folder)
+@pytest.fixture(scope="module")
+def familiar(thought):
+    """System I before adaptation."""
+    return thought / "inputs" / "meta-train"
+
+
+def test_meta_training_hands_on_a_system_that_can_be_read(familiar):
+    trained = load_system_one(familiar)
     assert trained.task == "" and trained.frame.size == (16, 16) and set(trained.system.params) == {
         "generator", "verifier",
     }  # fmt: skip
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (familiar / "metrics.jsonl").read_text().splitlines()]
     losses = [line["verifier"] for line in lines if "verifier" in line]
     assert np.mean(losses[-2:]) < np.mean(losses[:2])
-    assert (run_folder / "report.html").exists()
+    assert (familiar / "report.html").exists()
 
 
 def test_adaptation_says_whether_to_trust_the_verifier(weights):
@@ -151,11 +156,11 @@ def test_one_broken_file_does_not_stop_the_others(thought, weights, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def taught(thought, manifest, tmp_path_factory):
+def taught(familiar, manifest, tmp_path_factory):
     out = tmp_path_factory.mktemp("selfplay") / "policy"
     code = run(
         "train-policy", "--preset", "smoke", "--data.synthetic", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
-        "--weights", thought / "inputs" / "meta-train", "--out", out,
+        "--weights", familiar, "--out", out,
     )  # fmt: skip
     assert code == 0
     return out
@@ -182,11 +187,11 @@ def test_a_policy_is_taught_on_familiar_tasks_and_looked_at_on_another(taught, t
 
 
 @pytest.fixture(scope="module")
-def compared(thought, manifest, taught, tmp_path_factory):
+def compared(familiar, manifest, taught, tmp_path_factory):
     out = tmp_path_factory.mktemp("selfplay") / "compare"
     code = run(
         "compare", "--preset", "smoke", "--data.synthetic", 0, "--data.manifest", manifest, "--data.min-voxels", 1,
-        "--weights", thought / "inputs" / "meta-train", "--think.levels", 0.3, 0.7, "--policy-weights", taught,
+        "--weights", familiar, "--think.levels", 0.3, 0.7, "--policy-weights", taught,
         "--patch-game", "--out", out,
     )  # fmt: skip
     assert code == 0
@@ -313,7 +318,9 @@ def test_mistakes_end_in_one_line(arguments, said, thought, weights, manifest, t
 
 
 @pytest.mark.parametrize("stage", ["meta-train", "train-policy", "adapt", "think", "compare"])
-def test_files_over_a_synthetic_run_start_from_nothing(stage, thought, weights, manifest, tmp_path, monkeypatch):
+def test_files_over_a_synthetic_run_start_from_nothing(
+    stage, thought, weights, familiar, manifest, tmp_path, monkeypatch
+):
     out = tmp_path / "run"
     for name in ("inputs/puzzles", "checkpoints/state/40", "outputs/system1"):
         (out / name).mkdir(parents=True)
@@ -336,7 +343,7 @@ def test_files_over_a_synthetic_run_start_from_nothing(stage, thought, weights, 
     given = ["--input", thought / "inputs" / "test"] if stage == "think" else ["--data.manifest", manifest]
     given += {"meta-train": ["--preset", "smoke", "--data.synthetic", 0], "think": ["--weights", weights]}.get(
         stage,
-        ["--weights", thought / "inputs" / "meta-train", *(["--task", "star"] if stage != "train-policy" else [])],
+        ["--weights", familiar, *(["--task", "star"] if stage != "train-policy" else [])],
     )
     with pytest.raises(Begun):
         run(stage, *given, "--overwrite", "--out", out)

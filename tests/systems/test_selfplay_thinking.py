@@ -1,4 +1,4 @@
-"""Thinking: budgets, the best that was seen, controls, constant verifiers, rounds, and the ascent along its gradient."""
+"""Thinking: budgets, the best that was seen, controls, constant verifiers, rounds, the ascent along the gradient."""
 
 import dataclasses
 import itertools

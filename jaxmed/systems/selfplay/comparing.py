@@ -111,14 +111,7 @@ def read_outcomes(paths: Sequence[Path]) -> tuple[list[Outcome], tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean over subjects; one subject has no more than that.
-
-    Attributes:
-        mean: Of the mean over seeds of each case.
-        low: End of the interval, bootstrapped over subjects.
-        high: The other end.
-        error: Standard error over subjects.
-    """
+    """A mean, its interval bootstrapped over subjects, and its standard error; of one subject the mean alone."""
 
     mean: float
     low: float | None = None
@@ -128,20 +121,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An arm at a budget, over cases and seeds.
-
-    Attributes:
-        budget: Steps of thought.
-        mean: Dice; `low`, `high` and `error` as of an interval.
-        low: See `Interval`.
-        high: See `Interval`.
-        error: See `Interval`.
-        gain: Dice over System I's.
-        jaccard: Intersection over union.
-        hausdorff_95: As in `Outcome`.
-        region_f1: As in `Outcome`.
-        score: The verifier's.
-    """
+    """An arm at a budget: its Dice as an interval, the gain of Dice over System I, and means of other measures."""
 
     budget: int
     mean: float
@@ -176,13 +156,7 @@ class Tests:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What all arms achieved.
-
-    Attributes:
-        arms: By name, budgets in order.
-        tests: What it is about.
-        points: Dice and score of some answers.
-    """
+    """What all arms achieved, budgets in order; points are Dice and score of some answers."""
 
     arms: dict[str, tuple[Entry, ...]]
     tests: Tests

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.types import Params
-from jaxmed.config import Length, NonNegative, Size, checked
+from jaxmed.config import Length, Positive, Size, checked
 from jaxmed.data.augment import AugmentConfig
 from jaxmed.models.mask_generator import GeneratorConfig, make_generator
 from jaxmed.systems.selfplay.data import Cases
@@ -58,7 +58,7 @@ def fit_supervised(
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
     opt_state = optimizer.init(params)
     generator = np.random.default_rng(seed)
-    step = jax.jit(partial(_step, config, optimizer))
+    step = _make_step(lambda params, *batch: mask_loss(config, params, batch), optimizer)
     root = jax.random.fold_in(jax.random.key(seed), 1)
     for number in range(steps):
         chosen = generator.integers(0, len(images), min(batch_size, 2 * len(images)))
@@ -73,16 +73,13 @@ def fit_supervised(
     return {"generator": params}
 
 
-def _step(
-    config: GeneratorConfig,
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    opt_state: Any,
-    images: Array,
-    masks: Array,
-) -> tuple[Params, Any]:
-    update, opt_state = optimizer.update(jax.grad(partial(mask_loss, config))(params, (images, masks)), opt_state)
-    return jax.tree.map(jnp.add, params, update), opt_state
+def _make_step(loss: Callable[[Params, Array, Array], Array], optimizer: optax.GradientTransformation) -> Any:
+    @jax.jit
+    def step(params: Params, opt_state: Any, images: Array, masks: Array) -> tuple[Params, Any]:
+        update, opt_state = optimizer.update(jax.grad(loss)(params, images, masks), opt_state)
+        return jax.tree.map(jnp.add, params, update), opt_state
+
+    return step
 
 
 def mask_loss(config: GeneratorConfig, params: Params, batch: tuple[Array, Array]) -> Array:
@@ -112,17 +109,9 @@ class MamlConfig:
 
     steps: Length = 400
     inner_steps: Size = 4
-    inner_rate: NonNegative = 0.1
-    rate: NonNegative = 1e-3
+    inner_rate: Positive = 0.1
+    rate: Positive = 1e-3
     queries: Size = 8
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or min(self.inner_steps, self.queries) < 1:
-            found = (self.steps, self.inner_steps, self.queries)
-            raise ValueError(f"steps, inner_steps, queries: expected 0 or more, 1 or more, 1 or more, found {found}")
-        for name in ("inner_rate", "rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a number above 0, found {getattr(self, name)}")
 
 
 def take_inner_steps(loss: Loss, params: Params, batch: Any, rate: float, steps: int) -> Params:
@@ -158,7 +147,12 @@ def fit_maml(
     params = make_generator(config).init(jax.random.key(seed), jnp.zeros((1, *cases.images.shape[1:], 1)))
     optimizer = optax.adam(optax.cosine_decay_schedule(maml.rate, max(maml.steps, 1)))
     opt_state, generator = optimizer.init(params), np.random.default_rng((seed, 13))
-    step = jax.jit(partial(_maml_step, config, maml, optimizer, shots))
+
+    def judge(params: Params, images: Array, masks: Array) -> Array:
+        support, queries = (images[:shots], masks[:shots]), (images[shots:], masks[shots:])
+        return maml_loss(partial(mask_loss, config), params, support, queries, maml.inner_rate, maml.inner_steps)
+
+    step = _make_step(judge, optimizer)
     root = jax.random.fold_in(jax.random.key(seed), 2)
     places = [np.flatnonzero(cases.tasks == number) for number in range(len(cases.task_names))]
     for number in range(maml.steps):
@@ -181,27 +175,9 @@ def adapt_maml(
 ) -> Params:
     """Take the inner steps on the labelled images of a new task, as {"generator": ...}."""
     batch = jnp.asarray(images), jnp.asarray(masks, jnp.float32)
-    found = _inner(config, maml, params["generator"], batch)
-    return {"generator": found}
+    return {"generator": _inner(config, maml, params["generator"], batch)}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _inner(config: GeneratorConfig, maml: MamlConfig, params: Params, batch: tuple[Array, Array]) -> Params:
     return take_inner_steps(partial(mask_loss, config), params, batch, maml.inner_rate, maml.inner_steps)
-
-
-def _maml_step(
-    config: GeneratorConfig,
-    maml: MamlConfig,
-    optimizer: optax.GradientTransformation,
-    shots: int,
-    params: Params,
-    opt_state: Any,
-    images: Array,
-    masks: Array,
-) -> tuple[Params, Any]:
-    support, queries = (images[:shots], masks[:shots]), (images[shots:], masks[shots:])
-    loss = partial(mask_loss, config)
-    slope = jax.grad(maml_loss, argnums=1)(loss, params, support, queries, maml.inner_rate, maml.inner_steps)
-    update, opt_state = optimizer.update(slope, opt_state)
-    return jax.tree.map(jnp.add, params, update), opt_state

@@ -22,7 +22,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
-from jaxmed.config import Length, NonNegative, Size, checked
+from jaxmed.config import Length, NonNegative, Positive, Share, Size, checked
 from jaxmed.data.augment import AugmentConfig, augment
 from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, Verifier, VerifierConfig, make_verifier
@@ -66,8 +66,8 @@ class SystemOneConfig:
         if self.generator.dimensions != self.verifier.dimensions:
             found = f"{self.generator.dimensions} and {self.verifier.dimensions}"
             raise ValueError(f"generator.dimensions, verifier.dimensions: expected the same number, found {found}")
-        if min(self.pixel_weight, self.verifier_weight) < 0 or not self.pixel_weight + self.verifier_weight:
-            raise ValueError("pixel_weight, verifier_weight: expected 0 or more and not both 0")
+        if not self.pixel_weight + self.verifier_weight:
+            raise ValueError("pixel_weight, verifier_weight: expected not both 0")
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold: expected a probability between 0 and 1, found {self.threshold}")
 
@@ -91,17 +91,10 @@ class MetaConfig:
     """
 
     inner_steps: Size = 4
-    epsilon: float = 0.1
-    rate: NonNegative = 2e-4
+    epsilon: Share = 0.1
+    rate: Positive = 2e-4
     augment: AugmentConfig = AS_THEY_ARE
     match_release: bool = False
-
-    def __post_init__(self) -> None:
-        if self.inner_steps < 1 or not 0 <= self.epsilon <= 1 or self.rate <= 0:
-            raise ValueError(
-                "inner_steps, epsilon, rate: expected 1 or more, 0 to 1, above 0; "
-                f"found {self.inner_steps, self.epsilon, self.rate}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +110,9 @@ class AdaptConfig:
     """
 
     steps: Length = 16
-    rate: NonNegative = 2e-4
+    rate: Positive = 2e-4
     decay: bool = False
     augment: AugmentConfig = AS_THEY_ARE
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.rate <= 0:
-            raise ValueError(f"steps, rate: expected 0 or more and above 0, found {self.steps, self.rate}")
 
 
 class SystemOne(NamedTuple):

@@ -29,16 +29,17 @@ from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Length, NonNegative, Share, Whole, checked
 from jaxmed.errors import InputError
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
-from jaxmed.rl import patch_game, patch_play, pixel_game, search, selfplay, tournament
+from jaxmed.rl import patch_play, pixel_game, search, selfplay, tournament
 from jaxmed.rl.ascent import ascend
 from jaxmed.rl.opponents import OpponentConfig
-from jaxmed.rl.patch_game import PatchGame, mark_patches
+from jaxmed.rl.patch_game import PatchGame
 from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem
 from jaxmed.rl.pixel_game import PixelGame, expand_like
 from jaxmed.rl.policies import Policy, make_policy
 from jaxmed.rl.ppo import SB3, PpoConfig
 from jaxmed.rl.search import SearchConfig, SearchState
 from jaxmed.rl.selfplay import Problem, SelfPlayConfig
+from jaxmed.rl.tournament import Debate
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, adapt, generate
 from jaxmed.systems.selfplay.verifier import (
     Judge,
@@ -69,11 +70,6 @@ class Budget:
     seconds: NonNegative = 0.0
     patience: Whole = 10
     tolerance: NonNegative = 1e-4
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "seconds", "patience", "tolerance"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -499,31 +495,6 @@ def _joined(before: Thought, after: Thought) -> Thought:
     return after._replace(first=before.first, probability=before.probability, trace=trace)
 
 
-# A debate -------------------------------------------------------------------------------------------------------------
-
-
-class Debate(NamedTuple):
-    """A game of the policy against itself.
-
-    Attributes:
-        masks: Before each step, and after the last.
-        flips: What the player would flip; the patch that it names.
-        rival_flips: What the rival would.
-        values: D of the player's proposal; the object's probability in its patch.
-        rival_values: The same of the rival's.
-        is_won: The player's is at least as good.
-        scores: D of `masks`.
-    """
-
-    masks: Bool[np.ndarray, "step_1 *space"]
-    flips: Bool[np.ndarray, "step *space"]
-    rival_flips: Bool[np.ndarray, "step *space"]
-    values: Float32[np.ndarray, " step"]
-    rival_values: Float32[np.ndarray, " step"]
-    is_won: Bool[np.ndarray, " step"]
-    scores: Float32[np.ndarray, " step_1"]
-
-
 def debate(
     key: KeyArray,
     system: SystemOne,
@@ -535,54 +506,15 @@ def debate(
     level: Float[Array, " one"] | None = None,
     game: Game = "pixel",
 ) -> Debate:
-    """Play a game of a policy with itself from a mask, and keep its course; `level` as in `make_judge`.
+    """Let a policy play with itself from a mask, and keep the course; `level` as in `make_judge`.
 
     The patch game begins with nothing, and may be stopped before its last step.
     """
     images, start, verify = image[None], mask[None], partial(score_masks, system.config)
     judge = make_judge(system, images, config.prior_weight, level)
     if game == "patch":
-        return _debate_patches(key, system, config.patch, policy, images, start, steps, judge)
+        probability = _generate(system.config, system.params, images)
+        problem = patch_problem(system.config, config.patch, judge, images, start, probability)
+        return tournament.debate_patches(key, config.patch, verify, problem, policy, steps)
     player, problem = player_of(config, image.shape), selfplay.make_problem(verify, judge, images, start)
-
-    @jax.jit
-    def play(problem: Problem, policy: Params) -> tournament.Trace:
-        return tournament.play(key, config.play.game, player, verify, problem, policy, policy, games=1, steps=steps)
-
-    trace = play(problem, policy)
-    info = jax.tree.map(lambda leaf: np.asarray(leaf)[:, 0], trace.info)
-    masks = np.concatenate([np.asarray(start), np.asarray(trace.mask)[:, 0]])
-    scores = np.concatenate([np.asarray(problem.cases.values), np.asarray(trace.value)[:, 0]])
-    return Debate(masks, info.flips, info.rival_flips, info.value, info.rival_value, info.is_won, scores)
-
-
-def _debate_patches(
-    key: KeyArray,
-    system: SystemOne,
-    config: PatchPlayConfig,
-    policy: Params,
-    images: Array,
-    start: Array,
-    turns: int,
-    judge: Judge,
-) -> Debate:
-    alone = OpponentConfig(schedule="live", groups=1, pool=1)
-    config = dataclasses.replace(config, games=1, turns=turns, minibatches=1, opponents=alone)
-    model = patch_play.make_patch_policy(config)
-    probability = _generate(system.config, system.params, images)
-
-    @jax.jit
-    def play(policy: Params) -> Any:
-        problem = patch_problem(system.config, config, judge, images, start, probability)
-        state = patch_play.init(key, config, model, problem, policy)
-        found = patch_play.rollout(config, model, problem, state, key)
-        last = patch_game.erase(jax.tree.map(lambda leaf: leaf[-1, 1], found.state), found.patch[-1, 1])
-        named = jnp.concatenate([found.state.is_erased[:, 0, 0], last.is_erased]) & ~problem.is_empty
-        chosen = jax.nn.one_hot(found.patch[..., 0].T, named.shape[1], dtype=bool)
-        masks, flips, answers = (mark_patches(config.game, images.shape[1:], part) for part in (named, *chosen))
-        scores = score_masks(system.config, judge, jnp.zeros(turns + 1, jnp.int32), masks.astype(jnp.float32))
-        info = jax.tree.map(lambda leaf: leaf[:, 0], found.info)
-        return (masks, flips, answers, *info, scores), found.is_played[:, 0, 0].sum()
-
-    course, count = jax.tree.map(np.asarray, play(policy))
-    return Debate(*(part[: count + (len(part) > turns)] for part in course))
+    return tournament.debate(key, config.play.game, player, verify, problem, policy, steps)

@@ -15,20 +15,22 @@ from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.scatter import scatter
 from jaxmed.systems.selfplay.data import Cases, DataConfig
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import Trained, load_for, write_system_one
-from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate, overlap
-from jaxmed.systems.selfplay.tasks import (
+from jaxmed.systems.selfplay.inputs import (
     SHOTS,
     TASK,
+    Trained,
     choose_task,
     draw_shots,
     example_figure,
     failed_sections,
+    load_for,
     read_splits,
     with_inputs,
     write_examples,
     write_failed,
+    write_system_one,
 )
+from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate, overlap
 from jaxmed.systems.selfplay.verifier import calibrate, judge_masks
 from jaxmed.train.announce import announce
 from jaxmed.train.log import read_metrics
@@ -83,15 +85,7 @@ def smoke() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class CaseScore:
-    """A test image.
-
-    Attributes:
-        case: File and slice or item.
-        subject: Whose it is.
-        dice_before: Dice of the generator before adaptation.
-        dice: The same after it.
-        score: What the verifier says.
-    """
+    """A test image: Dice of the generator before adaptation and after it, and what the verifier says."""
 
     case: str
     subject: str
@@ -105,15 +99,9 @@ class Summary:
     """What came of an adaptation.
 
     Attributes:
-        task: The new task.
-        shots: Labelled images.
-        failed: Records that could not be used.
-        warnings: What speaks against the verifier.
-        temperature: By which its logits are divided.
-        rank: Spearman's correlation of its scores with Dice; None where it is constant.
+        rank: Spearman's correlation of the verifier's scores with Dice; None where it is constant.
         overlaps: Dice of each labelled image's corrupted masks.
         scores: What the verifier says of them.
-        cases: Test images.
     """
 
     task: str

@@ -21,19 +21,21 @@ from jaxmed.report.scatter import scatter
 from jaxmed.systems.selfplay.comparing import ABOVE, LEVEL, Entry, Interval, Outcome, Tests, summarise
 from jaxmed.systems.selfplay.data import Cases, DataConfig
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import Trained, load_for, load_policy
-from jaxmed.systems.selfplay.supervised import MamlConfig, adapt_maml, fit_maml, fit_supervised
-from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate
-from jaxmed.systems.selfplay.tasks import (
+from jaxmed.systems.selfplay.inputs import (
     SHOTS,
     TASK,
+    Trained,
     choose_task,
     draw_shots,
     failed_sections,
+    load_for,
+    load_policy,
     read_splits,
     with_inputs,
     write_failed,
 )
+from jaxmed.systems.selfplay.supervised import MamlConfig, adapt_maml, fit_maml, fit_supervised
+from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate
 from jaxmed.systems.selfplay.thinking import LAPTOP, SMOKE, Budget, Game, ThinkConfig, check_game, think
 from jaxmed.systems.selfplay.verifier import calibrate, choose_level, judge_masks
 from jaxmed.train.announce import announce
@@ -131,21 +133,7 @@ def smoke() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was compared, and what came of it.
-
-    Attributes:
-        arms: By name, budgets in order.
-        tests: What the comparison is about.
-        points: Dice and score of some answers.
-        task: The new task.
-        cases: Test images.
-        subjects: Of the test images.
-        shots: Labelled images.
-        unit: Of distances.
-        seeds: Draws of labelled images, adaptations and players.
-        failed: Records that could not be used.
-        notes: What a reader should know.
-    """
+    """What was compared, and what came of it; see `comparing.Comparison`. Distances are in `unit`."""
 
     arms: dict[str, tuple[Entry, ...]]
     tests: Tests

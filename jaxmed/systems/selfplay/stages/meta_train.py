@@ -18,9 +18,7 @@ from jaxmed.report.page import Section, Table, Text
 from jaxmed.systems.selfplay import system_one
 from jaxmed.systems.selfplay.data import Cases, DataConfig
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import write_system_one
-from jaxmed.systems.selfplay.system_one import MetaConfig, MetaState, SystemOne, SystemOneConfig
-from jaxmed.systems.selfplay.tasks import (
+from jaxmed.systems.selfplay.inputs import (
     TINY,
     example_figure,
     failed_sections,
@@ -28,7 +26,9 @@ from jaxmed.systems.selfplay.tasks import (
     write_examples,
     write_failed,
     write_puzzles,
+    write_system_one,
 )
+from jaxmed.systems.selfplay.system_one import MetaConfig, MetaState, SystemOne, SystemOneConfig
 from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
@@ -107,14 +107,7 @@ def smoke() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was trained, on what.
-
-    Attributes:
-        cases: Cases of each familiar task.
-        held_out: Tasks that were only looked at.
-        failed: Records that could not be used.
-        parameters: Parameters of each network.
-    """
+    """What was trained: cases of each familiar task, tasks that were only looked at, parameters of each network."""
 
     cases: dict[str, int]
     held_out: tuple[str, ...]

@@ -24,12 +24,11 @@ from jaxmed.report.figures import curves
 from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.page import Block, Figure, Note, Section, Table, Text
 from jaxmed.rl.search import require_mctx
-from jaxmed.systems.selfplay import tasks
+from jaxmed.systems.selfplay import inputs
 from jaxmed.systems.selfplay.data import DataConfig, read_manifest
 from jaxmed.systems.selfplay.frames import KINDS
-from jaxmed.systems.selfplay.networks import Trained, load_policy, load_system_one
+from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_policy, load_system_one, plane
 from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_result
-from jaxmed.systems.selfplay.tasks import SHOTS, TASK, plane
 from jaxmed.systems.selfplay.thinking import (
     LAPTOP,
     PAPER,
@@ -162,14 +161,7 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The course of thinking about a file, before it and after every iteration; means over its images.
-
-    Attributes:
-        steps: Of the game, so far.
-        seconds: So far, without compilation.
-        score: Of the best masks.
-        dice: Of the same masks, where the truth is known.
-    """
+    """Means over the images of a file, before thinking and after every iteration; seconds without compilation."""
 
     steps: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -179,23 +171,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class ScanSummary:
-    """What came of a file.
-
-    Attributes:
-        name: Of its results.
-        images: That were cut from it.
-        stop: Why thinking ended.
-        steps: Of the game.
-        seconds: Of thinking, without compilation.
-        first_score: What the verifier said of System I's masks.
-        score: What it says of the answer.
-        scores: The same of each image.
-        voxels: In the mask.
-        curve: How it came about.
-        path: The file.
-        dice: Of the answer, where the truth is known.
-        first_dice: Of System I's masks.
-    """
+    """What came of a file: scores are the verifier's; Dice, where the truth is known, of the answer and System I's."""
 
     name: str
     images: int
@@ -214,15 +190,7 @@ class ScanSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What came of all files.
-
-    Attributes:
-        game: That was played.
-        scans: Files that were thought about.
-        failed: Files that could not be used.
-        task: What System I is adapted to; empty where it is not.
-        notes: What a user should know about this run.
-    """
+    """What came of all files; the task is what System I is adapted to, empty where it is not."""
 
     game: Game
     scans: tuple[ScanSummary, ...]
@@ -282,7 +250,7 @@ def make_inputs(config: Config, folder: RunFolder) -> Config:
     """Adapt a tiny System I to a novel family of puzzles where none is given, and think about them without files."""
     if config.input is not None:
         list_jobs(config)  # a mistake there costs no training
-    made, weights = tasks.make_inputs(tasks.Inputs(config.data, None, config.weights), 0, folder), config.weights
+    made, weights = inputs.make_inputs(inputs.Inputs(config.data, None, config.weights), 0, folder), config.weights
     if weights is None:
         why = f"Adapting it to '{TASK}' by {SHOTS} labelled images."
         changes = made._asdict() | {"seed": config.seed}

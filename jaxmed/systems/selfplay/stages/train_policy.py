@@ -14,7 +14,16 @@ from jaxmed.report.figures import curves
 from jaxmed.report.page import Figure, Section, Table, Text
 from jaxmed.systems.selfplay.data import DataConfig
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import SNAPSHOT, load_for, read_snapshots, write_policy
+from jaxmed.systems.selfplay.inputs import (
+    SNAPSHOT,
+    failed_sections,
+    load_for,
+    read_snapshots,
+    read_splits,
+    with_inputs,
+    write_failed,
+    write_policy,
+)
 from jaxmed.systems.selfplay.policy_training import (
     PolicyState,
     VisitConfig,
@@ -25,7 +34,6 @@ from jaxmed.systems.selfplay.policy_training import (
     visits,
 )
 from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig
-from jaxmed.systems.selfplay.tasks import failed_sections, read_splits, with_inputs, write_failed
 from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, SMOKE, ThinkConfig, player_of
 from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig, fit
@@ -95,14 +103,7 @@ def smoke() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class SnapshotMatch:
-    """Snapshots of the policy against each other.
-
-    Attributes:
-        visits: After how many each was taken.
-        scores: Share of the steps that the snapshot of the row wins from that of the column, ties half.
-        elo: Rating of each, with mean 0.
-        exploitability: What the best of the others gains on each, in D per step.
-    """
+    """Snapshots after so many visits against each other; see `policy_training.Match`."""
 
     visits: tuple[int, ...]
     scores: tuple[tuple[float, ...], ...]
@@ -112,17 +113,7 @@ class SnapshotMatch:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a policy has learnt.
-
-    Attributes:
-        tasks: Familiar tasks.
-        looked_at: The task of the evaluation, if it was not trained on.
-        fresh: What a policy gains there that has learnt nothing.
-        match: Snapshots of the policy.
-        steps_of_visit: Steps of the game in a visit.
-        parameters: Parameters of the policy.
-        failed: Records that could not be used.
-    """
+    """What a policy has learnt; `fresh` is what one gains on the task that was looked at that has learnt nothing."""
 
     tasks: tuple[str, ...]
     looked_at: str

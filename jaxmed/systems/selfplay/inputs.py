@@ -1,4 +1,4 @@
-"""What the stages share: cases of a task, puzzles and a tiny System I where none is given, pictures of masks."""
+"""What stages begin with and hand on: cases of a task, System I and a policy, synthetic ones where none are given."""
 
 import dataclasses
 from functools import partial
@@ -10,19 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from jaxmed.arrays.types import Params
+from jaxmed.config import from_record, to_record
 from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
+from jaxmed.io.weights_files import load_parameters
 from jaxmed.metrics.imaging import dice
 from jaxmed.recipes.stage import begin, nested_run
 from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.page import Figure, Note, Section
 from jaxmed.systems.selfplay.data import Cases, DataConfig, Failure, read_cases, read_manifest, write_synthetic
 from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.networks import load_system_one
-from jaxmed.systems.selfplay.system_one import SystemOne, generate
+from jaxmed.systems.selfplay.system_one import SystemOne, SystemOneConfig, generate
+from jaxmed.systems.selfplay.thinking import ThinkConfig
+from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.run_folder import RunFolder
 
+FAMILY = "selfplay"
+POLICY = "selfplay-policy"
+SNAPSHOT = "visit_"
 SHOWN = 8
 TINY = FrameConfig((16, 16))
 """The images of smoke runs."""
@@ -132,6 +139,120 @@ def with_inputs(config: Any, folder: RunFolder) -> Any:
     """Return a stage's settings with what `make_inputs` makes of its `data`, `frame`, `weights` and `seed`."""
     made = make_inputs(Inputs(config.data, config.frame, config.weights), config.seed, folder)
     return dataclasses.replace(config, **made._asdict())
+
+
+class Trained(NamedTuple):
+    """What a run of meta-train or adapt handed on.
+
+    Attributes:
+        system: Both networks.
+        frame: How files become their images.
+        task: What it was adapted to; empty where it was not.
+        path: Where it was read.
+    """
+
+    system: SystemOne
+    frame: FrameConfig
+    task: str
+    path: Path
+
+
+def write_system_one(folder: Path, system: SystemOne, frame: FrameConfig, task: str = "", **further: Any) -> None:
+    """Write System I for other stages, with what else its record shall hold, to outputs/system1 of a run."""
+    record = {
+        "family": FAMILY,
+        "config": to_record(system.config),
+        "frame": to_record(frame),
+        "temperature": float(system.temperature),
+        "task": task,
+    }
+    export_parameters(folder, system.params, record | further)
+
+
+def load_for(weights: Path | None, frame: FrameConfig | None) -> tuple[Trained, FrameConfig]:
+    """Read System I, and return how files become its images: as its own, or as a user wants it.
+
+    Raises:
+        InputError: There are no weights, or images would have another size.
+    """
+    if weights is None:
+        raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
+    trained = load_system_one(weights)
+    frame = frame or trained.frame
+    if frame.size != trained.frame.size:
+        raise InputError("frame.size", f"that of the weights, {trained.frame.size}", frame.size)
+    return trained, frame
+
+
+def load_exported(
+    path: Path, name: str, family: str, expected: str, advice: str
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Read what a run exported to outputs/NAME, or such a folder itself: parameters, record, and the record's place.
+
+    Raises:
+        InputError: The place holds nothing of the kind, or weights of another family.
+    """
+    places = [place for place in (path / "outputs" / name, path) if (place / "record.json").exists()]
+    if not places:
+        raise InputError(path, expected, "nothing of the kind" if path.exists() else "nothing", advice)
+    params, record = load_parameters(places[0])
+    if record.get("family") != family:
+        raise InputError(path, expected, f"weights of {record.get('family')}", advice)
+    return params, record, str(places[0] / "record.json")
+
+
+def load_system_one(path: Path) -> Trained:
+    """Read System I from a run of meta-train or adapt.
+
+    Raises:
+        InputError: The place holds no such run, or weights of something else.
+    """
+    params, record, where = load_exported(path, "system1", FAMILY, "a run of meta-train or adapt", "check --weights")
+    config = from_record(SystemOneConfig, record["config"], where)
+    frame = from_record(FrameConfig, record["frame"], where)
+    missing = {"generator", "verifier"} - set(params)
+    if missing:
+        raise InputError(where, "parameters of generator and verifier", f"no {' and no '.join(sorted(missing))}")
+    return Trained(SystemOne(config, params, float(record["temperature"])), frame, record["task"], path)
+
+
+def write_policy(folder: Path, params: Params, config: ThinkConfig, size: tuple[int, ...]) -> None:
+    """Write a policy for think and compare, as outputs/policy of a run."""
+    export_parameters(folder, params, {"family": POLICY, "think": to_record(config), "size": list(size)})
+
+
+def read_snapshots(folder: Path, last: int) -> tuple[tuple[int, ...], list[Params]]:
+    """Read the policies that a run kept on its way: after how many visits, and their parameters."""
+    found = {int(place.name.removeprefix(SNAPSHOT)): place for place in folder.glob(f"{SNAPSHOT}*")}
+    numbers = tuple(sorted(number for number in found if number <= last))
+    return numbers, [load_parameters(found[number])[0] for number in numbers]
+
+
+def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple[ThinkConfig, Params]:
+    """Read a policy, and return settings of thought with its network in them.
+
+    Args:
+        path: A run of train-policy.
+        config: How to think; the network is the policy's.
+        size: Of the images that will be thought about.
+
+    Raises:
+        InputError: The place holds no policy, or one for other images or rules of flips.
+    """
+    params, record, where = load_exported(path, "policy", POLICY, "a run of train-policy", "check --policy-weights")
+    trained = from_record(ThinkConfig, record["think"], where)
+    if tuple(record["size"]) != size:
+        raise InputError(path, f"a policy for images of {size}", f"one for {tuple(record['size'])}")
+    if trained.play.game.blocks(size) != config.play.game.blocks(size):
+        raise InputError(
+            "think.play.game.super-pixel", f"that of the policy, {trained.play.game.super_pixel}",
+            config.play.game.super_pixel,
+        )  # fmt: skip
+    may_pass = trained.play.game.at_most_k
+    if may_pass != config.play.game.at_most_k:
+        # The sign of what it says decides who flips under one rule, and means nothing under the other.
+        raise InputError("think.play.game.at-most-k", f"that of the policy, {may_pass}", not may_pass)
+    return dataclasses.replace(config, policy=trained.policy), params
 
 
 def write_failed(folder: Path, failed: tuple[Failure, ...]) -> None:
