@@ -56,10 +56,10 @@ from timing import (
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, make_verifier
 from jaxmed.models.policy import GaussianMlpConfig
 from jaxmed.rl import patch_game, pixel_game, selfplay
+from jaxmed.rl.distributions import sample
 from jaxmed.rl.opponents import OpponentConfig
 from jaxmed.rl.patch_game import Move, PatchGame
 from jaxmed.rl.pixel_game import PixelGame
-from jaxmed.rl.plackett_luce import sample
 from jaxmed.rl.policies import make_policy
 from jaxmed.rl.ppo import SB3
 from jaxmed.rl.selfplay import SelfPlayConfig

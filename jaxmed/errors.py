@@ -1,9 +1,11 @@
 """The one error that a user's mistake becomes: what was expected, what was found, what to do; and being stopped."""
 
 import difflib
+import importlib
 import re
 import signal
 from collections.abc import Iterable
+from typing import Any
 
 SIDES = {"l": "left", "lh": "left", "left": "left", "r": "right", "rh": "right", "right": "right"}
 LISTED = 20
@@ -70,6 +72,26 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     names = [name if len(name) <= 120 else f"{name[:120]}..." for name in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def require_extra(package: str, extra: str, where: str, purpose: str = "", otherwise: str = "") -> Any:
+    """Import a package that comes with an extra alone, and return it.
+
+    Args:
+        package: Its name.
+        extra: That it comes with: pip install 'jaxmed[EXTRA]'.
+        where: The field or the work that asks for it.
+        purpose: What it is needed for, such as "for tree search".
+        otherwise: What to do without it.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        expected, advice = f"the package {package} {purpose}", f"pip install 'jaxmed[{extra}]'{otherwise}"
+        raise InputError(where, expected, "none installed", advice) from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

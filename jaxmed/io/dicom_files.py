@@ -11,7 +11,6 @@ Source: DICOM PS3.10 (files), PS3.3, C.7.3.1 (series), C.7.6.1 (image type).
 """
 
 import contextlib
-import importlib
 import logging
 import re
 import threading
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, require_extra
 from jaxmed.files import DAMAGED, require_file, walk_files
 
 if TYPE_CHECKING:
@@ -68,11 +67,7 @@ def require_pydicom(package: str = "pydicom") -> None:
     Raises:
         InputError: It is not.
     """
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        advice = "pip install 'jaxmed[dicom]'"
-        raise InputError("DICOM", f"the package {package}", "none installed", advice) from error
+    require_extra(package, "dicom", "DICOM")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32
 
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, require_extra
 from jaxmed.files import atomic_path, require_file
 
 OPSET = 13
@@ -163,14 +163,9 @@ def load(path: str | Path, threads: int = 0) -> Session:
 
 
 def _import(name: str) -> Any:
-    import importlib
-
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise InputError("ONNX", f"the package {name}", "none installed", "pip install 'jaxmed[onnx]'") from error
+    module = require_extra(name, "onnx", "ONNX")
     if name == "onnx":
         # Submodules that `import onnx` alone does not promise.
         for part in ("helper", "numpy_helper", "checker"):
-            importlib.import_module(f"onnx.{part}")
+            require_extra(f"onnx.{part}", "onnx", "ONNX")
     return module

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Key
 
 from jaxmed.arrays.batches import map_rows
-from jaxmed.errors import InputError
+from jaxmed.errors import require_extra
 from jaxmed.physics import rician
 from jaxmed.physics.microstructure import MicrostructureModel, weighted_signal
 from jaxmed.physics.rician import SIGMA_FLOOR
@@ -113,11 +113,7 @@ def require_blackjax() -> None:
     Raises:
         InputError: blackjax is not installed.
     """
-    try:
-        import blackjax  # noqa: F401
-    except ImportError as error:
-        advice = "pip install 'jaxmed[posterior]'"
-        raise InputError("posterior", "the package blackjax", "none installed", advice) from error
+    require_extra("blackjax", "posterior", "posterior")
 
 
 def _make_chain(

@@ -4,6 +4,7 @@ Source: arXiv:2405.16628 (prioritised fictitious self-play); github.com/s-sd/spu
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,8 +39,6 @@ class OpponentConfig:
     groups: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 <= self.live <= 1:
-            raise ValueError(f"live: expected a share from 0 to 1, found {self.live}")
         for name in ("pool", "every", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
@@ -103,6 +102,28 @@ def draw_prioritised(key: KeyArray, stored: Int[Array, ""], count: int) -> Int[A
 def pick(pool: Pool, slot: Int[Array, ""]) -> Params:
     """Return one snapshot."""
     return jax.tree.map(lambda stack: stack[slot], pool.params)
+
+
+def answer_in_groups(
+    act: Callable[[Params, KeyArray, Any], Any], key: KeyArray, pool: Pool, slots: Int[Array, " group"], seen: Any
+) -> Any:
+    """Let groups of games play against snapshots, each in turn against its own.
+
+    Args:
+        act: (parameters, key, what some games see) -> their moves.
+        key: Consumed.
+        pool: Snapshots.
+        slots: The snapshot of each group.
+        seen: What all games see, games first; their number is a multiple of the groups'.
+    """
+
+    def play(group: tuple[KeyArray, Array, Any]) -> Any:
+        key, slot, seen = group
+        return act(pick(pool, slot), key, seen)
+
+    parts = jax.tree.map(lambda leaf: leaf.reshape(len(slots), -1, *leaf.shape[1:]), seen)
+    moves = jax.lax.map(play, (jax.random.split(key, len(slots)), slots, parts))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), moves)
 
 
 def elo(scores: Float[Array, "player player"], rounds: int = 200) -> Float[Array, " player"]:

@@ -236,34 +236,22 @@ def rollout(config: PatchPlayConfig, model: Model, problem: PatchProblem, state:
     image_key, opponent_key, turn_key = jax.random.split(key, 3)
     images = jax.random.randint(image_key, (config.games,), 0, len(problem.scores))
     start = patch_game.reset(problem.is_empty, images), jnp.ones(config.games, bool)
-    live, groups = config.opponents.num_live(config.games), config.opponents.groups
-    slots = opponents.draw(opponent_key, config.opponents.schedule, state.pool, groups)
-
-    def against_past(key: KeyArray, seen: patch_game.State) -> Move:
-        """The groups of games against snapshots, each in turn against its own."""
-
-        def play(group: tuple[KeyArray, Array, patch_game.State]) -> Move:
-            key, slot, seen = group
-            return act(config, model, opponents.pick(state.pool, slot), key, problem, seen)
-
-        parts = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), seen)
-        moves = jax.lax.map(play, (jax.random.split(key, groups), slots, parts))
-        return jax.tree.map(lambda leaf: leaf.reshape(-1), moves)
+    live = config.opponents.num_live(config.games)
+    slots = opponents.draw(opponent_key, config.opponents.schedule, state.pool, config.opponents.groups)
+    choose = partial(act, config, model, problem)
 
     def answer(key: KeyArray, seen: patch_game.State) -> Move:
         own_key, past_key = jax.random.split(key)
-        moves = []
-        if live:
-            own = jax.tree.map(lambda leaf: leaf[:live], seen)
-            moves.append(act(config, model, state.params, own_key, problem, own))
+        own, past = jax.tree.map(lambda leaf: leaf[:live], seen), jax.tree.map(lambda leaf: leaf[live:], seen)
+        moves = [choose(state.params, own_key, own)] if live else []
         if live < config.games:
-            moves.append(against_past(past_key, jax.tree.map(lambda leaf: leaf[live:], seen)))
+            moves.append(opponents.answer_in_groups(choose, past_key, state.pool, slots, past))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *moves)
 
     def advance(carry: tuple[patch_game.State, Array], key: KeyArray) -> tuple[Any, Turns]:
         game, is_played = carry
         own_key, rival_key = jax.random.split(key)
-        move = act(config, model, state.params, own_key, problem, game)
+        move = choose(state.params, own_key, game)
         seen = patch_game.erase(game, move.patch)
         rival = answer(rival_key, seen)
         after, reward, is_over, info = patch_game.step(config.game, problem.scores, game, move, rival)
@@ -275,7 +263,7 @@ def rollout(config: PatchPlayConfig, model: Model, problem: PatchProblem, state:
 
 
 def act(
-    config: PatchPlayConfig, model: Model, params: Params, key: KeyArray, problem: PatchProblem, seen: patch_game.State
+    config: PatchPlayConfig, model: Model, problem: PatchProblem, params: Params, key: KeyArray, seen: patch_game.State
 ) -> Move:
     """Draw moves of a policy."""
     patch_key, stop_key, explore_key, uniform_key = jax.random.split(key, 4)

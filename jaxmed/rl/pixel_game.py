@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxmed.config import checked
+from jaxmed.config import Count, checked
 
 Verify: TypeAlias = Callable[[Int[Array, " game"], Float[Array, "game *shape"]], Float[Array, " game"]]
 """(number of the image, mask of zeros and ones) of each game -> value of the mask, the higher the better."""
@@ -49,7 +49,7 @@ class PixelGame:
     flips: int | None = None
     rule: Literal["repo", "fair", "elitist"] = "fair"
     at_most_k: bool = False
-    horizon: int = 1024
+    horizon: Count = 1024
     super_pixel: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
@@ -57,8 +57,6 @@ class PixelGame:
             raise ValueError(f"fraction: expected a number above 0 and up to 1, found {self.fraction}")
         if self.flips is not None and self.flips < 1:
             raise ValueError(f"flips: expected 1 or more, found {self.flips}")
-        if self.horizon < 1:
-            raise ValueError(f"horizon: expected 1 or more, found {self.horizon}")
         if min(self.super_pixel if isinstance(self.super_pixel, tuple) else (self.super_pixel,)) < 1:
             raise ValueError(f"super_pixel: expected edges of 1 or more, found {self.super_pixel}")
         if self.rule == "repo" and (self.at_most_k or self.flips is not None):

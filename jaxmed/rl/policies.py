@@ -9,10 +9,8 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.models.policy import GaussianMlp, GaussianMlpConfig, TopkUnet, TopkUnetConfig
 from jaxmed.nn.model import make_model
-from jaxmed.rl.distribution import Distribution
-from jaxmed.rl.gaussian import make_gaussian
+from jaxmed.rl.distributions import Distribution, make_gaussian, make_plackett_luce
 from jaxmed.rl.pixel_game import PixelGame
-from jaxmed.rl.plackett_luce import make_plackett_luce
 
 
 class Policy(NamedTuple):

@@ -14,8 +14,8 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
-from jaxmed.config import NonNegative, Share, Size, Whole, checked
-from jaxmed.rl.distribution import Distribution
+from jaxmed.config import NonNegative, Positive, Share, Size, Whole, checked
+from jaxmed.rl.distributions import Distribution
 
 Apply = Callable[[Params, Any], tuple[Any, Float[Array, " sample"]]]
 """(parameters, observations) -> (what the distribution takes, values)."""
@@ -43,33 +43,19 @@ class PpoConfig:
         normalise: Advantages of each minibatch have mean 0 and deviation 1.
     """
 
-    learning_rate: NonNegative = 3e-4
+    learning_rate: Positive = 3e-4
     decay_iterations: Whole = 0
     discount: Share = 0.99
     trace_decay: Share = 0.95
-    clip: NonNegative = 0.2
+    clip: Positive = 0.2
     value_loss: Literal["clipped", "plain"] = "clipped"
     value_weight: NonNegative = 0.5
     entropy_weight: NonNegative = 0.01
-    max_norm: NonNegative = 0.5
-    epsilon: NonNegative = 1e-5
+    max_norm: Positive = 0.5
+    epsilon: Positive = 1e-5
     epochs: Size = 4
     minibatches: Size = 4
     normalise: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip", "max_norm", "epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number above 0, found {getattr(self, name)}")
-        for name in ("discount", "trace_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")
-        for name, least in (("epochs", 1), ("minibatches", 1), ("decay_iterations", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected {least} or more, found {getattr(self, name)}")
-        for name in ("value_weight", "entropy_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
 
 
 class Batch(NamedTuple):

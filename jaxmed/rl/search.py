@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.arrays.patches import patchify
 from jaxmed.arrays.types import KeyArray
-from jaxmed.config import checked
-from jaxmed.errors import InputError
+from jaxmed.config import NonNegative, Size, checked
+from jaxmed.errors import require_extra
 from jaxmed.rl import pixel_game
 from jaxmed.rl.pixel_game import Best, PixelGame, expand_like, spread_blocks
 from jaxmed.rl.selfplay import Problem, Verify, restart
@@ -41,18 +42,10 @@ class SearchConfig:
         noise: Scale of the Gumbel noise by which the root explores; 0 searches without chance.
     """
 
-    simulations: int = 32
-    considered: int = 16
-    sharpness: float = 4.0
-    noise: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("simulations", "considered"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        for name in ("sharpness", "noise"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a finite number of 0 or more, found {getattr(self, name)}")
+    simulations: Size = 32
+    considered: Size = 16
+    sharpness: NonNegative = 4.0
+    noise: NonNegative = 1.0
 
 
 class Turn(NamedTuple):
@@ -91,17 +84,10 @@ class SearchState(NamedTuple):
     key: KeyArray
 
 
-def require_mctx() -> None:
-    """Check that the search can run.
-
-    Raises:
-        InputError: mctx is not installed.
-    """
-    try:
-        import mctx  # noqa: F401
-    except ImportError as error:
-        advice = "pip install 'jaxmed[search]', or choose another think.mode"
-        raise InputError("think.mode", "the package mctx for tree search", "none installed", advice) from error
+def require_mctx() -> Any:
+    """Import the package of the search, or say that it is missing."""
+    otherwise = ", or choose another think.mode"
+    return require_extra("mctx", "search", "think.mode", "for tree search", otherwise)
 
 
 def init(key: KeyArray, games: int, problem: Problem) -> SearchState:
@@ -169,17 +155,14 @@ def search(config: SearchConfig, game: PixelGame, verify: pixel_game.Verify, key
         key: Consumed.
         turn: Where the games stand.
     """
-    import mctx
-
-    # Records of chex dataclasses: their fields are unknown to type checkers.
-    library: Any = mctx
+    library = require_mctx()  # records of chex dataclasses: their fields are unknown to type checkers
     shape = turn.mask.shape[1:]
     slope, scale = _slope(verify, turn)
 
     def logits(turn: Turn) -> Array:
         """Promise of every pixel of the grid by the root's slope: what is linear in a flip."""
-        promise = _by_block(slope * (1 - 2 * turn.mask.astype(slope.dtype)), game.blocks(shape))
-        return config.sharpness * promise.reshape(len(promise), -1) / scale[:, None]
+        promise = patchify((slope * (1 - 2 * turn.mask.astype(slope.dtype)))[..., None], game.blocks(shape))
+        return config.sharpness * promise.sum(axis=2) / scale[:, None]
 
     def simulate(_: Any, __: Any, action: Array, turn: Turn) -> tuple[Any, Turn]:
         after, reward = play(game, verify, turn, action)
@@ -257,13 +240,3 @@ def _all_seen(tree: Any) -> pixel_game.State:
     values = jnp.where(tree.node_visits > 0, values, -jnp.inf)
     image, masks, values = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in (turn.image, masks, values))
     return pixel_game.State(image, masks, values, jnp.zeros(image.shape, jnp.int32))
-
-
-def _by_block(values: Float[Array, "game *shape"], edges: tuple[int, ...]) -> Float[Array, "game *grid"]:
-    """Sum over super-pixels."""
-    for axis, edge in enumerate(edges, start=1):
-        if edge > 1:
-            length = values.shape[axis]
-            split = (*values.shape[:axis], length // edge, edge, *values.shape[axis + 1 :])
-            values = values.reshape(split).sum(axis=axis + 1)
-    return values

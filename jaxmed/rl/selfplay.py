@@ -64,9 +64,6 @@ class SelfPlayConfig:
     scale_rewards: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("games", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
         samples = self.steps * (self.games + self.opponents.num_live(self.games) * self.symmetric)
         if self.mode == "learn" and samples % self.ppo.minibatches:
             raise ValueError(
@@ -228,17 +225,8 @@ def _rollout(
     opponent_key, step_key = jax.random.split(key)
     slots = opponents.draw(opponent_key, config.opponents.schedule, state.pool, config.opponents.groups)
 
-    def rival_actions(key: KeyArray, observation: Array) -> Array:
-        """The groups of games against snapshots, each in turn against its own."""
-
-        def play(group: tuple[KeyArray, Array, Array]) -> Array:
-            key, slot, seen = group
-            return chance.sample(key, policy.apply(opponents.pick(state.pool, slot), seen)[0])
-
-        groups = config.opponents.groups
-        seen = observation.reshape(groups, -1, *observation.shape[1:])
-        actions = jax.lax.map(play, (jax.random.split(key, groups), slots, seen))
-        return actions.reshape(-1, *actions.shape[2:])
+    def act(params: Params, key: KeyArray, observation: Array) -> Array:
+        return chance.sample(key, policy.apply(params, observation)[0])
 
     def advance(carry: tuple[pixel_game.State, Best], key: KeyArray) -> tuple[Any, Record]:
         game, best = carry
@@ -251,7 +239,8 @@ def _rollout(
         own_rival = chance.sample(live_key, own)
         rival = own_rival
         if live < config.games:
-            rival = jnp.concatenate([own_rival, rival_actions(past_key, observation[live:])])
+            past = opponents.answer_in_groups(act, past_key, state.pool, slots, observation[live:])
+            rival = jnp.concatenate([own_rival, past])
         after, reward, is_done, info = pixel_game.step(config.game, judge, game, action, rival)
         final = jax.lax.cond(
             jnp.any(is_done),

@@ -13,8 +13,7 @@ from games import cartpole_observe, cartpole_reset, cartpole_step
 from jaxmed.models.mlp import Mlp, MlpConfig
 from jaxmed.nn.model import make_model
 from jaxmed.rl import ppo
-from jaxmed.rl.gaussian import make_gaussian
-from jaxmed.rl.plackett_luce import make_plackett_luce
+from jaxmed.rl.distributions import make_gaussian, make_plackett_luce
 from jaxmed.rl.ppo import SB3, Batch, PpoConfig
 
 pytestmark = pytest.mark.core

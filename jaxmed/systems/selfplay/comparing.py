@@ -203,7 +203,8 @@ def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -
     if {ELSEWHERE, LEVEL} <= arms.keys():
         tests = dataclasses.replace(tests, level_against_threshold=interval(mean(LEVEL) - mean(ELSEWHERE)))
     places = np.linspace(0, len(overlaps) - 1, min(600, len(overlaps))).round().astype(int)
-    return Comparison(arms, tests, np.stack([overlaps, scores], 1)[places].round(4).tolist())
+    points = zip(overlaps[places].round(4).tolist(), scores[places].round(4).tolist(), strict=True)
+    return Comparison(arms, tests, tuple(points))
 
 
 def _thresholds_from_others(outcomes: Sequence[Outcome], subjects: Sequence[str]) -> list[Outcome]:

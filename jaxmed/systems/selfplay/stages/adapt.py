@@ -159,7 +159,7 @@ def run(config: Config, folder: RunFolder) -> int:
     write_failed(folder.outputs, failed)
     summary = Summary(
         task, shots.names, len(failed), tuple(warnings), calibration.temperature, rank,
-        calibration.overlaps.tolist(), calibration.scores.tolist(), scores,
+        tuple(map(tuple, calibration.overlaps.tolist())), tuple(map(tuple, calibration.scores.tolist())), scores,
     )  # fmt: skip
     finish(folder, config, summary, clock, page)
     return 1 if failed else 0

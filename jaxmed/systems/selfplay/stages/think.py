@@ -335,35 +335,27 @@ def process(
         arrays["truth"] = truth
     if found.policy is not None and config.think.mode == "learn":
         largest = int(np.argmax(found.values - found.trace.values[0]))
-        course = debate(
+        game = debate(
             debate_key, found.system, config.think, found.policy, jnp.asarray(scan.images[largest]),
             jnp.asarray(found.start[largest]), KEPT_STEPS, jnp.asarray(found.level[largest : largest + 1]), config.game,
         )  # fmt: skip
-        arrays |= {f"debate_{name}": value for name, value in course._asdict().items()}
+        arrays |= {f"debate_{name}": value for name, value in game._asdict().items()}
         arrays["debate_image"] = scan.images[largest]
     write_npz(outputs / f"{job.name}_thought.npz", arrays, is_compressed=True)
-    trace, overlaps = found.trace, [None, None, None]
+    trace, trajectory, first_dice = found.trace, None, None
     if truth is not None:
-        answers = [*trace.masks, found.first]
-        *trajectory, first = (
-            float(np.mean([dice(t, m) for t, m in zip(truth, masks, strict=True)])) for masks in answers
+        *trajectory, first_dice = (
+            float(np.mean([dice(t, m) for t, m in zip(truth, masks, strict=True)]))
+            for masks in (*trace.masks, found.first)
         )
-        overlaps = [trajectory, trajectory[-1], first]
-    scores = trace.values.mean(axis=1).tolist()
-    return ScanSummary(
-        job.name,
-        len(scan.images),
-        found.stop,
-        int(trace.steps[-1]),
-        float(trace.seconds[-1]),
-        float(trace.values[0].mean()),
-        float(found.values.mean()),
-        tuple(float(value) for value in found.values),
-        int(found.masks.sum()),
-        Curve(trace.steps.tolist(), trace.seconds.tolist(), scores, overlaps[0]),
-        str(job.path),
-        *overlaps[1:],
+    steps, seconds, scores, last = (
+        tuple(values.tolist()) for values in (trace.steps, trace.seconds, trace.values.mean(axis=1), found.values)
     )
+    return ScanSummary(
+        job.name, len(scan.images), found.stop, steps[-1], seconds[-1], scores[0], scores[-1], last,
+        int(found.masks.sum()), Curve(steps, seconds, scores, tuple(trajectory) if trajectory else None),
+        str(job.path), trajectory[-1] if trajectory else None, first_dice,
+    )  # fmt: skip
 
 
 def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> None:

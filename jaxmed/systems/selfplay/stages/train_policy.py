@@ -167,7 +167,12 @@ def run(config: Config, folder: RunFolder) -> int:
         training.task_names,
         held_out.task_names[0] if "validation" in cases else "",
         fresh,
-        SnapshotMatch(numbers, *(values.round(4).tolist() for values in match)),
+        SnapshotMatch(
+            numbers,
+            tuple(map(tuple, match.scores.round(4).tolist())),
+            tuple(match.elo.round(4).tolist()),
+            tuple(match.exploitability.round(4).tolist()),
+        ),
         config.visit.iterations * config.think.play.steps_per_iteration,
         sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         len(failed),

@@ -1,4 +1,4 @@
-"""Ordered draws: probabilities that sum to one, frequencies that match them, derivatives, passes."""
+"""Ordered draws and normal desires: probabilities that sum to one, frequencies that match them, derivatives, passes."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxmed.rl.plackett_luce import entropy, log_prob, make_plackett_luce, sample
+from jaxmed.rl.distributions import entropy, log_prob, make_gaussian, make_plackett_luce, sample
 
 pytestmark = pytest.mark.core
 LOGITS = jnp.array([0.3, -1.2, 2.0, 0.0, 0.7])
@@ -91,3 +91,21 @@ def test_likeliest_actions():
     assert list(make_plackett_luce(2).mode(LOGITS)) == [2, 4]
     many = make_plackett_luce(4, at_most=True).mode(LOGITS)
     assert list(many) == [2, 4, 0, ~3]
+
+
+def test_density_entropy_and_moments_are_scipys(key):
+    noise = np.random.default_rng(0)
+    mean, log_std = noise.normal(size=(2, 3, 4)).astype("f"), noise.normal(size=(2, 3, 4)).astype("f") / 3
+    action, family = noise.normal(size=(2, 3, 4)).astype("f"), make_gaussian()
+    normal = (jnp.asarray(mean), jnp.asarray(log_std))
+    law = scipy.stats.norm(mean, np.exp(log_std))
+    np.testing.assert_allclose(
+        family.log_prob(normal, jnp.asarray(action)), law.logpdf(action).sum(axis=(1, 2)), rtol=1e-5
+    )
+    np.testing.assert_allclose(family.entropy(normal), law.entropy().sum(axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_array_equal(family.mode(normal), mean)
+    many = (jnp.full((20_000, 2), 0.5), jnp.full((20_000, 2), -1.0))
+    drawn = family.sample(key, many)
+    np.testing.assert_allclose(drawn.mean(axis=0), 0.5, atol=0.01)
+    np.testing.assert_allclose(drawn.std(axis=0), np.exp(-1), atol=0.01)
+    assert jax.tree.structure(normal).num_leaves == 2

@@ -1,17 +1,61 @@
-"""Ordered draws without replacement: the first of all options by softmax, the next of those that are left, and so on.
+"""What a policy draws actions from, as functions of a network's output: normal desires, or an ordered choice of pixels.
 
-Adding Gumbel noise to logits and taking the k largest draws from exactly this distribution, so that sampling is one
+The ordered choice is without replacement: the first of all options by softmax, the next of those that are left, and so
+on. Adding Gumbel noise to logits and taking the k largest draws from exactly this distribution, so that sampling is one
 pass. The logarithm of an order's probability is sum_j [l_j - logsumexp(l_j, l_j+1, ..., those never chosen)].
 
 Source: Kool et al., arXiv:1903.06059 (Gumbel top-k); Plackett 1975.
 """
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray
-from jaxmed.rl.distribution import Distribution
+
+
+class Distribution(NamedTuple):
+    """A family of distributions of actions, one for each game; every leaf of its parameters has games first.
+
+    Attributes:
+        sample: Draw actions.
+        log_prob: Log-probability, or density, of actions.
+        entropy: That of the family, or of the part of it that the source names.
+        mode: The actions that a policy takes when it does not explore.
+    """
+
+    sample: Callable[[KeyArray, Any], Array]
+    log_prob: Callable[[Any, Array], Float[Array, " game"]]
+    entropy: Callable[[Any], Float[Array, " game"]]
+    mode: Callable[[Any], Array]
+
+
+def make_gaussian() -> Distribution:
+    """Return the family of independent normal desires whose parameters are (mean, log_std), games first.
+
+    Log-densities are of the unclipped action, as in stable-baselines3.
+    """
+
+    def sample(key: KeyArray, normal: Any) -> Array:
+        mean, log_std = normal
+        return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
+
+    def log_prob(normal: Any, action: Array) -> Array:
+        mean, log_std = normal
+        squares = jnp.square((action - mean) * jnp.exp(-log_std))
+        return over_pixels(-0.5 * squares - log_std - 0.5 * math.log(2 * math.pi))
+
+    def entropy(normal: Any) -> Array:
+        return over_pixels(normal[1] + 0.5 * (1 + math.log(2 * math.pi)))
+
+    def over_pixels(values: Array) -> Array:
+        return values.sum(axis=tuple(range(1, values.ndim)))
+
+    return Distribution(sample, log_prob, entropy, lambda normal: normal[0])
 
 
 def make_plackett_luce(count: int, at_most: bool = False) -> Distribution:
