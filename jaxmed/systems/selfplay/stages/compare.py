@@ -1,7 +1,9 @@
 """Self-play compare: thinking curves of self-play and its controls, beside System I and supervised networks."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.arrays.types import Params
+from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Count, Length, Seed, Size, checked
 from jaxmed.data.augment import AugmentConfig
 from jaxmed.io.tables import write_table
@@ -36,12 +38,14 @@ from jaxmed.systems.selfplay.inputs import (
 )
 from jaxmed.systems.selfplay.supervised import MamlConfig, adapt_maml, fit_maml, fit_supervised
 from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate
-from jaxmed.systems.selfplay.thinking import LAPTOP, SMOKE, Budget, Game, ThinkConfig, check_game, think
+from jaxmed.systems.selfplay.thinking import LAPTOP, SMOKE, Budget, ThinkConfig, check_game, think
 from jaxmed.systems.selfplay.verifier import calibrate, choose_level, judge_masks
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 
+Answer = tuple[str, int, np.ndarray]
+"""Arm, budget and masks of all test images."""
 MODES = {"self-play": "learn", "random proposals": "propose", "verifier's gradient": "grad"}
 LEVELS = (
     "Thinking begins from the threshold of System I's probability that the verifier likes best: what this gives is the "
@@ -228,101 +232,79 @@ def run_seed(
     config: Config, trained: Trained, taught: Params | None, material: Material, seed: int, log: Log
 ) -> list[Outcome]:
     """Let every arm answer, with one draw of labelled images."""
-    shots, test = draw_shots(material.support, config.shots, seed), material.test
+    shots, test, outcomes = draw_shots(material.support, config.shots, seed), material.test, []
     adapt_key, probe_key, think_key = jax.random.split(jax.random.key(seed), 3)
     images, masks = jnp.asarray(shots.images), jnp.asarray(shots.masks)
     system, _ = adapt(adapt_key, trained.system, images, masks, config.adapt)
     system = system._replace(temperature=calibrate(probe_key, system, images, masks).temperature)
-    found = [_answer("System I", seed, system, test, _segment(system.config, system.params, test.images))]
-    flipped = np.mean([
-        np.flip(_probability(system.config, system.params, np.flip(test.images, axes)), axes)
-        for axes in ((), (1,), (2,), (1, 2))
-    ], axis=0)  # fmt: skip
-    found.append(_answer("System I, mean of flips", seed, system, test, flipped > system.config.threshold))
-    supervised = {"supervised, few labels": (shots.images, shots.masks)}
-    if material.training is not None:
-        supervised["supervised, all labels"] = (
-            np.concatenate([material.training.images, shots.images]),
-            np.concatenate([material.training.masks, shots.masks]),
-        )
-    for name, (seen, truth) in supervised.items():
+    at_once = answer_at_once(config, system, material, shots, seed)
+    by_thought = answer_by_thought(config, system, test, taught, think_key)
+    for arm, budget, found in itertools.chain(at_once, by_thought):
+        score = np.asarray(judge_masks(system, jnp.asarray(test.images), jnp.asarray(found, jnp.float32)))
+        outcome = Outcome.measure(arm, seed, budget, test.masks, found, score, test.spacing or 1.0)
+        if budget in (0, config.budgets[-1]):
+            log.say(f"Seed {seed}, {arm}: Dice {100 * outcome.dice.mean():.1f} %")
+        outcomes.append(outcome)
+    return outcomes
+
+
+def answer_at_once(config: Config, system: SystemOne, material: Material, shots: Cases, seed: int) -> Iterator[Answer]:
+    """Yield the masks of System I, at its threshold and at others, and of networks that learn from labels alone."""
+    images, training, network = material.test.images, material.training, system.config.generator
+
+    def probability(images: np.ndarray, params: Params = system.params) -> np.ndarray:
+        return np.asarray(generate(system.config, params, jnp.asarray(np.ascontiguousarray(images))))
+
+    own, threshold = probability(images), system.config.threshold
+    yield "System I", 0, own > threshold
+    turned = [np.flip(probability(np.flip(images, axes)), axes) for axes in ((), (1,), (2,), (1, 2))]
+    yield "System I, mean of flips", 0, np.mean(turned, axis=0) > threshold
+    labelled = {"supervised, few labels": (shots.images, shots.masks)}
+    if training is not None:
+        labelled["supervised, all labels"] = (
+            np.concatenate([training.images, shots.images]), np.concatenate([training.masks, shots.masks])
+        )  # fmt: skip
+    for arm, (seen, truth) in labelled.items():
         params = fit_supervised(
-            seed, system.config.generator, seen, truth, steps=config.supervised_steps, variants=config.augment,
+            seed, network, seen, truth, steps=config.supervised_steps, variants=config.augment,
             few=len(shots.images), variants_of_few=config.adapt.augment,
         )  # fmt: skip
-        found.append(_answer(name, seed, system, test, _segment(system.config, params, test.images)))
-    if material.training is not None and config.maml.steps:
-        network = system.config.generator
-        params = fit_maml(seed, network, config.maml, material.training, len(shots.images), config.augment)
+        yield arm, 0, probability(images, params) > threshold
+    if training is not None and config.maml.steps:
+        params = fit_maml(seed, network, config.maml, training, len(shots.images), config.augment)
         params = adapt_maml(network, config.maml, params, shots.images, shots.masks)
-        found.append(_answer("MAML", seed, system, test, _segment(system.config, params, test.images)))
-    if config.think.levels:
-        found.append(_answer(LEVEL, seed, system, test, _choose_levels(config, system, test.images)))
-        probability = _probability(system.config, system.params, test.images)
-        found += [
-            _answer(f"{ABOVE}{level:g}", seed, system, test, probability > level) for level in config.think.levels
-        ]
-    for name, mode in MODES.items():
-        found += think_with(config, system, test, name, mode, seed, think_key)
-    if config.patch_game:
-        found += think_with(config, system, test, "patch game", "learn", seed, think_key, game="patch")
-    if taught is not None:
-        found += think_with(config, system, test, "self-play, policy taught", "learn", seed, think_key, taught)
-    for outcome in found:
-        if outcome.budget in (0, config.budgets[-1]):
-            log.say(f"Seed {seed}, {outcome.arm}: Dice {100 * outcome.dice.mean():.1f} %")
-    return found
+        yield "MAML", 0, probability(images, params) > threshold
+    levels = config.think.levels
+    if levels:
+        # Where thinking begins: what its arms add to is seen apart from what they start with.
+        start, _ = choose_level(system, jnp.asarray(images), jnp.asarray(own), jnp.asarray(own > threshold), levels)
+        yield LEVEL, 0, np.asarray(start)
+    for level in levels:
+        yield f"{ABOVE}{level:g}", 0, own > level
 
 
-def think_with(
-    config: Config,
-    system: SystemOne,
-    test: Cases,
-    arm: str,
-    mode: Any,
-    seed: int,
-    key: Any,
-    policy: Params | None = None,
-    game: Game = "pixel",
-) -> list[Outcome]:
-    """Think about the test images, some at a time, and return the best masks at every budget.
+def answer_by_thought(
+    config: Config, system: SystemOne, test: Cases, taught: Params | None, key: KeyArray
+) -> Iterator[Answer]:
+    """Think about the test images, some at a time, in every way, and yield the best masks at every budget.
 
     A budget is one of each group of images; the policy goes on from group to group.
     """
-    masks = {budget: [] for budget in config.budgets}
-    for first in range(0, len(test.images), config.together):
-        group = test.images[first : first + config.together]
-        settings = dataclasses.replace(config.think, mode=mode)
-        budget = Budget(config.budgets[-1], patience=0)
-        found = think(jax.random.fold_in(key, first), system, group, budget, settings, game=game, policy=policy)
-        policy = found.policy
+    ways: list[Any] = [(arm, mode, "pixel", None) for arm, mode in MODES.items()]
+    ways += [("patch game", "learn", "patch", None)] if config.patch_game else []
+    ways += [("self-play, policy taught", "learn", "pixel", taught)] if taught is not None else []
+    budget = Budget(config.budgets[-1], patience=0)
+    for arm, mode, game, policy in ways:
+        masks, settings = {limit: [] for limit in config.budgets}, dataclasses.replace(config.think, mode=mode)
+        for first in range(0, len(test.images), config.together):
+            group, own_key = test.images[first : first + config.together], jax.random.fold_in(key, first)
+            found = think(own_key, system, group, budget, settings, game=game, policy=policy)
+            policy = found.policy
+            for limit in config.budgets:
+                point = int(np.searchsorted(found.trace.steps, limit, side="right")) - 1
+                masks[limit].append(found.trace.masks[point])
         for limit in config.budgets:
-            point = int(np.searchsorted(found.trace.steps, limit, side="right")) - 1
-            masks[limit].append(found.trace.masks[point])
-    return [_answer(arm, seed, system, test, np.concatenate(masks[limit]), limit) for limit in config.budgets]
-
-
-def _probability(config: Any, params: Any, images: np.ndarray) -> np.ndarray:
-    return np.asarray(generate(config, params, jnp.asarray(np.ascontiguousarray(images))))
-
-
-def _segment(config: Any, params: Any, images: np.ndarray) -> np.ndarray:
-    return _probability(config, params, images) > config.threshold
-
-
-def _choose_levels(config: Config, system: SystemOne, images: np.ndarray) -> np.ndarray:
-    """Return where thinking begins: what its arms add to is seen apart from what they start with."""
-    probability = _probability(system.config, system.params, images)
-    known = probability > system.config.threshold
-    start, _ = choose_level(
-        system, jnp.asarray(images), jnp.asarray(probability), jnp.asarray(known), config.think.levels
-    )
-    return np.asarray(start)
-
-
-def _answer(arm: str, seed: int, system: SystemOne, test: Cases, masks: np.ndarray, budget: int = 0) -> Outcome:
-    values = judge_masks(system, jnp.asarray(test.images), jnp.asarray(masks, jnp.float32))
-    return Outcome.measure(arm, seed, budget, test.masks, masks, np.asarray(values), test.spacing or 1.0)
+            yield arm, limit, np.concatenate(masks[limit])
 
 
 def page(run: Finished[Config, Summary]) -> Page:
