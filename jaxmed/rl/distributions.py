@@ -24,7 +24,7 @@ class Distribution(NamedTuple):
     Attributes:
         sample: Draw actions.
         log_prob: Log-probability, or density, of actions.
-        entropy: That of the family, or of the part of it that the source names.
+        entropy: Entropy of the family, or of the part of it that the source names.
         mode: The actions that a policy takes when it does not explore.
     """
 

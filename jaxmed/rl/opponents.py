@@ -131,7 +131,7 @@ def elo(scores: Float[Array, "player player"], rounds: int = 200) -> Float[Array
 
     Args:
         scores: Share that the player of the row wins from the player of the column, ties half; the diagonal is ignored.
-        rounds: Of the fit.
+        rounds: Rounds of the fit.
 
     Returns:
         Ratings in Elo points with mean 0: 400 points are odds of ten to one. Scores are drawn to a tie by the weight

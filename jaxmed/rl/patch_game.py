@@ -79,7 +79,7 @@ class Info(NamedTuple):
 
     Attributes:
         value: Probability of the object in the player's patch.
-        rival_value: That in the rival's.
+        rival_value: Probability in the rival's.
         is_won: The player's shows at least as much.
     """
 
@@ -92,7 +92,7 @@ class Move(NamedTuple):
     """What one player does.
 
     Attributes:
-        patch: That it names.
+        patch: The patch that it names.
         stop: Whether it ends the game.
     """
 

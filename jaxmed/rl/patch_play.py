@@ -46,15 +46,15 @@ class PatchPlayConfig:
 
     Attributes:
         game: Rules.
-        network: Of the policy.
+        network: Layers of the policy.
         opponents: Whom it plays; the player is always the newest policy. A snapshot an iteration is one every `games`
             episodes; the source takes one every 4.
         games: Episodes of an iteration.
         turns: Longest part of an episode that is played.
-        learning_rate: Of Adam.
+        learning_rate: Learning rate of Adam.
         discount: gamma.
         explore: Share of patches drawn uniformly.
-        max_norm: Of the gradient.
+        max_norm: Largest norm of the gradient.
         epsilon: Adam's.
         minibatches: Updates an iteration; their number divides the moves, two a turn and game.
         from_rival: Learn from the rival's moves too, as the source does, though a past self made them.
@@ -110,7 +110,7 @@ class State(NamedTuple):
 
     Attributes:
         params: The policy.
-        opt_state: Of its optimizer.
+        opt_state: State of its optimizer.
         game: The best mask of each game of the last iteration, and D of it.
         best: Best mask of each image so far.
         pool: Past selves.
@@ -132,9 +132,9 @@ class Turns(NamedTuple):
 
     Attributes:
         state: What the mover saw.
-        patch: That it named.
+        patch: The patch that it named.
         stop: Whether it ended the game.
-        reward: Of the turn.
+        reward: Reward of the turn.
         is_played: The game was not over yet.
         info: What both showed.
     """
@@ -163,7 +163,7 @@ def make_patch_problem(
         verifier: Its parameters and what it keeps of images.
         images: A patch without intensities is empty; the others' are what a policy sees.
         masks: Known before.
-        probability: Of the object in each voxel; the mean over a patch is the patch's score.
+        probability: Probability of the object in each voxel; the mean over a patch is the patch's score.
     """
     edges = game.edges(images.shape[1:])
     features, chance = (patchify(array[..., None], edges) for array in (images, probability))

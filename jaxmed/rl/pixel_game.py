@@ -35,11 +35,11 @@ class PixelGame:
     """Rules.
 
     Attributes:
-        fraction: Of the grid's pixels that a player flips: those at or above that percentile.
+        fraction: Share of the grid's pixels that a player flips: those at or above that percentile.
         flips: Their number, where it is not to follow from `fraction`.
         rule: "fair" (see the head of this file); "elitist": the old mask stays where both proposals are worse; "repo":
             the reference, for actions that are desires.
-        at_most_k: Of the pixels that a player names, only those with a positive desire flip, so that a player can
+        at_most_k: Only named pixels with a positive desire flip, so that a player can
             correct a single pixel, or pass.
         horizon: A game is cut after this many steps and one, as the reference's counter does.
         super_pixel: Edge of the blocks that flip together, in voxels, for each axis or for all.

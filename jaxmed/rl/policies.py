@@ -19,7 +19,7 @@ class Policy(NamedTuple):
     Attributes:
         init: (key) -> parameters.
         apply: (parameters, observation) -> (what the distribution takes, value of each game).
-        distribution: Of actions.
+        distribution: Distribution of actions.
     """
 
     init: Callable[[KeyArray], Params]
@@ -31,9 +31,9 @@ def make_policy(config: GaussianMlpConfig | TopkUnetConfig, game: PixelGame, sha
     """Make a policy of the pixel game.
 
     Args:
-        config: Of the network.
+        config: Sizes of the network.
         game: Gives the grid, the number of flips and whether a player may pass.
-        shape: Of the images.
+        shape: Shape of the images.
     """
     blank = jnp.zeros((1, *shape, 2))
     if isinstance(config, GaussianMlpConfig):

@@ -27,16 +27,16 @@ class PpoConfig:
     """Settings; `SB3` has those of stable-baselines3.
 
     Attributes:
-        learning_rate: Of Adam, at the first iteration.
+        learning_rate: Learning rate of Adam at the first iteration.
         decay_iterations: Iterations over which the rate falls linearly to 0; 0 keeps it.
         discount: gamma.
         trace_decay: lambda of the advantages.
         clip: epsilon; how far the ratio of new to old probability counts.
         value_loss: clipped: half the larger error of the value and of the value held within `clip` of the old one;
             plain: mean squared error.
-        value_weight: Of the value's loss.
-        entropy_weight: Of the entropy, which is made larger.
-        max_norm: Of the gradient of all parameters together.
+        value_weight: Weight of the value's loss.
+        entropy_weight: Weight of the entropy, which is made larger.
+        max_norm: Largest norm of the gradient of all parameters together.
         epsilon: Adam's.
         epochs: Passes over the data of an iteration.
         minibatches: Updates of a pass; their number divides the samples.
@@ -114,7 +114,7 @@ def advantages(
     """Return generalised advantages A_t = delta_t + gamma lambda (1 - done_t) A_t+1.
 
     Args:
-        rewards: Of each step, from the acting player's side.
+        rewards: Reward of each step, from the acting player's side.
         values: V of the state of each step.
         following: V of the state that it led to, from `next_values`.
         is_done: The game ends with this step.
@@ -172,7 +172,7 @@ def update(
 
     Args:
         apply: The network.
-        distribution: Of actions.
+        distribution: Distribution of actions.
         config: Settings.
         key: Consumed.
         params: Before.

@@ -132,7 +132,7 @@ class Found(NamedTuple):
 
     Attributes:
         action: Number of the pixel of the grid that the player names.
-        value: Of the turn for the player to move, as the search values it.
+        value: Value of the turn for the player to move, by the search.
         action_values: The same after each pixel of the grid, for the same player; the turn's own where none was tried.
         turn: After the action.
         seen: Every mask that a simulation reached, as states; those that none did have the value -inf.

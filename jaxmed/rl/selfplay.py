@@ -47,7 +47,7 @@ class SelfPlayConfig:
         ppo: How the policy learns.
         opponents: Whom it plays.
         games: Played at the same time.
-        steps: Of every game in an iteration.
+        steps: Steps of every game in an iteration.
         mode: learn, or propose: random proposals under the same rules, the control.
         symmetric: In games against itself both players' moves are learnt from.
         scale_rewards: Divide rewards by their running deviation; they are differences of numbers in [0, 1]. The mean is
@@ -94,7 +94,7 @@ class State(NamedTuple):
 
     Attributes:
         params: The policy.
-        opt_state: Of its optimizer.
+        opt_state: State of its optimizer.
         game: Where the games stand.
         best: Best mask of each image so far.
         pool: Past selves.
@@ -120,8 +120,8 @@ class Record(NamedTuple):
         state: Before the step.
         action: The player's.
         rival_action: The rival's, in the games against itself.
-        log_prob: Of the player's action.
-        rival_log_prob: Of the rival's.
+        log_prob: Log-probability of the player's action.
+        rival_log_prob: Log-probability of the rival's.
         value: V of the observation.
         reward: The player's.
         is_done: The game was cut.

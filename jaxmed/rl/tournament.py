@@ -91,7 +91,7 @@ def play(
         params: The player's.
         rival: The rival's.
         games: Played at the same time.
-        steps: Of every game.
+        steps: Steps of every game.
         explore: Draw actions; otherwise both take the likeliest.
     """
     cases, judge = problem.cases, partial(verify, problem.verifier)
@@ -133,8 +133,8 @@ def compare(
         problem: Images.
         params: Stacked parameters of the players.
         rivals: Stacked parameters of their rivals; a pool's, for a table of snapshots or for exploitability.
-        games: Of each match.
-        steps: Of every game.
+        games: Games of each match.
+        steps: Steps of every game.
     """
 
     def match(player: Params, rival: Params) -> tuple[Array, Array]:

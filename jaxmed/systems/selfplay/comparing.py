@@ -32,9 +32,9 @@ class Outcome(NamedTuple):
 
     Attributes:
         arm: Which.
-        seed: Of labelled images, training and players.
+        seed: Seed of labelled images, training and players.
         budget: Steps of thought; 0 for arms that do not think.
-        dice: Of each case, with the true mask.
+        dice: Dice of each case with the true mask.
         jaccard: The same as intersection over union.
         hausdorff_95: 95th percentile of the distance of the surfaces, in mm; in pixels where the frame has no spacing.
         region_f1: F1 of connected regions, such as lesions.
@@ -170,9 +170,9 @@ def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -
     all others: what the verifier's choice has to beat.
 
     Args:
-        outcomes: Of all arms, seeds and budgets, over the same cases.
-        subjects: Of the cases.
-        seed: Of the draws.
+        outcomes: All arms, seeds and budgets, over the same cases.
+        subjects: Subject of each case.
+        seed: Seed of the draws.
     """
     overlaps = np.concatenate([outcome.dice for outcome in outcomes])
     scores = np.concatenate([outcome.score for outcome in outcomes])

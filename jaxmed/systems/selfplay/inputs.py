@@ -234,7 +234,7 @@ def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple
     Args:
         path: A run of train-policy.
         config: How to think; the network is the policy's.
-        size: Of the images that will be thought about.
+        size: Size of the images that will be thought about.
 
     Raises:
         InputError: The place holds no policy, or one for other images or rules of flips.

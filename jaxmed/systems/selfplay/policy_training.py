@@ -38,8 +38,8 @@ class VisitConfig:
 
     Attributes:
         shots: Labelled images by which System I is adapted to it.
-        images: That are thought about together, of other subjects where the task has several.
-        iterations: Of self-play.
+        images: Images that are thought about together, of other subjects where the task has several.
+        iterations: Iterations of self-play.
     """
 
     shots: Size = 8
@@ -76,9 +76,9 @@ def draw_visit(
 
     Args:
         config: Numbers of images.
-        cases: Of all tasks.
+        cases: Cases of all tasks.
         of_task: Numbers of the cases of the task; its subjects are halved, those of a single subject are.
-        generator: Of the draws.
+        generator: Random numbers of the draws.
 
     Returns:
         "shot" and "shot_mask" [shots *size], "image" and "mask" [images *size].
@@ -144,7 +144,7 @@ class EvalCase(NamedTuple):
     """Images that a policy is looked at with.
 
     Attributes:
-        key: Of the players.
+        key: Key of the players.
         system: System I, adapted to their task.
         visit: Labelled images and those to think about.
     """

@@ -42,16 +42,16 @@ def fit_supervised(
     """Train a generator from scratch on labelled images, as {"generator": ...}.
 
     Args:
-        seed: Of parameters and batches.
+        seed: Seed of parameters and batches.
         config: Sizes.
         images: In [0, 1].
         masks: Their masks.
-        steps: Of Adam, its rate falling to 0 by half a cosine.
+        steps: Steps of Adam, its rate falling to 0 by half a cosine.
         batch_size: Images of a step, drawn with replacement.
         rate: At the start.
-        variants: Of the images, fresh in every step.
+        variants: Variants of the images, fresh in every step.
         few: Last images, which have variants of their own.
-        variants_of_few: Of those.
+        variants_of_few: Variants of those.
     """
     model = make_generator(config)
     params = model.init(jax.random.key(seed), jnp.zeros((1, *images.shape[1:], 1)))

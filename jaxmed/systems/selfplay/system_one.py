@@ -50,9 +50,9 @@ class SystemOneConfig:
         verifier: Image and mask to a score.
         target: What the verifier learns: "overlap", the Dice of true, generated, corrupted and flattering masks with
             the truth; or "adversarial", 1 for true and 0 for generated masks.
-        pixel_weight: Of the binary cross-entropy of G's mask with the true one.
-        verifier_weight: Of the loss by which G pleases D.
-        threshold: Of G's probabilities, above which a voxel is in the mask.
+        pixel_weight: Weight of the binary cross-entropy of G's mask with the true one.
+        verifier_weight: Weight of the loss by which G pleases D.
+        threshold: Probability of G above which a voxel is in the mask.
     """
 
     generator: GeneratorConfig = GeneratorConfig()
@@ -135,7 +135,7 @@ class MetaState(NamedTuple):
     Attributes:
         step: Tasks seen.
         params: The averages, {"generator": ..., "verifier": ...}.
-        opt_state: Of Adam, for each network.
+        opt_state: State of Adam, for each network.
         inner: The verifier as the last task left it.
         key: Root of all randomness.
     """
@@ -249,7 +249,7 @@ def adapt(
         images: In [0, 1].
         masks: Their masks.
         config: Steps and rate.
-        weights: Of the images, so that guesses count less than labels; all 1 by default.
+        weights: Weight of each image, so that guesses count less than labels; all 1 by default.
 
     Returns:
         The adapted networks, and the losses of every step.

@@ -60,7 +60,7 @@ class Budget:
     """When to stop.
 
     Attributes:
-        steps: Of the game, over all games and images; 0 leaves System I's answer.
+        steps: Steps of the game, over all games and images; 0 leaves System I's answer.
         seconds: After compilation; 0 for no limit.
         patience: Iterations without a better mask after which thinking ends; 0 never ends early.
         tolerance: What counts as better, in D.
@@ -93,8 +93,8 @@ class ThinkConfig:
         levels: Thresholds of System I's probability besides its own: each image's thinking begins from the one of these
             masks that the verifier likes best. Where a structure is rare, half a probability is too strict, and single
             flips do not find what System I misses.
-        rounds: Of thinking; between two of them System I is adapted to what was found.
-        guess_weight: Of the masks that were found beside true labels, in that adaptation.
+        rounds: Rounds of thinking; between two of them System I is adapted to what was found.
+        guess_weight: Weight of the masks that were found beside true labels, in that adaptation.
         adapt: Steps and rate of it.
     """
 
@@ -160,7 +160,7 @@ class Trace(NamedTuple):
     """The course of thinking, one entry before it and one after every iteration.
 
     Attributes:
-        steps: Of the game, so far.
+        steps: Steps of the game so far.
         seconds: So far, without compilation.
         values: Score of the best mask of each image so far: D, or with a prior what `ThinkConfig` says.
         masks: Those masks.

@@ -32,10 +32,10 @@ class Judge(NamedTuple):
     """What scores masks of known images.
 
     Attributes:
-        params: Of the verifier.
-        embedding: Of each image.
+        params: Parameters of the verifier.
+        embedding: Embedding of each image.
         temperature: By which its logits are divided.
-        evidence: Of System I for each voxel, weighted: what a logit gains by the voxel's being in the mask.
+        evidence: System I's for each voxel, weighted: what a logit gains by the voxel's being in the mask.
         first: The sum of it over System I's mask at that level, so that this mask's logit is the verifier's.
     """
 

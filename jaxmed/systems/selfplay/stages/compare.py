@@ -74,7 +74,7 @@ class Config:
         cases: Test images, evenly over the task's; 0 takes all.
         together: Images that are thought about jointly.
         num_seeds: Draws of labelled images, adaptations and players.
-        supervised_steps: Of the networks that are trained on labels alone.
+        supervised_steps: Steps of the networks that are trained on labels alone.
         maml: The same network by MAML: a start learnt on the familiar tasks, a few plain steps on the labelled images.
         augment: Fresh variants of the familiar tasks' images for the network that is supervised by all labels: those
             of meta-training, or the comparison is not fair. Both supervised networks see the labelled images of the

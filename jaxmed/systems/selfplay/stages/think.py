@@ -142,7 +142,7 @@ class Job(NamedTuple):
     """A file to think about.
 
     Attributes:
-        name: Of its results.
+        name: Name of its results.
         scan: The file.
         mask: Its true mask.
         box: Its region.
