@@ -1,6 +1,6 @@
 """RLSP: a policy of the patch game learns by REINFORCE against its past selves, then segments alone.
 
-    problem = make_patch_problem(config.game, verify, verifier, images, masks, probability)
+    problem = make_patch_problem(config.game, verify, verifier, images, probability)
     state = init(key, config, model, problem)
     advance = jax.jit(partial(iterate, config, model, verify))
     state, metrics = advance(problem, state)          # config.games * config.turns turns
@@ -94,7 +94,7 @@ class PatchProblem(NamedTuple):
         features: What the policy sees of each patch.
         scores: Probability of the object in it, by the frozen classifier.
         is_empty: Whether it is all zeros.
-        cases: The images, and masks that were known before.
+        cases: The images, and the empty masks that games begin with.
         verifier: First argument of what values masks.
     """
 
@@ -152,7 +152,6 @@ def make_patch_problem(
     verify: Verify,
     verifier: Any,
     images: Float[Array, "image *shape"],
-    masks: Bool[Array, "image *shape"],
     probability: Float[Array, "image *shape"],
 ) -> PatchProblem:
     """Cut images into patches.
@@ -162,12 +161,11 @@ def make_patch_problem(
         verify: What judges.
         verifier: Its parameters and what it keeps of images.
         images: A patch without intensities is empty; the others' are what a policy sees.
-        masks: Known before.
         probability: Probability of the object in each voxel; the mean over a patch is the patch's score.
     """
     edges = game.edges(images.shape[1:])
     features, chance = (patchify(array[..., None], edges) for array in (images, probability))
-    cases = pixel_game.make_cases(partial(verify, verifier), images, masks)
+    cases = pixel_game.make_cases(partial(verify, verifier), images, jnp.zeros(images.shape, bool))
     return PatchProblem(features, chance.mean(axis=2), ~jnp.any(features, axis=2), cases, verifier)
 
 

@@ -255,7 +255,7 @@ def test_images_are_cut_into_patches():
     images, chance = (jnp.asarray(noise.random((2, 6, 4)), jnp.float32) for _ in range(2))
     images = images.at[0, :3, 2:].set(0)
     game = PatchGame(patches=2)
-    found = patch_play.make_patch_problem(game, dice, chance, images, images > 2, chance)
+    found = patch_play.make_patch_problem(game, dice, chance, images, chance)
     np.testing.assert_array_equal(found.features[1, 2].reshape(3, 2), images[1, 3:, :2])
     np.testing.assert_allclose(found.scores[0, 1], chance[0, :3, 2:].mean(), rtol=1e-6)
     assert np.argwhere(found.is_empty).tolist() == [[0, 1]]

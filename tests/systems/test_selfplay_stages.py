@@ -90,15 +90,17 @@ def test_the_patch_game_is_played_by_its_command(thought, weights, tmp_path, cap
     given = ("--preset", "smoke", "--game", "patch", "--input", inputs / "test", "--weights", weights)
     assert run("think", *given, "--mask", inputs / "test_masks", "--budget.steps", 512, "--out", out) == 0
     for row in rows_of(out / "outputs" / "scans.csv"):
-        assert row["steps"] == "512" and float(row["score"]) >= float(row["first_score"])
+        assert row["steps"] == "512" and 0 <= float(row["score"]) <= 1
         mask = read_image(out / "outputs" / f"{row['id']}_mask.png")
         assert mask.shape == (16, 16) and int(mask.sum()) == int(row["voxels"]) and 0 <= float(row["dice"]) <= 1
         with np.load(out / "outputs" / f"{row['id']}_thought.npz") as stored:
             debate = stored["debate_masks"]
             shown = stored["agreement"]
-        # Masks of games are whole patches of 2 x 2, and grow by at most two in a turn; nobody begins with any.
-        blocks = debate.reshape(-1, 8, 2, 8, 2)
-        np.testing.assert_array_equal(blocks.any((2, 4)), blocks.all((2, 4)))
+        # Masks are whole patches of 2 x 2, and grow by at most two in a turn; nobody begins with any.
+        for masks in (debate, mask[None]):
+            blocks = masks.reshape(-1, 8, 2, 8, 2) > 0
+            np.testing.assert_array_equal(blocks.any((2, 4)), blocks.all((2, 4)))
+        assert mask.any()
         growth = np.diff(debate.sum((1, 2)))
         assert debate[0].sum() == 0 and len(growth) and (growth >= 0).all() and (growth <= 8).all()
         assert 0 < shown.max() <= 1
@@ -276,9 +278,12 @@ def test_one_subject_has_no_interval(compared, tmp_path):
 def test_thinking_only_ever_raises_the_score(compared):
     summary = json.loads((compared / "outputs" / "summary.json").read_text())
     base = summary["arms"]["System I"][0]["score"]
-    for arm in ("self-play", "random proposals", "verifier's gradient", "patch game"):
+    for arm in ("self-play", "random proposals", "verifier's gradient"):
         scores = [entry["score"] for entry in summary["arms"][arm]]
         assert base - 1e-6 <= scores[0] <= scores[1] + 1e-6
+    # The patch game begins with nothing, not with System I's masks.
+    patch = [entry["score"] for entry in summary["arms"]["patch game"]]
+    assert patch[0] <= patch[1] + 1e-6
 
 
 @pytest.mark.parametrize(

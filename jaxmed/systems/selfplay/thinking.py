@@ -5,7 +5,8 @@ who wins (`rl.selfplay`); or proposals are random, or follow the verifier's grad
 thought about together and share one policy.
 
 Or they play the patch game (`game="patch"`, `rl.patch_play`): in turn each names the patch that shows most of the
-object, as System I sees it, and what a game has named is a mask, which the verifier judges after every move.
+object, as System I sees it, and what a game has named is a mask, which the verifier judges after every move. Games
+begin with nothing, so that the answer is made of patches; System I's mask is where the curve begins, and no candidate.
 
 Source: arXiv:2506.22075, and its reference implementation; arXiv:2405.16628 for the patch game.
 Deviation: the answer is the best mask so far, never what a game happens to end with. Budgets, the stop at a plateau and
@@ -283,7 +284,7 @@ def _think_once(
     start, level, done = known, jnp.full(len(images), system.config.threshold), 0
     # Before anything is chosen: rounding would choose for a verifier that has no opinion.
     has_no_opinion = budget.steps > 0 and is_constant(probe_key, system, images, first)
-    if config.levels and budget.steps and not has_no_opinion:
+    if config.levels and game == "pixel" and budget.steps and not has_no_opinion:
         start, level = choose_level(system, images, probability, known, config.levels)
         done = len(config.levels) * len(images)
     judge = make_judge(system, images, config.prior_weight, level)
@@ -371,7 +372,7 @@ def _plan(
         return Plan(size, program.lower(system, *settings, problem, first).compile(), problem, first)
 
     if game == "patch":
-        patches = patch_problem(system, config.patch, judge, images, start, probability)
+        patches = patch_problem(system, config.patch, judge, images, probability)
         return plan(
             config.patch.steps_per_iteration, _iterate_patches, (config.patch,), patches,
             _begin_patches(config.patch, key, patches, policy),
@@ -406,11 +407,11 @@ def _policy(config: TopkUnetConfig | GaussianMlpConfig, game: PixelGame, shape: 
 
 
 def patch_problem(
-    system: SystemOneConfig, config: PatchPlayConfig, judge: Judge, images: Array, start: Array, probability: Array
+    system: SystemOneConfig, config: PatchPlayConfig, judge: Judge, images: Array, probability: Array
 ) -> PatchProblem:
     """Cut images into the patches that are played for, scored by System I's mean probability."""
     verify = partial(score_masks, system)
-    return patch_play.make_patch_problem(config.game, verify, judge, images, start, probability)
+    return patch_play.make_patch_problem(config.game, verify, judge, images, probability)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -514,7 +515,7 @@ def debate(
     judge = make_judge(system, images, config.prior_weight, level)
     if game == "patch":
         probability = _generate(system.config, system.params, images)
-        problem = patch_problem(system.config, config.patch, judge, images, start, probability)
+        problem = patch_problem(system.config, config.patch, judge, images, probability)
         return tournament.debate_patches(key, config.patch, verify, problem, policy, steps)
     player, problem = player_of(config, image.shape), selfplay.make_problem(verify, judge, images, start)
     return tournament.debate(key, config.play.game, player, verify, problem, policy, steps)

@@ -69,7 +69,8 @@ GAMES = {
     "pixel": "The pixel game: two players propose flips of the mask, the verifier judges, the better proposal stays.",
     "patch": "The patch game (RLSP): two players name patches of the image in turn, the one whose patch shows more of "
     "the object wins, and either may end the game. The patches that a game has named are a mask; the verifier judges "
-    "it after every move. So masks are made of whole patches (think.patch.game.patches), but for System I's own.",
+    "it after every move. So the answer is made of whole patches (think.patch.game.patches); System I's mask is where "
+    "the curve begins, and no candidate.",
 }
 STOPS = {
     "budget": "the budget was used up",
