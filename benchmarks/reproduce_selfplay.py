@@ -30,7 +30,7 @@ and for lesions, on 32 x 32 of 3 mm, each of six patients left out once (the les
 such voxels); V stands for .noise-probability 1 .noise-sigma 0.03 0.03 .shift 4 .flip-axes 0 1
 .affine-probability 1 .rotation 15 .scale 0.85 1.15:
 
-    jaxmed selfplay meta-train --preset laptop --data.manifest LESIONS/manifest.csv --frame.spacing 3
+    jaxmed selfplay meta-train --preset laptop --data.manifest LESIONS/manifest.csv --preprocess.spacing 3
         --data.max-items 400 --data.shift 4 --meta.augment V --loop.steps 600 --out runs/organs
     jaxmed selfplay compare --preset laptop --data.manifest LESIONS/leave_out_PATIENT.csv --data.max-items 400
         --data.shift 4 --weights runs/organs --shots 16 --adapt.steps 400 --adapt.rate 1e-3 --adapt.decay

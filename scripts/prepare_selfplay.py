@@ -6,7 +6,7 @@
 
 Then, for example:
 
-    jaxmed selfplay meta-train --data.manifest OUT/manifest.csv --frame.size 32 32 --out runs/digits
+    jaxmed selfplay meta-train --data.manifest OUT/manifest.csv --preprocess.size 32 32 --out runs/digits
 
 A manifest has one row per file: path and mask (relative to it), task, subject, and split. Tasks of the splits train and
 validation are familiar: System I is trained on the first and stopped by the second. The novel tasks have the splits

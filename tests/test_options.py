@@ -23,7 +23,6 @@ NEGATIVE = {
     "window": "HU",
     "range": "ends of a network's range",
     "padding": "a network's lower end",
-    "hu_window": "HU",
     "fill": "an intensity",
     "early": "logits of a gate",
     "late": "logits of a gate",

@@ -11,19 +11,21 @@ from PIL import Image
 from scan_files import make_slices, save_slices
 
 from jaxmed.arrays.grid import reorient
+from jaxmed.data.cuts import cut_scan, cut_truth, write_result
+from jaxmed.data.intensity import Intensity
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.windows import middle_of, place
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
 from jaxmed.io.tables import write_table
 from jaxmed.systems.selfplay.data import DataConfig, read_cases, read_manifest, write_synthetic
-from jaxmed.systems.selfplay.frames import FrameConfig
-from jaxmed.systems.selfplay.scans import middle_of, place, read_scan, read_truth, write_result
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_selfplay.py"
 COLUMNS = ("path", "mask", "task", "subject", "split")
-SMALL = FrameConfig((8, 8))
+SMALL = Preprocess((8, 8))
 SHAPE = (14, 12, 6)
 
 
@@ -85,7 +87,7 @@ def test_slices_with_enough_of_the_mask_become_cases_about_its_middle(volume):
 @pytest.mark.parametrize(("axis", "number"), [("sagittal", 0), ("coronal", 1)])
 def test_slices_are_cut_across_any_axis(axis, number, volume):
     config, array, mask = volume
-    cases, _ = read_cases(config, FrameConfig((6, 6), axis), "train")
+    cases, _ = read_cases(config, Preprocess((6, 6), axis=axis), "train")
     found = np.flatnonzero(mask.any(tuple(other for other in range(3) if other != number)))
     assert len(cases.images) == len(found)
     assert cases.masks.sum() == mask.sum()
@@ -94,7 +96,7 @@ def test_slices_are_cut_across_any_axis(axis, number, volume):
 
 def test_a_volume_is_one_patch_in_3d(volume):
     config, array, mask = volume
-    cases, _ = read_cases(config, FrameConfig((8, 6, 10)), "train")
+    cases, _ = read_cases(config, Preprocess((8, 6, 10)), "train")
     # 6 slices in a patch of 10: two empty ones on either side.
     np.testing.assert_array_equal(cases.images[0, :, :, 2:8], array[4:12, 1:7])
     assert cases.images.shape == (1, 8, 6, 10) and not cases.images[0, :, :, [0, 1, 8, 9]].any()
@@ -104,16 +106,16 @@ def test_a_volume_is_one_patch_in_3d(volume):
 def test_a_stack_of_volumes_has_one_patch_per_item(tmp_path):
     array, masks = texture((2, 8, 9, 10)), np.stack([box_mask((8, 9, 10)), np.zeros((8, 9, 10), bool)])
     row = save(tmp_path / "a.npy", array), save(tmp_path / "m.npy", masks)
-    cases, failures = read_cases(manifest(tmp_path, (*row, "t", "s{item}", "train")), FrameConfig((8, 8, 8)), "train")
+    cases, failures = read_cases(manifest(tmp_path, (*row, "t", "s{item}", "train")), Preprocess((8, 8, 8)), "train")
     # The mask's middle is (8, 4, 3): the window of 8 begins at 0, 0 and 0, but for what would lie outside.
     assert failures == () and cases.names == ("a.npy item 0",) and cases.subjects == ("s0000",)
     np.testing.assert_array_equal(cases.images[0], array[0, :8, :8, :8])
     # Pictures one after the other are no volume.
     save(tmp_path / "flat.npy", array[0])
     with pytest.raises(InputError, match="an array of item, x, y, z, .* found 3D"):
-        read_scan(tmp_path / "flat.npy", FrameConfig((8, 8, 8)))
+        cut_scan(tmp_path / "flat.npy", Preprocess((8, 8, 8)))
     with pytest.raises(InputError, match="one volume, found a stack of 2"):
-        read_scan(tmp_path / "a.npy", FrameConfig((8, 8, 8)))
+        cut_scan(tmp_path / "a.npy", Preprocess((8, 8, 8)))
 
 
 def test_a_mask_may_be_smeared_by_jpeg(tmp_path):
@@ -121,7 +123,7 @@ def test_a_mask_may_be_smeared_by_jpeg(tmp_path):
     Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "m.jpg", quality=60)
     write_png(tmp_path / "a.png", texture((32, 32)))
     assert len(np.unique(read_image(tmp_path / "m.jpg"))) > 2
-    cases, _ = read_cases(manifest(tmp_path, ("a.png", "m.jpg", "t", "s", "train")), FrameConfig((32, 32)), "train")
+    cases, _ = read_cases(manifest(tmp_path, ("a.png", "m.jpg", "t", "s", "train")), Preprocess((32, 32)), "train")
     np.testing.assert_array_equal(cases.masks[0], mask[::-1].T)
 
 
@@ -130,7 +132,7 @@ def test_a_voxel_size_is_taken_within_the_slices(tmp_path):
     mask = box_mask(ramp.shape, (4, 8, 1), (12, 8, 2))
     row = write_volume(tmp_path / "a.nii", ramp), write_volume(tmp_path / "m.nii", mask)
     config = manifest(tmp_path, (*row, "t", "s", "train"))
-    cases, _ = read_cases(config, FrameConfig((12, 12), spacing=2.0), "train")
+    cases, _ = read_cases(config, Preprocess((12, 12), spacing=(2.0,)), "train")
     assert cases.images.shape == (2, 12, 12)
     np.testing.assert_array_equal(cases.masks[0], box_mask((12, 12), (2, 4), (6, 4)))
     # Voxels of 2 mm: the mean of two neighbours, but for the edges.
@@ -151,7 +153,7 @@ def test_pictures_of_8_bits_are_divided_by_255(tmp_path):
     picture, mask = (texture((8, 9)) * 255).astype(np.uint8), box_mask((8, 9), (1, 2), (4, 4)).astype(np.uint8) * 255
     write_png(tmp_path / "a.png", picture)
     write_png(tmp_path / "m.png", mask)
-    cases, _ = read_cases(manifest(tmp_path, ("a.png", "m.png", "t", "s", "test")), FrameConfig((9, 8)), "test")
+    cases, _ = read_cases(manifest(tmp_path, ("a.png", "m.png", "t", "s", "test")), Preprocess((9, 8)), "test")
     np.testing.assert_allclose(cases.images[0], picture[::-1].T / np.float32(255))
     np.testing.assert_array_equal(cases.masks[0], mask[::-1].T > 0)
     assert cases.names == ("a.png",)
@@ -192,7 +194,7 @@ def test_shifts_move_the_mask_off_the_middle_and_repeat(tmp_path):
     mask = box_mask((40, 40, 30), (18, 18, 0), (4, 4, 30))
     row = write_volume(tmp_path / "a.nii.gz", texture((40, 40, 30))), write_volume(tmp_path / "m.nii.gz", mask)
     config = dataclasses.replace(manifest(tmp_path, (*row, "t", "s", "train")), shift=3)
-    frame = FrameConfig((16, 16))
+    frame = Preprocess((16, 16))
     cases, _ = read_cases(config, frame, "train", seed=1)
     again, _ = read_cases(config, frame, "train", seed=1)
     other, _ = read_cases(config, frame, "train", seed=2)
@@ -222,45 +224,45 @@ def test_windows_stay_inside_and_short_axes_are_centred():
 @pytest.mark.parametrize("codes", ["LPS", "SAL"])
 @pytest.mark.parametrize(
     ("frame", "tiles"),
-    [(SMALL, False), (SMALL, True), (FrameConfig((16, 8), "coronal"), True), (FrameConfig((8, 8, 8)), True)],
+    [(SMALL, False), (SMALL, True), (Preprocess((16, 8), axis="coronal"), True), (Preprocess((8, 8, 8)), True)],
 )
 def test_what_is_found_in_a_volume_goes_back_to_its_voxels(codes, frame, tiles, tmp_path):
     mask = box_mask(corner=(4, 4, 1), size=(6, 4, 3))
     write_volume(tmp_path / "a.nii.gz", texture(), codes)
     write_volume(tmp_path / "m.nii.gz", mask, codes)
-    scan = read_scan(tmp_path / "a.nii.gz", frame, tiles=tiles)
+    scan = cut_scan(tmp_path / "a.nii.gz", frame, tiles=tiles)
     stored, truth = nifti.read(tmp_path / "a.nii.gz"), nifti.read(tmp_path / "m.nii.gz")
     back = scan.restore(scan.images)
     np.testing.assert_array_equal(back.affine, stored.affine)
     seen = scan.restore(np.ones_like(scan.images))
     np.testing.assert_allclose(back.array, np.where(seen.array > 0, stored.array, 0), atol=1e-6)
     assert (seen.array == 1).all() == tiles and len(scan.names) == len(scan.images)
-    found = scan.restore(read_truth(tmp_path / "m.nii.gz", scan, frame))
+    found = scan.restore(cut_truth(tmp_path / "m.nii.gz", scan, frame))
     assert found.array.dtype == np.uint8
     np.testing.assert_array_equal(found.array, np.where(seen.array > 0, truth.array, 0))
 
 
 def test_a_box_says_where_to_look(volume, tmp_path):
     _, array, mask = volume
-    scan = read_scan(tmp_path / "a.nii.gz", SMALL, tmp_path / "m.nii.gz")
+    scan = cut_scan(tmp_path / "a.nii.gz", SMALL, tmp_path / "m.nii.gz")
     assert [window.item for window in scan.windows] == [1, 2, 3] and scan.names[0] == "a.nii.gz slice 1"
     np.testing.assert_array_equal(scan.images, np.moveaxis(array[4:12, 0:8, 1:4], 2, 0))
     # In the same place as the cases that were trained on.
     np.testing.assert_array_equal(
-        read_truth(tmp_path / "m.nii.gz", scan, SMALL), np.moveaxis(mask[4:12, 0:8, 1:4], 2, 0)
+        cut_truth(tmp_path / "m.nii.gz", scan, SMALL), np.moveaxis(mask[4:12, 0:8, 1:4], 2, 0)
     )
     write_volume(tmp_path / "none.nii.gz", np.zeros(SHAPE, bool))
     with pytest.raises(InputError, match="expected a box with voxels inside"):
-        read_scan(tmp_path / "a.nii.gz", SMALL, tmp_path / "none.nii.gz")
+        cut_scan(tmp_path / "a.nii.gz", SMALL, tmp_path / "none.nii.gz")
 
 
 def test_a_coarser_image_goes_back_to_the_voxels_of_the_file(tmp_path):
     mask = box_mask((24, 24, 3), (4, 8, 0), (12, 8, 3))
     write_volume(tmp_path / "a.nii.gz", texture((24, 24, 3)))
     write_volume(tmp_path / "m.nii.gz", mask)
-    frame = FrameConfig((12, 12), spacing=2.0)
-    scan = read_scan(tmp_path / "a.nii.gz", frame)
-    found = scan.restore(read_truth(tmp_path / "m.nii.gz", scan, frame))
+    frame = Preprocess((12, 12), spacing=(2.0,))
+    scan = cut_scan(tmp_path / "a.nii.gz", frame)
+    found = scan.restore(cut_truth(tmp_path / "m.nii.gz", scan, frame))
     np.testing.assert_array_equal(found.array, nifti.read(tmp_path / "m.nii.gz").array)
     assert found.grid.shape == (24, 24, 3)
 
@@ -268,25 +270,25 @@ def test_a_coarser_image_goes_back_to_the_voxels_of_the_file(tmp_path):
 def test_results_are_files_of_the_kind_of_the_input(stack, tmp_path):
     _, pictures, masks = stack
     out = tmp_path / "out"
-    scan = read_scan(tmp_path / "a.npy", SMALL)
+    scan = cut_scan(tmp_path / "a.npy", SMALL)
     np.testing.assert_allclose(np.load(write_result(out, "a", scan, scan.images)), pictures, atol=1e-6)
-    truth = read_truth(tmp_path / "m.npy", scan, SMALL)
+    truth = cut_truth(tmp_path / "m.npy", scan, SMALL)
     np.testing.assert_array_equal(np.load(write_result(out, "m", scan, truth)), masks)
 
     picture = (texture((20, 11)) * 255).astype(np.uint8)
     write_png(tmp_path / "a.png", picture)
-    scan = read_scan(tmp_path / "a.png", SMALL, tiles=True)
+    scan = cut_scan(tmp_path / "a.png", SMALL, tiles=True)
     np.testing.assert_allclose(read_image(write_result(out, "a", scan, scan.images)) * 255, picture, atol=1e-4)
     assert set(np.unique(read_image(write_result(out, "b", scan, scan.images > 2)))) == {0}
     assert set(np.unique(read_image(write_result(out, "c", scan, scan.images >= 0)))) == {1}
 
     cube = texture((1, 8, 9, 10))
     save(tmp_path / "c.npy", cube)
-    scan = read_scan(tmp_path / "c.npy", FrameConfig((8, 8, 8)), tiles=True)
+    scan = cut_scan(tmp_path / "c.npy", Preprocess((8, 8, 8)), tiles=True)
     np.testing.assert_allclose(np.load(write_result(out, "c", scan, scan.images)), cube, atol=1e-6)
 
     write_volume(tmp_path / "v.nii.gz", texture(), "PSR")
-    scan = read_scan(tmp_path / "v.nii.gz", SMALL, tiles=True)
+    scan = cut_scan(tmp_path / "v.nii.gz", SMALL, tiles=True)
     written, stored = nifti.read(write_result(out, "v", scan, scan.images)), nifti.read(tmp_path / "v.nii.gz")
     np.testing.assert_allclose(written.array, stored.array, atol=1e-6)
     np.testing.assert_array_equal(written.affine, stored.affine)
@@ -345,44 +347,52 @@ def test_a_wrong_manifest_is_told_in_one_line(rows, columns, message, tmp_path):
 @pytest.mark.parametrize(
     ("array", "frame", "message"),
     [
-        (texture((8, 8, 3)), FrameConfig((8, 8), intensity="ct"), "a CT scan in HU, found values in"),
-        (texture((8, 8, 3)) * 50 - 900, FrameConfig((8, 8), intensity="ct"), "inside the window of -175 to 250 HU"),
-        (box_mask((8, 8, 8), (1, 1, 1), (1, 1, 2)), FrameConfig((8, 8), intensity="percentile"), "a spread between"),
-        (texture((8, 8, 3)) + 1, FrameConfig((8, 8)), "set --frame.intensity ct or percentile"),
-        (texture((8, 8, 3)), FrameConfig((64, 8)), "use a smaller --frame.size"),
+        (texture((8, 8, 3)), Preprocess((8, 8), intensity=Intensity("window")), "a CT scan in HU, found values in"),
+        (
+            texture((8, 8, 3)) * 50 - 900,
+            Preprocess((8, 8), intensity=Intensity("window")),
+            "inside the window of -175 to 250 HU",
+        ),
+        (
+            box_mask((8, 8, 8), (1, 1, 1), (1, 1, 2)),
+            Preprocess((8, 8), intensity=Intensity("percentile")),
+            "a spread between",
+        ),
+        (texture((8, 8, 3)) + 1, Preprocess((8, 8)), "set --preprocess.intensity.kind window or percentile"),
+        (texture((8, 8, 3)), Preprocess((64, 8)), "use a smaller --preprocess.size"),
     ],
 )
 def test_images_of_another_range_or_size_are_refused(array, frame, message, tmp_path):
     write_volume(tmp_path / "a.nii.gz", array.astype(np.float32))
     with pytest.raises(InputError, match=message):
-        read_scan(tmp_path / "a.nii.gz", frame)
+        cut_scan(tmp_path / "a.nii.gz", frame)
 
 
 def test_pictures_of_colour_and_images_as_masks_are_refused(tmp_path):
     write_png(tmp_path / "c.png", (texture((8, 8, 3)) * 255).astype(np.uint8))
     with pytest.raises(InputError, match="a grey picture"):
-        read_scan(tmp_path / "c.png", SMALL)
+        cut_scan(tmp_path / "c.png", SMALL)
     write_png(tmp_path / "g.png", texture((8, 8)))
-    scan = read_scan(tmp_path / "g.png", SMALL)
+    scan = cut_scan(tmp_path / "g.png", SMALL)
     with pytest.raises(InputError, match="a mask of two values, such as 0 and 1, found the values"):
-        read_truth(tmp_path / "g.png", scan, SMALL)
+        cut_truth(tmp_path / "g.png", scan, SMALL)
     with pytest.raises(InputError, match="NIfTI, or an array of item, x, y, z, for images of"):
-        read_scan(tmp_path / "g.png", FrameConfig((8, 8, 8)))
+        cut_scan(tmp_path / "g.png", Preprocess((8, 8, 8)))
     write_volume(tmp_path / "a.nii.gz", texture())
     with pytest.raises(
         InputError, match=r"a mask of two values, such as 0 and 1, found the values .* in all\); cut probabilities"
     ):
-        read_truth(tmp_path / "a.nii.gz", read_scan(tmp_path / "a.nii.gz", SMALL), SMALL)
+        cut_truth(tmp_path / "a.nii.gz", cut_scan(tmp_path / "a.nii.gz", SMALL), SMALL)
     write_volume(tmp_path / "m.nii.gz", box_mask())
     with pytest.raises(InputError, match="1 of kind picture"):
-        read_truth(tmp_path / "m.nii.gz", scan, SMALL)
+        cut_truth(tmp_path / "m.nii.gz", scan, SMALL)
 
 
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [
-        (FrameConfig, "size", (8,)), (FrameConfig, "spacing", 0.0), (FrameConfig, "hu_window", (1.0, 1.0)),
-        (FrameConfig, "percentiles", (1.0, 101.0)), (DataConfig, "fractions", (0.5, 0.2, 0.2)),
+        (Preprocess, "size", (8,)), (Preprocess, "spacing", (0.0,)), (Intensity, "window", (1.0, 1.0)),
+        (Intensity, "percentiles", (1.0, 101.0)), (DataConfig, "fractions", (0.5, 0.2, 0.2)),
         (DataConfig, "min_voxels", 0), (DataConfig, "shift", -1),
     ],
 )  # fmt: skip
@@ -392,10 +402,10 @@ def test_impossible_settings_are_named(kind, field, value):
 
 
 def test_synthetic_puzzles_take_the_road_of_files(tmp_path):
-    config = write_synthetic(DataConfig(synthetic=4), FrameConfig((16, 16)), 0, tmp_path)
-    train, failures = read_cases(config, FrameConfig((16, 16)), "train")
+    config = write_synthetic(DataConfig(synthetic=4), Preprocess((16, 16)), 0, tmp_path)
+    train, failures = read_cases(config, Preprocess((16, 16)), "train")
     assert failures == () and train.images.shape == (20, 16, 16) and np.bincount(train.tasks).tolist() == [4] * 5
-    support, test = (read_cases(config, FrameConfig((16, 16)), split)[0] for split in ("support", "test"))
+    support, test = (read_cases(config, Preprocess((16, 16)), split)[0] for split in ("support", "test"))
     assert support.task_names == test.task_names == ("blob", "star")
     assert not set(support.subjects) & set(test.subjects)
 
@@ -405,7 +415,7 @@ def test_real_lesions_are_cut_about_their_masks(shared_data, tmp_path):
     for name in ("STS_008", "STS_025"):
         image, mask = (shared_data / "sts_mr_pet_ct" / name / f"mr_t1_{what}.nii.gz" for what in ("image", "mask"))
         rows.append((image, mask, "lesion", name, "test"))
-    frame = FrameConfig((64, 64), spacing=1.5, intensity="percentile")
+    frame = Preprocess((64, 64), spacing=(1.5,), intensity=Intensity("percentile"))
     cases, failures = read_cases(manifest(tmp_path, *rows), frame, "test")
     assert failures == () and set(cases.subjects) == {"STS_008", "STS_025"}
     assert cases.images.min() == 0 and cases.images.max() == 1
@@ -418,9 +428,9 @@ def test_real_lesions_are_cut_about_their_masks(shared_data, tmp_path):
 def test_a_real_tumour_goes_back_to_its_scan(shared_data):
     folder = shared_data / "tumour_mri"
     image, label = folder / "brain1_image.nii.gz", folder / "brain1_label.nii.gz"
-    frame = FrameConfig((64, 64), intensity="percentile")
-    scan = read_scan(image, frame, label)
-    found = scan.restore(read_truth(label, scan, frame))
+    frame = Preprocess((64, 64), intensity=Intensity("percentile"))
+    scan = cut_scan(image, frame, label)
+    found = scan.restore(cut_truth(label, scan, frame))
     stored = nifti.read(label)
     np.testing.assert_array_equal(found.array, stored.array)
     np.testing.assert_array_equal(found.affine, stored.affine)
@@ -434,7 +444,7 @@ def prepare(monkeypatch, *arguments):
 def test_digits_become_tasks_with_the_noise_of_the_reference(shared_data, tmp_path, monkeypatch):
     archive = shared_data / "mnist_digits" / "mnist_t10k_first6600.npz"
     prepare(monkeypatch, "digits", archive, tmp_path, "--train", 20, "--validation", 8, "--support", 16, "--test", 12)
-    config, frame = DataConfig(tmp_path / "manifest.csv"), FrameConfig((32, 32))
+    config, frame = DataConfig(tmp_path / "manifest.csv"), Preprocess((32, 32))
     found = {split: read_cases(config, frame, split)[0] for split in ("train", "validation", "support", "test")}
     assert found["train"].task_names == tuple(f"digit{n}" for n in range(5))
     assert found["validation"].task_names == ("digit5",)
@@ -481,12 +491,12 @@ def test_pictures_that_use_a_few_of_their_bits_are_told_and_scaled_on_request(tm
         np.save(path, pixels)
     else:
         Image.fromarray(pixels).save(path)
-    with pytest.raises(InputError, match="values that reach across .*; set --frame.intensity percentile"):
-        read_scan(path, SMALL)
-    found = read_scan(path, dataclasses.replace(SMALL, intensity="percentile")).images
+    with pytest.raises(InputError, match="values that reach across .*; set --preprocess.intensity.kind percentile"):
+        cut_scan(path, SMALL)
+    found = cut_scan(path, dataclasses.replace(SMALL, intensity=Intensity("percentile"))).images
     assert found.min() == 0 and found.max() == 1
     Image.fromarray(np.uint16(pixels * 2 ** (16 - bits))).save(tmp_path / "whole.png")
-    assert read_scan(tmp_path / "whole.png", SMALL).images.max() > 0.9
+    assert cut_scan(tmp_path / "whole.png", SMALL).images.max() > 0.9
 
 
 @pytest.mark.parametrize("values", [(100, 200), (0, 1), (0, 255)])
@@ -497,9 +507,9 @@ def test_the_larger_of_two_greys_is_inside(tmp_path, values):
     coloured = Image.fromarray(mask.astype(np.uint8))
     coloured.putpalette([10, 20, 30, 200, 0, 0])
     coloured.save(tmp_path / "p.png")
-    scan = read_scan(tmp_path / "a.png", SMALL)
+    scan = cut_scan(tmp_path / "a.png", SMALL)
     for name in ("m.png", "p.png"):
-        truth = read_truth(tmp_path / name, scan, SMALL)
+        truth = cut_truth(tmp_path / name, scan, SMALL)
         assert truth.sum() == mask.sum()
 
 
@@ -519,11 +529,11 @@ def test_a_dicom_series_is_read_as_its_nifti_is_and_masks_lie_on_its_grid(tmp_pa
     volume = Volume.make(np.round(texture() * 1000).astype(np.float32), affine)
     nifti.write(tmp_path / "a.nii.gz", volume)
     save_slices(make_slices(volume), tmp_path / "s")
-    frame = FrameConfig((8, 8), intensity="percentile")
-    one, other = read_scan(tmp_path / "a.nii.gz", frame), read_scan(tmp_path / "s", frame)
+    frame = Preprocess((8, 8), intensity=Intensity("percentile"))
+    one, other = cut_scan(tmp_path / "a.nii.gz", frame), cut_scan(tmp_path / "s", frame)
     np.testing.assert_array_equal(one.images, other.images)
     path = write_result(tmp_path / "out", "mask", other, one.images > 0.5)
     np.testing.assert_allclose(nifti.read(path).affine, affine, atol=1e-6)
     with pytest.raises(InputError, match="several slices, found one plane"):
         nifti.write(tmp_path / "plane.nii", Volume.make(volume.array[..., :1], affine))
-        read_scan(tmp_path / "plane.nii", FrameConfig((8, 8, 8)))
+        cut_scan(tmp_path / "plane.nii", Preprocess((8, 8, 8)))

@@ -54,7 +54,7 @@ def familiar(thought):
 
 def test_meta_training_hands_on_a_system_that_can_be_read(familiar):
     trained = load_system_one(familiar)
-    assert trained.task == "" and trained.frame.size == (16, 16) and set(trained.system.params) == {
+    assert trained.task == "" and trained.preprocess.size == (16, 16) and set(trained.system.params) == {
         "generator", "verifier",
     }  # fmt: skip
     lines = [json.loads(line) for line in (familiar / "metrics.jsonl").read_text().splitlines()]
@@ -305,7 +305,7 @@ def test_thinking_only_ever_raises_the_score(compared):
         ),
         (("train-policy", "--data.manifest", "MANIFEST"), "weights: expected a run of meta-train, found nothing"),
         (("train-policy", "--think.mode", "grad"), "expected 'learn' in 1 round, found 'grad'"),
-        (("meta-train", "--frame.size", "30", "30"), "frame.size: expected multiples of 4"),
+        (("meta-train", "--preprocess.size", "30", "30"), "preprocess.size: expected multiples of 4"),
         (("meta-train", "--data.manifest", "nowhere.csv"), "nowhere.csv"),
     ],
 )

@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
         budget: Steps of thought; 0 for arms that do not think.
         dice: Dice of each case with the true mask.
         jaccard: The same as intersection over union.
-        hausdorff_95: 95th percentile of the distance of the surfaces, in mm; in pixels where the frame has no spacing.
+        hausdorff_95: 95th percentile of the distance of the surfaces, in mm; in pixels where images have no spacing.
         region_f1: F1 of connected regions, such as lesions.
         score: The verifier's.
     """

@@ -2,24 +2,28 @@
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Shaped
 
 from jaxmed.config import Count, Length, Number, Share, Whole, checked
 from jaxmed.data.cohort import groups_of, stated_splits
+from jaxmed.data.cuts import load_images, mask_images, name_item
+from jaxmed.data.inputs import try_each
+from jaxmed.data.intensity import Kind
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import record_seed
 from jaxmed.data.splits import split_subjects
+from jaxmed.data.windows import cut_window, middle_of, place
 from jaxmed.errors import InputError
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import read_table, resolve_path
 from jaxmed.synthesis.phantoms.write_puzzles import Counts, write_puzzle_cohort
-from jaxmed.systems.selfplay.frames import INTENSITIES, FrameConfig, Intensity, load, load_mask, planes
-from jaxmed.systems.selfplay.scans import cut_window, middle_of, name_item, place
 
+# What a manifest calls the kinds of intensities.
+INTENSITIES: dict[str, Kind] = {"unit": "unit", "ct": "window", "percentile": "percentile"}
 SPLITS = ("train", "validation", "support", "test")
 ITEM = "{item}"
 
@@ -33,13 +37,13 @@ class DataConfig:
         manifest: CSV with the columns path (NIfTI; a DICOM folder; PNG, JPEG, TIFF; .npy with one item after the
             other), mask (on the grid of path, or of its shape), task, subject, and split: train and validation for
             familiar tasks, support (the few labelled examples) and test for novel ones. Without a column split,
-            subjects are drawn into train, validation and test. Optionally intensity (as frame.intensity, of that file)
-            and value (the label of a NIfTI label map that counts). A subject with {item} in its name stands for one
-            subject per item of a stack.
+            subjects are drawn into train, validation and test. Optionally intensity (unit, ct or percentile, of that
+            file) and value (the label of a NIfTI label map that counts). A subject with {item} in its name stands for
+            one subject per item of a stack.
         mask: Column of the masks.
         fractions: Shares of subjects in train, validation and test where there is no column split.
         max_items: Cases of a task that are kept, evenly over its files; 0 keeps all.
-        min_voxels: Mask voxels that an image needs, at the frame's voxel size; slices with fewer are left out.
+        min_voxels: Mask voxels that an image needs, at the images' voxel size; slices with fewer are left out.
         shift: Largest distance of the middle of the mask from the middle of its image along each axis, in voxels, drawn
             evenly for each case; images stay inside their file, so at its sides the distance is larger.
         synthetic: Generate this many puzzles per familiar family, and half as many per novel one, where no manifest is
@@ -73,7 +77,7 @@ class Record(NamedTuple):
         task: What the mask shows.
         subject: Whose it is; may hold {item}.
         split: One of SPLITS.
-        intensity: How values become [0, 1]; None as the frame says.
+        intensity: How values become [0, 1]; None as the preprocessing says.
         value: Which label of the mask counts; None for all.
         row: Its number, from 0.
     """
@@ -83,7 +87,7 @@ class Record(NamedTuple):
     task: str
     subject: str
     split: str
-    intensity: Intensity | None
+    intensity: Kind | None
     value: int | None
     row: int
 
@@ -138,18 +142,18 @@ class _Case(NamedTuple):
     name: str
 
 
-def write_synthetic(config: DataConfig, frame: FrameConfig, seed: int, folder: Path) -> DataConfig:
+def write_synthetic(config: DataConfig, preprocess: Preprocess, seed: int, folder: Path) -> DataConfig:
     """Write the puzzles of a run as files, and return the settings that read them.
 
     Args:
         config: With `synthetic` above 0.
-        frame: Of whose size they are.
+        preprocess: Of whose size they are.
         seed: Of the puzzles.
         folder: Gets the files; what is there already stays.
     """
     half = max(config.synthetic // 2, 1)
     counts = Counts(train=config.synthetic, validation=half, support=min(half, 16), test=half)
-    manifest = write_puzzle_cohort(folder, seed, counts, frame.size)
+    manifest = write_puzzle_cohort(folder, seed, counts, preprocess.size)
     # Small images hold small shapes; each is one to be found.
     return dataclasses.replace(config, manifest=manifest, synthetic=0, min_voxels=1)
 
@@ -177,16 +181,24 @@ def read_manifest(config: DataConfig, seed: int) -> tuple[Record, ...]:
         if value and not value.isdecimal():
             raise table.wrong(line, "the number of a label under 'value'", f"'{value}'")
         path, mask = (resolve_path(row[column], table.path.parent) for column in ("path", config.mask))
-        scale = cast(Intensity, intensity) if intensity else None
         records.append(
-            Record(path, mask, row["task"], row["subject"], split, scale, int(value) if value else None, number)
+            Record(
+                path,
+                mask,
+                row["task"],
+                row["subject"],
+                split,
+                INTENSITIES.get(intensity),
+                int(value) if value else None,
+                number,
+            )
         )
     return tuple(records)
 
 
 def read_cases(
     config: DataConfig,
-    frame: FrameConfig,
+    preprocess: Preprocess,
     split: str,
     seed: int = 0,
     threads: int = 2,
@@ -197,7 +209,7 @@ def read_cases(
 
     Args:
         config: Table and choices.
-        frame: Size, axis, voxel size and scale.
+        preprocess: Size, axis, voxel size and scale.
         split: One of SPLITS.
         seed: Of shifts, and of the draw of subjects where there is no column split.
         threads: That read.
@@ -218,14 +230,10 @@ def read_cases(
         found = f"only {', '.join(name for name in SPLITS if any(record.split == name for record in everything))}"
         raise InputError(config.manifest, f"rows with split '{split}'", found)
 
-    def read(record: Record) -> list[_Case] | InputError:
-        try:
-            return _cut_record(record, config, frame, seed, series, fill)
-        except InputError as error:
-            return error
+    def read(record: Record) -> list[_Case]:
+        return _cut_record(record, config, preprocess, seed, series, fill)
 
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(read, records))
+    found = try_each(read, records, threads)
     failures = tuple(
         Failure(str(record.path), record.subject, str(outcome))
         for record, outcome in zip(records, found, strict=True) if isinstance(outcome, InputError)
@@ -240,34 +248,34 @@ def read_cases(
         if not isinstance(outcome, InputError):
             by_task.setdefault(record.task, []).extend(outcome)
     cases = _gather({task: _thin(cases, config.max_items) for task, cases in by_task.items()})
-    return cases._replace(spacing=frame.spacing), failures
+    return cases._replace(spacing=preprocess.spacing[0] if preprocess.spacing else None), failures
 
 
 def _cut_record(
-    record: Record, config: DataConfig, frame: FrameConfig, seed: int, series: str, fill: float | None
+    record: Record, config: DataConfig, preprocess: Preprocess, seed: int, series: str, fill: float | None
 ) -> list[_Case]:
     """Return the cases of one file: its slices or items with enough of the mask."""
     if record.intensity is not None:
-        frame = dataclasses.replace(frame, intensity=record.intensity)
-    loaded = load(ScanFiles(record.path, series), frame, fill)
-    images = planes(loaded.volumes, loaded.axis)
-    masks = planes(load_mask(record.mask, loaded, frame, record.value), loaded.axis)
+        intensity = dataclasses.replace(preprocess.intensity, kind=record.intensity)
+        preprocess = dataclasses.replace(preprocess, intensity=intensity)
+    loaded = load_images(ScanFiles(record.path, series), preprocess, fill)
+    masks = mask_images(record.mask, loaded, preprocess, record.value)
     generator = record_seed(seed, 0, record.row)
     cases = []
     largest = 0
-    for item, (image, mask) in enumerate(zip(images, masks, strict=True)):
+    for item, (image, mask) in enumerate(zip(loaded.images, masks, strict=True)):
         # Drawn for every item, so that those before it do not matter.
-        shift = generator.integers(-config.shift, config.shift + 1, len(frame.size))
+        shift = generator.integers(-config.shift, config.shift + 1, len(preprocess.size))
         largest = max(largest, int(mask.sum()))
         if mask.sum() < config.min_voxels:
             continue
         center = tuple(int(c + s) for c, s in zip(middle_of(mask), shift, strict=True))
-        starts = place(image.shape, frame.size, center)
-        inside = cut_window(mask, starts, frame.size)
+        starts = place(image.shape, preprocess.size, center)
+        inside = cut_window(mask, starts, preprocess.size)
         if inside.sum() < config.min_voxels:
             continue
         subject = record.subject.replace(ITEM, f"{item:04d}")
-        cases.append(_Case(cut_window(image, starts, frame.size), inside, subject, name_item(loaded, item)))
+        cases.append(_Case(cut_window(image, starts, preprocess.size), inside, subject, name_item(loaded, item)))
     if not cases:
         expected = f"{config.min_voxels} voxels or more in an image" if largest else "a mask with voxels inside"
         found = f"{largest} at most" if largest else "none above 0"

@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
@@ -21,7 +22,6 @@ from jaxmed.recipes.stage import begin, nested_run
 from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.page import Figure, Note, Section
 from jaxmed.systems.selfplay.data import Cases, DataConfig, Failure, read_cases, read_manifest, write_synthetic
-from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.system_one import SystemOne, SystemOneConfig, generate
 from jaxmed.systems.selfplay.thinking import ThinkConfig
 from jaxmed.train.checkpoint import export_parameters
@@ -31,20 +31,20 @@ FAMILY = "selfplay"
 POLICY = "selfplay-policy"
 SNAPSHOT = "visit_"
 SHOWN = 8
-TINY = FrameConfig((16, 16))
+TINY = Preprocess((16, 16))
 """The images of smoke runs."""
 TASK, SHOTS = "star", 4
 """What smoke runs adapt to, and by how many labelled images."""
 
 
 def read_splits(
-    config: Any, frame: FrameConfig, required: tuple[str, ...], optional: tuple[str, ...] = ()
+    config: Any, preprocess: Preprocess, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> tuple[dict[str, Cases], tuple[Failure, ...]]:
     """Read the cases of some splits.
 
     Args:
         config: A stage's, with `data`, `series`, `fill` and `seed`.
-        frame: How files become images.
+        preprocess: How files become images.
         required: Splits that the manifest has to have.
         optional: Splits that are left out where it has not.
 
@@ -55,7 +55,7 @@ def read_splits(
     cases, failed = {}, ()
     for split in (*required, *(name for name in optional if name in known)):
         cases[split], further = read_cases(
-            config.data, frame, split, config.seed, series=config.series, fill=config.fill
+            config.data, preprocess, split, config.seed, series=config.series, fill=config.fill
         )
         failed += further
     return cases, failed
@@ -89,12 +89,12 @@ def draw_shots(cases: Cases, count: int, seed: int) -> Cases:
     return cases.select(np.sort(np.random.default_rng(seed).choice(len(cases.images), count, replace=False)))
 
 
-def write_puzzles(data: DataConfig, frame: FrameConfig, seed: int, folder: RunFolder) -> DataConfig:
+def write_puzzles(data: DataConfig, preprocess: Preprocess, seed: int, folder: RunFolder) -> DataConfig:
     """Write the puzzles of a run that has no manifest, and begin it; other runs keep their settings."""
     if not data.synthetic or data.manifest is not None:
         return data
     begin(folder)
-    return write_synthetic(data, frame, seed, folder.path / "inputs" / "puzzles")
+    return write_synthetic(data, preprocess, seed, folder.path / "inputs" / "puzzles")
 
 
 class Inputs(NamedTuple):
@@ -102,12 +102,12 @@ class Inputs(NamedTuple):
 
     Attributes:
         data: The cases.
-        frame: How files become images; None as the weights say.
+        preprocess: How files become images; None as the weights say.
         weights: System I.
     """
 
     data: DataConfig
-    frame: FrameConfig | None
+    preprocess: Preprocess | None
     weights: Path | None
 
 
@@ -119,25 +119,25 @@ def make_inputs(given: Inputs, seed: int, folder: RunFolder) -> Inputs:
         seed: Seed of the puzzles and of the networks.
         folder: The run, begun here when something is made.
     """
-    data, frame, weights = given
+    data, preprocess, weights = given
     if not data.synthetic or (data.manifest is not None and weights is not None):
         return given
     if data.manifest is not None:
         read_manifest(data, seed)  # a mistake there costs no training
         puzzles = DataConfig(synthetic=data.synthetic)
     else:
-        frame = frame or (TINY if weights is None else load_system_one(weights).frame)
-        data = puzzles = write_puzzles(data, frame, seed, folder)
+        preprocess = preprocess or (TINY if weights is None else load_system_one(weights).preprocess)
+        data = puzzles = write_puzzles(data, preprocess, seed, folder)
     if weights is None:
         why = "Meta-training a tiny System I on puzzles."
         changes = {"data": puzzles, "seed": seed}
         weights = nested_run(folder, "selfplay meta-train", changes, begin(folder), why).path
-    return Inputs(data, frame, weights)
+    return Inputs(data, preprocess, weights)
 
 
 def with_inputs(config: Any, folder: RunFolder) -> Any:
-    """Return a stage's settings with what `make_inputs` makes of its `data`, `frame`, `weights` and `seed`."""
-    made = make_inputs(Inputs(config.data, config.frame, config.weights), config.seed, folder)
+    """Return a stage's settings with what `make_inputs` makes of its `data`, `preprocess`, `weights` and `seed`."""
+    made = make_inputs(Inputs(config.data, config.preprocess, config.weights), config.seed, folder)
     return dataclasses.replace(config, **made._asdict())
 
 
@@ -146,30 +146,30 @@ class Trained(NamedTuple):
 
     Attributes:
         system: Both networks.
-        frame: How files become their images.
+        preprocess: How files become their images.
         task: What it was adapted to; empty where it was not.
         path: Where it was read.
     """
 
     system: SystemOne
-    frame: FrameConfig
+    preprocess: Preprocess
     task: str
     path: Path
 
 
-def write_system_one(folder: Path, system: SystemOne, frame: FrameConfig, task: str = "", **further: Any) -> None:
+def write_system_one(folder: Path, system: SystemOne, preprocess: Preprocess, task: str = "", **further: Any) -> None:
     """Write System I for other stages, with what else its record shall hold, to outputs/system1 of a run."""
     record = {
         "family": FAMILY,
         "config": to_record(system.config),
-        "frame": to_record(frame),
+        "preprocess": to_record(preprocess),
         "temperature": float(system.temperature),
         "task": task,
     }
     export_parameters(folder, system.params, record | further)
 
 
-def load_for(weights: Path | None, frame: FrameConfig | None) -> tuple[Trained, FrameConfig]:
+def load_for(weights: Path | None, preprocess: Preprocess | None) -> tuple[Trained, Preprocess]:
     """Read System I, and return how files become its images: as its own, or as a user wants it.
 
     Raises:
@@ -178,10 +178,10 @@ def load_for(weights: Path | None, frame: FrameConfig | None) -> tuple[Trained, 
     if weights is None:
         raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
     trained = load_system_one(weights)
-    frame = frame or trained.frame
-    if frame.size != trained.frame.size:
-        raise InputError("frame.size", f"that of the weights, {trained.frame.size}", frame.size)
-    return trained, frame
+    preprocess = preprocess or trained.preprocess
+    if preprocess.size != trained.preprocess.size:
+        raise InputError("preprocess.size", f"that of the weights, {trained.preprocess.size}", preprocess.size)
+    return trained, preprocess
 
 
 def load_exported(
@@ -209,11 +209,11 @@ def load_system_one(path: Path) -> Trained:
     """
     params, record, where = load_exported(path, "system1", FAMILY, "a run of meta-train or adapt", "check --weights")
     config = from_record(SystemOneConfig, record["config"], where)
-    frame = from_record(FrameConfig, record["frame"], where)
+    preprocess = from_record(Preprocess, record["preprocess"], where)
     missing = {"generator", "verifier"} - set(params)
     if missing:
         raise InputError(where, "parameters of generator and verifier", f"no {' and no '.join(sorted(missing))}")
-    return Trained(SystemOne(config, params, float(record["temperature"])), frame, record["task"], path)
+    return Trained(SystemOne(config, params, float(record["temperature"])), preprocess, record["task"], path)
 
 
 def write_policy(folder: Path, params: Params, config: ThinkConfig, size: tuple[int, ...]) -> None:

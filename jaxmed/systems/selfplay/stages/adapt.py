@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import Length, Seed, checked, to_record
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.io.tables import write_table
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.scatter import scatter
 from jaxmed.systems.selfplay.data import Cases, DataConfig
-from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.inputs import (
     SHOTS,
     TASK,
@@ -49,7 +49,7 @@ class Config:
         data: Labelled images of the new task, split support; images of split test are only scored.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: A run of meta-train.
-        frame: How files become images; read from the weights where it is left alone.
+        preprocess: How files become images; read from the weights where it is left alone.
         task: The new task, where the manifest has several.
         shots: Labelled images to adapt by, drawn from the support; 0 takes all.
         adapt: Steps and rate.
@@ -60,7 +60,7 @@ class Config:
     data: DataConfig = DataConfig()
     series: str = ""
     weights: Path | None = None
-    frame: FrameConfig | None = None
+    preprocess: Preprocess | None = None
     task: str = ""
     shots: Length = 8
     adapt: AdaptConfig = AdaptConfig()
@@ -119,8 +119,8 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read, adapt, calibrate, score, export and report. Returns 1 when records failed."""
     clock = Clock()
     config = with_inputs(config, folder)
-    trained, frame = load_for(config.weights, config.frame)
-    cases, failed = read_splits(config, frame, ("support",), ("test",))
+    trained, preprocess = load_for(config.weights, config.preprocess)
+    cases, failed = read_splits(config, preprocess, ("support",), ("test",))
     support, task = choose_task(cases["support"], config.task)
     shots = draw_shots(support, config.shots, config.seed)
     test = choose_task(cases["test"], task)[0] if "test" in cases else None
@@ -149,7 +149,7 @@ def run(config: Config, folder: RunFolder) -> int:
     clock.lap("adapt and score, compilation included")
     rank = calibration.rank if np.isfinite(calibration.rank) else None
     write_system_one(
-        folder.outputs / "system1", system, frame, task, rank=rank, shots=list(shots.names),
+        folder.outputs / "system1", system, preprocess, task, rank=rank, shots=list(shots.names),
         subjects=sorted(set(shots.subjects)),
     )  # fmt: skip
     write_examples(folder.outputs / "examples.npz", system, shots if test is None else test)

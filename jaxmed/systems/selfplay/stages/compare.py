@@ -14,6 +14,7 @@ import numpy as np
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Count, Length, Seed, Size, checked
 from jaxmed.data.augment import AugmentConfig
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.io.tables import write_table
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.bands import Band, banded_curves
@@ -22,7 +23,6 @@ from jaxmed.report.page import Figure, Note, Section, Table, Text
 from jaxmed.report.scatter import scatter
 from jaxmed.systems.selfplay.comparing import ABOVE, LEVEL, Entry, Interval, Outcome, Tests, summarise
 from jaxmed.systems.selfplay.data import Cases, DataConfig
-from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.inputs import (
     SHOTS,
     TASK,
@@ -63,7 +63,7 @@ class Config:
         data: Rows of split support and test of the new task; of split train for the network supervised by all labels.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: A run of meta-train.
-        frame: How files become images; read from the weights where it is left alone.
+        preprocess: How files become images; read from the weights where it is left alone.
         task: The new task, where the manifest has several.
         shots: Labelled images to adapt by, drawn anew for every seed.
         adapt: Steps and rate of adaptation.
@@ -86,7 +86,7 @@ class Config:
     data: DataConfig = DataConfig()
     series: str = ""
     weights: Path | None = None
-    frame: FrameConfig | None = None
+    preprocess: Preprocess | None = None
     task: str = ""
     shots: Size = 8
     adapt: AdaptConfig = AdaptConfig()
@@ -156,13 +156,13 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read, let every arm answer for every seed, compare and report. Returns 1 when records failed."""
     clock = Clock()
     config = with_inputs(config, folder)
-    (trained, frame), taught = load_for(config.weights, config.frame), None
+    (trained, preprocess), taught = load_for(config.weights, config.preprocess), None
     if config.policy_weights is not None:
-        thinking, taught = load_policy(config.policy_weights, config.think, trained.frame.size)
+        thinking, taught = load_policy(config.policy_weights, config.think, trained.preprocess.size)
         # Every arm has its network, so that they differ in nothing else.
         config = dataclasses.replace(config, think=thinking)
-    check_game("patch" if config.patch_game else "pixel", config.think, frame.size)
-    material = read_material(config, frame)
+    check_game("patch" if config.patch_game else "pixel", config.think, preprocess.size)
+    material = read_material(config, preprocess)
     log = begin(folder)
     test = material.test
     log.say(f"'{material.task}': {len(test.images)} test images of {len(set(test.subjects))} subjects.")
@@ -209,13 +209,13 @@ class Material(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_material(config: Config, frame: FrameConfig) -> Material:
+def read_material(config: Config, preprocess: Preprocess) -> Material:
     """Read all cases.
 
     Raises:
         InputError: For whatever is wrong with the manifest or its files.
     """
-    cases, failed = read_splits(config, frame, ("support", "test"), ("train",))
+    cases, failed = read_splits(config, preprocess, ("support", "test"), ("train",))
     support, task = choose_task(cases["support"], config.task)
     test, notes = choose_task(cases["test"], task)[0], []
     if config.cases and config.cases < len(test.images):

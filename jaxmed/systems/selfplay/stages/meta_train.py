@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import Seed, Size, checked
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
@@ -17,7 +18,6 @@ from jaxmed.report.figures import curves
 from jaxmed.report.page import Section, Table, Text
 from jaxmed.systems.selfplay import system_one
 from jaxmed.systems.selfplay.data import Cases, DataConfig
-from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.inputs import (
     TINY,
     example_figure,
@@ -45,7 +45,7 @@ class Config:
     Attributes:
         data: Familiar tasks: rows of split train, and of split validation for tasks that are only looked at.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
-        frame: How files become images.
+        preprocess: How files become images.
         system: Networks and losses.
         meta: Reptile.
         batch_size: Images of an inner step.
@@ -57,7 +57,7 @@ class Config:
 
     data: DataConfig = DataConfig()
     series: str = ""
-    frame: FrameConfig = FrameConfig()
+    preprocess: Preprocess = Preprocess((128, 128))
     system: SystemOneConfig = SystemOneConfig()
     meta: MetaConfig = MetaConfig()
     batch_size: Size = 32
@@ -67,23 +67,25 @@ class Config:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if len(self.frame.size) != self.system.generator.dimensions:
-            found = f"{len(self.frame.size)} and {self.system.generator.dimensions}"
-            raise ValueError(f"frame.size, system.generator.dimensions: expected as many axes, found {found}")
-        if any(length % self.system.divisor for length in self.frame.size):
-            raise ValueError(f"frame.size: expected multiples of {self.system.divisor}, found {self.frame.size}")
+        if len(self.preprocess.size) != self.system.generator.dimensions:
+            found = f"{len(self.preprocess.size)} and {self.system.generator.dimensions}"
+            raise ValueError(f"preprocess.size, system.generator.dimensions: expected as many axes, found {found}")
+        if any(length % self.system.divisor for length in self.preprocess.size):
+            raise ValueError(
+                f"preprocess.size: expected multiples of {self.system.divisor}, found {self.preprocess.size}"
+            )
 
 
 def paper() -> Config:
     """The reference implementation on 32 x 32 digits: plain networks, no pixel loss, a learning rate of 1e-5."""
     system, meta, _ = system_one.repo()
-    return Config(frame=FrameConfig((32, 32)), system=system, meta=meta, loop=LoopConfig(steps=32, log_every=1))
+    return Config(preprocess=Preprocess((32, 32)), system=system, meta=meta, loop=LoopConfig(steps=32, log_every=1))
 
 
 def laptop() -> Config:
     """Small U-Nets on 32 x 32 images, 800 tasks: a quarter of an hour on two cores."""
     return Config(
-        frame=FrameConfig((32, 32)),
+        preprocess=Preprocess((32, 32)),
         system=SystemOneConfig(GeneratorConfig(widths=(8, 16, 32)), VerifierConfig(widths=(8, 16, 32))),
         meta=MetaConfig(epsilon=0.5, rate=1e-3),
         batch_size=16,
@@ -96,7 +98,7 @@ def smoke() -> Config:
     """Tiny networks at 16 x 16, in seconds: on your images, or on puzzles."""
     return Config(
         data=DataConfig(synthetic=24),
-        frame=TINY,
+        preprocess=TINY,
         system=SystemOneConfig(GeneratorConfig("plain", widths=(16, 16, 16)), VerifierConfig(widths=(8,), dense=(32,))),
         meta=MetaConfig(inner_steps=2, epsilon=0.5, rate=2e-3),
         batch_size=8,
@@ -118,15 +120,15 @@ class Summary:
 def run(config: Config, folder: RunFolder) -> int:
     """Read the tasks, train, export System I, show what it makes of held-out tasks. Returns 1 when records failed."""
     clock = Clock()
-    data = write_puzzles(config.data, config.frame, config.seed, folder)
+    data = write_puzzles(config.data, config.preprocess, config.seed, folder)
     config = dataclasses.replace(config, data=data)
-    cases, failed = read_splits(config, config.frame, ("train",), ("validation",))
+    cases, failed = read_splits(config, config.preprocess, ("train",), ("validation",))
     training, held_out, has_held_out = cases["train"], cases.get("validation", cases["train"]), "validation" in cases
     log = begin(folder, tensorboard=config.loop.tensorboard)
     log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
     log.say(f"Looked at: {', '.join(held_out.task_names)}." if has_held_out else "No task is held out to look at.")
     clock.lap("read and cut")
-    params = system_one.init_params(jax.random.key(config.seed), config.system, config.frame.size)
+    params = system_one.init_params(jax.random.key(config.seed), config.system, config.preprocess.size)
     state = system_one.init_meta(jax.random.key(config.seed + 1), config.system, config.meta, params)
     state = fit(
         config.loop,
@@ -140,7 +142,7 @@ def run(config: Config, folder: RunFolder) -> int:
     )
     clock.lap("train, compilation included")
     system = SystemOne(config.system, system_one.handed_on(config.meta, state))
-    write_system_one(folder.outputs / "system1", system, config.frame)
+    write_system_one(folder.outputs / "system1", system, config.preprocess)
     write_examples(folder.outputs / "examples.npz", system, held_out)
     write_failed(folder.outputs, failed)
     counts = {name: int(np.sum(training.tasks == number)) for number, name in enumerate(training.task_names)}

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import Seed, checked, from_record, to_record
-from jaxmed.data.scans import find_scans, partner_of
+from jaxmed.data.cuts import Cuts, cut_scan, cut_truth, write_result
+from jaxmed.data.scans import ANY_KIND, find_scans, partner_of
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
 from jaxmed.io.numpy_files import write_npz
@@ -26,9 +27,7 @@ from jaxmed.report.page import Block, Figure, Note, Section, Table, Text
 from jaxmed.rl.search import require_mctx
 from jaxmed.systems.selfplay import inputs
 from jaxmed.systems.selfplay.data import DataConfig, read_manifest
-from jaxmed.systems.selfplay.frames import KINDS
 from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_policy, load_system_one, plane
-from jaxmed.systems.selfplay.scans import Scan, read_scan, read_truth, write_result
 from jaxmed.systems.selfplay.thinking import (
     LAPTOP,
     PAPER,
@@ -212,12 +211,12 @@ def run(config: Config, folder: RunFolder) -> int:
         require_mctx()
     trained, policy = load_system_one(config.weights), None
     if config.policy_weights is not None:
-        thinking, policy = load_policy(config.policy_weights, config.think, trained.frame.size)
+        thinking, policy = load_policy(config.policy_weights, config.think, trained.preprocess.size)
         config = dataclasses.replace(config, think=thinking)
-    check_game(config.game, config.think, trained.frame.size)
+    check_game(config.game, config.think, trained.preprocess.size)
     jobs, passed = list_jobs(config)
     if len(jobs) == 1:  # a single broken file is a mistake
-        read_scan(jobs[0].scan, trained.frame, jobs[0].box, tiles=config.tiles, fill=config.fill)
+        cut_scan(jobs[0].scan, trained.preprocess, jobs[0].box, tiles=config.tiles, fill=config.fill)
     notes = [*passed, *make_notes(trained, config)]
     log = begin(folder, notes)
     budget = f"{config.budget.seconds:g} s" if config.budget.seconds else f"{config.budget.steps:,} steps"
@@ -277,7 +276,7 @@ def list_jobs(config: Config) -> tuple[list[Job], tuple[str, ...]]:
     assert config.input is not None
     if not config.input.exists():
         raise InputError(config.input, "an image or a folder of images", "nothing", "check --input")
-    scans, passed = find_scans(config.input, KINDS, config.series, apart=(config.mask, config.box))
+    scans, passed = find_scans(config.input, ANY_KIND, config.series, apart=(config.mask, config.box))
     root = config.input if config.input.is_dir() and scans[0].path != config.input else config.input.parent
     places = [os.path.relpath(scan.path, root) for scan in scans]
 
@@ -317,7 +316,7 @@ def process(
     config: Config, trained: Trained, policy: Params | None, job: Job, key: Any, outputs: Path, tell: Tell
 ) -> ScanSummary:
     """Think about one file, and write what comes of it."""
-    scan = read_scan(job.scan, trained.frame, job.box, tiles=config.tiles, fill=config.fill)
+    scan = cut_scan(job.scan, trained.preprocess, job.box, tiles=config.tiles, fill=config.fill)
     think_key, debate_key = jax.random.split(key)
 
     def watch(steps: int, value: float) -> None:
@@ -327,7 +326,7 @@ def process(
         think_key, trained.system, scan.images, config.budget, config.think, game=config.game, policy=policy,
         watch=watch,
     )  # fmt: skip
-    truth = None if job.mask is None else read_truth(job.mask, scan, trained.frame)
+    truth = None if job.mask is None else cut_truth(job.mask, scan, trained.preprocess)
     write_maps(outputs, job, scan, found)
     arrays: dict[str, np.ndarray] = {
         "images": scan.images, "first": found.first, "masks": found.masks, "agreement": found.agreement,
@@ -359,7 +358,7 @@ def process(
     )  # fmt: skip
 
 
-def write_maps(outputs: Path, job: Job, scan: Scan, found: Thought) -> None:
+def write_maps(outputs: Path, job: Job, scan: Cuts, found: Thought) -> None:
     """Write mask and agreement on the grid of the file, with sidecars."""
     for name, values, definition in (
         ("mask", found.masks, "voxels of the best mask that was seen: 1 inside (255 in a picture)"),

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import Seed, checked
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Figure, Section, Table, Text
 from jaxmed.systems.selfplay.data import DataConfig
-from jaxmed.systems.selfplay.frames import FrameConfig
 from jaxmed.systems.selfplay.inputs import (
     SNAPSHOT,
     failed_sections,
@@ -50,7 +50,7 @@ class Config:
         data: Familiar tasks: rows of split train, and of split validation for tasks that are only looked at.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: System I: a run of meta-train.
-        frame: How files become images; read from the weights where it is left alone.
+        preprocess: How files become images; read from the weights where it is left alone.
         adapt: Steps and rate of adaptation to each task.
         visit: What a visit to a task is.
         think: How to think; it always learns, in one round.
@@ -62,7 +62,7 @@ class Config:
     data: DataConfig = DataConfig()
     series: str = ""
     weights: Path | None = None
-    frame: FrameConfig | None = None
+    preprocess: Preprocess | None = None
     adapt: AdaptConfig = AdaptConfig()
     visit: VisitConfig = VisitConfig()
     think: ThinkConfig = ThinkConfig()
@@ -128,19 +128,19 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read the tasks, visit them, export the policy, show what it is worth. Returns 1 when records failed."""
     clock = Clock()
     config = with_inputs(config, folder)
-    trained, frame = load_for(config.weights, config.frame)
-    cases, failed = read_splits(config, frame, ("train",), ("validation",))
+    trained, preprocess = load_for(config.weights, config.preprocess)
+    cases, failed = read_splits(config, preprocess, ("train",), ("validation",))
     training, held_out = cases["train"], cases.get("validation", cases["train"])
     log = begin(folder, tensorboard=config.loop.tensorboard)
     log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
     clock.lap("read and cut")
     first_key, root = jax.random.split(jax.random.key(config.seed))
-    params = player_of(config.think, frame.size).init(first_key)
+    params = player_of(config.think, preprocess.size).init(first_key)
     eval_cases = make_eval_cases(config.seed, config.visit, config.adapt, trained.system, held_out)
 
     def evaluate(state: PolicyState) -> dict[str, float]:
         place = folder.outputs / "snapshots" / f"{SNAPSHOT}{int(state.step):06d}"
-        write_policy(place, state.params, config.think, frame.size)
+        write_policy(place, state.params, config.think, preprocess.size)
         return evaluate_policy(config.think, config.visit.iterations, eval_cases, state.params)
 
     start = PolicyState(jnp.zeros((), jnp.int32), params, root)
@@ -161,7 +161,7 @@ def run(config: Config, folder: RunFolder) -> int:
     first = eval_cases[0]
     match = match_snapshots(first.key, first.system, first.visit["image"], config.think, snapshots)
     clock.lap("match of snapshots")
-    write_policy(folder.outputs / "policy", state.params, config.think, frame.size)
+    write_policy(folder.outputs / "policy", state.params, config.think, preprocess.size)
     write_failed(folder.outputs, failed)
     summary = Summary(
         training.task_names,
