@@ -29,9 +29,9 @@ from jaxmed.arrays.graphs import make_graph
 from jaxmed.files import write_json, write_text
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.synthesis.phantoms.connectome import Cohort, CohortConfig, random_connectome, simulate_cohort
-from jaxmed.systems.igndmoe.attribution import contributions
+from jaxmed.systems.igndmoe.comparing import contributions
+from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.systems.igndmoe.fitting import Fit, fit_runs
-from jaxmed.systems.igndmoe.options import FitConfig
 from jaxmed.versions import software_versions
 
 FOLDER = Path(__file__).resolve().parent / "results"

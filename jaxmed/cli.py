@@ -150,7 +150,9 @@ def load_stage(system: str, stage: str) -> ModuleType:
     if f"{system} {stage}" not in STAGES:
         stages = [name.split()[1] for name in STAGES if name.split()[0] == system]
         raise InputError(f"{system} {stage}", "a stage", "an unknown word", nearest(stage, stages))
-    return importlib.import_module(f"jaxmed.systems.{system}.stages.{stage.replace('-', '_')}")
+    from jaxmed.recipes.stage import load_stage
+
+    return load_stage(system, stage)
 
 
 def _run_stage(system: str, stage: str, arguments: list[str]) -> int:

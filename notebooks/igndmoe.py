@@ -30,8 +30,8 @@ from jaxmed.arrays.graphs import make_graph
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.systems import igndmoe
-from jaxmed.systems.igndmoe.attribution import contributions
-from jaxmed.systems.igndmoe.options import FitConfig
+from jaxmed.systems.igndmoe.comparing import contributions
+from jaxmed.systems.igndmoe.dual import FitConfig
 
 # %% [markdown]
 # ## A cohort with known stages
@@ -100,7 +100,7 @@ plt.show()
 mixture = jax.tree.map(lambda leaf: leaf[None], fits["mixture"])
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
 for ax, curves, title in zip(axes, (mixture.weights[0], contributions(mixture)[0]), ("weight", "share"), strict=True):
-    ax.plot(mixture.course.times[0], np.asarray(curves), label=("mechanistic", "graph diffusion", "local reaction"))
+    ax.plot(mixture.trajectory.times[0], np.asarray(curves), label=("mechanistic", "graph diffusion", "local reaction"))
     ax.set_title(title)
     ax.set_xlabel("stage (years)")
 axes[1].legend(frameon=False)

@@ -32,7 +32,7 @@ HOMES = {
     "pydicom": {"io/dicom_files.py", "io/dicom_pixels.py", "io/dicom.py", "io/parametric_map.py"},
     "highdicom": {"io/parametric_map.py"},
     "matplotlib": {"report"},
-    "tyro": {"cli.py", "recipes/training.py", "systems/igndmoe/options.py"},
+    "tyro": {"cli.py", "recipes/training.py", "systems/igndmoe/cohort_fit.py", "systems/igndmoe/dual.py"},
     "amico": {"io/amico.py"},
     "blackjax": {"physics/posterior.py"},
     "mctx": {"rl/search.py"},

@@ -99,7 +99,7 @@ def test_the_walk_finds_what_there_is():
         ("tangerine pretrain --model.encoder.width 0", "width: expected a whole number from 1 to 65,536, found 0"),
         ("selfplay adapt --adapt.rate nan", "adapt.rate: expected a number from 0"),
         ("igndmoe fit --fit.norm-weight nan", "fit.norm_weight: expected a number from 0"),
-        ("igndmoe fit --data.embedded-regions 1", "embedded_regions: expected a whole number from 2"),
+        ("igndmoe fit --data.synthetic-regions 1", "synthetic_regions: expected a whole number from 2"),
         ("noddi fit --seed -1", "seed: expected a whole number from 0 to 4,294,967,295, found -1"),
         (f"selfplay think --seed {2**63}", "seed: expected a whole number from 0 to 4,294,967,295, found 92233720368"),
         ("noddi fit --synthetic-shape 100000 100000 1", "synthetic_shape: expected a whole number from 1 to 65,536"),

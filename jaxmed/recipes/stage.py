@@ -161,7 +161,9 @@ def write_page(
 
 def load_stage(system: str, stage: str) -> ModuleType:
     """Import the module of a stage, by the words of the command line."""
-    return importlib.import_module(f"jaxmed.systems.{system}.stages.{stage.replace('-', '_')}")
+    # A module named stage beside the folder of all stages would be read as one of them.
+    name = "assign_stage" if (system, stage) == ("igndmoe", "stage") else stage.replace("-", "_")
+    return importlib.import_module(f"jaxmed.systems.{system}.stages.{name}")
 
 
 def nested_run(

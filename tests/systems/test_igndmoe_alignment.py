@@ -9,8 +9,8 @@ import pytest
 
 from jaxmed.arrays.visits import Visits, count_values, mark_missing, take_subjects
 from jaxmed.solvers.fixed_grid import interpolate, solve_fixed
-from jaxmed.systems.igndmoe.alignment import align, subject_errors
-from jaxmed.systems.igndmoe.loss import ROUNDING, profiled_error, regularisers, stage_visits
+from jaxmed.systems.igndmoe.alignment import align, profiled_error, stage_visits, subject_errors
+from jaxmed.systems.igndmoe.dual import ROUNDING, regularisers
 
 pytestmark = pytest.mark.core
 

@@ -6,14 +6,22 @@ import numpy as np
 import pytest
 
 from jaxmed.arrays.visits import Visits, mark_missing
+from jaxmed.metrics.regional import row_correlations
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.systems.igndmoe import maps
-from jaxmed.systems.igndmoe.attribution import ablations, bands, contributions, draw_weights
-from jaxmed.systems.igndmoe.comparing import Held, choose, criteria, make_folds
+from jaxmed.systems.igndmoe.cohort_fit import FittedTrajectory, score
+from jaxmed.systems.igndmoe.comparing import (
+    Held,
+    ablations,
+    bands,
+    choose,
+    contributions,
+    criteria,
+    draw_weights,
+    make_folds,
+)
 from jaxmed.systems.igndmoe.fitting import Fit
-from jaxmed.systems.igndmoe.measures import row_correlations, score
-from jaxmed.systems.igndmoe.results import Course
 
 pytestmark = pytest.mark.core
 
@@ -72,10 +80,10 @@ def test_correlations_and_scores_leave_out_what_was_not_measured():
     assert np.isnan(row_correlations(first, second)[3])
     times = np.linspace(0, 10, 5, dtype=np.float32)
     line = Trajectory(*map(jnp.asarray, (times, np.tile(times[:, None] / 10, 3), np.full((5, 3), 0.1, np.float32))))
-    course = Course(line, (), (0.0, 1.0), 8)
+    fitted = FittedTrajectory(line, stages=8)
     values = np.array([[[0.1, 0.2, np.nan], [0.4, np.nan, 0.6]], [[0.7, 0.8, np.nan], [0, 0, 0]]], np.float32)
     visits = mark_missing(Visits(values, np.array([[0, 2], [0, 0]], np.float32), np.array([[1, 1], [1, 0]], bool)))
-    found = score(course, visits, np.array([1.0, 7.0], np.float32), np.ones(2, bool))
+    found = score(fitted, visits, np.array([1.0, 7.0], np.float32), np.ones(2, bool))
     errors = [0, 0.1, 0.1, 0.3, 0, 0.1]
     assert found["sse"] == pytest.approx(np.square(errors).sum(), abs=1e-6) and found["visits"] == 3
     assert found["mse"] == pytest.approx(np.square(errors).mean(), abs=1e-6)

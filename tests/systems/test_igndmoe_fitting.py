@@ -15,8 +15,9 @@ from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.solvers.ode import GRID
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.systems import igndmoe
-from jaxmed.systems.igndmoe.fitting import bootstrap_weights, fit_runs, make_problem, programs
-from jaxmed.systems.igndmoe.options import FitConfig
+from jaxmed.systems.igndmoe.comparing import bootstrap_weights
+from jaxmed.systems.igndmoe.dual import FitConfig
+from jaxmed.systems.igndmoe.fitting import fit_runs, make_problem, programs
 
 SEEDS = (0, 4)
 SMALL = ProgressionConfig(width=8, latent=4)
@@ -66,7 +67,7 @@ def test_the_mixture_beats_fkpp_on_held_out_subjects_and_finds_their_stages(coho
     # An interrupted run goes on from what it kept, to the same numbers.
     resumed, _ = run(cohort, graph, MIXTURE, state=states[0][0])
     np.testing.assert_allclose(resumed.onsets, mixture.onsets, atol=1e-5)
-    np.testing.assert_allclose(resumed.course.states, mixture.course.states, atol=1e-6)
+    np.testing.assert_allclose(resumed.trajectory.states, mixture.trajectory.states, atol=1e-6)
 
 
 def test_many_runs_in_one_program_are_those_alone(cohort, graph):
@@ -113,7 +114,7 @@ def test_the_five_line_example():
     adjacency = random_connectome(0, 8, 0.4).adjacency
     cohort = simulate_cohort(jax.random.key(0), adjacency, seeds=(0, 4), config=CohortConfig(subjects=60))
     found = igndmoe.fit(cohort.visits, make_graph(adjacency), FKPP, seeds=(0, 4))
-    assert found.onsets.shape == (60,) and found.course.states.shape == (33, 8) and bool(found.succeeded)
+    assert found.onsets.shape == (60,) and found.trajectory.states.shape == (33, 8) and bool(found.succeeded)
 
 
 def test_a_traced_fit_is_the_hosts_and_what_cannot_be_traced_says_so(cohort, graph):
@@ -123,14 +124,14 @@ def test_a_traced_fit_is_the_hosts_and_what_cannot_be_traced_says_so(cohort, gra
     pair = jnp.stack([visits.values, 0.9 * visits.values])
     traced = jax.jit(jax.vmap(lambda values: igndmoe.fit_on_device(visits._replace(values=values), graph, short)))(pair)
     alone = igndmoe.fit(visits, graph, short)
-    np.testing.assert_allclose(traced.course.states[0], alone.course.states, atol=1e-4)
+    np.testing.assert_allclose(traced.trajectory.states[0], alone.trajectory.states, atol=1e-4)
     np.testing.assert_allclose(traced.errors[0], alone.errors, rtol=1e-3, atol=2e-5)
     assert int(traced.rounds[0]) == int(alone.rounds) == 1
     assert not np.allclose(traced.errors[1], alone.errors, rtol=0.05)
     # Without seeds it starts where values are highest.
     known = np.asarray(visits.present)[..., None]
     highest = np.argmax((np.asarray(visits.values) * known).sum(axis=(0, 1)))
-    assert np.flatnonzero(alone.course.states[0]).tolist() == [highest]
+    assert np.flatnonzero(alone.trajectory.states[0]).tolist() == [highest]
     with pytest.raises(ValueError, match=r"igndmoe.fit_on_device: expected no derivative .* alignment.align"):
         jax.grad(lambda v: igndmoe.fit_on_device(visits._replace(values=v), graph, short).errors.sum())(pair[0])
     for transform in (jax.jit, jax.vmap, jax.grad):

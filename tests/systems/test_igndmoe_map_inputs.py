@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from jaxmed.data.connectomes import Connectome
 from jaxmed.errors import InputError
-from jaxmed.systems.igndmoe.map_inputs import MapConfig, read_agents, read_map
-from jaxmed.systems.igndmoe.reading import Connectome
+from jaxmed.systems.igndmoe.maps import MapConfig, read_agents, read_map
 
 pytestmark = pytest.mark.core
 

@@ -13,7 +13,7 @@ import scipy.stats
 from jaxmed import files
 from jaxmed.arrays.graphs import laplacian
 from jaxmed.cli import main
-from jaxmed.systems.igndmoe.reading import ConnectomeConfig, read_connectome
+from jaxmed.data.connectomes import ConnectomeConfig, read_connectome
 
 TINY = [
     *("--fit.model.equation", "fkpp", "--fit.grid-steps", "32", "--fit.stages", "64"),

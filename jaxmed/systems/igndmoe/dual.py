@@ -7,32 +7,91 @@ seeds, bootstrap draws), which differ in their keys and in the weights of subjec
 Source: arXiv:2508.07032, section on dual optimisation.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmed.arrays.graphs import GraphsTuple, Matrix, operator
+from jaxmed.arrays.graphs import GraphsTuple, LaplacianKind, Matrix, operator
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.arrays.visits import Visits, count_values
+from jaxmed.config import Bounds, Decay, NonNegative, Seed, Size, checked
 from jaxmed.models.graph_diffusion import ProgressionConfig, Rates, make_progression_model, set_mechanism
 from jaxmed.nn.model import Model
 from jaxmed.physics.progression import fkpp
 from jaxmed.solvers import quasi_newton
 from jaxmed.solvers.fixed_grid import Trajectory
-from jaxmed.solvers.ode import solve_trajectory
-from jaxmed.systems.igndmoe.alignment import align
-from jaxmed.systems.igndmoe.loss import Terms, profiled_error, regularisers, stage_visits
-from jaxmed.systems.igndmoe.options import FitConfig
+from jaxmed.solvers.ode import GRID, OdeConfig, Solver, solve_trajectory
+from jaxmed.systems.igndmoe.alignment import align, profiled_error, stage_visits
 
 # The mechanistic start: rates tried, then rounds of steps on log rates with stages updated between them.
 TRIED_DIFFUSION = (0.01, 0.03, 0.1, 0.3, 1.0)
 TRIED_GROWTH = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRIED_SEEDS = (0.1, 0.2, 0.4, 0.6, 0.9)
 START_ROUNDS, START_STEPS = 4, 15
+# Below this product of squared norms two experts count as different: one of them is still nothing.
+SMALLEST_NORM = 1e-12
+# Of an expert along the course, in the norm's unit; one that moves 20 regions by 0.01 a year for 30 years has 0.24.
+ROUNDING = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class FitConfig:
+    """How a trajectory is fitted to visits.
+
+    Attributes:
+        model: The equation.
+        laplacian: Of the connectome. "random_walk" and "symmetric" weigh regions by their strength; "combinatorial" is
+            that of the paper's equation 1.
+        grid_steps: Steps of the solver from stage 0 to the model's horizon.
+        loops: Most rounds of a trajectory step and an alignment step.
+        steps: Evaluations of loss and gradient in a trajectory step.
+        memory: Steps whose curvature a trajectory step remembers.
+        norm_weight: lambda 1, of the size of neural experts.
+        overlap_weight: lambda 2, of experts looking alike.
+        tolerance: Relative change of the loss between rounds that ends a fit.
+        patience: Rounds without a better validation error that end a fit.
+        validation: Share of training subjects kept for early stopping.
+        seed_value: State of the seeds at stage 0 where the fit begins.
+        stages: Stages tried in an alignment.
+        seed: Of networks and of the choice of validation subjects.
+        solver: "diffrax" solves the equation as `ode` says; "fixed" is a scan of four evaluations a step, the fast
+            path, with the same numbers as diffrax's defaults here but for rounding.
+        ode: Of diffrax.
+
+    Source: arXiv:2508.07032, dual optimisation. The paper gives no optimiser, number of steps or criterion;
+    overlap_weight is the release's. Deviation: the specification proposes AdamW, 500 steps in each of 10 rounds. The
+    whole cohort is one batch and its loss has no noise, so a trajectory step is limited-memory BFGS, on an error that
+    lets subjects move along the course to first order (`alignment.profiled_error`). With AdamW at fixed stages the
+    weights of the experts hardly left their start in 5000 steps.
+    """
+
+    model: ProgressionConfig = dataclasses.field(default_factory=ProgressionConfig)
+    laplacian: LaplacianKind = "random_walk"
+    grid_steps: Size = 64
+    loops: Size = 20
+    steps: Size = 50
+    memory: Size = 16
+    norm_weight: NonNegative = 1e-2
+    overlap_weight: NonNegative = 0.1
+    tolerance: NonNegative = 1e-4
+    patience: Size = 4
+    validation: Decay = 0.2
+    seed_value: Annotated[float, Bounds(0, 1, above=True, below=True)] = 0.15
+    stages: Annotated[int, Bounds(8, 65_536)] = 512
+    seed: Seed = 0
+    solver: Annotated[Solver, tyro.conf.arg(name="solver", prefix_name=False)] = "diffrax"
+    ode: Annotated[OdeConfig, tyro.conf.arg(name="ode", prefix_name=False)] = GRID
+
+    def __post_init__(self) -> None:
+        if self.solver == "fixed" and self.ode != GRID:
+            raise ValueError("ode: expected nothing beside solver 'fixed', found options of diffrax")
 
 
 class Problem(NamedTuple):
@@ -109,12 +168,26 @@ class Info(NamedTuple):
     rejected: Int[Array, ""]
 
 
+class Terms(NamedTuple):
+    """Parts of the loss, without their weights.
+
+    Attributes:
+        data: Sum of squared errors.
+        norm: Size of the neural experts along the trajectory.
+        overlap: How much experts look alike.
+    """
+
+    data: Scalar
+    norm: Scalar
+    overlap: Scalar
+
+
 def time_grid(config: FitConfig) -> Float[Array, " time"]:
     """Return the solver's grid from stage 0 to the horizon, in years."""
     return jnp.linspace(0.0, config.model.horizon, config.grid_steps + 1)
 
 
-def solve_course(
+def solve_equation(
     model: Model, params: Params, graph: GraphsTuple, seeds: Float[Array, " region"], config: FitConfig
 ) -> Trajectory:
     """Solve the equation from the seeds to the horizon."""
@@ -161,7 +234,7 @@ def init(key: KeyArray, problem: Problem, config: FitConfig) -> DualState:
     initial = jax.nn.sigmoid(rates.seed) * problem.seeds
     field = model.init(key, initial, jnp.zeros(()), problem.graph, initial)
     params = {"field": _start_field(model, field, rates, problem, initial, config.model), "seed": rates.seed}
-    staged = align(solve_course(model, params, problem.graph, problem.seeds, config), problem.visits, config.stages)
+    staged = align(solve_equation(model, params, problem.graph, problem.seeds, config), problem.visits, config.stages)
     # Equations without a mechanistic part start flat, where stages mean nothing: theirs are the mechanistic curve's.
     is_mechanistic = config.model.equation in ("igndmoe", "ndm", "fkpp", "weighted_fkpp") and not config.model.quirks
     onsets = staged.onsets if is_mechanistic else onsets
@@ -173,7 +246,7 @@ def step(state: DualState, problem: Problem, config: FitConfig) -> tuple[DualSta
     """Do one round: train at fixed stages, then stage all subjects; a finished run stays as it is."""
     model = make_progression_model(config.model)
     params, terms, rejected = _trajectory_step(model, state, problem, config)
-    course = solve_course(model, params, problem.graph, problem.seeds, config)
+    course = solve_equation(model, params, problem.graph, problem.seeds, config)
     staged = align(course, problem.visits, config.stages)
     train, validation = _mean_errors(problem, staged.errors)
     # NaN is never better, so a run that breaks ends with its best round.
@@ -296,12 +369,12 @@ def _start_field(
 def _trajectory_step(
     model: Model, state: DualState, problem: Problem, config: FitConfig
 ) -> tuple[Params, Terms, Array]:
-    first = solve_course(model, state.params, problem.graph, problem.seeds, config)
+    first = solve_equation(model, state.params, problem.graph, problem.seeds, config)
     staged = stage_visits(first, problem.visits, state.onsets, problem.train)
     flat, unravel = ravel_pytree(state.params)
 
     def terms_of(params: Params) -> Terms:
-        course = solve_course(model, params, problem.graph, problem.seeds, config)
+        course = solve_equation(model, params, problem.graph, problem.seeds, config)
         norm = overlap = jnp.zeros(())
         if config.model.equation == "igndmoe":
             experts = rates_along(model, params, problem.graph, problem.seeds, course).experts
@@ -315,6 +388,27 @@ def _trajectory_step(
     end = quasi_newton.run(value_and_slope(loss, config), flat, config.steps, config.memory)
     params = unravel(end.point)
     return params, terms_of(params), end.rejected
+
+
+def regularisers(experts: Float[Array, "time expert region"], step: Scalar) -> tuple[Scalar, Scalar]:
+    """Return the size of the neural experts and the overlap of all.
+
+    Args:
+        experts: Along the trajectory, unweighted; the first is the mechanistic one.
+        step: Of the grid, in years.
+
+    Source: arXiv:2508.07032, equation 10. Deviation: both are integrals over time, and the overlap of two experts is
+    their squared correlation over regions, so that neither depends on the grid, the solver or the number of regions;
+    the release adds one term per call of its solver.
+    """
+    energy = jnp.sum(experts[:, 1:] ** 2, axis=(0, 2)) * step
+    # Rounded off near 0, where neural experts start and the root has a kink that holds them.
+    norm = jnp.sum(jnp.sqrt(energy + ROUNDING**2) - ROUNDING)
+    centred = experts - experts.mean(axis=-1, keepdims=True)
+    products = jnp.einsum("tpn,tqn->tpq", centred, centred)
+    squares = jnp.diagonal(products, axis1=1, axis2=2)
+    alike = products**2 / (squares[:, :, None] * squares[:, None, :] + SMALLEST_NORM)
+    return norm, jnp.sum(alike * (1 - jnp.eye(experts.shape[1]))) * step
 
 
 def _mean_errors(problem: Problem, errors: Array) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from jaxmed.models.graph_diffusion import make_progression_model
 from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.systems.igndmoe import dual
 from jaxmed.systems.igndmoe.alignment import Alignment, align
-from jaxmed.systems.igndmoe.options import FitConfig
+from jaxmed.systems.igndmoe.dual import FitConfig
 
 
 class Fit(NamedTuple):
@@ -25,7 +25,7 @@ class Fit(NamedTuple):
 
     Attributes:
         params: Of the equation and the seeds, of the round that validation preferred.
-        course: States and their slopes from stage 0 to the horizon.
+        trajectory: States and their slopes from stage 0 to the horizon.
         experts: Rates of the experts along the course, before their weights.
         weights: Of the experts along the course.
         onsets: Stage of each subject's first visit, in years.
@@ -36,7 +36,7 @@ class Fit(NamedTuple):
     """
 
     params: Params
-    course: Trajectory
+    trajectory: Trajectory
     experts: Float[Array, "*run time expert region"]
     weights: Float[Array, "*run time expert"]
     onsets: Float[Array, "*run subject"]
@@ -81,7 +81,7 @@ def fit_on_device(
 
     Rounds that a settled fit no longer needs are computed and dropped. It has no derivative and says so: a grid of
     rates is searched and steps are kept or not, so that a fit changes in jumps. What has one is each part of it, with
-    stages by the implicit function theorem: `alignment.align`, `loss.profiled_error`, `dual.solve_course`.
+    stages by the implicit function theorem: `alignment.align`, `alignment.profiled_error`, `dual.solve_equation`.
 
     Args:
         visits: As in `fit`, but values are finite: `arrays.visits.mark_missing` sets apart what was not measured.
@@ -105,7 +105,7 @@ def fit_on_device(
     def refuse(primals: Any, tangents: Any) -> Any:
         raise ValueError(
             "igndmoe.fit_on_device: expected no derivative of a whole fit, which changes in jumps; differentiate "
-            "alignment.align or loss.profiled_error"
+            "alignment.align or alignment.profiled_error"
         )
 
     return run(visits, graph)
@@ -216,20 +216,14 @@ def programs(config: FitConfig, is_shared: bool = True) -> tuple[Callable, Calla
 
 def _finish(state: dual.DualState, problem: dual.Problem, config: FitConfig) -> Fit:
     model, params = make_progression_model(config.model), state.best.params
-    course = dual.solve_course(model, params, problem.graph, problem.seeds, config)
-    rates = dual.rates_along(model, params, problem.graph, problem.seeds, course)
-    staged = align(course, problem.visits, config.stages)
-    succeeded = jnp.all(jnp.isfinite(course.states)) & jnp.all(jnp.isfinite(staged.errors))
-    return Fit(params, course, rates.experts, rates.weights, *staged, state.loop, succeeded)
+    trajectory = dual.solve_equation(model, params, problem.graph, problem.seeds, config)
+    rates = dual.rates_along(model, params, problem.graph, problem.seeds, trajectory)
+    staged = align(trajectory, problem.visits, config.stages)
+    succeeded = jnp.all(jnp.isfinite(trajectory.states)) & jnp.all(jnp.isfinite(staged.errors))
+    return Fit(params, trajectory, rates.experts, rates.weights, *staged, state.loop, succeeded)
 
 
 @functools.lru_cache(maxsize=8)
 def stage_program(num_stages: int) -> Callable[[Trajectory, Visits], Alignment]:
     """Return the alignment of new visits, compiled once per number of stages and shape."""
-    return jax.jit(lambda course, visits: align(course, visits, num_stages))
-
-
-def bootstrap_weights(key: Array, count: int, draws: int) -> Float[np.ndarray, "draw subject"]:
-    """Draw subjects with replacement; return how often each is drawn."""
-    chosen = jax.random.randint(key, (draws, count), 0, count)
-    return np.asarray(jax.vmap(lambda row: jnp.bincount(row, length=count))(chosen), np.float32)
+    return jax.jit(lambda trajectory, visits: align(trajectory, visits, num_stages))

@@ -1,35 +1,42 @@
 """Stage `jaxmed igndmoe attribute`: which mechanism drives which stage, with bands, and what leaving one out costs."""
 
 import dataclasses
-import shlex
-import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import jax
 import numpy as np
 
-from jaxmed.config import Size, checked
+from jaxmed.config import Bounds, checked
 from jaxmed.errors import InputError
-from jaxmed.io.tables import write_table
+from jaxmed.io.tables import read_table, write_table
+from jaxmed.metrics.regional import Scores
 from jaxmed.models.graph_diffusion import EXPERTS
-from jaxmed.systems.igndmoe.attribute_page import write_page
-from jaxmed.systems.igndmoe.attribution import ablations, bands, contributions, draw_weights
-from jaxmed.systems.igndmoe.fitting import Fit
-from jaxmed.systems.igndmoe.job import (
-    DataConfig,
-    Files,
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.bands import Band, banded_curves
+from jaxmed.report.figures import histograms
+from jaxmed.report.page import Figure, Note, Section, Table, Text
+from jaxmed.systems.igndmoe.cohort_fit import (
+    CohortSource,
+    FittedTrajectory,
     Inputs,
+    SourceFlags,
     fit_in_folder,
+    in_role,
     read_inputs,
     role_weights,
-    write_embedded,
+    score,
+    synthetic,
+    write_curves,
 )
-from jaxmed.systems.igndmoe.measures import score
-from jaxmed.systems.igndmoe.options import ATTRIBUTION, FitConfig
-from jaxmed.systems.igndmoe.results import Course
-from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.systems.igndmoe.comparing import ATTRIBUTION, ablations, bands, contributions, draw_weights
+from jaxmed.systems.igndmoe.dual import FitConfig
+from jaxmed.systems.igndmoe.fitting import Fit
+from jaxmed.train.run_folder import RunFolder
+
+FEWER = 4
+"""Every fourth point of a curve is drawn: its marks would touch otherwise."""
+KEYS = [name.replace(" ", "_") for name in EXPERTS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,33 +45,20 @@ class Config:
     """Attribute a course to mechanisms.
 
     Attributes:
-        connectome: CSV file: a square matrix with region names, or edges as source, target, weight.
-        table: CSV file with a row per visit: subject, age in years, optionally split, a column for every region.
-        seeds: Regions where the disease starts, by name; for tau the two entorhinal ones.
-        data: How they are read, or embedded data.
-        fit: Mixture and recipe; by default one whose weights can be read, see `options.ATTRIBUTION`.
+        source: The cohort.
+        fit: Mixture and recipe; by default one whose weights can be read, see `comparing.ATTRIBUTION`.
         draws: Bootstrap draws of training subjects; each is a fit of its own, from its own first weights.
         ablate: Fit the mixture with each part left out too.
     """
 
-    connectome: Path | None = None
-    table: Path | None = None
-    seeds: tuple[str, ...] = ()
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    source: SourceFlags = dataclasses.field(default_factory=CohortSource)
     fit: FitConfig = dataclasses.field(default_factory=lambda: ATTRIBUTION)
-    draws: Size = 50
+    draws: Annotated[int, Bounds(2, 65_536)] = 50
     ablate: bool = True
 
     def __post_init__(self) -> None:
-        if self.draws < 2:
-            raise ValueError(f"draws: expected 2 or more, found {self.draws}")
         if self.fit.model.equation != "igndmoe":
             raise ValueError(f"fit.model.equation: expected igndmoe, found {self.fit.model.equation}")
-
-    @property
-    def is_synthetic(self) -> bool:
-        """Whether the data are generated: files given take their place, whatever the preset."""
-        return self.data.embedded is not None and self.connectome is None and self.table is None
 
 
 def paper() -> Config:
@@ -74,88 +68,125 @@ def paper() -> Config:
 
 def laptop() -> Config:
     """Ten draws of a simulated cohort, in minutes."""
-    return Config(data=DataConfig(embedded=100, embedded_regions=20), draws=10)
+    return Config(synthetic(100, 20), draws=10)
 
 
 def smoke() -> Config:
     """Two draws of a small simulated cohort, in seconds."""
-    recipe = dataclasses.replace(ATTRIBUTION, stages=64, steps=20, loops=1)
-    return Config(data=DataConfig(embedded=40), fit=recipe, draws=2, ablate=False)
+    return Config(synthetic(40), dataclasses.replace(ATTRIBUTION, stages=64, steps=20, loops=1), draws=2, ablate=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What drives which stage.
+
+    Attributes:
+        subjects: Of all roles.
+        regions: Names.
+        draws: Of training subjects.
+        ablations: Scores of held-out subjects, of the mixture and without each part.
+        falls: Share of draws in which a mechanism contributes less late than early.
+        notes: What a reader should know.
+    """
+
+    subjects: int
+    regions: tuple[str, ...]
+    draws: int
+    ablations: dict[str, Scores]
+    falls: dict[str, float]
+    notes: tuple[str, ...]
 
 
 def run(config: Config, folder: RunFolder) -> None:
     """Fit the cohort, its draws and its ablations; write weights, contributions and stages with bands."""
-    began, notes = time.monotonic(), []
-    files = Files(config.connectome, config.table, config.seeds, config.data.scaling)
-    if config.is_synthetic:
-        start(folder)
-        files = write_embedded(config.data, folder.path / "inputs", config.fit.seed)
-    inputs = read_inputs(files, config.data, config.fit, notes)
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
-    for note in notes:
-        log.say(f"Note: {note}")
+    clock, notes = Clock(), []
+    inputs = read_inputs(config.source, config.fit, folder, notes)
+    log = begin(folder, notes)
     train = draw_weights(jax.random.key(config.fit.seed), role_weights(inputs.roles, "train")[0], config.draws)
     validation = role_weights(inputs.roles, "validation", config.draws + 1)
     numbers = config.fit.seed + np.arange(config.draws + 1)
     fitted = fit_in_folder(inputs, config.fit, train, validation, numbers, folder, log, "bootstrap")
-    _write_bands(folder, inputs, fitted)
+    _write_bands(folder.outputs, inputs, fitted)
     costs = {"complete": _held_out(inputs, fitted, config.fit)}
-    if config.ablate:
-        for name, model in ablations(config.fit.model).items():
-            if name == "complete":
-                continue
-            recipe = dataclasses.replace(config.fit, model=model)
-            alone = fit_in_folder(
-                inputs, recipe, train[:1], validation[:1], numbers[:1], folder, log, name.replace(" ", "_")
-            )
-            costs[name] = _held_out(inputs, alone, recipe)
+    for name, model in list(ablations(config.fit.model).items())[1:] if config.ablate else ():
+        recipe, part = dataclasses.replace(config.fit, model=model), name.replace(" ", "_")
+        alone = fit_in_folder(inputs, recipe, train[:1], validation[:1], numbers[:1], folder, log, part)
+        costs[name] = _held_out(inputs, alone, recipe)
     share = contributions(fitted)[1:]
     slope = share[:, -1] - share[:, 0]
-    summary: dict[str, Any] = {
-        "subjects": len(inputs.cohort.subjects),
-        "regions": list(inputs.connectome.regions),
-        "draws": config.draws,
-        "ablations": costs,
-        "falls": {name: float(np.mean(slope[:, i] < 0)) for i, name in enumerate(EXPERTS)},
-        "notes": notes,
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed igndmoe attribute --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read, fit and compile": time.monotonic() - began},
-    }
-    write_summary(folder, summary)
-    write_page(folder.path)
+    falls = {name: float(np.mean(slope[:, i] < 0)) for i, name in enumerate(EXPERTS)}
+    clock.lap("read, fit and compile")
+    summary = Summary(len(inputs.cohort.subjects), inputs.regions, config.draws, costs, falls, tuple(notes))
+    finish(folder, config, summary, clock, page)
 
 
-report = write_page
-
-
-def _held_out(inputs: Inputs, fitted: Fit, config: FitConfig) -> dict[str, float | int | None]:
+def _held_out(inputs: Inputs, fitted: Fit, config: FitConfig) -> Scores:
     """Score the first run on test subjects, or on validation subjects where there are none."""
-    role = "test" if "test" in inputs.roles else "validation"
-    chosen = np.array([found == role for found in inputs.roles])
+    chosen = in_role(inputs.roles, "test" if "test" in inputs.roles else "validation")
     if not chosen.any():
         raise InputError("data.fractions", "test or validation subjects", "none", "give them a share")
-    course = Course(jax.tree.map(lambda leaf: leaf[0], fitted.course), (), (0.0, 1.0), config.stages)
-    return score(course, inputs.cohort.visits, np.asarray(fitted.onsets[0]), chosen)
+    first = FittedTrajectory(jax.tree.map(lambda leaf: leaf[0], fitted.trajectory), stages=config.stages)
+    return score(first, inputs.cohort.visits, np.asarray(fitted.onsets[0]), chosen)
 
 
-def _write_bands(folder: RunFolder, inputs: Inputs, fitted: Fit) -> None:
-    times = np.asarray(fitted.course.times)[0]
+def _write_bands(outputs: Path, inputs: Inputs, fitted: Fit) -> None:
+    times = np.asarray(fitted.trajectory.times)[0]
     for name, values in (("weights", np.asarray(fitted.weights, float)), ("contributions", contributions(fitted))):
-        found, rows = bands(values[1:]), []
-        for t, stage in enumerate(times):
-            row = {"stage": float(stage)}
-            for i, expert in enumerate(EXPERTS):
-                key = expert.replace(" ", "_")
-                row |= {key: float(values[0, t, i]), f"{key}_median": float(found.middle[t, i])}
-                row |= {f"{key}_low": float(found.low[t, i]), f"{key}_high": float(found.high[t, i])}
-            rows.append(row)
-        write_table(folder.outputs / f"{name}.csv", tuple(rows[0]), rows)
-    found = bands(np.asarray(fitted.onsets, float)[1:])
-    onsets = np.asarray(fitted.onsets)[0]
+        found, curves = bands(values[1:]), {}
+        for i, key in enumerate(KEYS):
+            curves |= {key: values[0, :, i], f"{key}_median": found.middle[:, i]}
+            curves |= {f"{key}_low": found.low[:, i], f"{key}_high": found.high[:, i]}
+        write_curves(outputs / f"{name}.csv", times, curves)
+    onsets = np.asarray(fitted.onsets, float)
+    found = bands(onsets[1:])
     rows = [
-        {"subject": name, "stage": float(onsets[i]), "low": float(found.low[i]), "high": float(found.high[i])}
+        {"subject": name, "stage": float(onsets[0, i]), "low": float(found.low[i]), "high": float(found.high[i])}
         for i, name in enumerate(inputs.cohort.subjects)
     ]
-    write_table(folder.outputs / "stages.csv", ("subject", "stage", "low", "high"), rows)
+    write_table(outputs / "stages.csv", ("subject", "stage", "low", "high"), rows)
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show mechanisms over stage, what each one left out costs, and how sure stages are."""
+    summary, outputs = run.summary, run.outputs
+    told = f"of {summary.draws} draws: its share late below early"
+    tiles = [(f"{name.capitalize()} falls", f"{100 * share:.0f}%", told) for name, share in summary.falls.items()]
+    stages = read_table(outputs / "stages.csv")
+    uncertain = histograms(
+        {"width of a stage's band": np.array(stages.floats("high")) - np.array(stages.floats("low"))},
+        units={"width of a stage's band": "years"},
+        caption="How far a subject's stage moves over draws of the cohort.",
+        bins=20,
+    )
+    curves = [
+        _figure(outputs / "contributions.csv", "share of the change", "What moves an average region: weight x size."),
+        _figure(outputs / "weights.csv", "weight", "Weights alone."),
+    ]
+    rows = [(name, s["sse"], s["mse"], s["r"], s["visits"]) for name, s in summary.ablations.items()]
+    table = Table(("Model", "SSE", "MSE", "R over regions", "Visits"), rows, "Held-out subjects, values on [0, 1].")
+    text = Text(
+        [
+            "Bands are the 5th to 95th percentile over draws of the training subjects, each fitted anew from its own "
+            "first weights, so they hold the uncertainty of subjects and of the optimisation.",
+            "Weights are not contributions: a network can grow while its weight shrinks. Only differences that a part "
+            "left out makes on held-out subjects say that this part is needed.",
+        ]
+    )
+    sections = [
+        Section("Mechanisms", curves),
+        Section("Left out", [table]),
+        Section("Stages", [uncertain]),
+        Section("How to read it", [*(Note(note) for note in summary.notes), text]),
+    ]
+    subtitle = f"{summary.subjects} subjects, {summary.draws} bootstrap draws"
+    return Page("Mechanisms over stage", subtitle, tiles, sections)
+
+
+def _figure(path: Path, ylabel: str, caption: str) -> Figure:
+    table = read_table(path)
+    stage, found = np.array(table.floats("stage"))[::FEWER], {}
+    for name, key in zip(EXPERTS, KEYS, strict=True):
+        columns = (np.array(table.floats(f"{key}_{part}"))[::FEWER] for part in ("median", "low", "high"))
+        found[name] = Band(stage, *columns)
+    told = f"{caption} Lines are medians over draws, bands 90%."
+    return banded_curves(found, xlabel="stage (years)", ylabel=ylabel, caption=told)

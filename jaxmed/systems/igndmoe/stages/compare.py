@@ -1,32 +1,34 @@
 """Stage `jaxmed igndmoe compare`: every model on the same folds, or models of spread against one regional map."""
 
 import dataclasses
-import shlex
-import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import jax
 import numpy as np
 
 from jaxmed.arrays.graphs import make_graph
 from jaxmed.arrays.visits import count_values
-from jaxmed.config import Size, checked
+from jaxmed.config import Bounds, Size, checked
+from jaxmed.data.connectomes import read_connectome
 from jaxmed.errors import InputError
-from jaxmed.io.tables import write_table
+from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.statistics import holm, wilcoxon
 from jaxmed.models.graph_diffusion import Equation, ProgressionConfig
 from jaxmed.physics.agents import MOST_STEPS
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import Bar, bars
+from jaxmed.report.page import Note, Section, Table, Text, Tile
+from jaxmed.report.regions import glass_brain
+from jaxmed.report.scatter import scatter
 from jaxmed.systems.igndmoe import maps
-from jaxmed.systems.igndmoe.compare_page import write_page
-from jaxmed.systems.igndmoe.comparing import ORDER, Held, choose, compare_models, criteria
-from jaxmed.systems.igndmoe.job import DataConfig, Files, read_inputs, write_embedded
-from jaxmed.systems.igndmoe.map_inputs import MapConfig, read_agents, read_map
-from jaxmed.systems.igndmoe.options import FitConfig
-from jaxmed.systems.igndmoe.reading import read_connectome
+from jaxmed.systems.igndmoe.cohort_fit import CohortSource, SourceFlags, read_inputs, synthetic
+from jaxmed.systems.igndmoe.comparing import ORDER, Held, best_of, choose, compare_models, criteria
+from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.train.announce import announce
-from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.train.run_folder import RunFolder
+
+MOST_SEEDS = 10
+Row = dict[str, str | int | float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,7 @@ class Config:
     """Compare models.
 
     Attributes:
-        connectome: CSV file: a square matrix with region names, or edges as source, target, weight.
-        table: CSV file with a row per visit: subject, age in years, optionally split, a column for every region.
-        seeds: Regions where the disease starts, by name; for tau the two entorhinal ones.
-        data: How they are read, or embedded data.
+        source: The cohort, or its connectome beside a map.
         map: A regional map to explain, in place of visits.
         models: Of visits, by name.
         folds: Of cross-validation over subjects.
@@ -46,28 +45,16 @@ class Config:
         fit: Recipe that all models share.
     """
 
-    connectome: Path | None = None
-    table: Path | None = None
-    seeds: tuple[str, ...] = ()
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    map: MapConfig = dataclasses.field(default_factory=MapConfig)
+    source: SourceFlags = dataclasses.field(default_factory=CohortSource)
+    map: maps.MapConfig = dataclasses.field(default_factory=maps.MapConfig)
     models: tuple[Equation, ...] = ORDER
-    folds: Size = 10
+    folds: Annotated[int, Bounds(2, 65_536)] = 10
     starts: Size = 3
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise ValueError(f"folds: expected 2 or more, found {self.folds}")
-        if self.starts < 1:
-            raise ValueError(f"starts: expected 1 or more, found {self.starts}")
         if not self.models or len(set(self.models)) < len(self.models):
             raise ValueError(f"models: expected different names, found {self.models}")
-
-    @property
-    def is_synthetic(self) -> bool:
-        """Whether the data are generated: files given take their place, whatever the preset."""
-        return self.data.embedded is not None and self.connectome is None and self.table is None
 
 
 def paper() -> Config:
@@ -77,56 +64,59 @@ def paper() -> Config:
 
 def laptop() -> Config:
     """Five folds, every model, in minutes: of your cohort, or of a simulated one."""
-    return Config(
-        data=DataConfig(embedded=100, embedded_regions=20), folds=5, starts=1, fit=FitConfig(steps=40, loops=8)
-    )
+    return Config(synthetic(100, 20), folds=5, starts=1, fit=FitConfig(steps=40, loops=8))
 
 
 def smoke() -> Config:
     """Two folds and two models, in seconds: of your cohort, or of a small simulated one."""
     recipe = FitConfig(model=ProgressionConfig(width=8, latent=4), grid_steps=32, stages=64, steps=20, loops=2)
-    return Config(data=DataConfig(embedded=40), models=("ndm", "fkpp"), folds=2, starts=1, fit=recipe)
+    return Config(synthetic(40), models=("ndm", "fkpp"), folds=2, starts=1, fit=recipe)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a comparison found.
+
+    Attributes:
+        kind: What models were compared on.
+        models: A row per model.
+        notes: What a reader should know.
+        subjects: Of a table of visits.
+        visits: Of all of them.
+        tests: Of each model against the best.
+        chosen: The simplest that is good enough.
+        scored: Regions of a map that have a value.
+    """
+
+    kind: Literal["visits", "map"]
+    models: tuple[Row, ...]
+    notes: tuple[str, ...]
+    subjects: int = 0
+    visits: int = 0
+    tests: tuple[Row, ...] = ()
+    chosen: str = ""
+    scored: int = 0
 
 
 def run(config: Config, folder: RunFolder) -> None:
     """Compare on a map or on visits."""
-    if config.map.file is not None:
-        _run_map(config, folder)
-    else:
-        _run_visits(config, folder)
-
-
-report = write_page
-
-
-def _finish(folder: RunFolder, log: Log, summary: dict[str, Any], began: float) -> None:
-    for note in summary["notes"]:
-        log.say(f"Note: {note}")
-    summary |= {
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed igndmoe compare --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read, fit and score": time.monotonic() - began},
-    }
-    write_summary(folder, summary)
-    write_page(folder.path)
+    clock, work = Clock(), _on_visits if config.map.file is None else _on_map
+    summary = work(config, folder)
+    clock.lap("read, fit and score")
+    finish(folder, config, summary, clock, page)
 
 
 # --- Visits -----------------------------------------------------------------------------------
 
 
-def _run_visits(config: Config, folder: RunFolder) -> None:
-    began, notes = time.monotonic(), []
-    files = Files(config.connectome, config.table, config.seeds, config.data.scaling)
-    if config.is_synthetic:
-        start(folder)
-        files = write_embedded(config.data, folder.path / "inputs", config.fit.seed)
-    inputs = read_inputs(files, config.data, config.fit, notes)
-    if len(inputs.cohort.subjects) < 2 * config.folds:
-        found = f"{len(inputs.cohort.subjects)} for {config.folds} folds"
+def _on_visits(config: Config, folder: RunFolder) -> Summary:
+    notes: list[str] = []
+    inputs = read_inputs(config.source, config.fit, folder, notes)
+    visits, count = inputs.cohort.visits, len(inputs.cohort.subjects)
+    if count < 2 * config.folds:
+        found = f"{count} for {config.folds} folds"
         raise InputError("folds", "two subjects or more in every fold", found, "lower --folds")
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
-    visits = inputs.cohort.visits
+    log = begin(folder, notes)
     announce(
         log, f"Comparing on {config.folds} folds from {config.starts} starts each", batch=visits.values,
         count=len(config.models), unit="models", smaller=folder.smaller,
@@ -144,27 +134,27 @@ def _run_visits(config: Config, folder: RunFolder) -> None:
         results = compare_models(
             visits, inputs.graph, inputs.seeds, config.fit, config.models, config.folds, config.starts, on_model
         )
-    failed = [f"{held.model} {sum(1 - int(row['finite'] or 0) for row in held.rows)}" for held in results]
-    failed = [text for text in failed if not text.endswith(" 0")]
-    if failed:
-        notes.append(f"Runs that ended in numbers that are not finite: {', '.join(failed)}.")
+    failed = {held.model: sum(1 - int(row["finite"] or 0) for row in held.rows) for held in results}
+    if any(failed.values()):
+        told = ", ".join(f"{model} {runs}" for model, runs in failed.items() if runs)
+        notes.append(f"Runs that ended in numbers that are not finite: {told}.")
+        log.say(f"Note: {notes[-1]}")
     rows = [{"model": held.model, **row} for held in results for row in held.rows]
     write_table(folder.outputs / "runs.csv", tuple(rows[0]), rows)
     values = int(np.asarray(count_values(visits)).sum())
-    summary = {
-        "kind": "visits",
-        "subjects": len(inputs.cohort.subjects),
-        "visits": int(np.asarray(visits.present).sum()),
-        "models": [_describe(held, values, len(inputs.cohort.subjects)) for held in results],
-        "tests": _tests(results),
-        "chosen": choose(results),
-        "notes": notes,
-    }
-    _finish(folder, log, summary, began)
+    return Summary(
+        "visits",
+        tuple(_describe(held, values, count) for held in results),
+        tuple(notes),
+        subjects=count,
+        visits=int(np.asarray(visits.present).sum()),
+        tests=tuple(_tests(results)),
+        chosen=choose(results),
+    )
 
 
-def _describe(held: Held, values: int, subjects: int) -> dict[str, Any]:
-    record: dict[str, Any] = {"model": held.model, "parameters": held.parameters}
+def _describe(held: Held, values: int, subjects: int) -> Row:
+    record: Row = {"model": held.model, "parameters": held.parameters}
     for name in ("sse", "r", "mse", "r2"):
         found = np.array([row[name] for row in held.rows if row[name] is not None], float)
         record[name] = float(found.mean()) if len(found) else None
@@ -173,14 +163,13 @@ def _describe(held: Held, values: int, subjects: int) -> dict[str, Any]:
     return record
 
 
-def _tests(results: list[Held]) -> list[dict[str, Any]]:
+def _tests(results: list[Held]) -> list[Row]:
     """Compare each model with the best, subject by subject."""
-    finite = [held for held in results if np.isfinite(held.subject_errors).all()]
-    best = min(finite, key=lambda held: held.subject_errors.mean())
+    best, finite = best_of(results)
     others = [held for held in finite if held is not best]
-    tests = [wilcoxon(held.subject_errors, best.subject_errors) for held in others]
-    if not tests:
+    if not others:
         return []
+    tests = [wilcoxon(held.subject_errors, best.subject_errors) for held in others]
     adjusted = holm(np.array([test.p_value for test in tests]))
     return [
         {
@@ -196,18 +185,21 @@ def _tests(results: list[Held]) -> list[dict[str, Any]]:
 # --- One map ----------------------------------------------------------------------------------
 
 
-def _run_map(config: Config, folder: RunFolder) -> None:
-    began, notes = time.monotonic(), []
-    if config.table is not None:
+def _on_map(config: Config, folder: RunFolder) -> Summary:
+    notes: list[str] = []
+    if config.source.table is not None:
         raise InputError("map.file", "a map or a table of visits", "both", "drop one of them")
-    connectome = read_connectome(config.connectome, config.data.graph, notes)
-    columns = read_map(config.map, connectome, notes)
+    connectome = read_connectome(config.source.connectome, config.source.data.graph, notes)
+    columns = maps.read_map(config.map, connectome, notes)
     target, known = columns["value"], np.isfinite(columns["value"])
     # Every seed's course by a matrix exponential.
     graph = make_graph(connectome.adjacency, config.fit.laplacian, is_sparse=False)
-    agents = read_agents(config.map, connectome, columns, notes)
-    start(folder)
-    log = Log(folder.path, folder.options.quiet)
+    agents = maps.read_agents(config.map, connectome, columns, notes)
+    if config.map.weight is None:
+        notes.append("Weighted FKPP is left out: no map of weights was given (--map.weight COLUMN).")
+    if agents is None:
+        notes.append("Agents are left out: they need --map.lengths FILE and --map.size COLUMN.")
+    log = begin(folder, notes)
     num_seeds = min(config.map.mixture_seeds or len(target), len(target))
     total = 3 + (config.map.weight is not None) + (agents is not None)
     announce(log, f"Fitting a map of {len(target)} regions, from every seed", count=total, unit="models")
@@ -225,49 +217,140 @@ def _run_map(config: Config, folder: RunFolder) -> None:
     if config.map.weight is not None:
         log.say(f"Weighted FKPP with {len(maps.SHARES) * len(maps.STRENGTHS)} settings.")
         keep(maps.score_fkpp(graph, target, known, columns["weight"], config.fit))
-    else:
-        notes.append("Weighted FKPP is left out: no map of weights was given (--map.weight COLUMN).")
     if agents is not None:
         log.say(f"Agents: equilibrium, then {maps.AGENT_STEPS:,} steps from {len(target)} seeds.")
         found, steps = maps.score_agents(agents, target, known)
         settled = f"settled after {steps:,} steps" if steps < MOST_STEPS else f"had not settled after {steps:,} steps"
         notes.append(f"Normal agents {settled}.")
+        log.say(f"Note: {notes[-1]}")
         keep(found)
-    else:
-        notes.append("Agents are left out: they need --map.lengths FILE and --map.size COLUMN.")
     with log.progress("Fitting the mixture", num_seeds, "seeds") as update:
         keep(maps.fit_mixture(config.fit, graph, target, known, scores[1].by_seed, num_seeds, update))
-    rows = [
-        {
-            "region": name,
-            "map": float(target[i]) if known[i] else "",
-            **{f.model: float(f.predicted[i]) for f in scores},
-        }
-        for i, name in enumerate(connectome.regions)
-    ]
-    write_table(folder.outputs / "predictions.csv", tuple(rows[0]), rows)
-    seeds = [
-        {"seed": name, **{f.model: float(f.by_seed[i]) if np.isfinite(f.by_seed[i]) else "" for f in scores}}
-        for i, name in enumerate(connectome.regions)
-    ]
-    write_table(folder.outputs / "seeds.csv", ("seed", *(found.model for found in scores)), seeds)
+    for file, first, column in (("predictions.csv", "region", "predicted"), ("seeds.csv", "seed", "by_seed")):
+        curves = {found.model: getattr(found, column) for found in scores}
+        curves = {"map": target, **curves} if first == "region" else curves
+        rows = [
+            {first: name} | {key: float(v[i]) if np.isfinite(v[i]) else "" for key, v in curves.items()}
+            for i, name in enumerate(connectome.regions)
+        ]
+        write_table(folder.outputs / file, tuple(rows[0]), rows)
     count = int(known.sum())
-    summary = {
-        "kind": "map",
-        "regions": list(connectome.regions),
-        "scored": count,
-        "models": [
-            {
-                "model": found.model,
-                "r": found.r,
-                "seed": connectome.regions[found.seed],
-                "setting": found.setting,
-                "parameters": found.parameters,
-                "aicc": maps.aicc(found.r, count, found.parameters),
-                "bic": maps.bic(found.r, count, found.parameters),
-            }
-            for found in scores
-        ],
-        "notes": notes,
-    }
-    _finish(folder, log, summary, began)
+    models: list[Row] = [
+        {
+            "model": found.model,
+            "r": found.r,
+            "seed": connectome.regions[found.seed],
+            "setting": found.setting,
+            "parameters": found.parameters,
+            "aicc": maps.aicc(found.r, count, found.parameters),
+            "bic": maps.bic(found.r, count, found.parameters),
+        }
+        for found in scores
+    ]
+    return Summary("map", tuple(models), tuple(notes), scored=count)
+
+
+# --- The page -----------------------------------------------------------------------------------
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show every model, and which is chosen."""
+    summary = run.summary
+    is_map = summary.kind == "map"
+    tiles, sections = _map(run.outputs, summary) if is_map else _visits(summary)
+    sections.append(Section("How to read it", [*(Note(note) for note in summary.notes), _reading(is_map)]))
+    subtitle = "Against one regional map" if is_map else "On the same folds of a cohort"
+    return Page("Models of spread, compared", subtitle, tiles, sections)
+
+
+def _visits(summary: Summary) -> tuple[list[Tile], list[Section]]:
+    columns = ("Model", "Parameters", "SSE", "sd", "R", "sd", "MSE", "R2", "AICc", "BIC")
+    models: list[Any] = list(summary.models)
+    keys = ("model", "parameters", "sse", "sse_sd", "r", "r_sd", "mse", "r2", "aicc", "bic")
+    rows = [tuple(m[key] for key in keys) for m in models]
+    caption = (
+        "Held-out subjects, staged with all their visits; mean and spread over folds and starts, values on [0, 1]."
+    )
+    shown = [
+        Bar(m["model"], m["sse"], m["sse"] - (m["sse_sd"] or np.nan), m["sse"] + (m["sse_sd"] or np.nan))
+        for m in models
+    ]
+    tests = [(t["model"], t["against"], t["difference"], t["p_holm"]) for t in summary.tests]
+    blocks = [
+        Table(columns, rows, caption),
+        bars(shown, xlabel="SSE of held-out subjects per fold", caption="Squared error, with the spread of runs."),
+        Table(
+            ("Model", "Against the best", "Difference in MSE", "p, Holm"),
+            tests,
+            "Wilcoxon's signed-rank test over subjects, corrected for the number of models.",
+        ),
+    ]
+    tiles: list[Tile] = [
+        ("Chosen", summary.chosen, "the simplest within one standard error of the best"),
+        ("Models", len(summary.models), "on the same folds"),
+        ("Subjects", summary.subjects, f"{summary.visits} visits"),
+    ]
+    return tiles, [Section("Held-out errors", blocks)]
+
+
+def _map(outputs: Path, summary: Summary) -> tuple[list[Tile], list[Section]]:
+    models: list[Any] = list(summary.models)
+    columns = ("Model", "r", "Seed", "At", "Fitted numbers", "AICc", "BIC")
+    rows = [(m["model"], m["r"], m["seed"], m["setting"], m["parameters"], m["aicc"], m["bic"]) for m in models]
+    caption = (
+        f"Pearson's r over {summary.scored} regions, the best of all seeds, times and settings: in sample. Criteria "
+        "count all of these as fitted, and are not defined where regions are no more than fitted numbers + 1."
+    )
+    table = read_table(outputs / "predictions.csv")
+    known = np.array([cell != "" for cell in table.column("map")])
+    measured = np.array(table.floats("map", allow_missing=True))[known]
+    points = {}
+    scaled = {"map": _unit(measured)}
+    for model in models:
+        predicted = np.array(table.floats(model["model"]))[known]
+        points[f"{model['model']}, r = {model['r']:.2f}"] = np.stack([_unit(predicted), _unit(measured)], axis=1)
+        scaled[model["model"]] = _unit(predicted)
+    names = [name for name, keep in zip(table.column("region"), known, strict=True) if keep]
+    best = max(models[:-1], key=lambda m: m["r"])
+    figure = scatter(
+        points, xlabel="predicted, scaled to [0, 1]", ylabel="map, scaled to [0, 1]",
+        caption="Every region, each model at its best seed and time.",
+    )  # fmt: skip
+    brain = glass_brain(
+        {name: scaled[name] for name in ("map", best["model"])}, names, None,
+        caption="The map and the best model that tries every seed, scaled to [0, 1]; regions on a ring.",
+    )  # fmt: skip
+    seeds = read_table(outputs / "seeds.csv")
+    values = np.array(seeds.floats(best["model"]))
+    ranked = np.argsort(-values)[:MOST_SEEDS]
+    seed_bars = bars(
+        [Bar(seeds.column("seed")[i], float(values[i])) for i in ranked],
+        xlabel="Pearson's r",
+        caption=f"The best seeds of {best['model']}.",
+    )
+    # With more numbers than regions any map is fitted: not a figure to stand beside the others without saying so.
+    said = [f"from {m['seed']}" if m["aicc"] is not None else f"in sample, {m['parameters']} numbers" for m in models]
+    tiles: list[Tile] = [(m["model"], m["r"], f"r, {text}") for m, text in zip(models, said, strict=True)]
+    return tiles, [Section("Models", [Table(columns, rows, caption), figure]), Section("Regions", [brain, seed_bars])]
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    span = values.max() - values.min()
+    return (values - values.min()) / (span if span > 0 else 1.0)
+
+
+def _reading(is_map: bool) -> Text:
+    if not is_map:
+        return Text(
+            [
+                "outputs/runs.csv has a row per model, fold and start. A subject held out is staged with all of its "
+                "visits before it is scored, as in the paper: this measures the shape of a course, not a forecast."
+            ]
+        )
+    return Text(
+        [
+            "outputs/predictions.csv has every model's map, seeds.csv the best correlation from every seed.",
+            "One map cannot tell mechanisms apart: the mixture has more numbers than regions and fits in sample what "
+            "it is given. What is comparable is the models that try every seed with a handful of numbers.",
+        ]
+    )

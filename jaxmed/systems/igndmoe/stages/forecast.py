@@ -1,24 +1,21 @@
 """Stage `jaxmed igndmoe forecast`: regional values at later ages, and how good such forecasts were."""
 
 import dataclasses
-import shlex
-import time
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from jaxmed.arrays.visits import Visits, first_visits
 from jaxmed.config import NonNegative, Number, Seed, checked
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
-from jaxmed.systems.igndmoe.apply import read_inputs
-from jaxmed.systems.igndmoe.apply_page import write_forecast_page as write_page
+from jaxmed.metrics.regional import NOTHING, Scores
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import agreement
+from jaxmed.report.page import Block, Note, Section, Table, Text
+from jaxmed.systems.igndmoe.cohort_fit import later_visits, measured_values, predict, score, trajectory_inputs
 from jaxmed.systems.igndmoe.fitting import stage_program
-from jaxmed.systems.igndmoe.measures import measured_values, predictions, score
-from jaxmed.systems.igndmoe.results import predict
-from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder, write_summary
+from jaxmed.train.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +27,14 @@ class Config:
         weights: Run folder of `jaxmed igndmoe fit`.
         table: CSV file with a row per visit: subject, age in years, a column for every region of the fit, in its unit.
         horizons: Years after the last visit to forecast.
-        embedded: Patients to simulate, with a course fitted to others, where neither is given.
-        seed: Of the embedded patients.
+        synthetic: Patients to simulate, with a course fitted to others, where neither is given.
+        seed: Seed of the synthetic patients.
     """
 
     weights: Path | None = None
     table: Path | None = None
     horizons: tuple[NonNegative, ...] = (1.0, 2.0, 5.0)
-    embedded: Number | None = None
+    synthetic: Number | None = None
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -52,77 +49,110 @@ def paper() -> Config:
 
 def smoke() -> Config:
     """In seconds: your patients on your fit, or simulated ones on a fit of others."""
-    return Config(embedded=20)
+    return Config(synthetic=20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was forecast, and how good forecasts of known visits were.
+
+    Attributes:
+        subjects: How many.
+        followed: Of these, seen more than once.
+        horizons: Years after the last visit.
+        scores: Of later visits, by what they were predicted from.
+        notes: What a reader should know.
+    """
+
+    subjects: int
+    followed: int
+    horizons: tuple[float, ...]
+    scores: dict[str, Scores]
+    notes: tuple[str, ...]
 
 
 def run(config: Config, folder: RunFolder) -> None:
     """Read, stage with all visits and with the first alone, forecast, write."""
-    began = time.monotonic()
-    course, cohort, notes = read_inputs(folder, config.weights, config.table, config.embedded, config.seed)
-    log = Log(folder.path, folder.options.quiet)
-    program, visits = stage_program(course.stages), cohort.visits
-    staged = program(course.trajectory, visits)
-    onsets = np.asarray(staged.onsets)
-    followed = np.asarray(visits.gaps).max(axis=1)
+    clock = Clock()
+    fitted, cohort, notes = trajectory_inputs(folder, config.weights, config.table, config.synthetic, config.seed)
+    program, visits = stage_program(fitted.stages), cohort.visits
+    onsets = np.asarray(program(fitted.trajectory, visits).onsets)
     horizons = np.array(config.horizons)
-    gaps = followed[:, None] + horizons
-    beyond = onsets[:, None] + gaps > float(course.trajectory.times[-1])
+    gaps = np.asarray(visits.gaps).max(axis=1)[:, None] + horizons
+    beyond = onsets[:, None] + gaps > float(fitted.trajectory.times[-1])
     if beyond.any():
         leaving = int(beyond.any(axis=1).sum())
         notes.append(f"{leaving} subjects leave the course within the horizons; they stay at its end.")
-    values = predict(course, onsets, gaps)
+    several = np.asarray(visits.present).sum(axis=1) > 1
+    if not several.any():
+        notes.append("Nobody was seen twice: how good forecasts are cannot be told from this table.")
+    log = begin(folder, notes)
+    low, high = fitted.scale
+    values = low + (high - low) * predict(fitted, onsets, gaps)
     rows = [
         {"subject": name, "age": float(cohort.ages[i] + gaps[i, j]), "years_ahead": float(horizons[j])}
         | {"beyond_course": int(beyond[i, j])}
-        | {region: float(value) for region, value in zip(course.regions, values[i, j], strict=True)}
+        | {region: float(value) for region, value in zip(fitted.regions, values[i, j], strict=True)}
         for i, name in enumerate(cohort.subjects)
         for j in range(len(horizons))
     ]
-    columns = ("subject", "age", "years_ahead", "beyond_course", *course.regions)
+    columns = ("subject", "age", "years_ahead", "beyond_course", *fitted.regions)
     write_table(folder.outputs / "forecasts.csv", columns, rows)
-    several = np.asarray(visits.present).sum(axis=1) > 1
-    baseline = np.asarray(program(course.trajectory, first_visits(visits)).onsets)
+    baseline = np.asarray(program(fitted.trajectory, first_visits(visits)).onsets)
     # A baseline stage may leave less room than the subject was followed: such visits count at the course's end.
     scores = {
-        "staged with the first visit": score(course, visits, baseline, several, later=True),
-        "staged with all visits (not a forecast)": score(course, visits, onsets, several, later=True),
+        "staged with the first visit": score(fitted, visits, baseline, several, later=True),
+        "staged with all visits (not a forecast)": score(fitted, visits, onsets, several, later=True),
         "no change since the first visit": _unchanged(visits, several),
     }
-    if not several.any():
-        notes.append("Nobody was seen twice: how good forecasts are cannot be told from this table.")
-    present = np.asarray(visits.present) & several[:, None] & (np.arange(visits.present.shape[1]) > 0)
-    forecast = predictions(course, visits, baseline)[present]
-    later = {"measured": measured_values(visits)[present], "forecast": forecast}
-    write_npz(folder.outputs / "later_visits.npz", later)
-    for note in notes:
-        log.say(f"Note: {note}")
-    summary = {
-        "subjects": len(cohort.subjects),
-        "followed": int(several.sum()),
-        "horizons": list(config.horizons),
-        "scores": scores,
-        "notes": notes,
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed igndmoe forecast --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read, stage and forecast": time.monotonic() - began},
-    }
-    write_summary(folder, summary)
+    present = later_visits(visits, several)
+    forecast = predict(fitted, baseline, np.asarray(visits.gaps))[present]
+    write_npz(folder.outputs / "later_visits.npz", {"measured": measured_values(visits)[present], "forecast": forecast})
     log.metrics(0, {"subjects": len(cohort.subjects), "followed": int(several.sum())})
-    write_page(folder.path)
+    clock.lap("read, stage and forecast")
+    summary = Summary(len(cohort.subjects), int(several.sum()), config.horizons, scores, tuple(notes))
+    finish(folder, config, summary, clock, page)
 
 
-report = write_page
-
-
-def _unchanged(visits: Visits, several: np.ndarray) -> dict[str, float | int | None]:
+def _unchanged(visits: Visits, several: np.ndarray) -> Scores:
     """Score the forecast that nothing changes, which any model must beat."""
-    present = np.asarray(visits.present) & several[:, None] & (np.arange(visits.present.shape[1]) > 0)
-    if not present.any():
-        return {"sse": None, "r": None, "mse": None, "r2": None, "visits": 0}
-    values = measured_values(visits)
+    present, values = later_visits(visits, several), measured_values(visits)
     errors = np.square(values - values[:, :1])[present]
     known = np.isfinite(errors)  # regions measured at both visits
     if not known.any():
-        return {"sse": None, "r": None, "mse": None, "r2": None, "visits": 0}
+        return NOTHING
     sse = float(errors[known].sum())
     return {"sse": sse, "r": None, "mse": sse / int(known.sum()), "r2": None, "visits": int(present.sum())}
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show how good forecasts of later visits were."""
+    summary = run.summary
+    rows = [(name, s["visits"], s["mse"], s["r"], s["r2"]) for name, s in summary.scores.items()]
+    caption = (
+        "Later visits of subjects seen more than once, values on [0, 1]. Only the first row is a forecast by the "
+        "course; the last is what it must beat."
+    )
+    columns = ("Later visits predicted from", "Visits", "MSE", "R over regions", "R2, median region")
+    blocks: list[Block] = [Table(columns, rows, caption)]
+    if summary.followed:
+        with np.load(run.outputs / "later_visits.npz") as stored:
+            is_known = np.isfinite(stored["measured"])
+            measured, forecast = stored["measured"][is_known], stored["forecast"][is_known]
+        caption = "Regional values at later visits, forecast from the first visit alone."
+        blocks.append(agreement({"value": measured}, {"value": forecast}, caption=caption))
+    text = "outputs/forecasts.csv has a row per subject and horizon, in the unit of the table."
+    first = summary.scores["staged with the first visit"]
+    return Page(
+        "Forecasts on a course of disease",
+        "Subjects followed along a fitted course",
+        [
+            ("Subjects", summary.subjects, f"{summary.followed} seen more than once"),
+            ("Forecast error", first["mse"], "mean squared, values on [0, 1], from the first visit"),
+            ("Horizons", ", ".join(f"{h:g}" for h in summary.horizons), "years after the last visit"),
+        ],
+        [
+            Section("How good", blocks),
+            Section("How to read it", [*(Note(note) for note in summary.notes), Text([text])]),
+        ],
+    )

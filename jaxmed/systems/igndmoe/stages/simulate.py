@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxmed.config import NonNegative, Number, Regions, Seed, Size, checked, to_record
+from jaxmed.data.connectomes import Connectome, ConnectomeDataConfig, find_regions, read_connectome
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves, histograms
@@ -14,9 +15,8 @@ from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.regions import glass_brain
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
-from jaxmed.systems.igndmoe.options import ATTRIBUTION, FitConfig
-from jaxmed.systems.igndmoe.reading import Connectome, ConnectomeDataConfig, find_regions, read_connectome
-from jaxmed.systems.igndmoe.recovery import Planted, plant_on, stage_curve
+from jaxmed.systems.igndmoe.comparing import ATTRIBUTION, Planted, plant_on, stage_curve
+from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 

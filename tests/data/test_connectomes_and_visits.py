@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from jaxmed.data.connectomes import ConnectomeConfig, find_regions, read_connectome
+from jaxmed.data.visits import read_visits
 from jaxmed.errors import InputError
-from jaxmed.systems.igndmoe.reading import ConnectomeConfig, find_regions, read_cohort, read_connectome
 
 MATRIX = "L_a,L_b,R_a\n0,2,1\n2,0,0\n1,0,0\n"
 TABLE = "subject,age,L_a,L_b,R_a\ns1,70,1.0,1.1,1.2\ns2,61,1.3,1.0,2.0\ns1,72.5,1.2,1.3,1.5\n"
@@ -23,7 +24,7 @@ def read(tmp_path, text, **options):
 
 def cohort(tmp_path, text, scaling="minmax", **options):
     notes = []
-    return read_cohort(write(tmp_path / "t.csv", text), REGIONS, scaling, notes, **options), notes
+    return read_visits(write(tmp_path / "t.csv", text), REGIONS, scaling, notes, **options), notes
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_cohorts_come_in_every_form_of_tables(tmp_path):
     path = tmp_path / "u.csv"
     for encoding in ("utf-8-sig", "utf-16", "latin-1"):
         path.write_bytes(text.encode(encoding))
-        found = read_cohort(path, REGIONS, "minmax", notes := [])
+        found = read_visits(path, REGIONS, "minmax", notes := [])
         np.testing.assert_array_equal(found.visits.values, expected.visits.values)
         assert "semicolons" in notes[0] and "decimal commas" in notes[0]
 
