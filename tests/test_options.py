@@ -171,6 +171,7 @@ TWO_NAMES = {
     ("noddi", "Tissue"): "part of a fit and of a forward model",
     ("igndmoe", "FitConfig"): "simulate fits within its recovery study",
     ("igndmoe", "ProgressionConfig"): "as above",
+    ("igndmoe", "ConnectomeConfig"): "of a cohort and of a connectome alone; the command names it --data.graph in both",
     ("igndmoe", "OdeConfig"): "as above; the command names it --ode in every stage",
     ("selfplay", "AdaptConfig"): "compare adapts once before thinking and again while thinking",
     ("selfplay", "AugmentConfig"): "of meta-training, of adaptation, and of compare's supervised networks",

@@ -183,21 +183,26 @@ def graph_from_edges(
     looped = 1 / np.sqrt(strength + 1)
     match kind:
         case "combinatorial":
-            laplacian = -weights, strength
+            spread = -weights, strength
         case "random_walk":
-            laplacian = -weights * inverse[receivers], strength * inverse
+            spread = -weights * inverse[receivers], strength * inverse
         case "symmetric":
-            laplacian = -weights * root[receivers] * root[senders], strength * root**2
+            spread = -weights * root[receivers] * root[senders], strength * root**2
         case _:
             raise ValueError(f"kind: expected combinatorial, random_walk or symmetric, got {kind!r}")
     propagation = weights * looped[receivers] * looped[senders], looped**2
-    operators = {"adjacency": (weights, 0 * strength), "laplacian": laplacian, "propagation": propagation}
-    dtype, matrices = jnp.result_type(edges.weights.dtype), {}
+    operators = {"adjacency": (weights, 0 * strength), "laplacian": spread, "propagation": propagation}
+    dtype, matrices = jnp.result_type(edges.weights.dtype), None
     if not is_sparse:
-        for name, (entries, diagonal) in operators.items():
-            matrix = np.diag(diagonal)
-            np.add.at(matrix, (receivers, senders), entries)
-            matrices[name] = jnp.asarray(matrix[None], dtype)
+        matrix = np.zeros((num_nodes, num_nodes))
+        np.add.at(matrix, (receivers, senders), weights)
+        adjacency = jnp.asarray(matrix, dtype)
+        looped = adjacency + jnp.eye(num_nodes, dtype=dtype)
+        root = jax.lax.rsqrt(jnp.sum(looped, axis=-1))
+        matrices = {"adjacency": adjacency, "laplacian": laplacian(adjacency, kind)}
+        matrices = {
+            name: kept[None] for name, kept in (matrices | {"propagation": root[:, None] * looped * root}).items()
+        }
     modulation = np.ones(num_nodes) if regional is None else regional
     return GraphsTuple(
         nodes={name: jnp.asarray(diagonal, dtype) for name, (_, diagonal) in operators.items()}
@@ -207,7 +212,7 @@ def graph_from_edges(
         receivers=jnp.asarray(receivers, jnp.int32),
         n_node=jnp.array([num_nodes], jnp.int32),
         n_edge=jnp.array([len(senders)], jnp.int32),
-        globals=matrices or None,
+        globals=matrices,
     )
 
 
