@@ -9,7 +9,7 @@ Out: one course of the cohort over stage, in years, on [0, 1] in every region; a
 
 Stages:
   1. jaxmed igndmoe simulate --out RUN
-     a cohort with planted mechanisms, on an embedded or a given connectome.
+     a cohort with planted mechanisms, on a synthetic or a given connectome.
   2. jaxmed igndmoe fit --connectome A.csv --table visits.csv --seeds L_entorhinal R_entorhinal --out RUN
      dual optimisation: fit the course at fixed stages, stage the subjects on the course, again.
   3. jaxmed igndmoe stage --weights RUN --table new.csv --out RUN2
@@ -21,6 +21,9 @@ Stages:
   6. jaxmed igndmoe compare --connectome A.csv --table visits.csv --seeds ... --out RUN
      every model on the same folds; with --map.file in place of --table, models of spread against one regional map.
 
+Every stage solves by diffrax (--solver diffrax; --ode.method, --ode.step, --ode.adjoint, and --ode.stop-at and
+--ode.steady, which stop a course early) or on the fixed grid of a scan (--solver fixed: faster, the same numbers).
+
 Try it without data:  jaxmed igndmoe fit --preset smoke --out runs/igndmoe
 From Python:          from jaxmed.systems import igndmoe; fit = igndmoe.fit(visits, graph, config, seeds)
                       igndmoe.fit_on_device is the same to trace, for jax.jit and jax.vmap.
@@ -28,7 +31,7 @@ From Python:          from jaxmed.systems import igndmoe; fit = igndmoe.fit(visi
 Deviations, each told where it is made: the released code is a fragment (no training loop, no graph auto-encoder, no
 configuration), so the optimiser (limited-memory BFGS), rounds and the auto-encoder's layers are ours; experts are
 mixed by the paper's equation 3 and not by the release's normalisation (model.quirks brings it back); the loss is
-summed over a fixed grid. `attribute` fits experts that cannot stand in for each other (options.ATTRIBUTION): with the
+summed over a fixed grid. `attribute` fits experts that cannot stand in for each other (comparing.ATTRIBUTION): with the
 paper's, which see all regions and the time, weights can be anything along a single course.
 Time is anchored by the gaps between visits alone: subjects seen once say nothing about speed.
 """
