@@ -43,16 +43,16 @@ from jaxmed.data.records import ArraySource, SubsetSource
 from jaxmed.data.splits import label_fractions
 from jaxmed.files import write_json, write_text
 from jaxmed.metrics.classification import auroc
+from jaxmed.metrics.convergence import first_reach, read_curve
 from jaxmed.metrics.statistics import mean_interval
-from jaxmed.models.heads import ClassifierConfig, HeadConfig
+from jaxmed.models.heads import HeadConfig
 from jaxmed.models.mae import MaeConfig, masked_model
 from jaxmed.models.published.tangerine import PREPROCESS
-from jaxmed.models.vit import VitConfig
+from jaxmed.models.vit import VitConfig, vit_encoder
 from jaxmed.recipes.adapt import AdaptConfig, adapt, score, take_encoder
 from jaxmed.recipes.pretrain_mae import pretrain
 from jaxmed.recipes.training import TrainConfig, TrainData
 from jaxmed.synthesis.phantoms.chest import FINDINGS, ChestConfig, make_chest
-from jaxmed.systems.tangerine.convergence import first_reach, read_curve
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
@@ -263,7 +263,7 @@ def pretrain_on(size: Size, work: Path, encoder: VitConfig, data: Arrays, flips:
         log=Log(folder.path, quiet=True),
         augment=Flip(flips),
     )
-    return take_encoder(params, dataclasses.replace(encoder, final_norm=False), "pre-trained")
+    return take_encoder(params, vit_encoder(dataclasses.replace(encoder, final_norm=False)), "pre-trained")
 
 
 def fine_tune(
@@ -276,18 +276,17 @@ def fine_tune(
     )
     every = max(size.steps // 10, 1)
     loop = LoopConfig(size.steps, log_every=every, save_every=0, evaluate_every=every)
-    config = AdaptConfig(
-        "full", optimizer, loop, LoaderConfig(16), MeshConfig(data=1), evaluate_epochs=0, select="auroc", seed=seed
-    )
-    model = ClassifierConfig(dataclasses.replace(encoder, final_norm=False), HeadConfig(1))
+    train_config = TrainConfig(optimizer, loop, LoaderConfig(16), MeshConfig(data=1), seed=seed)
+    config = AdaptConfig(train_config, evaluate_epochs=0, select="auroc")
+    model = vit_encoder(dataclasses.replace(encoder, final_norm=False))
     folder = make_run(work, config)
     adapted = adapt(
-        config, model, Task(), train, validation, pass_on, folder=folder, log=Log(folder.path, quiet=True),
-        augment=Flip(flips), start=start_from,
+        config, model, HeadConfig(1), Task(), TrainData(train, validation, as_stored), folder=folder,
+        log=Log(folder.path, quiet=True), augment=Flip(flips), start=start_from,
     )  # fmt: skip
     scores = {}
     for name, source in tests.items():
-        logits = score(config, adapted.config, adapted.params, source, pass_on)[:, 0]
+        logits = score(config, model, adapted.head, adapted.params, source, as_stored)[:, 0]
         truth = np.array([source[row]["target"][0] for row in range(len(source))]).astype(np.int64)
         scores[name] = float(auroc(truth, logits))
     return Cell(scores, read_curve(adapted.history, "auroc", 1.0))
@@ -305,7 +304,7 @@ def image_only(fields: dict[str, Any], generator: object = None) -> dict[str, An
     return {"image": np.asarray(fields["image"], np.float32)}
 
 
-def pass_on(fields: dict[str, Any], generator: object = None) -> dict[str, Any]:
+def as_stored(fields: dict[str, Any], generator: object = None) -> dict[str, Any]:
     """Return a record that is ready."""
     return {"image": np.asarray(fields["image"], np.float32), "target": fields["target"]}
 

@@ -287,8 +287,9 @@ def parse_error(screen: str, program: str) -> InputError:
     rule = next((index for index, line in enumerate(lines) if set(line) in ({"─"}, {"-"})), len(lines))
     text, hints = " ".join(" ".join(lines[:rule]).split()), lines[rule + 1 :]
     advice = f"see {program} --help"
-    # What stands in the options without a prefix (recipes.training.TrainFlags) is told without one too.
-    text = re.sub(r"^Error parsing config\.train\b", "Error parsing config", text)
+    # What stands in the options without a prefix (recipes.training.NO_PREFIX) is told without one too.
+    flat = r"(\.(adaptation|labelled|adapt|scans|study|train))+"
+    text = re.sub(rf"^Error parsing config{flat}\b", "Error parsing config", text)
     if match := re.match(r"Unrecognized options: (.*)", text):
         close = next((line.split(",")[0].split()[0] for line in hints if line.startswith("--")), None)
         return InputError(match[1], "a known option", "an unknown one", f"did you mean '{close}'?" if close else advice)

@@ -28,13 +28,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from jaxmed.models.heads import pool_tokens
-from jaxmed.models.mae import FROZEN, masked_model
+from jaxmed.models.mae import FROZEN, masked_model, small_mae
 from jaxmed.models.vit import Vit
 from jaxmed.nn.model import make_model
 from jaxmed.objectives.masked import masked_loss
 from jaxmed.recipes.pretrain_mae import reconstruct
 from jaxmed.synthesis.phantoms.chest import FINDINGS, finding_flags, make_chest
-from jaxmed.systems.tangerine.stages.pretrain import small_model
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
 from jaxmed.train.state import create_state
@@ -82,7 +81,7 @@ litres = np.array([chest.lung.sum() for chest in chests]) * (320 / EDGE) ** 3 / 
 # the model knows something of the one in front of it.
 
 # %%
-config = small_model(EDGE, 8, 96, 3)
+config = small_mae(EDGE, 8, 96, 3)
 model = masked_model(config)
 mesh = make_mesh(MeshConfig(data=1))
 optimizer = make_optimizer(OptimizerConfig(peak_lr=2e-3, b2=0.95, warmup_steps=60, frozen=FROZEN), 600)

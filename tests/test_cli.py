@@ -4,10 +4,12 @@ import io
 import os
 import subprocess
 import sys
+import typing
 
 import pytest
 
 from jaxmed.cli import COMMANDS, STAGES, SYSTEMS, load_stage, main, parse_error
+from jaxmed.recipes.training import NO_PREFIX
 
 pytestmark = pytest.mark.core
 
@@ -132,7 +134,10 @@ READ_SCANS = [name for name in STAGES if name.split()[0] in ("tangerine", "dynam
 def reading_options(name):
     """Settings of a stage, or the record among them whose options carry no prefix either."""
     config = load_stage(*name.split()).Config()
-    return config if hasattr(config, "series") else config.network
+    while not hasattr(config, "series"):
+        hints = typing.get_type_hints(type(config), include_extras=True)
+        config = getattr(config, next(name for name, hint in hints.items() if NO_PREFIX in typing.get_args(hint)))
+    return config
 
 
 @pytest.mark.parametrize("name", READ_SCANS)

@@ -14,6 +14,7 @@ from jaxmed.cli import STAGES, SYSTEMS, load_stage, main
 from jaxmed.config import from_record
 from jaxmed.errors import InputError
 from jaxmed.files import read_record
+from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.train.run_folder import RunOptions
 
 pytestmark = pytest.mark.core
@@ -185,14 +186,16 @@ def options(system):
     names, places = set(), {}
 
     def walk(kind, prefix):
-        hints = typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind, include_extras=True)
         for field in dataclasses.fields(kind):
-            names.add(f"--{prefix}{field.name}".replace("_", "-"))
             parts = (hints[field.name], *typing.get_args(hints[field.name]))
+            place = "" if NO_PREFIX in parts else field.name
+            if place:
+                names.add(f"--{prefix}{place}".replace("_", "-"))
             for part in parts:
-                if dataclasses.is_dataclass(part):
-                    places.setdefault(part.__name__, set()).add(f"{prefix}{field.name}")
-                    walk(part, f"{prefix}{field.name}.")
+                if isinstance(part, type) and dataclasses.is_dataclass(part):
+                    places.setdefault(part.__name__, set()).add(f"{prefix}{place}")
+                    walk(part, f"{prefix}{place}." if place else prefix)
 
     for stage in STAGES:
         if stage.split()[0] == system:

@@ -1,15 +1,16 @@
 """Heads on the tokens of an encoder: pooling, classifiers, and the published ones with BatchNorm."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmed.arrays.types import KeyArray
+from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.models.vit import Vit, VitConfig
+from jaxmed.nn.model import make_model
 from jaxmed.nn.transformer import LayerNorm, Linear
 
 
@@ -18,7 +19,7 @@ class Pooled(NamedTuple):
 
     Attributes:
         class_token: The first token.
-        pooled: The mean of the patch tokens.
+        pooled: The mean of the tokens of the grid.
     """
 
     class_token: Float[Array, "batch width"]
@@ -30,9 +31,9 @@ class Pooled(NamedTuple):
         return jnp.concatenate([self.class_token, self.pooled], axis=-1)
 
 
-def pool_tokens(tokens: Float[Array, "batch token width"]) -> Pooled:
-    """Return the class token and the mean of the others."""
-    return Pooled(tokens[:, 0], tokens[:, 1:].mean(axis=1))
+def pool_tokens(tokens: Float[Array, "batch token width"], prefix: int = 1) -> Pooled:
+    """Return the class token, and the mean of the tokens after the prefix."""
+    return Pooled(tokens[:, 0], tokens[:, prefix:].mean(axis=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,10 @@ class BatchNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Pooled tokens to logits."""
+    """Pooled tokens to logits; `prefix` tokens stand before those that are averaged, see `models.encoder.Encoder`."""
 
     config: HeadConfig
+    prefix: int = 1
 
     def setup(self) -> None:
         config = self.config
@@ -127,11 +129,27 @@ class Head(nn.Module):
 
     def features(self, tokens: Float[Array, "batch token width"]) -> Float[Array, "batch feature"]:
         """Return what enters the head after its layer norm ("pre_logits")."""
-        pooled = pool_tokens(tokens)
+        pooled = pool_tokens(tokens, self.prefix)
         if self.config.pool == "class":
             return pooled.class_token
         features = pooled.concat if self.config.pool == "concat" else pooled.pooled
         return self.norm(features) if self.config.norm else features
+
+
+def init_head(config: HeadConfig, width: int, prefix: int, key: KeyArray) -> Params:
+    """Draw a head on tokens of some width, as a classifier with that head draws it."""
+    return make_model(_Headed(config, prefix)).init(key, jnp.zeros((1, prefix + 1, width)))["head"]
+
+
+class _Headed(nn.Module):
+    config: HeadConfig
+    prefix: int
+
+    def setup(self) -> None:
+        self.head = Head(self.config, self.prefix)
+
+    def __call__(self, tokens: Float[Array, "batch token width"]) -> Any:
+        return self.head(tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,23 +198,9 @@ class Classifier(nn.Module):
         """
         return self.head(self.encoder(image, kept, key=key), training=training)
 
-    def tokens(self, image: Float[Array, "batch ..."]) -> Float[Array, "batch token width"]:
-        """Return the encoder's tokens."""
-        return self.encoder(image)
-
     def features(self, image: Float[Array, "batch ..."]) -> Float[Array, "batch feature"]:
         """Return what enters the head after its layer norm."""
         return self.head.features(self.encoder(image))
-
-    def before_last(self, image: Float[Array, "batch ..."]) -> tuple[jax.Array, jax.Array]:
-        """Return the last block's input and its first layer norm of it, for Grad-CAM."""
-        return self.encoder.before_last(image)
-
-    def from_last(
-        self, x: Float[Array, "batch token width"], normed: Float[Array, "batch token width"]
-    ) -> Float[Array, "batch output"]:
-        """Return logits, given what `before_last` returns."""
-        return self.head(self.encoder.last(x, normed))[0]
 
 
 # BatchNorm's stored moments are moved by `fold_moments`, never by an optimizer.

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.masking import Masking, all_kept, draw_noise, random_masking
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Share, Size, checked
+from jaxmed.models.vit import FROZEN, Blocks, Vit, VitConfig, _position_init
 from jaxmed.models.vit import SHARDING_RULES as VIT_RULES
-from jaxmed.models.vit import Blocks, Vit, VitConfig, _position_init
 from jaxmed.nn.model import Network, make_model
 from jaxmed.nn.transformer import BlockConfig, LayerNorm, Linear
 
@@ -174,8 +174,6 @@ class Mae(nn.Module):
         return MaeOutput(tokens, self.decoder(tokens, masking, all_patches), masking)
 
 
-# Patterns of parameters that are constants: sine-cosine tables are stored, imported and exported, never trained.
-FROZEN = (r"(^|/)position$",)
 SHARDING_RULES = VIT_RULES
 
 
@@ -203,3 +201,17 @@ MAE_S_96 = MaeConfig(
     decoder_heads=6,
     decoder_hidden=768,
 )
+
+
+def small_mae(edge: int, patch: int, width: int, depth: int) -> MaeConfig:
+    """Return a masked autoencoder of cubes that a laptop can train."""
+    encoder = VitConfig(
+        (edge,) * 3, (patch,) * 3, width=width, depth=depth, heads=width // 32, hidden=4 * width, patch_gain=8.0
+    )
+    return MaeConfig(
+        encoder, decoder_width=width // 2, decoder_depth=2, decoder_heads=width // 32, decoder_hidden=2 * width
+    )
+
+
+MAE_LAPTOP_3D = small_mae(32, 8, 96, 3)
+MAE_SMOKE_3D = small_mae(32, 8, 64, 2)

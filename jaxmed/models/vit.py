@@ -1,6 +1,7 @@
 """Vision transformer of ViT (arXiv:2010.11929), for 2D and 3D images."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -13,9 +14,11 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.masking import take_tokens
 from jaxmed.arrays.patches import patch_grid, patchify
 from jaxmed.arrays.position import sincos
-from jaxmed.arrays.types import KeyArray
+from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Decay, Positive, Size, checked
+from jaxmed.models.encoder import Encoder
 from jaxmed.nn.attention import AttentionKind
+from jaxmed.nn.model import LayerRules, make_model
 from jaxmed.nn.transformer import Block, BlockConfig, DropPath, LayerNorm, Linear
 
 FINAL_EPSILON = 1e-6  # of the final norm
@@ -214,6 +217,42 @@ SHARDING_RULES = (
     (r"mlp/fc1/bias$", PartitionSpec("model")),
     (r"mlp/fc2/kernel$", PartitionSpec("model", None)),
 )
+
+# The position table is a constant; layer 0 is what makes tokens of an image, block i is layer i + 1.
+FROZEN = (r"(^|/)position$",)
+EMBEDDING, BLOCK = (r"^encoder/(patch_embed|class_token|position)(/|$)",), r"^encoder/blocks/layer_(\d+)/"
+
+
+class _Encoding(nn.Module):
+    """The encoder of a classifier, under whose name it is drawn."""
+
+    config: VitConfig
+
+    def setup(self) -> None:
+        self.encoder = Vit(self.config)
+
+    def __call__(self, image: Float[Array, "batch ..."]) -> Float[Array, "batch token width"]:
+        return self.encoder(image)
+
+
+@functools.lru_cache(maxsize=128)
+def vit_encoder(config: VitConfig) -> Encoder:
+    """Return a vision transformer as an `Encoder`."""
+    bare = make_model(Vit(dataclasses.replace(config, final_norm=False)))
+
+    def init(key: KeyArray) -> Params:
+        return make_model(_Encoding(config)).init(key, jnp.zeros((1, *config.image_size, config.channels)))["encoder"]
+
+    def norm(params: Params, tokens: jax.Array) -> jax.Array:
+        return make_model(LayerNorm(FINAL_EPSILON)).apply(params["norm"], tokens) if config.final_norm else tokens
+
+    return Encoder(
+        config, config.image_size, config.channels, config.width, config.grid, init, bare.apply, norm,
+        functools.partial(bare.apply, method="before_last"), functools.partial(bare.apply, method="last"), prefix=1,
+        can_drop=True, is_random=config.drop_path_rate > 0, layers=LayerRules(config.depth, EMBEDDING, BLOCK),
+        rules=SHARDING_RULES, frozen=FROZEN,
+    )  # fmt: skip
+
 
 VIT_L16_3D = VitConfig()
 VIT_L16_2D = VitConfig(image_size=(224, 224), patch_size=(16, 16), channels=3)

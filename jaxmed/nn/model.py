@@ -39,6 +39,22 @@ class Network(NamedTuple):
     frozen: tuple[str, ...] = ()
 
 
+class LayerRules(NamedTuple):
+    """Where the layers of a model are, for layer-wise learning rates; kept beside the model.
+
+    Attributes:
+        depth: Number of blocks.
+        embedding: Regular expressions of layer 0: patch embedding, position table, class token.
+        block: Regular expression of block i, with one group that matches the digits of i; it is layer i + 1.
+        stacked: Regular expressions of parameters that hold all blocks along their first axis.
+    """
+
+    depth: int
+    embedding: tuple[str, ...]
+    block: str
+    stacked: tuple[str, ...] = ()
+
+
 def make_model(module: nn.Module) -> Model:
     """Turn a module into a `Model`; equal modules are one model, so that what was compiled for one serves the other."""
     return _make_model(module)  # pyright: ignore[reportArgumentType]  modules are frozen, and hashed by their fields

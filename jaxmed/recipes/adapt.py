@@ -6,7 +6,7 @@ Runs that differ in records, seed, start, rates, length or class weights alone c
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,30 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.task import Task, standardise
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
-from jaxmed.config import Epochs, Seed, checked
-from jaxmed.data.loader import Fields, LoaderConfig, Transform, evaluation_batches, make_loader
+from jaxmed.config import Epochs, Positive, checked
+from jaxmed.data.loader import Fields, Transform, evaluation_batches
 from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import ArraySource, Source
 from jaxmed.errors import InputError
 from jaxmed.metrics.classification import auroc
-from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig, pool_tokens
-from jaxmed.models.vit import SHARDING_RULES, Vit, VitConfig
-from jaxmed.nn.model import make_model
+from jaxmed.models.encoder import Encoder
+from jaxmed.models.heads import Head, HeadConfig, init_head, pool_tokens
+from jaxmed.nn.model import Network, make_model
 from jaxmed.objectives.supervised import task_losses
-from jaxmed.recipes.adapt_program import Augment, Plan, make_program, make_span
+from jaxmed.recipes import training
+from jaxmed.recipes.adapt_program import Augment, CompileKey, make_program, make_schedule
 from jaxmed.recipes.probe import fit_probe
+from jaxmed.recipes.training import NO_PREFIX, TrainConfig, TrainData, TrainFlags, check_fit, run_steps
 from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import compare_arrays
 from jaxmed.train.log import Log, at_work
-from jaxmed.train.loop import LoopConfig, fit, restore_best
-from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, process_slice, shard_batch
+from jaxmed.train.loop import restore_best
+from jaxmed.train.mesh import make_mesh, process_slice, shard_batch
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.train.state import TrainState
+
+FINE_TUNING = OptimizerConfig(peak_lr=1e-4, end_lr=1e-6, weight_decay=0.05, layer_decay=0.75)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,53 +49,38 @@ class AdaptConfig:
     """A run on labels; the optimizer's defaults are TANGERINE's for fine-tuning.
 
     Attributes:
+        train: Optimizer (of full and frozen), length, reading, devices and seed. Evaluations and the choice of the
+            best follow from the fields below.
         mode: "full" trains everything; "frozen" the head alone; "logistic" fits an L2 logistic regression (ridge for
             regression) to standardised features, its strength chosen on validation records.
-        optimizer: Of full and frozen.
-        loop: Intervals; its length, evaluations and choice of the best follow from the fields below.
-        loader: Batch size (over all devices) and reading.
-        mesh: The devices.
-        epochs: Passes over the training records; 0 leaves the length to loop.steps.
-        warmup_epochs: Of them, those over which the learning rate rises; with epochs 0, optimizer.warmup_steps counts.
-        evaluate_epochs: Epochs between evaluations; 0 leaves them to loop.evaluate_every.
-        select: Which evaluation's parameters are returned: those of lowest validation loss or of highest AUROC.
-        accumulation: Parts in which a batch is processed.
-        token_keep: Share of the patch tokens that a training step looks at, drawn anew for every image; evaluation
-            sees all. Memory and time fall with it.
-        smoothing: Of the classes of a multi-class task.
+        evaluate_epochs: Epochs between evaluations on validation records; 0 leaves them to loop.evaluate_every.
+        select: Which evaluation's parameters are kept: those of lowest validation loss, or of highest AUROC.
+        token_keep: Share of the patch tokens that a training step looks at, drawn anew for every image: less memory and
+            time. Scoring sees all.
+        smoothing: Label smoothing of a multi-class task.
         mix: Mixup and CutMix of training images, in pairs within a part; not for a regression or a logistic probe.
-        weights: Factor on the loss of each label's positives (binary, multi-label) or of each class (multi-class);
-            empty for ones.
-        seed: Of parameters, tokens, augmentation and the order of records.
+        class_weights: Factors on the loss of each label's positives (binary, multi-label), or of each class, in the
+            order of the report; empty for ones.
     """
 
+    train: TrainFlags = TrainConfig(optimizer=FINE_TUNING)
     mode: Literal["full", "frozen", "logistic"] = "full"
-    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, end_lr=1e-6, weight_decay=0.05, layer_decay=0.75)
-    loop: LoopConfig = LoopConfig()
-    loader: LoaderConfig = LoaderConfig()
-    mesh: MeshConfig = MeshConfig()
-    epochs: Epochs = 0
-    warmup_epochs: Epochs = 0
     evaluate_epochs: Epochs = 1
     select: Literal["loss", "auroc"] = "loss"
-    accumulation: int = 1
     token_keep: float = 1.0
     smoothing: float = 0.1
     mix: MixConfig = MixConfig()
-    weights: tuple[float, ...] = ()
-    seed: Seed = 0
+    class_weights: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.token_keep <= 1:
             raise ValueError(f"token_keep: expected a share above 0 and up to 1, found {self.token_keep:g}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing: expected a share in [0, 1), found {self.smoothing:g}")
-        if any(not weight > 0 for weight in self.weights):
-            raise ValueError(f"weights: expected numbers above 0, found {self.weights}")
-        if min(self.epochs, self.warmup_epochs, self.evaluate_epochs) < 0 or self.accumulation < 1:
-            raise ValueError(
-                "epochs, warmup_epochs, evaluate_epochs, accumulation: expected 0 or more (1 or more parts)"
-            )
+
+
+# The type of a stage's field `adapt`: on the command line its options carry no prefix.
+AdaptFlags: TypeAlias = Annotated[AdaptConfig, NO_PREFIX]
 
 
 class Adapted(NamedTuple):
@@ -99,14 +88,14 @@ class Adapted(NamedTuple):
 
     Attributes:
         params: {"encoder": ..., "head": ...}, of the selected evaluation.
-        config: Of the classifier that they belong to; a logistic probe changes the head's.
+        head: The head that they belong to; a logistic probe changes it.
         step: Steps after which they were selected; 0 for a logistic probe.
         history: The lines of metrics.jsonl.
         choices: Of a logistic probe: factor and validation loss, one row per factor and label; otherwise empty.
     """
 
     params: Params
-    config: ClassifierConfig
+    head: HeadConfig
     step: int
     history: list[dict[str, float]]
     choices: list[dict[str, Any]]
@@ -114,27 +103,22 @@ class Adapted(NamedTuple):
 
 def in_steps(config: AdaptConfig, num_records: int) -> AdaptConfig:
     """Return the configuration with epochs turned into steps, and the choice of the best set."""
-    per_epoch = num_records / config.loader.batch_size
+    train = training.in_steps(config.train, num_records)
     loop = dataclasses.replace(
-        config.loop, best=config.select, best_is="smallest" if config.select == "loss" else "largest"
+        train.loop, best=config.select, best_is="smallest" if config.select == "loss" else "largest"
     )
-    optimizer = config.optimizer
     if config.evaluate_epochs:
-        loop = dataclasses.replace(loop, evaluate_every=max(round(config.evaluate_epochs * per_epoch), 1))
-    if config.epochs:
-        steps = max(round(config.epochs * per_epoch), 1)
-        loop = dataclasses.replace(loop, steps=steps)
-        optimizer = dataclasses.replace(optimizer, warmup_steps=min(round(config.warmup_epochs * per_epoch), steps))
-    return dataclasses.replace(config, loop=loop, optimizer=optimizer)
+        every = round(config.evaluate_epochs * num_records / train.loader.batch_size)
+        loop = dataclasses.replace(loop, evaluate_every=max(every, 1))
+    return dataclasses.replace(config, train=dataclasses.replace(train, loop=loop))
 
 
 def adapt(
     config: AdaptConfig,
-    model: ClassifierConfig,
+    encoder: Encoder,
+    head: HeadConfig,
     task: Task,
-    train: Source,
-    validation: Source,
-    transform: Transform,
+    data: TrainData,
     *,
     folder: RunFolder,
     log: Log,
@@ -145,37 +129,45 @@ def adapt(
 
     Args:
         config: The run.
-        model: Encoder and head; as many outputs as the task has names.
+        encoder: What makes tokens of an image.
+        head: What stands on it; as many outputs as the task has names.
         task: What the outputs mean.
-        train: Records to train on.
-        validation: Records that select.
-        transform: A record's fields to {"image": [*image_size, channels], "target": [column]}: 0, 1 or NaN per label,
-            one class number, or values in their unit.
+        data: Records to train on, and those held out, which select; the transform makes of a record's fields
+            {"image": [*image_size, channels], "target": [column]}: 0, 1 or NaN per label, one class number, or values
+            in their unit.
         folder: The run.
         log: Its log.
         augment: `augment(key, image) -> image`, on the device, one image at a time; not used by a logistic probe.
         start: {"encoder": ...}, from `take_encoder` or an earlier run, and optionally {"head": ...}; what is not there
             is drawn.
     """
-    shapes = check_run(config, model, task)
+    shapes = check_run(config, encoder, head, task)
     announce(log, "Drawing and reading the parameters", params=shapes, smaller=folder.smaller)
-    config = in_steps(config, len(train))
-    labelled = Labelled(transform, task, loss_weights(config, task))
+    config = in_steps(config, len(data.training))
+    data = data._replace(transform=Labelled(data.transform, task, loss_weights(config, task)))
     has_variants = augment is not None or config.token_keep < 1 or config.mix.is_on
     if config.mode == "full" or (config.mode == "frozen" and has_variants):
-        return _train(config, model, task, train, validation, labelled, folder, log, augment, start or {})
+        return _train(config, encoder, head, task, data, folder, log, augment, start or {})
     # Without augmentation an image has the same features every time: they are computed once.
-    encoder = _frozen_encoder(model, config, start)
-    log.say(f"Computing the features of {len(train):,} training and {len(validation):,} validation records, once.")
-    pairs, others = (token_pairs(config, model, encoder, source, labelled) for source in (train, validation))
+    start = start or {}
+    given = start.get("encoder")
+    if given is None:
+        given = jax.jit(encoder.init)(jax.random.key(config.train.seed))
+    assert data.held_out is not None
+    count, others = len(data.training), len(data.held_out)
+    log.say(f"Computing the features of {count:,} training and {others:,} validation records, once.")
+    pairs = TrainData(
+        token_pairs(config, encoder, given, data.training, data.transform),
+        token_pairs(config, encoder, given, data.held_out, data.transform),
+        identity,
+    )
     if config.mode == "logistic":
-        return _fit_logistic(config, model, task, encoder, pairs, others, log)
-    head = {} if start is None or "head" not in start else {"head": start["head"]}
-    found = _train(config, model, task, pairs, others, pass_on, folder, log, None, head)
-    return found._replace(params={"encoder": encoder, **found.params})
+        return _fit_logistic(config, encoder, head, task, given, pairs, log)
+    found = _train(config, encoder, head, task, pairs, folder, log, None, {n: start[n] for n in start if n == "head"})
+    return found._replace(params={"encoder": given, **found.params})
 
 
-def check_run(config: AdaptConfig, model: ClassifierConfig, task: Task) -> Params:
+def check_run(config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Task) -> Params:
     """Check that head and weights fit the task, and batch and model the devices, before anything is written.
 
     Returns:
@@ -184,42 +176,45 @@ def check_run(config: AdaptConfig, model: ClassifierConfig, task: Task) -> Param
     Raises:
         InputError: They do not.
     """
-    if model.head.outputs != len(task.names):
-        raise InputError("model.head.outputs", f"one per name of the task, {len(task.names)}", model.head.outputs)
+    if head.outputs != len(task.names):
+        raise InputError("model.head.outputs", f"one per name of the task, {len(task.names)}", head.outputs)
     loss_weights(config, task)
     if config.mix.is_on and (task.kind == "regression" or config.mode == "logistic"):
         found = "a regression" if task.kind == "regression" else "a logistic probe"
         raise InputError("mix", "a classification by full or frozen", found, "leave --mix.mixup and --mix.cutmix at 0")
-    mesh = make_mesh(config.mesh)
-    size, parts, devices = config.loader.batch_size, config.accumulation, mesh.shape["data"]
-    if config.mode != "logistic" and size % (parts * devices):
-        expected = f"a multiple of {parts} parts (accumulation) x {devices} devices (mesh.data)"
-        raise InputError("loader.batch_size", expected, size, "change the batch size, --accumulation or --mesh.data")
-    image = jax.ShapeDtypeStruct((1, *model.encoder.image_size, model.encoder.channels), np.float32)
-    try:
-        shapes = jax.eval_shape(make_model(Classifier(model)).init, jax.random.key(0), image)
-        param_shardings(shapes, mesh, SHARDING_RULES)
-    except ValueError as error:
-        expected = "a number of devices that divides heads and hidden widths"
-        raise InputError("mesh.model", expected, f"{mesh.shape['model']} ({error})", "change --mesh.model") from error
-    return shapes
+    if not encoder.prefix and head.pool != "mean":
+        raise InputError("pool", "mean, of an encoder without a class token", head.pool)
+    if config.token_keep < 1 and not encoder.can_drop:
+        raise InputError("token_keep", "1, of an encoder that takes whole images", f"{config.token_keep:g}")
+    if config.train.optimizer.layer_decay < 1 and encoder.layers is None:
+        found = f"{config.train.optimizer.layer_decay:g}"
+        raise InputError("optimizer.layer_decay", "1, of an encoder without layers", found)
+
+    def draw(key: Any) -> Params:
+        return {"encoder": encoder.init(key), "head": init_head(head, encoder.width, encoder.prefix, key)}
+
+    train = config.train
+    if config.mode == "logistic":  # nothing is divided
+        loader = dataclasses.replace(train.loader, batch_size=make_mesh(train.mesh).shape["data"])
+        train = dataclasses.replace(train, loader=loader, accumulation=1)
+    return check_fit(train, Network(draw, encoder.apply, encoder.rules))
 
 
 def score(
-    config: AdaptConfig, model: ClassifierConfig, params: Params, source: Source, transform: Transform
+    config: AdaptConfig, encoder: Encoder, head: HeadConfig, params: Params, source: Source, transform: Transform
 ) -> Float[np.ndarray, "record output"]:
     """Return the logits of every record, in the order of the source.
 
     Args:
         config: Its loader, mesh and accumulation count: records are read in batches of one part.
-        model: Of the parameters.
+        encoder: The encoder of the parameters.
+        head: Their head.
         params: {"encoder": ..., "head": ...}.
         source: Records.
         transform: As for `adapt`; "target" is not looked at.
     """
-    mesh = make_mesh(config.mesh)
-    run = _scorer(model, mesh)
-    return _collect(run, params, _evaluation(config, source, transform, mesh), len(source))
+    mesh = make_mesh(config.train.mesh)
+    return _collect(_scorer(encoder, head, mesh), params, _evaluation(config, source, transform, mesh), len(source))
 
 
 # Labels and selection ------------------------------------------------------------------------------------------------
@@ -246,7 +241,7 @@ class Labelled:
         return {**found, "target": standardise(target, self.task), "weights": np.array(self.weights, np.float32)}
 
 
-def pass_on(fields: Fields, generator: object = None) -> Fields:
+def identity(fields: Fields, generator: object = None) -> Fields:
     """Return the fields of a record that is ready."""
     return fields
 
@@ -257,10 +252,10 @@ def loss_weights(config: AdaptConfig, task: Task) -> tuple[float, ...]:
     Raises:
         InputError: When there are weights, but not one per output.
     """
-    weights = config.weights or (1.0,) * len(task.names)
+    weights = config.class_weights or (1.0,) * len(task.names)
     if len(weights) != len(task.names):
         expected = f"one per output, {len(task.names)} ({', '.join(task.names)})"
-        raise InputError("weights", expected, len(weights))
+        raise InputError("class_weights", expected, len(weights))
     return weights
 
 
@@ -300,48 +295,46 @@ def measure(
 
 def _train(
     config: AdaptConfig,
-    model: ClassifierConfig,
+    encoder: Encoder,
+    head: HeadConfig,
     task: Task,
-    train: Source,
-    validation: Source,
-    transform: Transform,
+    data: TrainData,
     folder: RunFolder,
     log: Log,
     augment: Augment | None,
     start: Params,
 ) -> Adapted:
-    mesh = make_mesh(config.mesh)
-    is_pairs = isinstance(train, ArraySource) and "tokens" in train.arrays
-    parts = "head on pairs" if is_pairs else "all" if config.mode == "full" else "head"
-    rate = config.optimizer
-    neutral = dataclasses.replace(rate, peak_lr=0.0, end_lr=0.0, warmup_steps=0)
-    plan = Plan(
-        model, task.kind, neutral, config.accumulation, config.token_keep, config.smoothing, config.mix, augment, parts
-    )
-    program = make_program(plan, mesh)
-    span = make_span(rate.peak_lr, rate.end_lr, rate.warmup_steps, config.loop.steps)
+    mesh, train = make_mesh(config.train.mesh), config.train
+    is_pairs = isinstance(data.training, ArraySource) and "tokens" in data.training.arrays
+    rate = train.optimizer
+    key = CompileKey(
+        encoder, head, task.kind, dataclasses.replace(rate, peak_lr=0.0, end_lr=0.0, warmup_steps=0),
+        train.accumulation, config.token_keep, config.smoothing, config.mix, augment,
+        "head on pairs" if is_pairs else "all" if config.mode == "full" else "head",
+    )  # fmt: skip
+    program = make_program(key, mesh)
     with at_work("Drawing the parameters"):
-        state = program.create(jax.random.key(config.seed), start, span)
-    reading = dataclasses.replace(config.loader, seed=config.seed)
-    batches = make_loader(train, transform, reading, *process_slice(mesh))
-    run = _head_scorer(model.head, mesh) if is_pairs else _scorer(model, mesh)
-    weights = loss_weights(config, task)
+        schedule = make_schedule(rate.peak_lr, rate.end_lr, rate.warmup_steps, train.loop.steps)
+        state = program.create(jax.random.key(train.seed), start, schedule)
+    run = _head_scorer(head, encoder.prefix, mesh) if is_pairs else _scorer(encoder, head, mesh)
+    weights, validation = loss_weights(config, task), data.held_out
+    assert validation is not None
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        stream = _evaluation(config, validation, transform, mesh)
+        stream = _evaluation(config, validation, data.transform, mesh)
         targets: list[np.ndarray] = []
         logits = _collect(run, state.params, stream, len(validation), targets)
         return measure(task, logits, targets[0], weights)
 
-    state = fit(config.loop, state, program.step, batches, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
+    state = run_steps(train, state, program.step, data, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
     best = restore_best(folder, state)
-    return Adapted(best.params, model, int(best.step), log.read_metrics(), [])
+    return Adapted(best.params, head, int(best.step), log.read_metrics(), [])
 
 
 def _evaluation(config: AdaptConfig, source: Source, transform: Transform, mesh: Mesh) -> Any:
-    rows = max(config.loader.batch_size // config.accumulation, 1)
-    devices = mesh.shape["data"]
-    reading = dataclasses.replace(config.loader, batch_size=-(-rows // devices) * devices, seed=config.seed)
+    train, devices = config.train, mesh.shape["data"]
+    rows = max(train.loader.batch_size // train.accumulation, 1)
+    reading = dataclasses.replace(train.loader, batch_size=-(-rows // devices) * devices, seed=train.seed)
     for batch in evaluation_batches(source, transform, reading, *process_slice(mesh)):
         yield shard_batch(batch, mesh)
 
@@ -379,24 +372,27 @@ def _on_all(function: Callable[..., Array], mesh: Mesh) -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=4)
-def _scorer(model: ClassifierConfig, mesh: Mesh) -> Callable[..., Any]:
-    apply = make_model(Classifier(model)).apply
-    return _on_all(lambda params, inputs: apply(params, inputs["image"])[0], mesh)
+def _scorer(encoder: Encoder, head: HeadConfig, mesh: Mesh) -> Callable[..., Any]:
+    apply = make_model(Head(head, encoder.prefix)).apply
+
+    def logits(params: Params, inputs: Mapping[str, Array]) -> Array:
+        tokens = encoder.norm(params["encoder"], encoder.apply(params["encoder"], inputs["image"]))
+        return apply(params["head"], tokens)[0]
+
+    return _on_all(logits, mesh)
 
 
 @functools.lru_cache(maxsize=4)
-def _head_scorer(head: HeadConfig, mesh: Mesh) -> Callable[..., Any]:
-    apply = make_model(Head(head)).apply
+def _head_scorer(head: HeadConfig, prefix: int, mesh: Mesh) -> Callable[..., Any]:
+    apply = make_model(Head(head, min(prefix, 1))).apply
     return _on_all(lambda params, inputs: apply(params["head"], inputs["tokens"])[0], mesh)
 
 
 @functools.lru_cache(maxsize=4)
-def _pair_maker(encoder: VitConfig, mesh: Mesh) -> Callable[..., Any]:
-    apply = make_model(Vit(encoder)).apply
-
+def _pair_maker(encoder: Encoder, mesh: Mesh) -> Callable[..., Any]:
     def pair(params: Params, inputs: Mapping[str, Array]) -> Array:
-        pooled = pool_tokens(apply(params, inputs["image"]))
-        return jnp.stack([pooled.class_token, pooled.pooled], axis=1)
+        pooled = pool_tokens(encoder.norm(params, encoder.apply(params, inputs["image"])), encoder.prefix)
+        return jnp.stack([pooled.class_token, pooled.pooled][not encoder.prefix :], axis=1)
 
     return _on_all(pair, mesh)
 
@@ -404,7 +400,7 @@ def _pair_maker(encoder: VitConfig, mesh: Mesh) -> Callable[..., Any]:
 # Frozen encoders -----------------------------------------------------------------------------------------------------
 
 
-def take_encoder(params: Params, encoder: VitConfig, where: str) -> Params:
+def take_encoder(params: Params, encoder: Encoder, where: str) -> Params:
     """Return the {"encoder": ...} of a classifier's start out of other parameters, such as a masked autoencoder's.
 
     Args:
@@ -418,8 +414,7 @@ def take_encoder(params: Params, encoder: VitConfig, where: str) -> Params:
     given = params.get("encoder")
     if given is None:
         raise InputError(where, "parameters with an encoder", f"only {', '.join(params) or 'none'}")
-    image = jax.ShapeDtypeStruct((1, *encoder.image_size, encoder.channels), np.float32)
-    wanted: Any = jax.eval_shape(make_model(Vit(encoder)).init, jax.random.key(0), image)
+    wanted: Any = jax.eval_shape(encoder.init, jax.random.key(0))
     kept = {name: given[name] for name in wanted if name in given}
     compare_arrays(_shapes(wanted), _shapes(kept), where)
     return {"encoder": kept}
@@ -429,27 +424,19 @@ def _shapes(tree: Any) -> dict[str, Any]:
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
 
 
-def _frozen_encoder(model: ClassifierConfig, config: AdaptConfig, start: Params | None) -> Params:
-    if start is not None and "encoder" in start:
-        return start["encoder"]
-    encoder = model.encoder
-    image = jnp.zeros((1, *encoder.image_size, encoder.channels))
-    return jax.jit(make_model(Vit(encoder)).init)(jax.random.key(config.seed), image)
-
-
 def token_pairs(
-    config: AdaptConfig, model: ClassifierConfig, encoder: Params, source: Source, transform: Transform
+    config: AdaptConfig, encoder: Encoder, params: Params, source: Source, transform: Transform
 ) -> ArraySource:
     """Encode every record once.
 
     Returns:
-        Records of "tokens" [2, width], the class token and the mean of the patch tokens: a head makes of these two what
-        it makes of all. "target" and "weights" come along.
+        Records of "tokens" [2, width], the class token and the mean of the patch tokens (the mean alone where there is
+        no class token): a head makes of these what it makes of all. "target" and "weights" come along.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.train.mesh)
     targets: list[np.ndarray] = []
     stream = _evaluation(config, source, transform, mesh)
-    tokens = _collect(_pair_maker(model.encoder, mesh), encoder, stream, len(source), targets)
+    tokens = _collect(_pair_maker(encoder, mesh), params, stream, len(source), targets)
     weights = np.asarray(transform(source[0], np.random.default_rng(0))["weights"])
     return ArraySource(
         {"tokens": tokens, "target": targets[0], "weights": np.repeat(weights[None], len(source), axis=0)}, "features"
@@ -457,26 +444,18 @@ def token_pairs(
 
 
 def _fit_logistic(
-    config: AdaptConfig,
-    model: ClassifierConfig,
-    task: Task,
-    encoder: Params,
-    train: ArraySource,
-    validation: ArraySource,
-    log: Log,
+    config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Task, given: Params, pairs: TrainData, log: Log
 ) -> Adapted:
-    model = dataclasses.replace(model, head=dataclasses.replace(model.head, hidden=0, norm=False))
-    head = make_model(Head(model.head))
+    head = dataclasses.replace(head, hidden=0, norm=False)
+    apply = make_model(Head(head, min(encoder.prefix, 1))).apply
+    sources: Any = (pairs.training, pairs.held_out)
     features, others = (
-        np.asarray(head.apply({}, jnp.asarray(source.arrays["tokens"]), method="features"))
-        for source in (train, validation)
+        np.asarray(apply({}, jnp.asarray(source.arrays["tokens"]), method="features")) for source in sources
     )
+    targets, wanted = (source.arrays["target"] for source in sources)
     weights = loss_weights(config, task)
-    wanted = validation.arrays["target"]
-    probe = fit_probe(
-        task.kind, features, train.arrays["target"], others, wanted, np.array(weights, np.float32)
-    )  # fmt: skip
-    params = {"encoder": encoder, "head": {"linear": {"kernel": probe.kernel, "bias": probe.bias}}}
+    probe = fit_probe(task.kind, features, targets, others, wanted, np.array(weights, np.float32))
+    params = {"encoder": given, "head": {"linear": {"kernel": probe.kernel, "bias": probe.bias}}}
     found = measure(task, others @ probe.kernel + probe.bias, wanted, weights)
     log.metrics(0, {f"evaluation/{name}": value for name, value in found.items()})
     log.say("Probe: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
@@ -486,4 +465,4 @@ def _fit_logistic(
          "chosen": int(strength == probe.chosen[column])}
         for column, name in enumerate(names) for row, strength in enumerate(probe.strengths)
     ]  # fmt: skip
-    return Adapted(params, model, 0, log.read_metrics(), choices)
+    return Adapted(params, head, 0, log.read_metrics(), choices)

@@ -1,7 +1,7 @@
 """The compiled program of a run on labels: what it is compiled for, and what it is given.
 
-Many small runs (a study of label fractions, say) share one program. A run is compiled for its `Plan`, and
-`make_program` keeps the programs of the last plans. Learning rate, warm-up, length, class weights and the means of
+Many small runs (a study of label fractions, say) share one program. A run is compiled for its `CompileKey`, and
+`make_program` keeps the programs of the last few. Learning rate, warm-up, length, class weights and the means of
 regression targets are numbers that the program is given, so they, the records, the seed and the start may differ
 between runs without compiling anew; model, batch size, kind of task, augmentation and the optimizer's other settings
 may not.
@@ -23,13 +23,12 @@ from jaxmed.arrays.masking import draw_noise
 from jaxmed.arrays.task import TaskKind
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.data.mixing import MixConfig, mix, partners
-from jaxmed.models.heads import MOMENTS, Classifier, ClassifierConfig, Head, fold_moments
-from jaxmed.models.mae import FROZEN
-from jaxmed.models.vit import SHARDING_RULES, Vit
+from jaxmed.models.encoder import Encoder
+from jaxmed.models.heads import MOMENTS, Head, HeadConfig, fold_moments, init_head
 from jaxmed.nn.model import make_model
 from jaxmed.objectives.supervised import task_losses
 from jaxmed.train.mesh import param_shardings
-from jaxmed.train.optimizer import LayerRules, OptimizerConfig, make_optimizer, rate_at
+from jaxmed.train.optimizer import OptimizerConfig, make_optimizer, rate_at
 from jaxmed.train.state import TrainState
 from jaxmed.train.step import make_train_step
 
@@ -39,12 +38,13 @@ ENCODER = (r"^encoder/",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CompileKey:
     """Everything that a run is compiled for.
 
     Attributes:
-        model: The classifier.
-        kind: Of the task.
+        encoder: The encoder.
+        head: The head on its tokens.
+        kind: Kind of the task.
         optimizer: Without its rates and its warm-up, which are given at run time.
         accumulation: See `AdaptConfig`.
         token_keep: See `AdaptConfig`.
@@ -55,7 +55,8 @@ class Plan:
             where records bring features and there is no encoder.
     """
 
-    model: ClassifierConfig
+    encoder: Encoder
+    head: HeadConfig
     kind: TaskKind
     optimizer: OptimizerConfig
     accumulation: int
@@ -66,7 +67,7 @@ class Plan:
     parts: Literal["all", "head", "head on pairs"]
 
 
-class Span(NamedTuple):
+class ScheduleState(NamedTuple):
     """A learning rate as numbers that a program is given; the last part of the optimizer's state.
 
     Attributes:
@@ -85,10 +86,10 @@ class Span(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Compiled functions of a plan; they compile on first use and stay.
+    """Compiled functions of a key; they compile on first use and stay.
 
     Attributes:
-        create: `create(key, start, span) -> TrainState`.
+        create: `create(key, start, schedule) -> TrainState`.
         step: `step(state, batch) -> (state, metrics)`.
     """
 
@@ -96,36 +97,44 @@ class Program(NamedTuple):
     step: Callable[..., Any]
 
 
-def make_span(peak: float, end: float, warmup: int, length: int) -> Span:
+def make_schedule(peak: float, end: float, warmup: int, length: int) -> ScheduleState:
     """Return a learning rate at its beginning."""
-    return Span(jnp.zeros((), jnp.int32), *(jnp.asarray(number, jnp.float32) for number in (peak, end, warmup, length)))
+    return ScheduleState(
+        jnp.zeros((), jnp.int32), *(jnp.asarray(number, jnp.float32) for number in (peak, end, warmup, length))
+    )
 
 
 @functools.lru_cache(maxsize=4)
-def make_program(plan: Plan, mesh: Mesh) -> Program:
-    """Return the program of a plan; the last four are kept."""
-    frozen = (*plan.optimizer.frozen, *FROZEN, *MOMENTS, *(ENCODER if plan.parts == "head" else ()))
-    settings = dataclasses.replace(plan.optimizer, peak_lr=1.0, warmup_steps=0, decay="constant", frozen=frozen)
-    inner = make_optimizer(settings, 1, layer_rules(plan.model))
-    optimizer = optax.chain(inner, _scale_by_span(plan.optimizer.decay))
+def make_program(compiled: CompileKey, mesh: Mesh) -> Program:
+    """Return the program that a run is compiled for; the last four are kept."""
+    encoder = compiled.encoder
+    frozen = (*compiled.optimizer.frozen, *encoder.frozen, *MOMENTS, *(ENCODER if compiled.parts == "head" else ()))
+    settings = dataclasses.replace(compiled.optimizer, peak_lr=1.0, warmup_steps=0, decay="constant", frozen=frozen)
+    inner = make_optimizer(settings, 1, encoder.layers)
+    optimizer = optax.chain(inner, _scale_by_schedule(compiled.optimizer.decay))
 
-    def build(key: KeyArray, start: Params, span: Span) -> TrainState:
+    def build(key: KeyArray, start: Params, schedule: ScheduleState) -> TrainState:
         init_key, root_key = jax.random.split(key)
-        params = {**_initialise(plan, init_key), **start}
-        return TrainState(jnp.zeros((), jnp.int32), params, None, (inner.init(params), span), root_key)
+        params = {**_draw(compiled, init_key), **start}
+        return TrainState(jnp.zeros((), jnp.int32), params, None, (inner.init(params), schedule), root_key)
 
-    span = make_span(0.0, 0.0, 0, 0)
-    shapes: Any = jax.eval_shape(build, jax.random.key(0), {}, span)
-    places: Any = param_shardings(shapes, mesh, SHARDING_RULES)
+    schedule = make_schedule(0.0, 0.0, 0, 0)
+    shapes: Any = jax.eval_shape(build, jax.random.key(0), {}, schedule)
+    places: Any = param_shardings(shapes, mesh, encoder.rules)
     placed: Any = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )
     update = make_train_step(
-        partial(_loss, plan), optimizer, state=placed, accumulation=plan.accumulation, frozen=frozen, donate=False
+        partial(_loss, compiled),
+        optimizer,
+        state=placed,
+        accumulation=compiled.accumulation,
+        frozen=frozen,
+        donate=False,
     )
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        rate = _rate(state.opt_state[1], plan.optimizer.decay)
+        rate = _rate(state.opt_state[1], compiled.optimizer.decay)
         state, metrics = update(state, batch)
         moments = {name: metrics.pop(f"moments/{name}") for name in ("mean", "var") if f"moments/{name}" in metrics}
         if moments:
@@ -142,44 +151,38 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
     )
 
 
-def layer_rules(config: ClassifierConfig) -> LayerRules:
-    """Return the layers of a classifier: embedding 0, block k is k + 1, norm and head depth + 1."""
-    return LayerRules(
-        config.encoder.depth,
-        (r"^encoder/(patch_embed|class_token|position)(/|$)",),
-        r"^encoder/blocks/layer_(\d+)/",
-    )
+def _rate(schedule: ScheduleState, decay: Literal["cosine", "constant"]) -> Array:
+    return rate_at(schedule.step, schedule.peak, schedule.end, schedule.warmup, schedule.length, decay)
 
 
-def _rate(span: Span, decay: Literal["cosine", "constant"]) -> Array:
-    return rate_at(span.step, span.peak, span.end, span.warmup, span.length, decay)
-
-
-def _scale_by_span(decay: Literal["cosine", "constant"]) -> optax.GradientTransformation:
+def _scale_by_schedule(decay: Literal["cosine", "constant"]) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         rate = _rate(state, decay)
         return jax.tree.map(lambda leaf: (rate * leaf).astype(leaf.dtype), updates), state._replace(step=state.step + 1)
 
-    return optax.GradientTransformation(lambda params: make_span(0.0, 0.0, 0, 0), update)
+    return optax.GradientTransformation(lambda params: make_schedule(0.0, 0.0, 0, 0), update)
 
 
-def _initialise(plan: Plan, key: KeyArray) -> Params:
-    encoder = plan.model.encoder
-    if plan.parts == "head on pairs":
-        return {"head": make_model(Head(plan.model.head)).init(key, jnp.zeros((1, 2, encoder.width)))}
-    return make_model(Classifier(plan.model)).init(key, jnp.zeros((1, *encoder.image_size, encoder.channels)))
+def _draw(compiled: CompileKey, key: KeyArray) -> Params:
+    head = init_head(compiled.head, compiled.encoder.width, compiled.encoder.prefix, key)
+    if compiled.parts == "head on pairs":
+        return {"head": head}
+    return {"encoder": compiled.encoder.init(key), "head": head}
 
 
-def _loss(plan: Plan, params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> Any:
+def _loss(compiled: CompileKey, params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> Any:
     own = None
-    if plan.parts == "head on pairs":
+    if compiled.parts == "head on pairs":
         tokens = batch["tokens"]
     else:
-        tokens, own = _encode_training(plan, params["encoder"], keys, batch["image"])
-    logits, moments = make_model(Head(plan.model.head)).apply(params["head"], tokens, training=True)
+        tokens, own = _encode_training(compiled, params["encoder"], keys, batch["image"])
+        tokens = compiled.encoder.norm(params["encoder"], tokens)
+    prefix = compiled.encoder.prefix if compiled.parts != "head on pairs" else min(compiled.encoder.prefix, 1)
+    head = make_model(Head(compiled.head, prefix))
+    logits, moments = head.apply(params["head"], tokens, training=True)
 
     def losses_of(target: Array, weights: Array) -> Array:
-        return task_losses(plan.kind, logits, target, weights, plan.smoothing)
+        return task_losses(compiled.kind, logits, target, weights, compiled.smoothing)
 
     losses = losses_of(batch["target"], batch["weights"])
     if own is not None:
@@ -189,28 +192,27 @@ def _loss(plan: Plan, params: Params, keys: Key[Array, " batch"], batch: Mapping
 
 
 def _encode_training(
-    plan: Plan, params: Params, keys: Key[Array, " batch"], image: Array
+    compiled: CompileKey, params: Params, keys: Key[Array, " batch"], image: Array
 ) -> tuple[Array, Float[Array, " batch"] | None]:
     """Return tokens of augmented images, with tokens and branches dropped; each image draws from its own key.
 
     Where images are mixed, the share of its own in each comes along.
     """
-    encoder, own = plan.model.encoder, None
+    encoder, own = compiled.encoder, None
     split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
     augment_keys, token_keys, drop_keys = split[:, 0], split[:, 1], split[:, 2]
-    if plan.augment is not None:
-        image = jax.vmap(plan.augment)(augment_keys, image)
-    if plan.mix.is_on:
-        image, own = mix(plan.mix, jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys), image)
+    if compiled.augment is not None:
+        image = jax.vmap(compiled.augment)(augment_keys, image)
+    if compiled.mix.is_on:
+        image, own = mix(compiled.mix, jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys), image)
     kept = None
-    if plan.token_keep < 1:
-        count = max(round(plan.token_keep * encoder.num_tokens), 1)
-        kept = jnp.argsort(draw_noise(token_keys, encoder.num_tokens), axis=1)[:, :count]
-    apply = make_model(Vit(encoder)).apply
-    if not encoder.drop_path_rate:
-        return apply(params, image, kept), own
+    if compiled.token_keep < 1:
+        count = max(round(compiled.token_keep * encoder.num_places), 1)
+        kept = jnp.argsort(draw_noise(token_keys, encoder.num_places), axis=1)[:, :count]
+    if not encoder.is_random:
+        return encoder.apply(params, image, *(() if kept is None else (kept,))), own
 
     def one(key: KeyArray, image: Array, kept: Array | None) -> Array:
-        return apply(params, image[None], None if kept is None else kept[None], key=key)[0]
+        return encoder.apply(params, image[None], *(() if kept is None else (kept[None],)), key=key)[0]
 
     return jax.vmap(one)(drop_keys, image, kept), own

@@ -29,12 +29,12 @@ from jaxmed.config import Decay, Epochs, Seed, Size, checked
 from jaxmed.data.loader import LoaderConfig, Transform, evaluation_batches, make_loader
 from jaxmed.data.records import Source
 from jaxmed.errors import InputError
-from jaxmed.nn.model import Network
+from jaxmed.nn.model import LayerRules, Network
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, process_slice, shard_batch
-from jaxmed.train.optimizer import LayerRules, OptimizerConfig, learning_rate, make_optimizer
+from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.train.state import TrainState, create_state
 from jaxmed.train.step import Loss, make_train_step

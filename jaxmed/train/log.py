@@ -13,9 +13,12 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from jaxmed.errors import InputError
 from jaxmed.files import write_text
@@ -296,3 +299,11 @@ def duration(seconds: float) -> str:
     if minutes >= 48 * 60:
         return f"{minutes // 1440} days"
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def series(
+    lines: Sequence[Mapping[str, float]], name: str
+) -> tuple[Float[np.ndarray, " line"], Float[np.ndarray, " line"]]:
+    """Return the steps and values of a metric, from the lines of metrics.jsonl."""
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    return np.array([step for step, _ in found], np.float64), np.array([value for _, value in found], np.float64)

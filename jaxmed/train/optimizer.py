@@ -7,7 +7,7 @@ by the learning rate. Frozen parameters have no optimizer state and take no part
 import dataclasses
 import re
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import optax
 from jaxmed.arrays.trees import map_named, matches
 from jaxmed.arrays.types import Params
 from jaxmed.config import Decay, NonNegative, Whole, checked
+from jaxmed.nn.model import LayerRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +64,6 @@ class OptimizerConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"no_decay, frozen: expected regular expressions, found {pattern!r}") from error
-
-
-class LayerRules(NamedTuple):
-    """Where the layers of a model are, for layer-wise learning rates; kept beside the model.
-
-    Attributes:
-        depth: Number of blocks.
-        embedding: Regular expressions of layer 0: patch embedding, position table, class token.
-        block: Regular expression of block i, with one group that matches the digits of i; it is layer i + 1.
-        stacked: Regular expressions of parameters that hold all blocks along their first axis.
-    """
-
-    depth: int
-    embedding: tuple[str, ...]
-    block: str
-    stacked: tuple[str, ...] = ()
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -8,7 +8,7 @@ import scipy.special
 
 from jaxmed.arrays.task import Task, predict_values
 from jaxmed.models.heads import BatchNorm, Classifier, ClassifierConfig, Head, HeadConfig, fold_moments, pool_tokens
-from jaxmed.models.vit import Vit, VitConfig
+from jaxmed.models.vit import Vit, VitConfig, vit_encoder
 from jaxmed.nn.model import make_model
 
 pytestmark = pytest.mark.core
@@ -93,7 +93,7 @@ def test_head_starts_near_zero_as_published():
 def test_classifier_is_encoder_then_head():
     encoder = VitConfig((8, 8, 8), (4, 4, 4), width=16, depth=1, heads=2, hidden=24, final_norm=False)
     config = ClassifierConfig(encoder, HeadConfig(outputs=2))
-    model = make_model(Classifier(config))
+    model, as_encoder = make_model(Classifier(config)), vit_encoder(encoder)
     image = jax.random.normal(jax.random.key(0), (2, 8, 8, 8, 1))
     params = jax.jit(model.init)(jax.random.key(0), image)
     assert "norm" not in params["encoder"] and set(params["head"]) == {"norm", "linear"}
@@ -105,8 +105,12 @@ def test_classifier_is_encoder_then_head():
         tokens = make_model(Vit(encoder)).apply(params["encoder"], image)
         expected, _ = make_model(Head(config.head)).apply(params["head"], tokens)
         features = call("features", image) @ params["head"]["linear"]["kernel"]
-        seen = (call("__call__", image)[0], features, call("from_last", *call("before_last", image)))
-        return (expected, *seen), (tokens, call("tokens", image))
+        joined = as_encoder.join(params["encoder"], *as_encoder.split(params["encoder"], image))
+        last = make_model(Head(config.head)).apply(params["head"], joined)[0]
+        return (expected, call("__call__", image)[0], features, last), (
+            tokens,
+            as_encoder.apply(params["encoder"], image),
+        )
 
     for one, *others in run(params):
         for other in others:

@@ -16,12 +16,13 @@ from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import ArraySource
 from jaxmed.errors import InputError, Interrupted
-from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
-from jaxmed.models.vit import VitConfig
+from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig
+from jaxmed.models.vit import VitConfig, vit_encoder
 from jaxmed.nn.model import make_model
 from jaxmed.recipes import adapt as recipe
-from jaxmed.recipes.adapt import AdaptConfig, adapt, in_steps, measure, score, take_encoder
-from jaxmed.recipes.adapt_program import Plan, layer_rules, make_program, make_span
+from jaxmed.recipes.adapt import FINE_TUNING, AdaptConfig, adapt, in_steps, measure, score, take_encoder
+from jaxmed.recipes.adapt_program import CompileKey, make_program, make_schedule
+from jaxmed.recipes.training import TrainConfig, TrainData
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig, make_mesh, shard_batch
@@ -32,14 +33,24 @@ ENCODER = VitConfig((8, 8, 8), (4, 4, 4), width=12, depth=1, heads=2, hidden=24,
 MODEL = ClassifierConfig(ENCODER, HeadConfig(1))
 TASK = Task("binary", ("bright",))
 CONFIG = AdaptConfig(
-    optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=1e-5, layer_decay=0.75, eps=1e-5),
-    loop=LoopConfig(log_every=1, save_every=8),
-    loader=LoaderConfig(batch_size=8),
-    mesh=MeshConfig(data=1),
-    epochs=12,
-    warmup_epochs=1,
+    TrainConfig(
+        OptimizerConfig(peak_lr=3e-3, end_lr=1e-5, layer_decay=0.75, eps=1e-5), LoopConfig(log_every=1, save_every=8),
+        LoaderConfig(batch_size=8), MeshConfig(data=1), epochs=12, warmup_epochs=1,
+    ),
     evaluate_epochs=2,
-)
+)  # fmt: skip
+
+
+def changed(config=CONFIG, **changes):
+    """Return a run with other settings, of training or of adapting."""
+    names = {name for name in changes if hasattr(config.train, name)}
+    train = dataclasses.replace(config.train, **{name: changes[name] for name in names})
+    return dataclasses.replace(config, train=train, **{n: changes[n] for n in changes if n not in names})
+
+
+def parts(model):
+    """Return encoder and head of a classifier."""
+    return vit_encoder(model.encoder), model.head
 
 
 def cubes(number, seed, kind="binary"):
@@ -98,7 +109,13 @@ def train(path, config=CONFIG, model=MODEL, task=TASK, sources=None, **options):
     train, validation = sources or (cubes(32, 0, task.kind), cubes(16, 1, task.kind))
     options.setdefault("start", drawn(model))
     return adapt(
-        config, model, task, train, validation, transform, folder=folder, log=Log(folder.path, quiet=True), **options
+        config,
+        *parts(model),
+        task,
+        TrainData(train, validation, transform),
+        folder=folder,
+        log=Log(folder.path, quiet=True),
+        **options,
     )
 
 
@@ -108,7 +125,7 @@ def outputs_for(number, hidden=0):
 
 def unseen(found, task, config=CONFIG):
     source = cubes(40, 2, task.kind)
-    logits = score(config, found.config, found.params, source, transform)
+    logits = score(config, vit_encoder(ENCODER), found.head, found.params, source, transform)
     return measure(task, logits, recipe.standardise(source.arrays["label"], task), (1.0,) * len(task.names)), logits
 
 
@@ -139,9 +156,7 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("multilabel", "r
 
 @pytest.mark.parametrize("kind", ["multiclass", *SLOW])
 def test_a_head_on_features_learns_every_kind_of_task(kind, tmp_path):
-    config = dataclasses.replace(
-        CONFIG, mode="frozen", epochs=30, evaluate_epochs=15, optimizer=OptimizerConfig(peak_lr=3e-2)
-    )
+    config = changed(CONFIG, mode="frozen", epochs=30, evaluate_epochs=15, optimizer=OptimizerConfig(peak_lr=3e-2))
     task = TASKS[kind]
     found = train(tmp_path / "run", config, outputs_for(len(task.names), hidden=8), task)
     for name, leaf in named_leaves(drawn()["encoder"]).items():
@@ -157,10 +172,17 @@ def test_a_head_on_features_learns_every_kind_of_task(kind, tmp_path):
 
 
 def plan_for(
-    model=MODEL, accumulation=1, parts="all", token_keep=1.0, augment=None, kind="binary", mix=MixConfig(), **optimizer
+    model=MODEL,
+    accumulation=1,
+    trained="all",
+    token_keep=1.0,
+    augment=None,
+    kind="binary",
+    mix=MixConfig(),
+    **optimizer,
 ):
     settings = OptimizerConfig(**({"kind": "sgd", "b1": 0.0, "weight_decay": 0.0} | optimizer))
-    return Plan(model, kind, settings, accumulation, token_keep, 0.0, mix, augment, parts)
+    return CompileKey(*parts(model), kind, settings, accumulation, token_keep, 0.0, mix, augment, trained)
 
 
 def batch_for(seed, rows=8):
@@ -172,9 +194,9 @@ def batch_for(seed, rows=8):
 def one_step(plan, batch=None, rate=0.1):
     mesh = make_mesh(MeshConfig(data=1))
     program = make_program(plan, mesh)
-    params = drawn(plan.model)
+    params = drawn(ClassifierConfig(plan.encoder.config, plan.head))
     first = {"head": params["head"]} if plan.parts == "head on pairs" else params
-    state = program.create(jax.random.key(0), first, make_span(rate, 0.0, 0, 10))
+    state = program.create(jax.random.key(0), first, make_schedule(rate, 0.0, 0, 10))
     after, metrics = program.step(state, shard_batch(batch_for(5) if batch is None else batch, mesh))
     return state, after, metrics
 
@@ -205,7 +227,7 @@ def test_mixed_images_cost_what_their_mixed_targets_cost():
         **params["head"],
         "linear": {**linear, "kernel": jax.random.normal(jax.random.key(1), linear["kernel"].shape)},
     }
-    before = program.create(jax.random.key(0), {**params, "head": head}, make_span(0.1, 0.0, 0, 10))
+    before = program.create(jax.random.key(0), {**params, "head": head}, make_schedule(0.1, 0.0, 0, 10))
     _, told = program.step(before, shard_batch(batch, mesh))
     keys = jax.random.split(jax.random.fold_in(before.key, 0), 8)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys)
@@ -221,7 +243,7 @@ def test_moments_fold_as_computed_by_hand():
     model = dataclasses.replace(MODEL, head=HeadConfig(1, hidden=3, norm=False))
     tokens = np.random.default_rng(0).normal(size=(8, 2, 12)).astype(np.float32)
     batch = {"tokens": tokens, "target": np.ones((8, 1), np.float32), "weights": np.ones((8, 1), np.float32)}
-    before, after, _ = one_step(plan_for(model, parts="head on pairs", weight_decay=0.5), batch, rate=0.5)
+    before, after, _ = one_step(plan_for(model, trained="head on pairs", weight_decay=0.5), batch, rate=0.5)
     params = jax.device_get(before.params)["head"]
     hidden = tokens.reshape(8, 24) @ params["hidden"]["kernel"] + params["hidden"]["bias"]
     hidden = np.where(hidden > 0, hidden, 0.01 * hidden)
@@ -240,8 +262,8 @@ def test_moments_fold_as_computed_by_hand():
 
 def neutral_plan():
     """The plan of CONFIG's fine-tuning, which is compiled by then."""
-    settings = dataclasses.replace(CONFIG.optimizer, peak_lr=0.0, end_lr=0.0, warmup_steps=0)
-    return Plan(MODEL, "binary", settings, 1, 1.0, 0.1, MixConfig(), None, "all")
+    settings = dataclasses.replace(CONFIG.train.optimizer, peak_lr=0.0, end_lr=0.0, warmup_steps=0)
+    return CompileKey(*parts(MODEL), "binary", settings, 1, 1.0, 0.1, MixConfig(), None, "all")
 
 
 def test_a_learning_rate_that_is_given_is_the_one_that_is_built_in(full):
@@ -251,8 +273,8 @@ def test_a_learning_rate_that_is_given_is_the_one_that_is_built_in(full):
     ours, told = make_program(neutral_plan(), mesh).step(
         after, shard_batch({**batch_for(6), "record": np.arange(8)}, mesh)
     )
-    config = dataclasses.replace(CONFIG.optimizer, peak_lr=0.01, end_lr=0.0, frozen=(r"(^|/)position$",))
-    optimizer = make_optimizer(config, 10, layer_rules(MODEL))
+    config = dataclasses.replace(CONFIG.train.optimizer, peak_lr=0.01, end_lr=0.0, frozen=(r"(^|/)position$",))
+    optimizer = make_optimizer(config, 10, vit_encoder(ENCODER).layers)
     params = drawn()
     state = optimizer.init(params)
     model = make_model(Classifier(MODEL))
@@ -276,23 +298,36 @@ def test_a_learning_rate_that_is_given_is_the_one_that_is_built_in(full):
 def test_recipe_of_the_paper():
     # 1200 scans in batches of 12 (3 x 4 parts), 200 epochs of which 5 warm up.
     config = in_steps(
-        AdaptConfig(loader=LoaderConfig(batch_size=12), accumulation=4, epochs=200, warmup_epochs=5), 1200
+        AdaptConfig(
+            TrainConfig(FINE_TUNING, loader=LoaderConfig(batch_size=12), accumulation=4, epochs=200, warmup_epochs=5)
+        ),
+        1200,
     )
-    assert config.loop.steps == 20000 and config.optimizer.warmup_steps == 500 and config.loop.evaluate_every == 100
-    assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay) == (0.9, 0.999, 0.05)
-    span = make_span(config.optimizer.peak_lr, config.optimizer.end_lr, config.optimizer.warmup_steps, 20000)
+    assert (
+        config.train.loop.steps == 20000
+        and config.train.optimizer.warmup_steps == 500
+        and config.train.loop.evaluate_every == 100
+    )
+    assert (config.train.optimizer.b1, config.train.optimizer.b2, config.train.optimizer.weight_decay) == (
+        0.9,
+        0.999,
+        0.05,
+    )
+    span = make_schedule(
+        config.train.optimizer.peak_lr, config.train.optimizer.end_lr, config.train.optimizer.warmup_steps, 20000
+    )
     from jaxmed.recipes.adapt_program import _rate
 
     rates = [float(_rate(span._replace(step=step), "cosine")) for step in (0, 250, 500, 20000)]
     np.testing.assert_allclose(rates, [0, 5e-5, 1e-4, 1e-6], rtol=1e-5)
-    assert (config.loop.best, config.loop.best_is) == ("loss", "smallest")
+    assert (config.train.loop.best, config.train.loop.best_is) == ("loss", "smallest")
 
 
 @pytest.mark.core
 def test_scales_of_layers_are_those_of_the_paper():
     model = dataclasses.replace(MODEL, encoder=dataclasses.replace(ENCODER, depth=24))
     params = jax.eval_shape(make_model(Classifier(model)).init, jax.random.key(0), jnp.zeros((1, 8, 8, 8, 1)))
-    scales = named_leaves(layer_scales(params, 0.75, layer_rules(model)))
+    scales = named_leaves(layer_scales(params, 0.75, vit_encoder(model.encoder).layers))
     # 25 = L; id 0: class token, positions, patches; block k: k + 1; norm and head: 25.
     for name in ("encoder/class_token", "encoder/position", "encoder/patch_embed/kernel", "encoder/patch_embed/bias"):
         assert scales[name] == 0.75**25
@@ -304,7 +339,7 @@ def test_scales_of_layers_are_those_of_the_paper():
 
 @pytest.mark.core
 def test_features_do_not_depend_on_the_order_of_patch_tokens(key):
-    head = make_model(recipe.Head(HeadConfig(2)))
+    head = make_model(Head(HeadConfig(2)))
     tokens = jax.random.normal(key, (3, 9, 12))
     params = head.init(key, tokens)
     order = np.concatenate([[0], 1 + np.random.default_rng(0).permutation(8)])
@@ -324,7 +359,7 @@ def test_features_do_not_depend_on_the_order_of_patch_tokens(key):
 
 def test_a_frozen_encoder_stays_bit_for_bit_under_augmentation(tmp_path):
     settings = OptimizerConfig(peak_lr=3e-2)
-    config = dataclasses.replace(CONFIG, mode="frozen", epochs=6, evaluate_epochs=6, optimizer=settings)
+    config = changed(CONFIG, mode="frozen", epochs=6, evaluate_epochs=6, optimizer=settings)
     found = train(tmp_path / "run", config, augment=noisy)
     for name, leaf in named_leaves(drawn()["encoder"]).items():
         np.testing.assert_array_equal(named_leaves(found.params["encoder"])[name], leaf, err_msg=name)
@@ -335,7 +370,7 @@ def test_a_frozen_encoder_stays_bit_for_bit_under_augmentation(tmp_path):
 def test_a_logistic_probe_scores_as_scikit_learn_does(kind, tmp_path):
     task = TASKS[kind]
     names = task.names
-    config = dataclasses.replace(CONFIG, mode="logistic")
+    config = changed(CONFIG, mode="logistic")
     found = train(tmp_path / "run", config, outputs_for(len(names)), task)
     assert sum(row["chosen"] for row in found.choices) == (1 if kind == "multiclass" else len(names))
     values, logits = unseen(found, task)
@@ -343,7 +378,7 @@ def test_a_logistic_probe_scores_as_scikit_learn_does(kind, tmp_path):
     from sklearn.linear_model import LogisticRegression, Ridge
 
     sources = cubes(32, 0, kind), cubes(40, 2, kind)
-    model = make_model(Classifier(found.config))
+    model = make_model(Classifier(ClassifierConfig(ENCODER, found.head)))
     inside, outside = (
         np.asarray(model.apply(found.params, jnp.asarray(s.arrays["image"]), method="features"), np.float64)
         for s in sources
@@ -388,8 +423,12 @@ def test_a_stopped_run_continues_to_the_same_parameters(full, tmp_path, monkeypa
 
 
 def test_runs_of_one_shape_share_their_compiled_step(full, tmp_path):
-    other = dataclasses.replace(
-        CONFIG, seed=4, epochs=3, weights=(2.5,), optimizer=dataclasses.replace(CONFIG.optimizer, peak_lr=1e-3)
+    other = changed(
+        CONFIG,
+        seed=4,
+        epochs=3,
+        class_weights=(2.5,),
+        optimizer=dataclasses.replace(CONFIG.train.optimizer, peak_lr=1e-3),
     )
     before, programs = executable(), make_program.cache_info().misses
     train(tmp_path / "run", other, sources=(cubes(24, 8), cubes(16, 9)))
@@ -399,18 +438,18 @@ def test_runs_of_one_shape_share_their_compiled_step(full, tmp_path):
 
 def executable():
     """The executable of the step for batches of 8: the same object as long as nothing is compiled anew."""
-    mesh = make_mesh(CONFIG.mesh)
+    mesh = make_mesh(CONFIG.train.mesh)
     program = make_program(neutral_plan(), mesh)
-    state = program.create(jax.random.key(0), drawn(), make_span(0.1, 0.0, 0, 10))
+    state = program.create(jax.random.key(0), drawn(), make_schedule(0.1, 0.0, 0, 10))
     batch = shard_batch({**batch_for(5), "record": np.arange(8)}, mesh)
     return program.step.lower(state, batch).compile().runtime_executable()
 
 
 @pytest.mark.parametrize("mode", ["frozen", pytest.param("full", marks=pytest.mark.slow)])
 def test_eight_devices_give_the_run_of_one(mode, tmp_path):
-    short = dataclasses.replace(CONFIG, mode=mode, epochs=2)
+    short = changed(CONFIG, mode=mode, epochs=2)
     one = train(tmp_path / "one", short)
-    eight = train(tmp_path / "eight", dataclasses.replace(short, mesh=MeshConfig(data=4, model=2)))
+    eight = train(tmp_path / "eight", changed(short, mesh=MeshConfig(data=4, model=2)))
     for name, leaf in named_leaves(one.params).items():
         np.testing.assert_allclose(named_leaves(eight.params)[name], leaf, atol=5e-5, err_msg=name)
 
@@ -421,28 +460,32 @@ def test_eight_devices_give_the_run_of_one(mode, tmp_path):
 def test_an_encoder_that_does_not_cover_the_model_is_refused():
     encoder = drawn()
     with pytest.raises(InputError, match="no class_token"):
-        take_encoder({"encoder": {k: v for k, v in encoder["encoder"].items() if k != "class_token"}}, ENCODER, "file")
+        take_encoder(
+            {"encoder": {k: v for k, v in encoder["encoder"].items() if k != "class_token"}},
+            vit_encoder(ENCODER),
+            "file",
+        )
     with pytest.raises(InputError, match="position of"):
-        take_encoder(encoder, dataclasses.replace(ENCODER, image_size=(16, 16, 16)), "file")
+        take_encoder(encoder, vit_encoder(dataclasses.replace(ENCODER, image_size=(16, 16, 16))), "file")
     with pytest.raises(InputError, match="parameters with an encoder"):
-        take_encoder({"head": {}}, ENCODER, "file")
+        take_encoder({"head": {}}, vit_encoder(ENCODER), "file")
     # A masked autoencoder's final norm has no place in a classifier on the mean of the patch tokens.
     more = {"encoder": {**encoder["encoder"], "norm": {"scale": np.ones(12, np.float32)}}, "decoder": {}}
-    assert take_encoder(more, ENCODER, "file")["encoder"].keys() == encoder["encoder"].keys()
+    assert take_encoder(more, vit_encoder(ENCODER), "file")["encoder"].keys() == encoder["encoder"].keys()
 
 
 def test_weights_and_outputs_must_fit_the_task(tmp_path):
-    with pytest.raises(InputError, match="weights: expected one per output, 1"):
-        train(tmp_path / "one", dataclasses.replace(CONFIG, weights=(1.0, 2.0)))
+    with pytest.raises(InputError, match="class_weights: expected one per output, 1"):
+        train(tmp_path / "one", changed(CONFIG, class_weights=(1.0, 2.0)))
     with pytest.raises(InputError, match="model.head.outputs"):
         train(tmp_path / "two", model=outputs_for(3))
     with pytest.raises(InputError, match="a multiple of 3 parts"):
-        train(tmp_path / "three", dataclasses.replace(CONFIG, accumulation=3))
+        train(tmp_path / "three", changed(CONFIG, accumulation=3))
     with pytest.raises(InputError, match="mesh.model"):
-        train(tmp_path / "four", dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, model=5)))
+        train(tmp_path / "four", changed(CONFIG, mesh=MeshConfig(data=1, model=5)))
     for mode, task in (("logistic", TASK), ("full", Task("regression", ("volume",), mean=(0.0,), deviation=(1.0,)))):
         with pytest.raises(InputError, match="mix: expected a classification"):
-            train(tmp_path / "five", dataclasses.replace(CONFIG, mode=mode, mix=MixConfig(mixup=0.8)), task=task)
-    for wrong in ({"token_keep": 0.0}, {"smoothing": 1.0}, {"weights": (0.0,)}, {"accumulation": 0}):
+            train(tmp_path / "five", changed(CONFIG, mode=mode, mix=MixConfig(mixup=0.8)), task=task)
+    for wrong in ({"token_keep": 0.0}, {"smoothing": 1.0}, {"class_weights": (0.0,)}, {"accumulation": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             AdaptConfig(**wrong)

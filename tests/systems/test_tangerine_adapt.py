@@ -1,4 +1,4 @@
-"""`jaxmed tangerine adapt` from tables to a model that predicts, on embedded chests and small cubes, and mistakes."""
+"""`jaxmed tangerine adapt` from tables to a model that predicts, on synthetic chests and small cubes, and mistakes."""
 
 import dataclasses
 import json
@@ -16,7 +16,10 @@ from jaxmed.io import nifti
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.classification import auroc
 from jaxmed.models.published.load import load_published
-from jaxmed.systems.tangerine.stages import adapt as stage
+from jaxmed.recipes import adapt_stage
+from jaxmed.recipes.adapt_stage import LabelledConfig, LabelledData
+from jaxmed.systems.tangerine.adaptation import AUGMENTATION, with_synthetic
+from jaxmed.systems.tangerine.adaptation import AdaptationConfig as Config
 from jaxmed.train.run_folder import RunOptions, open_run
 from jaxmed.volume import Volume
 
@@ -123,24 +126,24 @@ def test_a_killed_run_continues_to_the_same_predictions(full, data, tmp_path, mo
     def die(*arguments, **options):
         raise KeyboardInterrupt
 
-    real = stage.score_cohort
-    monkeypatch.setattr(stage, "score_cohort", die)
+    real = adapt_stage.score_cohort
+    monkeypatch.setattr(adapt_stage, "score_cohort", die)
     assert main(arguments) == 130
-    monkeypatch.setattr(stage, "score_cohort", real)
+    monkeypatch.setattr(adapt_stage, "score_cohort", real)
     assert main(arguments) == 1
     assert "Continuing after step" in (out / "log.txt").read_text()
     for name in ("predictions.csv", "metrics.csv"):
         assert (out / "outputs" / name).read_text() == (full / "outputs" / name).read_text()
 
 
-def test_embedded_chests_are_the_same_after_every_start(data, tmp_path):
-    config = stage.Config(data=stage.DataConfig(embedded=6), weights=data / "mae")
+def test_synthetic_chests_are_the_same_after_every_start(data, tmp_path):
+    config = Config(LabelledConfig(LabelledData(synthetic=6), weights=data / "mae"))
     inputs = []
     for _ in range(2):
-        made, _ = stage.make_embedded(config, open_run("tangerine", "adapt", config, RunOptions(tmp_path / "run")))
+        made, _ = with_synthetic(config, open_run("tangerine", "adapt", config, RunOptions(tmp_path / "run")))
         inputs.append({p: p.read_bytes() for p in (tmp_path / "run" / "inputs").rglob("*") if p.is_file()})
     assert inputs[0] == inputs[1]
-    (elsewhere,) = parse_externals(made.data.external)
+    (elsewhere,) = parse_externals(made.labelled.data.external)
     assert read_table(elsewhere.path).column("subject")[0] == "elsewhere_chest_0000"
 
 
@@ -190,7 +193,7 @@ def test_augmentation_happens_as_often_and_as_much_as_the_paper_says(key):
     keys = jax.random.split(key, 4000)
     off = dict.fromkeys(("noise_probability", "blur_probability", "gamma_probability"), 0.0)
     for name, share in (("noise_probability", 0.1), ("blur_probability", 0.2), ("gamma_probability", 0.15)):
-        only = dataclasses.replace(stage.FINE_TUNING, **(off | {name: share}))
+        only = dataclasses.replace(AUGMENTATION, **(off | {name: share}))
         found = np.asarray(jax.jit(jax.vmap(only, (0, None)))(keys, image))
         is_changed = np.abs(found - image).max(axis=(1, 2, 3, 4)) > 0
         assert abs(is_changed.mean() - share) < 0.02  # three standard errors of 4000 draws
@@ -201,7 +204,7 @@ def test_augmentation_happens_as_often_and_as_much_as_the_paper_says(key):
         if name == "gamma_probability":
             np.testing.assert_allclose(changed.min(axis=(1, 2, 3, 4)), image.min(), atol=1e-6)
             np.testing.assert_allclose(changed.max(axis=(1, 2, 3, 4)), image.max(), atol=1e-6)
-    np.testing.assert_array_equal(dataclasses.replace(stage.FINE_TUNING, **off)(key, image), image)
+    np.testing.assert_array_equal(dataclasses.replace(AUGMENTATION, **off)(key, image), image)
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import pytest
 
 from jaxmed.cli import main
 from jaxmed.io.tables import read_table
+from jaxmed.metrics.convergence import Curve, first_reach, reach_table, read_curve, smallest_matching
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
-from jaxmed.systems.tangerine.convergence import Curve, first_reach, reach_table, read_curve, smallest_matching
 
 
 def curve(*values):
@@ -175,7 +175,7 @@ def test_pretraining_saves_labels_and_epochs_on_phantom_chests(tmp_path):
         "efficiency",
         "--preset",
         "laptop",
-        "--data.embedded",
+        "--data.synthetic",
         "0",
         "--seeds",
         "5",

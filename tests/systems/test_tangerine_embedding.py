@@ -11,15 +11,17 @@ from tiny_tangerine import SIZE, axial, classifier, cubes, masked_autoencoder, s
 
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
+from jaxmed.metrics.feature_space import DUPLICATE, find_neighbours, principal_plane
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import Published, load_published
-from jaxmed.models.vit import Vit
+from jaxmed.models.vit import Vit, VitConfig
 from jaxmed.nn.model import make_model
+from jaxmed.recipes.embed_stage import DEFINITIONS, features
 from jaxmed.systems import tangerine
-from jaxmed.systems.tangerine.embedding import KINDS, encoder_with_head, features
-from jaxmed.systems.tangerine.feature_space import DUPLICATE, find_neighbours, principal_plane
+from jaxmed.systems.tangerine.embedding import view
 from jaxmed.volume import Volume
 
+KINDS = tuple(DEFINITIONS)
 REFERENCES = Path(__file__).resolve().parents[1] / "references"
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 
@@ -138,12 +140,12 @@ def test_volume_file_array_and_cube_have_the_same_features(mae, tmp_path):
 
 
 def test_the_published_sizes():
-    config, params = encoder_with_head(MaeConfig(), {"encoder": None})
+    config = MaeConfig(VitConfig(scan=True))
+    model = view(dataclasses.replace(masked_autoencoder(), config=config, params={"encoder": None}))
     image = jax.ShapeDtypeStruct((2, 256, 256, 256, 1), np.float32)
-    encoder = dataclasses.replace(config.encoder, scan=True)
-    shapes = jax.eval_shape(make_model(Vit(encoder)).init, jax.random.key(0), image)
-    config = dataclasses.replace(config, encoder=encoder)
-    found = jax.eval_shape(lambda p, x: features(config, p, x), {**params, "encoder": shapes}, image)
+    shapes = jax.eval_shape(model.encoder.init, jax.random.key(0))
+    params = {**model.params, "encoder": shapes}
+    found = jax.eval_shape(lambda p, x: features(model.encoder, model.head, p, x), params, image)
     assert {kind: found[kind].shape for kind in KINDS} == {
         "class": (2, 1024), "pooled": (2, 1024), "concat": (2, 2048), "pre_logits": (2, 2048)
     }  # fmt: skip
@@ -189,7 +191,7 @@ def test_the_plane_holds_the_largest_spread(shape):
 
 
 def test_neighbours_are_those_of_all_distances(monkeypatch):
-    monkeypatch.setattr("jaxmed.systems.tangerine.feature_space.BLOCK", 7)
+    monkeypatch.setattr("jaxmed.metrics.feature_space.BLOCK", 7)
     rows = np.random.default_rng(2).normal(size=(25, 6)) + 100.0
     rows[3] = rows[11] + 1e-7  # two files of one scan
     distances = np.linalg.norm(rows[:, None] - rows[None], axis=-1)

@@ -22,6 +22,7 @@ from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import load_published
 from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import VitConfig
+from jaxmed.recipes.training import TrainConfig
 from jaxmed.systems.tangerine.stages import pretrain as stage
 from jaxmed.train.log import Log, read_metrics
 from jaxmed.train.loop import LoopConfig
@@ -38,13 +39,11 @@ MODEL = MaeConfig(
 TINY = stage.Config(
     data=stage.DataConfig(validation=0.2),
     model=MODEL,
-    optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.95, eps=1e-5),
-    epochs=4,
-    warmup_epochs=1,
-    loader=LoaderConfig(batch_size=4),
-    loop=LoopConfig(log_every=1, save_every=3, evaluate_every=0),
-    mesh=MeshConfig(data=1),
-)
+    train=TrainConfig(
+        OptimizerConfig(peak_lr=3e-3, b2=0.95, eps=1e-5), LoopConfig(log_every=1, save_every=3, evaluate_every=0),
+        LoaderConfig(batch_size=4), MeshConfig(data=1), epochs=4, warmup_epochs=1,
+    ),
+)  # fmt: skip
 
 
 def write_scans(folder, count=10):
@@ -242,7 +241,7 @@ def test_a_longer_run_beats_the_mean_of_the_training_chests(tmp_path):
 
 def test_weights_of_another_grid_are_resized(tiny):
     larger = dataclasses.replace(MODEL, encoder=dataclasses.replace(MODEL.encoder, image_size=(24, 24, 24)))
-    params = stage.read_start(tiny, larger).params
+    params = stage.load_initial_weights(tiny, larger).params
     old = load_published(tiny).params
     for part in ("encoder", "decoder"):
         expected = resize_table(jax.numpy.asarray(old[part]["position"]), (2, 2, 2), (3, 3, 3))
@@ -255,7 +254,7 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
         ({"sigmoid": False}, "expected weights trained with sigmoid False, found sigmoid True"),
     ):
         with pytest.raises(InputError, match=message):
-            stage.read_start(tiny, dataclasses.replace(MODEL, **changes))
+            stage.load_initial_weights(tiny, dataclasses.replace(MODEL, **changes))
 
 
 def table(folder, columns, *rows):
@@ -288,14 +287,14 @@ def test_many_volumes_are_checked_by_their_headers(scans, tmp_path):
 
 def test_published_configuration():
     config = stage.paper()
-    settings, model, preprocess = stage.resolve(config)
+    settings, model, preprocess = config.train, config.model, config.preprocess
     assert preprocess == PREPROCESS and preprocess.size == (256, 256, 256)
     assert settings.loader.batch_size == 224 and settings.accumulation == 4
     assert (settings.epochs, settings.warmup_epochs) == (400, 20)
     optimizer = settings.optimizer
     assert (optimizer.peak_lr, optimizer.end_lr, optimizer.weight_decay) == (1e-4, 0.0, 0.05)
     assert (optimizer.b1, optimizer.b2) == (0.9, 0.95)
-    assert model.encoder.dtype == settings.dtype == "bfloat16" and model.mask_ratio == 0.75
+    assert settings.dtype == "bfloat16" and model.mask_ratio == 0.75
     assert config.flip_probability == 0.2
 
 

@@ -19,36 +19,22 @@ What a reader of these numbers must know:
 
 import dataclasses
 import warnings
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple
 
-import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxmed.arrays.tracing import require_values
-from jaxmed.arrays.types import Params
 from jaxmed.data.inputs import require_inputs
 from jaxmed.data.preprocess import Preprocess
-from jaxmed.models.heads import ClassifierConfig, Head, HeadConfig, pool_tokens
-from jaxmed.models.mae import MaeConfig
+from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.published.load import Published
-from jaxmed.models.vit import FINAL_EPSILON, Vit
-from jaxmed.nn.model import make_model
-from jaxmed.nn.transformer import LayerNorm
+from jaxmed.models.vit import vit_encoder
+from jaxmed.recipes.embed_stage import Kind, features
+from jaxmed.recipes.scan_job import Model
 from jaxmed.volume import Grid, Volume
-
-Kind: TypeAlias = Literal["class", "pooled", "concat", "pre_logits"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-DEFINITIONS = {
-    "class": "the class token after the last block, before any final norm",
-    "pooled": "the mean of the patch tokens after the last block, before any final norm",
-    "concat": "class and pooled, one after the other",
-    "pre_logits": "what enters the head: concat (or what the head pools) after its layer norm",
-}
 
 
 def embed(
@@ -87,45 +73,39 @@ def embed_cubes(
         cubes: As `published.preprocess` returns them, one or more; values are not checked.
         kind: As of `embed`.
     """
-    config, params = encoder_with_head(published.config, published.params)
-    return features(config, params, cubes)[kind]
+    model = view(published)
+    return features(model.encoder, model.head, model.params, cubes)[kind]
 
 
-# One compiled program per model and batch size, whoever calls: a loop over scans in a notebook must not trace each.
-@partial(jax.jit, static_argnums=0)
-def features(
-    config: ClassifierConfig, params: Params, cubes: Float[Any, "batch d h w 1"]
-) -> dict[str, Float[Array, "batch feature"]]:
-    """Return every kind of features, by one pass through the encoder.
+def view(published: Published, dtype: str | None = None) -> Model:
+    """Look at any weights as an encoder with a head: a masked autoencoder gets the layer norm of a new head.
 
     Args:
-        config: As `encoder_with_head` returns it; static.
-        params: Likewise.
-        cubes: Prepared scans.
+        published: A masked autoencoder or a classifier.
+        dtype: Type of the matrix products; as the weights say where None.
     """
-    bare = dataclasses.replace(config.encoder, final_norm=False)
-    tokens = make_model(Vit(bare)).apply(params["encoder"], cubes)
-    pooled = pool_tokens(tokens)
-    normed = tokens
-    if config.encoder.final_norm:
-        normed = make_model(LayerNorm(FINAL_EPSILON)).apply(params["encoder"]["norm"], tokens)
-    last = make_model(Head(config.head)).apply(params["head"], normed, method="features")
-    return {"class": pooled.class_token, "pooled": pooled.pooled, "concat": pooled.concat, "pre_logits": last}
-
-
-def encoder_with_head(config: MaeConfig | ClassifierConfig, params: Params) -> tuple[ClassifierConfig, Params]:
-    """Look at any weights as an encoder with a head: a masked autoencoder gets the layer norm of a new head."""
+    config, params = published.config, published.params
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if isinstance(config, ClassifierConfig):
-        return config, params
-    encoder = dataclasses.replace(config.encoder, final_norm=False)
+        return Model(vit_encoder(dataclasses.replace(config.encoder, **changes)), config.head, params)
+    encoder = vit_encoder(dataclasses.replace(config.encoder, final_norm=False, **changes))
     width = 2 * encoder.width
     norm = {"scale": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)}
-    return ClassifierConfig(encoder, HeadConfig()), {"encoder": params["encoder"], "head": {"norm": norm}}
+    return Model(encoder, HeadConfig(), {"encoder": params["encoder"], "head": {"norm": norm}})
 
 
-def with_dtype(config: ClassifierConfig, dtype: Literal["float32", "bfloat16"]) -> ClassifierConfig:
-    """Return the same model with matrix products in another precision."""
-    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, dtype=dtype))
+def describe(published: Published, kinds: tuple[Kind, ...]) -> list[str]:
+    """Say what the features of a masked autoencoder are not."""
+    if published.report.kind != "mae":
+        return []
+    notes = ["The whole volume goes in, nothing hidden; the final norm of pre-training is not applied."]
+    if set(kinds) & {"class", "concat", "pre_logits"}:
+        notes.append(
+            "No loss trains the class token of a masked autoencoder: half of concat is what it happens to hold."
+        )
+    if "pre_logits" in kinds:
+        notes.append("The layer norm of pre_logits is at its start: it standardises each scan's features, no more.")
+    return notes
 
 
 class Given(NamedTuple):

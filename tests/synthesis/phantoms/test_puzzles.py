@@ -26,7 +26,7 @@ from jaxmed.synthesis.phantoms.write_puzzles import COLUMNS, Counts, write_puzzl
 pytestmark = pytest.mark.core
 CLEAN = PuzzleConfig(radius=(0.8, 0.8), noise=0.0, bias_std=(0.0, 0.0), num_distractors=0, intensity=(1.0, 1.0))
 UNEVEN = dataclasses.replace(CLEAN, bias_std=(0.5, 0.5), background=0.3)
-FLAT, SOLID = (48, 40), (28, 28, 28)
+NO_PREFIX, SOLID = (48, 40), (28, 28, 28)
 COUNTS = Counts(train=4, validation=4, support=2, test=2)  # four of each family
 ALL = np.repeat(np.arange(len(FAMILIES)), 4)
 
@@ -35,7 +35,7 @@ ALL = np.repeat(np.arange(len(FAMILIES)), 4)
 def puzzles():
     """Images and masks of four poses of every family, drawn at once with the keys of a cohort of seed 4."""
     keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(4), number))(jnp.arange(len(ALL)))
-    draw = functools.partial(make_puzzle, shape=FLAT, config=CLEAN)
+    draw = functools.partial(make_puzzle, shape=NO_PREFIX, config=CLEAN)
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(draw))(keys, jnp.asarray(ALL)))
 
 
@@ -166,7 +166,7 @@ def test_impossible_settings_are_named(wrong):
 
 
 def test_a_cohort_is_written_once_and_read_as_it_was_drawn(tmp_path):
-    manifest = write_puzzle_cohort(tmp_path, 4, COUNTS, FLAT, CLEAN)
+    manifest = write_puzzle_cohort(tmp_path, 4, COUNTS, NO_PREFIX, CLEAN)
     table = read_table(manifest, required=COLUMNS)
     require_disjoint_subjects(table)
     assert table.column("split") == ["train"] * 20 + ["validation"] * 4 + ["support", "support", "test", "test"] * 2
@@ -179,10 +179,10 @@ def test_a_cohort_is_written_once_and_read_as_it_was_drawn(tmp_path):
     assert differing.sum() <= 2
     times = [path.stat().st_mtime_ns for path in images]
     images[0].unlink()
-    assert write_puzzle_cohort(tmp_path, 4, COUNTS, FLAT, CLEAN) == manifest
+    assert write_puzzle_cohort(tmp_path, 4, COUNTS, NO_PREFIX, CLEAN) == manifest
     assert [path.stat().st_mtime_ns for path in images[1:]] == times[1:] and images[0].exists()
     with pytest.raises(InputError, match="a cohort of seed 5"):
-        write_puzzle_cohort(tmp_path, 5, COUNTS, FLAT, CLEAN)
+        write_puzzle_cohort(tmp_path, 5, COUNTS, NO_PREFIX, CLEAN)
 
 
 @pytest.mark.parametrize(

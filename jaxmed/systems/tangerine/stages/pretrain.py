@@ -1,19 +1,17 @@
 """TANGERINE pretrain: train a 3D masked autoencoder on chest CTs without labels."""
 
 import dataclasses
-import shlex
-import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float64
 
+from jaxmed.arrays.grid import reorient
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import Epochs, Number, Seed, Share, Size, Whole, checked
+from jaxmed.config import Number, Share, Whole, checked
 from jaxmed.data.augment import draw_flips, flip
 from jaxmed.data.cohort import split_unlabelled, subject_notes
 from jaxmed.data.inputs import PreparedField, check_scans, input_source
@@ -26,7 +24,7 @@ from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import make_table, resolve_paths
-from jaxmed.models.mae import Mae, MaeConfig, masked_model
+from jaxmed.models.mae import MAE_LAPTOP_3D, MAE_SMOKE_3D, Mae, MaeConfig, masked_model
 from jaxmed.models.published.load import (
     OWN_LICENCE,
     ImportReport,
@@ -41,19 +39,23 @@ from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.recipes.pretrain_mae import Reconstruction, pretrain
-from jaxmed.recipes.training import TrainConfig, TrainData, check_fit
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only
+from jaxmed.recipes.training import TrainConfig, TrainData, TrainFlags, check_fit
+from jaxmed.report.figures import MapStyle, curves, slice_maps
+from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
-from jaxmed.systems.tangerine.pretrain_page import write_page
+from jaxmed.systems.tangerine.adaptation import SOURCE
 from jaxmed.train.checkpoint import compare_arrays, export_parameters
-from jaxmed.train.log import Log
+from jaxmed.train.log import read_metrics, series
 from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
-from jaxmed.train.run_folder import RunFolder, start, write_summary
+from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
 
+STYLE = MapStyle(colormap="gray", limits=(0.0, 1.0))
 # Axes of the cube where a volume comes without a place in the world: slices from foot to head, rows from front to back,
 # columns from right to left, as axial slices are stored.
 AXIAL = np.array([[0.0, 0.0, -1.0, 0.0], [0.0, -1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
@@ -73,20 +75,18 @@ class DataConfig:
             One that turns out broken later stops the run and is named.
         cache: Folder in which prepared volumes are kept (float16, 34 MB each at 256^3), so that later epochs and runs
             read them in place. Empty prepares them anew in every epoch.
-        embedded: Generate this many phantom chests where no files are given.
+        synthetic: Generate this many phantom chests where no files are given.
     """
 
     manifest: Path | None = None
     validation: float = 0.05
     check: Whole = 64
     cache: Path | None = None
-    embedded: Number = 0
+    synthetic: Number = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation: expected a share in [0, 1), found {self.validation:g}")
-        if self.check < 0 or self.embedded < 0:
-            raise ValueError(f"check, embedded: expected 0 or more, found {self.check, self.embedded}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +105,8 @@ class Config:
             refused.
         preprocess: From a file to the model's input; its size is always that of the model's image.
         model: The masked autoencoder; its dtype is set by --dtype.
-        optimizer: AdamW with a cosine.
-        epochs: Passes over the training volumes; 0 leaves the length to loop.steps.
-        warmup_epochs: Epochs over which the learning rate rises from 0.
-        accumulation: Parts in which a batch is processed: the same numbers with less memory.
-        flip_probability: Of a flip along rows, and along columns.
-        loader: Batch size (over all devices) and reading.
-        loop: Intervals of lines, saves and evaluations.
-        mesh: The devices.
-        dtype: Of the matrix products.
-        seed: Of parameters, masks, augmentation and order.
+        train: Optimizer (AdamW with a cosine), length, reading, devices and seed.
+        flip_probability: Probability of a flip along rows, and of one along columns.
     """
 
     data: DataConfig = DataConfig()
@@ -125,16 +117,14 @@ class Config:
     fill: float | None = None
     preprocess: Preprocess = PREPROCESS
     model: MaeConfig = MaeConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-4, b1=0.9, b2=0.95, weight_decay=0.05)
-    epochs: Epochs = 400
-    warmup_epochs: Epochs = 20
-    accumulation: Size = 1
+    train: TrainFlags = TrainConfig(
+        OptimizerConfig(peak_lr=1e-4, b1=0.9, b2=0.95, weight_decay=0.05),
+        LoopConfig(log_every=10, save_every=500, evaluate_every=500),
+        LoaderConfig(batch_size=8, num_threads=4),
+        epochs=400,
+        warmup_epochs=20,
+    )
     flip_probability: Share = 0.2
-    loader: LoaderConfig = LoaderConfig(batch_size=8, num_threads=4)
-    loop: LoopConfig = LoopConfig(log_every=10, save_every=500, evaluate_every=500)
-    mesh: MeshConfig = MeshConfig()
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if len(self.model.encoder.image_size) != 3:
@@ -142,65 +132,77 @@ class Config:
         # Files are prepared at the size of the model's image, and config.json says so.
         size = self.model.encoder.image_size
         object.__setattr__(self, "preprocess", dataclasses.replace(self.preprocess, size=size))
-        if self.model.encoder.dtype not in ("float32", self.dtype):
+        if self.model.encoder.dtype not in ("float32", self.train.dtype):
             raise ValueError(f"model.encoder.dtype: expected to be left to --dtype, found {self.model.encoder.dtype}")
         if self.weights is not None and self.warm_start is not None:
             raise ValueError(f"warm_start: expected nothing beside weights, found {self.warm_start}")
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"flip_probability: expected a probability, found {self.flip_probability:g}")
-        if min(self.epochs, self.warmup_epochs) < 0:
-            raise ValueError(f"epochs, warmup_epochs: expected 0 or more, found {self.epochs, self.warmup_epochs}")
 
     @property
     def is_synthetic(self) -> bool:
         """Whether the data are generated: files given take their place, whatever the preset."""
-        return self.data.embedded > 0 and self.data.manifest is None and self.input is None
-
-
-def small_model(edge: int, patch: int, width: int, depth: int) -> MaeConfig:
-    """Return a masked autoencoder that a laptop can train."""
-    encoder = VitConfig(
-        (edge,) * 3, (patch,) * 3, width=width, depth=depth, heads=width // 32, hidden=4 * width, patch_gain=8.0
-    )
-    return MaeConfig(
-        encoder, decoder_width=width // 2, decoder_depth=2, decoder_heads=width // 32, decoder_hidden=2 * width
-    )
+        return self.data.synthetic > 0 and self.data.manifest is None and self.input is None
 
 
 def paper() -> Config:
     """ViT-L at 256^3, 400 epochs, batch 224, bfloat16: for your scans on accelerators."""
-    encoder = dataclasses.replace(VitConfig(), remat=True, scan=True)
+    model = MaeConfig(dataclasses.replace(VitConfig(), remat=True, scan=True))
+    loader = LoaderConfig(batch_size=224, num_threads=8)
     return Config(
-        model=MaeConfig(encoder), loader=LoaderConfig(batch_size=224, num_threads=8), accumulation=4, dtype="bfloat16"
+        model=model, train=dataclasses.replace(Config().train, loader=loader, accumulation=4, dtype="bfloat16")
     )
 
 
 def laptop() -> Config:
     """A small model at 32^3, in minutes: on your scans, or on 600 of 1,000 phantom chests."""
-    return Config(
-        data=DataConfig(embedded=1000),
-        model=small_model(32, 8, 96, 3),
-        optimizer=OptimizerConfig(peak_lr=2e-3, b2=0.95, weight_decay=0.05),
+    train = TrainConfig(
+        OptimizerConfig(peak_lr=2e-3, b2=0.95, weight_decay=0.05),
+        LoopConfig(log_every=50, save_every=1000, evaluate_every=1000),
+        LoaderConfig(batch_size=16, num_threads=2),
+        MeshConfig(data=1),
         epochs=130,
         warmup_epochs=13,
-        loader=LoaderConfig(batch_size=16, num_threads=2),
-        loop=LoopConfig(log_every=50, save_every=1000, evaluate_every=1000),
-        mesh=MeshConfig(data=1),
     )
+    return Config(data=DataConfig(synthetic=1000), model=MAE_LAPTOP_3D, train=train)
 
 
 def smoke() -> Config:
     """A tiny model at 32^3, in seconds: on your scans, or on a few phantom chests."""
-    return Config(
-        data=DataConfig(embedded=16),
-        model=small_model(32, 8, 64, 2),
-        optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.95, weight_decay=0.05),
+    train = TrainConfig(
+        OptimizerConfig(peak_lr=3e-3, b2=0.95, weight_decay=0.05),
+        LoopConfig(log_every=5, save_every=50, evaluate_every=50),
+        LoaderConfig(batch_size=4),
+        MeshConfig(data=1),
         epochs=40,
         warmup_epochs=2,
-        loader=LoaderConfig(batch_size=4),
-        loop=LoopConfig(log_every=5, save_every=50, evaluate_every=50),
-        mesh=MeshConfig(data=1),
     )
+    return Config(data=DataConfig(synthetic=16), model=MAE_SMOKE_3D, train=train)
+
+
+@dataclasses.dataclass(frozen=True)
+class Completed:
+    """A held-out volume: mean squared error of its hidden voxels, and their variance."""
+
+    error: float
+    variance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a pre-training ended with.
+
+    Attributes:
+        volumes: Trained on ("train") and held out ("validation").
+        parameters: Their number.
+        window: HU that became 0 and 1.
+        errors: Of the first held-out volumes.
+        notes: What a user should know.
+    """
+
+    volumes: dict[str, int]
+    parameters: int
+    window: tuple[float, float]
+    errors: tuple[Completed, ...]
+    notes: tuple[str, ...]
 
 
 class Volumes(NamedTuple):
@@ -219,99 +221,71 @@ class Volumes(NamedTuple):
 
 def run(config: Config, folder: RunFolder) -> None:
     """Read and check the volumes, train, export the model, write the report."""
-    began = time.monotonic()
-    settings, model, preprocess = resolve(config)
-    check_fit(settings, masked_model(model).network)
-    published = None if config.weights is None else read_start(config.weights, model)
+    clock, train, preprocess = Clock(), config.train, config.preprocess
+    model = dataclasses.replace(config.model, encoder=dataclasses.replace(config.model.encoder, dtype=train.dtype))
+    check_fit(train, masked_model(model).network)
+    published = None if config.weights is None else load_initial_weights(config.weights, model)
     warm = None if config.warm_start is None else read_warm_start(config.warm_start, entries(model))
     given = warm or published
-    if config.is_synthetic:
-        volumes = make_embedded(config, folder, preprocess)
-    else:
-        volumes = find_volumes(config, preprocess)
-        if is_first():
-            start(folder)
-        wait_for_first("folder")
-    log = Log(folder.path, folder.options.quiet, config.loop.tensorboard, is_first())
+    volumes = find_volumes(with_synthetic(config, folder), preprocess)
     notes = [
         *volumes.notes,
-        *length_notes(config.loop, config.epochs),
+        *length_notes(train.loop, train.epochs),
         *start_notes(published, preprocess),
         *([] if warm is None else [warm.note]),
     ]
-    for note in notes:
-        log.say(f"Note: {note}")
+    log = begin(folder, notes, tensorboard=train.loop.tensorboard)
     counts = {"train": volumes.num_training, "validation": len(volumes.scans) - volumes.num_training}
     log.say(f"{counts['train']:,} volumes to train on, {counts['validation']:,} held out.")
-    cache = config.data.cache or (folder.path / "inputs" / "volumes" if config.data.embedded else None)
-    source = None
+    cache = config.data.cache or (folder.path / "inputs" / "volumes" if config.data.synthetic else None)
+    opened = []
     if cache is not None:
         log.say(f"Preparing volumes in {cache}; those that are there already stay.")
-        if is_first():
-            source = input_source(volumes.scans, preprocess, cache)
-        wait_for_first("cache")
-    if source is None:  # opening a cache sums every file in it: the first process has done so
-        source = input_source(volumes.scans, preprocess, cache)
+        first_only(lambda: opened.append(input_source(volumes.scans, preprocess, cache)), "cache")
+    # Opening a cache sums every file in it: the first process has done so.
+    source = opened[0] if opened else input_source(volumes.scans, preprocess, cache)
     rows = np.arange(len(volumes.scans))
     held_out = SubsetSource(source, rows[volumes.num_training :]) if counts["validation"] else None
 
     def augment(key: KeyArray, image: Float[Array, "..."]) -> Float[Array, "..."]:
         return flip(image, draw_flips(key, 3, (1, 2), config.flip_probability))
 
-    ready = time.monotonic()
+    clock.lap("read and check")
     data = TrainData(SubsetSource(source, rows[: volumes.num_training]), held_out, PreparedField(preprocess))
     params, pictures = pretrain(
-        settings, masked_model(model), data,
+        train, masked_model(model), data,
         folder=folder, log=log, augment=augment, start=None if given is None else given.params,
     )  # fmt: skip
-    trained = time.monotonic()
+    clock.lap("train, compilation included")
     export_parameters(folder.outputs / "model", params, model_record(model, params, preprocess, published))
-    if not is_first():
+    if jax.process_index() != 0:
         return
     write_pictures(folder.outputs, pictures, volumes.scans[volumes.num_training :], preprocess)
-    summary = {
-        "volumes": counts,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "window": [*preprocess.intensity.window],
-        "errors": [{"error": picture.error, "variance": picture.variance} for picture in pictures],
-        "notes": notes,
-        "device": jax.devices()[0].device_kind,
-        "command": f"jaxmed tangerine pretrain --config {shlex.quote(str(folder.path / 'config.json'))} --out RUN",
-        "seconds": {"read and check": ready - began, "train, compilation included": trained - ready},
-    }
-    write_summary(folder, summary)
-    write_page(folder.path)
-
-
-report = write_page
-
-
-def resolve(config: Config) -> tuple[TrainConfig, MaeConfig, Preprocess]:
-    """Return the settings of the recipe, the model, and the preprocessing at the size of its image."""
-    encoder = dataclasses.replace(config.model.encoder, dtype=config.dtype)
-    model = dataclasses.replace(config.model, encoder=encoder)
-    x, y, z = encoder.image_size
-    settings = TrainConfig(
-        config.optimizer, config.loop, config.loader, config.mesh, config.epochs, config.warmup_epochs,
-        config.accumulation, dtype=config.dtype, seed=config.seed,
+    summary = Summary(
+        counts, sum(leaf.size for leaf in jax.tree.leaves(params)), preprocess.intensity.window,
+        tuple(Completed(float(picture.error), float(picture.variance)) for picture in pictures), tuple(notes),
     )  # fmt: skip
-    return settings, model, dataclasses.replace(config.preprocess, size=(x, y, z))
+    finish(folder, config, summary, clock, page)
 
 
-def make_embedded(config: Config, folder: RunFolder, preprocess: Preprocess) -> Volumes:
-    """Write phantom chests, half of them with fluid behind a lung and a third with each other finding.
+def with_synthetic(config: Config, folder: RunFolder) -> Config:
+    """Where no files are given, write phantom chests: half with fluid behind a lung, a third with each other finding.
 
     Of them a fifth is held out, and a fifth is left to tests of what grows on the model.
     """
+    if not config.is_synthetic:
+        return config
     place = folder.path / "inputs"
-    if is_first():
+
+    def write() -> None:
         start(folder)
         write_chest_cohort(
-            place, config.seed, config.data.embedded, preprocess.volume_size, ChestConfig(severity=(0.5, 1.0)),
-            finding="effusion", distractors=1 / 3,
+            place, config.train.seed, config.data.synthetic, config.preprocess.volume_size,
+            ChestConfig(severity=(0.5, 1.0)), finding="effusion", distractors=1 / 3,
         )  # fmt: skip
-    wait_for_first("inputs")
-    return find_volumes(dataclasses.replace(config, data=DataConfig(manifest=place / "scans.csv")), preprocess)
+
+    first_only(write, "inputs")
+    return dataclasses.replace(config, data=DataConfig(place / "scans.csv"))
 
 
 def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
@@ -333,18 +307,18 @@ def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
         # Series of one study show one person.
         rows = [{"path": str(scan.path), "subject": scan.study} for scan in scans]
         table = make_table(place, ("path", "subject"), rows)
-    splits = np.array(split_unlabelled(table, config.data.validation, config.seed))
+    splits = np.array(split_unlabelled(table, config.data.validation, config.train.seed))
     if "train" not in splits:
         raise InputError(table.path, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
     training, held_out = ([scans[row] for row in np.flatnonzero(splits == name)] for name in ("train", "validation"))
     chosen = (*training, *held_out)
     notes = [*passed]
     notes += [] if manifest is None or "subject" not in table.columns else subject_notes(table)
-    notes += check_scans(chosen, preprocess, config.data.check, config.loader.num_threads)
+    notes += check_scans(chosen, preprocess, config.data.check, config.train.loader.num_threads)
     return Volumes(chosen, len(training), notes)
 
 
-def read_start(path: Path, model: MaeConfig) -> Published:
+def load_initial_weights(path: Path, model: MaeConfig) -> Published:
     """Read weights to start from, positions resized to the model's grid.
 
     Raises:
@@ -416,16 +390,94 @@ def find_affine(scan: ScanFiles, preprocess: Preprocess) -> Float64[np.ndarray, 
     return AXIAL if grid is None else preprocess.input_grid(grid).affine
 
 
-def is_first() -> bool:
-    """Tell whether this is the one process of several that writes."""
-    return jax.process_index() == 0
-
-
-def wait_for_first(what: str) -> None:
-    """Wait until the first process, and every other, has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def _shapes(tree: Any) -> dict[str, Any]:
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show how the error fell, and what the model completes."""
+    summary, lines = run.summary, read_metrics(run.path)
+    return Page(
+        "TANGERINE pre-training",
+        f"A 3D masked autoencoder of {summary.parameters:,} parameters, trained on {summary.volumes['train']:,} "
+        "volumes without labels",
+        _tiles(summary, lines),
+        [_curves_section(lines, summary), *_pictures_section(run.outputs, summary), _reading_section()],
+    )
+
+
+def _tiles(summary: Summary, lines: list[dict[str, float]]) -> list[Tile]:
+    steps, losses = series(lines, "loss")
+    tiles: list[Tile] = [
+        ("Steps", int(steps[-1]), f"{summary.volumes['train']:,} volumes"),
+        ("Loss", float(f"{losses[-1]:.3g}"), "mean squared error of hidden voxels, last line"),
+    ]
+    explained = series(lines, "evaluation/explained")[1]
+    if len(explained):
+        tiles.append(("Explained", f"{explained[-1]:.1%}", "of the variance of hidden voxels, held-out volumes"))
+    return tiles
+
+
+def _curves_section(lines: list[dict[str, float]], summary: Summary) -> Section:
+    blocks: list[Any] = [Note(text, "warning") for text in summary.notes]
+    shown = {"training": series(lines, "loss")}
+    shown["constant, training"] = series(lines, "target_variance")
+    if len(series(lines, "evaluation/error")[0]) > 1:
+        shown["held out"] = series(lines, "evaluation/error")
+        shown["constant, held out"] = series(lines, "evaluation/variance")
+    low, high = summary.window
+    caption = (
+        f"Mean squared error of hidden voxels, intensities in [0, 1] ({low:g} to {high:g} HU), and that of the best "
+        "constant: the variance of the hidden voxels."
+    )
+    blocks.append(curves(shown, xlabel="step", ylabel="error", caption=caption))
+    blocks.append(
+        curves({"rate": series(lines, "learning_rate")}, xlabel="step", ylabel="learning rate",
+               caption="Learning rate: warm-up, then half a cosine.")
+    )  # fmt: skip
+    return Section("Training", blocks)
+
+
+def _pictures_section(outputs: Path, summary: Summary) -> list[Section]:
+    if not summary.errors:
+        return []
+    scale = summary.window[1] - summary.window[0]
+    blocks: list[Any] = []
+    for number, found in enumerate(summary.errors):
+        names = {"Input": "image", "Seen": "seen", "Completed": "completed"}
+        volumes = {
+            label: reorient(nifti.read(outputs / f"held_out_{number}_{name}.nii.gz")) for label, name in names.items()
+        }
+        spacing = volumes["Input"].spacing
+        caption = (
+            f"Held-out volume {number + 1}, on the model's grid: the input, what the encoder sees of it (hidden "
+            "patches black), and the input with hidden patches as predicted. Root mean square error "
+            f"{scale * found.error**0.5:.0f} HU."
+        )
+        arrays = {label: volume.array for label, volume in volumes.items()}
+        x, y, z = map(float, spacing)
+        blocks.append(slice_maps(arrays, (x, y, z), caption=caption, styles=dict.fromkeys(names, STYLE), num_slices=4))
+    rows = [
+        (i + 1, e.error, e.variance, 1 - e.error / e.variance, scale * e.error**0.5)
+        for i, e in enumerate(summary.errors)
+    ]
+    columns = ("Volume", "Error", "Variance", "Explained", "Root mean square error (HU)")
+    caption = (
+        "Hidden voxels of held-out volumes, intensities in [0, 1]. Variance is the error of the best constant; "
+        "explained is 1 - error / variance."
+    )
+    blocks.append(Table(columns, rows, caption))
+    return [Section("What the model completes", blocks)]
+
+
+def _reading_section() -> Section:
+    text = [
+        "Three quarters of the patches are hidden from the encoder, and the decoder has to fill them in. The error is "
+        "told on hidden patches only; a model that knows nothing predicts a constant, whose error is the variance. "
+        "What counts is not the picture but whether the encoder's features help afterwards: jaxmed tangerine adapt.",
+        SOURCE,
+    ]
+    return Section("How to read this", [Text(text)])

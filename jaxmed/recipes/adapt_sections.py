@@ -1,4 +1,4 @@
-"""The report of an adaptation, made from what it left in its folder."""
+"""What the page of an adaptation shows: scores of every set, curves, calibration, training, and what failed."""
 
 import csv
 from pathlib import Path
@@ -7,18 +7,17 @@ from typing import Any
 import numpy as np
 
 from jaxmed.arrays.task import Task
-from jaxmed.config import from_record, read_record
 from jaxmed.data.labels import is_unlabelled
 from jaxmed.errors import InputError
 from jaxmed.io.tables import Table as Rows
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.classification import operating_curve, reliability_curve
 from jaxmed.metrics.cohort import HEADLINE, MEASURES, spell
+from jaxmed.recipes.adapt_stage import Summary, output_names
+from jaxmed.recipes.stage import Finished, Page
 from jaxmed.report.figures import Bar, agreement, bars, curves
-from jaxmed.report.page import Note, Section, Table, Text, write_report
-from jaxmed.systems.tangerine.pretrain_page import series
-from jaxmed.train.log import read_metrics
-from jaxmed.train.run_folder import read_summary
+from jaxmed.report.page import Note, Section, Table, Text, Tile
+from jaxmed.train.log import read_metrics, series
 
 GROUPS = {
     "seen": "distribution seen in pre-training",
@@ -27,34 +26,29 @@ GROUPS = {
 }
 MOST_CURVES = 12
 FEWEST_FOR_CALIBRATION = 20
+HOW = {"full": "Fine-tuned from", "frozen": "A head trained on", "logistic": "A linear probe on"}
 
 
-def write_page(folder: Path) -> None:
-    """Write report.html of a run folder from its config.json, metrics.jsonl and outputs/."""
-    record = read_record(folder / "config.json")
-    summary = read_summary(folder)
-    task = from_record(Task, summary["task"], str(folder / "outputs" / "summary.json"))
-    scores = read_rows(folder / "outputs" / "metrics.csv")
-    how = {"full": "Fine-tuned from", "frozen": "A head trained on", "logistic": "A linear probe on"}[summary["mode"]]
-    number = summary["records"]["train"]
-    write_report(
-        folder / "report.html",
-        title="TANGERINE adapted",
-        subtitle=f"{how} {summary['start']}: {', '.join(task.names)} ({task.kind}), {number:,} training scans",
-        summary=_tiles(scores, task, summary),
-        sections=[
-            _scores_section(scores, task, summary),
-            *_prediction_sections(folder, task, summary),
-            *_training_section(folder, summary),
-            *_probe_section(folder),
-            *_failed_section(folder, summary),
-            _reading_section(task, summary),
-        ],
-        config=record["config"],
-        timing=[(name, seconds, "") for name, seconds in summary["seconds"].items()],
-        software=record["versions"] | {"device": summary["device"]},
-        command=summary["command"],
-    )
+def adapt_page(run: Finished[Any, Summary], title: str, source: str) -> Page:
+    """Show an adaptation.
+
+    Args:
+        run: The run.
+        title: System and stage.
+        source: Whose model it is, and what it is not for.
+    """
+    summary, task = run.summary, run.summary.task
+    scores = read_rows(run.outputs / "metrics.csv")
+    sections = [
+        _scores_section(scores, task, summary),
+        *_prediction_sections(run.outputs, task, summary),
+        *_training_section(read_metrics(run.path), summary),
+        *_probe_section(run.outputs),
+        *_failed_section(run.outputs, summary),
+        _reading_section(source, task, summary),
+    ]
+    subtitle = f"{HOW[summary.mode]} {summary.start}: {', '.join(task.names)} ({task.kind})"
+    return Page(title, f"{subtitle}, {summary.records['train']:,} training scans", _tiles(scores, summary), sections)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -63,24 +57,21 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _tiles(scores: list[dict[str, str]], task: Task, summary: dict[str, Any]) -> list[tuple[str, object, str]]:
-    tiles: list[tuple[str, object, str]] = []
-    for one in summary["sets"]:
-        row = _find(scores, one["name"], HEADLINE[task.kind])
+def _tiles(scores: list[dict[str, str]], summary: Summary) -> list[Tile]:
+    tiles: list[Tile] = []
+    headline = HEADLINE[summary.task.kind]
+    for one in summary.sets:
+        row = next((row for row in scores if row["set"] == one.name and row["measure"] == headline), None)
         if row is not None:
             low, high = _number(row["low"]), _number(row["high"])
-            text = f"{one['name']}, 95 % interval {low:.2f} to {high:.2f}" if low == low else one["name"]
-            tiles.append((spell(row["measure"]), round(float(row["estimate"]), 3), text))
-    tiles.append(("Parameters", summary["parameters"], f"selected after step {summary['step']:,}"))
+            text = f"{one.name}, 95 % interval {low:.2f} to {high:.2f}" if low == low else one.name
+            tiles.append((spell(headline), round(float(row["estimate"]), 3), text))
+    tiles.append(("Parameters", summary.parameters, f"selected after step {summary.step:,}"))
     return tiles[:6]
 
 
-def _find(scores: list[dict[str, str]], name: str, measure: str) -> dict[str, str] | None:
-    return next((row for row in scores if row["set"] == name and row["measure"] == measure), None)
-
-
-def _scores_section(scores: list[dict[str, str]], task: Task, summary: dict[str, Any]) -> Section:
-    blocks: list[Any] = [Note(text) for text in summary["notes"]]
+def _scores_section(scores: list[dict[str, str]], task: Task, summary: Summary) -> Section:
+    blocks: list[Any] = [Note(text) for text in summary.notes]
     headline = HEADLINE[task.kind]
     kinds = (headline, headline.removesuffix("_macro"))
     shown = [row for row in scores if row["measure"] in kinds]
@@ -116,9 +107,9 @@ def _about(row: dict[str, str], task: Task) -> str:
     return "" if row["label"] == "all" or len(task.names) == 1 else f", {row['label']}"
 
 
-def _prediction_sections(folder: Path, task: Task, summary: dict[str, Any]) -> list[Section]:
-    path = folder / "outputs" / "predictions.csv"
-    names = [one["name"] for one in summary["sets"] if one["records"]]
+def _prediction_sections(outputs: Path, task: Task, summary: Summary) -> list[Section]:
+    path = outputs / "predictions.csv"
+    names = [one.name for one in summary.sets if one.records]
     if not names:
         return []
     table = read_table(path)
@@ -161,7 +152,7 @@ def _column(rows: list[dict[str, str]], task: Task, number: int) -> tuple[np.nda
     column = "label" if f"label_{label}" not in rows[0] else f"label_{label}"
     known = [row for row in rows if not is_unlabelled(row[column])]
     truth = [_is_positive(row[column], label, task) for row in known]
-    return np.array(truth, np.int64), np.array([float(row[f"probability_{label}"]) for row in known], np.float64)
+    return np.array(truth, np.int64), np.array([float(row[output_names(task)[number]]) for row in known], np.float64)
 
 
 def _is_positive(cell: str, label: str, task: Task) -> bool:
@@ -181,23 +172,22 @@ def _agreement_section(table: Rows, task: Task, names: list[str]) -> Section:
     for name in names:
         rows = [row for row in table.rows if row["set"] == name]
         truth, estimate = {}, {}
-        for label in task.names:
+        for number, label in enumerate(task.names):
             column = "label" if f"label_{label}" not in table.columns else f"label_{label}"
             known = [row for row in rows if not is_unlabelled(row[column])]
             truth[label] = np.array([float(row[column]) for row in known], np.float64)
-            estimate[label] = np.array([float(row[f"value_{label}"]) for row in known], np.float64)
+            estimate[label] = np.array([float(row[output_names(task)[number]]) for row in known], np.float64)
         blocks.append(
             agreement(truth, estimate, caption=f"{name}: predicted over true value, in the unit of the labels.")
         )
     return Section("Predicted and true", blocks)
 
 
-def _training_section(folder: Path, summary: dict[str, Any]) -> list[Section]:
-    lines = read_metrics(folder)
-    if summary["mode"] == "logistic" or not lines:
+def _training_section(lines: list[dict[str, float]], summary: Summary) -> list[Section]:
+    if summary.mode == "logistic" or not lines:
         return []
     shown = {"training": series(lines, "loss"), "validation": series(lines, "evaluation/loss")}
-    caption = f"Loss. Kept: step {summary['step']:,}, of the best validation {spell(summary['select'])}."
+    caption = f"Loss. Kept: step {summary.step:,}, of the best validation {spell(summary.select)}."
     blocks: list[Any] = [curves(shown, xlabel="step", ylabel="loss", caption=caption)]
     areas = series(lines, "evaluation/auroc")
     if len(areas[0]):
@@ -209,8 +199,8 @@ def _training_section(folder: Path, summary: dict[str, Any]) -> list[Section]:
     return [Section("Training", blocks)]
 
 
-def _probe_section(folder: Path) -> list[Section]:
-    path = folder / "outputs" / "probe.csv"
+def _probe_section(outputs: Path) -> list[Section]:
+    path = outputs / "probe.csv"
     if not path.exists():
         return []
     table = read_table(path)
@@ -229,16 +219,16 @@ def _probe_section(folder: Path) -> list[Section]:
     return [Section("Strength of the probe", blocks)]
 
 
-def _failed_section(folder: Path, summary: dict[str, Any]) -> list[Section]:
-    number = sum(one["failed"] for one in summary["sets"])
+def _failed_section(outputs: Path, summary: Summary) -> list[Section]:
+    number = sum(one.failed for one in summary.sets)
     if not number:
         return []
-    rows = [(row["set"], row["reason"]) for row in read_table(folder / "outputs" / "failed.csv").rows[:20]]
+    rows = [(row["set"], row["reason"]) for row in read_table(outputs / "failed.csv").rows[:20]]
     text = f"{number:,} scans could not be read and were not scored; outputs/failed.csv lists them all."
     return [Section("Failed", [Note(text, "warning"), Table(("Set", "Reason"), rows)])]
 
 
-def _reading_section(task: Task, summary: dict[str, Any]) -> Section:
+def _reading_section(source: str, task: Task, summary: Summary) -> Section:
     text = [
         "Intervals are the middle 95 % of 2000 bootstrap resamples of subjects; they do not hold what another training "
         "run or another choice of subjects to train on would change. The validation set selected the model, so its "
@@ -246,8 +236,8 @@ def _reading_section(task: Task, summary: dict[str, Any]) -> Section:
     ]
     if task.kind in ("binary", "multilabel"):
         text.append(
-            f"Accuracy, F1, sensitivity and specificity count a probability of {summary['threshold']:g} and above as "
+            f"Accuracy, F1, sensitivity and specificity count a probability of {summary.threshold:g} and above as "
             "predicted. Class weights move probabilities: look at the calibration before using them."
         )
-    text.append("Model: TANGERINE, arXiv:2507.01881. For research only, not for diagnosis.")
+    text.append(source)
     return Section("How to read this", [Text(text)])

@@ -1,0 +1,399 @@
+"""The road from a table of labels to a model and its scores: what an adapt stage does, whatever the encoder.
+
+A system says how its weights become a `Start`, which synthetic data it has, and what a page says of it. The page's
+sections are in `adapt_sections`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxmed.arrays.task import Task, predict_values, standardise
+from jaxmed.arrays.types import Params
+from jaxmed.config import Length, Number, Share, Whole, checked, to_record
+from jaxmed.data.augment import AugmentConfig
+from jaxmed.data.cohort import Cohort, LabelledSets, read_labelled_sets
+from jaxmed.data.inputs import PreparedField, check_scans, input_source
+from jaxmed.data.labels import LabelConfig, balanced_weights
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.records import ForgivingSource, LabelledSource, SubsetSource
+from jaxmed.data.splits import write_split_table
+from jaxmed.errors import InputError
+from jaxmed.files import expand_home
+from jaxmed.io.tables import write_table
+from jaxmed.metrics.cohort import Score, score_set
+from jaxmed.models.encoder import Encoder
+from jaxmed.models.heads import HeadConfig
+from jaxmed.objectives.supervised import task_losses
+from jaxmed.recipes.adapt import AdaptConfig, Adapted, AdaptFlags, adapt, check_run, score
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.training import NO_PREFIX, TrainData
+from jaxmed.train.checkpoint import export_parameters
+from jaxmed.train.log import Log
+from jaxmed.train.loop import length_notes
+from jaxmed.train.run_folder import RunFolder
+
+FAILED_COLUMNS = ("path", "set", "reason")
+METRIC_COLUMNS = ("set", "group", "label", "measure", "estimate", "low", "high", "undefined", "records", "subjects")
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class LabelledData:
+    """Which scans are learnt from, and which are scored.
+
+    Attributes:
+        manifest: CSV with the columns path (a file that the weights' preprocessing reads, a DICOM folder, or prepared
+            inputs as .npz), the label columns, and optionally subject and split (train, validation, test).
+        fractions: Shares of subjects in train, validation and test, where there is no column split.
+        group: Whether pre-training saw scans of this distribution, without labels: "seen" or "unseen".
+        external: Further sets, scored and never trained on, as NAME=CSV or NAME:GROUP=CSV; GROUP is "seen", "unseen"
+            or "other" (another centre, in neither stage), which is the default.
+        cache: Folder in which prepared scans of the manifest are kept (float16, 34 MB each at 256^3). Empty prepares
+            them anew in every epoch.
+        check: Training and validation scans that are read from end to end before the run, evenly spread; of the
+            others only the headers are.
+        synthetic: Generate this many scans, and a set of another scanner, where no manifest is given.
+    """
+
+    manifest: Path | None = None
+    fractions: tuple[Share, Share, Share] = (0.7, 0.15, 0.15)
+    group: Literal["seen", "unseen"] = "unseen"
+    external: tuple[str, ...] = ()
+    cache: Path | None = None
+    check: Whole = 16
+    synthetic: Number = 0
+
+    def __post_init__(self) -> None:
+        # The tables' places are part of words, so nobody else makes them absolute.
+        words = [word.partition("=") for word in self.external]
+        whole = tuple(f"{name}{mark}{expand_home(path).absolute() if path else ''}" for name, mark, path in words)
+        object.__setattr__(self, "external", whole)
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class LabelledConfig:
+    """What every system asks for to adapt an encoder to labels.
+
+    Attributes:
+        data: Labelled scans.
+        label: What is learnt.
+        weights: Published or own weights to start from: a masked autoencoder, or a classifier, whose encoder is taken.
+            Empty trains from scratch.
+        pool: What the head stands on: "concat" (class token and mean of the patch tokens) or "mean", each under a layer
+            norm, or "class" (the class token after the encoder's final norm).
+        hidden: Width of a hidden layer with leaky ReLU and BatchNorm in the head; 0 for none.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38), in HU for CT; without it they
+            are refused.
+        adapt: How the encoder is adapted.
+        balance: Find the class weights from the training labels instead, so that classes count alike.
+        augmentation: What happens to training images.
+        threshold: Probability from which a binary label counts as predicted, in accuracy, F1 and their like.
+    """
+
+    data: LabelledData = LabelledData()
+    label: LabelConfig = LabelConfig()
+    weights: Path | None = None
+    pool: Literal["concat", "mean", "class"] = "concat"
+    hidden: Length = 0
+    series: str = ""
+    fill: float | None = None
+    adapt: AdaptFlags = AdaptConfig()
+    balance: bool = False
+    augmentation: AugmentConfig = AugmentConfig()
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: expected a probability between 0 and 1, found {self.threshold:g}")
+        if self.balance and self.adapt.class_weights:
+            raise ValueError("class_weights: expected none beside balance, found some")
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the data are generated: files given take their place, whatever the preset."""
+        return self.data.synthetic > 0 and self.data.manifest is None and not self.data.external
+
+    @property
+    def augment(self) -> AugmentConfig | None:
+        """The augmentation, where anything can happen."""
+        return self.augmentation if self.augmentation.active else None
+
+
+# The type of a stage's field `labelled`: on the command line its options carry no prefix.
+LabelledFlags: TypeAlias = Annotated[LabelledConfig, NO_PREFIX]
+
+
+class Start(NamedTuple):
+    """Where training starts.
+
+    Attributes:
+        encoder: What is adapted.
+        head: What is put on it.
+        params: {"encoder": ...}; None from scratch.
+        preprocess: A file to the encoder's input.
+        family: Whose weights the adapted model's are, for `load_published`.
+        classifier: Head to the sizes of the whole model, as the family keeps them.
+        licence: Licence of the weights.
+        notes: What a user should know about them.
+    """
+
+    encoder: Encoder
+    head: HeadConfig
+    params: Params | None
+    preprocess: Preprocess
+    family: str
+    classifier: Callable[[HeadConfig], Any]
+    licence: str
+    notes: list[str]
+
+
+class Scored(NamedTuple):
+    """A set that was scored.
+
+    Attributes:
+        name: "validation", "test" or an external set's.
+        group: One of `data.cohort.GROUPS`.
+        cohort: Its scans that could be read.
+        logits: Of these.
+        scores: How well it went.
+        failed: Files that could not be read, and why.
+    """
+
+    name: str
+    group: str
+    cohort: Cohort
+    logits: Float[np.ndarray, "record output"]
+    scores: list[Score]
+    failed: list[tuple[Path, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SetSummary:
+    """Name and group of a scored set, how many records were scored, and how many failed."""
+
+    name: str
+    group: str
+    records: int
+    failed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What an adaptation found; scores are in outputs/metrics.csv.
+
+    Attributes:
+        task: What was learnt.
+        mode: As of `AdaptConfig`.
+        start: What training started from, in words.
+        records: Scans of each split.
+        sets: What was scored.
+        parameters: Their number.
+        step: Step of the kept parameters.
+        select: What they were chosen by.
+        class_weights: Factors on the loss.
+        threshold: From which a label counts as predicted.
+        notes: What a user should know.
+    """
+
+    task: Task
+    mode: str
+    start: str
+    records: dict[str, int]
+    sets: tuple[SetSummary, ...]
+    parameters: int
+    step: int
+    select: str
+    class_weights: tuple[float, ...]
+    threshold: float
+    notes: tuple[str, ...]
+
+
+def run_adapt(
+    config: Any,
+    labelled: LabelledConfig,
+    find_start: Callable[[Task], Start],
+    page: Callable[[Finished[Any, Summary]], Page],
+    folder: RunFolder,
+    notes: Sequence[str] = (),
+) -> int:
+    """Read and check, adapt, score every set, export the model, write the report. Returns 1 when scans failed.
+
+    Args:
+        config: Configuration of the stage.
+        labelled: Its part that all systems share, synthetic data written where they were asked for.
+        find_start: The system's: from a task to weights, encoder and preprocessing.
+        page: Of the stage.
+        folder: The run.
+        notes: What a user should know about the inputs.
+    """
+    clock = Clock()
+    sets = read_sets(labelled)
+    task = sets.meaning.task
+    first = find_start(task)
+    recipe = labelled.adapt
+    if labelled.balance:
+        weights = balanced_weights(sets.cohort.targets[sets.cohort.rows("train")], task)
+        recipe = dataclasses.replace(recipe, class_weights=weights)
+    check_run(recipe, first.encoder, first.head, task)
+    # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
+    learnt = sets.cohort.take(sets.cohort.rows("train", "validation"))
+    unexpected = check_scans(learnt.scans, first.preprocess, labelled.data.check, recipe.train.loader.num_threads)
+    loop = recipe.train.loop
+    told = [*notes, *sets.notes, *first.notes, *unexpected, *length_notes(loop, recipe.train.epochs)]
+    log = begin(folder, told, tensorboard=loop.tensorboard)
+    if "subject" in sets.table.columns:
+        write_split_table(folder.outputs / "splits.csv", sets.table, sets.cohort.splits.tolist())
+    clock.lap("read and check")
+    # Packing reads every scan once: those of the test split may be broken, and are read later.
+    data = training_data(learnt, first.preprocess, labelled.data.cache)
+    log.say(f"{len(data.training):,} scans to train on, {len(data.held_out or ()):,} to select on.")
+    adapted = adapt(
+        recipe, first.encoder, first.head, task, data, folder=folder, log=log, augment=labelled.augment,
+        start=first.params,
+    )  # fmt: skip
+    clock.lap("adapt, compilation included")
+    write_model(folder.outputs / "model", adapted, first, task)
+    scored = [
+        score_cohort(recipe, first, adapted, task, *named, labelled.threshold, log)
+        for named in named_sets(labelled.data.group, sets)
+    ]
+    clock.lap("score, with intervals")
+    told += [f"{one.name}: {note}" for one, further in scored for note in further]
+    write_tables(folder.outputs, [one for one, _ in scored], adapted, task)
+    summary = Summary(
+        task, recipe.mode, "random weights" if first.params is None else "pre-trained weights",
+        {split: len(sets.cohort.rows(split)) for split in ("train", "validation", "test")},
+        tuple(SetSummary(one.name, one.group, len(one.logits), len(one.failed)) for one, _ in scored),
+        sum(int(np.size(leaf)) for leaf in jax.tree.leaves(adapted.params)), adapted.step, recipe.select,
+        recipe.class_weights, labelled.threshold, tuple(told),
+    )  # fmt: skip
+    finish(folder, config, summary, clock, page)
+    return int(any(one.failed for one, _ in scored))
+
+
+def read_sets(labelled: LabelledConfig) -> LabelledSets:
+    """Read and check the tables.
+
+    Raises:
+        InputError: For whatever a user can have wrong in them.
+    """
+    data, adaptation = labelled.data, labelled.adapt
+    if data.manifest is None:
+        raise InputError("data.manifest", "a table of labelled scans", "nothing", "or try --preset smoke")
+    sets = read_labelled_sets(
+        data.manifest, data.external, labelled.label, data.fractions, adaptation.train.seed,
+        needs_auroc=adaptation.select == "auroc", series=labelled.series, fill=labelled.fill,
+    )  # fmt: skip
+    if adaptation.select == "auroc" and sets.meaning.task.kind == "regression":
+        raise InputError("select", "loss, for a regression", "auroc")
+    return sets
+
+
+def training_data(cohort: Cohort, preprocess: Preprocess, cache: Path | None) -> TrainData:
+    """Return the training and validation records of a cohort."""
+    source = LabelledSource(input_source(cohort.scans, preprocess, cache), cohort.targets)
+    train, validation = (SubsetSource(source, cohort.rows(split)) for split in ("train", "validation"))
+    return TrainData(train, validation, PreparedField(preprocess))
+
+
+def named_sets(group: str, sets: LabelledSets) -> list[tuple[str, str, Cohort]]:
+    """Return name, group and scans of everything that is scored."""
+    rows = {split: sets.cohort.rows(split) for split in ("validation", "test")}
+    own = [(split, group, sets.cohort.take(found)) for split, found in rows.items() if len(found)]
+    return own + sets.externals
+
+
+def score_cohort(
+    recipe: AdaptConfig,
+    first: Start,
+    adapted: Adapted,
+    task: Task,
+    name: str,
+    group: str,
+    cohort: Cohort,
+    threshold: float,
+    log: Log,
+) -> tuple[Scored, list[str]]:
+    """Predict a set and score it; files that cannot be read are left out and told.
+
+    Returns:
+        The set, and in words what could not be scored.
+    """
+    log.say(f"Scoring {len(cohort.scans):,} scans of {name}.")
+    source = ForgivingSource(input_source(cohort.scans, first.preprocess), first.encoder.image_shape)
+    # Reasons are noted where records are read, which has to be this process.
+    loader = dataclasses.replace(recipe.train.loader, num_workers=0)
+    reading = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, loader=loader))
+    logits = score(reading, first.encoder, adapted.head, adapted.params, source, PreparedField(first.preprocess))
+    failed = [(cohort.paths[row], reason) for row, reason in sorted(source.reasons.items())]
+    for _, reason in failed:
+        log.say(f"Failed: {reason}")
+    kept = np.array([row for row in range(len(cohort.scans)) if row not in source.reasons], np.int64)
+    read, logits = cohort.take(kept), logits[kept]
+    if not len(kept):
+        return Scored(name, group, read, logits, [], failed), []
+    losses = task_losses(task.kind, jnp.asarray(logits), jnp.asarray(standardise(read.targets, task)))
+    scores, notes = score_set(
+        task, read.targets, np.asarray(predict_values(jnp.asarray(logits), task)), read.subjects,
+        seed=recipe.train.seed, threshold=threshold, losses=np.asarray(losses),
+    )  # fmt: skip
+    return Scored(name, group, read, logits, scores, failed), notes
+
+
+def write_model(folder: Path, adapted: Adapted, first: Start, task: Task) -> None:
+    """Export the adapted model, for `load_published`."""
+    record = {
+        "family": first.family,
+        "kind": "classifier",
+        "config": to_record(first.classifier(adapted.head)),
+        "preprocess": to_record(first.preprocess),
+        "licence": first.licence,
+        "task": to_record(task),
+    }
+    export_parameters(folder, adapted.params, record)
+
+
+def output_names(task: Task) -> list[str]:
+    """Return the columns of a task's outputs in a table."""
+    return [f"{'value' if task.kind == 'regression' else 'probability'}_{name}" for name in task.names]
+
+
+def write_tables(folder: Path, sets: Sequence[Scored], adapted: Adapted, task: Task) -> None:
+    """Write predictions, metrics, choices of a probe, and what failed."""
+    is_single = len(task.names) == 1 or task.kind == "multiclass"
+    labels, outputs = ["label"] if is_single else [f"label_{name}" for name in task.names], output_names(task)
+    rows: list[dict[str, Any]] = []
+    for one in sets:
+        values = np.asarray(predict_values(jnp.asarray(one.logits), task))
+        for number, path in enumerate(one.cohort.paths):
+            row = {"path": path, "subject": one.cohort.subjects[number], "set": one.name, "group": one.group}
+            row |= dict(zip(labels, one.cohort.cells[number], strict=True))
+            rows.append(row | {name: f"{value:.9g}" for name, value in zip(outputs, values[number], strict=True)})
+    write_table(folder / "predictions.csv", ["path", "subject", "set", "group", *labels, *outputs], rows)
+    metrics = [
+        {"set": one.name, "group": one.group, "label": found.label, "measure": found.measure,
+         "estimate": found.interval.estimate, "low": finite(found.interval.low), "high": finite(found.interval.high),
+         "undefined": found.interval.num_undefined, "records": found.records, "subjects": found.subjects}
+        for one in sets for found in one.scores
+    ]  # fmt: skip
+    write_table(folder / "metrics.csv", METRIC_COLUMNS, metrics)
+    if adapted.choices:
+        write_table(folder / "probe.csv", list(adapted.choices[0]), adapted.choices)
+    failed = [{"path": path, "set": one.name, "reason": reason} for one in sets for path, reason in one.failed]
+    if failed:
+        write_table(folder / "failed.csv", FAILED_COLUMNS, failed)
+
+
+def finite(value: float) -> float | None:
+    """Return an end of an interval, None where there is none."""
+    return value if math.isfinite(value) else None

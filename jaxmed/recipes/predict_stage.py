@@ -1,0 +1,547 @@
+"""Probabilities of every scan, and maps of what moved them on the scan's grid: what a predict stage does.
+
+Source: Grad-CAM, arXiv:1610.02391, equations 1 and 2, on what `Encoder.before_last` gives (of a transformer, the tokens
+that its last block reads, after its first layer norm): a channel's weight is the mean of the score's gradient over the
+places of the grid, and the map is the weighted sum of the channels where that is positive.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from jaxmed.arrays.grid import resize
+from jaxmed.arrays.task import Task, predict_values
+from jaxmed.arrays.types import Params
+from jaxmed.config import Whole, checked, to_record
+from jaxmed.data.intensity import unscale
+from jaxmed.data.labels import read_known_targets
+from jaxmed.data.preprocess import WARMEST_AIR, Preprocess
+from jaxmed.data.scans import Record
+from jaxmed.files import unique_names, write_json
+from jaxmed.io import nifti
+from jaxmed.io.numpy_files import write_npz
+from jaxmed.io.scans import ScanFiles, kind_of, read_volume
+from jaxmed.io.tables import Table as Rows
+from jaxmed.io.tables import read_table, write_table
+from jaxmed.metrics.cohort import HEADLINE, MEASURES, score_set, spell
+from jaxmed.models.encoder import Encoder
+from jaxmed.models.heads import Head, HeadConfig
+from jaxmed.models.published.load import Published
+from jaxmed.nn.model import make_model
+from jaxmed.recipes.adapt_stage import finite, output_names
+from jaxmed.recipes.map_files import Arrays, Input, Outcome, clear_batches, map_batches, write_failed
+from jaxmed.recipes.scan_job import (
+    SHOWN,
+    Model,
+    ScansConfig,
+    ScansFlags,
+    count_scans,
+    further_columns,
+    open_job,
+    trouble_sections,
+)
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import histograms
+from jaxmed.report.overlay import Slices, cut_slices, overlay_slices
+from jaxmed.report.page import Note, Section, Table, Text, Tile
+from jaxmed.report.slices import display_range
+from jaxmed.train.run_folder import RunFolder
+from jaxmed.versions import software_versions
+from jaxmed.volume import Grid, Volume
+
+Maps: TypeAlias = Literal["top", "all", "none"]
+MAP_DEFINITION = (
+    "Grad-CAM (arXiv:1610.02391): where the patch tokens, as the last block reads them after its first layer norm, "
+    "raise the output; each channel weighted by the mean of the output's gradient over the patches, negative sums 0, "
+    "interpolated linearly to the grid of the scan"
+)
+FEWEST_FOR_HISTOGRAM = 8
+MOST_HISTOGRAMS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What the outputs of a head mean, for files that do not say it, such as those of the original code.
+
+    Attributes:
+        kind: "weights" takes what is stored with the weights. "binary" has one logit, "multiclass" one per class,
+            "multilabel" one per label, each its own sigmoid; "regression" values as they come.
+        names: Of the outputs, in order; of a binary task the positive class.
+    """
+
+    kind: Literal["weights", "binary", "multiclass", "multilabel", "regression"] = "weights"
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.kind == "weights") != (not self.names):
+            raise ValueError(f"names: expected names beside a kind, and only there, found {self.names or 'none'}")
+        self.task  # noqa: B018  refuses several names of a binary task
+
+    @property
+    def task(self) -> Task | None:
+        """The task, where it is set."""
+        if self.kind == "weights":
+            return None
+        number = len(self.names) if self.kind == "regression" else 0
+        return Task(self.kind, self.names, (0.0,) * number, (1.0,) * number)
+
+
+@dataclasses.dataclass(frozen=True)
+class TruthConfig:
+    """Where a manifest holds the truth, to score predictions.
+
+    Attributes:
+        columns: One for a multi-class task, else one per output, in their order. Where empty, those of the outputs'
+            names, or label; without such columns nothing is scored.
+    """
+
+    columns: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class PredictConfig:
+    """Predictions of an adapted classifier or regressor.
+
+    Attributes:
+        scans: The scans, and how they go through the model; where a manifest has labels, predictions are scored. Of
+            synthetic scans the test split is predicted.
+        task: What the weights' outputs mean, where their file does not say it.
+        label: Columns of the manifest with the truth.
+        maps: Which outputs get a map per scan: "top" the one with the highest score, "all" each, "none" none.
+        threshold: Probability from which a binary label counts as predicted.
+        shown: Scans whose map the report shows.
+    """
+
+    scans: ScansFlags = ScansConfig()
+    task: TaskConfig = TaskConfig()
+    label: TruthConfig = TruthConfig()
+    maps: Maps = "top"
+    threshold: float = 0.5
+    shown: Whole = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: expected a probability between 0 and 1, found {self.threshold:g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowScore:
+    """A measure of some rows of the manifest, with the ends of its interval where it has one."""
+
+    rows: str
+    scans: int
+    label: str
+    measure: str
+    estimate: float
+    low: float | None
+    high: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """A few slices of a scan and its map: file in outputs/previews, name, mapped output, and all values."""
+
+    file: str
+    id: str
+    output: int
+    values: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a prediction run found.
+
+    Attributes:
+        scans: Scans that were predicted.
+        failed: Those that could not be.
+        task: What the outputs mean.
+        maps: Which outputs got a map.
+        threshold: From which a label counts as predicted.
+        limits: Intensities that became the ends of the model's range, for the pictures.
+        scores: Against the manifest's labels.
+        previews: For the pictures.
+        notes: What a user should know.
+        warnings: A scan and what is unexpected about it.
+    """
+
+    scans: int
+    failed: int
+    task: Task
+    maps: str
+    threshold: float
+    limits: tuple[float, float]
+    scores: tuple[RowScore, ...]
+    previews: tuple[Preview, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[tuple[str, str], ...]
+
+
+class Explained(NamedTuple):
+    """What the device returns for a batch.
+
+    Attributes:
+        values: Probabilities, or values of a regression in the unit of the labels; one per name of the task.
+        mapped: Which output each map explains.
+        maps: On the grid of the tokens.
+    """
+
+    values: Float[Array, "batch output"]
+    mapped: Int[Array, "batch map"]
+    maps: Float[Array, "batch map *grid"]
+
+
+# One compiled program per model and batch size, whoever calls: a loop over scans in a notebook must not trace each.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def explain(
+    encoder: Encoder, head: HeadConfig, task: Task, maps: Maps, params: Params, images: Float[Any, "batch ..."]
+) -> Explained:
+    """Return values, and Grad-CAM on the grid of the tokens.
+
+    Args:
+        encoder: The encoder; static.
+        head: The head; static.
+        task: What its outputs mean; static.
+        maps: Which outputs are explained; static.
+        params: {"encoder": ..., "head": ...}.
+        images: Prepared scans.
+    """
+    apply = make_model(Head(head, encoder.prefix)).apply
+    rest, seen = encoder.split(params["encoder"], images)
+
+    def logits_of(seen: Array) -> Array:
+        return apply(params["head"], encoder.join(params["encoder"], rest, seen))[0]
+
+    logits, pull = jax.vjp(logits_of, seen)
+    batch, outputs = logits.shape
+    match maps:
+        case "none":
+            mapped = jnp.zeros((0, batch), jnp.int32)
+        case "top":
+            mapped = jnp.argmax(logits, axis=-1)[None]
+        case "all":
+            mapped = jnp.broadcast_to(jnp.arange(outputs)[:, None], (outputs, batch))
+
+    def gradcam(chosen: Int[Array, " batch"]) -> Float[Array, "batch *grid"]:
+        (gradient,) = pull(jax.nn.one_hot(chosen, outputs, dtype=logits.dtype))
+        weights = gradient[:, encoder.prefix :].mean(axis=1, keepdims=True)
+        return jax.nn.relu((weights * seen[:, encoder.prefix :]).sum(axis=-1)).reshape(batch, *encoder.grid)
+
+    grids = jax.lax.map(gradcam, mapped) if len(mapped) else jnp.zeros((0, batch, *encoder.grid))
+    return Explained(predict_values(logits, task), mapped.T, jnp.moveaxis(grids, 0, 1))
+
+
+def spread(places: Float[np.ndarray, "*grid"], size: tuple[int, ...]) -> Float32[np.ndarray, "*size"]:
+    """Interpolate a map on the grid of the tokens to the image, linearly between the centres of the patches."""
+    flat = (1,) * (3 - len(size))
+    x, y, z = (*size, *flat)
+    volume = Volume.make(places.reshape(*places.shape, *flat).astype(np.float32), np.eye(4))
+    return resize(volume, (x, y, z), order=1).array.reshape(size).astype(np.float32)
+
+
+def to_grid(places: Float[np.ndarray, "*grid"], preprocess: Preprocess, grid: Grid | None) -> Volume:
+    """Put a map on the grid of the tokens onto that of its scan; onto the model's input where the scan has none."""
+    image = spread(places, preprocess.size)
+    if grid is None:
+        return Volume.make(image.reshape(*image.shape, *(1,) * (3 - image.ndim)), np.eye(4))
+    return preprocess.inverse(image, grid)
+
+
+def run_predict(
+    config: PredictConfig,
+    scans: ScansConfig,
+    load: Callable[[Path], Published],
+    view: Callable[[Published, str], tuple[Model, Task]],
+    page: Callable[[Finished[Any, Summary]], Page],
+    folder: RunFolder,
+    notes: Sequence[str] = (),
+) -> int:
+    """Read and check, predict every scan, write tables, maps and report. Returns 1 when scans failed.
+
+    Args:
+        config: Configuration of the stage.
+        scans: Its scans, synthetic ones written where they were asked for.
+        load: Reads weights of the system's family, whose outputs mean `config.task`.
+        view: Weights and a dtype to an encoder with a head, and what its outputs mean.
+        page: Of the stage.
+        folder: The run.
+        notes: What a user should know about the inputs.
+    """
+    clock = Clock()
+    job = open_job(scans, load, notes)
+    model, task = view(job.published, scans.dtype)
+    preprocess, outputs, targets = job.preprocess, folder.outputs, None
+    if scans.data.manifest is not None:
+        targets = read_known_targets([record.row for record in job.records], task, config.label.columns)
+    log = begin(folder, job.notes)
+    clock.lap("read and check")
+    compute = partial(_compute, model.encoder, model.head, task, config.maps)
+    batches = job.batch_model(compute, partial(write_maps, outputs, task, preprocess), model)
+    done, failed, warnings = map_batches(
+        job.records, batches, model.params, scans.batch, job.mesh, folder, log, "Predicting"
+    )
+    clock.lap("predict and map, compilation included")
+    write_predictions(outputs / "predictions.csv", done, task, config.threshold)
+    previews = write_previews(outputs, done[: config.shown], config.maps, task, preprocess)
+    if targets is not None:
+        names = {outcome.file.name for outcome in done}
+        targets = targets[[record.name in names for record in job.records]]
+    scores, further = score(done, targets, task, config.threshold, scans.seed)
+    for note in further:
+        log.say(f"Note: {note}")
+    write_failed(outputs, failed)
+    summary = Summary(
+        len(done), len(failed), task, config.maps, config.threshold, preprocess.intensity.window, tuple(scores),
+        tuple(previews), (*job.notes, *further), tuple(warnings),
+    )  # fmt: skip
+    clear_batches(folder, failed)
+    finish(folder, config, summary, clock, page)
+    return 1 if failed else 0
+
+
+def _compute(encoder: Encoder, head: HeadConfig, task: Task, maps: Maps, params: Params, images: Any) -> dict[str, Any]:
+    return explain(encoder, head, task, maps, params, images)._asdict()
+
+
+def write_maps(
+    outputs: Path, task: Task, preprocess: Preprocess, record: Record, scan: Input, arrays: Arrays
+) -> tuple[Arrays, tuple[str, ...]]:
+    """Write the maps of one scan on its own grid, each with a sidecar; return its values and what was mapped."""
+    warnings = []
+    reference = record.path if record.path.name.lower().endswith(nifti.SUFFIXES) else None
+    for output, patches in zip(arrays["mapped"].tolist(), arrays["maps"], strict=True):
+        name = task.names[output]
+        volume = to_grid(patches, preprocess, scan.place)
+        stem = outputs / "maps" / map_stem(record.name, task, output)
+        nifti.write(stem.with_name(stem.name + ".nii.gz"), volume, reference=reference)
+        if not patches.any():
+            warnings.append(f"the map of '{name}' is 0 everywhere: no patch raises it")
+        sidecar = {
+            "definition": MAP_DEFINITION,
+            "unit": f"{'standard deviations' if task.kind == 'regression' else 'logits'} a patch, first order",
+            "output": name,
+            "value": float(arrays["values"][output]),
+            "largest": float(volume.array.max()),
+            "input": str(record.path),
+            "frame": "the model's own axes (slice, row, column)" if scan.place is None else "the scan's own grid",
+            "constants": {"preprocess": to_record(preprocess), "patch_grid": list(patches.shape)},
+            "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
+        }
+        write_json(stem.with_name(stem.name + ".json"), sidecar)
+    return {"values": arrays["values"], "mapped": arrays["mapped"]}, tuple(warnings)
+
+
+def map_stem(identity: str, task: Task, output: int) -> str:
+    """Return the name of the map of an output of a scan, without suffix."""
+    return f"{identity}__{unique_names(task.names)[output]}"
+
+
+def write_predictions(path: Path, done: list[Outcome], task: Task, threshold: float) -> None:
+    """Write a row per scan: where it came from, a column per output, and what that predicts."""
+    outputs = output_names(task)
+    further = further_columns([outcome.file for outcome in done], ("predicted", *outputs))
+    rows = []
+    for outcome in done:
+        values = outcome.arrays["values"]
+        row: dict[str, object] = {"path": outcome.file.path, "id": outcome.file.name}
+        row |= {name: outcome.file.row.get(name, "") for name in further}
+        row |= {name: f"{value:.9g}" for name, value in zip(outputs, values.tolist(), strict=True)}
+        row["predicted"] = predicted(values, task, threshold)
+        row["warnings"] = "; ".join(outcome.warnings)
+        rows.append(row)
+    write_table(path, ["path", "id", *further, *outputs, "predicted", "warnings"], rows)
+
+
+def predicted(values: np.ndarray, task: Task, threshold: float) -> str:
+    """Put a prediction into a word: 1 or 0, a class, the labels at or above the threshold, or the values."""
+    match task.kind:
+        case "binary":
+            return str(int(values[0] >= threshold))
+        case "multiclass":
+            return task.names[int(values.argmax())]
+        case "multilabel":
+            return "; ".join(name for name, value in zip(task.names, values, strict=True) if value >= threshold)
+    return "; ".join(f"{value:.6g}" for value in values)
+
+
+def score(
+    outcomes: Sequence[Outcome], targets: np.ndarray | None, task: Task, threshold: float, seed: int
+) -> tuple[list[RowScore], list[str]]:
+    """Score predictions against the manifest's labels, each split on its own; where that cannot be, say why."""
+    if targets is None:
+        return [], []
+    rows: list[RowScore] = []
+    notes = []
+    splits = [outcome.file.row.get("split", "") for outcome in outcomes]
+    for split in dict.fromkeys(splits):
+        chosen = [n for n, one in enumerate(splits) if one == split]
+        subjects = np.array([outcomes[n].file.row.get("subject") or outcomes[n].file.name for n in chosen])
+        name = f"split {split}" if split else "all scans"
+        values = np.array([outcomes[n].arrays["values"] for n in chosen], np.float64).reshape(-1, len(task.names))
+        scores, troubles = score_set(task, targets[chosen], values, subjects, seed=seed, threshold=threshold)
+        rows += [
+            RowScore(name, one.records, one.label, one.measure, one.interval.estimate, finite(one.interval.low),
+                     finite(one.interval.high))
+            for one in scores if one.measure in MEASURES[task.kind]
+        ]  # fmt: skip
+        how = "not scored in all" if scores else "not scored"
+        notes += [f"Predictions of {name} were {how}: {trouble}" for trouble in troubles]
+    if "train" in splits:
+        notes.append("The split train may be what the weights were adapted to: its scores say nothing about new scans.")
+    return rows, notes
+
+
+def write_previews(
+    outputs: Path, done: Sequence[Outcome], maps: Maps, task: Task, preprocess: Preprocess
+) -> list[Preview]:
+    """Keep a few slices of the first scans and of their first map, for the report."""
+    if maps == "none":
+        return []
+    previews = []
+    for outcome in done:
+        output = int(outcome.arrays["mapped"][0])
+        overlay = nifti.read(outputs / "maps" / f"{map_stem(outcome.file.name, task, output)}.nii.gz")
+        scan = read_to_show(outcome.file.scan, preprocess)
+        if kind_of(outcome.file.path) == "array":
+            overlay = _turned(overlay.array)
+        name = f"{outcome.file.name}.npz"
+        write_npz(outputs / "previews" / name, cut_slices(scan, overlay)._asdict(), is_compressed=True)
+        values = tuple(float(value) for value in outcome.arrays["values"])
+        previews.append(Preview(name, outcome.file.name, output, values))
+    return previews
+
+
+def read_to_show(scan: ScanFiles, preprocess: Preprocess) -> Volume:
+    """Read a scan to look at; prepared inputs in the unit that they stand for."""
+    if kind_of(scan.path) == "array":
+        return _turned(unscale(preprocess(scan)[..., 0], preprocess.intensity, *preprocess.intensity.window))
+    return read_volume(scan).volume
+
+
+def _turned(cube: np.ndarray) -> Volume:
+    """Turn slice, row, column to lie as one reads."""
+    return Volume.make(np.ascontiguousarray(cube.transpose(2, 1, 0)), np.eye(4))
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def predict_page(run: Finished[Any, Summary], title: str, source: str) -> Page:
+    """Show predictions.
+
+    Args:
+        run: The run.
+        title: System and stage.
+        source: Whose model it is, and what it is not for.
+    """
+    summary, task = run.summary, run.summary.task
+    sections = [Section("Weights", [Note(text) for text in summary.notes])]
+    if summary.scans:
+        sections.append(_predictions_section(read_table(run.outputs / "predictions.csv"), task, summary))
+    if summary.scores:
+        sections.append(_scores_section(summary))
+    sections += _maps_section(run.outputs, task, summary)
+    sections += [*trouble_sections(run.outputs, summary.warnings, summary.failed), _reading_section(task, source)]
+    subtitle = f"{', '.join(task.names)} ({task.kind}), predicted for {count_scans(summary.scans)}"
+    return Page(title, subtitle, _tiles(summary, task), sections)
+
+
+def _tiles(summary: Summary, task: Task) -> list[Tile]:
+    tiles: list[Tile] = [("Scans", summary.scans, f"{summary.failed:,} failed")]
+    further = {"multilabel": "auroc", "regression": "correlation"}.get(task.kind)
+    for row in summary.scores:
+        if row.measure in (HEADLINE[task.kind], further) and row.rows != "split train":
+            text = row.rows
+            if row.low is not None:
+                text = f"95 % interval {row.low:.2f} to {row.high:.2f}, {text}"
+            tiles.append((spell(row.measure), round(row.estimate, 3), text))
+    return tiles[:5]
+
+
+def _predictions_section(table: Rows, task: Task, summary: Summary) -> Section:
+    outputs = {
+        name: np.array(table.floats(column), np.float64)
+        for name, column in zip(task.names, output_names(task), strict=True)
+    }
+    blocks: list[Any] = []
+    if len(table) >= FEWEST_FOR_HISTOGRAM:
+        shown = dict(list(outputs.items())[:MOST_HISTOGRAMS])
+        kind = "Values, in the unit of the labels" if task.kind == "regression" else "Predicted probabilities"
+        blocks.append(histograms(shown, caption=f"{kind}, over all scans.", bins=20))
+    labelled = "label" in table.columns
+    columns = ["Scan", *outputs, "Predicted", *(["Label"] if labelled else [])]
+    rows = [
+        [row["id"], *(float(values[n]) for values in outputs.values()), row["predicted"],
+         *([row["label"]] if labelled else [])]
+        for n, row in enumerate(table.rows[:SHOWN])
+    ]  # fmt: skip
+    caption = "Probabilities." if task.kind != "regression" else "Values, in the unit of the labels."
+    if task.kind in ("binary", "multilabel"):
+        caption += f" Predicted from {summary.threshold:g} on."
+    if len(table) > SHOWN:
+        caption += f" The first {SHOWN} of {len(table):,}."
+    blocks.append(Table(columns, rows, caption + " outputs/predictions.csv has all."))
+    return Section("Predictions", blocks)
+
+
+def _scores_section(summary: Summary) -> Section:
+    rows = [
+        (row.rows, row.scans, row.label, spell(row.measure), row.estimate, row.low, row.high) for row in summary.scores
+    ]
+    caption = "Against the manifest's labels; 95 % intervals by 2000 bootstrap resamples of subjects."
+    columns = ("Rows", "Scans", "Of", "Measure", "Estimate", "Low", "High")
+    return Section("Against the labels", [Table(columns, rows, caption)])
+
+
+def _maps_section(outputs: Path, task: Task, summary: Summary) -> list[Section]:
+    blocks: list[Any] = []
+    low, high = summary.limits
+    unit = "probability" if task.kind != "regression" else "value"
+    for preview in summary.previews:
+        name = task.names[preview.output]
+        with np.load(outputs / "previews" / preview.file, allow_pickle=False) as stored:
+            slices = Slices(
+                stored["image"], stored["overlay"], tuple(stored["index"].tolist()), tuple(stored["spacing"].tolist()),
+                int(stored["axis"]), float(stored["largest"]),
+            )  # fmt: skip
+        caption = f"{preview.id}: {name}, {unit} {preview.values[preview.output]:.3g}."
+        if not slices.largest:
+            caption += " The map is 0 everywhere: no patch raises this output."
+        # What is no CT in HU, and was warned of, would be all white in the window of the model.
+        is_hu = float(slices.image.min()) < WARMEST_AIR
+        limits = (low, high) if is_hu else display_range(slices.image.reshape(-1).astype(np.float64))
+        unit_shown = "HU" if is_hu else "as stored"
+        blocks.append(
+            overlay_slices(slices, caption=caption, limits=limits, names=("Scan", "With map"), unit=unit_shown)
+        )
+    if not blocks:
+        return []
+    text = (
+        "Bright where the image raised the output named below (Grad-CAM on the last block's patch tokens). Among the "
+        "slices is the one with the map's largest value. Whole maps, on the grid of each scan, are in outputs/maps."
+    )
+    return [Section("What moved them", [Text([text]), *blocks])]
+
+
+def _reading_section(task: Task, source: str) -> Section:
+    values = (
+        "Values are in the unit of the labels that the weights were adapted to."
+        if task.kind == "regression"
+        else "Probabilities are as good as the labels and the scanners that the weights were adapted to: on other "
+        "scanners and populations they may order scans well and still be too high or too low."
+    )
+    text = [
+        values,
+        "A map shows where the network's evidence for an output comes from, at the coarse grid of its patches. It is "
+        "no segmentation, it says nothing about evidence against the output, and maps of different scans are scaled "
+        "each by itself here.",
+        source,
+    ]
+    return Section("How to read this", [Text(text)])
