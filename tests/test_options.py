@@ -98,7 +98,7 @@ def test_the_walk_finds_what_there_is():
         ("tangerine pretrain --epochs nan", "epochs: expected a number from 0 to 1,000,000, found nan"),
         ("tangerine pretrain --epochs 1e300", "epochs: expected a number from 0 to 1,000,000, found 1e+300"),
         ("tangerine pretrain --model.encoder.width 0", "width: expected a whole number from 1 to 65,536, found 0"),
-        ("selfplay adapt --adapt.rate nan", "adapt.rate: expected a number from 0"),
+        ("selfplay adapt --adapt.rate nan", "adapt.rate: expected a number above 0"),
         ("igndmoe fit --fit.norm-weight nan", "fit.norm_weight: expected a number from 0"),
         ("igndmoe fit --data.synthetic-regions 1", "synthetic_regions: expected a whole number from 2"),
         ("noddi fit --seed -1", "seed: expected a whole number from 0 to 4,294,967,295, found -1"),
@@ -176,6 +176,7 @@ TWO_NAMES = {
     ("igndmoe", "OdeConfig"): "as above; the command names it --ode in every stage",
     ("selfplay", "AdaptConfig"): "compare adapts once before thinking and again while thinking",
     ("selfplay", "AugmentConfig"): "of meta-training, of adaptation, and of compare's supervised networks",
+    ("selfplay", "OpponentConfig"): "of the pixel game and of the patch game",
     ("selfplay", "DeformationConfig"): "part of AugmentConfig",
 }
 

@@ -124,6 +124,7 @@ _HE = nn.initializers.he_normal()
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PatchMlpConfig:
     """The patch policy of RLSP.
 
@@ -131,7 +132,7 @@ class PatchMlpConfig:
         hidden: Widths of the layers, rectified.
     """
 
-    hidden: tuple[int, ...] = (128, 64, 64, 64, 64, 32)
+    hidden: tuple[Size, ...] = (128, 64, 64, 64, 64, 32)
 
     def __post_init__(self) -> None:
         if not self.hidden or min(self.hidden) < 1:

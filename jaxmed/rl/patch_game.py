@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmed.config import Size, Whole, checked
+from jaxmed.config import NonNegative, Size, Whole, checked
 from jaxmed.rl.pixel_game import spread_blocks
 
 
@@ -41,7 +41,7 @@ class PatchGame:
     patches: Size = 16
     min_turns: Whole = 2
     max_turns: Whole = 2048
-    stop_factor: float = 100.0
+    stop_factor: NonNegative = 100.0
     empty_score: float = 0.0
     match_release: bool = False
 
