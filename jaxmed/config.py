@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from jaxmed.errors import InputError, nearest
-from jaxmed.files import expand_home, read_record  # noqa: F401  until its readers name `files`
+from jaxmed.files import expand_home
 
 Config = TypeVar("Config")
 Class = TypeVar("Class", bound=type)
