@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import traceback
+import typing
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Annotated, Any
@@ -199,11 +200,11 @@ def parse_stage(module: ModuleType, program: str, arguments: list[str]) -> tuple
         ],
         frozen=True,
     )
-    parsed = _parse(kind, program, arguments, _describe(module))
+    parsed = _parse(kind, program, arguments, _describe(module), module.Config)
     return resolve_paths(parsed.config), parsed.run
 
 
-def _parse(kind: Any, program: str, arguments: list[str], description: str | None = None) -> Any:
+def _parse(kind: Any, program: str, arguments: list[str], description: str | None = None, config: Any = None) -> Any:
     """Let tyro parse words into a dataclass, or into a call of a function.
 
     Raises:
@@ -219,9 +220,9 @@ def _parse(kind: Any, program: str, arguments: list[str], description: str | Non
         if error.code in (0, None):
             print(screen.getvalue(), end="")
             raise
-        raise parse_error(errors.getvalue() or screen.getvalue(), program) from error
+        raise parse_error(errors.getvalue() or screen.getvalue(), program, config) from error
     except ValueError as error:  # a configuration's own check
-        raise parse_error(f"Error parsing config: {error}", program) from error
+        raise parse_error(f"Error parsing config: {error}", program, config) from error
 
 
 def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:
@@ -278,8 +279,28 @@ def _describe(module: ModuleType) -> str:
     )
 
 
-def parse_error(screen: str, program: str) -> InputError:
-    """Turn what tyro prints in a box, or between rules of dashes where there is no UTF-8, into one error."""
+def _prefix_of(kind: Any, place: str) -> str:
+    """Return how a record of a configuration is called in options, where some records lend no prefix (`NO_PREFIX`)."""
+    shown = ""
+    for name in place.strip(".").replace("-", "_").split("."):
+        hint = typing.get_type_hints(kind, include_extras=True).get(name) if dataclasses.is_dataclass(kind) else None
+        marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+        kind = typing.get_args(hint)[0] if marks else hint
+        if any(getattr(mark, "prefix_name", None) is False for mark in marks):
+            shown = ""
+        if not any(getattr(mark, "name", None) == "" for mark in marks):
+            shown += f".{name}"
+    return shown
+
+
+def parse_error(screen: str, program: str, kind: Any = None) -> InputError:
+    """Turn what tyro prints in a box, or between rules of dashes where there is no UTF-8, into one error.
+
+    Args:
+        screen: What tyro printed.
+        program: Words of the command before the options.
+        kind: Of the configuration that was parsed, whose records may lend options no prefix.
+    """
     lines = [line.strip(" │") for line in screen.splitlines() if line.startswith("│")]
     lines = lines or [line.strip() for line in screen.splitlines() if line.strip()]
     if len(lines) > 2 and set(lines[1]) == {"-"}:
@@ -287,9 +308,9 @@ def parse_error(screen: str, program: str) -> InputError:
     rule = next((index for index, line in enumerate(lines) if set(line) in ({"─"}, {"-"})), len(lines))
     text, hints = " ".join(" ".join(lines[:rule]).split()), lines[rule + 1 :]
     advice = f"see {program} --help"
-    # What stands in the options without a prefix (recipes.training.NO_PREFIX) is told without one too.
-    flat = r"(\.(adaptation|labelled|adapt|scans|study|train))+"
-    text = re.sub(rf"^Error parsing config{flat}\b", "Error parsing config", text)
+    if kind is not None:
+        place = r"^Error parsing config((?:\.[\w-]+)+)"
+        text = re.sub(place, lambda found: f"Error parsing config{_prefix_of(kind, found[1])}", text)
     if match := re.match(r"Unrecognized options: (.*)", text):
         close = next((line.split(",")[0].split()[0] for line in hints if line.startswith("--")), None)
         return InputError(match[1], "a known option", "an unknown one", f"did you mean '{close}'?" if close else advice)

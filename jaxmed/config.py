@@ -65,6 +65,7 @@ Decay = Annotated[float, Bounds(0, 1, below=True)]
 Epochs = Annotated[float, Bounds(0, 1e6)]
 Count = Annotated[int, Bounds(1, 2**31 - 1)]
 Whole = Annotated[int, Bounds(0, 2**31 - 1)]
+Axis = Annotated[int, Bounds(0, 2)]  # of space
 Size = Annotated[int, Bounds(1, 65_536)]  # of an axis, a layer, a batch
 Length = Annotated[int, Bounds(0, 65_536)]  # the same, where 0 means none or all
 Regions = Annotated[int, Bounds(2, 2_000)]

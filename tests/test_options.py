@@ -27,6 +27,8 @@ NEGATIVE = {
     "fill": "an intensity",
     "early": "logits of a gate",
     "late": "logits of a gate",
+    "intensity_shift": "a summand",
+    "limits": "intensities",
 }
 
 
@@ -67,7 +69,15 @@ def numbers():
 def put(record, name, value):
     """Build a record anew with one number changed; the first of several."""
     old = getattr(record, name)
+    if old is None and (pair := _pair_of(typing.get_type_hints(type(record))[name])):
+        old = (0.0,) * pair
     return dataclasses.replace(record, **{name: (value, *old[1:]) if isinstance(old, tuple) else value})
+
+
+def _pair_of(hint):
+    """Return how many numbers a field takes that is None or a tuple."""
+    found = [part for part in typing.get_args(hint) if typing.get_origin(part) is tuple]
+    return len(typing.get_args(found[0])) if found else 0
 
 
 @pytest.mark.parametrize(("kind", "record", "name", "number"), list(numbers()))
@@ -191,12 +201,14 @@ def options(system):
         for field in dataclasses.fields(kind):
             parts = (hints[field.name], *typing.get_args(hints[field.name]))
             place = "" if NO_PREFIX in parts else field.name
+            # An option may drop the name of the record that it stands in.
+            before = "" if any(getattr(part, "prefix_name", None) is False for part in parts) else prefix
             if place:
-                names.add(f"--{prefix}{place}".replace("_", "-"))
+                names.add(f"--{before}{place}".replace("_", "-"))
             for part in parts:
                 if isinstance(part, type) and dataclasses.is_dataclass(part):
-                    places.setdefault(part.__name__, set()).add(f"{prefix}{place}")
-                    walk(part, f"{prefix}{place}." if place else prefix)
+                    places.setdefault(part.__name__, set()).add(f"{before}{place}")
+                    walk(part, f"{before}{place}." if place else before)
 
     for stage in STAGES:
         if stage.split()[0] == system:

@@ -22,7 +22,7 @@ from jax.scipy.special import erf
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from jaxmed.arrays.warping import identity_grid, sample
-from jaxmed.config import Length, NonNegative, Positive, Share, Size, Spread, checked
+from jaxmed.config import Axis, Length, NonNegative, Positive, Share, Size, Spread, Whole, checked
 
 Range = tuple[float, float]
 Step = Literal["crop", "flip", "shift", "affine", "bias", "gamma", "intensity", "blur", "noise"]
@@ -84,20 +84,20 @@ class AugmentConfig:
     crop_scale: tuple[Share, Share] = (0.25, 1.0)
     crop_ratio: Positive = 4 / 3
     crop_method: Literal["linear", "cubic"] = "linear"
-    flip_axes: tuple[int, ...] = ()
+    flip_axes: tuple[Axis, ...] = ()
     flip_probability: Share = 0.5
     shift: Length = 0
     affine_probability: Share = 0.0
     rotation: NonNegative = 15.0
     scale: tuple[Positive, Positive] = (0.85, 1.15)
     is_isotropic: bool = True
-    shear: float = 0.0
+    shear: NonNegative = 0.0
     translation: NonNegative = 0.05
     stretch: NonNegative = 0.0
     stretch_spacing: Positive = 20.0
     spacing: tuple[Positive, ...] = ()
     fill: float | None = 0.0
-    label_fill: int | None = 0
+    label_fill: Whole | None = 0
     bias_probability: Share = 0.0
     bias_strength: NonNegative = 0.3
     bias_order: Length = 3
@@ -105,7 +105,7 @@ class AugmentConfig:
     gamma: tuple[Positive, Positive] = (0.7, 1.5)
     gamma_is_log: bool = True
     intensity_probability: Share = 0.0
-    intensity_scale: Range = (0.9, 1.1)
+    intensity_scale: tuple[NonNegative, NonNegative] = (0.9, 1.1)
     intensity_shift: Range = (-0.1, 0.1)
     blur_probability: Share = 0.0
     blur_sigma: tuple[Spread, Spread] = (0.5, 1.5)

@@ -14,7 +14,6 @@ from typing import Annotated, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Bool, Float
 
 from jaxmed.arrays.graphs import GraphsTuple, make_graph
@@ -29,6 +28,7 @@ from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.regional import Scores, score_regions
 from jaxmed.models.graph_diffusion import EXPERTS, ProgressionConfig
+from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.solvers.fixed_grid import Trajectory, interpolate
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
@@ -86,7 +86,7 @@ class CohortSource:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
 
-SourceFlags: TypeAlias = Annotated[CohortSource, tyro.conf.arg(name="")]
+SourceFlags: TypeAlias = Annotated[CohortSource, NO_PREFIX]
 """Of a stage: its flags stand without a prefix."""
 
 
