@@ -142,8 +142,8 @@ def _read(scans: Mapping[Path, ScanFiles], preprocess: Preprocess, path: Path) -
 
 
 def _look_at_header(scan: ScanFiles, preprocess: Preprocess) -> tuple[str, ...]:
-    if kind_of(scan.path) == "array":
-        require_file(scan.path, "a volume")
+    if (kind := kind_of(scan.path)) in ("array", "picture"):
+        require_file(scan.path, f"a {kind}")
         return ()
     _, codes = describe(scan)
     return () if codes is None else tuple(preprocess.check_axes(codes))
