@@ -95,3 +95,33 @@ def test_init_files_hold_prose_and_lazy_calls_only():
 def test_every_folder_has_a_row():
     folders = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in sources()} - {"__init__"}
     assert folders <= set(ROW)
+
+
+STAGES = sorted(PACKAGE.glob("systems/*/stages/*.py"))
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_stage_imports_a_stage(path):
+    """What another stage produces comes by `recipes.stage.nested_run`."""
+    assert not [name for name in imports(path) if ".stages" in name]
+
+
+def test_pages_stand_with_their_stages():
+    assert not list(PACKAGE.rglob("*_page.py"))
+
+
+def definitions(kind: type[ast.AST]) -> list[tuple[str, str]]:
+    """Return name and file of every definition at the top of a module."""
+    bodies = [(path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text()).body) for path in sources()]
+    return [(node.name, place) for place, body in bodies for node in body if isinstance(node, kind)]
+
+
+def test_there_is_one_way_from_a_file_to_an_input_one_record_of_a_scan_and_one_check_of_splits():
+    classes, functions = definitions(ast.ClassDef), definitions(ast.FunctionDef)
+    assert [place for name, place in classes if "Preprocess" in name or "FrameConfig" in name] == ["data/preprocess.py"]
+    assert [place for name, place in classes if name == "ScanFiles"] == ["io/scans.py"]
+    checks = {place for name, place in functions if name in ("require_disjoint_subjects", "require_files_apart")}
+    callers = {
+        path.relative_to(PACKAGE).as_posix() for path in sources() if "require_disjoint_subjects(" in path.read_text()
+    }
+    assert checks == {"data/cohort.py", "io/tables.py"} and callers <= checks | {"data/splits.py"}
