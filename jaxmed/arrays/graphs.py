@@ -192,7 +192,7 @@ def graph_from_edges(
             raise ValueError(f"kind: expected combinatorial, random_walk or symmetric, got {kind!r}")
     propagation = weights * looped[receivers] * looped[senders], looped**2
     operators = {"adjacency": (weights, 0 * strength), "laplacian": spread, "propagation": propagation}
-    dtype, matrices = jnp.result_type(edges.weights.dtype), None
+    dtype, matrices = jax.dtypes.canonicalize_dtype(edges.weights.dtype), None
     if not is_sparse:
         matrix = np.zeros((num_nodes, num_nodes))
         np.add.at(matrix, (receivers, senders), weights)

@@ -486,6 +486,8 @@ def test_weights_and_outputs_must_fit_the_task(tmp_path):
     for mode, task in (("logistic", TASK), ("full", Task("regression", ("volume",), mean=(0.0,), deviation=(1.0,)))):
         with pytest.raises(InputError, match="mix: expected a classification"):
             train(tmp_path / "five", changed(CONFIG, mode=mode, mix=MixConfig(mixup=0.8)), task=task)
-    for wrong in ({"token_keep": 0.0}, {"smoothing": 1.0}, {"class_weights": (0.0,)}, {"accumulation": 0}):
+    for wrong in ({"token_keep": 0.0}, {"smoothing": 1.0}, {"class_weights": (0.0,)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             AdaptConfig(**wrong)
+    with pytest.raises(ValueError, match="accumulation"):
+        TrainConfig(accumulation=0)
