@@ -171,6 +171,7 @@ def test_contrast_is_a_power_within_the_own_range():
     )
 
 
+@pytest.mark.peers
 def test_smoothing_and_contrast_are_those_of_monai():
     import torch
     from monai.transforms import AdjustContrast, GaussianSmooth
