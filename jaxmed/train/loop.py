@@ -1,8 +1,8 @@
 """The loop of every training run: restore, step, report, evaluate, save.
 
-`fit` takes any compiled `step(state, batch) -> (state, metrics)` whose state is a NamedTuple with a field `step`. It
-keeps the device busy: the next batch is read and placed while a step runs, and the numbers of a step are looked at
-one step later.
+`fit` takes any `step(state, batch) -> (state, metrics)`: one that is compiled, or a round of work on the host that is
+saved and resumed in the same way. It keeps the device busy: the next batch is read and placed while a step runs, and
+the numbers of a step are looked at one step later.
 """
 
 import collections
@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxmed.config import Count, Whole, checked
@@ -71,25 +70,36 @@ def length_notes(config: LoopConfig, epochs: float) -> list[str]:
 def fit(
     config: LoopConfig,
     state: State,
-    step: Callable[[State, Any], tuple[State, Mapping[str, jax.Array]]],
-    batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
+    step: Callable[[State, Any], tuple[State, Mapping[str, jax.Array | float]]],
+    batches: Callable[[int], Iterable[Any]],
     *,
-    mesh: Mesh,
+    mesh: Mesh | None,
     folder: RunFolder,
     log: Log,
     evaluate: Callable[[State], Mapping[str, float]] | None = None,
+    part: str = "",
+    unit: str = "step",
+    is_finished: Callable[[State], bool] | None = None,
 ) -> State:
     """Train until the last step, continuing from the newest checkpoint of the run.
+
+    A fit by rounds takes one problem over and over, and may settle early:
+
+        state = fit(LoopConfig(steps=20, log_every=1, save_every=1), state, one_round, lambda _: repeat(problem),
+                    mesh=None, folder=folder, log=log, unit="round", is_finished=has_settled)
 
     Args:
         config: Length and intervals.
         state: A fresh state, in its place on the mesh.
         step: From `make_train_step`, or any of this signature; compiled here ahead of time where it is jitted.
         batches: `batches(start)` yields this process's share of the batches from step `start` on, all of one shape.
-        mesh: The batches are split over its "data" axis.
+        mesh: The batches are split over its "data" axis; None takes them as they are.
         folder: The run.
         log: Its log.
         evaluate: `evaluate(state) -> metrics`, called in every process.
+        part: Name of this one among several fits of a run: of its checkpoints, its lines and its numbers, "PART/loss".
+        unit: What a step is called. The rate of anything but steps is not among the numbers.
+        is_finished: Says of a state that nothing is left to do, before the last step.
 
     Returns:
         The state after the last step, saved; where `best` is set it is in checkpoints/best besides.
@@ -99,17 +109,19 @@ def fit(
         Interrupted: SIGTERM or Ctrl-C; the step at hand is finished and saved first.
     """
     record = {"run": folder.record}
-    with Checkpoints(folder.checkpoints / "state", record, config.keep) as checkpoints, _catch_signals() as signals:
+    place = folder.checkpoints / (part or "state")
+    with Checkpoints(place, record, config.keep) as checkpoints, _catch_signals() as signals:
         restored = checkpoints.restore(state)
         done = 0
         if restored is not None:
             done, state = restored
-            log.say(f"Continuing after step {done:,} of an interrupted run.")
-        log.rewind(done)
+            log.say(f"Continuing after {unit} {done:,} of an interrupted run.")
+        log.rewind(done, part)
         best = None
         if config.best:
             best = _Best(config, Checkpoints(folder.checkpoints / "best", record, keep=None), done, log)
-        run = _Run(config, step, log, folder, checkpoints, best, evaluate, mesh.size)
+        devices = 1 if mesh is None else mesh.size
+        run = _Run(config, step, log, folder, checkpoints, best, evaluate, devices, part, unit, is_finished)
         with contextlib.closing(_placed(batches, done, mesh)) as stream:
             state = run.advance(state, done, stream, signals)
     if best is not None:
@@ -117,11 +129,11 @@ def fit(
     return state
 
 
-def _placed(batches: Callable[[int], Iterable[Any]], start: int, mesh: Mesh) -> Generator[Any, None, None]:
+def _placed(batches: Callable[[int], Iterable[Any]], start: int, mesh: Mesh | None) -> Generator[Any, None, None]:
     stream = iter(batches(start))
     try:
         for batch in stream:
-            yield shard_batch(batch, mesh)
+            yield batch if mesh is None else shard_batch(batch, mesh)
     finally:
         if hasattr(stream, "close"):
             stream.close()  # pyright: ignore[reportAttributeAccessIssue]
@@ -179,26 +191,33 @@ class _Run:
     best: _Best | None
     evaluate: Callable[..., Mapping[str, float]] | None
     num_devices: int
+    part: str
+    unit: str
+    is_finished: Callable[[Any], bool] | None
+
+    @property
+    def label(self) -> str:
+        return f"Training ({self.part})" if self.part else "Training"
 
     def advance(self, state: Any, done: int, stream: Iterator[Any], signals: list[int]) -> Any:
         """Take the steps that are left."""
         config, first = self.config, done
-        if done >= config.steps or self._is_out_of_patience():
+        if done >= config.steps or self._is_out_of_patience() or self._is_finished(state):
             return state
         batch = next(stream, None)
         step, flops = self._compile(state, batch, config.steps - done)
         pending: collections.deque[tuple[int, Any]] = collections.deque()
         saved = done
-        with self.log.progress("Training", config.steps, "steps", done) as update, self._trace(first) as trace:
+        with self.log.progress(self.label, config.steps, f"{self.unit}s", done) as update, self._trace(first) as trace:
             began = time.monotonic()
             update(done)
             while True:
                 if batch is None:
-                    raise InputError("data", f"a batch for step {done + 1:,}", "no more records")
+                    raise InputError("data", f"a batch for {self.unit} {done + 1:,}", "no more records")
                 state, metrics = step(state, batch)
                 done += 1
                 pending.append((done, metrics))
-                is_last = done == config.steps
+                is_last = done == config.steps or self._is_finished(state)
                 stop = self._must_stop(done, signals)
                 is_evaluation = self.evaluate is not None and (is_last or _is_due(done, config.evaluate_every))
                 is_save = is_last or stop is not None or _is_due(done, config.save_every)
@@ -208,7 +227,9 @@ class _Run:
                 while len(pending) > (0 if is_evaluation or is_save else 1):
                     self._check(*pending.popleft(), began, first)
                 trace(done)
-                update(done, _rate(flops, done - first, time.monotonic() - began))
+                # The first step of one that was not compiled above is mostly compilation: the rate counts from its end.
+                is_compilation = done == first + 1 and not (flops or is_last)
+                update(first if is_compilation else done, _rate(flops, done - first, time.monotonic() - began))
                 if is_evaluation:
                     self._evaluate(done, state)
                     if self._is_out_of_patience():
@@ -223,12 +244,15 @@ class _Run:
                     saved = done
                 if stop is not None:
                     self.checkpoints.wait()
-                    raise Interrupted(stop, f"step {done:,} of {config.steps:,}")
+                    raise Interrupted(stop, f"{self.unit} {done:,} of {config.steps:,}")
                 if is_last:
                     return state
 
     def _is_out_of_patience(self) -> bool:
         return self.best is not None and self.best.is_out_of_patience
+
+    def _is_finished(self, state: Any) -> bool:
+        return self.is_finished is not None and self.is_finished(state)
 
     def _must_stop(self, done: int, signals: list[int]) -> int | None:
         if jax.process_count() > 1:  # all of them must stop at the same step
@@ -244,9 +268,9 @@ class _Run:
             with at_work("Tracing the step"):
                 traced = self.step.trace(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
         flops = announce(
-            self.log, "Training", params=getattr(state, "params", state), held=state, batch=batch,
-            program=None if traced is None else traced.jaxpr, count=count, devices=self.num_devices,
-            smaller=self.folder.smaller,
+            self.log, self.label, params=getattr(state, "params", state), held=state, batch=batch,
+            program=None if traced is None else traced.jaxpr, count=count, unit=f"{self.unit}s",
+            devices=self.num_devices, smaller=self.folder.smaller,
         )  # fmt: skip
         if traced is None:
             return self.step, 0.0
@@ -259,7 +283,7 @@ class _Run:
         require_memory(held + space, self.folder.smaller)
         return compiled, flops
 
-    def _check(self, number: int, metrics: Mapping[str, jax.Array], began: float, first: int) -> None:
+    def _check(self, number: int, metrics: Mapping[str, jax.Array | float], began: float, first: int) -> None:
         """Stop at a number that is not finite; write the numbers that are due."""
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         for name, value in values.items():
@@ -267,10 +291,11 @@ class _Run:
                 advice = (
                     "the last save stays: lower --optimizer.peak-lr, set --optimizer.clip-norm, or look at the data"
                 )
-                raise InputError(f"step {number:,}, {name}", "a finite number", value, advice)
+                raise InputError(f"{self.unit} {number:,}, {name}", "a finite number", value, advice)
         if _is_due(number, self.config.log_every) or number == self.config.steps:
-            rate = (number - first) / max(time.monotonic() - began, 1e-9)
-            self.log.metrics(number, values | {"steps_per_second": rate})
+            if self.unit == "step":
+                values["steps_per_second"] = (number - first) / max(time.monotonic() - began, 1e-9)
+            self.log.metrics(number, {f"{self.part}/{name}" if self.part else name: values[name] for name in values})
 
     def _evaluate(self, number: int, state: Any) -> None:
         assert self.evaluate is not None

@@ -3,9 +3,9 @@
 A fit leaves outputs/course.npz and model.json, which staging and forecasting read.
 """
 
-import contextlib
 import dataclasses
 import io
+import itertools
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +35,10 @@ from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohor
 from jaxmed.systems.igndmoe import dual
 from jaxmed.systems.igndmoe.alignment import Alignment
 from jaxmed.systems.igndmoe.dual import FitConfig
-from jaxmed.systems.igndmoe.fitting import Fit, fit, fit_runs, make_problem, programs
-from jaxmed.train.announce import announce
-from jaxmed.train.checkpoint import Checkpoints
+from jaxmed.systems.igndmoe.fitting import Fit, fit, make_problem, programs
 from jaxmed.train.log import Log, at_work
+from jaxmed.train.loop import LoopConfig
+from jaxmed.train.loop import fit as train_loop
 from jaxmed.train.run_folder import RunFolder, start
 
 
@@ -184,43 +184,24 @@ def fit_in_folder(
         InputError: A fit ended in numbers that are not finite.
     """
     problem = make_problem(inputs.cohort.visits, inputs.graph, inputs.seeds, train, validation)
-    with (
-        contextlib.ExitStack() as bars,
-        Checkpoints(folder.checkpoints / name, {"run": folder.record, "part": name}) as checkpoints,
-    ):
-        with at_work("Fitting the mechanistic curve that the fit starts from"):
-            state = jax.block_until_ready(programs(config)[0](jax.vmap(jax.random.key)(run_seeds), problem))
-        found = checkpoints.restore(state)
-        done = 0 if found is None else found.step
-        log.rewind(done, name)
-        if found is not None:
-            log.say(f"Continuing after round {done} of an interrupted run.")
-            state = found.state
-        announce(
-            log, f"Fitting {len(run_seeds)} of '{config.model.equation}' at once ({name})", params=state.params,
-            held=state, batch=inputs.cohort.visits.values, count=config.loops - done, unit="rounds",
-            smaller=folder.smaller,
-        )  # fmt: skip
-        update = bars.enter_context(log.progress(f"Fitting ({name})", config.loops, "rounds", done))
-        loop = done
+    start, advance, finish = programs(config)
+    with at_work("Fitting the mechanistic curve that the fit starts from"):
+        state = jax.block_until_ready(start(jax.vmap(jax.random.key)(run_seeds), problem))
 
-        def watch(state: dual.DualState, info: dual.Info) -> None:
-            nonlocal loop
-            loop += 1
-            values = {f"{name}/train_mse": info.train, f"{name}/validation_mse": info.validation}
-            values |= {f"{name}/stage_shift_years": info.shift, f"{name}/neural_size": info.norm}
-            values |= {f"{name}/clipped": info.clipped, f"{name}/rejected_points": info.rejected}
-            means = {key: float(np.nanmean(np.asarray(value, float))) for key, value in values.items()}
-            log.metrics(loop, {key: value for key, value in means.items() if np.isfinite(value)})
-            checkpoints.save(loop, state)
-            # The first round is mostly compilation: the rate counts from its end.
-            is_compiled = loop == done + 1 < config.loops
-            update(done if is_compiled else loop, f"validation {means[f'{name}/validation_mse']:.5f}")
+    def one_round(state: dual.DualState, problem: dual.Problem) -> tuple[dual.DualState, dict[str, float]]:
+        state, info = advance(state, problem)
+        values = {"train_mse": info.train, "validation_mse": info.validation, "stage_shift_years": info.shift}
+        values |= {"neural_size": info.norm, "clipped": info.clipped, "rejected_points": info.rejected}
+        means = {name: float(np.nanmean(np.asarray(value, float))) for name, value in values.items()}
+        return state, {name: mean for name, mean in means.items() if np.isfinite(mean)}
 
-        fitted = fit_runs(
-            inputs.cohort.visits, inputs.graph, config, inputs.seeds, train, validation, run_seeds,
-            state=state, watch=watch,
-        )  # fmt: skip
+    log.say(f"Fitting {len(run_seeds)} of '{config.model.equation}' at once ({name}).")
+    rounds = LoopConfig(steps=config.loops, log_every=1, save_every=1)
+    state = train_loop(
+        rounds, state, one_round, lambda _: itertools.repeat(problem), mesh=None, folder=folder, log=log, part=name,
+        unit="round", is_finished=lambda state: bool(jnp.all(state.finished)),
+    )  # fmt: skip
+    fitted = finish(state, problem)
     failed = np.flatnonzero(~np.asarray(fitted.succeeded))
     if len(failed):
         states = np.asarray(fitted.trajectory.states)[failed[0]]
