@@ -1,4 +1,4 @@
-"""The rows of arrays in batches of one shape, so that one compiled program serves them all; on the host."""
+"""Rows of arrays, on the host: a few of them, or all in batches of one shape that one compiled program serves."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,6 +24,11 @@ class Rows(NamedTuple):
     def is_real(self) -> Bool[np.ndarray, " place"]:
         """Whether each place is a row of its own."""
         return np.arange(len(self.index)) < self.count
+
+
+def evenly(count: int, total: int) -> Int[np.ndarray, " chosen"]:
+    """Return at most so many numbers below a total, evenly spread from first to last."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
 
 
 def padded_rows(total: int, size: int) -> Iterator[Rows]:

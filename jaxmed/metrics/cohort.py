@@ -1,4 +1,4 @@
-"""How well a model does on one labelled set: every measure of its task with an interval over subjects.
+"""How well a model does on a set of subjects: every measure of its task, or means of scores, with intervals.
 
 One vocabulary for all systems. Of classes and labels: auroc, aupr, accuracy, f1, sensitivity, specificity, brier, and
 what else `metrics.classification.score` names, with "_macro" for means over classes or labels. Of values: mse (unit
@@ -16,7 +16,7 @@ from jaxmed.arrays.task import Task, TaskKind
 from jaxmed.errors import InputError
 from jaxmed.metrics import classification, weighted
 from jaxmed.metrics.classification import intervals
-from jaxmed.metrics.statistics import Interval, Statistic, bootstrap_all, weighted_mean
+from jaxmed.metrics.statistics import Interval, Statistic, bootstrap, bootstrap_all, weighted_mean
 
 ALL = "all"
 MEASURES: dict[TaskKind, tuple[str, ...]] = {
@@ -38,6 +38,45 @@ SPELT = {"auroc": "AUROC", "aupr": "AUPRC", "f1": "F1", "r2": "R2", "mse": "MSE"
 def spell(measure: str) -> str:
     """Return the name of a measure for reading."""
     return " ".join(SPELT.get(part, part) for part in measure.split("_"))
+
+
+class Average(NamedTuple):
+    """The mean of scores, and how sure it is.
+
+    Attributes:
+        mean: Over all rows.
+        low: Lower end of its 95 % interval; None where there are not two subjects.
+        high: Upper end.
+        error: Standard error over subjects.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    error: float | None = None
+
+
+def average_subjects(scores: Float[np.ndarray, " row"], subjects: Shaped[np.ndarray, " row"], seed: int) -> Average:
+    """Average scores, every row alike, with an interval bootstrapped over subjects.
+
+    Args:
+        scores: Finite.
+        subjects: Whose row each is.
+        seed: Seed of the resamples.
+    """
+    own = subject_means(scores, subjects)
+    if len(own) < 2:
+        return Average(float(scores.mean()))
+    found = bootstrap(weighted_mean(scores), subjects, seed=seed)
+    return Average(found.estimate, found.low, found.high, float(own.std(ddof=1) / np.sqrt(len(own))))
+
+
+def subject_means(
+    scores: Float[np.ndarray, " row"], subjects: Shaped[np.ndarray, " row"]
+) -> Float64[np.ndarray, " subject"]:
+    """Return the mean score of each subject, in the order of their names."""
+    _, place = np.unique(subjects, return_inverse=True)
+    return np.bincount(place, scores) / np.bincount(place)
 
 
 class Score(NamedTuple):

@@ -15,22 +15,15 @@ from jaxmed.data.inputs import PreparedField, input_source
 from jaxmed.data.records import LabelledSource, SubsetSource
 from jaxmed.data.splits import label_fractions
 from jaxmed.errors import InputError
-from jaxmed.files import read_record
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.cohort import spell
 from jaxmed.metrics.convergence import Curve, reach_table, read_curve, smallest_matching
 from jaxmed.recipes.adapt import AdaptConfig, Labelled, adapt, check_run, loss_weights, measure, score
 from jaxmed.recipes.adapt_stage import LabelledConfig, Start, read_sets
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_failures, read_results, run_study
-from jaxmed.recipes.study_tables import (
-    compare,
-    comparison_table,
-    summarise,
-    summary_curves,
-    summary_table,
-    write_tables,
-)
+from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_study, run_study
+from jaxmed.recipes.study_sections import difference_table, failed_cells, mean_curves, mean_table
+from jaxmed.recipes.study_tables import compare, summarise, write_tables
 from jaxmed.recipes.training import NO_PREFIX, TrainData
 from jaxmed.report.bands import Band, banded_curves
 from jaxmed.report.page import Figure, Note, Section, Table, Text, Tile
@@ -220,7 +213,8 @@ def write_results(
 ) -> tuple[float | None, list[str]]:
     """Write the study's tables; return the smallest matching fraction, and the findings in words."""
     means = summarise(results, ("arm", "fraction"), metric)
-    write_tables(folder, results, means, compare(results, "scratch", metric, correction="bonferroni"))
+    tests = compare(results, ("fraction",), "scratch", metric, correction="bonferroni")
+    write_tables(folder, results, means, tests)
     curves = {
         (str(r.cell["arm"]), float(r.cell["fraction"]), int(r.cell["seed"])): _read_curve(folder, r.cell)
         for r in results
@@ -278,21 +272,15 @@ def efficiency_page(run: Finished[Any, Summary], title: str, source: str) -> Pag
         source: Whose model it is, and what it is not for.
     """
     summary = run.summary
-    cells = make_cells({"arm": ARMS, "fraction": summary.fractions, "seed": summary.seeds})
-    results = read_results(cells, run.path, read_record(run.outputs / "study.json")["config"])
-    failures = read_failures(cells, run.path)
+    study = read_study(run.path)
+    results = study.results
     sections = [Section("What was done", [Note(text) for text in summary.notes])]
     if results:
         sections = [_scores_section(results, summary), *_convergence_section(run.outputs, results, summary), *sections]
-    if failures:
-        rows = [(str(failure.cell), failure.reason) for failure in failures]
-        sections.append(
-            Section("Failed", [Table(("Cell", "Reason"), rows, "Cells that failed; others were finished.")])
-        )
     subtitle = f"Pre-trained against from scratch: {', '.join(summary.task.names)} ({summary.task.kind})"
     return Page(
         title, f"{subtitle}, {summary.records['train']:,} training scans", _tiles(results, summary),
-        [*sections, _reading_section(source, summary)],
+        [*sections, *failed_cells(study.failures), _reading_section(source, summary)],
     )  # fmt: skip
 
 
@@ -306,7 +294,7 @@ def _tiles(results: Any, summary: Summary) -> list[Tile]:
         for arm in ARMS:
             row = means.get((arm, smallest))
             if row is not None:
-                words = f"{arm}, {smallest:.0%} of the labels, mean of {row.num_cells} seeds"
+                words = f"{arm}, {smallest:.0%} of the labels, mean of {row.count} seeds"
                 tiles.append((spell(summary.metric), round(row.mean, 3), words))
         if summary.smallest_matching_fraction is not None:
             share = summary.smallest_matching_fraction
@@ -322,12 +310,12 @@ def _scores_section(results: Any, summary: Summary) -> Section:
     blocks: list[Any] = []
     if len(summary.fractions) > 1:
         blocks.append(
-            summary_curves(means, x="fraction", ylabel=name, xlabel="share of labels", log_x=True, caption=caption)
+            mean_curves(means, x="fraction", ylabel=name, xlabel="share of labels", log_x=True, caption=caption)
         )
-    blocks.append(summary_table(means, f"{name}: mean of seeds with Student's 95 % interval."))
+    blocks.append(mean_table(means, f"{name}: mean of seeds with Student's 95 % interval."))
     if {result.cell["arm"] for result in results} == set(ARMS):
-        tests = compare(results, "scratch", metric, correction="bonferroni")
-        blocks.append(comparison_table(tests, "Paired two-sided t-tests over seeds, corrected by Bonferroni."))
+        tests = compare(results, ("fraction",), "scratch", metric, correction="bonferroni")
+        blocks.append(difference_table(tests, "Paired two-sided t-tests over seeds, corrected by Bonferroni."))
     return Section("Labels", blocks)
 
 

@@ -1,6 +1,6 @@
 """A resumable grid of cells (arm, fraction, seed, ...): each runs once, is stored at once, and fails alone.
 
-    RUN/outputs/study.json          configuration of the study
+    RUN/outputs/study.json          configuration of the study, and the cells that were last asked for
     RUN/outputs/cells/CELL.json     a finished cell: its values on the axes, metrics, rows per subject
     RUN/outputs/failures/CELL.json  a cell that failed, with the traceback; gone when a later start finishes it
     RUN/outputs/failed.csv          the same, one line per cell
@@ -8,7 +8,7 @@
 A cell counts as finished when its file stands under its own name, where it arrives by renaming: a killed study loses
 only what it was computing. Several processes share a study by the rule cells[process_index::process_count], which needs
 no lock and no clock; give each its own index, and start again with any other number of processes when all have ended.
-Tables and tests of the results are in `study_tables.py`.
+Means, tests and tables of the results are in `study_tables.py`, what a page shows of them in `study_sections.py`.
 """
 
 import contextlib
@@ -64,8 +64,10 @@ class Outcome(NamedTuple):
     """What a cell gives.
 
     Attributes:
-        metrics: Finite numbers by name.
-        subjects: One row per subject (or scan) for later tests, all with the same columns; may be empty.
+        metrics: Finite numbers by name; what is not defined in a cell is left out.
+        subjects: One row per subject or scan, all with the same columns; may be empty. For means and tests over
+            subjects a row has "subject", "case" where a subject has several, and numbers, None where not defined. What
+            one cell finds out about several arms at once stands in rows with a column "arm".
     """
 
     metrics: Mapping[str, float]
@@ -165,7 +167,7 @@ def run_study(
         raise InputError("process_index", f"0 to {process_count - 1}", process_index)
     if len(set(cells)) < len(cells):
         raise InputError("cells of the study", "different ones", "one of them twice")
-    digest = _open_study(folder, config)
+    digest = _open_study(cells, folder, config)
     if process_count == 1:
         remove_leftovers(folder / "outputs")  # of several processes, they may be another's work in progress
     ours = cells[process_index::process_count]
@@ -183,9 +185,21 @@ def run_study(
                 _store(folder, cell, digest, outcome)
                 num_run += 1
             update(num_skipped + index, str(cell))
-    results, failures = read_results(cells, folder, config), read_failures(cells, folder)
+    results, failures = read_results(cells, folder, config), _read_failures(cells, folder)
     _write_failed(cells, failures, folder)
     return StudyRun(results, failures, num_run, num_skipped)
+
+
+def read_study(folder: Path) -> StudyRun:
+    """Read what a run folder holds of the cells that were last asked for; none counts as run.
+
+    Raises:
+        InputError: There is no study, or it is damaged.
+    """
+    record = read_record(folder / "outputs" / "study.json")
+    cells = [Cell(tuple((axis, value) for axis, value in key)) for key in record["cells"]]
+    results = read_results(cells, folder, record["config"])
+    return StudyRun(results, _read_failures(cells, folder), 0, len(results))
 
 
 def read_results(cells: Sequence[Cell], folder: Path, config: object) -> tuple[Result, ...]:
@@ -199,32 +213,31 @@ def read_results(cells: Sequence[Cell], folder: Path, config: object) -> tuple[R
     return tuple(result for result in found if result is not None)
 
 
-def read_failures(cells: Sequence[Cell], folder: Path) -> tuple[Failure, ...]:
-    """Read which of the cells failed when they were last tried, in their order."""
+def _read_failures(cells: Sequence[Cell], folder: Path) -> tuple[Failure, ...]:
     # A kill between storing a result and deleting its older failure leaves both: the result counts.
     waiting = (cell for cell in cells if not _cell_path(folder, cell).exists())
     places = ((cell, _failure_path(folder, cell)) for cell in waiting)
     return tuple(Failure(cell, read_record(path)["reason"]) for cell, path in places if path.exists())
 
 
-def _open_study(folder: Path, config: object) -> str:
+def _open_study(cells: Sequence[Cell], folder: Path, config: object) -> str:
     """Refuse a folder of another study, or mark it as this one's; return the digest of the configuration."""
-    record = to_record(config)
     path = folder / "outputs" / "study.json"
-    if path.exists():
-        found = read_record(path).get("config")
-        if _digest(found) != _digest(record):
-            raise InputError(
-                path,
-                "a study of this configuration",
-                f"one that differs in {_first_difference(found, record)}",
-                "choose another folder, or the configuration it was started with",
-            )
-    else:
-        write_json(path, {"config": record})
+    record = {"config": to_record(config), "cells": [[list(pair) for pair in cell.key] for cell in cells]}
+    before = read_record(path) if path.exists() else record
+    found, wanted = before.get("config"), record["config"]
+    if _digest(found) != _digest(wanted):
+        raise InputError(
+            path,
+            "a study of this configuration",
+            f"one that differs in {_first_difference(found, wanted)}",
+            "choose another folder, or the configuration it was started with",
+        )
+    if before is record or before != record:
+        write_json(path, {**record, "config": found})
     for name in ("cells", "failures"):
         make_folder(folder / "outputs" / name)
-    return _digest(record)
+    return _digest(wanted)
 
 
 def _store(folder: Path, cell: Cell, digest: str, outcome: Outcome) -> None:

@@ -1,77 +1,84 @@
-"""What a study found: means with intervals, paired comparisons with a baseline, tables, and curves for the report.
+"""What a study found: means with intervals, paired comparisons with a baseline, and their tables.
+
+A measure is read either from the cells, each of which is one observation (replicates differ in seed, say), or, where a
+seed for resampling is given, from the rows that cells have per subject. Then rows of one case are averaged over all
+axes that are not kept, and intervals come from whole subjects drawn with replacement.
 
 Rows stand in the order in which their cells first appear, and numbers are written in full, so that the same results
 give the same bytes.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxmed.errors import InputError, nearest
 from jaxmed.io.tables import write_table
+from jaxmed.metrics.cohort import Average, average_subjects, subject_means
 from jaxmed.metrics.statistics import bonferroni, cohen_dz, holm, mean_interval, paired_t, wilcoxon
 from jaxmed.recipes.study import Result, Value
-from jaxmed.report.bands import Band, banded_curves
-from jaxmed.report.page import Figure, Table
 
 Test = Literal["paired_t", "wilcoxon"]
 Correction = Literal["holm", "bonferroni"]
+Group = tuple[tuple[str, Value], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
-    """Mean of a metric over the cells that agree on some axes.
+class Mean:
+    """Mean of a measure over the cells, or the subjects, that agree on some axes.
 
     Attributes:
         group: Value on each of those axes.
-        metric: Name.
-        mean: Mean of the cells.
-        low: Lower end of Student's 95 % interval of the mean; None for a single cell.
+        measure: Name.
+        mean: Over cells, or over cases.
+        low: Lower end of its 95 % interval, Student's over cells or bootstrapped over subjects; None for a single one.
         high: Upper end.
-        num_cells: Cells.
+        error: Standard error.
+        count: Cells, or cases.
     """
 
-    group: tuple[tuple[str, Value], ...]
-    metric: str
+    group: Group
+    measure: str
     mean: float
     low: float | None
     high: float | None
-    num_cells: int
+    error: float | None
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """An arm against the baseline, over pairs of cells.
+class Difference:
+    """An arm against the baseline, over pairs of cells or subjects.
 
     Attributes:
-        group: Value on each axis that is neither the arm nor paired over.
+        group: Value on each axis that keeps comparisons apart.
         arm: The arm.
         baseline: What it is compared with.
-        metric: Name.
-        num_pairs: Pairs of finished cells.
-        num_unpaired: Cells of the two left out because their partner is missing.
+        measure: Name.
+        pairs: Pairs of finished cells, or cases that both have.
+        unpaired: Cells or cases of the two left out because their partner is missing.
         difference: Mean of arm minus baseline; None without pairs.
-        low: Lower end of Student's 95 % interval of it; None where there is none.
+        low: Lower end of its 95 % interval, Student's over cells or bootstrapped over subjects; None without one.
         high: Upper end.
-        effect_size: Cohen's d of the differences (d_z).
-        test: "paired_t" or "wilcoxon".
+        effect_size: Cohen's d of the differences (d_z), of subjects where there are any.
+        test: "paired_t" or "wilcoxon", of the same pairs.
         statistic: Statistic of the test; None where it cannot be made.
         p_value: Two-sided.
-        correction: "holm" or "bonferroni", over all rows of the table that have a p-value.
+        correction: "holm" or "bonferroni", over all rows of a family that have a p-value.
         p_corrected: After it.
         note: Why there is no p-value, or empty.
     """
 
-    group: tuple[tuple[str, Value], ...]
+    group: Group
     arm: str
     baseline: str
-    metric: str
-    num_pairs: int
-    num_unpaired: int
+    measure: str
+    pairs: int
+    unpaired: int
     difference: float | None
     low: float | None
     high: float | None
@@ -84,202 +91,191 @@ class Comparison:
     note: str
 
 
-def summarise(results: Sequence[Result], by: Sequence[str], metric: str) -> tuple[Summary, ...]:
-    """Average a metric over all axes but some.
+def summarise(
+    results: Sequence[Result], by: Sequence[str], measure: str, *, seed: int | None = None
+) -> tuple[Mean, ...]:
+    """Average a measure over all axes but some.
 
     Args:
-        results: Finished cells.
+        results: Finished cells; those in which the measure is not defined are left out.
         by: Axes to keep, such as ("arm", "fraction").
-        metric: Name.
+        measure: Name.
+        seed: Seed for resampling subjects; None averages cells.
 
     Raises:
-        InputError: An axis or the metric is unknown.
+        InputError: An axis or the measure is unknown.
     """
-    groups: dict[tuple[tuple[str, Value], ...], list[float]] = {}
-    for result in results:
-        group = tuple((axis, result.cell[axis]) for axis in by)
-        groups.setdefault(group, []).append(_metric(result, metric))
     rows = []
-    for group, values in groups.items():
-        low, high = mean_interval(np.array(values))[1:3] if len(values) > 1 else (None, None)
-        rows.append(Summary(group, metric, float(np.mean(values)), low, high, len(values)))
+    for group, values in collect(results, by, measure, is_per_subject=seed is not None).items():
+        found = _average(np.array([*values.values()]), [*values], seed)
+        rows.append(Mean(group, measure, *found, len(values)))
     return tuple(rows)
 
 
 def compare(
     results: Sequence[Result],
+    by: Sequence[str],
     baseline: str,
-    metric: str,
+    measure: str,
     *,
     arm: str = "arm",
-    pair_by: Sequence[str] = ("seed",),
+    seed: int | None = None,
+    shared: Mapping[str, Value] | None = None,
     test: Test = "paired_t",
     correction: Correction = "holm",
-) -> tuple[Comparison, ...]:
-    """Compare every arm with the baseline, separately for each value on the remaining axes.
+    family: Sequence[str] = (),
+) -> tuple[Difference, ...]:
+    """Compare every arm with the baseline, separately for each value on some axes where the baseline was run.
 
     Args:
-        results: Finished cells.
+        results: Finished cells; those in which the measure is not defined are left out.
+        by: Axes that keep comparisons apart. Cells pair by equal values on all others, cases by their name, averaged
+            over all others.
         baseline: Arm to compare with.
-        metric: Name.
+        measure: Name.
         arm: Axis of the arms.
-        pair_by: Axes whose equal values make a pair.
+        seed: Seed for resampling subjects; None compares cells.
+        shared: Values on axes of `by` that go with all: {"initial": "noise"} where an arm needs no initial estimate.
         test: "paired_t" or "wilcoxon".
-        correction: For the number of rows of this table; several metrics are not corrected together.
+        correction: For the number of rows of a family; several measures are not corrected together.
+        family: Axes of `by` on which the rows of a family agree; by default all rows are one.
 
     Raises:
-        InputError: An axis, the metric or the baseline is unknown.
+        InputError: An axis, the measure or the baseline is unknown.
     """
-    arms = list(dict.fromkeys(result.cell[arm] for result in results))
+    found = collect(results, (arm, *by), measure, is_per_subject=seed is not None)
+    arms = list(dict.fromkeys(group[0][1] for group in found))
     if baseline not in arms:
         raise InputError("baseline", "an arm of the study", f"'{baseline}'", nearest(baseline, map(str, arms)))
-    axes = [axis for axis, _ in results[0].cell.key]
-    kept = [axis for axis in axes if axis != arm and axis not in pair_by]
-    tables: dict[tuple[tuple[str, Value], ...], dict[Value, dict[tuple[Value, ...], float]]] = {}
-    for result in results:
-        group = tuple((axis, result.cell[axis]) for axis in kept)
-        pair = tuple(result.cell[axis] for axis in pair_by)
-        tables.setdefault(group, {}).setdefault(result.cell[arm], {})[pair] = _metric(result, metric)
-    rows = []
-    for group, table in tables.items():
-        for name in arms:
-            if name != baseline:
-                ours, theirs = table.get(name, {}), table.get(baseline, {})
-                pairs = [pair for pair in ours if pair in theirs]
-                first = np.array([ours[pair] for pair in pairs], np.float64)
-                second = np.array([theirs[pair] for pair in pairs], np.float64)
-                unpaired = len(ours) + len(theirs) - 2 * len(pairs)
-                row = Comparison(
-                    group, str(name), baseline, metric, len(pairs), unpaired, **_tested(first, second, test),
-                    test=test, correction=correction, p_corrected=None,
+    sides = [(group[0][1], group[1:], values) for group, values in found.items()]
+    families: dict[Group, list[Difference]] = {}
+    for where, theirs in [(place, values) for name, place, values in sides if name == baseline]:
+        for name, place, ours in sides:
+            group = _joined(place, where, shared or {})
+            if name != baseline and group is not None:
+                row = Difference(
+                    group, str(name), baseline, measure, **_tested(ours, theirs, test, seed), test=test,
+                    correction=correction, p_corrected=None,
                 )  # fmt: skip
-                rows.append(row)
-    return _corrected(rows, correction)
+                families.setdefault(tuple(pair for pair in group if pair[0] in family), []).append(row)
+    return tuple(row for rows in families.values() for row in _corrected(rows, correction))
+
+
+def collect(
+    results: Sequence[Result], by: Sequence[str], measure: str, *, is_per_subject: bool
+) -> dict[Group, dict[tuple[Any, ...], float]]:
+    """Return a measure by group and, in it, by cell or by (subject, case), the mean over all that agree on these.
+
+    Raises:
+        InputError: An axis or the measure is unknown, or there is no result.
+    """
+    if not results:
+        raise InputError("study", "finished cells", "none", "see outputs/failed.csv for the reasons")
+    found: dict[Group, dict[tuple[Any, ...], list[float]]] = {}
+    names: dict[str, None] = {}
+    for place, row in _observations(results, is_per_subject):
+        unknown = [axis for axis in by if axis not in place]
+        if unknown:
+            raise InputError("axis of the study", f"one of {', '.join(place)}", f"'{unknown[0]}'")
+        names |= dict.fromkeys(row)
+        if row.get(measure) is not None:
+            group = tuple((axis, place[axis]) for axis in by)
+            unit = tuple(value for axis, value in place.items() if axis not in by)
+            if is_per_subject:
+                unit = str(row["subject"]), str(row.get("case", ""))
+            found.setdefault(group, {}).setdefault(unit, []).append(float(row[measure]))
+    if not found:
+        raise InputError("measure", "one of the study", f"'{measure}'", nearest(measure, names))
+    return {group: {unit: float(np.mean(v)) for unit, v in units.items()} for group, units in found.items()}
 
 
 def write_tables(
-    folder: Path,
-    results: Sequence[Result],
-    summaries: Sequence[Summary] = (),
-    comparisons: Sequence[Comparison] = (),
+    folder: Path, results: Sequence[Result], means: Sequence[Mean] = (), differences: Sequence[Difference] = ()
 ) -> None:
-    """Write cells.csv, and summary.csv and comparisons.csv where there is something to write, into a folder.
+    """Write cells.csv, and subjects.csv, means.csv and differences.csv where there is something to write.
 
     Raises:
         InputError: There is no result, or the folder cannot be written.
     """
     if not results:
         raise InputError(folder, "a study with finished cells", "none", "see failed.csv for the reasons")
-    cells = [{**dict(result.cell.key), **result.metrics} for result in results]
-    write_table(folder / "cells.csv", _columns(cells), cells)
-    for name, rows in (("summary.csv", summaries), ("comparisons.csv", comparisons)):
-        if rows:
-            records = [_flat(row) for row in rows]
-            write_table(folder / name, _columns(records), records)
-
-
-def summary_table(summaries: Sequence[Summary], caption: str = "") -> Table:
-    """Make the report's table of means."""
-    records = [_flat(row) for row in summaries]
-    return _table(records, {"low": "95 % from", "high": "to", "num_cells": "cells"}, caption)
-
-
-def comparison_table(comparisons: Sequence[Comparison], caption: str = "") -> Table:
-    """Make the report's table of comparisons."""
-    headings = {
-        "low": "95 % from", "high": "to", "num_pairs": "pairs", "num_unpaired": "unpaired", "effect_size": "d_z",
-        "p_value": "p", "p_corrected": "p corrected",
-    }  # fmt: skip
-    return _table([_flat(row) for row in comparisons], headings, caption)
-
-
-def summary_curves(
-    summaries: Sequence[Summary],
-    *,
-    x: str,
-    caption: str,
-    arm: str = "arm",
-    xlabel: str = "",
-    ylabel: str = "",
-    log_x: bool = False,
-) -> Figure:
-    """Draw the mean of a metric against a numeric axis, a line with its interval for each arm.
-
-    Args:
-        summaries: Summaries of one metric, by `arm` and `x` only.
-        x: Axis along the figure, such as "fraction".
-        caption: Text under the figure.
-        arm: Axis of the lines.
-        xlabel: Name and unit of x; empty for the axis's name.
-        ylabel: Name and unit of the metric; empty for its name.
-        log_x: Whether x has a logarithmic axis.
-
-    Raises:
-        InputError: There is nothing to draw, x is no number, or there are other metrics or axes.
-    """
-    metrics = {row.metric for row in summaries}
-    if len(metrics) != 1 or any({axis for axis, _ in row.group} != {arm, x} for row in summaries):
-        raise InputError("curves of a study", f"summaries of one metric by {arm} and {x}", "others")
-    lines: dict[str, list[tuple[float, float, float, float]]] = {}
-    for row in summaries:
-        group = dict(row.group)
-        position = group[x]
-        if isinstance(position, str):
-            raise InputError(f"axis '{x}' of the study", "numbers to draw along", f"'{position}'")
-        low, high = (row.mean if end is None else end for end in (row.low, row.high))
-        lines.setdefault(str(group[arm]), []).append((float(position), row.mean, low, high))
-    bands = {name: Band(*np.array(sorted(points), np.float64).T) for name, points in lines.items()}
-    return banded_curves(bands, xlabel=xlabel or x, ylabel=ylabel or metrics.pop(), caption=caption, log_x=log_x)
-
-
-def _tested(first: np.ndarray, second: np.ndarray, test: Test) -> dict:
-    """Test what can be tested; a row without a p-value says why."""
-    empty = dict.fromkeys(("difference", "low", "high", "effect_size", "statistic", "p_value"))
-    if len(first) < 2:
-        difference = float((first - second).mean()) if len(first) else None
-        return {**empty, "difference": difference, "note": f"{len(first)} pairs: no test"}
-    try:
-        found = paired_t(first, second) if test == "paired_t" else wilcoxon(first, second)
-        effect = cohen_dz(first, second)
-    except InputError as error:
-        return {**empty, "difference": float((first - second).mean()), "note": f"no test: {error}"}
-    return {
-        "difference": found.difference,
-        "low": found.low,
-        "high": found.high,
-        "effect_size": effect,
-        "statistic": found.statistic,
-        "p_value": found.p_value,
-        "note": "",
+    tables: dict[str, list[Mapping[str, object]]] = {
+        "cells": [{**dict(result.cell.key), **result.metrics} for result in results],
+        "subjects": [place | dict(row) for place, row in _observations(results, is_per_subject=True)],
+        "means": [as_record(row) for row in means],
+        "differences": [as_record(row) for row in differences],
     }
+    for name, records in tables.items():
+        if records:
+            columns = list(dict.fromkeys(column for record in records for column in record))
+            write_table(folder / f"{name}.csv", columns, records)
 
 
-def _corrected(rows: Sequence[Comparison], correction: Correction) -> tuple[Comparison, ...]:
-    p_values = np.array([row.p_value for row in rows if row.p_value is not None], np.float64)
-    corrected = iter((holm if correction == "holm" else bonferroni)(p_values))
-    return tuple(
-        row if row.p_value is None else dataclasses.replace(row, p_corrected=float(next(corrected))) for row in rows
-    )
-
-
-def _metric(result: Result, name: str) -> float:
-    if name not in result.metrics:
-        raise InputError(
-            f"metric of {result.cell}", "a metric of the study", f"'{name}'", nearest(name, result.metrics)
-        )
-    return result.metrics[name]
-
-
-def _flat(row: Summary | Comparison) -> dict[str, object]:
+def as_record(row: Mean | Difference) -> dict[str, object]:
+    """Return a row of a table, its group spread over columns."""
     fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name != "group"}
     return {**dict(row.group), **fields}
 
 
-def _columns(records: Sequence[Mapping[str, object]]) -> list[str]:
-    return list(dict.fromkeys(name for record in records for name in record))
+def _observations(
+    results: Sequence[Result], is_per_subject: bool
+) -> Iterator[tuple[dict[str, Value], Mapping[str, Any]]]:
+    """Yield values on the axes beside the row of measures; columns of words in a subject's row are axes too."""
+    for result in results:
+        if not is_per_subject:
+            yield dict(result.cell.key), result.metrics
+            continue
+        for row in result.subjects:
+            yield {**dict(result.cell.key), **row}, row
 
 
-def _table(records: Sequence[Mapping[str, object]], headings: Mapping[str, str], caption: str) -> Table:
-    columns = _columns(records)
-    rows = [[record.get(name) for name in columns] for record in records]
-    return Table([headings.get(name, name) for name in columns], rows, caption)
+def _joined(place: Group, where: Group, shared: Mapping[str, Value]) -> Group | None:
+    """Return the group in which two cells meet, or None."""
+    group = []
+    for (axis, one), (_, other) in zip(place, where, strict=True):
+        if one != other and shared.get(axis) not in (one, other):
+            return None
+        group.append((axis, other if one == shared.get(axis) else one))
+    return tuple(group)
+
+
+def _average(values: np.ndarray, units: Sequence[tuple[Any, ...]], seed: int | None) -> Average:
+    if seed is not None:
+        return average_subjects(values, np.array([unit[0] for unit in units]), seed)
+    if len(values) < 2:
+        return Average(float(values.mean()))
+    mean, low, high, _ = mean_interval(values)
+    return Average(mean, low, high, float(values.std(ddof=1) / np.sqrt(len(values))))
+
+
+def _tested(ours: Mapping[Any, float], theirs: Mapping[Any, float], test: Test, seed: int | None) -> dict[str, Any]:
+    """Test what can be tested; a row without a p-value says why."""
+    pairs = [unit for unit in ours if unit in theirs]
+    first, second = (np.array([side[unit] for unit in pairs], np.float64) for side in (ours, theirs))
+    found: dict[str, Any] = dict.fromkeys(("difference", "low", "high", "effect_size", "statistic", "p_value"))
+    found |= {"pairs": len(pairs), "unpaired": len(ours) + len(theirs) - 2 * len(pairs), "note": ""}
+    if pairs:
+        found["difference"] = float((first - second).mean())
+    if pairs and seed is not None:
+        subjects = np.array([unit[0] for unit in pairs])
+        found["difference"], found["low"], found["high"], _ = average_subjects(first - second, subjects, seed)
+        first, second = subject_means(first, subjects), subject_means(second, subjects)
+    if len(first) < 2:
+        return found | {"note": f"{len(first)} pairs: no test"}
+    try:
+        tested = paired_t(first, second) if test == "paired_t" else wilcoxon(first, second)
+    except InputError as error:
+        return found | {"note": f"no test: {error}"}
+    found |= {"statistic": tested.statistic, "p_value": tested.p_value}
+    if seed is None:
+        found |= {"difference": tested.difference, "low": tested.low, "high": tested.high}
+    with contextlib.suppress(InputError):  # all differences are equal
+        found["effect_size"] = cohen_dz(first, second)
+    return found
+
+
+def _corrected(rows: Sequence[Difference], correction: Correction) -> Iterator[Difference]:
+    p_values = np.array([row.p_value for row in rows if row.p_value is not None], np.float64)
+    corrected = iter((holm if correction == "holm" else bonferroni)(p_values))
+    for row in rows:
+        yield row if row.p_value is None else dataclasses.replace(row, p_corrected=float(next(corrected)))

@@ -27,7 +27,7 @@ def main(folder, log, seconds, index=0, count=1):
         from jaxmed.recipes.study_tables import compare, summarise, write_tables
 
         means = summarise(study.results, ("arm", "fraction"), "auroc")
-        tests = compare(study.results, "mae", "auroc")
+        tests = compare(study.results, ("fraction",), "mae", "auroc")
         write_tables(Path(folder) / "outputs", study.results, means, tests)
 
 

@@ -15,20 +15,14 @@ import scipy.stats
 
 from jaxmed.errors import InputError, Interrupted
 from jaxmed.recipes.study import Cell, Outcome, make_cells, read_results, run_study
-from jaxmed.recipes.study_tables import (
-    compare,
-    comparison_table,
-    summarise,
-    summary_curves,
-    summary_table,
-    write_tables,
-)
+from jaxmed.recipes.study_sections import difference_table, mean_curves, mean_table
+from jaxmed.recipes.study_tables import compare, summarise, write_tables
 from jaxmed.report.page import Section, render
 from jaxmed.train.log import Log
 
 CHILD = Path(__file__).with_name("study_child.py")
 AXES = {"arm": ("mae", "dino", "scratch"), "fraction": (0.1, 1.0), "seed": (0, 1, 2, 3)}
-TABLES = ("cells.csv", "summary.csv", "comparisons.csv")
+TABLES = ("cells.csv", "means.csv", "differences.csv")
 
 
 def auroc(cell):
@@ -218,7 +212,7 @@ def test_summaries_are_means_with_t_intervals(results):
         own = values(results, *dict(row.group).values())
         expected = scipy.stats.t.interval(0.95, 3, own.mean(), scipy.stats.sem(own))
         np.testing.assert_allclose((row.mean, row.low, row.high), (own.mean(), *expected))
-        assert row.num_cells == 4
+        assert row.count == 4
     alone = summarise(results, ("arm", "fraction", "seed"), "auroc")
     assert len(alone) == 24 and alone[0].low is None
     with pytest.raises(InputError, match="did you mean 'auroc'"):
@@ -230,7 +224,7 @@ def test_summaries_are_means_with_t_intervals(results):
 @pytest.mark.core
 @pytest.mark.parametrize("test", ["paired_t", "wilcoxon"])
 def test_comparisons_pair_by_seed_and_correct_for_all_rows(results, test):
-    rows = compare(results, "mae", "auroc", test=test, correction="bonferroni")
+    rows = compare(results, ("fraction",), "mae", "auroc", test=test, correction="bonferroni")
     assert [(row.arm, dict(row.group)["fraction"]) for row in rows] == [
         ("dino", 0.1), ("scratch", 0.1), ("dino", 1.0), ("scratch", 1.0),
     ]  # fmt: skip
@@ -242,9 +236,9 @@ def test_comparisons_pair_by_seed_and_correct_for_all_rows(results, test):
         assert row.p_corrected == pytest.approx(min(1, 4 * expected.pvalue), rel=1e-6)
         assert row.difference == pytest.approx((ours - theirs).mean())
         assert row.low < row.difference < row.high
-        assert (row.num_pairs, row.num_unpaired, row.note) == (4, 0, "")
+        assert (row.pairs, row.unpaired, row.note) == (4, 0, "")
     with pytest.raises(InputError, match="did you mean 'mae'"):
-        compare(results, "mea", "auroc")
+        compare(results, ("fraction",), "mea", "auroc")
 
 
 @pytest.mark.core
@@ -259,19 +253,23 @@ def test_comparisons_say_what_is_missing():
         + [result("b", 0, 0.2), result("b", 1, 0.3), result("b", 5, 0.3)]
         + [result("c", 2, 0.9)]
         + [result("d", 0, 0.3), result("d", 1, 0.2), result("d", 2, 0.1)],
+        (),
         "a",
         "x",
     )
     b, c, d = rows
-    assert (b.num_pairs, b.num_unpaired, b.p_value) == (2, 2, None) and b.note.startswith("no test: differences")
-    assert (c.num_pairs, c.note, c.p_value, c.difference) == (1, "1 pairs: no test", None, pytest.approx(0.5))
+    assert (b.pairs, b.unpaired, b.p_value) == (2, 2, None) and b.note.startswith("no test: differences")
+    assert (c.pairs, c.note, c.p_value, c.difference) == (1, "1 pairs: no test", None, pytest.approx(0.5))
     # Only rows with a test count for the correction.
     assert d.p_corrected == d.p_value is not None
 
 
 @pytest.mark.core
 def test_tables_have_the_same_bytes_and_full_numbers(results, tmp_path):
-    summaries, comparisons = summarise(results, ("arm", "fraction"), "auroc"), compare(results, "mae", "auroc")
+    summaries, comparisons = (
+        summarise(results, ("arm", "fraction"), "auroc"),
+        compare(results, ("fraction",), "mae", "auroc"),
+    )
     for name in ("one", "two"):
         write_tables(tmp_path / name, results, summaries, comparisons)
     for table in TABLES:
@@ -279,23 +277,23 @@ def test_tables_have_the_same_bytes_and_full_numbers(results, tmp_path):
     cells = read_rows(tmp_path / "one" / "cells.csv")
     assert list(cells[0]) == ["arm", "fraction", "seed", "auroc"]
     assert [float(row["auroc"]) for row in cells] == [result.metrics["auroc"] for result in results]
-    assert len(read_rows(tmp_path / "one" / "summary.csv")) == 6
-    assert float(read_rows(tmp_path / "one" / "comparisons.csv")[0]["p_value"]) == comparisons[0].p_value
+    assert len(read_rows(tmp_path / "one" / "means.csv")) == 6
+    assert float(read_rows(tmp_path / "one" / "differences.csv")[0]["p_value"]) == comparisons[0].p_value
     with pytest.raises(InputError, match="failed.csv"):
         write_tables(tmp_path, [])
 
 
 def test_the_report_shows_tables_and_curves(results):
     summaries = summarise(results, ("arm", "fraction"), "auroc")
-    figure = summary_curves(summaries, x="fraction", caption="AUROC against labels.", log_x=True)
+    figure = mean_curves(summaries, x="fraction", caption="AUROC against labels.", log_x=True)
     assert b"<svg" in figure.light and "mae 0.7" in figure.alt
-    blocks = (figure, summary_table(summaries), comparison_table(compare(results, "mae", "auroc")))
+    blocks = (figure, mean_table(summaries), difference_table(compare(results, ("fraction",), "mae", "auroc")))
     page = render("study", "", sections=[Section("Arms", blocks)])
     assert "p corrected" in page and "95 % from" in page
     with pytest.raises(InputError, match="numbers to draw along"):
-        summary_curves(summaries, x="arm", arm="fraction", caption="")
-    with pytest.raises(InputError, match="one metric by arm and seed"):
-        summary_curves(summaries, x="seed", caption="")
+        mean_curves(summaries, x="arm", arm="fraction", caption="")
+    with pytest.raises(InputError, match="one measure by arm and seed"):
+        mean_curves(summaries, x="seed", caption="")
 
 
 def start(folder, log, seconds, *part):
@@ -351,4 +349,4 @@ def test_two_processes_at_once_share_a_study(tmp_path):
         finish(process)
     assert len(started_cells(log)) == len(set(started_cells(log))) == 40
     assert len(finished_cells(folder)) == 40
-    assert (folder / "outputs" / "comparisons.csv").exists()
+    assert (folder / "outputs" / "differences.csv").exists()

@@ -30,11 +30,10 @@ from jaxmed.systems.dynamicdps.networks import PREPROCESS, write_network
 from jaxmed.systems.dynamicdps.scoring import (
     MEASURES,
     NOISE,
-    average,
-    compare,
     make_scorer,
     make_subject,
     score_subject,
+    tabulate,
 )
 from jaxmed.systems.dynamicdps.stages.compare import Config, plan_cells, read_subjects
 
@@ -79,15 +78,16 @@ def test_differences_are_paired_by_subject_and_corrected_over_methods():
         result("conditional", "a", baseline), result("dynamicdps", "a", better), result("dps", NOISE, noise),
         result("dynamicdps", "b", {"s0": 0.0}),
     )  # fmt: skip
-    rows = {row.arm: row for row in compare(results) if row.measure == "psnr"}
+    averages, differences = tabulate(results, 0)
+    rows = {row.arm: row for row in differences if row.measure == "psnr"}
     assert set(rows) == {"dynamicdps", "dps"}  # model b has no conditional to compare with
     won = rows["dynamicdps"]
     assert won.difference == pytest.approx(1.35) and 1.0 < won.low < 1.35 < won.high < 1.7
     # Eight differences of one sign: 2 / 2^8; twice that after Holm, being the smaller of two.
     assert won.p_value == pytest.approx(2 / 256) and won.p_corrected == pytest.approx(4 / 256)
     assert rows["dps"].difference == pytest.approx(0.0) and rows["dps"].p_value > 0.5
-    means = {(row.arm, row.initial): row for row in average(results) if row.measure == "psnr"}
-    assert means["conditional", "a"].mean == pytest.approx(23.5) and means["conditional", "a"].subjects == 8
+    means = {(dict(row.group)["arm"], dict(row.group)["initial"]): row for row in averages if row.measure == "psnr"}
+    assert means["conditional", "a"].mean == pytest.approx(23.5) and means["conditional", "a"].count == 8
     assert means["dynamicdps", "b"].low is None
 
 

@@ -97,7 +97,7 @@ def test_the_page_and_tables_are_there_and_checkpoints_are_gone(study):
     page = (study / "report.html").read_text()
     for words in ("Labels", "Convergence", "corrected by Bonferroni", "pretrained", "scratch"):
         assert words in page
-    tests = rows_of(study / "outputs" / "comparisons.csv")
+    tests = rows_of(study / "outputs" / "differences.csv")
     assert len(tests) == 2 and {row["correction"] for row in tests} == {"bonferroni"}
     assert len(rows_of(study / "outputs" / "convergence.csv")) == 8
     assert not list((study / "checkpoints").glob("*"))
@@ -184,9 +184,7 @@ def test_pretraining_saves_labels_and_epochs_on_phantom_chests(tmp_path):
     ]
     files = ["--data.manifest", str(mae / "inputs" / "scans.csv"), "--weights", str(mae / "outputs" / "model")]
     assert main([*command, *files, "--out", str(out)]) == 0
-    means = {
-        (row["arm"], float(row["fraction"])): float(row["mean"]) for row in rows_of(out / "outputs" / "summary.csv")
-    }
+    means = {(row["arm"], float(row["fraction"])): float(row["mean"]) for row in rows_of(out / "outputs" / "means.csv")}
     gaps = {fraction: means["pretrained", fraction] - means["scratch", fraction] for fraction in (0.1, 1.0)}
     assert gaps[0.1] > 0.1 and gaps[1.0] < gaps[0.1]
     reached = rows_of(out / "outputs" / "convergence.csv")

@@ -355,11 +355,6 @@ def with_head(
     return images, np.flatnonzero(share >= LEAST_HEAD), head
 
 
-def evenly(count: int, total: int) -> Int[np.ndarray, " chosen"]:
-    """Return at most so many numbers below a total, evenly spread."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
-
-
 def pair_files(paths: tuple[Path, ...], place: Path, other: Path) -> list[Path]:
     """Return the file of the same name below another folder for each file; or the one other file.
 

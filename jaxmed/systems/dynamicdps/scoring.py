@@ -1,7 +1,4 @@
-"""What estimates are worth: fidelity, residual, tissue volumes and hallucination, one row per subject.
-
-Methods are compared by means over subjects with intervals, and by paired tests against the conditional model alone.
-"""
+"""What estimates are worth: fidelity, residual, tissue volumes and hallucination, one row per subject."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Float64, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxmed.metrics.hallucination import (
     LesionConfig,
@@ -22,10 +19,10 @@ from jaxmed.metrics.hallucination import (
     split_error,
 )
 from jaxmed.metrics.imaging import psnr, ssim
-from jaxmed.metrics.statistics import bootstrap, holm, weighted_mean, wilcoxon
 from jaxmed.metrics.tissue import TISSUES, fit_tissue, mixture_volumes
 from jaxmed.physics.lowfield import LowField, contrast, linear_part, make_operator
 from jaxmed.recipes.study import Result
+from jaxmed.recipes.study_tables import Difference, Mean, compare, summarise
 from jaxmed.synthesis.phantoms.brain import LABELS
 
 DATA_RANGE = 2.0
@@ -206,114 +203,16 @@ def _stacked(images: np.ndarray) -> np.ndarray:
     return images[0] if images.ndim == 4 else np.moveaxis(images, 0, -1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """A measure of one method.
-
-    Attributes:
-        condition: Contrast of the measurement.
-        initial: The conditional model, or NOISE.
-        arm: The method.
-        measure: One of MEASURES.
-        mean: Over subjects.
-        low: Lower end of the 95 % bootstrap interval over subjects; None for one subject.
-        high: Upper end.
-        subjects: How many.
-    """
-
-    condition: str
-    initial: str
-    arm: str
-    measure: str
-    mean: float
-    low: float | None
-    high: float | None
-    subjects: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """A method against the conditional model alone, subject by subject.
-
-    Attributes:
-        condition: Contrast of the measurement.
-        initial: The conditional model that is compared with.
-        arm: The method.
-        measure: One of MEASURES.
-        difference: Mean of method minus conditional.
-        low: Lower end of its 95 % bootstrap interval over subjects; None where there is none.
-        high: Upper end.
-        p_value: p of Wilcoxon's signed ranks, two-sided; None for fewer than two pairs.
-        p_corrected: After Holm, over the methods of this condition, conditional model and measure.
-        pairs: Subjects that both have.
-    """
-
-    condition: str
-    initial: str
-    arm: str
-    measure: str
-    difference: float
-    low: float | None
-    high: float | None
-    p_value: float | None
-    p_corrected: float | None
-    pairs: int
-
-
-def average(results: Sequence[Result], seed: int = 0) -> tuple[Mean, ...]:
-    """Return the mean of every measure of every cell, with its bootstrap interval over subjects."""
-    found = []
-    for result in results:
-        place = {axis: str(result.cell[axis]) for axis in AXES}
-        for measure in (*MEASURES, "evaluations"):
-            values = np.array([row[measure] for row in result.subjects], np.float64)
-            low, high = _interval(values, seed)
-            found.append(Mean(**place, measure=measure, mean=float(values.mean()), low=low, high=high,
-                              subjects=len(values)))  # fmt: skip
-    return tuple(found)
-
-
-def compare(results: Sequence[Result], seed: int = 0) -> tuple[Difference, ...]:
-    """Compare every method with the conditional model alone, on the same subjects."""
-    by_place = {
-        tuple(str(result.cell[axis]) for axis in AXES): {str(row["subject"]): row for row in result.subjects}
-        for result in results
-    }
-    found: list[Difference] = []
-    for (condition, initial, arm), baseline in by_place.items():
-        if arm != BASELINE:
-            continue
-        for measure in MEASURES:
-            rows = []
-            for (where, start, other), theirs in by_place.items():
-                if where != condition or start not in (initial, NOISE) or other == BASELINE:
-                    continue
-                shared = [name for name in baseline if name in theirs]
-                pairs = [(theirs[name][measure], baseline[name][measure]) for name in shared]
-                first, second = np.array(pairs, np.float64).reshape(-1, 2).T
-                p_value = wilcoxon(first, second).p_value if len(shared) > 1 else None
-                change = float((first - second).mean()) if shared else 0.0
-                low, high = _interval(first - second, seed)
-                rows.append(
-                    Difference(condition, initial, other, measure, change, low, high, p_value, None, len(shared))
-                )
-            found += _corrected(rows)
-    return tuple(found)
-
-
-def _corrected(rows: list[Difference]) -> list[Difference]:
-    tested = np.array([row.p_value for row in rows if row.p_value is not None], np.float64)
-    corrected = iter(holm(tested)) if tested.size else iter(())
-    return [
-        row if row.p_value is None else dataclasses.replace(row, p_corrected=float(next(corrected))) for row in rows
-    ]
-
-
-def _interval(values: Float64[np.ndarray, " subject"], seed: int) -> tuple[float | None, float | None]:
-    if len(values) < 2:
-        return None, None
-    found = bootstrap(weighted_mean(values), np.arange(len(values)), seed=seed)
-    return found.low, found.high
+def tabulate(results: Sequence[Result], seed: int) -> tuple[list[Mean], list[Difference]]:
+    """Return means of every method, and its differences from the conditional model alone on the same subjects."""
+    means = [row for name in (*MEASURES, "evaluations") for row in summarise(results, AXES, name, seed=seed)]
+    differences = [
+        row
+        for name in MEASURES if any(result.cell["arm"] == BASELINE for result in results)
+        for row in compare(results, AXES[:2], BASELINE, name, seed=seed, shared={"initial": NOISE}, test="wilcoxon",
+                           family=AXES[:2])
+    ]  # fmt: skip
+    return means, differences
 
 
 def _mean(values: object) -> float:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
+from jaxmed.arrays.batches import evenly
 from jaxmed.config import Length, Number, Positive, Seed, Size, checked, to_record
 from jaxmed.data.preprocess import Preprocess, load
 from jaxmed.data.scans import ANY_KIND, find_scans
@@ -48,7 +49,7 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, evenly, pair_files, with_head
+from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, pair_files, with_head
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import require_same_grid

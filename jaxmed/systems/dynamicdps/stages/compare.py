@@ -1,17 +1,17 @@
 """DynamicDPS compare: conditional models alone, and every solver, on the same scans, conditions and prior."""
 
 import dataclasses
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32
 
+from jaxmed.arrays.batches import evenly
 from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked
 from jaxmed.data.brain_labels import read_labels, simplify_labels
 from jaxmed.data.cohort import stated_splits, subjects_of
@@ -19,14 +19,22 @@ from jaxmed.data.preprocess import Preprocess, load
 from jaxmed.data.scans import ANY_KIND, find_scans
 from jaxmed.data.windows import cut_about
 from jaxmed.errors import InputError
-from jaxmed.files import atomic_path, make_folder, read_record, unique_names
+from jaxmed.files import unique_names
 from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
-from jaxmed.io.tables import read_table, resolve_paths, write_table
+from jaxmed.io.tables import read_table, resolve_paths
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.recipes.study import Cell, Outcome, Result, read_failures, read_results, run_study
-from jaxmed.report.figures import Bar, MapStyle, bars, slice_maps
-from jaxmed.report.page import Note, Section, Table, Text
+from jaxmed.recipes.study import Cell, Outcome, Result, read_study, run_study
+from jaxmed.recipes.study_sections import (
+    failed_cells,
+    keep_examples,
+    mean_bars,
+    show_examples,
+    side_by_side,
+)
+from jaxmed.recipes.study_tables import Difference, Mean, summarise, write_tables
+from jaxmed.report.figures import MapStyle
+from jaxmed.report.page import Note, Section, Text
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import measure, read_calibration
@@ -41,7 +49,7 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, evenly, with_head
+from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, with_head
 from jaxmed.systems.dynamicdps.scoring import (
     AXES,
     MEASURES,
@@ -49,18 +57,15 @@ from jaxmed.systems.dynamicdps.scoring import (
     ScoreConfig,
     Scorer,
     Subject,
-    average,
-    compare,
     make_scorer,
     make_subject,
     score_subject,
+    tabulate,
 )
 from jaxmed.train.run_folder import RunFolder
 
 IN_DISTRIBUTION, OTHER_CONTRAST = "in-distribution", "other contrast"
 TRIES_FAILED_AGAIN = True
-MOST_EXAMPLES = 4
-"""Images that the page shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +197,7 @@ def run(config: Config, folder: RunFolder) -> int:
     has_scans = config.manifest is not None or config.input is not None
     if config.synthetic and (not has_scans or config.weights is None or not config.initial):
         config = synthetic_inputs(config, folder)
-    study = read_study(config)
+    study = prepare(config)
     place = config.calibration
     method = config.method.build(None if place is None else read_calibration(place, study.prior.params))
     images = sum(len(subject.images) for subject in study.subjects)
@@ -222,8 +227,10 @@ def run(config: Config, folder: RunFolder) -> int:
 
     done = run_study(cells, run_cell, folder.path, asked, log=log)
     clock.lap("run the cells, compilation included")
-    write_results(folder.outputs, done.results, config.seed)
-    keep_examples(folder.outputs, study)
+    write_tables(folder.outputs, done.results, *tabulate(done.results, config.seed))
+    keep_examples(folder.outputs, "truth", np.concatenate([subject.images for subject in study.subjects]))
+    for name, condition in study.conditions.items():
+        keep_examples(folder.outputs, f"measurement, {name}", condition.measurement[..., 0])
     conditions = {name: condition.acquisition.gamma for name, condition in study.conditions.items()}
     summary = Summary(
         len(study.subjects), images, tuple(study.initials), conditions, len(cells), len(done.failures),
@@ -268,7 +275,7 @@ def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, seed: 
         scores = score_subject(scorer, subject, measurement[own], image[own, ..., 0], evaluations[own])
         rows.append({"subject": subject.name, **scores, "steps": float(steps[own].mean())})
         first = own.stop
-    _keep(folder.outputs, cell.slug, image[..., 0])
+    keep_examples(folder.outputs, cell.slug, image[..., 0])
     means = {name: float(np.mean([row[name] for row in rows])) for name in (*MEASURES, "evaluations")}
     return Outcome(means | {"seconds": found.seconds, "steps": float(steps.mean())}, rows)
 
@@ -276,7 +283,7 @@ def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, seed: 
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read_study(config: Config) -> Study:
+def prepare(config: Config) -> Study:
     """Load the networks, read the scans, simulate the measurements and estimate from them.
 
     Raises:
@@ -396,34 +403,6 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     return dataclasses.replace(config, manifest=cohort)
 
 
-# Writing ------------------------------------------------------------------------------------------------------------
-
-
-def write_results(folder: Path, results: Sequence[Result], seed: int) -> None:
-    """Write means.csv, differences.csv and subjects.csv."""
-    for name, rows in (("means", average(results, seed)), ("differences", compare(results, seed))):
-        if rows:
-            columns = [field.name for field in dataclasses.fields(rows[0])]
-            write_table(folder / f"{name}.csv", columns, [dataclasses.asdict(row) for row in rows])
-    subjects = [dict(result.cell.key) | row for result in results for row in result.subjects]
-    if subjects:
-        write_table(folder / "subjects.csv", list(subjects[0]), subjects)
-
-
-def keep_examples(folder: Path, study: Study) -> None:
-    """Keep truth and measurements of some images, for the report."""
-    _keep(folder, "truth", np.concatenate([subject.images for subject in study.subjects]))
-    for name, condition in study.conditions.items():
-        _keep(folder, f"measurement, {name}", condition.measurement[..., 0])
-
-
-def _keep(folder: Path, name: str, images: Shaped[np.ndarray, "image ..."]) -> None:
-    """Keep the images that are shown: some slices, evenly over all of them, or the first volume."""
-    shown = images[:1] if images.ndim == 4 else images[evenly(MOST_EXAMPLES, len(images))]
-    with atomic_path(make_folder(folder / "examples") / f"{name}.npy") as temporary:
-        np.save(temporary, shown)
-
-
 # The page -----------------------------------------------------------------------------------------------------------
 
 SHOWN = ("psnr", "residual", "volume_error", "false_lesions")
@@ -432,6 +411,7 @@ COLUMNS = {
     "psnr": "PSNR (dB)", "ssim": "SSIM", "residual": "residual", "volume_error": "volume error",
     "contradicted": "contra- dicted", "unseen": "unseen", "false_lesions": "false lesions", "perceptual": "perceptual",
 }  # fmt: skip
+COST = {"evaluations": "evalu- ations", "steps": "steps", "seconds": "s"}
 TOLD = (
     "Volume error: relative, mean of CSF, grey and white matter. Contradicted, unseen: share of the error that the "
     "measurement contradicts, and that it cannot see, relative to the truth. False lesions: share of images with one. "
@@ -452,115 +432,72 @@ READING = (
 
 def page(run: Finished[Config, Summary]) -> Page:
     """Show images of every method, their means, and what each changes against the conditional model."""
-    summary = run.summary
-    cells = plan_cells(run.config.arms, summary.initials, tuple(summary.conditions))
-    results = read_results(cells, run.path, read_record(run.outputs / "study.json")["config"])
+    summary, study = run.summary, read_study(run.path)
     tiles: list[tuple[str, object, str]] = [("Cells", summary.cells, f"{summary.failed} failed")]
     for arm in ("conditional", "dynamicdps"):
         first = next(iter(summary.conditions))
-        found = [r.metrics["psnr"] for r in results if (r.cell["arm"], r.cell["condition"]) == (arm, first)]
+        found = [r.metrics["psnr"] for r in study.results if (r.cell["arm"], r.cell["condition"]) == (arm, first)]
         if found:
             tiles.append(("PSNR", round(float(np.mean(found)), 2), f"dB, {arm}, {first}"))
-    sections = [_images(run, results), _means(run, results), _differences(run)] if results else []
-    failures = [(str(failure.cell), failure.reason) for failure in read_failures(cells, run.path)]
-    if failures:
-        table = Table(("Cell", "Reason"), failures, "Cells that failed; others were finished.")
-        sections.append(Section("Failed", [table]))
     conditions = "; ".join(f"{name}: gamma {gamma:g}" for name, gamma in summary.conditions.items())
     note = Note(f"Conditions: {conditions}. The conditional models were trained for the first.")
+    sections = _sections(run, study.results) if study.results else []
     return Page(
         "Comparison of methods that enhance low-field scans",
         f"{summary.images} images of {_count(summary.subjects, 'subject')}, one prior, "
         f"{_count(len(summary.initials), 'conditional model')}",
         tiles,
-        [*sections, Section("How to read this", [note, Text(READING)])],
+        [*sections, *failed_cells(study.failures), Section("How to read this", [note, Text(READING)])],
     )
 
 
-def _images(run: Finished[Config, Summary], results: Sequence[Result]) -> Section:
-    place, blocks = run.outputs / "examples", []
-    for condition in dict.fromkeys(str(result.cell["condition"]) for result in results):
-        paths = {"truth": place / "truth.npy", "input": place / f"measurement, {condition}.npy"}
-        paths |= {
-            _label(dict(result.cell.key), run.summary): place / f"{result.cell.slug}.npy"
-            for result in results
-            if result.cell["condition"] == condition
-        }
-        shown = {}
-        for label, path in paths.items():
-            if path.exists():
-                image = np.load(path, allow_pickle=False)
-                shown[label] = image[0] if image.ndim == 4 else np.moveaxis(image, 0, -1)
-        styles = {name: MapStyle(colormap="gray", limits=(0.0, 2.0)) for name in shown}
-        caption = f"Images spread over all, {condition}; intensities in [0, 2]."
-        blocks.append(slice_maps(shown, (1.0, 1.0, 1.0), caption=caption, styles=styles, num_slices=MOST_EXAMPLES))
-    return Section("Images", blocks)
+def _sections(run: Finished[Config, Summary], results: Sequence[Result]) -> list[Section]:
+    """Show images, means and differences, condition by condition."""
+    summary, budget = run.summary, run.config.budget.evaluations
+    means, differences = tabulate(results, run.config.seed)
+    several, is_cohort = len(summary.initials) > 1, summary.subjects > 1
 
+    def label(row: Mean | Cell) -> str:
+        """Name a method, and its conditional model where there are several."""
+        place = dict(row.key if isinstance(row, Cell) else row.group)
+        return f"{place['initial']}: {place['arm']}" if several and place["initial"] != NOISE else str(place["arm"])
 
-def _means(run: Finished[Config, Summary], results: Sequence[Result]) -> Section:
-    summary, budget, blocks = run.summary, run.config.budget.evaluations, []
-    over = "subjects with its 95 % bootstrap interval" if summary.subjects > 1 else "the images of the one subject"
-    means = read_table(run.outputs / "means.csv").rows
-    for shown in SHOWN:
-        found = [
-            Bar(_label(row, summary), float(row["mean"]), float(row["low"] or math.nan),
-                float(row["high"] or math.nan), row["condition"])
-            for row in means if row["measure"] == shown
-        ]  # fmt: skip
-        caption = f"{MEASURES[shown]}: mean over {over}."
-        blocks.append(bars(found, xlabel=MEASURES[shown], caption=caption))
+    def against(row: Difference) -> str:
+        return f"{row.arm} against {dict(row.group)['initial']}" if several else row.arm
+
+    over = "subjects with its 95 % bootstrap interval" if is_cohort else "the images of the one subject"
+    figures = [
+        mean_bars([row for row in means if row.measure == shown], label, xlabel=MEASURES[shown], group="condition",
+                  caption=f"{MEASURES[shown]}: mean over {over}.")
+        for shown in SHOWN
+    ]  # fmt: skip
+    told = f"{budget} evaluations" if budget else "the number of evaluations of their authors"
+    tested = ", 95 % bootstrap interval, and p of Wilcoxon's signed-rank test, by Holm over the methods."
+    images, tables, changes = [], [], []
     for condition in summary.conditions:
-        rows = [
-            [_label(dict(result.cell.key), summary),
-             *(result.metrics[name] for name in (*COLUMNS, "evaluations", "steps", "seconds"))]
-            for result in results if result.cell["condition"] == condition
-        ]  # fmt: skip
-        told = f"{budget} evaluations" if budget else "the number of evaluations of their authors"
+        here = [result for result in results if result.cell["condition"] == condition]
+        rows = [row for row in means if dict(row.group)["condition"] == condition]
+        rows += [row for name in ("steps", "seconds") for row in summarise(here, AXES, name)] if here else []
+        names = {"truth": "truth", "input": f"measurement, {condition}"}
+        names |= {label(result.cell): result.cell.slug for result in here}
+        caption = f"Images spread over all, {condition}; intensities in [0, 2]."
+        images.append(show_examples(run.outputs, names, MapStyle(colormap="gray", limits=(0.0, 2.0)), caption))
         caption = (
             f"Means over subjects, {condition}. {TOLD} Evaluations are passes of the network, forward and backward "
             "counted together, steps those of the chain that were walked, seconds per image without compilation. "
             f"Fixed methods had {told}."
         )
-        blocks.append(Table(("method", *COLUMNS.values(), "evalu- ations", "steps", "s"), rows, caption))
-    return Section("Methods", blocks)
-
-
-def _differences(run: Finished[Config, Summary]) -> Section:
-    """Show what each method changes, one line per method: the measures side by side."""
-    path, summary, blocks = run.outputs / "differences.csv", run.summary, []
-    found = read_table(path).rows if path.exists() else ()
-    names = [name for name in COLUMNS if name not in ("ssim", "unseen")]
-    for condition in summary.conditions:
-        lines: dict[tuple[str, str], dict[str, Mapping[str, str]]] = {}
-        for row in found:
-            if row["condition"] == condition:
-                lines.setdefault((row["arm"], row["initial"]), {})[row["measure"]] = row
-        several = len(summary.initials) > 1
-        rows = [
-            [f"{arm} against {initial}" if several else arm, *(_difference(line[name]) for name in names)]
-            for (arm, initial), line in lines.items()
-        ]
+        tables.append(side_by_side(rows, label, COLUMNS | COST, caption))
         caption = f"Each method minus the conditional model alone, {condition}, subject by subject: mean"
-        if summary.subjects > 1:
-            caption += ", 95 % bootstrap interval, and p of Wilcoxon's signed-rank test, by Holm over the methods."
-        else:
-            caption += ". One subject: there is neither an interval nor a test."
-        blocks.append(Table(("method", *(COLUMNS[name] for name in names)), rows, caption))
-    return Section("Against the conditional model", blocks)
-
-
-def _difference(row: Mapping[str, str]) -> str:
-    text = f"{float(row['difference']):+.3g}"
-    if row["low"]:
-        text += f" [{float(row['low']):+.3g}, {float(row['high']):+.3g}]"
-    return text + (f", p {float(row['p_corrected']):.2g}" if row["p_corrected"] else "")
+        caption += tested if is_cohort else ". One subject: there is neither an interval nor a test."
+        lines = [row for row in differences if dict(row.group)["condition"] == condition]
+        shown = {name: text for name, text in COLUMNS.items() if name not in ("ssim", "unseen")}
+        changes.append(side_by_side(lines, against, shown, caption))
+    return [
+        Section("Images", images), Section("Methods", [*figures, *tables]),
+        Section("Against the conditional model", changes),
+    ]  # fmt: skip
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _label(place: Mapping[str, Any], summary: Summary) -> str:
-    """Name a method, and its conditional model where there are several."""
-    initial = str(place["initial"])
-    return str(place["arm"]) if initial == NOISE or len(summary.initials) == 1 else f"{initial}: {place['arm']}"
