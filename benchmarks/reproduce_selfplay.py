@@ -46,10 +46,10 @@ from typing import Any, Literal
 
 import tyro
 
-from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.files import read_record, write_json, write_text
-from jaxmed.systems.selfplay.comparing import ABOVE, read_outcomes, summarise
+from jaxmed.recipes.study_tables import Difference
+from jaxmed.systems.selfplay.comparing import ABOVE, ELSEWHERE, LEARNT, LEVEL, RANDOM, read_runs, tabulate
 from jaxmed.systems.selfplay.stages import compare
 from jaxmed.train.run_folder import RunOptions, open_run
 from jaxmed.versions import software_versions
@@ -92,7 +92,7 @@ def main() -> None:
     summaries: dict[str, dict[str, Any]] = {}
     for entry in config.run:
         name, _, places = entry.partition("=")
-        summaries[name] = read_runs([Path(place) for place in places.split(",")])
+        summaries[name] = summarise_runs([Path(place) for place in places.split(",")])
     if not summaries:
         if config.size != "smoke":
             raise InputError("run", "NAME=RUN, runs of compare", "none", "give them, or --size smoke")
@@ -101,7 +101,7 @@ def main() -> None:
             compare.run(
                 settings, open_run("selfplay", "compare", settings, RunOptions(Path(place) / "run", quiet=True))
             )
-            summaries["puzzles"] = read_record(Path(place) / "run" / "outputs" / "summary.json")
+            summaries["puzzles"] = summarise_runs([Path(place) / "run"])
     rows = test_claims(summaries)
     named = [f"{entry.partition('=')[0]}={'RUN' + ',RUN' * entry.count(',')}" for entry in config.run]
     command = " ".join(["--size", config.size, *(["--run", *named] if named else [])])
@@ -112,14 +112,28 @@ def main() -> None:
     print(page)
 
 
-def read_runs(runs: list[Path]) -> dict[str, Any]:
-    """Read the summary of a run; of several, over the cases of all."""
+def summarise_runs(runs: list[Path]) -> dict[str, Any]:
+    """Return what a run found; of several, over the cases of all."""
     summaries = [read_record(run / "outputs" / "summary.json") for run in runs]
-    if len(runs) == 1:
-        return summaries[0]
-    outcomes, subjects = read_outcomes([run / "outputs" / "cases.csv" for run in runs])
+    found, arms = tabulate(read_runs(runs), 0), {}
+    for row in found.means:
+        (_, arm), (_, budget) = row.group
+        if row.measure == "dice":
+            entry = {"budget": budget, "mean": row.mean, "low": row.low, "high": row.high, "error": row.error}
+            arms.setdefault(arm, []).append(entry | {"gain": interval_of(found.gain(str(arm), int(budget)))})
+    tests = {
+        "against_random": interval_of(found.gain(LEARNT, arms[LEARNT][-1]["budget"], RANDOM)),
+        "rank_of_budget": found.rank_of_budget, "area": found.area,
+        "level_against_threshold": interval_of(found.gain(LEVEL, 0, ELSEWHERE)),
+        "score_and_dice": found.score_and_dice,
+    }  # fmt: skip
     counts = {name: sum(summary[name] for summary in summaries) for name in ("cases", "subjects", "failed")}
-    return summaries[0] | to_record(summarise(outcomes, subjects, 0)) | counts
+    return summaries[0] | {"arms": arms, "tests": tests} | counts
+
+
+def interval_of(row: Difference | None) -> dict[str, Any] | None:
+    """Return a difference with its interval."""
+    return row and {"mean": row.difference, "low": row.low, "high": row.high}
 
 
 def test_claims(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:

@@ -1,7 +1,6 @@
 """`jaxmed selfplay`: the stages on files, and the mistakes that a user can make with them."""
 
 import csv
-import importlib
 import json
 import shutil
 
@@ -9,13 +8,12 @@ import numpy as np
 import pytest
 
 from jaxmed.cli import main
-from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
-from jaxmed.systems.selfplay.comparing import BASE, ELSEWHERE, LEVEL, Outcome, read_outcomes, summarise
+from jaxmed.recipes.study import Cell, Result
+from jaxmed.systems.selfplay.comparing import BASE, ELSEWHERE, LEARNT, LEVEL, MEASURES, RANDOM, read_runs, tabulate
 from jaxmed.systems.selfplay.inputs import load_system_one
-from jaxmed.train.run_folder import start
 from jaxmed.volume import Volume
 
 
@@ -201,7 +199,7 @@ def compared(familiar, manifest, taught, tmp_path_factory):
 
 
 def test_every_arm_answers_for_every_case(compared):
-    rows = rows_of(compared / "outputs" / "cases.csv")
+    rows = rows_of(compared / "outputs" / "subjects.csv")
     arms = {row["arm"] for row in rows}
     assert arms == {
         "System I", "System I, mean of flips", "supervised, few labels", "supervised, all labels", "MAML", "self-play",
@@ -210,145 +208,87 @@ def test_every_arm_answers_for_every_case(compared):
         "self-play, policy taught", "patch game",
     }  # fmt: skip
     assert len(rows) == 4 * (8 + 5 * 2)
+    means = rows_of(compared / "outputs" / "means.csv")
+    assert {row["arm"] for row in means} == arms | {ELSEWHERE} and {row["measure"] for row in means} == {*MEASURES}
+    for mean in means:
+        own = [
+            float(row[mean["measure"]]) for row in rows if (row["arm"], row["budget"]) == (mean["arm"], mean["budget"])
+        ]
+        if own:
+            assert float(mean["mean"]) == pytest.approx(np.mean(own), abs=1e-5)
+            assert float(mean["low"]) <= float(mean["mean"]) <= float(mean["high"])
     summary = json.loads((compared / "outputs" / "summary.json").read_text())
-    assert summary["arms"].keys() == arms | {ELSEWHERE}
-    for arm in arms:
-        for entry in summary["arms"][arm]:
-            own = [float(r["dice"]) for r in rows if r["arm"] == arm and int(r["budget"]) == entry["budget"]]
-            assert entry["mean"] == pytest.approx(np.mean(own), abs=1e-5)
-            assert entry["low"] <= entry["mean"] <= entry["high"]
-            distances = [
-                float(r["hausdorff_95"]) for r in rows if r["arm"] == arm and int(r["budget"]) == entry["budget"]
-            ]
-            assert entry["hausdorff_95"] == pytest.approx(np.mean(distances), abs=1e-5)
     assert summary["unit"] == "pixels" and all(0 <= float(row["region_f1"]) <= 1 for row in rows)
     base = np.mean([float(row["dice"]) for row in rows if row["arm"] == "System I"])
-    last = summary["arms"]["self-play"][-1]
-    assert last["gain"]["mean"] == pytest.approx(last["mean"] - base, abs=1e-5)
+    last = [row for row in means if row["arm"] == "self-play" and row["measure"] == "dice"][-1]
+    gains = [
+        row for row in rows_of(compared / "outputs" / "differences.csv")
+        if (row["arm"], row["baseline"], row["budget"]) == ("self-play", "System I", last["budget"])
+    ]  # fmt: skip
+    assert len(gains) == 1
+    assert float(gains[0]["difference"]) == pytest.approx(float(last["mean"]) - base, abs=1e-5)
+
+
+def dices(found):
+    return {row.group: row.mean for row in found.means if row.measure == "dice"}
+
+
+def change_rows(run, change):
+    """Put other rows into the cells of a run."""
+    for path in (run / "outputs" / "cells").iterdir():
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"subjects": change(record["subjects"])}))
 
 
 def test_tables_of_several_comparisons_are_read_as_one(compared, tmp_path):
     # Leave one subject out: a comparison for each, one bootstrap over all.
-    table, summary = compared / "outputs" / "cases.csv", json.loads((compared / "outputs" / "summary.json").read_text())
-    once = summarise(*read_outcomes([table]), 0)
-    assert once.arms.keys() == summary["arms"].keys()
-    for arm, entries in summary["arms"].items():
-        assert [entry.mean for entry in once.arms[arm]] == pytest.approx([e["mean"] for e in entries], abs=1e-6)
-    outcomes, subjects = read_outcomes([table, table])
-    assert len(subjects) == 2 * summary["cases"]
-    np.testing.assert_array_equal(outcomes[0].dice, np.tile(read_outcomes([table])[0][0].dice, 2))
-    other = tmp_path / "other.csv"
-    lines = table.read_text().splitlines(keepends=True)
-    other.write_text("".join(line for line in lines if not line.startswith("self-play,")))
-    with pytest.raises(InputError, match="expected the arms, seeds and budgets of .*cases.csv, found others"):
-        read_outcomes([table, other])
+    once, cases = tabulate(read_runs([compared]), 0), rows_of(compared / "outputs" / "subjects.csv")
+    stored = [row for row in rows_of(compared / "outputs" / "means.csv") if row["measure"] == "dice"]
+    assert [*dices(once).values()] == pytest.approx([float(row["mean"]) for row in stored], abs=1e-6)
+    (twice,) = read_runs([compared, compared])
+    assert len(twice.subjects) == 2 * len(cases)
+    assert dices(tabulate([twice], 0)) == pytest.approx(dices(once))
+    assert {row.count for row in tabulate([twice], 0).means} == {2 * 4}
+    other = shutil.copytree(compared, tmp_path / "other")
+    change_rows(other, lambda rows: [row for row in rows if row["arm"] != "self-play"])
+    with pytest.raises(InputError, match="other: expected the arms, seeds and budgets of .*compare, found others"):
+        read_runs([compared, other])
 
 
 def test_one_threshold_is_chosen_on_the_other_subjects():
     # Anna's cases say 0.2, Ben's and Cleo's 0.5 (System I's own): what is best on one's own subject must not be taken.
     subjects = ("anna", "anna", "ben", "cleo")
     dice = {BASE: [0.1, 0.2, 0.8, 0.7], "System I above 0.2": [0.9, 0.9, 0.5, 0.2], LEVEL: [0.5, 0.5, 0.5, 0.5]}
-    score = np.arange(4.0)
-    outcomes = [
-        Outcome(arm, seed, 0, np.array(values) + 0.1 * seed, score, score, score, score)
-        for seed in range(2) for arm, values in dice.items()
-    ]  # fmt: skip
-    summary = summarise(outcomes, subjects, 0)
+
+    def results(subjects):
+        cases = list(enumerate(subjects))
+        rows = [
+            [
+                {"arm": arm, "budget": 0, "case": str(place), "subject": subject, **dict.fromkeys(MEASURES, place),
+                 "dice": values[place] + 0.1 * seed}
+                for arm, values in dice.items() for place, subject in cases
+            ]
+            for seed in range(2)
+        ]  # fmt: skip
+        return [Result(Cell((("seed", seed),)), {}, found) for seed, found in enumerate(rows)]
+
+    found = tabulate(results(subjects), 0)
     # Left out: anna, so 0.5 is best (0.75 against 0.35); ben, so 0.2 is (0.67 against 0.33), and for cleo too.
-    assert summary.arms[ELSEWHERE][0].mean == pytest.approx(np.mean([0.1, 0.2, 0.5, 0.2]) + 0.05)
-    assert summary.tests.level_against_threshold.mean == pytest.approx(0.5 - 0.25)
-    assert len(summary.points) == 24
-    assert ELSEWHERE not in summarise(outcomes, ["anna"] * 4, 0).arms
+    assert found.course(ELSEWHERE)[0].mean == pytest.approx(np.mean([0.1, 0.2, 0.5, 0.2]) + 0.05)
+    assert found.gain(LEVEL, 0, ELSEWHERE).difference == pytest.approx(0.5 - 0.25)
+    assert len(found.points) == 24
+    assert not tabulate(results(["anna"] * 4), 0).course(ELSEWHERE)
 
 
 def test_one_subject_has_no_interval(compared, tmp_path):
     # What is left out, one patient at a time, is one subject.
     run = shutil.copytree(compared, tmp_path / "run")
-    outcomes, subjects = read_outcomes([run / "outputs" / "cases.csv"])
-    alone = summarise(outcomes, ["patient"] * len(subjects), 0)
-    base = alone.arms["System I"][0]
-    assert base.mean == pytest.approx(outcomes[0].dice.mean())
-    assert base.low is base.high is base.error is alone.tests.against_random.low is None
-    summary = run / "outputs" / "summary.json"
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | to_record(alone)))
+    change_rows(run, lambda rows: [{**row, "subject": "patient"} for row in rows])
+    results = read_runs([run])
+    alone = tabulate(results, 0)
+    base = alone.course(BASE)[0]
+    assert base.mean == pytest.approx(np.mean([row["dice"] for row in results[0].subjects if row["arm"] == BASE]))
+    last = alone.course(LEARNT)[-1].group[1][1]
+    assert base.low is base.high is base.error is alone.gain(LEARNT, last, RANDOM).low is None
     assert main(["report", str(run)]) == 0
     assert "one subject" in (run / "report.html").read_text()
-
-
-def test_thinking_only_ever_raises_the_score(compared):
-    summary = json.loads((compared / "outputs" / "summary.json").read_text())
-    base = summary["arms"]["System I"][0]["score"]
-    for arm in ("self-play", "random proposals", "verifier's gradient"):
-        scores = [entry["score"] for entry in summary["arms"][arm]]
-        assert base - 1e-6 <= scores[0] <= scores[1] + 1e-6
-    # The patch game begins with nothing, not with System I's masks.
-    patch = [entry["score"] for entry in summary["arms"]["patch game"]]
-    assert patch[0] <= patch[1] + 1e-6
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("think", "--input", "nowhere.png"), "weights: expected images and System I, found nothing"),
-        (("think", "--input", "nowhere.png", "--weights", "WEIGHTS"), "nowhere.png: expected an image or a folder"),
-        (("think", "--input", "WEIGHTS", "--weights", "nowhere"), "nowhere: expected a run of meta-train or adapt"),
-        (("think", "--input", "TEST", "--weights", "WEIGHTS", "--mask", "TEST/puzzle"), "expected a file"),
-        (("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS"), "task: expected one of"),
-        (("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS", "--task", "moon"), "found 'moon'"),
-        (
-            ("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS", "--task", "star", "--shots", "99"),
-            "shots: expected at most the",
-        ),
-        (
-            ("think", "--input", "TEST", "--weights", "WEIGHTS", "--policy-weights", "WEIGHTS"),
-            "expected a run of train-policy, found nothing of the kind",
-        ),
-        (("train-policy", "--data.manifest", "MANIFEST"), "weights: expected a run of meta-train, found nothing"),
-        (("train-policy", "--think.mode", "grad"), "expected 'learn' in 1 round, found 'grad'"),
-        (("meta-train", "--preprocess.size", "30", "30"), "preprocess.size: expected multiples of 4"),
-        (("meta-train", "--data.manifest", "nowhere.csv"), "nowhere.csv"),
-    ],
-)
-def test_mistakes_end_in_one_line(arguments, said, thought, weights, manifest, tmp_path, capsys):
-    places = {"WEIGHTS": weights, "MANIFEST": manifest, "TEST": thought / "inputs" / "test"}
-    filled = []
-    for word in arguments:
-        for name, place in places.items():
-            word = word.replace(name, str(place))
-        filled.append(word)
-    assert run(*filled, "--out", tmp_path / "run") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("jaxmed: ") and error.count("\n") == 1 and said in error
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("stage", ["meta-train", "train-policy", "adapt", "think", "compare"])
-def test_files_over_a_synthetic_run_start_from_nothing(
-    stage, thought, weights, familiar, manifest, tmp_path, monkeypatch
-):
-    out = tmp_path / "run"
-    for name in ("inputs/puzzles", "checkpoints/state/40", "outputs/system1"):
-        (out / name).mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps({"system": "selfplay", "stage": stage, "config": {}}))
-
-    class Begun(Exception):
-        """The stage is past its checks."""
-
-    def begin(folder, *_, **__):
-        start(folder)
-        path = folder.path
-        assert not (path / "checkpoints").exists() and not (path / "inputs").exists()
-        assert [place.name for place in path.iterdir() if place.name == "outputs"] and not any(
-            (path / "outputs").iterdir()
-        )
-        raise Begun
-
-    module = importlib.import_module(f"jaxmed.systems.selfplay.stages.{stage.replace('-', '_')}")
-    monkeypatch.setattr(module, "begin", begin)
-    given = ["--input", thought / "inputs" / "test"] if stage == "think" else ["--data.manifest", manifest]
-    given += {"meta-train": ["--preset", "smoke", "--data.synthetic", 0], "think": ["--weights", weights]}.get(
-        stage,
-        ["--weights", familiar, *(["--task", "star"] if stage != "train-policy" else [])],
-    )
-    with pytest.raises(Begun):
-        run(stage, *given, "--overwrite", "--out", out)

@@ -1,18 +1,21 @@
-"""What arms of a comparison achieved: Dice by case and budget, means with intervals, and the tests that matter."""
+"""What arms of a comparison achieved: scores by case and budget, means with intervals, and the tests that matter.
 
-import dataclasses
+A cell of the study is a seed: its rows are the cases of every arm at every budget.
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
 from jaxtyping import Bool, Float
 
+from jaxmed.arrays.batches import evenly
 from jaxmed.errors import InputError
-from jaxmed.io.tables import read_table
 from jaxmed.metrics.imaging import dice, jaccard, match_regions, surface_distances
-from jaxmed.metrics.statistics import bootstrap, weighted_mean
+from jaxmed.recipes.study import Result, read_study
+from jaxmed.recipes.study_tables import Difference, Mean, collect, compare, summarise
 from jaxmed.systems.selfplay.data import Cases
 
 BASE = "System I"
@@ -20,233 +23,148 @@ LEARNT = "self-play"
 RANDOM = "random proposals"
 LEVEL = "verifier's level"
 ABOVE = "System I above "
-COLUMNS = {
-    "dice": "dice", "jaccard": "iou", "hausdorff_95": "hausdorff_95", "region_f1": "region_f1", "score": "score",
-}  # fmt: skip
-"""Of cases.csv, by the field of an outcome."""
 ELSEWHERE = "System I, threshold from other subjects"
+MEASURES = ("dice", "iou", "hausdorff_95", "region_f1", "score")
+"""Dice and intersection over union; 95th percentile of the distance of the surfaces, in mm, or in pixels where images
+have no spacing; F1 of connected regions, such as lesions; the verifier's score."""
+MOST_POINTS = 600
 
 
-class Outcome(NamedTuple):
-    """Masks of all test images by one arm, with one seed, at one budget.
+def score_masks(
+    cases: Cases, arm: str, budget: int, masks: Bool[np.ndarray, "case *space"], score: Float[np.ndarray, " case"]
+) -> list[dict[str, Any]]:
+    """Compare an arm's masks with the true ones.
 
-    Attributes:
+    Args:
+        cases: What was answered for.
         arm: Which.
-        seed: Seed of labelled images, training and players.
         budget: Steps of thought; 0 for arms that do not think.
-        dice: Dice of each case with the true mask.
-        jaccard: The same as intersection over union.
-        hausdorff_95: 95th percentile of the distance of the surfaces, in mm; in pixels where images have no spacing.
-        region_f1: F1 of connected regions, such as lesions.
+        masks: Its answers.
         score: The verifier's.
-    """
-
-    arm: str
-    seed: int
-    budget: int
-    dice: Float[np.ndarray, " case"]
-    jaccard: Float[np.ndarray, " case"]
-    hausdorff_95: Float[np.ndarray, " case"]
-    region_f1: Float[np.ndarray, " case"]
-    score: Float[np.ndarray, " case"]
-
-    @classmethod
-    def measure(
-        cls,
-        arm: str,
-        seed: int,
-        budget: int,
-        truth: Bool[np.ndarray, "case *space"],
-        masks: Bool[np.ndarray, "case *space"],
-        score: Float[np.ndarray, " case"],
-        spacing: float = 1.0,
-    ) -> "Outcome":
-        """Compare masks with the true ones, of a voxel size."""
-        lengths = (spacing,) * (truth.ndim - 1)
-        overlaps, unions, distances, regions = np.array([
-            (dice(t, m), jaccard(t, m), surface_distances(t, m, lengths).hausdorff_95, match_regions(t, m).f1)
-            for t, m in zip(truth, masks, strict=True)
-        ]).T  # fmt: skip
-        return cls(arm, seed, budget, overlaps, unions, distances, regions, score.astype(np.float64))
-
-    def rows(self, cases: Cases) -> list[dict[str, object]]:
-        """Return a line per case, for cases.csv."""
-        rows: list[dict[str, object]] = []
-        for place, (name, subject) in enumerate(zip(cases.names, cases.subjects, strict=True)):
-            row: dict[str, object] = {"arm": self.arm, "seed": self.seed, "budget": self.budget}
-            row |= {"case": name, "subject": subject}
-            row |= {column: round(float(getattr(self, field)[place]), 6) for field, column in COLUMNS.items()}
-            rows.append(row)
-        return rows
-
-
-def read_outcomes(paths: Sequence[Path]) -> tuple[list[Outcome], tuple[str, ...]]:
-    """Read the cases.csv of one comparison, or of several that left out one subject each, side by side.
 
     Returns:
-        Outcomes over the cases of all, and the subject of each case.
+        A row per case.
+    """
+    rows, lengths = [], (cases.spacing or 1.0,) * (masks.ndim - 1)
+    for place, (name, subject) in enumerate(zip(cases.names, cases.subjects, strict=True)):
+        pair = cases.masks[place], masks[place]
+        distance, regions = surface_distances(*pair, lengths).hausdorff_95, match_regions(*pair).f1
+        values = dice(*pair), jaccard(*pair), distance, regions, float(score[place])
+        case = name if cases.names.count(name) == 1 else f"{name} ({place + 1})"
+        row = {"arm": arm, "budget": budget, "case": case, "subject": subject}
+        rows.append(row | dict(zip(MEASURES, values, strict=True)))
+    return rows
+
+
+def read_runs(runs: Sequence[Path]) -> list[Result]:
+    """Read the results of one comparison, or of several that left out one subject each, side by side.
 
     Raises:
-        InputError: A table is not one, or its arms, seeds and budgets are not those of the first.
+        InputError: A run is not one, or its arms, seeds and budgets are not those of the first.
     """
-    numbers = tuple(COLUMNS.values())
-    parts: list[dict[tuple[str, int, int], list[tuple[str, tuple[float, ...]]]]] = []
-    for path in paths:
-        table = read_table(path, required=("arm", "seed", "budget", "subject", *numbers))
-        seeds, budgets = table.floats("seed"), table.floats("budget")
-        values = zip(*map(table.floats, numbers), strict=True)
-        groups: dict[tuple[str, int, int], list[tuple[str, tuple[float, ...]]]] = {}
-        for row, number, budget, found in zip(table.rows, seeds, budgets, values, strict=True):
-            groups.setdefault((row["arm"], int(number), int(budget)), []).append((row["subject"], found))
-        if parts and groups.keys() != parts[0].keys():
-            raise InputError(path, f"the arms, seeds and budgets of {paths[0]}", "others")
-        parts.append(groups)
-    outcomes, subjects = [], ()
-    for key in parts[0]:
-        cases = [case for groups in parts for case in groups[key]]
-        subjects = tuple(subject for subject, _ in cases)
-        outcomes.append(Outcome(*key, *np.array([found for _, found in cases]).T))
-    return outcomes, subjects
+    found = [read_study(run).results for run in runs]
+    asked = [{(r.cell["seed"], row["arm"], row["budget"]) for r in results for row in r.subjects} for results in found]
+    for run, own in zip(runs, asked, strict=True):
+        if own != asked[0]:
+            raise InputError(run, f"the arms, seeds and budgets of {runs[0]}", "others")
+    return [
+        parts[0]._replace(
+            subjects=[
+                {**row, "case": f"{number} {row['case']}"} for number, part in enumerate(parts, 1)
+                for row in part.subjects
+            ]
+        )
+        for parts in zip(*found, strict=True)
+    ]  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A mean, its interval bootstrapped over subjects, and its standard error; of one subject the mean alone."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    error: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """An arm at a budget: its Dice as an interval, the gain of Dice over System I, and means of other measures."""
-
-    budget: int
-    mean: float
-    low: float | None
-    high: float | None
-    error: float | None
-    gain: Interval
-    jaccard: float
-    hausdorff_95: float
-    region_f1: float
-    score: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Tests:
-    """What a comparison is about; None where an arm for it is missing.
+class Comparison(NamedTuple):
+    """What all arms achieved.
 
     Attributes:
-        against_random: Dice of self-play over random proposals' at the largest budget.
-        rank_of_budget: Mean over cases of Spearman's correlation of budget and Dice of self-play.
+        means: Of every measure, by arm and budget.
+        differences: Of Dice, by budget: against System I, against random proposals at the same budget, and of what does
+            not think against one threshold for all, the best on the other subjects.
+        rank_of_budget: Mean over cases of Spearman's correlation of budget and Dice of self-play; None without it.
         area: Mean Dice of self-play over the budgets.
-        level_against_threshold: Dice of the verifier's choice of a level over that of the best on other subjects.
-        score_and_dice: Spearman's correlation over all answers.
+        score_and_dice: Spearman's correlation over all answers; None where one does not vary.
+        points: Dice and score of some answers.
     """
 
-    against_random: Interval | None = None
-    rank_of_budget: float | None = None
-    area: float | None = None
-    level_against_threshold: Interval | None = None
-    score_and_dice: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What all arms achieved, budgets in order; points are Dice and score of some answers."""
-
-    arms: dict[str, tuple[Entry, ...]]
-    tests: Tests
+    means: tuple[Mean, ...]
+    differences: tuple[Difference, ...]
+    rank_of_budget: float | None
+    area: float | None
+    score_and_dice: float | None
     points: tuple[tuple[float, float], ...]
 
+    def course(self, arm: str) -> list[Mean]:
+        """Return an arm's Dice, budgets in order; empty for an arm that is not there."""
+        return [row for row in self.means if row.measure == "dice" and row.group[0][1] == arm]
 
-def summarise(outcomes: Sequence[Outcome], subjects: Sequence[str], seed: int) -> Comparison:
+    def gain(self, arm: str, budget: int, baseline: str = BASE) -> Difference | None:
+        """Return the difference of an arm at a budget from another one; None where one of them is missing."""
+        wanted = (arm, budget, baseline)
+        found = [row for row in self.differences if (row.arm, row.group[0][1], row.baseline) == wanted]
+        return found[0] if found else None
+
+
+def tabulate(results: Sequence[Result], seed: int) -> Comparison:
     """Return means with intervals of every arm and budget, the gain over System I, and the verifier's worth.
 
     Where System I answered at several thresholds, so does an arm that takes for each subject the one that is best on
     all others: what the verifier's choice has to beat.
 
     Args:
-        outcomes: All arms, seeds and budgets, over the same cases.
-        subjects: Subject of each case.
+        results: All seeds.
         seed: Seed of the draws.
     """
-    overlaps = np.concatenate([outcome.dice for outcome in outcomes])
-    scores = np.concatenate([outcome.score for outcome in outcomes])
-    outcomes = [*outcomes, *_thresholds_from_others(outcomes, subjects)]
-
-    def mean(arm: str, budget: int = 0, name: str = "dice") -> np.ndarray:
-        return _mean(outcomes, arm, budget, name)
-
-    def interval(values: np.ndarray) -> Interval:
-        return _interval(values, subjects, seed)
-
-    base, arms = mean(BASE), {}
-    for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
-        entries = []
-        for budget in sorted({outcome.budget for outcome in outcomes if outcome.arm == arm}):
-            own = interval(mean(arm, budget))
-            others = (float(np.mean(mean(arm, budget, name))) for name in list(COLUMNS)[1:])
-            gain = interval(mean(arm, budget) - base)
-            entries.append(Entry(budget, own.mean, own.low, own.high, own.error, gain, *others))
-        arms[arm] = tuple(entries)
-    tests = Tests(score_and_dice=_spearman(scores, overlaps))
-    budgets = sorted({outcome.budget for outcome in outcomes if outcome.budget})
-    if budgets and LEARNT in arms:
-        courses = np.stack([base, *(mean(LEARNT, budget) for budget in budgets)])
-        rank, area = _correlations(np.arange(len(courses)), courses), float(np.mean(courses[1:]))
-        random = interval(courses[-1] - mean(RANDOM, budgets[-1])) if RANDOM in arms else None
-        tests = dataclasses.replace(tests, against_random=random, rank_of_budget=rank, area=area)
-    if {ELSEWHERE, LEVEL} <= arms.keys():
-        tests = dataclasses.replace(tests, level_against_threshold=interval(mean(LEVEL) - mean(ELSEWHERE)))
-    places = np.linspace(0, len(overlaps) - 1, min(600, len(overlaps))).round().astype(int)
-    points = zip(overlaps[places].round(4).tolist(), scores[places].round(4).tolist(), strict=True)
-    return Comparison(arms, tests, tuple(points))
+    given, results = results, _with_thresholds_from_others(results)
+    means = [row for name in MEASURES for row in summarise(results, ("arm", "budget"), name, seed=seed)]
+    arms = {str(row.group[0][1]) for row in means}
+    differences = [
+        row
+        for baseline in (BASE, RANDOM, ELSEWHERE) if baseline in arms
+        for row in compare(results, ("budget",), baseline, "dice", seed=seed, test="wilcoxon",
+                           shared={"budget": 0} if baseline == BASE else None)
+    ]  # fmt: skip
+    dices = collect(results, ("arm", "budget"), "dice", is_per_subject=True)
+    rank = area = None
+    if LEARNT in arms:
+        courses = np.array([[*dices[group].values()] for group in dices if group[0][1] in (BASE, LEARNT)])
+        # Cases without change count as 0.
+        rank = float(np.mean([_spearman(np.arange(len(courses)), course) or 0.0 for course in courses.T]))
+        area = float(np.mean(courses[1:]))
+    pairs = np.array([(row["dice"], row["score"]) for result in given for row in result.subjects])
+    shown = pairs[evenly(MOST_POINTS, len(pairs))].round(4).tolist()
+    points = tuple((overlap, score) for overlap, score in shown)
+    return Comparison(tuple(means), tuple(differences), rank, area, _spearman(*pairs.T), points)
 
 
-def _thresholds_from_others(outcomes: Sequence[Outcome], subjects: Sequence[str]) -> list[Outcome]:
-    """Return System I at the threshold that is best on all subjects but the one at hand, for every seed."""
-    levels = list(dict.fromkeys(outcome.arm for outcome in outcomes if outcome.arm.startswith(ABOVE)))
-    listed = np.array(subjects)
-    if not levels or len(np.unique(listed)) == 1:
-        return []
-    arms = [BASE, *levels]
-    means = np.stack([_mean(outcomes, arm, 0) for arm in arms])
-    best = np.zeros(len(listed), int)
-    for subject in np.unique(listed):
-        best[listed == subject] = means[:, listed != subject].mean(axis=1).argmax()
-    found = []
-    for seed in dict.fromkeys(outcome.seed for outcome in outcomes):
-        of_seed = {outcome.arm: outcome for outcome in outcomes if outcome.seed == seed and not outcome.budget}
-        columns = (
-            np.stack([getattr(of_seed[arm], name) for arm in arms])[best, np.arange(len(best))] for name in COLUMNS
+def _with_thresholds_from_others(results: Sequence[Result]) -> Sequence[Result]:
+    """Add System I at the threshold that is best on all subjects but the one at hand, for every seed."""
+    dices = collect(results, ("arm", "budget"), "dice", is_per_subject=True)
+    levels = {arm: cases for ((_, arm), _), cases in dices.items() if arm == BASE or str(arm).startswith(ABOVE)}
+    subjects = {subject for subject, _ in levels[BASE]}
+    if len(levels) == 1 or len(subjects) == 1:
+        return results
+
+    def best_without(subject: str) -> Any:
+        def elsewhere(arm: Any) -> float:
+            return float(np.mean([value for (other, _), value in levels[arm].items() if other != subject]))
+
+        return max(levels, key=elsewhere)
+
+    best = {subject: best_without(subject) for subject in subjects}
+    return [
+        result._replace(
+            subjects=[
+                *result.subjects,
+                *({**row, "arm": ELSEWHERE} for row in result.subjects if row["arm"] == best[str(row["subject"])]),
+            ]
         )
-        found.append(Outcome(ELSEWHERE, seed, 0, *columns))
-    return found
-
-
-def _mean(outcomes: Sequence[Outcome], arm: str, budget: int, name: str = "dice") -> np.ndarray:
-    """Return the mean over seeds of each case."""
-    return np.mean([getattr(o, name) for o in outcomes if o.arm == arm and o.budget == budget], axis=0)
-
-
-def _interval(values: np.ndarray, subjects: Sequence[str], seed: int) -> Interval:
-    listed = np.array(subjects)
-    by_subject = [values[listed == subject].mean() for subject in np.unique(listed)]
-    if len(by_subject) == 1:
-        return Interval(float(values.mean()))
-    found = bootstrap(weighted_mean(values), listed, seed=seed)
-    error = float(np.std(by_subject, ddof=1) / np.sqrt(len(by_subject)))
-    return Interval(found.estimate, found.low, found.high, error)
-
-
-def _correlations(order: np.ndarray, courses: np.ndarray) -> float | None:
-    """Return the mean over cases of Spearman's correlation of budget and Dice; cases without change count as 0."""
-    found = [_spearman(order, course) or 0.0 for course in courses.T]
-    return float(np.mean(found)) if found else None
+        for result in results
+    ]
 
 
 def _spearman(first: np.ndarray, second: np.ndarray) -> float | None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,17 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.arrays.batches import evenly
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Count, Length, Seed, Size, checked
 from jaxmed.data.augment import AugmentConfig
 from jaxmed.data.preprocess import Preprocess
-from jaxmed.io.tables import write_table
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.bands import Band, banded_curves
-from jaxmed.report.figures import Bar, bars
+from jaxmed.recipes.study import Cell, Outcome, make_cells, read_study, run_study
+from jaxmed.recipes.study_sections import failed_cells, mean_bars, mean_curves
+from jaxmed.recipes.study_tables import Difference, Mean, write_tables
 from jaxmed.report.page import Figure, Note, Section, Table, Text
 from jaxmed.report.scatter import scatter
-from jaxmed.systems.selfplay.comparing import ABOVE, LEVEL, Entry, Interval, Outcome, Tests, summarise
+from jaxmed.systems.selfplay.comparing import (
+    ABOVE,
+    BASE,
+    LEARNT,
+    LEVEL,
+    MEASURES,
+    RANDOM,
+    Comparison,
+    score_masks,
+    tabulate,
+)
 from jaxmed.systems.selfplay.data import Cases, DataConfig
 from jaxmed.systems.selfplay.inputs import (
     SHOTS,
@@ -41,7 +51,6 @@ from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemO
 from jaxmed.systems.selfplay.thinking import LAPTOP, SMOKE, Budget, ThinkConfig, check_game, think
 from jaxmed.systems.selfplay.verifier import calibrate, choose_level, judge_masks
 from jaxmed.train.announce import announce
-from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 
 Answer = tuple[str, int, np.ndarray]
@@ -137,11 +146,8 @@ def smoke() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was compared, and what came of it; see `comparing.Comparison`. Distances are in `unit`."""
+    """What was compared, and what came of self-play; see `comparing.Comparison`. Distances are in `unit`."""
 
-    arms: dict[str, tuple[Entry, ...]]
-    tests: Tests
-    points: tuple[tuple[float, float], ...]
     task: str
     cases: int
     subjects: int
@@ -150,11 +156,17 @@ class Summary:
     seeds: int
     failed: int
     notes: tuple[str, ...]
+    rank_of_budget: float | None
+    area: float | None
+    score_and_dice: float | None
 
 
 def run(config: Config, folder: RunFolder) -> int:
-    """Read, let every arm answer for every seed, compare and report. Returns 1 when records failed."""
-    clock = Clock()
+    """Read, let every arm answer for every seed that is not finished, compare and report.
+
+    Returns 1 when records or seeds failed.
+    """
+    clock, asked = Clock(), config
     config = with_inputs(config, folder)
     (trained, preprocess), taught = load_for(config.weights, config.preprocess), None
     if config.policy_weights is not None:
@@ -167,26 +179,35 @@ def run(config: Config, folder: RunFolder) -> int:
     test = material.test
     log.say(f"'{material.task}': {len(test.images)} test images of {len(set(test.subjects))} subjects.")
     clock.lap("read and cut")
-    outcomes: list[Outcome] = []
     announce(
         log, f"Comparing on {len(test.images)} images up to {config.budgets[-1]:,} steps", count=config.num_seeds,
         params=trained.system.params, batch=test.images, unit="seeds", smaller=folder.smaller,
     )  # fmt: skip
-    with log.progress("Comparing", config.num_seeds, "seeds") as update:
-        for number in range(config.num_seeds):
-            outcomes += run_seed(config, trained, taught, material, config.seed + number, log)
-            update(number + 1)
+
+    def run_cell(cell: Cell) -> Outcome:
+        rows = answer(config, trained, taught, material, int(cell["seed"]))
+        ends = {row["arm"]: row["budget"] for row in rows}
+        dices = {
+            arm: float(np.mean([row["dice"] for row in rows if (row["arm"], row["budget"]) == (arm, end)]))
+            for arm, end in ends.items()
+        }
+        for arm, value in dices.items():
+            log.say(f"{cell}, {arm}: Dice {100 * value:.1f} %")
+        return Outcome(dices, rows)
+
+    cells = make_cells({"seed": tuple(range(config.seed, config.seed + config.num_seeds))})
+    done = run_study(cells, run_cell, folder.path, asked, log=log)
     clock.lap("compare, compilation included")
-    rows = [row for outcome in outcomes for row in outcome.rows(test)]
-    write_table(folder.outputs / "cases.csv", tuple(rows[0]), rows)
-    write_failed(folder.outputs, material.failed)
-    found = summarise(outcomes, test.subjects, config.seed)
+    if material.failed:
+        write_failed(folder.outputs, material.failed)
+    found = tabulate(done.results, config.seed)
+    write_tables(folder.outputs, done.results, found.means, found.differences)
     summary = Summary(
-        found.arms, found.tests, found.points, material.task, len(test.images), len(set(test.subjects)), config.shots,
-        "mm" if test.spacing else "pixels", config.num_seeds, len(material.failed), material.notes,
+        material.task, len(test.images), len(set(test.subjects)), config.shots, "mm" if test.spacing else "pixels",
+        config.num_seeds, len(material.failed), material.notes, found.rank_of_budget, found.area, found.score_and_dice,
     )  # fmt: skip
     finish(folder, config, summary, clock, page)
-    return 1 if material.failed else 0
+    return 1 if material.failed or done.failures else 0
 
 
 class Material(NamedTuple):
@@ -219,7 +240,7 @@ def read_material(config: Config, preprocess: Preprocess) -> Material:
     support, task = choose_task(cases["support"], config.task)
     test, notes = choose_task(cases["test"], task)[0], []
     if config.cases and config.cases < len(test.images):
-        test = test.select(np.linspace(0, len(test.images) - 1, config.cases).round().astype(int))
+        test = test.select(evenly(config.cases, len(test.images)))
     if "train" not in cases:
         notes.append("The manifest has no familiar tasks: no network is supervised by all labels.")
     if len(set(test.subjects)) == 1:
@@ -228,11 +249,11 @@ def read_material(config: Config, preprocess: Preprocess) -> Material:
     return Material(task, support, test, cases.get("train"), failed, tuple(notes))
 
 
-def run_seed(
-    config: Config, trained: Trained, taught: Params | None, material: Material, seed: int, log: Log
-) -> list[Outcome]:
-    """Let every arm answer, with one draw of labelled images."""
-    shots, test, outcomes = draw_shots(material.support, config.shots, seed), material.test, []
+def answer(
+    config: Config, trained: Trained, taught: Params | None, material: Material, seed: int
+) -> list[dict[str, Any]]:
+    """Let every arm answer, with one draw of labelled images; return a row per arm, budget and case."""
+    shots, test, rows = draw_shots(material.support, config.shots, seed), material.test, []
     adapt_key, probe_key, think_key = jax.random.split(jax.random.key(seed), 3)
     images, masks = jnp.asarray(shots.images), jnp.asarray(shots.masks)
     system, _ = adapt(adapt_key, trained.system, images, masks, config.adapt)
@@ -241,11 +262,8 @@ def run_seed(
     by_thought = answer_by_thought(config, system, test, taught, think_key)
     for arm, budget, found in itertools.chain(at_once, by_thought):
         score = np.asarray(judge_masks(system, jnp.asarray(test.images), jnp.asarray(found, jnp.float32)))
-        outcome = Outcome.measure(arm, seed, budget, test.masks, found, score, test.spacing or 1.0)
-        if budget in (0, config.budgets[-1]):
-            log.say(f"Seed {seed}, {arm}: Dice {100 * outcome.dice.mean():.1f} %")
-        outcomes.append(outcome)
-    return outcomes
+        rows += score_masks(test, arm, budget, found, score)
+    return rows
 
 
 def answer_at_once(config: Config, system: SystemOne, material: Material, shots: Cases, seed: int) -> Iterator[Answer]:
@@ -309,26 +327,26 @@ def answer_by_thought(
 
 def page(run: Finished[Config, Summary]) -> Page:
     """Show thinking curves, where each method ends, and whether the verifier knows."""
-    summary = run.summary
+    summary, study = run.summary, read_study(run.path)
+    found = tabulate(study.results, run.config.seed)
+    ends = {str(row.group[0][1]): row for row in found.means if row.measure == "dice"}
+    caption = "Mean Dice at the largest budget, with 95 % intervals bootstrapped over subjects."
+    last = mean_bars([*ends.values()], lambda row: row.group[0][1], xlabel="Dice (%)", caption=caption, scale=100)
     points = scatter(
-        {"answers": np.array(summary.points, float)}, xlabel="Dice with the true mask", ylabel="verifier's score",
+        {"answers": np.array(found.points, float)}, xlabel="Dice with the true mask", ylabel="verifier's score",
         caption="Every answer of every arm: the verifier's score against Dice. Thinking can be trusted as far as one "
         "rises with the other.",
     )  # fmt: skip
-    rows = [
-        Bar(name, 100 * entries[-1].mean, _percent(entries[-1].low), _percent(entries[-1].high))
-        for name, entries in summary.arms.items()
-    ]
-    caption = "Mean Dice at the largest budget, with 95 % intervals bootstrapped over subjects."
     return Page(
         "Thinking, compared",
         f"Self-play reasoning on '{summary.task}', {summary.cases} images, {summary.seeds} seeds",
-        _tiles(summary),
+        _tiles(found, summary),
         [
             *failed_sections(summary.failed),
+            *failed_cells(study.failures),
             *([Section("Notes", [Note(text) for text in summary.notes])] if summary.notes else []),
-            Section("Thinking curves", [_curves(summary)]),
-            Section("Where each method ends", [bars(rows, xlabel="Dice (%)", caption=caption), _table(summary)]),
+            Section("Thinking curves", [_curves(found)]),
+            Section("Where each method ends", [last, _table(found, summary.unit)]),
             Section("Does the verifier know?", [points]),
             Section("How to read this", [Text([
                 "All arms answer for the same test images. Thinking uses those images, but no label of them; budgets "
@@ -344,55 +362,52 @@ def page(run: Finished[Config, Summary]) -> Page:
     )  # fmt: skip
 
 
-def _tiles(summary: Summary) -> list[tuple[str, object, str]]:
-    arms, tests = summary.arms, summary.tests
+def _tiles(found: Comparison, summary: Summary) -> list[tuple[str, object, str]]:
+    base, budget = found.course(BASE)[0], found.course(LEARNT)[-1].group[1][1]
     tiles: list[tuple[str, object, str]] = [
-        ("System I", f"{100 * arms['System I'][0].mean:.1f} %", f"Dice, {summary.shots} labelled images")
+        ("System I", f"{100 * base.mean:.1f} %", f"Dice, {summary.shots} labelled images")
     ]
-    if "self-play" in arms:
-        gain = arms["self-play"][-1].gain
-        tiles.append(("Thinking adds", f"{100 * gain.mean:+.1f}", f"points of Dice, {_span(gain)}"))
-    if tests.against_random is not None:
-        tiles.append(("Beyond random", f"{100 * tests.against_random.mean:+.1f}", "points of Dice"))
-    if tests.score_and_dice is not None:
-        tiles.append(("Verifier", f"{tests.score_and_dice:.2f}", "Spearman of score and Dice, all answers"))
+    for title, baseline in (("Thinking adds", BASE), ("Beyond random", RANDOM)):
+        gain = found.gain(LEARNT, int(budget), baseline)
+        if gain is not None and gain.difference is not None:
+            tiles.append((title, f"{100 * gain.difference:+.1f}", f"points of Dice, {_span(gain)}"))
+    if summary.score_and_dice is not None:
+        tiles.append(("Verifier", f"{summary.score_and_dice:.2f}", "Spearman of score and Dice, all answers"))
     return tiles
 
 
-def _span(found: Entry | Interval, sign: str = "+") -> str:
-    low, high = found.low, found.high
+def _span(row: Mean | Difference, sign: str = "+") -> str:
+    low, high = row.low, row.high
     return "one subject" if low is None or high is None else f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
 
 
-def _percent(value: float | None) -> float:
-    return math.nan if value is None else 100 * value
-
-
-def _curves(summary: Summary) -> Figure:
-    base, bands = summary.arms["System I"][0], {}
-    for name, entries in summary.arms.items():
-        if not entries[-1].budget:
-            continue
-        points = [base, *entries]
-        x = np.array([max(entry.budget, entries[0].budget / 4) for entry in points], float)
-        middle, error = (np.array([100 * (value or 0.0) for value in values]) for values in (
-            [entry.mean for entry in points], [entry.error for entry in points]
-        ))  # fmt: skip
-        bands[name] = Band(x, middle, middle - error, middle + error)
-    return banded_curves(
-        bands, xlabel="steps of the game", ylabel="Dice (%)", log_x=True,
+def _curves(found: Comparison) -> Figure:
+    base, points = found.course(BASE)[0], []
+    for arm in dict.fromkeys(row.group[0][1] for row in found.means):
+        course = [row for row in found.course(str(arm)) if row.group[1][1]]
+        if course:
+            start = ("arm", arm), ("budget", float(course[0].group[1][1]) / 4)
+            points += [dataclasses.replace(base, group=start), *course]
+    return mean_curves(
+        points, x="budget", xlabel="steps of the game", ylabel="Dice (%)", log_x=True, band="error", scale=100,
         caption="Dice of the best masks so far against the budget; the first point is System I. Bands: one standard "
         "error over subjects.",
     )  # fmt: skip
 
 
-def _table(summary: Summary) -> Table:
-    rows = [
-        [name, entry.budget or None, round(100 * entry.mean, 2), _span(entry, ""), round(100 * entry.gain.mean, 2),
-         _span(entry.gain), round(entry.hausdorff_95, 2), round(100 * entry.region_f1, 1), entry.score]
-        for name, entries in summary.arms.items() for entry in entries
-    ]  # fmt: skip
+def _table(found: Comparison, unit: str) -> Table:
+    rows = []
+    by_place = {(row.group, row.measure): row for row in found.means}
+    for row in (row for row in found.means if row.measure == "dice"):
+        (_, arm), (_, budget) = row.group
+        gain = found.gain(str(arm), int(budget))
+        change = (
+            (None, None) if gain is None or gain.difference is None else (round(100 * gain.difference, 2), _span(gain))
+        )
+        distance, regions, score = (by_place[row.group, name].mean for name in MEASURES[2:])
+        rows.append([arm, budget or None, round(100 * row.mean, 2), _span(row, ""), *change, round(distance, 2),
+                     round(100 * regions, 1), score])  # fmt: skip
     columns = ("method", "steps", "Dice (%)", "95 % interval", "gain (points)", "95 % interval of the gain",
-               f"HD95 ({summary.unit})", "region F1 (%)", "score")  # fmt: skip
+               f"HD95 ({unit})", "region F1 (%)", "score")  # fmt: skip
     return Table(columns, rows, "Means over cases and seeds; the gain is over System I. A mask without voxels is as "
                  "far from the truth as the image is wide; a region is found by a single shared voxel.")  # fmt: skip
