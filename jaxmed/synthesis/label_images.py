@@ -9,12 +9,13 @@ the scale to [0, 2] are ours.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmed.arrays.filters import gaussian_blur
+from jaxmed.arrays.filters import downsample, gaussian_blur
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.warping import sample
 from jaxmed.config import NonNegative, Share, Spread, checked
@@ -94,3 +95,33 @@ def draw_t1_means(key: KeyArray) -> Float[Array, "256"]:
     mean = mean.at[jnp.array(WHITE)].set(white).at[jnp.array(DEEP)].set(deep)
     mean = mean + 3.0 * jax.random.normal(own_key, (NUM_LABELS,))
     return jnp.maximum(mean, 0.0).at[0].set(0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageMaker:
+    """A record of `data.images.ImageSource` to one training image, on the device; called with a key.
+
+    Attributes:
+        synthetic: How contrasts are drawn from labels; None where no record holds labels, which spares the drawing.
+        supersample: Voxels of a record per voxel of the image, along each axis.
+        axis: Axis of the image that runs from left to right; None where none does.
+        flip: Probability that left and right are exchanged.
+    """
+
+    synthetic: SyntheticConfig | None
+    supersample: int = 1
+    axis: int | None = 0
+    flip: float = 0.5
+
+    def __call__(self, key: KeyArray, fields: Mapping[str, Array]) -> Float[Array, "*space channel"]:
+        """Return an image in [0, 2], the channel last: the scan, or a contrast drawn from its labels."""
+        draw_key, flip_key = jax.random.split(key)
+        image = fields["voxels"]
+        if self.synthetic is not None:
+            drawn = draw_image(draw_key, image.astype(jnp.int32), self.synthetic)
+            image = jnp.where(fields["is_labels"], drawn, image)
+        if self.supersample > 1:
+            image = downsample(image, self.supersample)
+        if self.axis is not None:
+            image = jnp.where(jax.random.bernoulli(flip_key, self.flip), jnp.flip(image, self.axis), image)
+        return image[..., None]

@@ -19,10 +19,10 @@ from jaxmed.data.cohort import (
     subject_notes,
     subjects_of,
 )
+from jaxmed.data.images import ImageData, list_files
 from jaxmed.data.labels import LabelConfig
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, resolve_path, resolve_paths, write_table
-from jaxmed.systems.dynamicdps.records import DataConfig, list_files
 from jaxmed.systems.selfplay import data as selfplay
 
 pytestmark = pytest.mark.core
@@ -96,7 +96,7 @@ def test_every_system_refuses_one_file_in_two_splits(folder, cells):
     table_of(folder, rows, ("path", "split", "subject", "label", "mask", "task"))
     if "none.nii" not in cells:
         with pytest.raises(InputError, match="every file in one split"):
-            list_files(DataConfig(manifest=folder / "m.csv"), None, 0)
+            list_files(ImageData(manifest=folder / "m.csv"), None, 0)
     with pytest.raises(InputError, match="every file in one split"):
         find_splits(read_labelled(folder / "m.csv", LabelConfig()), LabelConfig(), (0.5, 0.25, 0.25), 0)
     with pytest.raises(InputError, match="every file in one split"):

@@ -11,6 +11,7 @@ import pytest
 from priors import oracle
 
 from jaxmed.cli import main
+from jaxmed.data.images import PREPROCESS
 from jaxmed.diffusion.posterior.dynamicdps import STRICT
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral
@@ -20,13 +21,13 @@ from jaxmed.io import nifti
 from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
+from jaxmed.recipes.image_network import write_network
 from jaxmed.recipes.study import Cell, Result
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.mixture import make_isotropic
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.enhancement import draw_samples, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, expected_passes, length_of, make_solver
-from jaxmed.systems.dynamicdps.networks import PREPROCESS, write_network
 from jaxmed.systems.dynamicdps.scoring import (
     MEASURES,
     NOISE,

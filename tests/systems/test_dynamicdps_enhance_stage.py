@@ -13,6 +13,7 @@ import pytest
 
 from jaxmed.cli import main
 from jaxmed.config import to_record
+from jaxmed.data.images import PREPROCESS
 from jaxmed.diffusion.posterior.dynamicdps import REPO2026
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.errors import InputError
@@ -21,9 +22,9 @@ from jaxmed.io import nifti
 from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField
+from jaxmed.recipes.image_network import write_network
 from jaxmed.systems.dynamicdps.calibration import Calibrated, digest_of, read_calibration
 from jaxmed.systems.dynamicdps.methods import ARMS, MethodConfig
-from jaxmed.systems.dynamicdps.networks import PREPROCESS, write_network
 from jaxmed.systems.dynamicdps.stages import compare as compare_stage
 from jaxmed.systems.dynamicdps.stages import enhance as stage
 from jaxmed.train import log

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.data.images import PREPROCESS
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.ccdf import Ccdf
 from jaxmed.diffusion.posterior.daps import Daps
@@ -36,7 +37,6 @@ from jaxmed.systems.dynamicdps.enhancement import (
     make_program,
     refine,
 )
-from jaxmed.systems.dynamicdps.networks import PREPROCESS
 
 pytestmark = pytest.mark.core
 

@@ -9,13 +9,13 @@ from scan_files import make_slices, save_slices
 from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.grid import reorient
 from jaxmed.data.brain_labels import read_labels, simplify_labels
+from jaxmed.data.images import PREPROCESS
 from jaxmed.data.preprocess import load
 from jaxmed.data.scans import ANY_KIND, find_scans
 from jaxmed.data.windows import cut_about, paste
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import write_png
-from jaxmed.systems.dynamicdps.networks import PREPROCESS
 from jaxmed.systems.dynamicdps.scans import read_inside
 from jaxmed.volume import Volume
 

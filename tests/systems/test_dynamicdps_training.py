@@ -12,6 +12,7 @@ import pytest
 
 from jaxmed.cli import main
 from jaxmed.config import to_record
+from jaxmed.data.images import PREPROCESS, ImageData
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.io import nifti, safetensors
 from jaxmed.io.tables import write_table
@@ -19,11 +20,11 @@ from jaxmed.models.published.load import export_published, load_published
 from jaxmed.models.unet_guided import DYNAMICDPS_PRIOR, GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
+from jaxmed.recipes.image_network import ImageNetworkConfig, load_initial_weights, write_network
 from jaxmed.recipes.training import TrainConfig
-from jaxmed.systems.dynamicdps.networks import PREPROCESS, load_initial, load_prior, write_network
-from jaxmed.systems.dynamicdps.records import DataConfig, ImageMaker
+from jaxmed.synthesis.label_images import ImageMaker
+from jaxmed.systems.dynamicdps.networks import load_initial, load_prior
 from jaxmed.systems.dynamicdps.stages import train_initial, train_prior
-from jaxmed.systems.dynamicdps.training import ImageNetworkConfig, load_initial_weights
 from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
@@ -129,7 +130,7 @@ def test_smoke_enhancer_is_nearer_to_the_truth_than_its_input(tmp_path):
 def test_a_prior_of_volumes_is_trained_on_patches_and_refines_a_volume(scans, tmp_path):
     config = prior(
         input=scans, preprocess=sized((4, 4, 4)), model=dataclasses.replace(MODEL, dimensions=3),
-        data=DataConfig(validation=0.25, patches=4),
+        data=ImageData(validation=0.25, patches=4),
     )  # fmt: skip
     out = tmp_path / "run"
     assert run(out, "train-prior", dataclasses.replace(config, likelihoods=2)) == 0
@@ -180,7 +181,7 @@ def test_tensors_without_a_place_are_handed_to_the_log_and_the_record(stored, tm
     safetensors.write(file, safetensors.read(file) | stray, safetensors.read_metadata(file))
     expected = "1 tensors of the file have no place in the model: classifier.weight"
     assert load_initial_weights(file, MODEL)[1] == {"licence": "for tests only", "notes": [expected]}
-    assert load_prior(file).remarks == (expected,)
+    assert load_prior(file).report.remarks == (expected,)
 
 
 @pytest.mark.core
@@ -245,7 +246,7 @@ def test_a_broken_scan_ends_in_one_line_and_nothing_is_written(mistake, scans, t
     copy = tmp_path / "scans"
     shutil.copytree(scans, copy)
     break_it(copy)
-    config = prior(input=copy, data=DataConfig(validation=0.0))
+    config = prior(input=copy, data=ImageData(validation=0.0))
     assert run(tmp_path / "run", "train-prior", config) == 2
     line = only_line(capsys)
     assert line.startswith("jaxmed: ") and ": expected " in line and ", found " in line and message in line, line
@@ -275,7 +276,7 @@ def test_a_wrong_table_ends_in_one_line_and_nothing_is_written(mistake, scans, t
     shutil.copytree(scans, tmp_path / "scans")
     manifest = tmp_path / "scans" / "table.csv"
     write_table(manifest, columns, [dict(zip(columns, row, strict=True)) for row in rows])
-    config = prior(data=DataConfig(manifest=manifest))
+    config = prior(data=ImageData(manifest=manifest))
     assert run(tmp_path / "run", "train-prior", config) == 2
     line = only_line(capsys)
     assert line.startswith("jaxmed: ") and message in line, line
@@ -323,7 +324,7 @@ def test_a_wrong_option_ends_in_one_line_and_nothing_is_written(mistake, scans, 
 )
 def test_a_wrong_scanner_is_told(words, message, scans, tmp_path, capsys):
     smoke = train_initial.smoke()
-    network = dataclasses.replace(smoke.network, input=scans, data=DataConfig())
+    network = dataclasses.replace(smoke.network, input=scans, data=ImageData())
     config = dataclasses.replace(smoke, network=network)
     assert run(tmp_path / "run", "train-initial", config, *words) == 2
     assert message in only_line(capsys) and not (tmp_path / "run").exists()

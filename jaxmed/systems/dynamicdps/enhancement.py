@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from jaxmed.arrays.batches import map_rows, padded_rows
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Decay, checked
+from jaxmed.data.images import MAX_INTENSITY
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.windows import cut, paste, planes, tile
 from jaxmed.diffusion.denoiser import Denoiser
@@ -31,8 +32,6 @@ from jaxmed.diffusion.posterior.pigdm import Pigdm, pigdm
 from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir, pnp_dpir
 from jaxmed.diffusion.posterior.reddiff import Reddiff, reddiff
 
-MAX_INTENSITY = 2.0
-"""Images lie between 0, the background, and this."""
 Method: TypeAlias = DynamicDps | Dps | Ccdf | Ddnm | Diffpir | Pigdm | Reddiff | Daps | PnpDpir
 """The method is told by its settings. DDRM alone is not among them: it wants a spectrum, not an operator."""
 Operator: TypeAlias = Callable[[Float[Array, "..."]], Float[Array, "..."]]

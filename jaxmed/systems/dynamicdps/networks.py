@@ -1,86 +1,33 @@
-"""Trained networks of this system on disk: parameters, and the preprocessing by which they see scans."""
+"""The networks of this system, a diffusion prior and conditional networks: read, applied, announced."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxmed.arrays.types import Params
-from jaxmed.config import to_record
-from jaxmed.data.intensity import Intensity
-from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.images import MAX_INTENSITY, PREPROCESS
 from jaxmed.diffusion.denoiser import Denoiser, make_denoiser
 from jaxmed.diffusion.posterior.fidelity import PLAIN, evaluate
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
-from jaxmed.models.published import guided_diffusion
 from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.unet_guided import GuidedUnetConfig
-from jaxmed.nn.model import Model
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.stage import nested_run
-from jaxmed.systems.dynamicdps.enhancement import MAX_INTENSITY
 from jaxmed.train.announce import announce
-from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 
-PREPROCESS = Preprocess(
-    (256, 256), intensity=Intensity("background", percentiles=(0.0, 99.5), reference=1.6, range=(0.0, MAX_INTENSITY))
-)
-"""Scans are turned to RAS+ and scaled: the background, also of scans in [-1, 1] or with a mean of 0, becomes 0, and a
-percentile of the intensities inside the head a fixed value, so that scans of any unit look alike."""
+SOURCE = "Method: DynamicDPS, arXiv:2503.01075. For research only, not for diagnosis."
 
 
-class Network(NamedTuple):
-    """A trained network.
-
-    Attributes:
-        model: `model.apply(params, x, t)` for a prior, without t for an enhancer.
-        params: Its parameters.
-        preprocess: How scans become its images.
-        config: Its sizes.
-        path: Where it was read.
-        licence: What may be done with it.
-        remarks: What a stage says of how it was read, in sentences.
-    """
-
-    model: Model
-    params: Params
-    preprocess: Preprocess
-    config: GuidedUnetConfig
-    path: Path
-    licence: str
-    remarks: tuple[str, ...] = ()
-
-
-def write_network(
-    folder: Path, params: Params, config: GuidedUnetConfig, preprocess: Preprocess, **further: Any
-) -> None:
-    """Write a network for other stages and for `load_published`.
-
-    Args:
-        folder: outputs/model of a run.
-        params: The network's parameters.
-        config: Its sizes.
-        preprocess: How scans become its images.
-        **further: What else stands in the record.
-    """
-    record = {
-        "family": guided_diffusion.FAMILY.name,
-        "kind": "denoiser" if config.with_time else "enhancer",
-        "config": to_record(config),
-        "preprocess": to_record(preprocess),
-    }
-    export_parameters(folder, params, record | further)
-
-
-def load_prior(path: Path) -> Network:
+def load_prior(path: Path) -> Published:
     """Read a diffusion prior: a run of train-prior, or published weights.
 
     Raises:
@@ -89,7 +36,7 @@ def load_prior(path: Path) -> Network:
     return _load(path, "denoiser", "a diffusion prior", "give a run of train-prior")
 
 
-def load_initial(path: Path, prior: Network | None = None, name: object = None) -> Network:
+def load_initial(path: Path, prior: Published | None = None, name: object = None) -> Published:
     """Read a conditional network: a run of train-initial.
 
     Args:
@@ -109,13 +56,29 @@ def load_initial(path: Path, prior: Network | None = None, name: object = None) 
     return network
 
 
-def apply_initial(network: Network) -> Callable[[Array], Array]:
+def _load(path: Path, kind: str, expected: str, advice: str) -> Published:
+    found = load_published(path)
+    config = found.config
+    if found.report.kind != kind or not isinstance(config, GuidedUnetConfig):
+        raise InputError(path, expected, f"a {found.report.kind} of {found.report.family}", advice)
+    if config.channels != 1 or config.outputs != 1 or config.learn_sigma:
+        channels = f"{config.channels} in and {config.outputs * (1 + config.learn_sigma)} out"
+        raise InputError(path, f"{expected} of one channel", channels, advice)
+    told = found.preprocess
+    if told.intensity.kind == "background":
+        return found
+    # Published weights are fed as their authors fed them, within the head.
+    intensity = dataclasses.replace(PREPROCESS.intensity, high=told.intensity.window[1])
+    return dataclasses.replace(found, preprocess=dataclasses.replace(PREPROCESS, size=told.size, intensity=intensity))
+
+
+def apply_initial(network: Published) -> Callable[[Array], Array]:
     """Return the compiled function from a batch of measurements to a conditional network's images, in [0, 2]."""
     apply = jax.jit(lambda params, x: jnp.clip(network.model.apply(params, x), 0.0, MAX_INTENSITY))
     return partial(apply, network.params)
 
 
-def make_prior(network: Network, params: Params) -> Denoiser:
+def make_prior(network: Published, params: Params) -> Denoiser:
     """Return the denoiser of a prior, its images held in [0, 2].
 
     Args:
@@ -125,29 +88,15 @@ def make_prior(network: Network, params: Params) -> Denoiser:
     return make_denoiser(partial(network.model.apply, params), VpDiscrete(), "epsilon", clip=(0.0, MAX_INTENSITY))
 
 
-def _load(path: Path, kind: str, expected: str, advice: str) -> Network:
-    published = load_published(path)
-    config = published.config
-    if published.report.kind != kind or not isinstance(config, GuidedUnetConfig):
-        raise InputError(path, expected, f"a {published.report.kind} of {published.report.family}", advice)
-    if config.channels != 1 or config.outputs != 1 or config.learn_sigma:
-        found = f"{config.channels} in and {config.outputs * (1 + config.learn_sigma)} out"
-        raise InputError(path, f"{expected} of one channel", found, advice)
-    report, preprocess = published.report, _preprocess(published)
-    return Network(published.model, published.params, preprocess, config, path, report.licence, report.remarks)
-
-
-def _preprocess(published: Published) -> Preprocess:
-    """Return the preprocessing of own weights; published ones are fed as their authors fed them, within the head."""
-    told = published.preprocess
-    if told.intensity.kind == "background":
-        return told
-    intensity = dataclasses.replace(PREPROCESS.intensity, high=told.intensity.window[1])
-    return dataclasses.replace(PREPROCESS, size=told.size, intensity=intensity)
-
-
 def announce_passes(
-    log: Log, label: str, network: Network, batch_size: int, acquisition: LowField, count: int, unit: str, smaller: str
+    log: Log,
+    label: str,
+    network: Published,
+    batch_size: int,
+    acquisition: LowField,
+    count: int,
+    unit: str,
+    smaller: str,
 ) -> None:
     """Say how large a prior and its batches are, and how long it may take to meet them forward and backward.
 

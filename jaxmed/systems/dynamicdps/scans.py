@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Shaped
+from jaxtyping import Bool, Float32
 
 from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.grid import resample_to
@@ -17,7 +17,6 @@ from jaxmed.arrays.types import KeyArray
 from jaxmed.config import to_record
 from jaxmed.data.preprocess import Loaded, Preprocess, load, load_mask
 from jaxmed.data.scans import partner_of
-from jaxmed.data.windows import cut_about
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
@@ -25,6 +24,7 @@ from jaxmed.io import nifti
 from jaxmed.io.images import write_png
 from jaxmed.io.scans import ScanFiles
 from jaxmed.metrics.tissue import TISSUES, fit_tissue, label_volumes, mixture_volumes
+from jaxmed.models.published.load import Published
 from jaxmed.physics.lowfield import LowField
 from jaxmed.systems.dynamicdps.enhancement import (
     Program,
@@ -34,7 +34,6 @@ from jaxmed.systems.dynamicdps.enhancement import (
     cut_tiles,
     refine,
 )
-from jaxmed.systems.dynamicdps.networks import Network
 from jaxmed.train.log import duration
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
@@ -47,8 +46,6 @@ MAPS = {
     "initial": "estimate that was refined",
     "difference": "enhanced minus input, both at the voxel size of the prior's images",
 }
-LEAST_HEAD = 0.1
-"""Share of head that an image of a reference or test scan needs."""
 
 
 class Plan(NamedTuple):
@@ -56,6 +53,7 @@ class Plan(NamedTuple):
 
     Attributes:
         network: The prior.
+        prior: Where it was read.
         program: Compiled refinement.
         initial: Conditional network; None where estimates come from files, or are the measurements.
         preprocess: How scans become images.
@@ -68,9 +66,10 @@ class Plan(NamedTuple):
         fill: Intensity of voxels that have none; None refuses them.
     """
 
-    network: Network
+    network: Published
+    prior: Path
     program: Program
-    initial: Network | None
+    initial: Published | None
     preprocess: Preprocess
     tiling: TilingConfig
     method: DynamicDps
@@ -300,8 +299,8 @@ def write_maps(
         "method": plan.settings,
         "acquisition": to_record(plan.acquisition),
         "samples": plan.num_samples,
-        "prior": str(plan.network.path),
-        "licence": plan.network.licence,
+        "prior": str(plan.prior),
+        "licence": plan.network.report.licence,
     }
     for name, array in maps.items():
         volume = scan.restore_stored(array, is_difference=name in ("uncertainty", "difference"))
@@ -343,16 +342,6 @@ def count_labels(labels: Volume) -> dict[str, float]:
     """Count every structure of a label map, in ml; 0 is background."""
     table = {str(value): (value,) for value in np.unique(labels.array).tolist() if value}
     return label_volumes(labels.array, table, float(np.prod(labels.spacing)) / 1000)
-
-
-def with_head(
-    scan: Loaded, preprocess: Preprocess
-) -> tuple[Shaped[np.ndarray, "image ..."], Int[np.ndarray, " kept"], Bool[np.ndarray, "x y z"]]:
-    """Cut a scan; return its images, the numbers of those that show enough of a head, and the head."""
-    head = find_foreground(scan.volume.array)
-    images, _ = cut_about(scan.volume.array, preprocess.slice_axis, preprocess.size, head)
-    share = cut_about(head, preprocess.slice_axis, preprocess.size, head)[0].reshape(len(images), -1).mean(1)
-    return images, np.flatnonzero(share >= LEAST_HEAD), head
 
 
 def pair_files(paths: tuple[Path, ...], place: Path, other: Path) -> list[Path]:

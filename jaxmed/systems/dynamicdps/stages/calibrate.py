@@ -12,6 +12,7 @@ from jaxtyping import Float32
 
 from jaxmed.arrays.batches import evenly
 from jaxmed.config import Length, Number, Positive, Seed, Size, checked, to_record
+from jaxmed.data.images import LEAST_HEAD, cut_head
 from jaxmed.data.preprocess import Preprocess, load
 from jaxmed.data.scans import ANY_KIND, find_scans
 from jaxmed.data.windows import cut_about
@@ -49,7 +50,7 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, pair_files, with_head
+from jaxmed.systems.dynamicdps.scans import pair_files
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import require_same_grid
@@ -183,7 +184,7 @@ def run(config: Config, folder: RunFolder) -> None:
     network = load_prior(config.weights)
     initial = None if config.initial is None else load_initial(config.initial)
     references = read_references(config, network.preprocess)
-    log = begin(folder, (*network.remarks, *(initial.remarks if initial else ())))
+    log = begin(folder, (*network.report.remarks, *(initial.report.remarks if initial else ())))
     scans = {name.split(",")[0] for name in references.names}
     log.say(f"{len(references.images)} reference images of {len(scans)} scans.")
     clock.lap("read")
@@ -253,7 +254,7 @@ def read_references(config: Config, preprocess: Preprocess) -> References:
     images, low, names = [], [], []
     for files, partner in zip(scans, partners, strict=True):
         scan = load(files, preprocess, config.fill)
-        cut, kept, head = with_head(scan, preprocess)
+        cut, kept, head = cut_head(scan, preprocess)
         images += [cut[index] for index in kept]
         names += [f"{files.path.name}, {index}" for index in kept]
         if partner is not None:

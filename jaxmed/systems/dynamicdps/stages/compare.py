@@ -15,6 +15,7 @@ from jaxmed.arrays.batches import evenly
 from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked
 from jaxmed.data.brain_labels import read_labels, simplify_labels
 from jaxmed.data.cohort import stated_splits, subjects_of
+from jaxmed.data.images import LEAST_HEAD, cut_head
 from jaxmed.data.preprocess import Preprocess, load
 from jaxmed.data.scans import ANY_KIND, find_scans
 from jaxmed.data.windows import cut_about
@@ -22,6 +23,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import unique_names
 from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
 from jaxmed.io.tables import read_table, resolve_paths
+from jaxmed.models.published.load import Published
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, Result, read_study, run_study
@@ -41,7 +43,6 @@ from jaxmed.systems.dynamicdps.calibration import measure, read_calibration
 from jaxmed.systems.dynamicdps.enhancement import Program, apply_in_batches, draw_samples, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, MethodConfig, expected_passes, make_solver
 from jaxmed.systems.dynamicdps.networks import (
-    Network,
     announce_passes,
     apply_initial,
     load_initial,
@@ -49,7 +50,6 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import LEAST_HEAD, with_head
 from jaxmed.systems.dynamicdps.scoring import (
     AXES,
     MEASURES,
@@ -161,8 +161,8 @@ class Study(NamedTuple):
         estimates: (conditional model, condition) -> images, (image, *size, 1).
     """
 
-    prior: Network
-    initials: dict[str, Network]
+    prior: Published
+    initials: dict[str, Published]
     conditions: dict[str, Condition]
     subjects: list[Subject]
     estimates: dict[tuple[str, str], Float32[np.ndarray, "image ..."]]
@@ -202,7 +202,7 @@ def run(config: Config, folder: RunFolder) -> int:
     method = config.method.build(None if place is None else read_calibration(place, study.prior.params))
     images = sum(len(subject.images) for subject in study.subjects)
     networks = (study.prior, *study.initials.values())
-    log = begin(folder, dict.fromkeys(remark for network in networks for remark in network.remarks))
+    log = begin(folder, dict.fromkeys(remark for network in networks for remark in network.report.remarks))
     log.say(f"{images} images of {len(study.subjects)} subjects, {len(study.initials)} conditional models.")
     cells = plan_cells(config.arms, tuple(study.initials), tuple(study.conditions))
     size = study.prior.preprocess.size
@@ -363,7 +363,7 @@ def _read_images(
     files: ScanFiles, labels: Path | None, preprocess: Preprocess, config: Config
 ) -> tuple[Float32[np.ndarray, "image ..."], np.ndarray | None]:
     scan = load(files, preprocess, config.fill)
-    images, kept, head = with_head(scan, preprocess)
+    images, kept, head = cut_head(scan, preprocess)
     if not kept.size:
         advice = "check the scan, or the size of the prior's images"
         raise InputError(files.path, f"an image of which {LEAST_HEAD:.0%} is head", "none", advice)

@@ -19,6 +19,7 @@ from jaxmed.io import nifti
 from jaxmed.io.scans import NAME_ENDINGS
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES
+from jaxmed.models.published.load import Published
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
 from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
@@ -29,7 +30,6 @@ from jaxmed.systems.dynamicdps.calibration import Calibrated, measure, read_cali
 from jaxmed.systems.dynamicdps.enhancement import TilingConfig, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, MethodConfig, expected_passes, make_solver
 from jaxmed.systems.dynamicdps.networks import (
-    Network,
     announce_passes,
     load_initial,
     load_prior,
@@ -199,7 +199,7 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     return dataclasses.replace(config, input=place)
 
 
-def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -> Plan:
+def make_plan(config: Config, network: Published, calibrated: Calibrated | None) -> Plan:
     """Check the settings against the networks, and prepare the program.
 
     Raises:
@@ -225,9 +225,10 @@ def make_plan(config: Config, network: Network, calibrated: Calibrated | None) -
     solver = make_solver(config.solver, preprocess.size, acquisition, method, config.budget)
     program = make_program(partial(make_prior, network), operator, method, config.batch_size, solver)
     settings = {"solver": config.solver} | to_record(method if is_dynamic else config.budget)
+    assert config.weights is not None
     return Plan(
-        network, program, initial, preprocess, config.tiling, method, settings, acquisition, config.samples,
-        config.tissue, config.fill,
+        network, config.weights, program, initial, preprocess, config.tiling, method, settings, acquisition,
+        config.samples, config.tissue, config.fill,
     )  # fmt: skip
 
 
@@ -260,7 +261,7 @@ def list_inputs(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
 def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:
     """Say what a user should know about this run."""
     method = config.method.describe() if config.solver == "dynamicdps" else ARMS[config.solver].description
-    notes = [f"Method: {method}.", f"Weights: {plan.network.licence}.", *plan.network.remarks]
+    notes = [f"Method: {method}.", f"Weights: {plan.network.report.licence}.", *plan.network.report.remarks]
     if plan.preprocess.spacing:
         size = plan.preprocess.told_spacing
         notes.append(f"The prior's images have voxels of {size}: what a scan shows below that is lost in the result.")

@@ -7,37 +7,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array
 
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import Size, checked, to_record
+from jaxmed.data.images import MAX_INTENSITY
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.metrics.imaging import psnr
-from jaxmed.models.unet_guided import CI_PRIOR, ENHANCER, GuidedUnetConfig
+from jaxmed.models.unet_guided import ENHANCER
 from jaxmed.physics.lowfield import LowField, contrast, linear_part
+from jaxmed.recipes.image_network import (
+    LAPTOP,
+    ONE_MM,
+    SMOKE,
+    SMOKE_TRAINING,
+    STYLE,
+    Counts,
+    ImageNetworkConfig,
+    NetworkFlags,
+    stored_images,
+    train_network,
+    training_section,
+    training_tiles,
+    write_images,
+)
 from jaxmed.recipes.stage import Clock, Finished, Page, finish
 from jaxmed.recipes.training import TrainConfig, TrainFlags
 from jaxmed.report.figures import slice_maps
 from jaxmed.report.page import Section, Text
 from jaxmed.synthesis.control_grid import Range
-from jaxmed.synthesis.label_images import SyntheticConfig
-from jaxmed.systems.dynamicdps.enhancement import MAX_INTENSITY
-from jaxmed.systems.dynamicdps.networks import PREPROCESS
-from jaxmed.systems.dynamicdps.records import DataConfig, ImageMaker
-from jaxmed.systems.dynamicdps.training import (
-    ONE_MM,
-    SOURCE,
-    STYLE,
-    Counts,
-    ImageNetworkConfig,
-    NetworkFlags,
-    counts_table,
-    loss_curves,
-    stored_images,
-    train_network,
-    training_tiles,
-    write_images,
-)
+from jaxmed.synthesis.label_images import ImageMaker, SyntheticConfig
+from jaxmed.systems.dynamicdps.networks import SOURCE
 from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
@@ -51,6 +51,8 @@ DEFAULTS = TrainConfig(
     ema_decay=0.999,
 )
 T1 = SyntheticConfig(t1_probability=1.0)
+SCANNER = LowField(scale=2.0, sigma=0.7, radius=3, noise=0.01)
+"""Resolution halved: what small images can show."""
 SHOWN = {
     "truth": "high-field images",
     "measurement": "their simulated low-field images",
@@ -99,45 +101,23 @@ def paper() -> Config:
 
 def laptop() -> Config:
     """1 M parameters on 64 x 64 slices of 3 mm, resolution halved, 3,000 steps: an hour on a CPU."""
-    return Config(
-        network=ImageNetworkConfig(
-            DataConfig(supersample=3),
-            preprocess=dataclasses.replace(PREPROCESS, size=(64, 64), spacing=(3.0,)),
-            synthetic=T1,
-            model=dataclasses.replace(CI_PRIOR, with_time=False),
-        ),
-        acquisition=LowField(scale=2.0, sigma=0.7, radius=3, noise=0.01),
-        train=TrainConfig(
-            OptimizerConfig(peak_lr=5e-4, warmup_steps=100, weight_decay=0.0),
-            LoopConfig(steps=3000, log_every=50, save_every=1000, evaluate_every=1000),
-            LoaderConfig(batch_size=8),
-            MeshConfig(data=1),
-            ema_decay=0.999,
-        ),
+    train = TrainConfig(
+        OptimizerConfig(peak_lr=5e-4, warmup_steps=100, weight_decay=0.0),
+        LoopConfig(steps=3000, log_every=50, save_every=1000, evaluate_every=1000),
+        LoaderConfig(batch_size=8),
+        MeshConfig(data=1),
+        ema_decay=0.999,
     )
+    return Config(_without_time(LAPTOP), SCANNER, train=train)
 
 
 def smoke() -> Config:
     """A tiny network at 32 x 32, in seconds: on your scans, or on phantom brains."""
-    return Config(
-        network=ImageNetworkConfig(
-            DataConfig(synthetic=40),
-            preprocess=dataclasses.replace(PREPROCESS, size=(32, 32)),
-            synthetic=T1,
-            model=GuidedUnetConfig(
-                width=16, multipliers=(1, 2), blocks=1, attention_factors=(), heads=2, groups=8, with_time=False
-            ),
-        ),
-        acquisition=LowField(scale=2.0, sigma=0.7, radius=3, noise=0.01),
-        train=TrainConfig(
-            OptimizerConfig(peak_lr=2e-3, warmup_steps=10, weight_decay=0.0),
-            LoopConfig(steps=150, log_every=10, save_every=150),
-            LoaderConfig(batch_size=8),
-            MeshConfig(data=1),
-            ema_decay=0.98,
-        ),
-        samples=4,
-    )
+    return Config(_without_time(SMOKE), SCANNER, train=SMOKE_TRAINING, samples=4)
+
+
+def _without_time(network: ImageNetworkConfig) -> ImageNetworkConfig:
+    return dataclasses.replace(network, synthetic=T1, model=dataclasses.replace(network.model, with_time=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,19 +139,21 @@ def run(config: Config, folder: RunFolder) -> None:
     """Read and cut the scans, train, export the network, show what it makes of held-out images, write the report."""
     clock = Clock()
     scanner = {"acquisition": to_record(config.acquisition), "gamma": list(config.gamma)}
-    found = train_network(
+    trained = train_network(
         config.network, config.train, enhancement_loss, lambda maker: make_pair(config, maker), folder, clock, **scanner
     )
-    pairs = found.examples(jax.random.key(config.train.seed + 3), config.samples, held_out=True)
-    enhanced = jnp.clip(jax.jit(found.network.apply)(found.params, pairs["measurement"]), 0.0, MAX_INTENSITY)
+    pairs = trained.examples(jax.random.key(config.train.seed + 3), config.samples, held_out=True)
+    enhanced = jnp.clip(jax.jit(trained.network.apply)(trained.params, pairs["measurement"]), 0.0, MAX_INTENSITY)
     images = {"truth": pairs["image"], "measurement": pairs["measurement"], "enhanced": enhanced}
     shown = {name: np.asarray(array, np.float32)[..., 0] for name, array in images.items()}
     if jax.process_index() == 0:
         for name, definition in SHOWN.items():
             write_images(folder.outputs, name, shown[name], definition)
-    size = sum(leaf.size for leaf in jax.tree.leaves(found.params))
-    quality = {name: _mean_psnr(shown[name], shown["truth"]) for name in ("measurement", "enhanced")}
-    finish(folder, config, Summary(found.images.counts, size, quality), clock, page)
+    quality = {
+        name: float(np.mean([psnr(*pair, MAX_INTENSITY) for pair in zip(shown[name], shown["truth"], strict=True)]))
+        for name in ("measurement", "enhanced")
+    }
+    finish(folder, config, Summary(trained.counts, trained.size, quality), clock, page)
 
 
 def make_pair(config: Config, maker: ImageMaker) -> Callable[[KeyArray, Mapping[str, Array]], dict[str, Array]]:
@@ -197,16 +179,12 @@ def enhancement_loss(apply: Any, params: Any, keys: Any, batch: Mapping[str, Arr
     return error, {"measurement_error": jnp.mean(jnp.abs(measurement - image))}
 
 
-def _mean_psnr(images: Float32[np.ndarray, "image ..."], truth: Float32[np.ndarray, "image ..."]) -> float:
-    return float(np.mean([psnr(one, other, MAX_INTENSITY) for one, other in zip(images, truth, strict=True)]))
-
-
 def page(run: Finished[Config, Summary]) -> Page:
     """Show the losses, and truth, low-field image and result side by side."""
     summary, lines = run.summary, read_metrics(run.path)
     names = {"training": "loss", "held out": "evaluation/loss", "measurement, held out": "evaluation/measurement_error"}
     caption = "Mean absolute error of the enhanced image, and of the low-field image taken as it is."
-    loss = loss_curves(lines, names, "mean absolute error", caption)
+    training = training_section(summary.counts, lines, (names, "mean absolute error", caption))
     stacks = {
         label: stored_images(run.outputs, name)[0]
         for label, name in (("Truth", "truth"), ("Low field", "measurement"), ("Enhanced", "enhanced"))
@@ -229,7 +207,7 @@ def page(run: Finished[Config, Summary]) -> Page:
         f"A conditional enhancer, {summary.parameters:,} parameters",
         [*training_tiles(summary.counts, lines), ("PSNR", *quality)],
         [
-            Section("Training", [loss, counts_table(summary.counts)]),
+            training,
             Section("What the network makes of low-field images", [picture]),
             Section("How to read this", [Text([reading, SOURCE])]),
         ],

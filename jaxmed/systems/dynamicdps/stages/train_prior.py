@@ -10,35 +10,35 @@ from jaxtyping import Array
 
 from jaxmed.arrays.batches import map_rows
 from jaxmed.config import Length, Size, checked
+from jaxmed.data.images import MAX_INTENSITY
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.diffusion.denoiser import denoising_loss, make_denoiser
 from jaxmed.diffusion.likelihood import LikelihoodConfig, log_likelihood
 from jaxmed.diffusion.samplers import Ddim, sample
 from jaxmed.diffusion.schedule import VpDiscrete
-from jaxmed.models.unet_guided import CI_PRIOR, DYNAMICDPS_PRIOR, GuidedUnetConfig
-from jaxmed.recipes.stage import Clock, Finished, Page, finish
-from jaxmed.recipes.training import TrainConfig, TrainFlags
-from jaxmed.report.figures import slice_maps
-from jaxmed.report.page import Figure, Section, Text
-from jaxmed.systems.dynamicdps.enhancement import MAX_INTENSITY
-from jaxmed.systems.dynamicdps.networks import PREPROCESS
-from jaxmed.systems.dynamicdps.records import DataConfig
-from jaxmed.systems.dynamicdps.training import (
+from jaxmed.models.unet_guided import DYNAMICDPS_PRIOR
+from jaxmed.recipes.image_network import (
+    LAPTOP,
     ONE_MM,
-    SOURCE,
+    SMOKE,
+    SMOKE_TRAINING,
     STYLE,
     Counts,
     ImageNetworkConfig,
     NetworkFlags,
     Trained,
-    counts_table,
     last_of,
-    loss_curves,
     stored_images,
     train_network,
+    training_section,
     training_tiles,
     write_images,
 )
+from jaxmed.recipes.stage import Clock, Finished, Page, finish
+from jaxmed.recipes.training import TrainConfig, TrainFlags
+from jaxmed.report.figures import slice_maps
+from jaxmed.report.page import Figure, Section, Text
+from jaxmed.systems.dynamicdps.networks import SOURCE
 from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
@@ -91,40 +91,20 @@ def paper() -> Config:
 
 def laptop() -> Config:
     """1.2 M parameters on 64 x 64 slices of 3 mm, 8,000 steps: your scans and label maps, an hour or two on a CPU."""
-    return Config(
-        network=ImageNetworkConfig(
-            DataConfig(supersample=3),
-            preprocess=dataclasses.replace(PREPROCESS, size=(64, 64), spacing=(3.0,)),
-            model=CI_PRIOR,
-        ),
-        train=TrainConfig(
-            OptimizerConfig(peak_lr=3e-4, warmup_steps=200, weight_decay=0.0, clip_norm=1.0),
-            LoopConfig(steps=8000, log_every=50, save_every=1000, evaluate_every=2000),
-            LoaderConfig(batch_size=8, num_threads=4),
-            MeshConfig(data=1),
-            ema_decay=0.999,
-        ),
+    train = TrainConfig(
+        OptimizerConfig(peak_lr=3e-4, warmup_steps=200, weight_decay=0.0, clip_norm=1.0),
+        LoopConfig(steps=8000, log_every=50, save_every=1000, evaluate_every=2000),
+        LoaderConfig(batch_size=8, num_threads=4),
+        MeshConfig(data=1),
+        ema_decay=0.999,
     )
+    return Config(LAPTOP, train)
 
 
 def smoke() -> Config:
     """A tiny network at 32 x 32, in seconds: on your scans, or on phantom brains."""
-    return Config(
-        network=ImageNetworkConfig(
-            DataConfig(synthetic=40),
-            preprocess=dataclasses.replace(PREPROCESS, size=(32, 32)),
-            model=GuidedUnetConfig(width=16, multipliers=(1, 2), blocks=1, attention_factors=(), heads=2, groups=8),
-        ),
-        train=TrainConfig(
-            OptimizerConfig(peak_lr=2e-3, warmup_steps=10, weight_decay=0.0, clip_norm=1.0),
-            LoopConfig(steps=150, log_every=10, save_every=150),
-            LoaderConfig(batch_size=8),
-            MeshConfig(data=1),
-            ema_decay=0.98,
-        ),
-        samples=4,
-        sample_steps=20,
-    )
+    optimizer = dataclasses.replace(SMOKE_TRAINING.optimizer, clip_norm=1.0)
+    return Config(SMOKE, dataclasses.replace(SMOKE_TRAINING, optimizer=optimizer), samples=4, sample_steps=20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,20 +128,19 @@ def run(config: Config, folder: RunFolder) -> None:
     """Read and cut the scans, train, export the prior, draw images from it, write the report."""
     clock = Clock()
     loss: Any = lambda apply, params, keys, batch: denoising_loss(apply, SCHEDULE, params, keys, batch)  # noqa: E731
-    found = train_network(
+    trained = train_network(
         config.network, config.train, loss, lambda make: lambda key, fields: {"image": make(key, fields)}, folder, clock
     )
-    drawn = draw_samples(config, found)
-    shown = found.examples(jax.random.key(config.train.seed + 3), config.samples, held_out=False)["image"]
+    drawn = draw_samples(config, trained)
+    shown = trained.examples(jax.random.key(config.train.seed + 3), config.samples, held_out=False)["image"]
     if jax.process_index() == 0:
         write_images(folder.outputs, "samples", drawn, "images drawn from the prior")
         definition = "images as the prior is trained on them"
         write_images(folder.outputs, "training", np.asarray(shown, np.float32)[..., 0], definition)
     clock.lap("draw")
-    bits = bits_per_voxel(config, found) if config.likelihoods else None
+    bits = bits_per_voxel(config, trained) if config.likelihoods else None
     clock.lap("likelihoods")
-    size = sum(leaf.size for leaf in jax.tree.leaves(found.params))
-    summary = Summary(found.images.counts, size, (float(drawn.mean()), float(drawn.std())), bits)
+    summary = Summary(trained.counts, trained.size, (float(drawn.mean()), float(drawn.std())), bits)
     finish(folder, config, summary, clock, page)
 
 
@@ -194,13 +173,12 @@ def bits_per_voxel(config: Config, trained: Trained) -> float:
 def page(run: Finished[Config, Summary]) -> Page:
     """Show the losses, images as the prior is trained on them, and images drawn from it."""
     summary, lines = run.summary, read_metrics(run.path)
-    loss = loss_curves(
-        lines, {"training": "loss", "held out": "evaluation/loss"}, "loss",
-        "Mean squared error of the predicted noise over all times; a network that knows nothing has 1.",
-    )  # fmt: skip
-    image = loss_curves(
-        lines, {"training": "image_error", "held out": "evaluation/image_error"}, "error",
-        "Mean squared error of the denoised image, which late times, where nothing is left to see, rule.",
+    training = training_section(
+        summary.counts, lines,
+        ({"training": "loss", "held out": "evaluation/loss"}, "loss",
+         "Mean squared error of the predicted noise over all times; a network that knows nothing has 1."),
+        ({"training": "image_error", "held out": "evaluation/image_error"}, "error",
+         "Mean squared error of the denoised image, which late times, where nothing is left to see, rule."),
     )  # fmt: skip
     images = [
         _images(run, "training", "Images as the prior is trained on them: scans, and contrasts drawn from label maps "
@@ -222,7 +200,7 @@ def page(run: Finished[Config, Summary]) -> Page:
         f"A diffusion prior of brain images, {summary.parameters:,} parameters",
         tiles,
         [
-            Section("Training", [loss, image, counts_table(summary.counts)]),
+            training,
             Section("What the prior has learnt", images),
             Section("How to read this", [Text([reading, SOURCE])]),
         ],

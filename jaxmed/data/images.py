@@ -1,39 +1,47 @@
-"""What a network of this system is trained on: scans and label maps, split by subject, cut into images in memory."""
+"""Scans and label maps as training images: split by subject, cut into slices or volumes, in memory; on the host.
+
+Scans are kept as float16 and label maps as uint8, from which images are drawn on the device
+(`synthesis.label_images.ImageMaker`), so that a cohort of slices fits the memory of a small machine.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Bool, Int, Shaped
 
-from jaxmed.arrays.filters import downsample
 from jaxmed.arrays.foreground import find_foreground
-from jaxmed.arrays.types import KeyArray
 from jaxmed.config import Decay, Number, Share, Size, checked
 from jaxmed.data.brain_labels import read_labels
 from jaxmed.data.cohort import groups_of_files, hold_out, require_files_apart, split_unlabelled, subject_notes
 from jaxmed.data.inputs import require_whole, try_each
-from jaxmed.data.preprocess import Preprocess, load
-from jaxmed.data.scans import ANY_KIND, Found, find_scans
+from jaxmed.data.intensity import Intensity
+from jaxmed.data.preprocess import Loaded, Preprocess, load
+from jaxmed.data.scans import ANY_KIND, find_scans
 from jaxmed.data.windows import cut_about, random_crop
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.io.scans import ScanFiles
+from jaxmed.io.scans import Kind, ScanFiles
 from jaxmed.io.tables import Table, read_table, resolve_paths
-from jaxmed.synthesis.label_images import SyntheticConfig, draw_image
 
-Kind = Literal["image", "labels"]
 KINDS = ("image", "labels")
-NONE = Found((), ())
+LABEL_MAPS: tuple[Kind, ...] = ("nifti",)
+MAX_INTENSITY = 2.0
+"""Images lie between 0, the background, and this."""
+PREPROCESS = Preprocess(
+    (256, 256), intensity=Intensity("background", percentiles=(0.0, 99.5), reference=1.6, range=(0.0, MAX_INTENSITY))
+)
+"""Scans are turned to RAS+ and scaled: the background, also of scans in [-1, 1] or with a mean of 0, becomes 0, and a
+percentile of the intensities inside the head a fixed value, so that scans of any unit look alike."""
+LEAST_HEAD = 0.1
+"""Share of head that an image of a reference or test scan needs."""
 
 
 @dataclasses.dataclass(frozen=True)
 @checked
-class DataConfig:
+class ImageData:
     """Which scans are trained on.
 
     Attributes:
@@ -89,7 +97,7 @@ class ImageSource:
     """Slices, or volumes to cut patches from, in memory.
 
     Attributes:
-        images: Each as float16 in [0, 2], or as uint8 labels.
+        images: Each as float16 in the network's unit, or as uint8 labels.
         names: Where each comes from.
         patches: How often each counts in an epoch.
     """
@@ -145,7 +153,7 @@ class Cut:
         return {"voxels": np.asarray(voxels, np.float32), "is_labels": fields["is_labels"]}
 
 
-def list_files(data: DataConfig, place: Path | None, seed: int, series: str = "") -> Listed:
+def list_files(data: ImageData, place: Path | None, seed: int, series: str = "", fill: float | None = None) -> Listed:
     """List the files of a run.
 
     Args:
@@ -153,6 +161,7 @@ def list_files(data: DataConfig, place: Path | None, seed: int, series: str = ""
         place: A scan, or a folder of scans, instead of a manifest.
         seed: Seed of the draw of held-out subjects.
         series: Which DICOM series is meant where a folder holds several.
+        fill: Intensity of voxels that have none; None refuses them.
 
     Raises:
         InputError: There are none, some are missing, or none is to be trained on.
@@ -167,34 +176,29 @@ def list_files(data: DataConfig, place: Path | None, seed: int, series: str = ""
     notes: list[str] = []
     if data.manifest is not None:
         table = read_table(data.manifest, required=("path",), optional=("subject", "split", "kind"))
-        scans = [ScanFiles(path, series) for path in resolve_paths(table)]
-        kinds, splits = kinds_of(table), split_unlabelled(table, data.validation, seed)
+        scans = [ScanFiles(path, series, fill=fill) for path in resolve_paths(table)]
+        kinds, splits = _kinds_of(table), split_unlabelled(table, data.validation, seed)
         notes = subject_notes(table)
-    images = NONE if place is None else find_scans(place, ANY_KIND, series, apart=(data.labels,))
-    labels = NONE if data.labels is None else find_scans(data.labels, ("nifti",))
     # Drawn apart, so that both kinds are held out where there are two or more of each.
-    for kind, found in zip(KINDS, (images, labels), strict=True):
+    for kind, folder, wanted in (("image", place, ANY_KIND), ("labels", data.labels, LABEL_MAPS)):
+        if folder is None:
+            continue
+        found = find_scans(folder, wanted, series, fill, apart=(data.labels,))
+        # Series of one study show one person, and links lead to one file.
+        files = groups_of_files(found.paths)
+        subjects = [scan.study or file for scan, file in zip(found.scans, files, strict=True)]
         scans += found.scans
-        kinds += [kind] * len(found.scans)
-        splits += hold_out(_subjects_of(found), data.validation, seed)
+        kinds += [kind] * len(subjects)
+        splits += hold_out(subjects, data.validation, seed)
+        notes += found.notes
     require_files_apart(data.manifest or "input, data.labels", [scan.path for scan in scans], splits)
     if "train" not in splits:
         raise InputError(data.manifest, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
-    return Listed(tuple(scans), tuple(kinds), tuple(splits), (*notes, *images.notes, *labels.notes))
-
-
-def kinds_of(table: Table) -> list[str]:
-    """Return what each row of a manifest is; "image" where the column kind is missing or empty."""
-    if "kind" not in table.columns:
-        return ["image"] * len(table)
-    for cell, line in zip(table.column("kind"), table.lines, strict=True):
-        if cell not in ("", *KINDS):
-            raise table.wrong(line, f"one of {', '.join(KINDS)} under 'kind'", f"'{cell}'")
-    return [cell or "image" for cell in table.column("kind")]
+    return Listed(tuple(scans), tuple(kinds), tuple(splits), tuple(notes))
 
 
 def read_images(
-    listed: Listed, split: str, data: DataConfig, preprocess: Preprocess, threads: int, fill: float | None = None
+    listed: Listed, split: str, data: ImageData, preprocess: Preprocess, threads: int
 ) -> ImageSource | None:
     """Read every file of a split and cut it.
 
@@ -204,7 +208,6 @@ def read_images(
         data: Which slices.
         preprocess: Size, axis, voxel size and scale.
         threads: That read.
-        fill: Intensity of voxels that have none; None refuses them.
 
     Returns:
         The images; None where the split is empty.
@@ -215,55 +218,33 @@ def read_images(
     files = [(scan, k) for scan, k, s in zip(listed.scans, listed.kinds, listed.splits, strict=True) if s == split]
     if not files:
         return None
-
-    def read(file: tuple[ScanFiles, str]) -> Shaped[np.ndarray, "image ..."]:
-        return _cut_file(*file, data, preprocess, fill)
-
-    stacks = require_whole(try_each(read, files, threads), "scans")
+    stacks = require_whole(try_each(lambda file: _cut_file(*file, data, preprocess), files, threads), "scans")
     images = [image for stack in stacks for image in stack]
     names = [str(scan.path) for (scan, _), stack in zip(files, stacks, strict=True) for _ in stack]
     return ImageSource(images, names, 1 if preprocess.is_sliced else data.patches)
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageMaker:
-    """A record's voxels to one training image, on the device; called with a key.
-
-    Attributes:
-        synthetic: How contrasts are drawn from labels; None where no record holds labels, which spares the drawing.
-        supersample: Voxels of a record per voxel of the image, along each axis.
-        axis: Axis of the image that runs from left to right; None where none does.
-        flip: Probability that left and right are exchanged.
-    """
-
-    synthetic: SyntheticConfig | None
-    supersample: int = 1
-    axis: int | None = 0
-    flip: float = 0.5
-
-    def __call__(self, key: KeyArray, fields: Mapping[str, Array]) -> Float[Array, "*space channel"]:
-        """Return an image in [0, 2], the channel last: the scan, or a contrast drawn from its labels."""
-        draw_key, flip_key = jax.random.split(key)
-        image = fields["voxels"]
-        if self.synthetic is not None:
-            drawn = draw_image(draw_key, image.astype(jnp.int32), self.synthetic)
-            image = jnp.where(fields["is_labels"], drawn, image)
-        if self.supersample > 1:
-            image = downsample(image, self.supersample)
-        if self.axis is not None:
-            image = jnp.where(jax.random.bernoulli(flip_key, self.flip), jnp.flip(image, self.axis), image)
-        return image[..., None]
+def cut_head(
+    scan: Loaded, preprocess: Preprocess
+) -> tuple[Shaped[np.ndarray, "image ..."], Int[np.ndarray, " kept"], Bool[np.ndarray, "x y z"]]:
+    """Cut a scan; return its images, the numbers of those that show enough of a head, and the head."""
+    head = find_foreground(scan.volume.array)
+    images, _ = cut_about(scan.volume.array, preprocess.slice_axis, preprocess.size, head)
+    share = cut_about(head, preprocess.slice_axis, preprocess.size, head)[0].reshape(len(images), -1).mean(1)
+    return images, np.flatnonzero(share >= LEAST_HEAD), head
 
 
-def _subjects_of(found: Found) -> list[str]:
-    """Return whose each scan is: series of one study show one person, and links lead to one file."""
-    files = groups_of_files(found.paths)
-    return [scan.study or file for scan, file in zip(found.scans, files, strict=True)]
+def _kinds_of(table: Table) -> list[str]:
+    """Return what each row of a manifest is; "image" where the column kind is missing or empty."""
+    if "kind" not in table.columns:
+        return ["image"] * len(table)
+    for cell, line in zip(table.column("kind"), table.lines, strict=True):
+        if cell not in ("", *KINDS):
+            raise table.wrong(line, f"one of {', '.join(KINDS)} under 'kind'", f"'{cell}'")
+    return [cell or "image" for cell in table.column("kind")]
 
 
-def _cut_file(
-    scan: ScanFiles, kind: str, data: DataConfig, preprocess: Preprocess, fill: float | None
-) -> Shaped[np.ndarray, "image ..."]:
+def _cut_file(scan: ScanFiles, kind: str, data: ImageData, preprocess: Preprocess) -> Shaped[np.ndarray, "image ..."]:
     path = scan.path
     if kind == "labels":
         if not path.name.lower().endswith(nifti.SUFFIXES):
@@ -272,22 +253,22 @@ def _cut_file(
         array = read_labels(path, preprocess).array.astype(np.uint8)
         head = array > 0
     else:
-        array = load(scan, preprocess, fill).volume.array.astype(np.float16)
+        array = load(scan, preprocess).volume.array.astype(np.float16)
         head = find_foreground(array.astype(np.float32))
     if not head.any():
         raise InputError(path, "a head", "background alone", "check the file")
-    if not preprocess.is_sliced:
+    present = [np.flatnonzero(head.any(axis=tuple(o for o in range(3) if o != axis))) for axis in range(3)]
+    axis = preprocess.slice_axis
+    if axis is None:
         # Patches are drawn from the head, with a quarter of a patch around it.
-        bounds = [np.flatnonzero(head.any(axis=tuple(o for o in range(3) if o != axis))) for axis in range(3)]
         box = tuple(
             slice(max(0, places[0] - size // 4), places[-1] + 1 + size // 4)
-            for places, size in zip(bounds, preprocess.size, strict=True)
+            for places, size in zip(present, preprocess.size, strict=True)
         )
         return array[box][None]
-    images, _ = cut_about(array, preprocess.slice_axis, preprocess.size, head)
-    present = np.flatnonzero(head.any(axis=tuple(axis for axis in range(3) if axis != preprocess.slice_axis)))
-    low, high = (round(present[0] + share * (present[-1] - present[0])) for share in data.slices)
-    return images[low : high + 1 : data.every]
+    first, last = present[axis][0], present[axis][-1]
+    low, high = (round(first + share * (last - first)) for share in data.slices)
+    return cut_about(array, axis, preprocess.size, head)[0][low : high + 1 : data.every]
 
 
 def _supersampled(preprocess: Preprocess, supersample: int) -> Preprocess:

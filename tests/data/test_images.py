@@ -1,4 +1,4 @@
-"""Training images of DynamicDPS: who is held out, which slices, what is drawn from labels."""
+"""Training images of scans and label maps: who is held out, which slices, what is drawn from labels."""
 
 import dataclasses
 
@@ -8,20 +8,12 @@ import numpy as np
 import pytest
 
 from jaxmed.data.brain_labels import simplify_labels
+from jaxmed.data.images import PREPROCESS, Cut, ImageData, ImageSource, list_files, read_images
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
 from jaxmed.synthesis.deformation import DeformationConfig
-from jaxmed.synthesis.label_images import DEEP, FLUID, WHITE, SyntheticConfig, draw_t1_means
-from jaxmed.systems.dynamicdps.networks import PREPROCESS
-from jaxmed.systems.dynamicdps.records import (
-    Cut,
-    DataConfig,
-    ImageMaker,
-    ImageSource,
-    list_files,
-    read_images,
-)
+from jaxmed.synthesis.label_images import DEEP, FLUID, WHITE, ImageMaker, SyntheticConfig, draw_t1_means
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
@@ -59,11 +51,11 @@ def manifest(folder, rows, columns=("path", "subject", "split", "kind")):
 
 
 def test_files_of_folders_are_held_out_by_kind(folder):
-    listed = list_files(DataConfig(labels=folder / "labels", validation=0.25), folder / "scans", 0)
+    listed = list_files(ImageData(labels=folder / "labels", validation=0.25), folder / "scans", 0)
     assert len(listed.scans) == 6
     assert [listed.count("train", kind) for kind in ("image", "labels")] == [3, 1]
     assert [listed.count("validation", kind) for kind in ("image", "labels")] == [1, 1]
-    assert listed == list_files(DataConfig(labels=folder / "labels", validation=0.25), folder / "scans", 0)
+    assert listed == list_files(ImageData(labels=folder / "labels", validation=0.25), folder / "scans", 0)
 
 
 def test_a_column_decides_who_is_held_out(folder):
@@ -73,10 +65,10 @@ def test_a_column_decides_who_is_held_out(folder):
         ("labels/x.nii.gz", "r", "validation", "labels"),
     ]
     table = manifest(folder, rows)
-    listed = list_files(DataConfig(manifest=table), None, 0)
+    listed = list_files(ImageData(manifest=table), None, 0)
     assert listed.kinds == ("image", "image", "labels") and listed.splits == ("train", "test", "validation")
     rows = [("scans/a.nii.gz", "p", "train", ""), ("scans/b.nii.gz", "", "test", "")]
-    (note,) = list_files(DataConfig(manifest=manifest(folder, rows)), None, 0).notes
+    (note,) = list_files(ImageData(manifest=manifest(folder, rows)), None, 0).notes
     assert note == "1 of 2 records have no subject: each of these counts as a subject of its own."
 
 
@@ -96,11 +88,11 @@ def test_a_column_decides_who_is_held_out(folder):
 )
 def test_wrong_tables_are_refused(rows, words, folder):
     with pytest.raises(InputError, match=words):
-        list_files(DataConfig(manifest=manifest(folder, rows)), None, 0)
+        list_files(ImageData(manifest=manifest(folder, rows)), None, 0)
 
 
 def test_slices_run_over_the_head_and_labels_lose_skin_and_side(folder):
-    data = DataConfig(labels=folder / "labels", validation=0.0, slices=(0.2, 0.8), every=2)
+    data = ImageData(labels=folder / "labels", validation=0.0, slices=(0.2, 0.8), every=2)
     source = read_images(list_files(data, folder / "scans", 0), "train", data, FRAME, 2)
     # The head spans slices 1 to 8, without its skin 2 to 7: from 2.4 to 6.6, and from 3 to 6, every other.
     assert [source.names.count(str(folder / "scans" / f"{name}.nii.gz")) for name in "abcd"] == [3] * 4
@@ -112,7 +104,7 @@ def test_slices_run_over_the_head_and_labels_lose_skin_and_side(folder):
 
 
 def test_volumes_give_patches_of_the_head(folder):
-    data, frame = DataConfig(validation=0.0, patches=5), sized((4, 4, 4))
+    data, frame = ImageData(validation=0.0, patches=5), sized((4, 4, 4))
     source = read_images(list_files(data, folder / "scans", 0), "train", data, frame, 1)
     assert len(source) == 20 and source.name(7).endswith("b.nii.gz")
     assert all(image.shape < (20, 18, 10) for image in source.images)
@@ -125,10 +117,10 @@ def test_broken_files_are_told_at_once(folder):
     for name in "ab":
         (folder / "scans" / f"{name}.nii.gz").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"2 of 4 broken: .*a.nii.gz.*; .*b.nii.gz"):
-        read_images(list_files(DataConfig(validation=0.0), folder / "scans", 0), "train", DataConfig(), FRAME, 2)
+        read_images(list_files(ImageData(validation=0.0), folder / "scans", 0), "train", ImageData(), FRAME, 2)
     nifti.write(folder / "labels" / "y.nii.gz", Volume.make(np.full((4, 4, 4), 502, np.int16), np.eye(4)))
     with pytest.raises(InputError, match="y.nii.gz"):
-        data = DataConfig(labels=folder / "labels" / "y.nii.gz")
+        data = ImageData(labels=folder / "labels" / "y.nii.gz")
         read_images(list_files(data, None, 0), "train", data, FRAME, 1)
 
 
@@ -165,7 +157,7 @@ def test_sources_tell_themselves_apart():
 
 
 def test_labels_are_drawn_finer_and_scans_stay_as_they_are(folder):
-    data, frame = DataConfig(labels=folder / "labels", validation=0.0, supersample=2), sized((8, 8), spacing=(2.0,))
+    data, frame = ImageData(labels=folder / "labels", validation=0.0, supersample=2), sized((8, 8), spacing=(2.0,))
     source = read_images(list_files(data, folder / "scans", 0), "train", data, frame, 1)
     cut, make = Cut((8, 8), 2), ImageMaker(None, 2, None)
     scan, labels = (
