@@ -175,6 +175,28 @@ def augment(
     return (image if config.limits is None else jnp.clip(image, *config.limits)).astype(kind), label
 
 
+AS_THEY_ARE = AugmentConfig(
+    rotation=0.0, scale=(1.0, 1.0), is_isotropic=False, translation=0.0, fill=None, label_fill=None, limits=(0.0, 1.0)
+)
+"""Images in [0, 1] as they are in the files; whoever wants variants says what moves, and edges are repeated then."""
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def make_variants(
+    key: Key[Array, ""],
+    config: AugmentConfig,
+    images: Float[Array, "image *spatial"],
+    masks: Float[Array, "image *spatial"],
+) -> tuple[Float[Array, "image *spatial"], Float[Array, "image *spatial"]]:
+    """Return a fresh variant of each image and its mask of 0 and 1; compiled here, between steps that are compiled."""
+
+    def vary(key: Array, image: Array, mask: Array) -> tuple[Array, Array | None]:
+        return augment(key, image[..., None], config, mask)
+
+    varied, shown = jax.vmap(vary)(jax.random.split(key, len(images)), images, masks)
+    return varied[..., 0], jnp.asarray(shown)
+
+
 def _take(
     step: Step, key: Array, image: Float[Array, "..."], label: Shaped[Array, "..."] | None, config: AugmentConfig
 ) -> tuple[Float[Array, "..."], Shaped[Array, "..."] | None]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -78,6 +78,14 @@ def mask_panels(
         return canvas
 
     return both_themes(draw, "png", caption, alt)
+
+
+def plane(array: Shaped[np.ndarray, "..."], mask: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "row column"]:
+    """Return an image as it is looked at, x to the right and y up; of a volume the slice with most of a mask."""
+    if array.ndim == 3:
+        sizes = mask.sum(axis=(0, 1))
+        array = array[..., int(sizes.argmax()) if sizes.any() else len(sizes) // 2]
+    return np.flip(array.T, 0)
 
 
 def _edges(mask: Bool[np.ndarray, "row column"]) -> list[tuple[np.ndarray, np.ndarray]]:

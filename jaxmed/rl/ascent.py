@@ -1,13 +1,34 @@
 """The pixel game without players: flip the voxels for which the verifier's gradient asks, as long as it pays."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmed.rl.pixel_game import expand_like
+from jaxmed.rl.pixel_game import Best, begin_best, expand_like
+from jaxmed.rl.selfplay import Problem, Verify
+
+
+class State(NamedTuple):
+    """Where the ascent stands: the best masks, and the voxels that are tried next for each image."""
+
+    best: Best
+    flips: Int[Array, " image"]
+
+
+def init(problem: Problem, flips: int) -> State:
+    """Begin with the masks of a problem."""
+    return State(begin_best(problem.cases), jnp.full(len(problem.cases.images), flips))
+
+
+def iterate(verify: Verify, steps: int, problem: Problem, state: State) -> State:
+    """Take some steps of `ascend`."""
+    judge = partial(verify, problem.verifier, jnp.arange(len(state.flips)))
+    masks, values, flips = ascend(judge, state.best.mask, state.flips, steps)
+    return State(Best(masks, values), flips)
 
 
 def ascend(

@@ -251,6 +251,13 @@ def update_best(best: Best, state: State) -> Best:
     return Best(mask, jnp.where(is_better, value, best.value))
 
 
+def agreement(state: State, num_images: int) -> Float[Array, "image *shape"]:
+    """Return the share of the games on each image whose present mask holds a voxel."""
+    total = jax.ops.segment_sum(state.mask.astype(jnp.float32), state.image, num_images)
+    games = jax.ops.segment_sum(jnp.ones(len(state.image)), state.image, num_images)
+    return total / expand_like(jnp.maximum(games, 1), total)
+
+
 def _above_percentile(fraction: float, action: Float[Array, "game *grid"]) -> Bool[Array, "game *grid"]:
     """Mark the clipped desires at or above the percentile, interpolated between neighbours, ties included."""
     clipped = jnp.clip(action, 0, 1).reshape(len(action), -1)

@@ -76,6 +76,10 @@ class SelfPlayConfig:
         """Steps of the environment in an iteration, over all games."""
         return self.games * self.steps
 
+    def for_images(self, count: int) -> "SelfPlayConfig":
+        """Return the settings with as many games on every one of so many images."""
+        return dataclasses.replace(self, games=-(-self.games // count) * count)
+
 
 class Problem(NamedTuple):
     """What is thought about.

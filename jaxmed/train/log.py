@@ -302,8 +302,8 @@ def duration(seconds: float) -> str:
 
 
 def series(
-    lines: Sequence[Mapping[str, float]], name: str
+    lines: Sequence[Mapping[str, float]], name: str, factor: float = 1
 ) -> tuple[Float[np.ndarray, " line"], Float[np.ndarray, " line"]]:
-    """Return the steps and values of a metric, from the lines of metrics.jsonl."""
-    found = [(line["step"], line[name]) for line in lines if name in line]
+    """Return the steps and values (times a factor) of a metric, from the lines of metrics.jsonl."""
+    found = [(line["step"], factor * line[name]) for line in lines if name in line]
     return np.array([step for step, _ in found], np.float64), np.array([value for _, value in found], np.float64)

@@ -21,9 +21,10 @@ from jaxmed.data.cohort import (
 )
 from jaxmed.data.images import ImageData, list_files
 from jaxmed.data.labels import LabelConfig
+from jaxmed.data.tasks import TaskData
+from jaxmed.data.tasks import read_manifest as read_tasks
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, resolve_path, resolve_paths, write_table
-from jaxmed.systems.selfplay import data as selfplay
 
 pytestmark = pytest.mark.core
 
@@ -100,7 +101,7 @@ def test_every_system_refuses_one_file_in_two_splits(folder, cells):
     with pytest.raises(InputError, match="every file in one split"):
         find_splits(read_labelled(folder / "m.csv", LabelConfig()), LabelConfig(), (0.5, 0.25, 0.25), 0)
     with pytest.raises(InputError, match="every file in one split"):
-        selfplay.read_manifest(selfplay.DataConfig(manifest=folder / "m.csv"), 0)
+        read_tasks(TaskData(manifest=folder / "m.csv"), 0)
 
 
 def test_records_joined_by_a_chain_stay_together(folder):

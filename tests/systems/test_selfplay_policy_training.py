@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.data.tasks import Cases, draw_episode
 from jaxmed.errors import InputError
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.policy import GaussianMlpConfig
 from jaxmed.rl.pixel_game import PixelGame
+from jaxmed.rl.policies import make_policy
 from jaxmed.rl.selfplay import SelfPlayConfig
 from jaxmed.systems.selfplay import inputs, policy_training
-from jaxmed.systems.selfplay.data import Cases
 from jaxmed.systems.selfplay.policy_training import PolicyState, VisitConfig
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, init_params
-from jaxmed.systems.selfplay.thinking import ThinkConfig, player_of
+from jaxmed.systems.selfplay.thinking import ThinkConfig
 
 SIZE = (8, 8)
 PLAY = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True, flips=2), games=8, steps=8)
@@ -56,7 +57,7 @@ def test_no_subject_is_labelled_and_thought_about():
 def test_images_of_one_subject_are_halved():
     cases = make_cases(["s"] * 6, [0] * 6)
     for number in range(10):
-        visit = policy_training.draw_visit(VISIT, cases, np.arange(6), np.random.default_rng(number))
+        visit = draw_episode(cases, np.arange(6), VISIT.shots, VISIT.images, np.random.default_rng(number))
         assert not set(owners(cases, visit["shot"])) & set(owners(cases, visit["image"]))
 
 
@@ -73,7 +74,7 @@ def test_a_visit_depends_on_its_number_alone():
 def test_a_visit_teaches_the_policy_and_hands_on_nothing_else(system):
     cases = make_cases([f"s{number}" for number in range(12)], [0] * 12)
     visit = next(policy_training.visits(VISIT, cases, 0, 0, 1))
-    params = player_of(THINK, SIZE).init(jax.random.key(1))
+    params = make_policy(THINK.policy, PLAY.game, SIZE).init(jax.random.key(1))
     state = PolicyState(jnp.int32(0), params, jax.random.key(2))
     before = jax.tree.map(np.array, system.params)
     step = [policy_training.policy_step(system, AdaptConfig(steps=2), THINK, 2, state, visit) for _ in range(2)]
@@ -90,7 +91,9 @@ def test_a_verifier_without_an_opinion_teaches_nothing(system):
     blind = system._replace(params=system.params | {"verifier": verifier})
     cases = make_cases([f"s{number}" for number in range(12)], [0] * 12)
     visit = next(policy_training.visits(VISIT, cases, 0, 0, 1))
-    state = PolicyState(jnp.int32(0), player_of(THINK, SIZE).init(jax.random.key(1)), jax.random.key(2))
+    state = PolicyState(
+        jnp.int32(0), make_policy(THINK.policy, PLAY.game, SIZE).init(jax.random.key(1)), jax.random.key(2)
+    )
     new, metrics = policy_training.policy_step(blind, AdaptConfig(steps=0), THINK, 2, state, visit)
     assert int(new.step) == 1 and float(metrics["score_gain"]) == 0
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
@@ -98,7 +101,7 @@ def test_a_verifier_without_an_opinion_teaches_nothing(system):
 
 def test_snapshots_are_rated_by_who_proposes_better(system):
     cases = make_cases([f"s{number}" for number in range(4)], [0] * 4)
-    eager = player_of(THINK, SIZE).init(jax.random.key(1))
+    eager = make_policy(THINK.policy, PLAY.game, SIZE).init(jax.random.key(1))
     passive = jax.tree.map(jnp.array, eager)
     passive["mean"]["bias"] -= 50.0  # flips nothing
     match = policy_training.match_snapshots(jax.random.key(3), system, cases.images, THINK, [passive, passive, eager])
@@ -112,7 +115,7 @@ def test_snapshots_are_rated_by_who_proposes_better(system):
 
 
 def test_a_policy_is_read_as_it_was_written(system, tmp_path):
-    params = player_of(THINK, SIZE).init(jax.random.key(1))
+    params = make_policy(THINK.policy, PLAY.game, SIZE).init(jax.random.key(1))
     inputs.write_policy(tmp_path / "outputs" / "policy", params, THINK, SIZE)
     settings, found = inputs.load_policy(tmp_path, ThinkConfig(), SIZE)
     assert settings == ThinkConfig(policy=THINK.policy)

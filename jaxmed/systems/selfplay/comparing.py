@@ -12,11 +12,11 @@ import scipy.stats
 from jaxtyping import Bool, Float
 
 from jaxmed.arrays.batches import evenly
+from jaxmed.data.tasks import Cases
 from jaxmed.errors import InputError
 from jaxmed.metrics.imaging import dice, jaccard, match_regions, surface_distances
 from jaxmed.recipes.study import Result, read_study
 from jaxmed.recipes.study_tables import Difference, Mean, collect, compare, summarise
-from jaxmed.systems.selfplay.data import Cases
 
 BASE = "System I"
 LEARNT = "self-play"

@@ -20,12 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.config import Size, checked
+from jaxmed.data.tasks import Cases, draw_episode
 from jaxmed.rl import tournament
 from jaxmed.rl.opponents import elo, exploitability
+from jaxmed.rl.policies import make_policy
 from jaxmed.rl.selfplay import Problem, make_problem
-from jaxmed.systems.selfplay.data import Cases
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
-from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, Thought, player_of, think
+from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, Thought, think
 from jaxmed.systems.selfplay.verifier import calibrate, make_judge, score_masks
 
 EVALUATED = 2
@@ -63,39 +64,9 @@ class PolicyState(NamedTuple):
 
 def visits(config: VisitConfig, cases: Cases, seed: int, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
     """Yield labelled images and images to think about, of one task each; visit n's depend on the seed and n alone."""
-    places = [np.flatnonzero(cases.tasks == number) for number in range(len(cases.task_names))]
     for number in range(first, last):
         generator = np.random.default_rng((seed, 11, number))
-        yield draw_visit(config, cases, places[generator.integers(len(places))], generator)
-
-
-def draw_visit(
-    config: VisitConfig, cases: Cases, of_task: Int[np.ndarray, " case"], generator: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """Draw the images of a visit: labelled ones from one half of the subjects, the others from the other half.
-
-    Args:
-        config: Numbers of images.
-        cases: Cases of all tasks.
-        of_task: Numbers of the cases of the task; its subjects are halved, those of a single subject are.
-        generator: Random numbers of the draws.
-
-    Returns:
-        "shot" and "shot_mask" [shots *size], "image" and "mask" [images *size].
-    """
-    subjects = np.array([cases.subjects[case] for case in of_task])
-    owners = subjects if len(np.unique(subjects)) > 1 else np.arange(len(of_task))
-    order = generator.permutation(np.unique(owners))
-    is_labelled = np.isin(owners, order[: max(len(order) // 2, 1)])
-    pools = of_task[is_labelled], of_task[~is_labelled] if len(order) > 1 else of_task
-    shots, images = (
-        generator.choice(pool, count, replace=len(pool) < count)
-        for pool, count in zip(pools, (config.shots, config.images), strict=True)
-    )
-    return {
-        "shot": cases.images[shots], "shot_mask": cases.masks[shots],
-        "image": cases.images[images], "mask": cases.masks[images],
-    }  # fmt: skip
+        yield draw_episode(cases, cases.draw_task(generator), config.shots, config.images, generator)
 
 
 def adapt_to_task(key: KeyArray, system: SystemOne, visit: dict[str, Any], config: AdaptConfig) -> SystemOne:
@@ -111,8 +82,7 @@ def think_on(
 ) -> tuple[Thought, dict[str, Scalar]]:
     """Think about the images of a visit for some iterations, and measure what came of it."""
     count = len(visit["image"])
-    games = -(-config.play.games // count) * count
-    budget = Budget(iterations * games * config.play.steps, patience=0)
+    budget = Budget(iterations * config.play.for_images(count).steps_per_iteration, patience=0)
     found = think(key, system, visit["image"], budget, config, policy=params)
     truth = jnp.asarray(visit["mask"], jnp.float32)
     before, after = (overlap(truth, jnp.asarray(masks, jnp.float32)).mean() for masks in (found.start, found.masks))
@@ -160,7 +130,7 @@ def make_eval_cases(
     """Draw images of one task, the same for every policy, and adapt System I to it."""
     of_task, found = np.flatnonzero(cases.tasks == 0), []
     for number, pair in enumerate(jax.random.split(jax.random.key(seed + 1), (EVALUATED, 2))):
-        visit = draw_visit(config, cases, of_task, np.random.default_rng((seed, 12, number)))
+        visit = draw_episode(cases, of_task, config.shots, config.images, np.random.default_rng((seed, 12, number)))
         found.append(EvalCase(pair[1], adapt_to_task(pair[0], system, visit, adaptation), visit))
     return found
 
@@ -201,20 +171,17 @@ def match_snapshots(
         config: How they think; every pair plays one iteration.
         params: The snapshots.
     """
-    count = len(images)
-    games = -(-config.play.games // count) * count
     start = generate(system.config, system.params, jnp.asarray(images)) > system.config.threshold
     judge = make_judge(system, jnp.asarray(images), config.prior_weight)
-    verify = partial(score_masks, system.config)
+    verify, play = partial(score_masks, system.config), config.play.for_images(len(images))
     problem = make_problem(verify, judge, jnp.asarray(images), start)
-    player, stacked = player_of(config, images.shape[1:]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    player = make_policy(config.policy, play.game, images.shape[1:])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
 
     @jax.jit
-    def play(problem: Problem, stacked: Params) -> tournament.Results:
-        return tournament.compare(
-            key, config.play.game, player, verify, problem, stacked, stacked, games, config.play.steps
-        )
+    def match(problem: Problem, stacked: Params) -> tournament.Results:
+        return tournament.compare(key, play.game, player, verify, problem, stacked, stacked, play.games, play.steps)
 
-    found = play(problem, stacked)
+    found = match(problem, stacked)
     gains = [float(exploitability(row)) for row in found.rewards]
     return Match(np.asarray(found.scores), np.asarray(elo(found.scores)), np.array(gains))

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.config import Length, NonNegative, Positive, Share, Size, checked
-from jaxmed.data.augment import AugmentConfig, augment
+from jaxmed.data.augment import AS_THEY_ARE, AugmentConfig, make_variants
 from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, Verifier, VerifierConfig, make_verifier
 from jaxmed.synthesis.corruption import corrupt
@@ -32,12 +32,6 @@ LABEL_NOISE = 0.05
 MOST_FLATTERING = 0.1
 OPTIMIZER = optax.adam(1.0)
 """Its steps are multiplied by the rate, so that one program serves all rates."""
-
-
-AS_THEY_ARE = AugmentConfig(
-    rotation=0.0, scale=(1.0, 1.0), is_isotropic=False, translation=0.0, fill=None, label_fill=None, limits=(0.0, 1.0)
-)
-"""Images in [0, 1] as they are in the files; whoever wants variants says what moves, and edges are repeated then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +164,9 @@ def generate(
     return jax.nn.sigmoid(make_generator(config.generator).apply(params["generator"], images[..., None]))
 
 
+generate_jit = partial(jax.jit, static_argnums=0)(generate)
+
+
 def verify(
     config: SystemOneConfig, params: Params, images: Float[Array, "image *space"], masks: Float[Array, "image *space"]
 ) -> Float[Array, " image"]:
@@ -204,19 +201,6 @@ def meta_step(
     average = reptile(meta.epsilon, state.params, params)
     new = MetaState(state.step + 1, average, opt_state, params["verifier"], state.key)
     return new, jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *found)
-
-
-@partial(jax.jit, static_argnums=1)
-def make_variants(
-    key: KeyArray, config: AugmentConfig, images: Float[Array, "image *space"], masks: Float[Array, "image *space"]
-) -> tuple[Float[Array, "image *space"], Float[Array, "image *space"]]:
-    """Return a fresh variant of each image in [0, 1] and its mask of 0 and 1; compiled here, between compiled steps."""
-
-    def vary(key: KeyArray, image: Array, mask: Array) -> tuple[Array, Array | None]:
-        return augment(key, image[..., None], config, mask)
-
-    varied, shown = jax.vmap(vary)(jax.random.split(key, len(images)), images, masks)
-    return varied[..., 0], jnp.asarray(shown)
 
 
 @partial(jax.jit, static_argnums=0)

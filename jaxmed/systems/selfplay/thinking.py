@@ -27,21 +27,20 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import Length, NonNegative, Share, Whole, checked
+from jaxmed.config import NonNegative, Share, Size, Whole, checked
 from jaxmed.errors import InputError
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
-from jaxmed.rl import patch_play, pixel_game, search, selfplay, tournament
-from jaxmed.rl.ascent import ascend
+from jaxmed.rl import ascent, patch_play, pixel_game, search, selfplay, tournament
 from jaxmed.rl.opponents import OpponentConfig
 from jaxmed.rl.patch_game import PatchGame
 from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem
-from jaxmed.rl.pixel_game import PixelGame, expand_like
-from jaxmed.rl.policies import Policy, make_policy
+from jaxmed.rl.pixel_game import PixelGame
+from jaxmed.rl.policies import make_policy
 from jaxmed.rl.ppo import SB3, PpoConfig
-from jaxmed.rl.search import SearchConfig, SearchState
+from jaxmed.rl.search import SearchConfig
 from jaxmed.rl.selfplay import Problem, SelfPlayConfig
 from jaxmed.rl.tournament import Debate
-from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, adapt, generate
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, adapt, generate_jit
 from jaxmed.systems.selfplay.verifier import (
     Judge,
     choose_level,
@@ -104,21 +103,15 @@ class ThinkConfig:
     search: SearchConfig = SearchConfig()
     patch: PatchPlayConfig = PatchPlayConfig(games=64)
     policy: TopkUnetConfig | GaussianMlpConfig = TopkUnetConfig()
-    prior_weight: float = 3.0
+    prior_weight: NonNegative = 3.0
     levels: tuple[Share, ...] = ()
-    rounds: Length = 1
-    guess_weight: float = 0.5
+    rounds: Size = 1
+    guess_weight: Share = 0.5
     adapt: AdaptConfig = AdaptConfig()
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds: expected 1 or more, found {self.rounds}")
-        if self.prior_weight < 0:
-            raise ValueError(f"prior_weight: expected 0 or more, found {self.prior_weight:g}")
         if not all(0 < level < 1 for level in self.levels):
             raise ValueError(f"levels: expected probabilities between 0 and 1, found {self.levels}")
-        if not 0 <= self.guess_weight <= 1:
-            raise ValueError(f"guess_weight: expected a number in [0, 1], found {self.guess_weight}")
 
 
 LAPTOP = ThinkConfig(
@@ -278,7 +271,7 @@ def _think_once(
     before: Thought | None,
 ) -> Thought:
     play_key, probe_key = jax.random.split(key)
-    probability = _generate(system.config, system.params, images)
+    probability = generate_jit(system.config, system.params, images)
     first = probability > system.config.threshold
     known = first if before is None else jnp.asarray(before.masks)
     start, level, done = known, jnp.full(len(images), system.config.threshold), 0
@@ -293,181 +286,113 @@ def _think_once(
         (steps, 0.0, np.asarray(judge_masks_jit(system.config, judge, jnp.arange(len(images)), masks * 1.0)), masks)
         for steps, masks in {0: np.asarray(known), done: np.asarray(start)}.items()
     ]
-
-    def answer(stop: Stop, agreement: Array | None = None, policy: Params | None = None) -> Thought:
-        trace = Trace(*(np.stack(column) for column in zip(*points, strict=True)))
-        shown = probability if agreement is None else agreement
-        return Thought(
-            trace.masks[-1], trace.values[-1], np.asarray(shown), np.asarray(first), np.asarray(start),
-            np.asarray(level), np.asarray(probability), trace, stop, policy, system,
-        )  # fmt: skip
-
-    if has_no_opinion:
-        return answer("constant verifier", policy=policy)
-    if done >= budget.steps:
-        return answer("budget", policy=policy)
-    plan = _plan(play_key, system.config, config, game, judge, images, start, probability, policy)
-    state, spent, waited, stop = plan.first, 0.0, 0, "budget"
-    while done < budget.steps:
-        began = time.perf_counter()
-        state = jax.block_until_ready(plan.advance(plan.problem, state))
-        done, spent = done + plan.size, spent + time.perf_counter() - began
-        points.append((done, spent, np.asarray(state.best.value), np.asarray(state.best.mask)))
-        if watch is not None:
-            watch(done, float(np.mean(points[-1][2])))
-        gain = float(np.mean(points[-1][2] - points[-2][2]))
-        waited = 0 if gain > budget.tolerance else waited + 1
-        if budget.patience and waited >= budget.patience:
-            stop = "plateau"
-            break
-        if budget.seconds and spent >= budget.seconds:
-            stop = "time"
-            break
-    if isinstance(state, Ascent):
-        return answer(stop, policy=policy)
-    agreement = _agreement(state.game.image, state.game.mask, len(images))
-    return answer(stop, agreement, state.params if config.mode == "learn" else policy)
+    stop: Stop = "constant verifier" if has_no_opinion else "budget"
+    spent, waited, state = 0.0, 0, None
+    if not has_no_opinion and done < budget.steps:
+        way = make_way(system.config, config, game, images.shape)
+        problem = make_problem(system, config, game, judge, images, start)
+        state = way.begin(play_key, problem, policy)
+        advance = way.advance.lower(problem, state).compile()  # the clock runs afterwards
+        while done < budget.steps:
+            began = time.perf_counter()
+            state = jax.block_until_ready(advance(problem, state))
+            done, spent = done + way.size, spent + time.perf_counter() - began
+            points.append((done, spent, np.asarray(state.best.value), np.asarray(state.best.mask)))
+            if watch is not None:
+                watch(done, float(np.mean(points[-1][2])))
+            gain = float(np.mean(points[-1][2] - points[-2][2]))
+            waited = 0 if gain > budget.tolerance else waited + 1
+            if budget.patience and waited >= budget.patience:
+                stop = "plateau"
+                break
+            if budget.seconds and spent >= budget.seconds:
+                stop = "time"
+                break
+    agreement = probability
+    if state is not None and config.mode != "grad":
+        agreement = pixel_game.agreement(state.game, len(images))
+        policy = state.params if config.mode == "learn" else policy
+    trace = Trace(*(np.stack(column) for column in zip(*points, strict=True)))
+    return Thought(
+        trace.masks[-1], trace.values[-1], np.asarray(agreement), np.asarray(first), np.asarray(start),
+        np.asarray(level), np.asarray(probability), trace, stop, policy, system,
+    )  # fmt: skip
 
 
-class Plan(NamedTuple):
-    """What is done in iterations.
-
-    Attributes:
-        size: Steps of the game in an iteration.
-        advance: (problem, state) -> state, compiled: the clock runs afterwards.
-        problem: What the program is given every time.
-        first: The state to begin with; it has the field `best`.
-    """
-
-    size: int
-    advance: Any
-    problem: Any
-    first: Any
-
-
-class Ascent(NamedTuple):
-    """Where the ascent along the verifier's gradient stands.
-
-    Attributes:
-        best: Masks and their scores.
-        flips: Voxels that are tried next, for each image.
-    """
-
-    best: pixel_game.Best
-    flips: Int[Array, " image"]
-
-
-def _plan(
-    key: KeyArray,
-    system: SystemOneConfig,
+def make_problem(
+    system: SystemOne,
     config: ThinkConfig,
     game: Game,
     judge: Judge,
-    images: Array,
-    start: Array,
-    probability: Array,
-    policy: Params | None,
-) -> Plan:
-    def plan(size: int, program: Any, settings: tuple[Any, ...], problem: Any, first: Any) -> Plan:
-        return Plan(size, program.lower(system, *settings, problem, first).compile(), problem, first)
-
+    images: Float[Array, "image *space"],
+    start: Bool[Array, "image *space"],
+) -> Problem | PatchProblem:
+    """Return the images as a game has them: with the masks it begins from, or cut into patches that System I scores."""
+    verify = partial(score_masks, system.config)
     if game == "patch":
-        patches = patch_problem(system, config.patch, judge, images, probability)
-        return plan(
-            config.patch.steps_per_iteration, _iterate_patches, (config.patch,), patches,
-            _begin_patches(config.patch, key, patches, policy),
-        )  # fmt: skip
-    if config.mode == "grad":
-        flips = jnp.full(len(images), config.play.game.num_flips(images.shape[1:]))
-        first = Ascent(pixel_game.Best(start, jnp.zeros(len(images))), flips)
-        return plan(len(images) * config.play.steps, _ascend, (config.play.steps,), judge, first)
-    # Every image gets as many games as every other.
-    play = dataclasses.replace(config.play, games=-(-config.play.games // len(images)) * len(images))
-    problem = selfplay.make_problem(partial(score_masks, system), judge, images, start)
-    if config.mode == "mcts":
-        search.require_mctx()
-        return plan(
-            play.steps_per_iteration * config.search.simulations, _search, (config.search, play.game, play.steps),
-            problem, search.init(key, play.games, problem),
-        )  # fmt: skip
-    play, player = dataclasses.replace(play, mode=config.mode), player_of(config, images.shape[1:])
-    first = _begin(play, player, key, problem, policy)
-    return plan(play.steps_per_iteration, _iterate, (play, player), problem, first)
+        probability = generate_jit(system.config, system.params, images)
+        return patch_play.make_patch_problem(config.patch.game, verify, judge, images, probability)
+    return selfplay.make_problem(verify, judge, images, start)
 
 
-def player_of(config: ThinkConfig, shape: tuple[int, ...]) -> Policy:
-    """Return what plays on images of a shape."""
-    return _policy(config.policy, config.play.game, shape)
+class Way(NamedTuple):
+    """A way to think, as compiled functions.
+
+    Attributes:
+        size: Steps of the game in an iteration.
+        begin: (key, problem, policy or None) -> state, which has the field `best`.
+        advance: (problem, state) -> state.
+    """
+
+    size: int
+    begin: Any
+    advance: Any
 
 
 @lru_cache(maxsize=32)
-def _policy(config: TopkUnetConfig | GaussianMlpConfig, game: PixelGame, shape: tuple[int, ...]) -> Policy:
-    """One policy for equal settings, so that equal programs are recognised."""
-    return make_policy(config, game, shape)
+def make_way(system: SystemOneConfig, config: ThinkConfig, game: Game, shape: tuple[int, ...]) -> Way:
+    """Return how images [image *space] of a shape are thought about; equal settings are compiled once."""
+    verify, play, rules = partial(score_masks, system), config.play, config.play.game
+    if game == "patch":
+        size, model = config.patch.steps_per_iteration, patch_play.make_patch_policy(config.patch)
 
+        def begin(key: KeyArray, problem: Any, policy: Params | None) -> Any:
+            return patch_play.init(key, config.patch, model, problem, policy)
 
-def patch_problem(
-    system: SystemOneConfig, config: PatchPlayConfig, judge: Judge, images: Array, probability: Array
-) -> PatchProblem:
-    """Cut images into the patches that are played for, scored by System I's mean probability."""
-    verify = partial(score_masks, system)
-    return patch_play.make_patch_problem(config.game, verify, judge, images, probability)
+        def advance(problem: Any, state: Any) -> Any:
+            return patch_play.iterate(config.patch, model, verify, problem, state)[0]
 
+    elif config.mode == "grad":
+        size = shape[0] * play.steps
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _begin(
-    play: SelfPlayConfig, player: Policy, key: KeyArray, problem: Problem, policy: Params | None
-) -> selfplay.State:
-    return selfplay.init(key, play, player, problem, policy)
+        def begin(key: KeyArray, problem: Any, policy: Params | None) -> Any:
+            return ascent.init(problem, rules.num_flips(shape[1:]))
 
+        def advance(problem: Any, state: Any) -> Any:
+            return ascent.iterate(verify, play.steps, problem, state)
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _iterate(
-    system: SystemOneConfig, play: SelfPlayConfig, player: Policy, problem: Problem, state: selfplay.State
-) -> selfplay.State:
-    return selfplay.iterate(play, player, partial(score_masks, system), problem, state)[0]
+    elif config.mode == "mcts":
+        search.require_mctx()
+        play = play.for_images(shape[0])
+        size = play.steps_per_iteration * config.search.simulations
 
+        def begin(key: KeyArray, problem: Any, policy: Params | None) -> Any:
+            return search.init(key, play.games, problem)
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _search(
-    system: SystemOneConfig, config: SearchConfig, game: PixelGame, steps: int, problem: Problem, state: SearchState
-) -> SearchState:
-    return search.iterate(config, game, partial(score_masks, system), steps, problem, state)
+        def advance(problem: Any, state: Any) -> Any:
+            return search.iterate(config.search, rules, verify, play.steps, problem, state)
 
+    else:
+        play = dataclasses.replace(play.for_images(shape[0]), mode=config.mode)
+        size, player = play.steps_per_iteration, make_policy(config.policy, rules, shape[1:])
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _ascend(system: SystemOneConfig, steps: int, judge: Judge, state: Ascent) -> Ascent:
-    def score(masks: Array) -> Array:
-        return score_masks(system, judge, jnp.arange(len(masks)), masks)
+        def begin(key: KeyArray, problem: Any, policy: Params | None) -> Any:
+            return selfplay.init(key, play, player, problem, policy)
 
-    masks, values, flips = ascend(score, state.best.mask, state.flips, steps)
-    return Ascent(pixel_game.Best(masks, values), flips)
+        def advance(problem: Any, state: Any) -> Any:
+            return selfplay.iterate(play, player, verify, problem, state)[0]
 
-
-@partial(jax.jit, static_argnums=0)
-def _begin_patches(
-    config: PatchPlayConfig, key: KeyArray, problem: PatchProblem, policy: Params | None
-) -> patch_play.State:
-    return patch_play.init(key, config, patch_play.make_patch_policy(config), problem, policy)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _iterate_patches(
-    system: SystemOneConfig, config: PatchPlayConfig, problem: PatchProblem, state: patch_play.State
-) -> patch_play.State:
-    model = patch_play.make_patch_policy(config)
-    return patch_play.iterate(config, model, partial(score_masks, system), problem, state)[0]
-
-
-@partial(jax.jit, static_argnums=0)
-def _generate(config: SystemOneConfig, params: Params, images: Array) -> Array:
-    return generate(config, params, images)
-
-
-def _agreement(image: Array, masks: Array, count: int) -> Array:
-    total = jax.ops.segment_sum(masks.astype(jnp.float32), image, count)
-    games = jax.ops.segment_sum(jnp.ones(len(image)), image, count)
-    return total / expand_like(jnp.maximum(games, 1), total)
+    return Way(size, jax.jit(begin), jax.jit(advance))
 
 
 def _readapt(
@@ -486,13 +411,8 @@ def _readapt(
 def _joined(before: Thought, after: Thought) -> Thought:
     """Join two rounds: answers of the second, whose verifier knows more; first masks of the first."""
     old, new = before.trace, after.trace
-    steps, seconds = new.steps[1:] + old.steps[-1], new.seconds[1:] + old.seconds[-1]
-    trace = Trace(
-        np.concatenate([old.steps, steps]),
-        np.concatenate([old.seconds, seconds]),
-        np.concatenate([old.values, new.values[1:]]),
-        np.concatenate([old.masks, new.masks[1:]]),
-    )
+    later = Trace(new.steps + old.steps[-1], new.seconds + old.seconds[-1], new.values, new.masks)
+    trace = Trace(*(np.concatenate([one, other[1:]]) for one, other in zip(old, later, strict=True)))
     return after._replace(first=before.first, probability=before.probability, trace=trace)
 
 
@@ -511,11 +431,10 @@ def debate(
 
     The patch game begins with nothing, and may be stopped before its last step.
     """
-    images, start, verify = image[None], mask[None], partial(score_masks, system.config)
+    images, verify = image[None], partial(score_masks, system.config)
     judge = make_judge(system, images, config.prior_weight, level)
-    if game == "patch":
-        probability = _generate(system.config, system.params, images)
-        problem = patch_problem(system.config, config.patch, judge, images, probability)
+    problem = make_problem(system, config, game, judge, images, mask[None])
+    if isinstance(problem, PatchProblem):
         return tournament.debate_patches(key, config.patch, verify, problem, policy, steps)
-    player, problem = player_of(config, image.shape), selfplay.make_problem(verify, judge, images, start)
+    player = make_policy(config.policy, config.play.game, image.shape)
     return tournament.debate(key, config.play.game, player, verify, problem, policy, steps)

@@ -1,6 +1,7 @@
 """Self-play adapt: fit System I to a new task by a few labelled images, and see whether to trust its verifier."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,32 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import Length, Seed, checked, to_record
+from jaxmed.data.augment import AS_THEY_ARE
 from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.tasks import Cases, TaskData, choose_task, draw_shots, read_splits
 from jaxmed.io.tables import write_table
+from jaxmed.recipes.few_shot import example_figure, write_examples
+from jaxmed.recipes.map_files import write_failed
+from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.scatter import scatter
-from jaxmed.systems.selfplay.data import Cases, DataConfig
-from jaxmed.systems.selfplay.inputs import (
-    SHOTS,
-    TASK,
-    Trained,
-    choose_task,
-    draw_shots,
-    example_figure,
-    failed_sections,
-    load_for,
-    read_splits,
-    with_inputs,
-    write_examples,
-    write_failed,
-    write_system_one,
-)
-from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate, overlap
+from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_for, with_inputs, write_system_one
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
 from jaxmed.systems.selfplay.verifier import calibrate, judge_masks
 from jaxmed.train.announce import announce
-from jaxmed.train.log import read_metrics
+from jaxmed.train.log import read_metrics, series
 from jaxmed.train.run_folder import RunFolder
 
 TRUSTED = 0.5
@@ -57,7 +48,7 @@ class Config:
         seed: Seed of the draw of labelled images, and of training.
     """
 
-    data: DataConfig = DataConfig()
+    data: TaskData = TaskData()
     series: str = ""
     weights: Path | None = None
     preprocess: Preprocess | None = None
@@ -80,7 +71,7 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """In seconds: your images or puzzles, your System I or a tiny one that is meta-trained on the spot."""
-    return Config(data=DataConfig(synthetic=24), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3))
+    return Config(data=TaskData(synthetic=24), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +111,9 @@ def run(config: Config, folder: RunFolder) -> int:
     clock = Clock()
     config = with_inputs(config, folder)
     trained, preprocess = load_for(config.weights, config.preprocess)
-    cases, failed = read_splits(config, preprocess, ("support",), ("test",))
+    cases, failed = read_splits(
+        config.data, preprocess, ("support",), ("test",), config.seed, config.series, config.fill
+    )
     support, task = choose_task(cases["support"], config.task)
     shots = draw_shots(support, config.shots, config.seed)
     test = choose_task(cases["test"], task)[0] if "test" in cases else None
@@ -152,7 +145,8 @@ def run(config: Config, folder: RunFolder) -> int:
         folder.outputs / "system1", system, preprocess, task, rank=rank, shots=list(shots.names),
         subjects=sorted(set(shots.subjects)),
     )  # fmt: skip
-    write_examples(folder.outputs / "examples.npz", system, shots if test is None else test)
+    shown = shots if test is None else test
+    write_examples(folder.outputs / "examples.npz", shown, partial(generate, system.config, system.params))
     if scores:
         rows = to_record(scores)
         write_table(folder.outputs / "cases.csv", tuple(rows[0]), rows)
@@ -183,8 +177,7 @@ def score(before: Trained, after: SystemOne, cases: Cases) -> tuple[CaseScore, .
 def page(run: Finished[Config, Summary]) -> Page:
     """Show whether to trust the verifier, and what the generator makes of the task."""
     summary, lines = run.summary, read_metrics(run.path)
-    steps = np.array([line["step"] for line in lines], float)
-    losses = {name: (steps, np.array([line[name] for line in lines])) for name in ("generator", "verifier") if lines}
+    losses = {name: series(lines, name) for name in ("generator", "verifier") if lines}
     pairs = np.stack([np.ravel(summary.overlaps), np.ravel(summary.scores)], 1)
     trust = scatter(
         {"corrupted masks": pairs}, xlabel="Dice with the true mask", ylabel="verifier's score",
@@ -206,7 +199,7 @@ def page(run: Finished[Config, Summary]) -> Page:
         tiles,
         [
             *([Section("Warnings", [Note(text, "warning") for text in summary.warnings])] if summary.warnings else []),
-            *failed_sections(summary.failed),
+            *trouble_sections(run.outputs, (), summary.failed),
             Section("Can the verifier be trusted?", [trust]),
             Section("What the generator makes of the task", [example_figure(run.outputs / "examples.npz")]),
             Section("Adaptation", [

@@ -13,8 +13,12 @@ import numpy as np
 from jaxmed.arrays.batches import evenly
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Count, Length, Seed, Size, checked
-from jaxmed.data.augment import AugmentConfig
+from jaxmed.data.augment import AS_THEY_ARE, AugmentConfig
 from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.tasks import Cases, TaskData, choose_task, draw_shots, read_splits
+from jaxmed.recipes.few_shot import MamlConfig, adapt_maml, fit_maml, fit_supervised
+from jaxmed.recipes.map_files import write_failed
+from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import failed_cells, mean_bars, mean_curves
@@ -32,22 +36,8 @@ from jaxmed.systems.selfplay.comparing import (
     score_masks,
     tabulate,
 )
-from jaxmed.systems.selfplay.data import Cases, DataConfig
-from jaxmed.systems.selfplay.inputs import (
-    SHOTS,
-    TASK,
-    Trained,
-    choose_task,
-    draw_shots,
-    failed_sections,
-    load_for,
-    load_policy,
-    read_splits,
-    with_inputs,
-    write_failed,
-)
-from jaxmed.systems.selfplay.supervised import MamlConfig, adapt_maml, fit_maml, fit_supervised
-from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig, SystemOne, adapt, generate
+from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_for, load_policy, with_inputs
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
 from jaxmed.systems.selfplay.thinking import LAPTOP, SMOKE, Budget, ThinkConfig, check_game, think
 from jaxmed.systems.selfplay.verifier import calibrate, choose_level, judge_masks
 from jaxmed.train.announce import announce
@@ -92,7 +82,7 @@ class Config:
         seed: The first.
     """
 
-    data: DataConfig = DataConfig()
+    data: TaskData = TaskData()
     series: str = ""
     weights: Path | None = None
     preprocess: Preprocess | None = None
@@ -138,7 +128,7 @@ def laptop() -> Config:
 def smoke() -> Config:
     """Tiny networks, in seconds: your images, or puzzles."""
     return Config(
-        data=DataConfig(synthetic=24), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3),
+        data=TaskData(synthetic=24), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3),
         budgets=(256, 1024), think=SMOKE, cases=4, together=4, num_seeds=1, supervised_steps=30,
         maml=MamlConfig(steps=20, inner_steps=2),
     )  # fmt: skip
@@ -236,7 +226,9 @@ def read_material(config: Config, preprocess: Preprocess) -> Material:
     Raises:
         InputError: For whatever is wrong with the manifest or its files.
     """
-    cases, failed = read_splits(config, preprocess, ("support", "test"), ("train",))
+    cases, failed = read_splits(
+        config.data, preprocess, ("support", "test"), ("train",), config.seed, config.series, config.fill
+    )
     support, task = choose_task(cases["support"], config.task)
     test, notes = choose_task(cases["test"], task)[0], []
     if config.cases and config.cases < len(test.images):
@@ -287,11 +279,11 @@ def answer_at_once(config: Config, system: SystemOne, material: Material, shots:
             seed, network, seen, truth, steps=config.supervised_steps, variants=config.augment,
             few=len(shots.images), variants_of_few=config.adapt.augment,
         )  # fmt: skip
-        yield arm, 0, probability(images, params) > threshold
+        yield arm, 0, probability(images, {"generator": params}) > threshold
     if training is not None and config.maml.steps:
         params = fit_maml(seed, network, config.maml, training, len(shots.images), config.augment)
         params = adapt_maml(network, config.maml, params, shots.images, shots.masks)
-        yield "MAML", 0, probability(images, params) > threshold
+        yield "MAML", 0, probability(images, {"generator": params}) > threshold
     levels = config.think.levels
     if levels:
         # Where thinking begins: what its arms add to is seen apart from what they start with.
@@ -342,7 +334,7 @@ def page(run: Finished[Config, Summary]) -> Page:
         f"Self-play reasoning on '{summary.task}', {summary.cases} images, {summary.seeds} seeds",
         _tiles(found, summary),
         [
-            *failed_sections(summary.failed),
+            *trouble_sections(run.outputs, (), summary.failed),
             *failed_cells(study.failures),
             *([Section("Notes", [Note(text) for text in summary.notes])] if summary.notes else []),
             Section("Thinking curves", [_curves(found)]),

@@ -11,25 +11,31 @@ import numpy as np
 
 from jaxmed.config import Seed, Size, checked
 from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.tasks import Cases, TaskData, read_splits
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
+from jaxmed.recipes.few_shot import example_figure, write_examples, write_puzzles
+from jaxmed.recipes.map_files import write_failed
+from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Section, Table, Text
-from jaxmed.systems.selfplay import system_one
-from jaxmed.systems.selfplay.data import Cases, DataConfig
-from jaxmed.systems.selfplay.inputs import (
-    TINY,
-    example_figure,
-    failed_sections,
-    read_splits,
-    write_examples,
-    write_failed,
-    write_puzzles,
-    write_system_one,
+from jaxmed.systems.selfplay.inputs import TINY, write_system_one
+from jaxmed.systems.selfplay.system_one import (
+    MetaConfig,
+    MetaState,
+    SystemOne,
+    SystemOneConfig,
+    generate,
+    handed_on,
+    init_meta,
+    init_params,
+    meta_step,
+    overlap,
+    repo,
+    verify,
 )
-from jaxmed.systems.selfplay.system_one import MetaConfig, MetaState, SystemOne, SystemOneConfig
-from jaxmed.train.log import read_metrics
+from jaxmed.train.log import read_metrics, series
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.run_folder import RunFolder
@@ -55,7 +61,7 @@ class Config:
         seed: Seed of the parameters, tasks and batches.
     """
 
-    data: DataConfig = DataConfig()
+    data: TaskData = TaskData()
     series: str = ""
     preprocess: Preprocess = Preprocess((128, 128))
     system: SystemOneConfig = SystemOneConfig()
@@ -78,7 +84,7 @@ class Config:
 
 def paper() -> Config:
     """The reference implementation on 32 x 32 digits: plain networks, no pixel loss, a learning rate of 1e-5."""
-    system, meta, _ = system_one.repo()
+    system, meta, _ = repo()
     return Config(preprocess=Preprocess((32, 32)), system=system, meta=meta, loop=LoopConfig(steps=32, log_every=1))
 
 
@@ -97,7 +103,7 @@ def laptop() -> Config:
 def smoke() -> Config:
     """Tiny networks at 16 x 16, in seconds: on your images, or on puzzles."""
     return Config(
-        data=DataConfig(synthetic=24),
+        data=TaskData(synthetic=24),
         preprocess=TINY,
         system=SystemOneConfig(GeneratorConfig("plain", widths=(16, 16, 16)), VerifierConfig(widths=(8,), dense=(32,))),
         meta=MetaConfig(inner_steps=2, epsilon=0.5, rate=2e-3),
@@ -122,18 +128,20 @@ def run(config: Config, folder: RunFolder) -> int:
     clock = Clock()
     data = write_puzzles(config.data, config.preprocess, config.seed, folder)
     config = dataclasses.replace(config, data=data)
-    cases, failed = read_splits(config, config.preprocess, ("train",), ("validation",))
+    cases, failed = read_splits(
+        config.data, config.preprocess, ("train",), ("validation",), config.seed, config.series, config.fill
+    )
     training, held_out, has_held_out = cases["train"], cases.get("validation", cases["train"]), "validation" in cases
     log = begin(folder, tensorboard=config.loop.tensorboard)
     log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
     log.say(f"Looked at: {', '.join(held_out.task_names)}." if has_held_out else "No task is held out to look at.")
     clock.lap("read and cut")
-    params = system_one.init_params(jax.random.key(config.seed), config.system, config.preprocess.size)
-    state = system_one.init_meta(jax.random.key(config.seed + 1), config.system, config.meta, params)
+    params = init_params(jax.random.key(config.seed), config.system, config.preprocess.size)
+    state = init_meta(jax.random.key(config.seed + 1), config.system, config.meta, params)
     state = fit(
         config.loop,
         state,
-        partial(system_one.meta_step, config.system, config.meta),
+        partial(meta_step, config.system, config.meta),
         partial(batches, config, training),
         mesh=make_mesh(config.mesh),
         folder=folder,
@@ -141,9 +149,9 @@ def run(config: Config, folder: RunFolder) -> int:
         evaluate=make_evaluation(config, held_out),
     )
     clock.lap("train, compilation included")
-    system = SystemOne(config.system, system_one.handed_on(config.meta, state))
+    system = SystemOne(config.system, handed_on(config.meta, state))
     write_system_one(folder.outputs / "system1", system, config.preprocess)
-    write_examples(folder.outputs / "examples.npz", system, held_out)
+    write_examples(folder.outputs / "examples.npz", held_out, partial(generate, system.config, system.params))
     write_failed(folder.outputs, failed)
     counts = {name: int(np.sum(training.tasks == number)) for number, name in enumerate(training.task_names)}
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in state.params.items()}
@@ -154,27 +162,25 @@ def run(config: Config, folder: RunFolder) -> int:
 
 def batches(config: Config, cases: Cases, first: int) -> Iterator[dict[str, np.ndarray]]:
     """Yield batches [batch step *size] of one task each; step n's depends on the seed and n alone."""
-    places = [np.flatnonzero(cases.tasks == number) for number in range(len(cases.task_names))]
     for number in range(first, config.loop.steps):
         generator = np.random.default_rng((config.seed, 7, number))
-        of_task = places[generator.integers(len(places))]
-        chosen = generator.choice(of_task, (config.batch_size, config.meta.inner_steps))
+        chosen = generator.choice(cases.draw_task(generator), (config.batch_size, config.meta.inner_steps))
         yield {"image": cases.images[chosen], "mask": cases.masks[chosen].astype(np.float32)}
 
 
 def make_evaluation(config: Config, held_out: Cases) -> Any:
     """Return the function that looks at a task that is not trained on."""
-    some = np.linspace(0, len(held_out.images) - 1, min(EVALUATED, len(held_out.images))).round().astype(int)
-    images, masks = jnp.asarray(held_out.images[some]), jnp.asarray(held_out.masks[some], jnp.float32)
+    some = held_out.spread(EVALUATED)
+    images, masks = jnp.asarray(some.images), jnp.asarray(some.masks, jnp.float32)
 
     @jax.jit
     def measure(params: Any) -> dict[str, Any]:
-        soft = system_one.generate(config.system, params, images)
-        true = system_one.verify(config.system, params, images, masks)
-        false = system_one.verify(config.system, params, images, soft)
+        soft = generate(config.system, params, images)
+        true = verify(config.system, params, images, masks)
+        false = verify(config.system, params, images, soft)
         hard = (soft > config.system.threshold).astype(jnp.float32)
         return {
-            "overlap": system_one.overlap(masks, hard).mean(),
+            "overlap": overlap(masks, hard).mean(),
             "squared_error": jnp.mean((soft - masks) ** 2),
             "discrimination": (true - false).mean(),
         }
@@ -191,19 +197,15 @@ def page(run: Finished[Config, Summary]) -> Page:
     last = next((line for line in reversed(lines) if "evaluation/overlap" in line), {})
     which = "a task that is not trained on" if summary.held_out else "the tasks that are trained on"
 
-    def series(name: str, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        found = [(line["step"], factor * line[name]) for line in lines if name in line]
-        return np.array([x for x, _ in found]), np.array([y for _, y in found])
-
     names = {"training, within a task": "overlap", which: "evaluation/overlap"}
     training = [
         curves(
-            {name: series(key, 100.0) for name, key in names.items()},
+            {name: series(lines, key, 100) for name, key in names.items()},
             xlabel="tasks seen", ylabel="Dice of the generator (%)",
             caption="Dice of the generated masks: in the inner loops, and of the averages.",
         ),
         curves(
-            {name: series(name) for name in ("generator", "verifier")}, xlabel="tasks seen", ylabel="loss",
+            {name: series(lines, name) for name in ("generator", "verifier")}, xlabel="tasks seen", ylabel="loss",
             caption="Losses of both networks in the inner loops. The verifier's cannot reach 0: its targets are "
             "overlaps.",
         ),
@@ -220,7 +222,7 @@ def page(run: Finished[Config, Summary]) -> Page:
             ("Parameters", f"{sum(summary.parameters.values()):,}", "of both networks"),
         ],
         [
-            *failed_sections(summary.failed),
+            *trouble_sections(run.outputs, (), summary.failed),
             Section("Training", training),
             Section("What the generator makes of " + which, [example_figure(run.outputs / "examples.npz")]),
             Section("How to read this", [Text([

@@ -13,6 +13,7 @@ from jaxmed.arrays.types import Params
 from jaxmed.config import Seed, checked, from_record, to_record
 from jaxmed.data.cuts import Cuts, cut_scan, cut_truth, write_result
 from jaxmed.data.scans import ANY_KIND, find_scans, partner_of
+from jaxmed.data.tasks import TaskData, read_manifest
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, write_json
 from jaxmed.io.numpy_files import write_npz
@@ -22,12 +23,11 @@ from jaxmed.metrics.imaging import dice
 from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.report.figures import curves
-from jaxmed.report.masks import Panel, mask_panels
+from jaxmed.report.masks import Panel, mask_panels, plane
 from jaxmed.report.page import Block, Figure, Note, Section, Table, Text
 from jaxmed.rl.search import require_mctx
 from jaxmed.systems.selfplay import inputs
-from jaxmed.systems.selfplay.data import DataConfig, read_manifest
-from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_policy, load_system_one, plane
+from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_policy, load_system_one
 from jaxmed.systems.selfplay.thinking import (
     LAPTOP,
     PAPER,
@@ -112,7 +112,7 @@ class Config:
     budget: Budget = Budget()
     think: ThinkConfig = ThinkConfig()
     policy_weights: Path | None = None
-    data: DataConfig = DataConfig()
+    data: TaskData = TaskData()
     fill: float | None = None
     seed: Seed = 0
 
@@ -135,7 +135,7 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """A few steps, in seconds: your images or puzzles, your System I or a tiny one made on the spot."""
-    return Config(budget=Budget(steps=1024), think=SMOKE, data=DataConfig(synthetic=24))
+    return Config(budget=Budget(steps=1024), think=SMOKE, data=TaskData(synthetic=24))
 
 
 class Job(NamedTuple):
@@ -250,14 +250,14 @@ def make_inputs(config: Config, folder: RunFolder) -> Config:
     """Adapt a tiny System I to a novel family of puzzles where none is given, and think about them without files."""
     if config.input is not None:
         list_jobs(config)  # a mistake there costs no training
-    made, weights = inputs.make_inputs(inputs.Inputs(config.data, None, config.weights), 0, folder), config.weights
+    made, weights = inputs.make_inputs(config.data, None, config.weights, 0, folder), config.weights
     if weights is None:
         why = f"Adapting it to '{TASK}' by {SHOTS} labelled images."
-        changes = made._asdict() | {"seed": config.seed}
+        changes = made | {"seed": config.seed}
         weights = nested_run(folder, "selfplay adapt", changes, begin(folder), why).path
     if config.input is not None:
         return dataclasses.replace(config, weights=weights)
-    records = read_manifest(made.data, config.seed)
+    records = read_manifest(made["data"], config.seed)
     chosen = [row for row in records if row.split == "test" and row.task == TASK][:SYNTHETIC_FILES]
     places = {"images": folder.path / "inputs" / "test", "masks": folder.path / "inputs" / "test_masks"}
     for row in chosen:

@@ -9,21 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import Seed, checked
+from jaxmed.data.augment import AS_THEY_ARE
 from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.tasks import TaskData, read_splits
+from jaxmed.recipes.map_files import write_failed
+from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Figure, Section, Table, Text
-from jaxmed.systems.selfplay.data import DataConfig
-from jaxmed.systems.selfplay.inputs import (
-    SNAPSHOT,
-    failed_sections,
-    load_for,
-    read_snapshots,
-    read_splits,
-    with_inputs,
-    write_failed,
-    write_policy,
-)
+from jaxmed.rl.policies import make_policy
+from jaxmed.systems.selfplay.inputs import SNAPSHOT, load_for, read_snapshots, with_inputs, write_policy
 from jaxmed.systems.selfplay.policy_training import (
     PolicyState,
     VisitConfig,
@@ -33,9 +28,9 @@ from jaxmed.systems.selfplay.policy_training import (
     policy_step,
     visits,
 )
-from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, AdaptConfig
-from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, SMOKE, ThinkConfig, player_of
-from jaxmed.train.log import read_metrics
+from jaxmed.systems.selfplay.system_one import AdaptConfig
+from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, SMOKE, ThinkConfig
+from jaxmed.train.log import read_metrics, series
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.run_folder import RunFolder
@@ -59,7 +54,7 @@ class Config:
         seed: Seed of the policy, of visits and of players.
     """
 
-    data: DataConfig = DataConfig()
+    data: TaskData = TaskData()
     series: str = ""
     weights: Path | None = None
     preprocess: Preprocess | None = None
@@ -93,7 +88,7 @@ def laptop() -> Config:
 def smoke() -> Config:
     """Tiny networks and a few visits, in seconds: your images, or puzzles."""
     return Config(
-        data=DataConfig(synthetic=24),
+        data=TaskData(synthetic=24),
         adapt=AdaptConfig(steps=4, rate=1e-3),
         visit=VisitConfig(shots=4, images=4, iterations=2),
         think=SMOKE,
@@ -129,13 +124,15 @@ def run(config: Config, folder: RunFolder) -> int:
     clock = Clock()
     config = with_inputs(config, folder)
     trained, preprocess = load_for(config.weights, config.preprocess)
-    cases, failed = read_splits(config, preprocess, ("train",), ("validation",))
+    cases, failed = read_splits(
+        config.data, preprocess, ("train",), ("validation",), config.seed, config.series, config.fill
+    )
     training, held_out = cases["train"], cases.get("validation", cases["train"])
     log = begin(folder, tensorboard=config.loop.tensorboard)
     log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
     clock.lap("read and cut")
     first_key, root = jax.random.split(jax.random.key(config.seed))
-    params = player_of(config.think, preprocess.size).init(first_key)
+    params = make_policy(config.think.policy, config.think.play.game, preprocess.size).init(first_key)
     eval_cases = make_eval_cases(config.seed, config.visit, config.adapt, trained.system, held_out)
 
     def evaluate(state: PolicyState) -> dict[str, float]:
@@ -214,7 +211,7 @@ def page(run: Finished[Config, Summary]) -> Page:
             ("Parameters", f"{summary.parameters:,}", "of the policy"),
         ],
         [
-            *failed_sections(summary.failed),
+            *trouble_sections(run.outputs, (), summary.failed),
             Section("Learning to think", [
                 _gains(lines, fresh, "score_gain", "the verifier's score", 1.0),
                 _gains(lines, fresh, "overlap_gain", "Dice, in points", 100.0),
@@ -237,11 +234,7 @@ def page(run: Finished[Config, Summary]) -> Page:
 
 
 def _gains(lines: list[dict[str, float]], fresh: dict[str, float], name: str, what: str, factor: float) -> Figure:
-    def series(key: str) -> tuple[np.ndarray, np.ndarray]:
-        found = [(line["step"], factor * line[key]) for line in lines if key in line]
-        return np.array([x for x, _ in found]), np.array([y for _, y in found])
-
-    visits, evaluated = series(name), series(f"evaluation/{name}")
+    visits, evaluated = series(lines, name, factor), series(lines, f"evaluation/{name}", factor)
     ends = np.array([min(visits[0].min(), 1.0), max(visits[0].max(), evaluated[0].max())])
     untaught = ends, np.full(2, factor * fresh[name])
     return curves(

@@ -2,14 +2,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.models.mask_generator import GeneratorConfig
-from jaxmed.systems.selfplay.supervised import fit_supervised
-from jaxmed.systems.selfplay.system_one import AS_THEY_ARE, make_variants
+from jaxmed.data.augment import AS_THEY_ARE, make_variants
 
 TURNED = dataclasses.replace(
     AS_THEY_ARE, affine_probability=1.0, rotation=30.0, shear=0.1, scale=(0.9, 1.1), stretch=1.0
@@ -64,23 +61,3 @@ def test_noise_is_on_images_alone_and_of_the_size_asked_for(key, bars):
     assert abs(float(images.std()) - 0.1) < 0.002 and abs(float(images.mean()) - 0.5) < 0.002
     assert float(images.min()) >= 0 and float(images.max()) <= 1
     np.testing.assert_array_equal(masks, 1.0)
-
-
-def test_a_supervised_network_sees_the_last_images_in_variants_of_their_own(bars):
-    images, masks = np.asarray(bars[0]), np.asarray(bars[1]) > 0.5
-    loud = noisy(0.5)
-    settings = {"steps": 3, "batch_size": 4}
-    small = GeneratorConfig("plain", widths=(4, 4, 4))
-
-    def trained(**more):
-        return jax.tree.leaves(fit_supervised(0, small, images, masks, **settings, **more))
-
-    def same(first, second):
-        return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-
-    plain, varied = trained(), trained(variants=loud)
-    assert not same(plain, varied)
-    assert same(plain, trained(variants=loud, few=len(images)))
-    assert same(varied, trained(few=len(images), variants_of_few=loud))
-    half = trained(few=len(images) // 2, variants_of_few=loud)
-    assert not same(half, plain) and not same(half, varied)

@@ -1,4 +1,8 @@
-"""What System I learns from and is tested on: cases of familiar and novel tasks, listed in a manifest, in memory."""
+"""Few-shot segmentation: images with masks of familiar and of new tasks, listed in a manifest, read into memory, drawn.
+
+NumPy on the host. A task is what masks show, such as one organ; a case is an image with its mask. Familiar tasks have
+the splits train and validation, new ones support (the few labelled images, or shots) and test.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Shaped
+from jaxtyping import Bool, Float32, Int, Int32, Shaped
 
+from jaxmed.arrays.batches import evenly
 from jaxmed.config import Count, Length, Number, Share, Whole, checked
 from jaxmed.data.cohort import groups_of, stated_splits
 from jaxmed.data.cuts import load_images, mask_images, name_item
@@ -20,7 +25,6 @@ from jaxmed.data.windows import cut_window, middle_of, place
 from jaxmed.errors import InputError
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import read_table, resolve_path
-from jaxmed.synthesis.phantoms.write_puzzles import Counts, write_puzzle_cohort
 
 # What a manifest calls the kinds of intensities.
 INTENSITIES: dict[str, Kind] = {"unit": "unit", "ct": "window", "percentile": "percentile"}
@@ -30,7 +34,7 @@ ITEM = "{item}"
 
 @dataclasses.dataclass(frozen=True)
 @checked
-class DataConfig:
+class TaskData:
     """Which cases there are.
 
     Attributes:
@@ -59,13 +63,8 @@ class DataConfig:
     synthetic: Number = 0
 
     def __post_init__(self) -> None:
-        if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
+        if abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(f"fractions: expected three shares that sum to 1, found {self.fractions}")
-        if self.min_voxels < 1:
-            raise ValueError(f"min_voxels: expected 1 or more, found {self.min_voxels}")
-        for name in ("max_items", "shift", "synthetic"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
 
 
 class Record(NamedTuple):
@@ -79,7 +78,6 @@ class Record(NamedTuple):
         split: One of SPLITS.
         intensity: How values become [0, 1]; None as the preprocessing says.
         value: Which label of the mask counts; None for all.
-        row: Its number, from 0.
     """
 
     path: Path
@@ -89,21 +87,6 @@ class Record(NamedTuple):
     split: str
     intensity: Kind | None
     value: int | None
-    row: int
-
-
-class Failure(NamedTuple):
-    """A record that could not be used.
-
-    Attributes:
-        path: The image.
-        subject: Whose it is.
-        reason: The error in one line.
-    """
-
-    path: str
-    subject: str
-    reason: str
 
 
 class Cases(NamedTuple):
@@ -134,36 +117,21 @@ class Cases(NamedTuple):
         images, masks, tasks = (array[rows] for array in (self.images, self.masks, self.tasks))
         return self._replace(images=images, masks=masks, tasks=tasks, subjects=subjects, names=names)
 
+    def spread(self, count: int) -> "Cases":
+        """Return at most so many cases, evenly over all."""
+        return self.select(evenly(count, len(self.images)))
 
-class _Case(NamedTuple):
-    image: Float32[np.ndarray, "..."]
-    mask: Bool[np.ndarray, "..."]
-    subject: str
-    name: str
-
-
-def write_synthetic(config: DataConfig, preprocess: Preprocess, seed: int, folder: Path) -> DataConfig:
-    """Write the puzzles of a run as files, and return the settings that read them.
-
-    Args:
-        config: With `synthetic` above 0.
-        preprocess: Of whose size they are.
-        seed: Of the puzzles.
-        folder: Gets the files; what is there already stays.
-    """
-    half = max(config.synthetic // 2, 1)
-    counts = Counts(train=config.synthetic, validation=half, support=min(half, 16), test=half)
-    manifest = write_puzzle_cohort(folder, seed, counts, preprocess.size)
-    # Small images hold small shapes; each is one to be found.
-    return dataclasses.replace(config, manifest=manifest, synthetic=0, min_voxels=1)
+    def draw_task(self, generator: np.random.Generator) -> Int[np.ndarray, " case"]:
+        """Return the numbers of the cases of a task that is drawn."""
+        return np.flatnonzero(self.tasks == generator.integers(len(self.task_names)))
 
 
-def read_manifest(config: DataConfig, seed: int) -> tuple[Record, ...]:
+def read_manifest(config: TaskData, seed: int) -> tuple[Record, ...]:
     """Read and check the rows of a manifest; files are not opened.
 
     Args:
         config: Table and columns.
-        seed: Of the draw of subjects where there is no column split.
+        seed: Seed of the draw of subjects where there is no column split.
 
     Raises:
         InputError: A column or a cell is missing or wrong, or the same subject stands in two splits.
@@ -174,50 +142,74 @@ def read_manifest(config: DataConfig, seed: int) -> tuple[Record, ...]:
     table = read_table(config.manifest, required=required, optional=("split", "intensity", "value"))
     splits = stated_splits(table, SPLITS) or split_subjects(groups_of(table), config.fractions, seed)
     records = []
-    for number, (row, line, split) in enumerate(zip(table.rows, table.lines, splits, strict=True)):
+    for row, line, split in zip(table.rows, table.lines, splits, strict=True):
         intensity, value = row.get("intensity", ""), row.get("value", "")
         if intensity and intensity not in INTENSITIES:
             raise table.wrong(line, f"one of {', '.join(INTENSITIES)} under 'intensity'", f"'{intensity}'")
         if value and not value.isdecimal():
             raise table.wrong(line, "the number of a label under 'value'", f"'{value}'")
         path, mask = (resolve_path(row[column], table.path.parent) for column in ("path", config.mask))
-        records.append(
-            Record(
-                path,
-                mask,
-                row["task"],
-                row["subject"],
-                split,
-                INTENSITIES.get(intensity),
-                int(value) if value else None,
-                number,
-            )
-        )
+        kind, label = INTENSITIES.get(intensity), int(value) if value else None
+        records.append(Record(path, mask, row["task"], row["subject"], split, kind, label))
     return tuple(records)
 
 
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def read_splits(
+    config: TaskData,
+    preprocess: Preprocess,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    seed: int = 0,
+    series: str = "",
+    fill: float | None = None,
+) -> tuple[dict[str, Cases], tuple[dict[str, str], ...]]:
+    """Read the cases of some splits; see `read_cases`.
+
+    Args:
+        config: Table and choices.
+        preprocess: How files become images.
+        required: Splits that the manifest has to have.
+        optional: Splits that are left out where it has not.
+        seed: Seed of shifts, and of the draw of subjects where there is no column split.
+        series: Which DICOM series is meant where a folder holds several.
+        fill: Value of voxels that have none; None refuses them.
+
+    Returns:
+        The cases by split; path, id (subject) and reason of the records that could not be used.
+    """
+    known = {record.split for record in read_manifest(config, seed)}
+    splits = (*required, *(name for name in optional if name in known))
+    found = {split: read_cases(config, preprocess, split, seed, series, fill) for split in splits}
+    return {split: cases for split, (cases, _) in found.items()}, tuple(
+        f for _, failed in found.values() for f in failed
+    )
+
+
 def read_cases(
-    config: DataConfig,
+    config: TaskData,
     preprocess: Preprocess,
     split: str,
     seed: int = 0,
-    threads: int = 2,
     series: str = "",
     fill: float | None = None,
-) -> tuple[Cases, tuple[Failure, ...]]:
+    threads: int = 2,
+) -> tuple[Cases, tuple[dict[str, str], ...]]:
     """Read every file of a split and cut its cases, each about the middle of its mask.
 
     Args:
         config: Table and choices.
         preprocess: Size, axis, voxel size and scale.
         split: One of SPLITS.
-        seed: Of shifts, and of the draw of subjects where there is no column split.
-        threads: That read.
+        seed: Seed of shifts, and of the draw of subjects where there is no column split.
         series: Which DICOM series is meant where a folder holds several.
         fill: Value of voxels that have none; None refuses them.
+        threads: Threads that read.
 
     Returns:
-        The cases, and the records that could not be used.
+        The cases; path, id (subject) and reason of the records that could not be used.
 
     Raises:
         InputError: The manifest is wrong, the split is empty, or none of its records can be used.
@@ -225,34 +217,47 @@ def read_cases(
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, found '{split}'")
     everything = read_manifest(config, seed)
-    records = [record for record in everything if record.split == split]
-    if not records:
+    numbered = [(row, record) for row, record in enumerate(everything) if record.split == split]
+    if not numbered:
         found = f"only {', '.join(name for name in SPLITS if any(record.split == name for record in everything))}"
         raise InputError(config.manifest, f"rows with split '{split}'", found)
 
-    def read(record: Record) -> list[_Case]:
-        return _cut_record(record, config, preprocess, seed, series, fill)
+    def read(numbered: tuple[int, Record]) -> list[_Case]:
+        row, record = numbered
+        return _cut_record(record, config, preprocess, record_seed(seed, 0, row), series, fill)
 
-    found = try_each(read, records, threads)
-    failures = tuple(
-        Failure(str(record.path), record.subject, str(outcome))
-        for record, outcome in zip(records, found, strict=True) if isinstance(outcome, InputError)
-    )  # fmt: skip
-    if len(failures) == len(records):
-        if len(failures) == 1:
-            raise next(outcome for outcome in found if isinstance(outcome, InputError))
-        told = "; ".join(failure.reason for failure in failures[:3]) + ("; ..." if len(failures) > 3 else "")
-        raise InputError(config.manifest, f"files of split '{split}' that can be used", f"all broken: {told}")
-    by_task: dict[str, list[_Case]] = {}
-    for record, outcome in zip(records, found, strict=True):
-        if not isinstance(outcome, InputError):
+    failures, by_task = [], {}
+    for (_, record), outcome in zip(numbered, try_each(read, numbered, threads), strict=True):
+        if isinstance(outcome, InputError):
+            failures.append({"path": str(record.path), "id": record.subject, "reason": str(outcome)})
+            if len(numbered) == 1:
+                raise outcome
+        else:
             by_task.setdefault(record.task, []).extend(outcome)
-    cases = _gather({task: _thin(cases, config.max_items) for task, cases in by_task.items()})
-    return cases._replace(spacing=preprocess.spacing[0] if preprocess.spacing else None), failures
+    if not by_task:
+        told = "; ".join(failure["reason"] for failure in failures[:3]) + ("; ..." if len(failures) > 3 else "")
+        raise InputError(config.manifest, f"files of split '{split}' that can be used", f"all broken: {told}")
+    kept = [_thin(cases, config.max_items) for cases in by_task.values()]
+    images, masks, subjects, names = zip(*(case for listed in kept for case in listed), strict=True)
+    tasks = np.repeat(np.arange(len(kept), dtype=np.int32), [len(listed) for listed in kept])
+    spacing = preprocess.spacing[0] if preprocess.spacing else None
+    return Cases(np.stack(images), np.stack(masks), tasks, tuple(by_task), subjects, names, spacing), tuple(failures)
+
+
+class _Case(NamedTuple):
+    image: Float32[np.ndarray, "..."]
+    mask: Bool[np.ndarray, "..."]
+    subject: str
+    name: str
 
 
 def _cut_record(
-    record: Record, config: DataConfig, preprocess: Preprocess, seed: int, series: str, fill: float | None
+    record: Record,
+    config: TaskData,
+    preprocess: Preprocess,
+    generator: np.random.Generator,
+    series: str,
+    fill: float | None,
 ) -> list[_Case]:
     """Return the cases of one file: its slices or items with enough of the mask."""
     if record.intensity is not None:
@@ -260,7 +265,6 @@ def _cut_record(
         preprocess = dataclasses.replace(preprocess, intensity=intensity)
     loaded = load_images(ScanFiles(record.path, series), preprocess, fill)
     masks = mask_images(record.mask, loaded, preprocess, record.value)
-    generator = record_seed(seed, 0, record.row)
     cases = []
     largest = 0
     for item, (image, mask) in enumerate(zip(loaded.images, masks, strict=True)):
@@ -290,14 +294,62 @@ def _thin(cases: list[_Case], count: int) -> list[_Case]:
     return [cases[int(index)] for index in (np.arange(count) + 0.5) * len(cases) / count]
 
 
-def _gather(by_task: dict[str, list[_Case]]) -> Cases:
-    cases = [case for listed in by_task.values() for case in listed]
-    numbers = [number for number, listed in enumerate(by_task.values()) for _ in listed]
-    return Cases(
-        images=np.stack([case.image for case in cases]),
-        masks=np.stack([case.mask for case in cases]),
-        tasks=np.array(numbers, np.int32),
-        task_names=tuple(by_task),
-        subjects=tuple(case.subject for case in cases),
-        names=tuple(case.name for case in cases),
+# Drawing -------------------------------------------------------------------------------------------------------------
+
+
+def choose_task(cases: Cases, name: str) -> tuple[Cases, str]:
+    """Return the cases of one task, and its name.
+
+    Raises:
+        InputError: There is no such task, or there are several and none is named.
+    """
+    known = ", ".join(f"'{task}'" for task in cases.task_names)
+    if not name and len(cases.task_names) > 1:
+        raise InputError("task", f"one of {known}", "none", "set --task")
+    name = name or next(iter(cases.task_names))
+    if name not in cases.task_names:
+        raise InputError("task", f"one of {known}", f"'{name}'")
+    return cases.select(np.flatnonzero(cases.tasks == cases.task_names.index(name))), name
+
+
+def draw_shots(cases: Cases, count: int, seed: int) -> Cases:
+    """Draw some labelled images; all where `count` is 0.
+
+    Raises:
+        InputError: There are not as many.
+    """
+    if count == 0:
+        return cases
+    if count > len(cases.images):
+        raise InputError("shots", f"at most the {len(cases.images)} labelled images that there are", count)
+    return cases.select(np.sort(np.random.default_rng(seed).choice(len(cases.images), count, replace=False)))
+
+
+def draw_episode(
+    cases: Cases, of_task: Int[np.ndarray, " case"], shots: int, images: int, generator: np.random.Generator
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Draw labelled images of a task from one half of its subjects, and images to be segmented from the other half.
+
+    Args:
+        cases: Cases of all tasks.
+        of_task: Numbers of the cases of the task; its subjects are halved, the cases of a single subject are.
+        shots: Labelled images.
+        images: The others.
+        generator: Random numbers of the draws.
+
+    Returns:
+        "shot" and "shot_mask" [shots *size], "image" and "mask" [images *size].
+    """
+    subjects = np.array([cases.subjects[case] for case in of_task])
+    owners = subjects if len(np.unique(subjects)) > 1 else np.arange(len(of_task))
+    order = generator.permutation(np.unique(owners))
+    is_labelled = np.isin(owners, order[: max(len(order) // 2, 1)])
+    pools = of_task[is_labelled], of_task[~is_labelled] if len(order) > 1 else of_task
+    first, second = (
+        generator.choice(pool, count, replace=len(pool) < count)
+        for pool, count in zip(pools, (shots, images), strict=True)
     )
+    return {
+        "shot": cases.images[first], "shot_mask": cases.masks[first],
+        "image": cases.images[second], "mask": cases.masks[second],
+    }  # fmt: skip

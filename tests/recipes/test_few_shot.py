@@ -1,5 +1,6 @@
-"""MAML, a baseline of self-play: its gradient in closed form on quadratics, and what a start is worth on a new task."""
+"""Baselines by labels alone: variants, MAML's gradient in closed form on quadratics, and what its start is worth."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -7,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.data.augment import AS_THEY_ARE
+from jaxmed.data.tasks import Cases
 from jaxmed.models.mask_generator import GeneratorConfig, make_generator
-from jaxmed.synthesis.phantoms.puzzles import NOVEL_FAMILIES, TRAIN_FAMILIES, make_puzzle
-from jaxmed.systems.selfplay.data import Cases
-from jaxmed.systems.selfplay.supervised import (
+from jaxmed.recipes.few_shot import (
     MamlConfig,
     adapt_maml,
     fit_maml,
+    fit_supervised,
     maml_loss,
     mask_loss,
     take_inner_steps,
 )
+from jaxmed.synthesis.phantoms.puzzles import NOVEL_FAMILIES, TRAIN_FAMILIES, make_puzzle
 
 NETWORK = GeneratorConfig("plain", widths=(8, 8))
 CONFIG = MamlConfig(steps=60, inner_steps=2, inner_rate=0.5, rate=1e-2, queries=6)
@@ -54,12 +57,11 @@ def test_a_learnt_start_adapts_to_a_new_family_better_than_a_random_one():
     names = tuple(str(number) for number in range(len(images)))
     cases = Cases(images, masks, families, tuple(map(str, TRAIN_FAMILIES)), names, names)
     learnt = fit_maml(0, NETWORK, CONFIG, cases, shots=4)
-    drawn = {"generator": make_generator(NETWORK).init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))}
+    drawn = make_generator(NETWORK).init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
     new, truth = puzzles(1, [NOVEL_FAMILIES[0]] * 24)
     test = jnp.asarray(new[4:]), jnp.asarray(truth[4:], jnp.float32)
     after = [
-        mask_loss(NETWORK, adapt_maml(NETWORK, CONFIG, start, new[:4], truth[:4])["generator"], test)
-        for start in (learnt, drawn)
+        mask_loss(NETWORK, adapt_maml(NETWORK, CONFIG, start, new[:4], truth[:4]), test) for start in (learnt, drawn)
     ]
     assert float(after[0]) < 0.8 * float(after[1])
     again = fit_maml(0, NETWORK, CONFIG, cases, shots=4)
@@ -72,3 +74,25 @@ def test_a_learnt_start_adapts_to_a_new_family_better_than_a_random_one():
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*: expected"):
         MamlConfig(**wrong)
+
+
+def test_a_supervised_network_sees_the_last_images_in_variants_of_their_own():
+    masks = np.zeros((6, 16, 16), bool)
+    masks[:, 4:12, 6:9] = True
+    images = (0.8 * masks).astype(np.float32)
+    loud = dataclasses.replace(AS_THEY_ARE, noise_probability=1.0, noise_sigma=(0.5, 0.5))
+    settings = {"steps": 3, "batch_size": 4}
+    small = GeneratorConfig("plain", widths=(4, 4, 4))
+
+    def trained(**more):
+        return jax.tree.leaves(fit_supervised(0, small, images, masks, **settings, **more))
+
+    def same(first, second):
+        return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+    plain, varied = trained(), trained(variants=loud)
+    assert not same(plain, varied)
+    assert same(plain, trained(variants=loud, few=len(images)))
+    assert same(varied, trained(few=len(images), variants_of_few=loud))
+    half = trained(few=len(images) // 2, variants_of_few=loud)
+    assert not same(half, plain) and not same(half, varied)

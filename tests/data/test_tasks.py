@@ -14,12 +14,13 @@ from jaxmed.arrays.grid import reorient
 from jaxmed.data.cuts import cut_scan, cut_truth, write_result
 from jaxmed.data.intensity import Intensity
 from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.tasks import TaskData, read_cases, read_manifest
 from jaxmed.data.windows import middle_of, place
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
 from jaxmed.io.tables import write_table
-from jaxmed.systems.selfplay.data import DataConfig, read_cases, read_manifest, write_synthetic
+from jaxmed.recipes.few_shot import write_synthetic
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
@@ -54,7 +55,7 @@ def save(path, array):
 
 def manifest(folder, *rows, columns=COLUMNS):
     write_table(folder / "cases.csv", columns, [dict(zip(columns, row, strict=True)) for row in rows])
-    return DataConfig(folder / "cases.csv", min_voxels=4)
+    return TaskData(folder / "cases.csv", min_voxels=4)
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_a_value_chooses_one_label_of_a_map(tmp_path):
     cases, failures = read_cases(manifest(tmp_path, *rows, columns=columns), SMALL, "train")
     assert cases.task_names == ("t5", "t") and np.bincount(cases.tasks).tolist() == [3, 3]
     assert cases.masks[0].sum() == 16 and not cases.masks[0, :, 4:].all()
-    assert len(failures) == 1 and "expected the label 3, found the labels 0, 2, 5" in failures[0].reason
+    assert len(failures) == 1 and "expected the label 3, found the labels 0, 2, 5" in failures[0]["reason"]
 
 
 def test_cases_of_a_task_are_thinned_evenly(stack):
@@ -315,11 +316,11 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path):
     }
     rows = [(*good, "t", "good", "train"), *((path, mask, "t", path, "train") for path, (mask, _) in wrong.items())]
     cases, failures = read_cases(manifest(tmp_path, *rows), SMALL, "train")
-    assert set(cases.subjects) == {"good"} and [failure.subject for failure in failures] == list(wrong)
+    assert set(cases.subjects) == {"good"} and [failure["id"] for failure in failures] == list(wrong)
     for failure, (_, reason) in zip(failures, wrong.values(), strict=True):
-        assert len(failure.reason.splitlines()) == 1
+        assert len(failure["reason"].splitlines()) == 1
         with pytest.raises(ValueError, match=reason):
-            raise ValueError(failure.reason)
+            raise ValueError(failure["reason"])
 
 
 @pytest.mark.parametrize(
@@ -392,8 +393,8 @@ def test_pictures_of_colour_and_images_as_masks_are_refused(tmp_path):
     ("kind", "field", "value"),
     [
         (Preprocess, "size", (8,)), (Preprocess, "spacing", (0.0,)), (Intensity, "window", (1.0, 1.0)),
-        (Intensity, "percentiles", (1.0, 101.0)), (DataConfig, "fractions", (0.5, 0.2, 0.2)),
-        (DataConfig, "min_voxels", 0), (DataConfig, "shift", -1),
+        (Intensity, "percentiles", (1.0, 101.0)), (TaskData, "fractions", (0.5, 0.2, 0.2)),
+        (TaskData, "min_voxels", 0), (TaskData, "shift", -1),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_named(kind, field, value):
@@ -402,7 +403,7 @@ def test_impossible_settings_are_named(kind, field, value):
 
 
 def test_synthetic_puzzles_take_the_road_of_files(tmp_path):
-    config = write_synthetic(DataConfig(synthetic=4), Preprocess((16, 16)), 0, tmp_path)
+    config = write_synthetic(TaskData(synthetic=4), Preprocess((16, 16)), 0, tmp_path)
     train, failures = read_cases(config, Preprocess((16, 16)), "train")
     assert failures == () and train.images.shape == (20, 16, 16) and np.bincount(train.tasks).tolist() == [4] * 5
     support, test = (read_cases(config, Preprocess((16, 16)), split)[0] for split in ("support", "test"))
@@ -444,7 +445,7 @@ def prepare(monkeypatch, *arguments):
 def test_digits_become_tasks_with_the_noise_of_the_reference(shared_data, tmp_path, monkeypatch):
     archive = shared_data / "mnist_digits" / "mnist_t10k_first6600.npz"
     prepare(monkeypatch, "digits", archive, tmp_path, "--train", 20, "--validation", 8, "--support", 16, "--test", 12)
-    config, frame = DataConfig(tmp_path / "manifest.csv"), Preprocess((32, 32))
+    config, frame = TaskData(tmp_path / "manifest.csv"), Preprocess((32, 32))
     found = {split: read_cases(config, frame, split)[0] for split in ("train", "validation", "support", "test")}
     assert found["train"].task_names == tuple(f"digit{n}" for n in range(5))
     assert found["validation"].task_names == ("digit5",)
@@ -467,7 +468,7 @@ def test_organs_and_lesions_become_manifests_without_shared_subjects(shared_data
     folders["chest"] = "chest_ct_heart"
     given = [part for name, folder in folders.items() for part in (f"--{name}", shared_data / folder)]
     prepare(monkeypatch, "lesions", tmp_path, *given)
-    records = read_manifest(DataConfig(tmp_path / "manifest.csv"), 0)
+    records = read_manifest(TaskData(tmp_path / "manifest.csv"), 0)
     tasks = {
         split: {r.task for r in records if r.split == split} for split in ("train", "validation", "support", "test")
     }
@@ -477,7 +478,7 @@ def test_organs_and_lesions_become_manifests_without_shared_subjects(shared_data
     tested = [
         r.subject
         for path in sorted(tmp_path.glob("leave_out_*.csv"))
-        for r in read_manifest(DataConfig(path), 0) if r.split == "test"
+        for r in read_manifest(TaskData(path), 0) if r.split == "test"
     ]  # fmt: skip
     assert len(tested) == len(set(tested)) == 7 and {r.subject for r in records if r.task == "lesion"} == set(tested)
 

@@ -1,0 +1,230 @@
+"""Few-shot segmentation by labels alone, and what its stages share: synthetic tasks, and pictures of masks.
+
+A network is trained from scratch on the labels there are, or by MAML: from parameters that a few steps on the few
+labels of any familiar task turn into a good network for it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from jaxmed.arrays.types import Params
+from jaxmed.config import Length, Positive, Size, checked
+from jaxmed.data.augment import AS_THEY_ARE, AugmentConfig, make_variants
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.tasks import Cases, TaskData
+from jaxmed.io.numpy_files import write_npz
+from jaxmed.metrics.imaging import dice
+from jaxmed.models.mask_generator import GeneratorConfig, make_generator
+from jaxmed.recipes.stage import begin
+from jaxmed.report.masks import Panel, mask_panels, plane
+from jaxmed.report.page import Figure
+from jaxmed.synthesis.phantoms.write_puzzles import Counts, write_puzzle_cohort
+from jaxmed.train.run_folder import RunFolder
+
+Loss: TypeAlias = Callable[[Params, Any], Array]
+"""(parameters, batch) -> loss."""
+SHOWN = 8
+
+
+def mask_loss(config: GeneratorConfig, params: Params, batch: tuple[Array, Array]) -> Array:
+    """Return the cross-entropy of the masks of a batch, (images, masks as 0 and 1)."""
+    images, masks = batch
+    logits = make_generator(config).apply(params, images[..., None])
+    return optax.sigmoid_binary_cross_entropy(logits, masks).mean()
+
+
+def fit_supervised(
+    seed: int,
+    config: GeneratorConfig,
+    images: Float[np.ndarray, "case *space"],
+    masks: Bool[np.ndarray, "case *space"],
+    *,
+    steps: int,
+    batch_size: int = 16,
+    rate: float = 1e-3,
+    variants: AugmentConfig = AS_THEY_ARE,
+    few: int = 0,
+    variants_of_few: AugmentConfig = AS_THEY_ARE,
+) -> Params:
+    """Train a network from scratch on labelled images.
+
+    Args:
+        seed: Seed of the parameters and batches.
+        config: Sizes.
+        images: In [0, 1].
+        masks: Their masks.
+        steps: Steps of Adam, its rate falling to 0 by half a cosine.
+        batch_size: Images of a step, drawn with replacement.
+        rate: Learning rate at the start.
+        variants: Variants of the images, fresh in every step.
+        few: Last images, which have variants of their own.
+        variants_of_few: Variants of those.
+    """
+    params, opt_state, step = _begin(seed, config, images, rate, steps, partial(mask_loss, config))
+    generator, root = np.random.default_rng(seed), jax.random.fold_in(jax.random.key(seed), 1)
+    for number in range(steps):
+        chosen = generator.integers(0, len(images), min(batch_size, 2 * len(images)))
+        key, seen, truth = jax.random.fold_in(root, number), *_pair(images[chosen], masks[chosen])
+        drawn = [make_variants(key, ranges, seen, truth) for ranges in (variants, variants_of_few)]
+        is_few = (chosen >= len(images) - few).reshape(-1, *(1,) * (images.ndim - 1))
+        batch = tuple(jnp.where(is_few, theirs, usual) for usual, theirs in zip(*drawn, strict=True))
+        params, opt_state = step(params, opt_state, batch)
+    return params
+
+
+# MAML ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class MamlConfig:
+    """Model-agnostic meta-learning of a segmenting network.
+
+    Attributes:
+        steps: Tasks seen in meta-training; 0 leaves the arm out.
+        inner_steps: Gradient steps on the labelled images of a task, in training and on the new task.
+        inner_rate: Learning rate of these plain gradient steps.
+        rate: Learning rate of Adam on the start; it falls to 0 by half a cosine.
+        queries: Images of the task by which the result of the inner steps is judged.
+
+    Source: Finn et al., arXiv:1703.03400, with second derivatives.
+    """
+
+    steps: Length = 400
+    inner_steps: Size = 4
+    inner_rate: Positive = 0.1
+    rate: Positive = 1e-3
+    queries: Size = 8
+
+
+def take_inner_steps(loss: Loss, params: Params, batch: Any, rate: float, steps: int) -> Params:
+    """Return parameters after plain gradient steps on a batch; differentiable by the parameters it began with."""
+    for _ in range(steps):  # unrolled: on a CPU XLA's weight gradients of convolutions crawl inside loops
+        params = jax.tree.map(lambda leaf, slope: leaf - rate * slope, params, jax.grad(loss)(params, batch))
+    return params
+
+
+def maml_loss(loss: Loss, params: Params, support: Any, queries: Any, rate: float, steps: int) -> Array:
+    """Return the loss on a task's queries after inner steps on its support (MAML, algorithm 1)."""
+    return loss(take_inner_steps(loss, params, support, rate, steps), queries)
+
+
+def fit_maml(
+    seed: int,
+    config: GeneratorConfig,
+    maml: MamlConfig,
+    cases: Cases,
+    shots: int,
+    variants: AugmentConfig = AS_THEY_ARE,
+) -> Params:
+    """Learn a start for a network on familiar tasks.
+
+    Args:
+        seed: Seed of the parameters, tasks and images.
+        config: Sizes of the network.
+        maml: How it is learnt.
+        cases: Labelled images of the familiar tasks.
+        shots: Labelled images of a task that the inner steps see.
+        variants: Fresh variants of the images of every task.
+    """
+
+    def loss(params: Params, batch: tuple[Array, Array]) -> Array:
+        support, queries = (tuple(part[which] for part in batch) for which in (slice(shots), slice(shots, None)))
+        return maml_loss(partial(mask_loss, config), params, support, queries, maml.inner_rate, maml.inner_steps)
+
+    params, opt_state, step = _begin(seed, config, cases.images, maml.rate, max(maml.steps, 1), loss)
+    generator, root = np.random.default_rng((seed, 13)), jax.random.fold_in(jax.random.key(seed), 2)
+    for number in range(maml.steps):
+        of_task, count = cases.draw_task(generator), shots + maml.queries
+        chosen = generator.choice(of_task, count, replace=len(of_task) < count)
+        pair = _pair(cases.images[chosen], cases.masks[chosen])
+        batch = make_variants(jax.random.fold_in(root, number), variants, *pair)
+        params, opt_state = step(params, opt_state, batch)
+    return params
+
+
+def adapt_maml(
+    config: GeneratorConfig,
+    maml: MamlConfig,
+    params: Params,
+    images: Float[np.ndarray, "case *space"],
+    masks: Bool[np.ndarray, "case *space"],
+) -> Params:
+    """Take the inner steps on the labelled images of a new task."""
+    return _take_inner_steps(config, maml, params, _pair(images, masks))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _take_inner_steps(config: GeneratorConfig, maml: MamlConfig, params: Params, batch: tuple[Array, Array]) -> Params:
+    return take_inner_steps(partial(mask_loss, config), params, batch, maml.inner_rate, maml.inner_steps)
+
+
+def _begin(
+    seed: int, config: GeneratorConfig, images: np.ndarray, rate: float, steps: int, loss: Loss
+) -> tuple[Params, Any, Callable[..., tuple[Params, Any]]]:
+    """Return fresh parameters, the state of Adam, and the compiled step."""
+    params = make_generator(config).init(jax.random.key(seed), jnp.zeros((1, *images.shape[1:], 1)))
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    @jax.jit
+    def step(params: Params, opt_state: Any, batch: tuple[Array, Array]) -> tuple[Params, Any]:
+        update, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state)
+        return jax.tree.map(jnp.add, params, update), opt_state
+
+    return params, optimizer.init(params), step
+
+
+def _pair(images: np.ndarray, masks: np.ndarray) -> tuple[Array, Array]:
+    return jnp.asarray(images), jnp.asarray(masks, jnp.float32)
+
+
+# Synthetic tasks and pictures ----------------------------------------------------------------------------------------
+
+
+def write_puzzles(data: TaskData, preprocess: Preprocess, seed: int, folder: RunFolder) -> TaskData:
+    """Write the puzzles of a run that has no manifest, begin it, and return the settings that read them."""
+    if not data.synthetic or data.manifest is not None:
+        return data
+    begin(folder)
+    return write_synthetic(data, preprocess, seed, folder.path / "inputs" / "puzzles")
+
+
+def write_synthetic(data: TaskData, preprocess: Preprocess, seed: int, folder: Path) -> TaskData:
+    """Write puzzles of an image's size as files; what is there already stays."""
+    half = max(data.synthetic // 2, 1)
+    counts = Counts(train=data.synthetic, validation=half, support=min(half, 16), test=half)
+    manifest = write_puzzle_cohort(folder, seed, counts, preprocess.size)
+    # Small images hold small shapes; each is one to be found.
+    return dataclasses.replace(data, manifest=manifest, synthetic=0, min_voxels=1)
+
+
+def write_examples(path: Path, cases: Cases, segment: Callable[[Array], Array]) -> None:
+    """Write a few images, their masks, and what a network takes for the probability of them, for the report."""
+    some = cases.spread(SHOWN)
+    generated = np.asarray(jax.jit(segment)(jnp.asarray(some.images)))
+    write_npz(path, {"images": some.images, "masks": some.masks, "generated": generated}, is_compressed=True)
+
+
+def example_figure(path: Path) -> Figure:
+    """Show images with true and generated outlines."""
+    with np.load(path) as stored:
+        images, masks, generated = (stored[name] for name in ("images", "masks", "generated"))
+    panels = []
+    for image, mask, soft in zip(images, masks, generated, strict=True):
+        outlines = {"true": plane(mask, mask), "generated": plane(soft > 0.5, mask)}
+        panels.append(Panel(plane(image, mask), f"Dice {100 * dice(mask, soft > 0.5):.0f} %", outlines))
+    return mask_panels(
+        panels, columns=4, limits=(0.0, 1.0),
+        caption="Images with the outlines of the true mask and of the generator's; of volumes, the slice with most of "
+        "the mask.",
+        alt=f"{len(panels)} images with outlines of true and generated masks.",
+    )  # fmt: skip
