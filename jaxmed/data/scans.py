@@ -167,8 +167,7 @@ def find_records(
         raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
     if place is not None:
         scans, notes = find_scans(place, kinds, series, fill)
-        root = place if place.is_dir() and [scan.path for scan in scans] != [place] else place.parent
-        return _named([(os.path.relpath(scan.path, root), scan, {}) for scan in scans]), notes
+        return _named([(where, scan, {}) for where, scan in zip(_below(scans, place), scans, strict=True)]), notes
     assert manifest is not None
     table = read_manifest(manifest)
     rows = list(table.rows)
@@ -201,6 +200,43 @@ def partner_of(folder: Path, place: str | Path) -> Path:
     named = folder / place
     files = [named.with_name(named.name + suffix) for suffix in nifti.SUFFIXES]
     return named if named.is_file() else next((file for file in files if file.is_file()), named)
+
+
+def find_partners(scans: Sequence[ScanFiles], place: Path, other: Path | None) -> list[Path | None]:
+    """Return what belongs to each scan, such as its mask: see `partner_of`.
+
+    Args:
+        scans: What `find_scans` found.
+        place: Where it looked.
+        other: The other folder, or the one file of a single scan; None gives None for each.
+
+    Raises:
+        InputError: One has no partner.
+    """
+    if other is None:
+        return [None] * len(scans)
+    if not other.exists():
+        raise InputError(other, "a file or folder", "nothing", "check the path")
+    if not other.is_dir():
+        if len(scans) > 1:
+            raise InputError(other, f"a folder with {len(scans)} files", "one file", "give a folder")
+        return [other]
+    found: list[Path | None] = [partner_of(other, where) for where in _below(scans, place)]
+    for path in found:
+        if path is not None and not path.exists():
+            raise InputError(path, "a file for every input, by the same name", "none", "check the names")
+    return found
+
+
+def name_scans(scans: Sequence[ScanFiles], place: Path, endings: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """Return a name for the results of each scan; see `files.unique_names`."""
+    return unique_names(_below(scans, place), NAME_ENDINGS, endings, taken)
+
+
+def _below(scans: Sequence[ScanFiles], place: Path) -> list[str]:
+    """Return where scans lie below the folder in which they were found."""
+    root = place if place.is_dir() and [scan.path for scan in scans] != [place] else place.parent
+    return [os.path.relpath(scan.path, root) for scan in scans]
 
 
 def describe(scan: ScanFiles | Path) -> tuple[tuple[int, ...], str | None]:

@@ -1,7 +1,6 @@
 """Self-play think: segment images of a task by playing against oneself, for as long as one likes."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +10,23 @@ import numpy as np
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import Seed, checked, from_record, to_record
-from jaxmed.data.cuts import Cuts, cut_scan, cut_truth, write_result
-from jaxmed.data.scans import ANY_KIND, find_scans, partner_of
+from jaxmed.data.cuts import cut_scan, cut_truth, write_result
+from jaxmed.data.scans import ANY_KIND, find_partners, find_scans, name_scans
 from jaxmed.data.tasks import TaskData, read_manifest
 from jaxmed.errors import InputError
-from jaxmed.files import unique_names, write_json
-from jaxmed.io.numpy_files import write_npz
-from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
+from jaxmed.io.maps import write_sidecar
+from jaxmed.io.numpy_files import restore_npz, write_npz
+from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.imaging import dice
 from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
+from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.report.figures import curves
 from jaxmed.report.masks import Panel, mask_panels, plane
-from jaxmed.report.page import Block, Figure, Note, Section, Table, Text
+from jaxmed.report.page import Block, Note, Section, Table, Text, Tile
 from jaxmed.rl.search import require_mctx
+from jaxmed.rl.tournament import Debate
 from jaxmed.systems.selfplay import inputs
 from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_policy, load_system_one
 from jaxmed.systems.selfplay.thinking import (
@@ -35,23 +36,17 @@ from jaxmed.systems.selfplay.thinking import (
     Budget,
     Game,
     ThinkConfig,
-    Thought,
     check_game,
     debate,
     think,
 )
 from jaxmed.train.announce import announce
 from jaxmed.train.run_folder import RunFolder
-from jaxmed.versions import software_versions
 
 KEPT_STEPS = 12
 """Of the debate that the report shows."""
 SYNTHETIC_FILES = 2
 TRIES_FAILED_AGAIN = True
-PATCH_NOTE = (
-    "The patch game is played: players name patches in turn, the one whose patch shows more of the object, by System "
-    "I's mean probability, wins, and what a game has named is a mask."
-)
 ENDINGS = ("mask", "agreement", "thought")
 """Of the results of a file."""
 MOST_FILES = 6
@@ -171,21 +166,24 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class ScanSummary:
-    """What came of a file: scores are the verifier's; Dice, where the truth is known, of the answer and System I's."""
+    """What came of a file; the scores of its images are the verifier's."""
 
     name: str
     images: int
     stop: str
-    steps: int
-    seconds: float
-    first_score: float
-    score: float
     scores: tuple[float, ...]
     voxels: int
     curve: Curve
     path: str = ""
-    dice: float | None = None
-    first_dice: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Return its line of scans.csv; Dice, where the truth is known, of System I's masks and of the answer."""
+        curve = self.curve
+        row = {
+            "images": self.images, "steps": curve.steps[-1], "seconds": curve.seconds[-1], "stop": self.stop,
+            "first_score": curve.score[0], "score": curve.score[-1], "voxels": self.voxels,
+        }  # fmt: skip
+        return row | ({"first_dice": curve.dice[0], "dice": curve.dice[-1]} if curve.dice else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +215,7 @@ def run(config: Config, folder: RunFolder) -> int:
     jobs, passed = list_jobs(config)
     if len(jobs) == 1:  # a single broken file is a mistake
         cut_scan(jobs[0].scan, trained.preprocess, jobs[0].box, tiles=config.tiles, fill=config.fill)
-    notes = [*passed, *make_notes(trained, config)]
+    notes = (*passed, *make_notes(trained, config))
     log = begin(folder, notes)
     budget = f"{config.budget.seconds:g} s" if config.budget.seconds else f"{config.budget.steps:,} steps"
     announce(
@@ -232,16 +230,20 @@ def run(config: Config, folder: RunFolder) -> int:
 
     found = map_files(
         jobs, work, folder.outputs, log, "Thinking", "files",
-        lambda row: {"score": row["score"], "first_score": row["first_score"]},
+        lambda row: {"score": row["curve"]["score"][-1], "first_score": row["curve"]["score"][0]},
     )  # fmt: skip
     scans = tuple(from_record(ScanSummary, row, f"{row['name']}.json") for row in found.rows)
     for scan in scans:
         if scan.stop == "constant verifier":
             log.say(f"{scan.name}: the verifier gives every mask the same score; this is System I's answer.")
     clock.lap("think, compilation included")
-    write_scans(folder.outputs, scans)
+    rows = [
+        {"id": scan.name} | {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in scan.row().items()}
+        for scan in scans
+    ]
+    write_table(folder.outputs / "scans.csv", tuple(max(rows, key=len, default={"id": ""})), rows)
     write_failed(folder.outputs, found.failed)
-    summary = Summary(config.game, scans, len(found.failed), trained.task, tuple(notes))
+    summary = Summary(config.game, scans, len(found.failed), trained.task, notes)
     finish(folder, config, summary, clock, page)
     return 1 if found.failed else 0
 
@@ -274,33 +276,15 @@ def list_jobs(config: Config) -> tuple[list[Job], tuple[str, ...]]:
         InputError: There are none, or one has no partner.
     """
     assert config.input is not None
-    if not config.input.exists():
-        raise InputError(config.input, "an image or a folder of images", "nothing", "check --input")
     scans, passed = find_scans(config.input, ANY_KIND, config.series, apart=(config.mask, config.box))
-    root = config.input if config.input.is_dir() and scans[0].path != config.input else config.input.parent
-    places = [os.path.relpath(scan.path, root) for scan in scans]
-
-    def partner(folder: Path | None, place: str, name: str) -> Path | None:
-        if folder is None:
-            return None
-        found = partner_of(folder, place) if folder.is_dir() else folder
-        if not found.exists():
-            raise InputError(folder, f"a file {place}", "none", f"check --{name}")
-        if not folder.is_dir() and len(scans) > 1:
-            raise InputError(folder, f"a folder, as --input has {len(scans)} files", "one file", f"check --{name}")
-        return found
-
-    names = unique_names(places, NAME_ENDINGS, ENDINGS, TABLES)
-    jobs = [
-        Job(name, scan, partner(config.mask, place, "mask"), partner(config.box, place, "box"))
-        for name, scan, place in zip(names, scans, places, strict=True)
-    ]
-    return jobs, passed
+    names = name_scans(scans, config.input, ENDINGS, TABLES)
+    masks, boxes = (find_partners(scans, config.input, place) for place in (config.mask, config.box))
+    return [Job(*parts) for parts in zip(names, scans, masks, boxes, strict=True)], passed
 
 
 def make_notes(trained: Trained, config: Config) -> list[str]:
     """Say what a user should know about this run."""
-    notes = [PATCH_NOTE] if config.game == "patch" else []
+    notes = [GAMES[config.game]]
     if trained.task:
         notes.append(f"System I is adapted to '{trained.task}'.")
     else:
@@ -317,6 +301,7 @@ def process(
 ) -> ScanSummary:
     """Think about one file, and write what comes of it."""
     scan = cut_scan(job.scan, trained.preprocess, job.box, tiles=config.tiles, fill=config.fill)
+    truth = None if job.mask is None else cut_truth(job.mask, scan, trained.preprocess)
     think_key, debate_key = jax.random.split(key)
 
     def watch(steps: int, value: float) -> None:
@@ -326,79 +311,47 @@ def process(
         think_key, trained.system, scan.images, config.budget, config.think, game=config.game, policy=policy,
         watch=watch,
     )  # fmt: skip
-    truth = None if job.mask is None else cut_truth(job.mask, scan, trained.preprocess)
-    write_maps(outputs, job, scan, found)
-    arrays: dict[str, np.ndarray] = {
-        "images": scan.images, "first": found.first, "masks": found.masks, "agreement": found.agreement,
-    }  # fmt: skip
-    if truth is not None:
-        arrays["truth"] = truth
+    trace = found.trace
+    for name, values, definition in (
+        ("mask", found.masks, "voxels of the best mask that was seen: 1 inside (255 in a picture)"),
+        ("agreement", found.agreement, "share of the games whose mask holds the voxel at the end of thinking"),
+    ):
+        write_result(outputs, f"{job.name}_{name}", scan, values)
+        constants = {"stop": found.stop, "steps": int(trace.steps[-1])}
+        write_sidecar(outputs / f"{job.name}_{name}.json", definition, "1", constants)
+    arrays = {"images": scan.images, "first": found.first, "masks": found.masks, "agreement": found.agreement}
     if found.policy is not None and config.think.mode == "learn":
-        largest = int(np.argmax(found.values - found.trace.values[0]))
+        largest = int(np.argmax(found.values - trace.values[0]))
         game = debate(
             debate_key, found.system, config.think, found.policy, jnp.asarray(scan.images[largest]),
             jnp.asarray(found.start[largest]), KEPT_STEPS, jnp.asarray(found.level[largest : largest + 1]), config.game,
         )  # fmt: skip
         arrays |= {f"debate_{name}": value for name, value in game._asdict().items()}
         arrays["debate_image"] = scan.images[largest]
-    write_npz(outputs / f"{job.name}_thought.npz", arrays, is_compressed=True)
-    trace, trajectory, first_dice = found.trace, None, None
+    trajectory = None
     if truth is not None:
-        *trajectory, first_dice = (
-            float(np.mean([dice(t, m) for t, m in zip(truth, masks, strict=True)]))
-            for masks in (*trace.masks, found.first)
-        )
+        arrays["truth"] = truth
+        pairs = [list(zip(truth, masks, strict=True)) for masks in trace.masks]
+        trajectory = tuple(float(np.mean([dice(*pair) for pair in point])) for point in pairs)
+    write_npz(outputs / f"{job.name}_thought.npz", arrays, is_compressed=True)
     steps, seconds, scores, last = (
         tuple(values.tolist()) for values in (trace.steps, trace.seconds, trace.values.mean(axis=1), found.values)
     )
+    curve = Curve(steps, seconds, scores, trajectory)
     return ScanSummary(
-        job.name, len(scan.images), found.stop, steps[-1], seconds[-1], scores[0], scores[-1], last,
-        int(found.masks.sum()), Curve(steps, seconds, scores, tuple(trajectory) if trajectory else None),
-        str(job.path), trajectory[-1] if trajectory else None, first_dice,
+        job.name, len(scan.images), found.stop, last, int(found.masks.sum()), curve, str(job.path)
     )  # fmt: skip
-
-
-def write_maps(outputs: Path, job: Job, scan: Cuts, found: Thought) -> None:
-    """Write mask and agreement on the grid of the file, with sidecars."""
-    for name, values, definition in (
-        ("mask", found.masks, "voxels of the best mask that was seen: 1 inside (255 in a picture)"),
-        ("agreement", found.agreement, "share of the games whose mask holds the voxel at the end of thinking"),
-    ):
-        write_result(outputs, f"{job.name}_{name}", scan, values)
-        sidecar = {
-            "definition": definition,
-            "unit": "1",
-            "constants": {"stop": found.stop, "steps": int(found.trace.steps[-1])},
-            "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
-        }
-        write_json(outputs / f"{job.name}_{name}.json", sidecar)
-
-
-def write_scans(folder: Path, scans: tuple[ScanSummary, ...]) -> None:
-    """Write scans.csv."""
-    columns = ["images", "steps", "seconds", "stop", "first_score", "score", "voxels"]
-    columns += ["first_dice", "dice"] if any(scan.dice is not None for scan in scans) else []
-    table = []
-    for scan in scans:
-        values = {name: getattr(scan, name) for name in columns}
-        shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
-        table.append({"id": scan.name} | {name: "" if value is None else value for name, value in shown.items()})
-    write_table(folder / "scans.csv", ["id", *columns], table)
 
 
 def page(run: Finished[Config, Summary]) -> Page:
     """Show masks, debates and scores of the files."""
     summary, scans = run.summary, run.summary.scans
-    sections = [_file_section(run.outputs, scan, summary.game) for scan in scans[:MOST_FILES]]
+    sections = [*trouble_sections(run.outputs, (), summary.failed)]
+    sections.append(Section("Notes", [Note(text) for text in summary.notes]))
+    sections += [Section(scan.name, _pictures(run.outputs, scan, summary.game)) for scan in scans[:MOST_FILES]]
     if scans:
         sections.append(Section("Thinking", _courses(scans)))
-    if summary.notes:
-        sections.insert(0, Section("Notes", [Note(text) for text in summary.notes]))
-    if summary.failed:
-        text = f"{summary.failed} files failed: see outputs/failed.csv for the reasons."
-        sections.insert(0, Section("Failed files", [Note(text, "warning")]))
     sections.append(Section("How to read this", [Text([
-        GAMES[summary.game],
         "The score is the verifier's opinion, lowered by System I's evidence against what was changed "
         "(think.prior-weight), and not the truth: thinking finds masks that it likes. Whether they are better depends "
         "on how well the verifier's scores follow Dice, which the report of the adapt stage shows.",
@@ -410,38 +363,27 @@ def page(run: Finished[Config, Summary]) -> Page:
     return Page("Masks, thought about", subtitle, _tiles(summary), sections)
 
 
-def _tiles(summary: Summary) -> list[tuple[str, object, str]]:
-    scans = summary.scans
-    tiles: list[tuple[str, object, str]] = [("Files", len(scans), f"{summary.failed} failed")]
-    if not scans:
-        return tiles
-    first, last = (float(np.mean([getattr(scan, name) for scan in scans])) for name in ("first_score", "score"))
-    tiles.append(("Score", f"{last:.3f}", f"mean over files; {first:.3f} before thinking"))
-    tiles.append(("Steps", f"{sum(scan.steps for scan in scans):,}", f"{sum(scan.seconds for scan in scans):.1f} s"))
-    scored = [(scan.first_dice, scan.dice) for scan in scans if scan.dice is not None]
-    if scored:
-        first, last = 100 * np.mean(np.array(scored, float), axis=0)
+def _tiles(summary: Summary) -> list[Tile]:
+    rows = [scan.row() for scan in summary.scans]
+    tiles: list[Tile] = [("Files", len(rows), f"{summary.failed} failed")]
+    if rows:
+        first, last = (float(np.mean([row[name] for row in rows])) for name in ("first_score", "score"))
+        tiles.append(("Score", f"{last:.3f}", f"mean over files; {first:.3f} before thinking"))
+        steps, seconds = (sum(row[name] for row in rows) for name in ("steps", "seconds"))
+        tiles.append(("Steps", f"{steps:,}", f"{seconds:.1f} s"))
+    if scored := [(row["first_dice"], row["dice"]) for row in rows if "dice" in row]:
+        first, last = 100 * np.mean(scored, axis=0)
         tiles.append(("Dice", f"{last:.1f} %", f"{first:.1f} % before thinking, {len(scored)} files"))
     return tiles
 
 
-def _file_section(outputs: Path, scan: ScanSummary, game: Game) -> Section:
-    try:
-        with np.load(outputs / f"{scan.name}_thought.npz") as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except OSError:
-        return Section(scan.name, [Note("The masks are no longer in this folder.", "warning")])
-    blocks: list[Block] = [_masks(arrays, scan)]
-    if "debate_masks" in arrays:
-        blocks.append(_debate(arrays, game))
-    return Section(scan.name, blocks)
-
-
-def _masks(arrays: dict[str, np.ndarray], scan: ScanSummary) -> Figure:
-    count = len(arrays["images"])
-    shown = np.unique(np.linspace(0, count - 1, min(MOST_IMAGES, count)).round().astype(int))
-    panels = []
-    for place in shown:
+def _pictures(outputs: Path, scan: ScanSummary, game: Game) -> list[Block]:
+    """Show the masks of a file, and the debate of its players where they learnt."""
+    arrays = restore_npz(outputs / f"{scan.name}_thought.npz")
+    if arrays is None:
+        return [Note("The masks are no longer in this folder.", "warning")]
+    count, panels = len(arrays["images"]), []
+    for place in np.unique(np.linspace(0, count - 1, min(MOST_IMAGES, count)).round().astype(int)):
         image, first, last = (arrays[name][place] for name in ("images", "first", "masks"))
         guide = last if last.any() else first
         outlines = {"System I": plane(first, guide), "after thinking": plane(last, guide)}
@@ -449,48 +391,49 @@ def _masks(arrays: dict[str, np.ndarray], scan: ScanSummary) -> Figure:
             outlines["true"] = plane(arrays["truth"][place], guide)
         panels.append(Panel(plane(image, guide), f"score {scan.scores[place]:.2f}", outlines))
         panels.append(Panel(plane(arrays["agreement"][place], guide), "agreement"))
-    return mask_panels(
+    blocks: list[Block] = [mask_panels(
         panels, columns=4, limits=(0.0, 1.0),
-        caption=f"Masks before and after {scan.steps:,} steps, and the share of games that hold each voxel; "
+        caption=f"Masks before and after {scan.curve.steps[-1]:,} steps, and the share of games that hold each voxel; "
         f"{STOPS[scan.stop]}.",
-        alt=f"{len(shown)} images with outlines of masks, each beside its map of agreement.",
-    )  # fmt: skip
-
-
-def _debate(arrays: dict[str, np.ndarray], game: Game) -> Figure:
-    image, masks = arrays["debate_image"], arrays["debate_masks"]
-    guide = masks[-1] if masks[-1].any() else np.ones_like(masks[-1])
-    panels = []
-    for step, is_won in enumerate(arrays["debate_is_won"]):
-        values = arrays["debate_values"][step], arrays["debate_rival_values"][step]
-        flips = {"first player": arrays["debate_flips"][step], "second player": arrays["debate_rival_flips"][step]}
-        title = f"{step + 1}: {values[0]:.3f} {'>' if is_won else '<'} {values[1]:.3f}"
-        fills = {name: plane(flip, guide) for name, flip in flips.items()}
-        panels.append(Panel(plane(image, guide), title, {"mask": plane(masks[step], guide)}, fills))
-    return mask_panels(
-        panels, columns=6, limits=(0.0, 1.0),
-        caption=DEBATES[game],
-        alt=f"{len(panels)} steps of a game: the mask and the voxels that both players would flip.",
-    )  # fmt: skip
+        alt=f"{len(panels) // 2} images with outlines of masks, each beside its map of agreement.",
+    )]  # fmt: skip
+    if "debate_masks" in arrays:
+        told = Debate(*(arrays[f"debate_{name}"] for name in Debate._fields))
+        guide, panels = told.masks[-1] if told.masks[-1].any() else np.ones_like(told.masks[-1]), []
+        for step, (value, rival_value) in enumerate(zip(told.values, told.rival_values, strict=True)):
+            flips = {"first player": told.flips[step], "second player": told.rival_flips[step]}
+            title = f"{step + 1}: {value:.3f} {'>' if told.is_won[step] else '<'} {rival_value:.3f}"
+            fills = {name: plane(flip, guide) for name, flip in flips.items()}
+            panels.append(
+                Panel(plane(arrays["debate_image"], guide), title, {"mask": plane(told.masks[step], guide)}, fills)
+            )
+        blocks.append(mask_panels(
+            panels, columns=6, limits=(0.0, 1.0), caption=DEBATES[game],
+            alt=f"{len(panels)} steps of a game: the mask and the voxels that both players would flip.",
+        ))  # fmt: skip
+    return blocks
 
 
 def _courses(scans: tuple[ScanSummary, ...]) -> list[Block]:
-    scored = [scan for scan in scans if scan.dice is not None]
-    blocks: list[Block] = [curves(
-        {scan.name: (np.array(scan.curve.steps, float), np.array(scan.curve.score)) for scan in scans[:8]},
-        xlabel="steps of the game", ylabel="score",
-        caption="The score of the best masks so far, mean over the images of a file.",
-    )]  # fmt: skip
-    if scored:
-        blocks.append(curves(
-            {scan.name: (np.array(scan.curve.steps, float), 100 * np.array(scan.curve.dice)) for scan in scored[:8]},
-            xlabel="steps of the game", ylabel="Dice (%)",
-            caption="Dice of the same masks with the true ones. Where the score rises and Dice falls, thinking has "
-            "found what the verifier gets wrong.",
-        ))  # fmt: skip
+    def course(name: str, factor: float, ylabel: str, caption: str) -> Block:
+        shown = {
+            scan.name: (scan.curve.steps, getattr(scan.curve, name)) for scan in scans if getattr(scan.curve, name)
+        }
+        lines = {name: (np.array(x, float), factor * np.array(y)) for name, (x, y) in list(shown.items())[:8]}
+        return curves(lines, xlabel="steps of the game", ylabel=ylabel, caption=caption)
+
+    blocks = [course("score", 1, "score", "The score of the best masks so far, mean over the images of a file.")]
+    rows = [scan.row() for scan in scans]
+    has_truth = any("dice" in row for row in rows)
+    if has_truth:
+        caption = (
+            "Dice of the same masks with the true ones. Where the score rises and Dice falls, thinking has found what "
+            "the verifier gets wrong."
+        )
+        blocks.append(course("dice", 100, "Dice (%)", caption))
     columns = {
-        "file": "name", "images": "images", "steps": "steps", "seconds": "seconds", "end": "stop",
-        "score before": "first_score", "score": "score",
-    } | ({"Dice before": "first_dice", "Dice": "dice"} if scored else {})  # fmt: skip
-    rows = [[getattr(scan, name) for name in columns.values()] for scan in scans]
-    return [*blocks, Table(tuple(columns), rows, "One line per file.")]
+        "images": "images", "steps": "steps", "seconds": "seconds", "end": "stop", "score before": "first_score",
+        "score": "score",
+    } | ({"Dice before": "first_dice", "Dice": "dice"} if has_truth else {})  # fmt: skip
+    cells = [[scan.name, *map(row.get, columns.values())] for scan, row in zip(scans, rows, strict=True)]
+    return [*blocks, Table(("file", *columns), cells, "One line per file.")]
