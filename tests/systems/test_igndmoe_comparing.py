@@ -12,7 +12,6 @@ from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.systems.igndmoe import maps
 from jaxmed.systems.igndmoe.cohort_fit import FittedTrajectory, score
 from jaxmed.systems.igndmoe.comparing import (
-    Held,
     ablations,
     bands,
     choose,
@@ -24,10 +23,6 @@ from jaxmed.systems.igndmoe.comparing import (
 from jaxmed.systems.igndmoe.fitting import Fit
 
 pytestmark = pytest.mark.core
-
-
-def held(model, errors, parameters=3):
-    return Held(model, parameters, [{"mse": float(np.mean(errors))}], np.asarray(errors, float))
 
 
 def test_folds_share_subjects_evenly():
@@ -43,8 +38,9 @@ def test_the_simplest_model_within_one_standard_error_is_chosen():
     models = {"igndmoe": (100, 0.0), "grand": (20, 0.9), "fkpp": (4, 1.1), "ndm": (2, 3.0)}
 
     def chosen(**changed):
-        rows = (models | changed).items()
-        return choose([held(name, best + distance * error, parameters) for name, (parameters, distance) in rows])
+        rows = models | changed
+        errors = {name: best + distance * error for name, (_, distance) in rows.items()}
+        return choose(errors, {name: parameters for name, (parameters, _) in rows.items()})[1]
 
     assert chosen() == "grand"
     assert chosen(fkpp=(4, 0.99)) == "fkpp" and chosen(grand=(20, 1.01)) == "igndmoe"
@@ -52,12 +48,11 @@ def test_the_simplest_model_within_one_standard_error_is_chosen():
 
 
 def test_criteria_are_those_of_gaussian_errors_and_undefined_for_few_values():
-    one = held("fkpp", [0.01])
     k = 3 + 10 + 1
-    aicc, bic = criteria(one, 500, 10)
+    aicc, bic = criteria(0.01, 500, k)
     assert aicc == pytest.approx(500 * np.log(0.01) + 2 * k + 2 * k * (k + 1) / (500 - k - 1))
     assert bic == pytest.approx(500 * np.log(0.01) + k * np.log(500))
-    assert criteria(one, k + 1, 10) == (None, None)
+    assert criteria(0.01, k + 1, k) == (None, None)
     assert maps.aicc(0.5, 7, 6) is None and maps.bic(0.5, 41, 6) == pytest.approx(41 * np.log(0.75) + 6 * np.log(41))
 
 

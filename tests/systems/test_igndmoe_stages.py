@@ -249,8 +249,10 @@ def test_growth_and_diffusion_are_chosen_over_diffusion_alone_where_they_were_pl
     by_name = {model["model"]: model for model in summary["models"]}
     assert summary["chosen"] == "fkpp" and by_name["fkpp"]["mse"] < 0.1 * by_name["ndm"]["mse"]
     assert by_name["fkpp"]["bic"] < by_name["ndm"]["bic"] and summary["tests"][0]["p_holm"] < 1e-4
-    rows = rows_of(outputs / "runs.csv")
-    assert len(rows) == 4 and all(row["finite"] == "1" for row in rows)
+    rows = rows_of(outputs / "cells.csv")
+    assert len(rows) == 4 and all(float(row["finite"]) == 1 for row in rows)
+    means = {(row["model"], row["measure"]): float(row["mean"]) for row in rows_of(outputs / "means.csv")}
+    assert means["fkpp", "mse"] == by_name["fkpp"]["mse"]
 
 
 @pytest.mark.slow  # compiles many runs of the mixture; its arithmetic is in test_igndmoe_comparing.py

@@ -13,6 +13,7 @@ from jaxmed.cli import main
 from jaxmed.io import amico, nifti
 from jaxmed.io.dicom import read_series, read_stack
 from jaxmed.io.parametric_map import on_stack
+from jaxmed.io.tables import read_table
 from jaxmed.recipes.stage import Page
 from jaxmed.systems.noddi.stages import predict as predict_stage
 from jaxmed.systems.noddi.stages import simulate as simulate_stage
@@ -275,11 +276,12 @@ def test_an_evaluation_scores_networks_on_the_same_noise(places, tmp_path, monke
     assert run("evaluate", *words, "--out", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run" / "outputs" / "summary.json").read_text())
     assert summary["estimators"] == ["NN_GT 1", "NN_GT 2"]
+    rows = read_table(tmp_path / "run" / "outputs" / "scores.csv").rows
     assert (tmp_path / "run" / "log.txt").read_text().count(
         "AMICO is not installed"
     ) == 1 and "amico" not in sys.modules
     first, second = (
-        [{k: v for k, v in row.items() if k != "estimator"} for row in summary["rows"] if row["estimator"] == name]
+        [{k: v for k, v in row.items() if k != "estimator"} for row in rows if row["estimator"] == name]
         for name in summary["estimators"]
     )
     assert first == second and len(first) == 3

@@ -5,7 +5,8 @@ draws of subjects, and what is left when one is taken out; planted cohorts, to s
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from jaxmed.arrays.graphs import GraphsTuple, LaplacianKind, make_graph
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.visits import Visits, count_values
 from jaxmed.models.graph_diffusion import Equation, ProgressionConfig
+from jaxmed.recipes.study import Outcome, Result
+from jaxmed.recipes.study_tables import Difference, Mean, collect, compare, summarise
 from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.synthesis.phantoms.connectome import Cohort, CohortConfig, simulate_cohort
 from jaxmed.systems.igndmoe.cohort_fit import FittedTrajectory, score
@@ -28,22 +31,8 @@ ORDER: tuple[Equation, ...] = (
     "ndm", "fkpp", "weighted_fkpp", "grand", "ndcn", "neural_ode_local", "neural_ode_cross_node", "igndmoe"
 )  # fmt: skip
 """As tables list them, from what is understood to what is only fitted."""
-
-
-class Held(NamedTuple):
-    """Held-out results of one model.
-
-    Attributes:
-        model: Its name.
-        parameters: Of its equation and seeds.
-        rows: One per run: fold, seed and the measures of its held-out subjects.
-        subject_errors: Mean squared error of every subject when held out, the mean over seeds.
-    """
-
-    model: str
-    parameters: int
-    rows: list[dict[str, float | int | None]]
-    subject_errors: Float[np.ndarray, " subject"]
+MEASURES = ("sse", "r", "mse", "r2")
+"""Of a run; see `metrics.regional.score_regions`."""
 
 
 def make_folds(count: int, folds: int, seed: int) -> np.ndarray:
@@ -54,103 +43,108 @@ def make_folds(count: int, folds: int, seed: int) -> np.ndarray:
     return found
 
 
-def compare_models(
+def hold_out(
     visits: Visits,
+    subjects: Sequence[str],
     graph: GraphsTuple,
     seeds: tuple[int, ...],
     config: FitConfig,
-    models: Sequence[Equation],
+    model: Equation,
     folds: int,
     starts: int,
-    on_model: Callable[[Held], None] | None = None,
-) -> list[Held]:
-    """Fit every model to every fold from every start; the runs of a model are one program.
+) -> dict[tuple[int, int], Outcome]:
+    """Fit a model to every fold from every start, as one program, and score the subjects that were held out.
 
     Args:
         visits: Of all subjects.
+        subjects: Their names.
         graph: Connectome.
         seeds: Where the disease starts.
         config: Recipe; its validation share is taken from each fold's training subjects.
-        models: Names.
+        model: Name.
         folds: Number of folds.
         starts: Runs per fold from different first weights.
-        on_model: Called with each model's results.
+
+    Returns:
+        By fold and start: the measures of the run, what is not defined left out; and the mean squared error of every
+        subject.
     """
-    count = len(visits.present)
-    fold_of = make_folds(count, folds, config.seed)
+    fold_of = make_folds(len(subjects), folds, config.seed)
     runs = [(fold, start) for fold in range(folds) for start in range(starts)]
     train = np.stack([(fold_of != fold).astype(np.float32) for fold, _ in runs])
     validation = np.zeros_like(train)
-    draw = np.random.default_rng(config.seed + 1).permutation(count)
+    draw = np.random.default_rng(config.seed + 1).permutation(len(subjects))
     for row in range(len(runs)):
         inside = draw[train[row, draw] > 0]
         validation[row, inside[: round(config.validation * len(inside))]] = 1
-    train = train * (1 - validation)
-    results = []
-    for model in models:
-        recipe = dataclasses.replace(config, model=dataclasses.replace(config.model, equation=model))
-        numbers = np.array([config.seed + start for _, start in runs])
-        fitted = fit_runs(visits, graph, recipe, seeds, train, validation, numbers)
-        held = _collect(model, fitted, visits, fold_of, runs, config.stages)
-        results.append(held)
-        if on_model is not None:
-            on_model(held)
-    return results
-
-
-def _collect(
-    model: str, fitted: Fit, visits: Visits, fold_of: np.ndarray, runs: list[tuple[int, int]], stages: int
-) -> Held:
-    counts = np.asarray(count_values(visits))
-    errors, rows = np.zeros(len(counts)), []
-    starts = sum(fold == 0 for fold, _ in runs)
+    recipe = dataclasses.replace(config, model=dataclasses.replace(config.model, equation=model))
+    numbers = np.array([config.seed + start for _, start in runs])
+    fitted = fit_runs(visits, graph, recipe, seeds, train * (1 - validation), validation, numbers)
+    errors = np.asarray(fitted.errors) / np.asarray(count_values(visits))
+    parameters, found = sum(leaf[0].size for leaf in jax.tree.leaves(fitted.params)), {}
     for index, (fold, start) in enumerate(runs):
-        held = FittedTrajectory(Trajectory(*(leaf[index] for leaf in fitted.trajectory)), stages=stages)
-        chosen = fold_of == fold
-        measures = score(held, visits, np.asarray(fitted.onsets[index]), chosen)
-        rows.append({"fold": fold, "start": start, "finite": int(fitted.succeeded[index]), **measures})
-        errors += np.where(chosen, np.asarray(fitted.errors[index]) / counts / starts, 0.0)
-    parameters = sum(leaf[0].size for leaf in jax.tree.leaves(fitted.params))
-    return Held(model, parameters, rows, errors)
+        held = FittedTrajectory(Trajectory(*(leaf[index] for leaf in fitted.trajectory)), stages=config.stages)
+        measures = score(held, visits, np.asarray(fitted.onsets[index]), fold_of == fold)
+        defined = {name: value for name, value in measures.items() if value is not None and np.isfinite(value)}
+        metrics = {"finite": int(fitted.succeeded[index]), "parameters": parameters, **defined}
+        own = ((subjects[one], float(errors[index, one])) for one in map(int, np.flatnonzero(fold_of == fold)))
+        rows = [{"subject": name, "error": error if math.isfinite(error) else None} for name, error in own]
+        found[fold, start] = Outcome(metrics, rows)
+    return found
 
 
-def criteria(held: Held, values: int, subjects: int) -> tuple[float | None, float | None]:
-    """Return AICc and BIC of Gaussian errors, the stages of subjects counted as parameters.
+def criteria(mse: float, values: int, parameters: int) -> tuple[float | None, float | None]:
+    """Return AICc and BIC of Gaussian errors; None for both where there are not more values than parameters + 1.
 
     Args:
-        held: Held-out results; their mean squared error stands for the likelihood.
+        mse: Mean squared error of what was held out, which stands for the likelihood.
         values: Measurements, of all regions at all visits.
-        subjects: Number of stages fitted.
-
-    Returns:
-        None for both where there are not more values than parameters + 1.
+        parameters: Of the model, the subjects' stages and the variance.
     """
-    k = held.parameters + subjects + 1
-    mse = float(np.mean([row["mse"] for row in held.rows if row["mse"] is not None]))
-    if values <= k + 1 or not mse > 0:
+    if values <= parameters + 1 or not mse > 0:
         return None, None
-    likelihood = values * np.log(mse)
+    likelihood, k = values * np.log(mse), parameters
     return likelihood + 2 * k + 2 * k * (k + 1) / (values - k - 1), likelihood + k * np.log(values)
 
 
-def best_of(results: Sequence[Held]) -> tuple[Held, list[Held]]:
-    """Return the model of the lowest held-out error, and all whose errors are finite."""
-    finite = [held for held in results if np.isfinite(held.subject_errors).all()]
-    return min(finite, key=lambda held: held.subject_errors.mean()), finite
+def tabulate(results: Sequence[Result], subjects: int, seed: int) -> tuple[list[Mean], tuple[Difference, ...], str]:
+    """Return means of the runs' measures, tests of every model against the best, and the model to choose.
+
+    Args:
+        results: Of `hold_out`, by model, fold and start; models that have a run that is not finite are not tested.
+        subjects: How many there are.
+        seed: Seed for resampling them.
+    """
+    measures = [name for name in ("parameters", *MEASURES) if any(name in result.metrics for result in results)]
+    means = [row for name in measures for row in summarise(results, ("model",), name)]
+    parameters = {str(row.group[0][1]): round(row.mean) for row in means if row.measure == "parameters"}
+    errors = {}
+    for model in parameters:
+        own = [result for result in results if result.cell["model"] == model]
+        if all(result.metrics["finite"] for result in own):
+            (found,) = collect(own, (), "error", is_per_subject=True).values()
+            errors |= {model: np.array([*found.values()])} if len(found) == subjects else {}
+    best, chosen = choose(errors, parameters)
+    finite = [result for result in results if result.cell["model"] in errors]
+    return means, compare(finite, (), best, "error", arm="model", seed=seed, test="wilcoxon"), chosen
 
 
-def choose(results: Sequence[Held]) -> str:
-    """Return the simplest model within one standard error of the lowest held-out error.
+def choose(errors: Mapping[str, Float[np.ndarray, " subject"]], parameters: Mapping[str, int]) -> tuple[str, str]:
+    """Return the model of the lowest held-out error, and the simplest within one standard error of it.
 
     The simplest has the fewest parameters; the standard error is that of the best model's mean over subjects.
 
+    Args:
+        errors: Mean squared error of every subject when held out, by model; one that is not finite is not chosen.
+        parameters: Of each model.
+
     Source: the rule of Breiman et al. 1984, section 3.4.3.
     """
-    best, finite = best_of(results)
-    errors = best.subject_errors
-    limit = errors.mean() + errors.std(ddof=1) / np.sqrt(len(errors))
-    good = [held for held in finite if held.subject_errors.mean() <= limit]
-    return min(good, key=lambda held: (held.parameters, ORDER.index(held.model))).model
+    means = {model: found.mean() for model, found in errors.items() if np.isfinite(found).all()}
+    best = min(means, key=lambda model: means[model])
+    limit = means[best] + errors[best].std(ddof=1) / np.sqrt(len(errors[best]))
+    good = [model for model, mean in means.items() if mean <= limit]
+    return best, min(good, key=lambda model: (parameters[model], [*ORDER].index(model)))
 
 
 # --- Mechanisms ---------------------------------------------------------------------------------

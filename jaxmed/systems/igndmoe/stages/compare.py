@@ -1,6 +1,8 @@
 """Stage `jaxmed igndmoe compare`: every model on the same folds, or models of spread against one regional map."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,17 +14,19 @@ from jaxmed.config import Bounds, Size, checked
 from jaxmed.data.connectomes import read_connectome
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, write_table
-from jaxmed.metrics.statistics import holm, wilcoxon
 from jaxmed.models.graph_diffusion import Equation, ProgressionConfig
 from jaxmed.physics.agents import MOST_STEPS
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.study import Cell, Outcome, Value, make_cells, read_study, run_study
+from jaxmed.recipes.study_sections import failed_cells
+from jaxmed.recipes.study_tables import Mean, write_tables
 from jaxmed.report.figures import Bar, bars
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.report.regions import glass_brain
 from jaxmed.report.scatter import scatter
 from jaxmed.systems.igndmoe import maps
 from jaxmed.systems.igndmoe.cohort_fit import CohortSource, SourceFlags, read_inputs, synthetic
-from jaxmed.systems.igndmoe.comparing import ORDER, Held, best_of, choose, compare_models, criteria
+from jaxmed.systems.igndmoe.comparing import ORDER, criteria, hold_out, tabulate
 from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.train.announce import announce
 from jaxmed.train.run_folder import RunFolder
@@ -86,6 +90,7 @@ class Summary:
         tests: Of each model against the best.
         chosen: The simplest that is good enough.
         scored: Regions of a map that have a value.
+        failed: Runs that broke off.
     """
 
     kind: Literal["visits", "map"]
@@ -96,14 +101,16 @@ class Summary:
     tests: tuple[Row, ...] = ()
     chosen: str = ""
     scored: int = 0
+    failed: int = 0
 
 
-def run(config: Config, folder: RunFolder) -> None:
-    """Compare on a map or on visits."""
+def run(config: Config, folder: RunFolder) -> int:
+    """Compare on a map or on visits. Returns 1 when runs of a model failed."""
     clock, work = Clock(), _on_visits if config.map.file is None else _on_map
     summary = work(config, folder)
     clock.lap("read, fit and score")
     finish(folder, config, summary, clock, page)
+    return int(bool(summary.failed))
 
 
 # --- Visits -----------------------------------------------------------------------------------
@@ -121,65 +128,55 @@ def _on_visits(config: Config, folder: RunFolder) -> Summary:
         log, f"Comparing on {config.folds} folds from {config.starts} starts each", batch=visits.values,
         count=len(config.models), unit="models", smaller=folder.smaller,
     )  # fmt: skip
-    with log.progress("Comparing", len(config.models), "models", 0) as update:
-        done = 0
+    fitted: dict[str, dict[tuple[int, int], Outcome]] = {}
 
-        def on_model(held: Held) -> None:
-            nonlocal done
-            done += 1
-            mse = float(np.nanmean([np.nan if row["mse"] is None else row["mse"] for row in held.rows]))
-            log.metrics(done, {f"{held.model}/mse": mse})
-            update(done, f"{held.model} {mse:.5f}")
+    def run_cell(cell: Cell) -> Outcome:
+        model: Any = cell["model"]
+        if model not in fitted:
+            fitted[model] = found = hold_out(
+                visits, inputs.cohort.subjects, inputs.graph, inputs.seeds, config.fit, model, config.folds,
+                config.starts,
+            )  # fmt: skip
+            defined = [one.metrics["mse"] for one in found.values() if "mse" in one.metrics]
+            log.metrics(len(fitted), {f"{model}/mse": float(np.mean(defined))})
+        return fitted[model][int(cell["fold"]), int(cell["start"])]
 
-        results = compare_models(
-            visits, inputs.graph, inputs.seeds, config.fit, config.models, config.folds, config.starts, on_model
-        )
-    failed = {held.model: sum(1 - int(row["finite"] or 0) for row in held.rows) for held in results}
-    if any(failed.values()):
-        told = ", ".join(f"{model} {runs}" for model, runs in failed.items() if runs)
+    axes = {"model": config.models, "fold": tuple(range(config.folds)), "start": tuple(range(config.starts))}
+    done = run_study(make_cells(axes), run_cell, folder.path, config, log=log)
+    ended = [str(result.cell["model"]) for result in done.results if not result.metrics["finite"]]
+    if ended:
+        told = ", ".join(f"{model} {ended.count(model)}" for model in dict.fromkeys(ended))
         notes.append(f"Runs that ended in numbers that are not finite: {told}.")
         log.say(f"Note: {notes[-1]}")
-    rows = [{"model": held.model, **row} for held in results for row in held.rows]
-    write_table(folder.outputs / "runs.csv", tuple(rows[0]), rows)
-    values = int(np.asarray(count_values(visits)).sum())
+    means, tests, chosen = tabulate(done.results, count, config.fit.seed)
+    write_tables(folder.outputs, done.results, means, tests)
     return Summary(
         "visits",
-        tuple(_describe(held, values, count) for held in results),
+        tuple(_describe(means, int(np.asarray(count_values(visits)).sum()), count)),
         tuple(notes),
         subjects=count,
         visits=int(np.asarray(visits.present).sum()),
-        tests=tuple(_tests(results)),
-        chosen=choose(results),
+        tests=tuple(
+            {"model": row.arm, "against": row.baseline, "difference": row.difference, "p_holm": row.p_corrected}
+            for row in tests
+        ),
+        chosen=chosen,
+        failed=len(done.failures),
     )
 
 
-def _describe(held: Held, values: int, subjects: int) -> Row:
-    record: Row = {"model": held.model, "parameters": held.parameters}
-    for name in ("sse", "r", "mse", "r2"):
-        found = np.array([row[name] for row in held.rows if row[name] is not None], float)
-        record[name] = float(found.mean()) if len(found) else None
-        record[f"{name}_sd"] = float(found.std(ddof=1)) if len(found) > 1 else None
-    record["aicc"], record["bic"] = criteria(held, values, subjects)
-    return record
-
-
-def _tests(results: list[Held]) -> list[Row]:
-    """Compare each model with the best, subject by subject."""
-    best, finite = best_of(results)
-    others = [held for held in finite if held is not best]
-    if not others:
-        return []
-    tests = [wilcoxon(held.subject_errors, best.subject_errors) for held in others]
-    adjusted = holm(np.array([test.p_value for test in tests]))
-    return [
-        {
-            "model": held.model,
-            "against": best.model,
-            "difference": float(held.subject_errors.mean() - best.subject_errors.mean()),
-            "p_holm": float(p),
-        }
-        for held, p in zip(others, adjusted, strict=True)
-    ]
+def _describe(means: Sequence[Mean], values: int, subjects: int) -> list[Row]:
+    models: dict[Value, Row] = {}
+    for row in means:
+        record = models.setdefault(row.group[0][1], {"model": str(row.group[0][1])})
+        record[row.measure] = row.mean
+        record[f"{row.measure}_sd"] = None if row.error is None else row.error * math.sqrt(row.count)
+    for record in models.values():
+        mse, parameters = record.get("mse"), round(float(record["parameters"] or 0))
+        # The stages of the subjects and the variance are fitted too.
+        aicc, bic = (None, None) if mse is None else criteria(float(mse), values, parameters + subjects + 1)
+        record |= {"parameters": parameters, "aicc": aicc, "bic": bic}
+    return [*models.values()]
 
 
 # --- One map ----------------------------------------------------------------------------------
@@ -257,43 +254,43 @@ def page(run: Finished[Config, Summary]) -> Page:
     """Show every model, and which is chosen."""
     summary = run.summary
     is_map = summary.kind == "map"
-    tiles, sections = _map(run.outputs, summary) if is_map else _visits(summary)
-    sections.append(Section("How to read it", [*(Note(note) for note in summary.notes), _reading(is_map)]))
+    tiles, sections, reading = _map(run.outputs, summary) if is_map else _visits(run)
+    sections.append(Section("How to read it", [*(Note(note) for note in summary.notes), Text(reading)]))
     subtitle = "Against one regional map" if is_map else "On the same folds of a cohort"
     return Page("Models of spread, compared", subtitle, tiles, sections)
 
 
-def _visits(summary: Summary) -> tuple[list[Tile], list[Section]]:
-    columns = ("Model", "Parameters", "SSE", "sd", "R", "sd", "MSE", "R2", "AICc", "BIC")
-    models: list[Any] = list(summary.models)
-    keys = ("model", "parameters", "sse", "sse_sd", "r", "r_sd", "mse", "r2", "aicc", "bic")
-    rows = [tuple(m[key] for key in keys) for m in models]
-    caption = (
-        "Held-out subjects, staged with all their visits; mean and spread over folds and starts, values on [0, 1]."
-    )
+def _visits(run: Finished[Config, Summary]) -> tuple[list[Tile], list[Section], list[str]]:
+    summary, models = run.summary, [dict[str, Any](model) for model in run.summary.models]
+    columns = {
+        "model": "Model", "parameters": "Parameters", "sse": "SSE", "sse_sd": "sd", "r": "R", "r_sd": "sd",
+        "mse": "MSE", "r2": "R2", "aicc": "AICc", "bic": "BIC",
+    }  # fmt: skip
     shown = [
         Bar(m["model"], m["sse"], m["sse"] - (m["sse_sd"] or np.nan), m["sse"] + (m["sse_sd"] or np.nan))
-        for m in models
-    ]
-    tests = [(t["model"], t["against"], t["difference"], t["p_holm"]) for t in summary.tests]
+        for m in models if "sse" in m
+    ]  # fmt: skip
     blocks = [
-        Table(columns, rows, caption),
+        Table([*columns.values()], [[m.get(name) for name in columns] for m in models],
+              "Held-out subjects, staged with all their visits; mean and spread over folds and starts, values on "
+              "[0, 1]."),
         bars(shown, xlabel="SSE of held-out subjects per fold", caption="Squared error, with the spread of runs."),
-        Table(
-            ("Model", "Against the best", "Difference in MSE", "p, Holm"),
-            tests,
-            "Wilcoxon's signed-rank test over subjects, corrected for the number of models.",
-        ),
-    ]
+        Table(("Model", "Against the best", "Difference in MSE", "p, Holm"), [[*t.values()] for t in summary.tests],
+              "Wilcoxon's signed-rank test over subjects, corrected for the number of models."),
+    ]  # fmt: skip
     tiles: list[Tile] = [
         ("Chosen", summary.chosen, "the simplest within one standard error of the best"),
-        ("Models", len(summary.models), "on the same folds"),
+        ("Models", len(models), "on the same folds"),
         ("Subjects", summary.subjects, f"{summary.visits} visits"),
     ]
-    return tiles, [Section("Held-out errors", blocks)]
+    reading = (
+        "outputs/cells.csv has a row per model, fold and start. A subject held out is staged with all of its visits "
+        "before it is scored, as in the paper: this measures the shape of a course, not a forecast."
+    )
+    return tiles, [Section("Held-out errors", blocks), *failed_cells(read_study(run.path).failures)], [reading]
 
 
-def _map(outputs: Path, summary: Summary) -> tuple[list[Tile], list[Section]]:
+def _map(outputs: Path, summary: Summary) -> tuple[list[Tile], list[Section], list[str]]:
     models: list[Any] = list(summary.models)
     columns = ("Model", "r", "Seed", "At", "Fitted numbers", "AICc", "BIC")
     rows = [(m["model"], m["r"], m["seed"], m["setting"], m["parameters"], m["aicc"], m["bic"]) for m in models]
@@ -331,26 +328,14 @@ def _map(outputs: Path, summary: Summary) -> tuple[list[Tile], list[Section]]:
     # With more numbers than regions any map is fitted: not a figure to stand beside the others without saying so.
     said = [f"from {m['seed']}" if m["aicc"] is not None else f"in sample, {m['parameters']} numbers" for m in models]
     tiles: list[Tile] = [(m["model"], m["r"], f"r, {text}") for m, text in zip(models, said, strict=True)]
-    return tiles, [Section("Models", [Table(columns, rows, caption), figure]), Section("Regions", [brain, seed_bars])]
+    reading = [
+        "outputs/predictions.csv has every model's map, seeds.csv the best correlation from every seed.",
+        "One map cannot tell mechanisms apart: the mixture has more numbers than regions and fits in sample what it is "
+        "given. What is comparable is the models that try every seed with a handful of numbers.",
+    ]
+    sections = [Section("Models", [Table(columns, rows, caption), figure]), Section("Regions", [brain, seed_bars])]
+    return tiles, sections, reading
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
-    span = values.max() - values.min()
-    return (values - values.min()) / (span if span > 0 else 1.0)
-
-
-def _reading(is_map: bool) -> Text:
-    if not is_map:
-        return Text(
-            [
-                "outputs/runs.csv has a row per model, fold and start. A subject held out is staged with all of its "
-                "visits before it is scored, as in the paper: this measures the shape of a course, not a forecast."
-            ]
-        )
-    return Text(
-        [
-            "outputs/predictions.csv has every model's map, seeds.csv the best correlation from every seed.",
-            "One map cannot tell mechanisms apart: the mixture has more numbers than regions and fits in sample what "
-            "it is given. What is comparable is the models that try every seed with a handful of numbers.",
-        ]
-    )
+    return (values - values.min()) / (np.ptp(values) or 1.0)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,12 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.batches import padded_rows
-from jaxmed.config import NonNegative, Positive, Seed, Size, checked, to_record
+from jaxmed.config import NonNegative, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
+from jaxmed.files import make_folder
 from jaxmed.io import amico
-from jaxmed.io.gradient_match import Table, match_table
+from jaxmed.io.gradient_match import Table as Protocol
+from jaxmed.io.gradient_match import match_table
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.recovery import (
@@ -38,9 +41,10 @@ from jaxmed.physics.acquisition import add_rician_noise, two_shell_protocol
 from jaxmed.physics.cramer_rao import cramer_rao
 from jaxmed.physics.microstructure import MicrostructureModel, Simulated, draw_directions
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.study import Cell, Outcome, StudyRun, make_cells, read_study, run_study
+from jaxmed.recipes.study_sections import failed_cells
 from jaxmed.report.figures import curves
-from jaxmed.report.page import Figure, Section, Text
-from jaxmed.report.page import Table as PageTable
+from jaxmed.report.page import Figure, Section, Table, Text
 from jaxmed.report.parameter_maps import map_label
 from jaxmed.systems.noddi.network import ForwardConfig, Network, load, predict
 from jaxmed.systems.noddi.protocol import read_table
@@ -114,45 +118,16 @@ def smoke() -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """Scores of one estimator, or of the bound, for one parameter at one noise level; see `metrics.recovery`."""
-
-    snr: float
-    estimator: str
-    parameter: str
-    bias: float
-    absolute_bias: float
-    sd: float
-    median_sd: float
-    rmse: float
-    slope: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """Pearson's correlation of an estimator with the fit of the same voxels."""
-
-    snr: float
-    estimator: str
-    parameter: str
-    correlation: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Summary:
-    """What an evaluation found.
+    """What was evaluated; outputs/scores.csv has what was found.
 
     Attributes:
-        rows: One per noise level, estimator and parameter; the bound has rows of its own.
-        agreement: Correlations with the fit; none without it.
         estimators: Their names, without the bound.
         parameters: Unit of each parameter.
         points: Number of points of the grid.
         protocol: Hash of the table.
     """
 
-    rows: tuple[Row, ...]
-    agreement: tuple[Agreement, ...]
     estimators: tuple[str, ...]
     parameters: dict[str, str]
     points: int
@@ -161,8 +136,11 @@ class Summary:
     protocol: str
 
 
-def run(config: Config, folder: RunFolder) -> None:
-    """Read the networks, score them and the fit, compute the bound, write tables and the report."""
+def run(config: Config, folder: RunFolder) -> int:
+    """Read the networks, score them and the fit at every noise level that is not finished, write tables and the report.
+
+    Returns 1 when a noise level failed.
+    """
     clock = Clock()
     if config.synthetic and not config.weights and config.bvals is None and config.bvecs is None:
         log = begin(folder)
@@ -179,6 +157,8 @@ def run(config: Config, folder: RunFolder) -> None:
         estimators[name] = network_estimator(one, table, path)
     grid = make_grid([parameter.draw for parameter in model.parameters], config.points)
     weight = np.asarray(model.relevance(jnp.asarray(grid, jnp.float32)))
+    noise_key, direction_key = jax.random.split(jax.random.key(config.seed))
+    each = len(grid) * config.repeats
     with contextlib.ExitStack() as kept:
         if config.amico and forward.kind == "noddi":
             if amico.is_installed():
@@ -188,25 +168,36 @@ def run(config: Config, folder: RunFolder) -> None:
                 estimators["AMICO"] = lambda voxels: by_amico(np.asarray(voxels.signals))
             else:
                 log.say("AMICO is not installed (pip install dmri-amico): it is not among the estimators.")
-        estimates, bounds = estimate_all(config, model, table, estimators, grid, log)
-    scores = {snr: {name: score(one, grid) for name, one in found.items()} for snr, found in estimates.items()}
-    rows = tabulate(model, scores, bounds, grid, weight)
-    records = [to_record(row) for row in rows]
-    write_table(folder.outputs / "scores.csv", tuple(records[0]), records)
-    # Arrays snr x estimator x point x parameter.
-    kept_scores = {
-        name: np.stack([np.stack([getattr(one, name) for one in found.values()]) for found in scores.values()])
-        for name in Scores._fields
-    }
-    stacked = {"grid": grid, "weight": weight, "bound": np.stack(list(bounds.values())), **kept_scores}
-    write_npz(folder.outputs / "scores.npz", stacked)
-    for number, snr in enumerate(config.snr):
-        found = [row for row in rows if row.snr == snr and row.estimator != BOUND]
-        log.metrics(number, {"snr": snr} | {f"{row.estimator}/{row.parameter}/rmse": row.rmse for row in found})
+        levels = f"{len(config.snr)} levels of noise"
+        announce(log, f"Scoring {', '.join(estimators)} at {levels}", count=each * len(config.snr), unit="voxels")
+        update = kept.enter_context(log.progress("Scoring", each * len(config.snr), "voxels"))
+
+        def run_cell(cell: Cell) -> Outcome:
+            snr, number = float(cell["snr"]), config.snr.index(float(cell["snr"]))
+            key = jax.random.fold_in(noise_key, number)
+            found = estimate(
+                key, model, table, estimators, grid, config.repeats, snr, lambda done: update(number * each + done)
+            )
+            bound = average_bound(direction_key, model, table, grid, snr)
+            scores = {name: score(one, grid) for name, one in found.items()}
+            stacked = {name: np.stack([getattr(one, name) for one in scores.values()]) for name in Scores._fields}
+            place = make_folder(folder.outputs / "points") / f"{cell.slug}.npz"
+            write_npz(place, {"grid": grid, "weight": weight, "bound": bound, **stacked})
+            rows = tabulate(model, scores | {BOUND: Scores(np.zeros_like(grid), bound, bound)}, grid, weight)
+            agreement = {name: correlation(one, found["MLE"], weight) for name, one in found.items() if config.fit}
+            for row in rows:
+                values = agreement.get(row["estimator"], [None] * len(model.names))
+                row["correlation"] = values[model.names.index(row["parameter"])]
+            shown = [row for row in rows if row["estimator"] != BOUND]
+            metrics = {f"{row['estimator']}/{row['parameter']}/rmse": row["rmse"] for row in shown}
+            log.metrics(number, {"snr": snr} | metrics)
+            return Outcome(metrics, rows)
+
+        done = run_study(make_cells({"snr": config.snr}), run_cell, folder.path, config)
+    rows = scored_rows(done)
+    write_table(folder.outputs / "scores.csv", tuple(rows[0]), rows)
     clock.lap("in all, compilation included")
     summary = Summary(
-        rows=tuple(rows),
-        agreement=compare(model, estimates, weight) if config.fit else (),
         estimators=tuple(estimators),
         parameters={parameter.name: parameter.unit for parameter in model.parameters},
         points=len(grid),
@@ -215,6 +206,7 @@ def run(config: Config, folder: RunFolder) -> None:
         protocol=table.hash,
     )
     finish(folder, config, summary, clock, page)
+    return done.exit_code
 
 
 def train_tiny(seed: int, log: Log) -> list[Network]:
@@ -227,7 +219,7 @@ def train_tiny(seed: int, log: Log) -> list[Network]:
     return networks
 
 
-def read_protocol(config: Config, networks: list[Network]) -> tuple[Table, ForwardConfig]:
+def read_protocol(config: Config, networks: list[Network]) -> tuple[Protocol, ForwardConfig]:
     """Return the one protocol and forward model of a comparison.
 
     Raises:
@@ -238,7 +230,7 @@ def read_protocol(config: Config, networks: list[Network]) -> tuple[Table, Forwa
             raise InputError("weights", "a network to score", "none, and no fit", "give --weights RUN, or --fit")
         needs_two_shells = config.forward.kind == "noddi"
         gradients = read_table(config.bvals, config.bvecs, config.b0_threshold, needs_two_shells=needs_two_shells)
-        return Table.make(gradients.bvals, gradients.bvecs, config.b0_threshold), config.forward
+        return Protocol.make(gradients.bvals, gradients.bvecs, config.b0_threshold), config.forward
     first = networks[0].description
     for path, network in zip(config.weights[1:], networks[1:], strict=True):
         match_table(first.table, *network.description.table.gradients[:2], path)
@@ -248,32 +240,7 @@ def read_protocol(config: Config, networks: list[Network]) -> tuple[Table, Forwa
     return first.table, first.forward
 
 
-def estimate_all(
-    config: Config,
-    model: MicrostructureModel,
-    table: Table,
-    estimators: Mapping[str, Estimator],
-    grid: np.ndarray,
-    log: Log,
-) -> tuple[dict[float, dict[str, np.ndarray]], dict[float, np.ndarray]]:
-    """Apply every estimator at every noise level, and compute the bound."""
-    noise_key, direction_key = jax.random.split(jax.random.key(config.seed))
-    each, count = len(grid) * config.repeats, len(config.snr)
-    estimates, bounds = {}, {}
-    announce(log, f"Scoring {', '.join(estimators)} at {count} levels of noise", count=each * count, unit="voxels")
-    with log.progress("Scoring", each * count, "voxels") as update:
-        for number, snr in enumerate(config.snr):
-
-            def on_block(done: int, before: int = number * each) -> None:
-                update(before + done)
-
-            key = jax.random.fold_in(noise_key, number)
-            estimates[snr] = estimate(key, model, table, estimators, grid, config.repeats, snr, on_block)
-            bounds[snr] = average_bound(direction_key, model, table, grid, snr)
-    return estimates, bounds
-
-
-def network_estimator(network: Network, table: Table, where: object = "weights") -> Estimator:
+def network_estimator(network: Network, table: Protocol, where: object = "weights") -> Estimator:
     """Return a network as an estimator of voxels measured by a protocol, in whatever order it has the network's rows.
 
     Raises:
@@ -283,7 +250,7 @@ def network_estimator(network: Network, table: Table, where: object = "weights")
     return lambda voxels: predict(network, voxels.signals[:, order])
 
 
-def fit_estimator(forward: ForwardConfig, table: Table, start: LabelStart = "grid") -> Estimator:
+def fit_estimator(forward: ForwardConfig, table: Protocol, start: LabelStart = "grid") -> Estimator:
     """Return the maximum-likelihood fit, told the true noise level, as an estimator."""
     model = forward.build(np.array(table.bvals))
     return lambda voxels: np.asarray(fit_labels(voxels, model, table, start, forward))
@@ -292,7 +259,7 @@ def fit_estimator(forward: ForwardConfig, table: Table, start: LabelStart = "gri
 def estimate(
     key: Key[Array, ""],
     model: MicrostructureModel,
-    table: Table,
+    table: Protocol,
     estimators: Mapping[str, Estimator],
     grid: Float[np.ndarray, "point parameter"],
     repeats: int,
@@ -325,7 +292,7 @@ def estimate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _measure(model: MicrostructureModel, table: Table, key, parameters, noise) -> Simulated:
+def _measure(model: MicrostructureModel, table: Protocol, key, parameters, noise) -> Simulated:
     direction_key, noise_key = jax.random.split(key)
     direction = draw_directions(direction_key, len(parameters))
     sigma = jnp.full(len(parameters), noise)
@@ -336,7 +303,7 @@ def _measure(model: MicrostructureModel, table: Table, key, parameters, noise) -
 def average_bound(
     key: Key[Array, ""],
     model: MicrostructureModel,
-    table: Table,
+    table: Protocol,
     grid: Float[np.ndarray, "point parameter"],
     snr: float,
 ) -> Float[np.ndarray, "point parameter"]:
@@ -370,47 +337,44 @@ def names_of(networks: Sequence[Network]) -> list[str]:
     ]
 
 
-def compare(
-    model: MicrostructureModel, estimates: dict[float, dict[str, np.ndarray]], weight: np.ndarray
-) -> tuple[Agreement, ...]:
-    """Return how each estimator correlates with the fit of the same voxels, by noise level and parameter."""
-    return tuple(
-        Agreement(snr, name, parameter, value)
-        for snr, found in estimates.items()
-        for name, one in found.items()
-        if name != "MLE"
-        for parameter, value in zip(model.names, correlation(one, found["MLE"], weight), strict=True)
-    )
-
-
-def tabulate(
-    model: MicrostructureModel,
-    scores: dict[float, dict[str, Scores]],
-    bounds: dict[float, np.ndarray],
-    grid: np.ndarray,
-    weight: np.ndarray,
-) -> list[Row]:
-    """Return one row per noise level, estimator and parameter; the bound has rows of its own, without bias."""
+def tabulate(model: MicrostructureModel, scores: Mapping[str, Scores], grid: np.ndarray, weight: np.ndarray) -> list:
+    """Return one row per estimator and parameter; see `metrics.recovery`. The bound has no bias, and a slope of 1."""
     rows = []
-    for snr, found in scores.items():
-        bound = Scores(np.zeros_like(grid), bounds[snr], bounds[snr])
-        for name, one in [*found.items(), (BOUND, bound)]:
-            slopes = [1.0] * len(model.names) if name == BOUND else shrinkage(one, grid, weight)
-            for parameter, numbers, slope in zip(model.names, summarise(one, weight), slopes, strict=True):
-                rows.append(Row(snr, name, parameter, slope=slope, **numbers))
+    for name, one in scores.items():
+        slopes = [1.0] * len(model.names) if name == BOUND else shrinkage(one, grid, weight)
+        for parameter, numbers, slope in zip(model.names, summarise(one, weight), slopes, strict=True):
+            rows.append({"estimator": name, "parameter": parameter, **numbers, "slope": slope})
     return rows
+
+
+def scored_rows(study: StudyRun) -> list[dict[str, Any]]:
+    """Return the rows of `tabulate` of every noise level, under snr.
+
+    Raises:
+        InputError: No noise level could be finished.
+    """
+    rows = [{**dict(result.cell.key), **row} for result in study.results for row in result.subjects]
+    if not rows:
+        raise InputError("snr", "a noise level that could be scored", "none", "see outputs/failed.csv for the reasons")
+    return rows
+
+
+# The page ------------------------------------------------------------------------------------------------------------
 
 
 def page(run: Finished[Config, Summary]) -> Page:
     """Show scores over the noise and over the truth, and all of them in a table."""
-    summary, config = run.summary, run.config
-    snr = _nearest(config)
+    summary, study = run.summary, read_study(run.path)
+    rows = scored_rows(study)
+    snr = min((row["snr"] for row in rows), key=lambda snr: abs(snr - SHOWN_SNR))
     tiles: list[tuple[str, object, str]] = []
     for parameter in summary.parameters:
-        found = [row for row in summary.rows if (row.snr, row.parameter) == (snr, parameter) and row.estimator != BOUND]
-        best = min(found, key=lambda row: row.rmse)
-        said = f"{best.estimator}, the lowest at SNR {snr:g}"
-        tiles.append((f"{map_label(parameter)} RMSE", float(f"{best.rmse:.3g}"), said))
+        found = [
+            row for row in rows if (row["snr"], row["parameter"]) == (snr, parameter) and row["estimator"] != BOUND
+        ]
+        best = min(found, key=lambda row: row["rmse"])
+        said = f"{best['estimator']}, the lowest at SNR {snr:g}"
+        tiles.append((f"{map_label(parameter)} RMSE", float(f"{best['rmse']:.3g}"), said))
     reading = Text(
         [
             "All estimators saw the same simulated voxels. MLE is the maximum-likelihood fit, told the true "
@@ -421,20 +385,23 @@ def page(run: Finished[Config, Summary]) -> Page:
             "After arXiv:2507.12632. For research only, not for diagnosis.",
         ]
     )
+    (shown,) = (result.cell for result in study.results if result.cell["snr"] == snr)
     return Page(
         "Networks and fits on known parameters",
         f"{', '.join(summary.estimators)}: {summary.points:,} points of the parameter range x "
-        f"{config.repeats} repetitions x {len(config.snr)} noise levels, {summary.images} images",
+        f"{run.config.repeats} repetitions x {len(run.config.snr)} noise levels, {summary.images} images",
         tiles,
-        [_noise_section(summary), _truth_section(run), _table_section(summary), Section("How to read this", [reading])],
+        [
+            _noise_section(rows, summary),
+            _truth_section(run.outputs / "points" / f"{shown.slug}.npz", snr, summary),
+            _table_section(rows),
+            *failed_cells(study.failures),
+            Section("How to read this", [reading]),
+        ],
     )
 
 
-def _nearest(config: Config) -> float:
-    return min(config.snr, key=lambda snr: abs(snr - SHOWN_SNR))
-
-
-def _noise_section(summary: Summary) -> Section:
+def _noise_section(rows: list[dict[str, Any]], summary: Summary) -> Section:
     blocks = []
     for parameter, unit in summary.parameters.items():
         label = map_label(parameter)
@@ -445,9 +412,9 @@ def _noise_section(summary: Summary) -> Section:
         ):
             series = {}
             for name in shown:
-                rows = [row for row in summary.rows if (row.estimator, row.parameter) == (name, parameter)]
-                rows.sort(key=lambda row: row.snr)
-                series[name] = (np.array([row.snr for row in rows]), np.array([getattr(row, measure) for row in rows]))
+                found = [row for row in rows if (row["estimator"], row["parameter"]) == (name, parameter)]
+                points = sorted((row["snr"], row[measure]) for row in found)
+                series[name] = tuple(np.array(points).T)
             ylabel = f"{label} {title}" + ("" if unit == "1" else f" ({unit})")
             caption = f"{label}: {title}."
             caption += " An estimator below the bound pays for it in bias." if measure == "median_sd" else ""
@@ -455,23 +422,21 @@ def _noise_section(summary: Summary) -> Section:
     return Section("Over the noise", blocks)
 
 
-def _truth_section(run: Finished[Config, Summary]) -> Section:
-    with np.load(run.outputs / "scores.npz", allow_pickle=False) as stored:
+def _truth_section(path: Path, snr: float, summary: Summary) -> Section:
+    with np.load(path, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
-    snr = _nearest(run.config)
-    place = run.config.snr.index(snr)
-    grid, weight, bound = arrays["grid"], arrays["weight"], arrays["bound"][place]
+    grid, weight = arrays["grid"], arrays["weight"]
     blocks: list[Figure] = []
-    for column, label in enumerate(map(map_label, run.summary.parameters)):
+    for column, label in enumerate(map(map_label, summary.parameters)):
         bias, spread = {}, {}
-        for number, name in enumerate(run.summary.estimators):
-            scores = Scores(*(arrays[field][place, number] for field in Scores._fields))
+        for number, name in enumerate(summary.estimators):
+            scores = Scores(*(arrays[field][number] for field in Scores._fields))
             values, mean, sd = bias_curve(scores, grid, weight, column)
             bias[name], spread[name] = (values, mean), (values, sd)
         # Median, because the bound has no upper limit where a parameter hardly matters.
         values = np.unique(grid[:, column])
         inside = [(weight[:, column] >= DEFINED) & (grid[:, column] == value) for value in values]
-        medians = [np.median(bound[rows, column]) if rows.any() else np.nan for rows in inside]
+        medians = [np.median(arrays["bound"][rows, column]) if rows.any() else np.nan for rows in inside]
         spread[f"{BOUND}, median"] = (values, np.array(medians))
         blocks += [
             curves(bias, xlabel=f"true {label}", ylabel=f"{label} bias",
@@ -483,20 +448,15 @@ def _truth_section(run: Finished[Config, Summary]) -> Section:
     return Section("Over the truth", blocks)
 
 
-def _table_section(summary: Summary) -> Section:
-    rows = [
-        (row.snr, map_label(row.parameter), row.estimator, row.bias, row.sd, row.rmse, row.slope)
-        for row in summary.rows
-        if row.estimator != BOUND
-    ]
-    columns = ("SNR", "Parameter", "Estimator", "Bias", "Standard deviation", "RMSE", "Slope")
+def _table_section(rows: list[dict[str, Any]]) -> Section:
+    columns = {
+        "snr": "SNR", "parameter": "Parameter", "estimator": "Estimator", "bias": "Bias", "sd": "Standard deviation",
+        "rmse": "RMSE", "slope": "Slope", "correlation": "Correlation with MLE",
+    }  # fmt: skip
+    named = [{**row, "parameter": map_label(row["parameter"])} for row in rows if row["estimator"] != BOUND]
     caption = (
         f"Over the points where at least {DEFINED:g} of the voxel lets the signal depend on the parameter; standard "
-        "deviation and RMSE are root means of squares. outputs/scores.csv has all columns, and the bound."
+        "deviation and RMSE are root means of squares; correlations are Pearson's, with the maximum-likelihood fit of "
+        "the same voxels. outputs/scores.csv has all columns, and the bound."
     )
-    blocks = [PageTable(columns, rows, caption)]
-    if summary.agreement:
-        pairs = [(row.snr, map_label(row.parameter), row.estimator, row.correlation) for row in summary.agreement]
-        caption = "Pearson's r with the maximum-likelihood fit of the same voxels."
-        blocks.append(PageTable(("SNR", "Parameter", "Estimator", "Correlation with MLE"), pairs, caption))
-    return Section("Table", blocks)
+    return Section("Table", [Table([*columns.values()], [[row[name] for name in columns] for row in named], caption)])
