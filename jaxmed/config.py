@@ -61,6 +61,8 @@ Unbounded = Annotated[float, Bounds()]  # infinity too
 Positive = Annotated[float, Bounds(0, 3e38, above=True)]
 NonNegative = Annotated[float, Bounds(0, 3e38)]
 Share = Annotated[float, Bounds(0, 1)]
+Fraction = Annotated[float, Bounds(0, 1, above=True)]
+Probability = Annotated[float, Bounds(0, 1, above=True, below=True)]
 Decay = Annotated[float, Bounds(0, 1, below=True)]
 Epochs = Annotated[float, Bounds(0, 1e6)]
 Count = Annotated[int, Bounds(1, 2**31 - 1)]
@@ -71,6 +73,7 @@ Length = Annotated[int, Bounds(0, 65_536)]  # the same, where 0 means none or al
 Regions = Annotated[int, Bounds(2, 2_000)]
 Spread = Annotated[float, Bounds(0, 100)]  # a blur in voxels, whose kernel is as large
 Workers = Annotated[int, Bounds(0, 1024)]
+Threads = Annotated[int, Bounds(1, 1024)]
 Number = Annotated[int, Bounds(0, 1_000_000)]  # of things to generate
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # beyond it jax would drop digits
 

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Shaped
 
-from jaxmed.config import Seed, Size, Workers, checked
+from jaxmed.config import Seed, Size, Threads, Workers, checked
 from jaxmed.data.records import Source, record_at, record_seed
 from jaxmed.errors import InputError
 
@@ -52,16 +52,8 @@ class LoaderConfig:
     shuffle: bool = True
     drop_remainder: bool = False
     num_workers: Workers = 0
-    num_threads: Workers = 2
-    prefetch: Workers = 2
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        for name in ("num_workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+    num_threads: Threads = 2
+    prefetch: Threads = 2
 
 
 def make_loader(

@@ -31,14 +31,6 @@ class MixConfig:
     probability: Share = 1.0
     switch: Share = 0.5
 
-    def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number of 0 or more, found {getattr(self, name):g}")
-        for name in ("probability", "switch"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], found {getattr(self, name):g}")
-
     @property
     def is_on(self) -> bool:
         """Whether anything can happen."""

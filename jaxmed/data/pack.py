@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Shaped
 
+from jaxmed.config import Threads, checked
 from jaxmed.data.records import FileSource
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, remove_leftovers, require_file, walk_files, write_json
@@ -35,6 +36,7 @@ INDEX, VALUES, VERSION = "pack.json", "values.npz", 1
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PackConfig:
     """How records are stored.
 
@@ -46,11 +48,7 @@ class PackConfig:
     """
 
     dtype: Literal["float32", "float16", "int16", "uint8"] = "float32"
-    threads: int = 2
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads: expected 1 or more, found {self.threads}")
+    threads: Threads = 2
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)

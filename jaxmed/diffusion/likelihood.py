@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray
+from jaxmed.config import Count, Positive, checked
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.schedule import Schedule
 from jaxmed.solvers.ode import OdeConfig, solve
@@ -24,6 +25,7 @@ EXACT_LIMIT = 64
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class LikelihoodConfig:
     """How a likelihood is computed.
 
@@ -44,18 +46,12 @@ class LikelihoodConfig:
     """
 
     divergence: Literal["auto", "exact", "hutchinson"] = "auto"
-    num_probes: int = 1
-    ratio_min: float | None = None
-    ratio_max: float | None = None
-    data_std: float = 0.5
-    bin_width: float | None = None
+    num_probes: Count = 1
+    ratio_min: Positive | None = None
+    ratio_max: Positive | None = None
+    data_std: Positive = 0.5
+    bin_width: Positive | None = None
     ode: OdeConfig = OdeConfig()
-
-    def __post_init__(self):
-        for name in ("num_probes", "ratio_min", "ratio_max", "data_std", "bin_width"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
 class Likelihood(NamedTuple):

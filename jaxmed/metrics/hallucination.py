@@ -12,7 +12,7 @@ published metric of DynamicDPS is not known, so none of these is it):
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ import scipy.ndimage
 from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.filters import along, blur_matrix, sobel
-from jaxmed.config import Spread, checked
+from jaxmed.config import Bounds, Count, Positive, Spread, Whole, checked
 from jaxmed.errors import InputError
 
 Linear = Callable[[Float[Array, "..."]], Float[Array, "..."]]
@@ -70,16 +70,9 @@ class LesionConfig:
     """
 
     sigma: Spread = 1.5
-    threshold: float = 0.15
-    least_volume: int = 4
-    margin: int = 2
-
-    def __post_init__(self) -> None:
-        if self.sigma < 0 or self.margin < 0:
-            raise ValueError(f"sigma, margin: expected 0 or more, found {(self.sigma, self.margin)}")
-        if self.threshold <= 0 or self.least_volume < 1:
-            found = self.threshold, self.least_volume
-            raise ValueError(f"threshold, least_volume: expected above 0, and 1 or more, found {found}")
+    threshold: Positive = 0.15
+    least_volume: Count = 4
+    margin: Whole = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +85,8 @@ class ShafeConfig:
         temperature: Temperature of the softmax over places; small looks at the worst place only.
     """
 
-    radius: Spread = 55.0
-    temperature: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.radius <= 0 or self.temperature <= 0:
-            raise ValueError(f"radius, temperature: expected above 0, found {(self.radius, self.temperature)}")
+    radius: Annotated[float, Bounds(0, 100, above=True)] = 55.0
+    temperature: Positive = 0.01
 
 
 def split_error(error: Float[Array, "..."], apply: Linear, pseudo_inverse: Linear) -> ErrorSplit:

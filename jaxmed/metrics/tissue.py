@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
+from jaxmed.config import Count, NonNegative, Positive, Whole, checked
 from jaxmed.errors import InputError
 
 TISSUES = ("csf", "grey", "white")
@@ -32,6 +33,7 @@ START_QUANTILES = (0.06, 0.4, 0.85)
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class TissueConfig:
     """The estimator.
 
@@ -44,19 +46,11 @@ class TissueConfig:
             components, whose means follow from the three.
     """
 
-    num_steps: int = 80
-    bias_order: int = 2
-    least_std: float = 0.01
-    bias_ridge: float = 1e-4
+    num_steps: Count = 80
+    bias_order: Whole = 2
+    least_std: Positive = 0.01
+    bias_ridge: NonNegative = 1e-4
     partial_volume: bool = True
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.bias_order < 0:
-            found = self.num_steps, self.bias_order
-            raise ValueError(f"num_steps, bias_order: expected 1 or more, and 0 or more, found {found}")
-        if self.least_std <= 0 or self.bias_ridge < 0:
-            found = self.least_std, self.bias_ridge
-            raise ValueError(f"least_std, bias_ridge: expected above 0, and 0 or more, found {found}")
 
 
 class TissueFit(NamedTuple):

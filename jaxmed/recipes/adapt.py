@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.task import Task, standardise
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
-from jaxmed.config import Epochs, Positive, checked
+from jaxmed.config import Decay, Epochs, Fraction, Positive, checked
 from jaxmed.data.loader import Fields, Transform, evaluation_batches
 from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import ArraySource, Source
@@ -67,16 +67,10 @@ class AdaptConfig:
     mode: Literal["full", "frozen", "logistic"] = "full"
     evaluate_epochs: Epochs = 1
     select: Literal["loss", "auroc"] = "loss"
-    token_keep: float = 1.0
-    smoothing: float = 0.1
+    token_keep: Fraction = 1.0
+    smoothing: Decay = 0.1
     mix: MixConfig = MixConfig()
     class_weights: tuple[Positive, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.token_keep <= 1:
-            raise ValueError(f"token_keep: expected a share above 0 and up to 1, found {self.token_keep:g}")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing: expected a share in [0, 1), found {self.smoothing:g}")
 
 
 # The type of a stage's field `adapt`: on the command line its options carry no prefix.

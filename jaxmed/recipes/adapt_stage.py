@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from jaxmed.arrays.task import Task, predict_values, standardise
 from jaxmed.arrays.types import Params
-from jaxmed.config import Length, Number, Share, Whole, checked, to_record
+from jaxmed.config import Length, Number, Probability, Share, Whole, checked, to_record
 from jaxmed.data.augment import AugmentConfig
 from jaxmed.data.cohort import Cohort, LabelledSets, read_labelled_sets
 from jaxmed.data.inputs import PreparedField, check_scans, input_source
@@ -110,11 +110,9 @@ class LabelledConfig:
     adapt: AdaptFlags = AdaptConfig()
     balance: bool = False
     augmentation: AugmentConfig = AugmentConfig()
-    threshold: float = 0.5
+    threshold: Probability = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold: expected a probability between 0 and 1, found {self.threshold:g}")
         if self.balance and self.adapt.class_weights:
             raise ValueError("class_weights: expected none beside balance, found some")
 

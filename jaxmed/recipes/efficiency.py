@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.arrays.task import Task, predict_values
-from jaxmed.config import Count, Number, checked, to_record
+from jaxmed.config import Count, Fraction, checked, to_record
 from jaxmed.data.cohort import LabelledSets
 from jaxmed.data.inputs import PreparedField, input_source
 from jaxmed.data.records import LabelledSource, SubsetSource
@@ -50,17 +50,15 @@ class StudyConfig:
         process: Which part is this command's.
     """
 
-    fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
-    seeds: Number = 5
+    fractions: tuple[Fraction, ...] = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
+    seeds: Count = 5
     budget: Literal["epochs", "steps"] = "epochs"
     processes: Count = 1
     process: int = 0
 
     def __post_init__(self) -> None:
-        if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
-            raise ValueError(f"fractions: expected shares above 0 and up to 1, found {self.fractions}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds: expected 1 or more, found {self.seeds}")
+        if not self.fractions:
+            raise ValueError("fractions: expected one or more, found none")
         if not 0 <= self.process < self.processes:
             raise ValueError(f"process: expected 0 to {self.processes - 1}, found {self.process}")
 

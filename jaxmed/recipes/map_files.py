@@ -155,10 +155,6 @@ class BatchConfig:
     size: Size = 4
     threads: Size = 2
 
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.threads < 1:
-            raise ValueError(f"size, threads: expected 1 or more each, found {self.size, self.threads}")
-
 
 class Input(NamedTuple):
     """A file as the model takes it.

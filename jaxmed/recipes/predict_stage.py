@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int
 from jaxmed.arrays.grid import resize
 from jaxmed.arrays.task import Task, predict_values
 from jaxmed.arrays.types import Params
-from jaxmed.config import Whole, checked, to_record
+from jaxmed.config import Probability, Whole, checked, to_record
 from jaxmed.data.intensity import unscale
 from jaxmed.data.labels import read_known_targets
 from jaxmed.data.preprocess import WARMEST_AIR, Preprocess
@@ -124,12 +124,8 @@ class PredictConfig:
     task: TaskConfig = TaskConfig()
     label: TruthConfig = TruthConfig()
     maps: Maps = "top"
-    threshold: float = 0.5
+    threshold: Probability = 0.5
     shown: Whole = 4
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold: expected a probability between 0 and 1, found {self.threshold:g}")
 
 
 @dataclasses.dataclass(frozen=True)

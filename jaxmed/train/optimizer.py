@@ -15,7 +15,7 @@ import optax
 
 from jaxmed.arrays.trees import map_named, matches
 from jaxmed.arrays.types import Params
-from jaxmed.config import Decay, NonNegative, Whole, checked
+from jaxmed.config import Decay, Fraction, NonNegative, Whole, checked
 from jaxmed.nn.model import LayerRules
 
 
@@ -52,13 +52,11 @@ class OptimizerConfig:
     b2: Decay = 0.999
     eps: NonNegative = 1e-8
     clip_norm: NonNegative = 0.0
-    layer_decay: NonNegative = 1.0
+    layer_decay: Fraction = 1.0
     frozen: tuple[str, ...] = ()
     trust_coefficient: NonNegative = 0.001
 
     def __post_init__(self) -> None:
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay: expected a factor above 0 and up to 1, found {self.layer_decay}")
         for pattern in (*self.no_decay, *self.frozen):
             try:
                 re.compile(pattern)

@@ -132,8 +132,11 @@ def scans(tmp_path_factory):
 MISTAKES = {
     "no weights": ([], "weights: expected pre-trained weights to compare with random ones, found none"),
     "too few labels": (["--fractions", "0.01", "--weights", "{weights}"], "fractions: expected 0.1667 or more"),
-    "a share above all": (["--fractions", "2.0", "--weights", "{weights}"], "expected shares above 0 and up to 1"),
-    "no seed": (["--seeds", "0", "--weights", "{weights}"], "seeds: expected 1 or more, found 0"),
+    "a share above all": (
+        ["--fractions", "2.0", "--weights", "{weights}"],
+        "fractions: expected a number above 0 and at most 1, found 2",
+    ),
+    "no seed": (["--seeds", "0", "--weights", "{weights}"], "seeds: expected a whole number from 1"),
     "a probe without steps": (["--mode", "logistic", "--weights", "{weights}"], "mode: expected full or frozen"),
     "part out of range": (["--process", "3", "--weights", "{weights}"], "process: expected 0 to 0, found 3"),
     "no table": (["--data.manifest", "nowhere.csv", "--weights", "{weights}"], "nowhere.csv: expected"),
