@@ -140,7 +140,7 @@ def test_relative_volume_errors_are_by_tissue():
 def test_unfit_arguments_are_refused():
     with pytest.raises(InputError, match="one shape"):
         false_lesions(TRUTH, TRUTH[:4], MASK, NONE)
-    with pytest.raises(ValueError, match="threshold, least_volume"):
+    with pytest.raises(ValueError, match="threshold: expected a number above 0"):
         LesionConfig(threshold=0.0)
-    with pytest.raises(ValueError, match="radius, temperature"):
+    with pytest.raises(ValueError, match="temperature: expected a number above 0"):
         ShafeConfig(temperature=0.0)

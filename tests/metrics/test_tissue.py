@@ -128,7 +128,7 @@ def test_a_real_scan_agrees_with_fast(shared_data):
 
 @pytest.mark.core
 def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="least_std, bias_ridge"):
+    with pytest.raises(ValueError, match="least_std: expected a number above 0"):
         TissueConfig(least_std=0.0)
-    with pytest.raises(ValueError, match="num_steps, bias_order"):
+    with pytest.raises(ValueError, match="num_steps: expected a whole number from 1"):
         TissueConfig(num_steps=0)

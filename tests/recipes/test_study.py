@@ -14,9 +14,19 @@ import pytest
 import scipy.stats
 
 from jaxmed.errors import InputError, Interrupted
-from jaxmed.recipes.study import Cell, Outcome, make_cells, read_results, run_study
-from jaxmed.recipes.study_sections import difference_table, mean_curves, mean_table
+from jaxmed.metrics.statistics import bootstrap, weighted_mean
+from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_results, read_study, run_study
+from jaxmed.recipes.study_sections import (
+    difference_table,
+    keep_examples,
+    mean_bars,
+    mean_curves,
+    mean_table,
+    show_examples,
+    side_by_side,
+)
 from jaxmed.recipes.study_tables import compare, summarise, write_tables
+from jaxmed.report.figures import MapStyle
 from jaxmed.report.page import Section, render
 from jaxmed.train.log import Log
 
@@ -244,8 +254,6 @@ def test_comparisons_pair_by_seed_and_correct_for_all_rows(results, test):
 @pytest.mark.core
 def test_comparisons_say_what_is_missing():
     def result(arm, seed, value):
-        from jaxmed.recipes.study import Result
-
         return Result(Cell((("arm", arm), ("seed", seed))), {"x": value}, [])
 
     rows = compare(
@@ -262,6 +270,89 @@ def test_comparisons_say_what_is_missing():
     assert (c.pairs, c.note, c.p_value, c.difference) == (1, "1 pairs: no test", None, pytest.approx(0.5))
     # Only rows with a test count for the correction.
     assert d.p_corrected == d.p_value is not None
+
+
+def by_subject(arm, initial, scores, seed=0):
+    """A cell with the scores of its cases, by (subject, case)."""
+    rows = [{"subject": name, "case": str(case), "dice": score} for (name, case), score in scores.items()]
+    return Result(Cell((("arm", arm), ("initial", initial), ("seed", seed))), {"cases": len(rows)}, rows)
+
+
+@pytest.mark.core
+def test_subjects_are_averaged_over_seeds_and_resampled_with_all_their_cases():
+    rng = np.random.default_rng(0)
+    cases = [(name, case) for name in ("s1", "s2", "s3") for case in range(int(name[1]))]
+    scores = [dict(zip(cases, rng.uniform(size=6), strict=True)) for _ in range(2)]
+    results = [by_subject("a", "x", values, seed) for seed, values in enumerate(scores)]
+    (mean,) = summarise(results, ("arm",), "dice", seed=5)
+    values = np.mean([[*one.values()] for one in scores], axis=0)
+    expected = bootstrap(weighted_mean(values), np.array([name for name, _ in cases]), seed=5)
+    assert (mean.mean, mean.low, mean.high, mean.count) == (*expected[:3], 6)
+    own = [values[:1].mean(), values[1:3].mean(), values[3:].mean()]
+    assert mean.error == pytest.approx(np.std(own, ddof=1) / np.sqrt(3))
+    alone = [by_subject("a", "x", {("s1", 0): 0.5, ("s1", 1): None, ("s1", 2): 0.7})]
+    (mean,) = summarise(alone, ("arm",), "dice", seed=5)
+    assert (mean.mean, mean.low, mean.error, mean.count) == (pytest.approx(0.6), None, None, 2)
+
+
+@pytest.mark.core
+def test_an_arm_that_needs_no_initial_estimate_is_compared_with_the_baseline_of_every_one():
+    base = {(f"s{n}", 0): 0.1 * n for n in range(8)}
+    better = {case: value + 0.1 + 0.01 * n for n, (case, value) in enumerate(base.items())}
+    results = [by_subject("base", initial, base) for initial in ("x", "y")]
+    results += [by_subject("free", "noise", better), by_subject("bound", "y", base), by_subject("lone", "z", base)]
+    how = {"seed": 0, "shared": {"initial": "noise"}, "test": "wilcoxon"}
+    rows = compare(results, ("initial",), "base", "dice", family=("initial",), **how)
+    assert [(row.arm, dict(row.group)["initial"]) for row in rows] == [("free", "x"), ("free", "y"), ("bound", "y")]
+    free, other, bound = rows
+    expected = bootstrap(weighted_mean(0.1 + 0.01 * np.arange(8)), np.arange(8), seed=0)
+    np.testing.assert_allclose((free.difference, free.low, free.high), expected[:3])
+    # Eight differences of one sign; one test with the initial estimate x, two with y.
+    assert free.p_corrected == free.p_value == pytest.approx(2 / 2**8)
+    assert other.p_corrected == pytest.approx(2 * other.p_value) and (bound.p_value, bound.effect_size) == (1, 0)
+    together = compare(results, ("initial",), "base", "dice", **how)
+    assert together[0].p_corrected == pytest.approx(3 * free.p_value)
+
+
+@pytest.mark.core
+def test_a_measure_that_a_cell_lacks_is_averaged_over_the_others():
+    results = [Result(Cell((("arm", "a"), ("seed", n))), {"r": 0.5 + n} if n else {"x": 1.0}, []) for n in range(3)]
+    (mean,) = summarise(results, ("arm",), "r")
+    assert (mean.mean, mean.count) == (2.0, 2)
+    with pytest.raises(InputError, match="finished cells, found none"):
+        summarise([], ("arm",), "r")
+
+
+@pytest.mark.core
+def test_a_page_reads_the_cells_that_were_last_asked_for(tmp_path):
+    def run_cell(cell):
+        if cell["arm"] == "b":
+            raise InputError("scan.nii", "a volume", "none")
+        return {"x": 1.0}
+
+    for arms in (("a", "b"), ("a", "b", "c")):
+        done = run_study(make_cells({"arm": arms, "seed": (0, 1)}), run_cell, tmp_path, {"steps": 4})
+        found = read_study(tmp_path)
+        assert (found.results, found.failures) == (done.results, done.failures)
+        assert (len(found.results), len(found.failures)) == (2 * len(arms) - 2, 2)
+
+
+def test_measures_stand_side_by_side_and_examples_are_shown(tmp_path):
+    scores = {(f"s{n}", 0): 0.1 * n for n in range(4)}
+    results = [by_subject("base", "x", scores), by_subject("other", "x", {c: v + 0.1 * v for c, v in scores.items()})]
+    means = summarise(results, ("arm",), "dice", seed=0)
+    changes = compare(results, (), "base", "dice", seed=0)
+    table = side_by_side(means, lambda row: row.group[0][1], {"dice": "Dice", "iou": "IoU"}, "Means.")
+    assert table.columns == ("method", "Dice", "IoU") and table.rows[0] == ["base", pytest.approx(0.15), None]
+    table = side_by_side(changes, lambda row: row.arm, {"dice": "Dice"}, "Differences.")
+    assert table.rows[0][1].startswith("+0.015 [") and "], p 0." in table.rows[0][1]
+    assert b"<svg" in mean_bars(means, lambda row: row.group[0][1], xlabel="Dice", caption="").light
+    for name in ("truth", "a"):
+        keep_examples(tmp_path, name, np.random.default_rng(0).uniform(size=(9, 8, 8)))
+    assert np.load(tmp_path / "examples" / "a.npy").shape == (4, 8, 8)
+    names = {"truth": "truth", "arm": "a", "not run": "b"}
+    figure = show_examples(tmp_path, names, MapStyle(limits=(0.0, 1.0)), "Images.")
+    assert "truth, arm" in figure.alt
 
 
 @pytest.mark.core

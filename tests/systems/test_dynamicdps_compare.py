@@ -17,7 +17,6 @@ from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
-from jaxmed.io import nifti
 from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
@@ -36,7 +35,7 @@ from jaxmed.systems.dynamicdps.scoring import (
     score_subject,
     tabulate,
 )
-from jaxmed.systems.dynamicdps.stages.compare import Config, plan_cells, read_subjects
+from jaxmed.systems.dynamicdps.stages.compare import Config, plan_cells
 
 
 def sized(size, **changes):
@@ -178,14 +177,6 @@ def command(files, out, *further):
         "--method.start", "fixed", "--method.fixed-start", "4", "--method.steps", "10", "--batch-size", "4",
         "--other-gamma", "0", *further,
     ]  # fmt: skip
-
-
-def test_scans_of_one_name_in_two_folders_are_two_subjects(tmp_path):
-    scan = nifti.read(next((write_brain_cohort(tmp_path / "made", 1, 1, (32, 32)).parent / "scans").iterdir()))
-    for name in ("a/T1.nii.gz", "b/T1.nii.gz", "b_T1.nii"):
-        nifti.write(tmp_path / "scans" / name, scan)
-    subjects = read_subjects(Config(input=tmp_path / "scans", slices=1), sized((32, 32)))
-    assert [(one.name, len(one.images)) for one in subjects] == [("a_T1", 1), ("b_T1", 1), ("b_T1_2", 1)]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """DynamicDPS compare: conditional models alone, and every solver, on the same scans, conditions and prior."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,18 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from jaxmed.arrays.batches import evenly
 from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked
-from jaxmed.data.brain_labels import read_labels, simplify_labels
-from jaxmed.data.cohort import stated_splits, subjects_of
-from jaxmed.data.images import LEAST_HEAD, cut_head
-from jaxmed.data.preprocess import Preprocess, load
-from jaxmed.data.scans import ANY_KIND, find_scans
-from jaxmed.data.windows import cut_about
+from jaxmed.data.subject_images import list_subjects, read_subjects
 from jaxmed.errors import InputError
-from jaxmed.files import unique_names
-from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
-from jaxmed.io.tables import read_table, resolve_paths
 from jaxmed.models.published.load import Published
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
@@ -296,7 +286,8 @@ def prepare(config: Config) -> Study:
     names = [path.name or str(path) for path in config.initial]
     names = [name if names.count(name) == 1 else f"{name} {index + 1}" for index, name in enumerate(names)]
     initials = {n: load_initial(p, prior, f"initial {n}") for n, p in zip(names, config.initial, strict=True)}
-    subjects = read_subjects(config, prior.preprocess)
+    scans = list_subjects(config.manifest, config.input, config.series, config.fill)
+    subjects = [make_subject(*one) for one in read_subjects(scans, prior.preprocess, config.slices, config.subjects)]
     truth = np.concatenate([subject.images for subject in subjects])[..., None]
     gammas = {IN_DISTRIBUTION: config.acquisition.gamma}
     if config.other_gamma and config.other_gamma != config.acquisition.gamma:
@@ -314,74 +305,11 @@ def prepare(config: Config) -> Study:
     return Study(prior, initials, conditions, subjects, estimates)
 
 
-def read_subjects(config: Config, preprocess: Preprocess) -> list[Subject]:
-    """Read every test subject's images.
-
-    Raises:
-        InputError: A file cannot be read, a label map has another grid, or no image shows a head.
-    """
-    grouped: dict[str, list[tuple[np.ndarray, np.ndarray | None]]] = {}
-    for name, path, labels in list_subjects(config):
-        if name not in grouped and config.subjects and len(grouped) == config.subjects:
-            continue
-        grouped.setdefault(name, []).append(_read_images(path, labels, preprocess, config))
-    subjects = []
-    for name, parts in grouped.items():
-        images = np.concatenate([images for images, _ in parts])
-        maps = [found for _, found in parts if found is not None]
-        subjects.append(make_subject(name, images, np.concatenate(maps) if len(maps) == len(parts) else None))
-    return subjects
-
-
-def list_subjects(config: Config) -> list[tuple[str, ScanFiles, Path | None]]:
-    """List subject, scan and label map of every test scan.
-
-    Raises:
-        InputError: There are none, or table and folder are both given.
-    """
-    if (config.manifest is None) == (config.input is None):
-        found = "neither" if config.manifest is None else "both"
-        raise InputError("manifest, input", "one of them", found, "or try --preset smoke")
-    if config.input is not None:
-        scans = find_scans(config.input, ANY_KIND, config.series).scans
-        root = config.input if config.input.is_dir() and scans[0].path != config.input else config.input.parent
-        # Every scan is a subject of its own, whatever its folder's files are called.
-        names = unique_names([os.path.relpath(scan.path, root) for scan in scans], NAME_ENDINGS)
-        return [(name, scan, None) for name, scan in zip(names, scans, strict=True)]
-    assert config.manifest is not None
-    table = read_table(config.manifest, required=("path",), optional=("subject", "labels", "split"))
-    paths = resolve_paths(table)
-    labels = resolve_paths(table, "labels") if "labels" in table.columns else [None] * len(paths)
-    splits = stated_splits(table) or ["test"] * len(paths)
-    if "test" not in splits:
-        raise InputError(config.manifest, "rows with split 'test'", "none", "leave the column out to use all")
-    rows = zip(subjects_of(table), paths, labels, splits, strict=True)
-    return [(name, ScanFiles(path, config.series), place) for name, path, place, split in rows if split == "test"]
-
-
-def _read_images(
-    files: ScanFiles, labels: Path | None, preprocess: Preprocess, config: Config
-) -> tuple[Float32[np.ndarray, "image ..."], np.ndarray | None]:
-    scan = load(files, preprocess, config.fill)
-    images, kept, head = cut_head(scan, preprocess)
-    if not kept.size:
-        advice = "check the scan, or the size of the prior's images"
-        raise InputError(files.path, f"an image of which {LEAST_HEAD:.0%} is head", "none", advice)
-    chosen = kept[evenly(config.slices, len(kept))]
-    found = None
-    if labels is not None:
-        volume = read_labels(labels, preprocess)
-        if volume.array.shape != scan.volume.array.shape:
-            raise InputError(labels, f"the grid of {files.path}", f"shape {volume.array.shape}", "resample it")
-        found = cut_about(simplify_labels(volume.array), preprocess.slice_axis, preprocess.size, head)[0][chosen]
-    return images[chosen].astype(np.float32), found
-
-
 def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     """Write phantom brains, and train a tiny prior, its calibration and a conditional model, where none is given."""
     has_scans = config.manifest is not None or config.input is not None
     if has_scans:
-        list_subjects(config)  # a mistake there costs no training
+        list_subjects(config.manifest, config.input, config.series)  # a mistake there costs no training
     log = begin(folder)
     weights = config.weights or tiny_network(folder, "train-prior", {"train.seed": config.seed}, log)
     calibration = config.calibration
@@ -394,12 +322,10 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     if has_scans:
         return config
     # Another seed than those of the networks' own phantoms.
-    place, brain, size = (
-        folder.path / "inputs" / "truth",
-        BrainConfig(lesion_probability=0.0),
-        load_prior(weights).preprocess.size,
-    )
-    cohort = write_brain_cohort(place, config.seed + 4, config.synthetic, size, brain, fractions=(0.0, 0.0, 1.0))
+    cohort = write_brain_cohort(
+        folder.path / "inputs" / "truth", config.seed + 4, config.synthetic, load_prior(weights).preprocess.size,
+        BrainConfig(lesion_probability=0.0), fractions=(0.0, 0.0, 1.0),
+    )  # fmt: skip
     return dataclasses.replace(config, manifest=cohort)
 
 
