@@ -37,6 +37,7 @@ from jaxmed.metrics.recovery import DEFINED, make_grid, score
 from jaxmed.metrics.statistics import Interval, bootstrap, mean_interval, weighted_mean
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import two_shell_protocol
+from jaxmed.physics.monte_carlo import estimate
 from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, write_diffusion_slab
 from jaxmed.systems import noddi
 from jaxmed.systems.noddi.network import (
@@ -50,7 +51,7 @@ from jaxmed.systems.noddi.network import (
     read_signals,
     run_onnx,
 )
-from jaxmed.systems.noddi.stages.evaluate import estimate, fit_estimator, network_estimator
+from jaxmed.systems.noddi.stages.evaluate import fit_estimator, network_estimator
 from jaxmed.systems.noddi.training import TrainConfig
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume

@@ -14,12 +14,13 @@ from jaxmed.models.mlp import Mlp, MlpConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import ball_and_stick_model, noddi_model, simulate
+from jaxmed.physics.monte_carlo import average_bound, estimate
 from jaxmed.physics.rician import log_rician
 from jaxmed.systems import noddi
 from jaxmed.systems.noddi import training
 from jaxmed.systems.noddi.network import ForwardConfig, predict
 from jaxmed.systems.noddi.protocol import prepare
-from jaxmed.systems.noddi.stages.evaluate import average_bound, estimate, fit_estimator, network_estimator
+from jaxmed.systems.noddi.stages.evaluate import fit_estimator, network_estimator
 from jaxmed.systems.noddi.training import State, TrainConfig, ascend, fit_config, fit_labels
 from jaxmed.train.optimizer import OptimizerConfig
 

@@ -1,24 +1,22 @@
 """Stage `jaxmed noddi evaluate`: bias, spread and error of networks and fits against the Cramer-Rao bound.
 
-An estimator is a function of simulated voxels; networks and fits are scored on the same noise. Beside them stands the
-bound of the Rician likelihood: no unbiased estimator has a smaller spread, and a biased one may.
+Networks and fits are scored on the same noise (`physics.monte_carlo`). Beside them stands the bound of the Rician
+likelihood: no unbiased estimator has a smaller spread, and a biased one may.
 
 Source: the sister study on training labels (a 10 x 10 x 10 grid, 500 repetitions).
 """
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
 
-from jaxmed.arrays.batches import padded_rows
 from jaxmed.config import NonNegative, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
 from jaxmed.files import make_folder
@@ -37,9 +35,9 @@ from jaxmed.metrics.recovery import (
     shrinkage,
     summarise,
 )
-from jaxmed.physics.acquisition import add_rician_noise, two_shell_protocol
-from jaxmed.physics.cramer_rao import cramer_rao
-from jaxmed.physics.microstructure import MicrostructureModel, Simulated, draw_directions
+from jaxmed.physics.acquisition import two_shell_protocol
+from jaxmed.physics.microstructure import MicrostructureModel
+from jaxmed.physics.monte_carlo import Estimator, average_bound, estimate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, StudyRun, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import failed_cells
@@ -53,10 +51,6 @@ from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 
-Estimator = Callable[[Simulated], np.ndarray]
-BLOCK = 8192
-BOUND_DIRECTIONS = 16
-"""Fibre directions over which the bound is averaged."""
 BOUND = "Cramer-Rao bound"
 SHOWN_SNR = 20.0
 """Noise level of the curves over the truth; the nearest one there is."""
@@ -186,14 +180,17 @@ def run(config: Config, folder: RunFolder) -> int:
             rows = tabulate(model, scores | {BOUND: Scores(np.zeros_like(grid), bound, bound)}, grid, weight)
             agreement = {name: correlation(one, found["MLE"], weight) for name, one in found.items() if config.fit}
             for row in rows:
-                values = agreement.get(row["estimator"], [None] * len(model.names))
-                row["correlation"] = values[model.names.index(row["parameter"])]
+                values = agreement.get(row["estimator"], [math.nan] * len(model.names))
+                value = values[model.names.index(row["parameter"])]
+                row["correlation"] = value if math.isfinite(value) else None
             shown = [row for row in rows if row["estimator"] != BOUND]
             metrics = {f"{row['estimator']}/{row['parameter']}/rmse": row["rmse"] for row in shown}
             log.metrics(number, {"snr": snr} | metrics)
             return Outcome(metrics, rows)
 
         done = run_study(make_cells({"snr": config.snr}), run_cell, folder.path, config)
+    for failure in done.failures:
+        log.say(f"Failed: {failure.cell}: {failure.reason}")
     rows = scored_rows(done)
     write_table(folder.outputs / "scores.csv", tuple(rows[0]), rows)
     clock.lap("in all, compilation included")
@@ -254,74 +251,6 @@ def fit_estimator(forward: ForwardConfig, table: Protocol, start: LabelStart = "
     """Return the maximum-likelihood fit, told the true noise level, as an estimator."""
     model = forward.build(np.array(table.bvals))
     return lambda voxels: np.asarray(fit_labels(voxels, model, table, start, forward))
-
-
-def estimate(
-    key: Key[Array, ""],
-    model: MicrostructureModel,
-    table: Protocol,
-    estimators: Mapping[str, Estimator],
-    grid: Float[np.ndarray, "point parameter"],
-    repeats: int,
-    snr: float,
-    on_block: Callable[[int], None] | None = None,
-) -> dict[str, Float[np.ndarray, "point repeat parameter"]]:
-    """Apply estimators at one noise level; every repetition has a fibre direction and noise of its own.
-
-    Args:
-        key: Consumed.
-        model: Makes the signals.
-        table: The protocol.
-        estimators: By name; all see the same voxels.
-        grid: True parameters.
-        repeats: Repetitions of each point.
-        snr: Signal-to-noise ratio at b = 0.
-        on_block: Called with the voxels done so far.
-    """
-    truth = np.repeat(grid, repeats, axis=0)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
-    for rows in padded_rows(len(truth), min(BLOCK, len(truth))):
-        start = int(rows.index[0])
-        voxels = _measure(model, table, jax.random.fold_in(key, start), truth[rows.index].astype(np.float32), 1 / snr)
-        for name, estimator in estimators.items():
-            found[name].append(np.asarray(estimator(voxels))[: rows.count])
-        if on_block is not None:
-            on_block(start + rows.count)
-    shape = (len(grid), repeats, len(model.parameters))
-    return {name: np.concatenate(parts).reshape(shape) for name, parts in found.items()}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _measure(model: MicrostructureModel, table: Protocol, key, parameters, noise) -> Simulated:
-    direction_key, noise_key = jax.random.split(key)
-    direction = draw_directions(direction_key, len(parameters))
-    sigma = jnp.full(len(parameters), noise)
-    clean = model.signal(parameters, direction, np.array(table.bvals), np.array(table.bvecs))
-    return Simulated(add_rician_noise(noise_key, clean, sigma[:, None]), parameters, direction, sigma)
-
-
-def average_bound(
-    key: Key[Array, ""],
-    model: MicrostructureModel,
-    table: Protocol,
-    grid: Float[np.ndarray, "point parameter"],
-    snr: float,
-) -> Float[np.ndarray, "point parameter"]:
-    """Return the smallest standard deviation of an unbiased estimator, root mean square over fibre directions.
-
-    Direction and unweighted signal are unknown too, as for a fit.
-
-    Args:
-        key: Consumed: draws the directions.
-        model: Makes the signals.
-        table: The protocol.
-        grid: True parameters, inside their ranges.
-        snr: Signal-to-noise ratio at b = 0.
-    """
-    truth = np.repeat(grid, BOUND_DIRECTIONS, axis=0)
-    direction = np.asarray(draw_directions(key, len(truth)))
-    bound = cramer_rao(model, truth, direction, np.array(table.bvals), np.array(table.bvecs), 1 / snr, s0_known=False)
-    return np.sqrt((bound.errors**2).reshape(len(grid), BOUND_DIRECTIONS, -1).mean(axis=1))
 
 
 def names_of(networks: Sequence[Network]) -> list[str]:
