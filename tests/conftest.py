@@ -1,18 +1,28 @@
 """Eight virtual CPU devices, runtime checks of shapes and types, and fixtures that every test may use."""
 
-import os
-
-# Before jax is imported, or they have no effect.
-# Most of the suite's time is compilation: LLVM's optimisations would take a third of it and change no result.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import gc
+import os
+import shutil
 import sys
+import tempfile
 import types
 from pathlib import Path
+
+# Before jax is imported, or they have no effect; processes that a test starts inherit them.
+# Most of the suite's time is compilation: LLVM's optimisations would take a third of it and change no result.
+os.environ["XLA_FLAGS"] = " ".join(
+    dict.fromkeys(
+        [
+            "--xla_backend_optimization_level=0",
+            "--xla_force_host_platform_device_count=8",
+            *os.environ.get("XLA_FLAGS", "").split(),
+        ]
+    )
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Stages run with the same shapes in many tests: what one process has compiled, the others read.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp("-jaxmed")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
@@ -32,6 +42,23 @@ ROOT = Path(__file__).resolve().parents[1]
 # Compiled programs stay mapped, and Linux allows 65,530 mappings: beyond them the compiler crashes.
 MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 25_000
+
+
+def pytest_configure(config):
+    """Let xdist take files as they come: it would begin with those of most tests, which are the quickest."""
+    config.option.loadscopereorder = False
+
+
+def pytest_unconfigure(config):
+    """Remove the compiled programs, where no caller and no other worker has a use for them."""
+    programs = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if not hasattr(config, "workerinput") and programs.endswith("-jaxmed"):
+        shutil.rmtree(programs, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with whole stages, the longest files: the many short ones after them keep every worker busy to the end."""
+    items.sort(key=lambda item: "systems" not in item.path.parts)
 
 
 @pytest.fixture(autouse=True, scope="module")
