@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.rl import patch_game, patch_play, pixel_game
-from jaxmed.rl.opponents import OpponentConfig
+from jaxmed.rl.opponents import OpponentConfig, elo, exploitability
 from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem
 from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.policies import Policy
-from jaxmed.rl.selfplay import Problem, Verify
+from jaxmed.rl.selfplay import Problem, SelfPlayConfig, Verify
 
 
 class Trace(NamedTuple):
@@ -54,6 +54,20 @@ class Debate(NamedTuple):
     rival_values: Float32[np.ndarray, " step"]
     is_won: Bool[np.ndarray, " step"]
     scores: Float32[np.ndarray, " step_1"]
+
+
+class Match(NamedTuple):
+    """Snapshots of a policy against each other.
+
+    Attributes:
+        scores: Share of the steps that the snapshot of the row wins from that of the column, ties half.
+        elo: Rating of each, with mean 0.
+        exploitability: What the best of the others gains on each, in D per step, at least 0.
+    """
+
+    scores: Float[np.ndarray, "snapshot snapshot"]
+    elo: Float[np.ndarray, " snapshot"]
+    exploitability: Float[np.ndarray, " snapshot"]
 
 
 class Results(NamedTuple):
@@ -144,6 +158,21 @@ def compare(
 
     rewards, scores = jax.lax.map(lambda player: jax.lax.map(lambda rival: match(player, rival), rivals), params)
     return Results(rewards, scores)
+
+
+def rate_policies(
+    key: KeyArray, config: SelfPlayConfig, policy: Policy, verify: Verify, problem: Problem, params: list[Params]
+) -> Match:
+    """Let policies play each other, as many games and steps as of an iteration of `config`; compiled here."""
+    config = config.for_images(len(problem.cases.images))
+
+    @jax.jit
+    def play_all(problem: Problem, stacked: Params) -> Results:
+        return compare(key, config.game, policy, verify, problem, stacked, stacked, config.games, config.steps)
+
+    found = play_all(problem, jax.tree.map(lambda *leaves: jnp.stack(leaves), *params))
+    gains = np.array([float(exploitability(row)) for row in found.rewards])
+    return Match(np.asarray(found.scores), np.asarray(elo(found.scores)), gains)
 
 
 def debate(

@@ -10,7 +10,6 @@ Source: arXiv:2506.22075 (comments of the reference implementation: the policy i
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +20,12 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.config import Size, checked
 from jaxmed.data.tasks import Cases, draw_episode
-from jaxmed.rl import tournament
-from jaxmed.rl.opponents import elo, exploitability
 from jaxmed.rl.policies import make_policy
-from jaxmed.rl.selfplay import Problem, make_problem
+from jaxmed.rl.selfplay import make_problem
+from jaxmed.rl.tournament import Match, rate_policies
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
 from jaxmed.systems.selfplay.thinking import Budget, ThinkConfig, Thought, think
-from jaxmed.systems.selfplay.verifier import calibrate, make_judge, score_masks
+from jaxmed.systems.selfplay.verifier import calibrate, make_judge, verify_by
 
 EVALUATED = 2
 
@@ -141,20 +139,6 @@ def evaluate_policy(config: ThinkConfig, iterations: int, cases: list[EvalCase],
     return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
 
 
-class Match(NamedTuple):
-    """Snapshots of a policy against each other.
-
-    Attributes:
-        scores: Share of the steps that the snapshot of the row wins from that of the column, ties half.
-        elo: Rating of each, with mean 0.
-        exploitability: What the best of the others gains on each, in D per step, at least 0.
-    """
-
-    scores: Float[np.ndarray, "snapshot snapshot"]
-    elo: Float[np.ndarray, " snapshot"]
-    exploitability: Float[np.ndarray, " snapshot"]
-
-
 def match_snapshots(
     key: KeyArray,
     system: SystemOne,
@@ -162,26 +146,17 @@ def match_snapshots(
     config: ThinkConfig,
     params: list[Params],
 ) -> Match:
-    """Let snapshots play each other on images of a task, without learning.
+    """Let snapshots play each other on images of a task, without learning: every pair for one iteration.
 
     Args:
         key: Consumed.
         system: System I, adapted to the task.
         images: In [0, 1].
-        config: How they think; every pair plays one iteration.
+        config: How they think.
         params: The snapshots.
     """
-    start = generate(system.config, system.params, jnp.asarray(images)) > system.config.threshold
-    judge = make_judge(system, jnp.asarray(images), config.prior_weight)
-    verify, play = partial(score_masks, system.config), config.play.for_images(len(images))
-    problem = make_problem(verify, judge, jnp.asarray(images), start)
-    player = make_policy(config.policy, play.game, images.shape[1:])
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-
-    @jax.jit
-    def match(problem: Problem, stacked: Params) -> tournament.Results:
-        return tournament.compare(key, play.game, player, verify, problem, stacked, stacked, play.games, play.steps)
-
-    found = match(problem, stacked)
-    gains = [float(exploitability(row)) for row in found.rewards]
-    return Match(np.asarray(found.scores), np.asarray(elo(found.scores)), np.array(gains))
+    seen = jnp.asarray(images)
+    start = generate(system.config, system.params, seen) > system.config.threshold
+    judge, verify = make_judge(system, seen, config.prior_weight), verify_by(system.config)
+    policy = make_policy(config.policy, config.play.game, images.shape[1:])
+    return rate_policies(key, config.play, policy, verify, make_problem(verify, judge, seen, start), params)

@@ -15,9 +15,7 @@ Deviation: the answer is the best mask so far, never what a game happens to end 
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
-from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,10 +25,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import NonNegative, Share, Size, Whole, checked
+from jaxmed.config import NonNegative, Share, Size, checked
 from jaxmed.errors import InputError
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
-from jaxmed.rl import ascent, patch_play, pixel_game, search, selfplay, tournament
+from jaxmed.rl import patch_play, pixel_game, selfplay, tournament
+from jaxmed.rl.driver import Budget, Game, Mode, Point, make_way, play_for
 from jaxmed.rl.opponents import OpponentConfig
 from jaxmed.rl.patch_game import PatchGame
 from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem
@@ -40,36 +39,17 @@ from jaxmed.rl.ppo import SB3, PpoConfig
 from jaxmed.rl.search import SearchConfig
 from jaxmed.rl.selfplay import Problem, SelfPlayConfig
 from jaxmed.rl.tournament import Debate
-from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, SystemOneConfig, adapt, generate_jit
+from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate_jit
 from jaxmed.systems.selfplay.verifier import (
     Judge,
     choose_level,
     is_constant,
     judge_masks_jit,
     make_judge,
-    score_masks,
+    verify_by,
 )
 
-Game = Literal["pixel", "patch"]
 Stop = Literal["budget", "time", "plateau", "constant verifier"]
-
-
-@dataclasses.dataclass(frozen=True)
-@checked
-class Budget:
-    """When to stop.
-
-    Attributes:
-        steps: Steps of the game, over all games and images; 0 leaves System I's answer.
-        seconds: After compilation; 0 for no limit.
-        patience: Iterations without a better mask after which thinking ends; 0 never ends early.
-        tolerance: What counts as better, in D.
-    """
-
-    steps: Whole = 65_536
-    seconds: NonNegative = 0.0
-    patience: Whole = 10
-    tolerance: NonNegative = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +78,7 @@ class ThinkConfig:
         adapt: Steps and rate of it.
     """
 
-    mode: Literal["learn", "propose", "grad", "mcts"] = "learn"
+    mode: Mode = "learn"
     play: SelfPlayConfig = SelfPlayConfig(game=PixelGame(rule="elitist", at_most_k=True), games=64, steps=64)
     search: SearchConfig = SearchConfig()
     patch: PatchPlayConfig = PatchPlayConfig(games=64)
@@ -283,35 +263,24 @@ def _think_once(
     judge = make_judge(system, images, config.prior_weight, level)
     # From `start` on: what was known before can score no higher, since the verifier chose.
     points = [
-        (steps, 0.0, np.asarray(judge_masks_jit(system.config, judge, jnp.arange(len(images)), masks * 1.0)), masks)
+        Point(
+            steps, 0.0, np.asarray(judge_masks_jit(system.config, judge, jnp.arange(len(images)), masks * 1.0)), masks
+        )
         for steps, masks in {0: np.asarray(known), done: np.asarray(start)}.items()
     ]
     stop: Stop = "constant verifier" if has_no_opinion else "budget"
-    spent, waited, state = 0.0, 0, None
-    if not has_no_opinion and done < budget.steps:
-        way = make_way(system.config, config, game, images.shape)
-        problem = make_problem(system, config, game, judge, images, start)
-        state = way.begin(play_key, problem, policy)
-        advance = way.advance.lower(problem, state).compile()  # the clock runs afterwards
-        while done < budget.steps:
-            began = time.perf_counter()
-            state = jax.block_until_ready(advance(problem, state))
-            done, spent = done + way.size, spent + time.perf_counter() - began
-            points.append((done, spent, np.asarray(state.best.value), np.asarray(state.best.mask)))
-            if watch is not None:
-                watch(done, float(np.mean(points[-1][2])))
-            gain = float(np.mean(points[-1][2] - points[-2][2]))
-            waited = 0 if gain > budget.tolerance else waited + 1
-            if budget.patience and waited >= budget.patience:
-                stop = "plateau"
-                break
-            if budget.seconds and spent >= budget.seconds:
-                stop = "time"
-                break
     agreement = probability
-    if state is not None and config.mode != "grad":
-        agreement = pixel_game.agreement(state.game, len(images))
-        policy = state.params if config.mode == "learn" else policy
+    if not has_no_opinion and done < budget.steps:
+        way = make_way(
+            game, config.mode, verify_by(system.config), images.shape, config.play, config.patch, config.search,
+            config.policy,
+        )  # fmt: skip
+        problem = make_problem(system, config, game, judge, images, start)
+        state, stop = play_for(budget, way, play_key, problem, policy, points, watch)
+        if config.mode != "grad":
+            agreement = pixel_game.agreement(state.game, len(images))
+        if config.mode == "learn":
+            policy = state.params
     trace = Trace(*(np.stack(column) for column in zip(*points, strict=True)))
     return Thought(
         trace.masks[-1], trace.values[-1], np.asarray(agreement), np.asarray(first), np.asarray(start),
@@ -328,71 +297,11 @@ def make_problem(
     start: Bool[Array, "image *space"],
 ) -> Problem | PatchProblem:
     """Return the images as a game has them: with the masks it begins from, or cut into patches that System I scores."""
-    verify = partial(score_masks, system.config)
+    verify = verify_by(system.config)
     if game == "patch":
         probability = generate_jit(system.config, system.params, images)
         return patch_play.make_patch_problem(config.patch.game, verify, judge, images, probability)
     return selfplay.make_problem(verify, judge, images, start)
-
-
-class Way(NamedTuple):
-    """A way to think, as compiled functions.
-
-    Attributes:
-        size: Steps of the game in an iteration.
-        begin: (key, problem, policy or None) -> state, which has the field `best`.
-        advance: (problem, state) -> state.
-    """
-
-    size: int
-    begin: Any
-    advance: Any
-
-
-@lru_cache(maxsize=32)
-def make_way(system: SystemOneConfig, config: ThinkConfig, game: Game, shape: tuple[int, ...]) -> Way:
-    """Return how images [image *space] of a shape are thought about; equal settings are compiled once."""
-    verify, play, rules = partial(score_masks, system), config.play, config.play.game
-    if game == "patch":
-        size, model = config.patch.steps_per_iteration, patch_play.make_patch_policy(config.patch)
-
-        def begin(key: KeyArray, problem: Any, policy: Params | None) -> Any:
-            return patch_play.init(key, config.patch, model, problem, policy)
-
-        def advance(problem: Any, state: Any) -> Any:
-            return patch_play.iterate(config.patch, model, verify, problem, state)[0]
-
-    elif config.mode == "grad":
-        size = shape[0] * play.steps
-
-        def begin(key: KeyArray, problem: Any, policy: Params | None) -> Any:
-            return ascent.init(problem, rules.num_flips(shape[1:]))
-
-        def advance(problem: Any, state: Any) -> Any:
-            return ascent.iterate(verify, play.steps, problem, state)
-
-    elif config.mode == "mcts":
-        search.require_mctx()
-        play = play.for_images(shape[0])
-        size = play.steps_per_iteration * config.search.simulations
-
-        def begin(key: KeyArray, problem: Any, policy: Params | None) -> Any:
-            return search.init(key, play.games, problem)
-
-        def advance(problem: Any, state: Any) -> Any:
-            return search.iterate(config.search, rules, verify, play.steps, problem, state)
-
-    else:
-        play = dataclasses.replace(play.for_images(shape[0]), mode=config.mode)
-        size, player = play.steps_per_iteration, make_policy(config.policy, rules, shape[1:])
-
-        def begin(key: KeyArray, problem: Any, policy: Params | None) -> Any:
-            return selfplay.init(key, play, player, problem, policy)
-
-        def advance(problem: Any, state: Any) -> Any:
-            return selfplay.iterate(play, player, verify, problem, state)[0]
-
-    return Way(size, jax.jit(begin), jax.jit(advance))
 
 
 def _readapt(
@@ -431,7 +340,7 @@ def debate(
 
     The patch game begins with nothing, and may be stopped before its last step.
     """
-    images, verify = image[None], partial(score_masks, system.config)
+    images, verify = image[None], verify_by(system.config)
     judge = make_judge(system, images, config.prior_weight, level)
     problem = make_problem(system, config, game, judge, images, mask[None])
     if isinstance(problem, PatchProblem):

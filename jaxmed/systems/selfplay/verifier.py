@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Float64, Int
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.models.mask_verifier import make_verifier
 from jaxmed.rl.pixel_game import expand_like
+from jaxmed.rl.selfplay import Verify
 from jaxmed.synthesis.corruption import corrupt
 from jaxmed.systems.selfplay.system_one import SystemOne, SystemOneConfig, generate, overlap
 
@@ -128,6 +129,12 @@ def score_masks(
     logits = make_verifier(config.verifier).score(judge.params, seen, masks) / judge.temperature
     evidence = (masks * judge.evidence[index]).sum(tuple(range(1, masks.ndim))) - judge.first[index]
     return jax.nn.sigmoid(logits + evidence)
+
+
+@functools.lru_cache(maxsize=32)
+def verify_by(config: SystemOneConfig) -> Verify:
+    """Return what judges a game; equal settings give the same function, so that equal programs are recognised."""
+    return functools.partial(score_masks, config)
 
 
 judge_masks_jit = functools.partial(jax.jit, static_argnums=0)(score_masks)
