@@ -38,12 +38,10 @@ class GeneratorConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths: expected one or more positive numbers, found {self.widths}")
+        if not self.widths:
+            raise ValueError("widths: expected one or more, found none")
         if self.kind == "unet" and (self.widths[0] % 8 or any(width % self.widths[0] for width in self.widths)):
             raise ValueError(f"widths: expected multiples of the first, a multiple of 8; found {self.widths}")
-        if self.blocks < 1:
-            raise ValueError(f"blocks: expected 1 or more, found {self.blocks}")
 
     @property
     def divisor(self) -> int:

@@ -49,8 +49,8 @@ class VerifierConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths: expected one or more positive numbers, found {self.widths}")
+        if not self.widths:
+            raise ValueError("widths: expected one or more, found none")
         if self.kind == "joint":
             GeneratorConfig(widths=self.widths)  # the image's branch is a U-Net of these widths
 

@@ -29,8 +29,8 @@ class GaussianMlpConfig:
     log_std: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden: expected widths of 1 or more, found {self.hidden}")
+        if not self.hidden:
+            raise ValueError("hidden: expected one width or more, found none")
 
 
 class GaussianMlp(nn.Module):
@@ -78,8 +78,8 @@ class TopkUnetConfig:
     value_width: Size = 64
 
     def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1 or self.value_width < 1:
-            raise ValueError(f"widths, value_width: expected 1 or more, found {self.widths}, {self.value_width}")
+        if not self.widths:
+            raise ValueError("widths: expected one or more, found none")
 
 
 class TopkUnet(nn.Module):
@@ -135,8 +135,8 @@ class PatchMlpConfig:
     hidden: tuple[Size, ...] = (128, 64, 64, 64, 64, 32)
 
     def __post_init__(self) -> None:
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden: expected widths of 1 or more, found {self.hidden}")
+        if not self.hidden:
+            raise ValueError("hidden: expected one width or more, found none")
 
 
 class PatchMlp(nn.Module):

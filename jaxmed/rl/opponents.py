@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
-from jaxmed.config import Share, checked
+from jaxmed.config import Count, Share, Size, checked
 
 Schedule = Literal["live", "latest", "uniform", "prioritised"]
 
@@ -34,14 +34,9 @@ class OpponentConfig:
 
     schedule: Schedule = "prioritised"
     live: Share = 0.5
-    pool: int = 16
-    every: int = 8
-    groups: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("pool", "every", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+    pool: Size = 16
+    every: Count = 8
+    groups: Size = 4
 
     def num_live(self, games: int) -> int:
         """Return how many of the games are played against the current policy.

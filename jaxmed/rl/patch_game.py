@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmed.config import NonNegative, Size, Whole, checked
+from jaxmed.config import NonNegative, Share, Size, Whole, checked
 from jaxmed.rl.pixel_game import spread_blocks
 
 
@@ -42,16 +42,12 @@ class PatchGame:
     min_turns: Whole = 2
     max_turns: Whole = 2048
     stop_factor: NonNegative = 100.0
-    empty_score: float = 0.0
+    empty_score: Share = 0.0
     match_release: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_turns <= self.max_turns:
-            raise ValueError(
-                f"min_turns, max_turns: expected 0 <= min <= max, found {self.min_turns}, {self.max_turns}"
-            )
-        if not 0 <= self.empty_score <= 1:
-            raise ValueError(f"empty_score: expected a probability, found {self.empty_score}")
+        if self.min_turns > self.max_turns:
+            raise ValueError(f"min_turns, max_turns: expected min <= max, found {self.min_turns}, {self.max_turns}")
 
     def edges(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the edges of a patch of an image, in voxels."""

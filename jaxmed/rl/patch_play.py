@@ -67,15 +67,13 @@ class PatchPlayConfig:
     turns: Size = 64
     learning_rate: NonNegative = 1e-3
     discount: Share = 0.99
-    explore: float = 0.05
+    explore: Share = 0.05
     max_norm: NonNegative = 10.0
     epsilon: NonNegative = 1e-5
     minibatches: Size = 1
     from_rival: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.explore <= 1:
-            raise ValueError(f"explore: expected a share from 0 to 1, found {self.explore}")
         if 2 * self.games * self.turns % self.minibatches:
             raise ValueError(
                 f"minibatches: expected a divisor of {2 * self.games * self.turns} moves, found {self.minibatches}"

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxmed.config import Count, checked
+from jaxmed.config import Count, Size, checked
 
 Verify: TypeAlias = Callable[[Int[Array, " game"], Float[Array, "game *shape"]], Float[Array, " game"]]
 """(number of the image, mask of zeros and ones) of each game -> value of the mask, the higher the better."""
@@ -46,19 +46,15 @@ class PixelGame:
     """
 
     fraction: float = 0.01
-    flips: int | None = None
+    flips: Count | None = None
     rule: Literal["repo", "fair", "elitist"] = "fair"
     at_most_k: bool = False
     horizon: Count = 1024
-    super_pixel: int | tuple[int, ...] = 1
+    super_pixel: Size | tuple[Size, ...] = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction: expected a number above 0 and up to 1, found {self.fraction}")
-        if self.flips is not None and self.flips < 1:
-            raise ValueError(f"flips: expected 1 or more, found {self.flips}")
-        if min(self.super_pixel if isinstance(self.super_pixel, tuple) else (self.super_pixel,)) < 1:
-            raise ValueError(f"super_pixel: expected edges of 1 or more, found {self.super_pixel}")
         if self.rule == "repo" and (self.at_most_k or self.flips is not None):
             raise ValueError("rule: repo flips all pixels above a percentile; expected neither flips nor at_most_k")
 

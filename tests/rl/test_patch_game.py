@@ -284,9 +284,9 @@ def test_a_policy_alone_stops_when_it_says_so():
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="min_turns, max_turns: expected"):
         PatchGame(min_turns=3, max_turns=2)
-    with pytest.raises(ValueError, match="empty_score: expected a probability"):
+    with pytest.raises(ValueError, match="empty_score: expected a number from 0 to 1"):
         PatchGame(empty_score=2.0)
-    with pytest.raises(ValueError, match="explore: expected a share"):
+    with pytest.raises(ValueError, match="explore: expected a number from 0 to 1"):
         PatchPlayConfig(explore=-0.1)
     with pytest.raises(ValueError, match="minibatches: expected a divisor"):
         PatchPlayConfig(minibatches=7)
