@@ -215,17 +215,13 @@ def find_partners(scans: Sequence[ScanFiles], place: Path, other: Path | None) -
     """
     if other is None:
         return [None] * len(scans)
-    if not other.exists():
-        raise InputError(other, "a file or folder", "nothing", "check the path")
-    if not other.is_dir():
-        if len(scans) > 1:
-            raise InputError(other, f"a folder with {len(scans)} files", "one file", "give a folder")
-        return [other]
-    found: list[Path | None] = [partner_of(other, where) for where in _below(scans, place)]
+    if other.is_file() and len(scans) > 1:
+        raise InputError(other, f"a folder with {len(scans)} files", "one file", "give a folder")
+    found = [other] if other.is_file() else [partner_of(other, where) for where in _below(scans, place)]
     for path in found:
-        if path is not None and not path.exists():
-            raise InputError(path, "a file for every input, by the same name", "none", "check the names")
-    return found
+        if not path.exists():
+            raise InputError(path, "a file for every input, by the same name", "none", "check the path")
+    return [*found]
 
 
 def name_scans(scans: Sequence[ScanFiles], place: Path, endings: Sequence[str], taken: Sequence[str]) -> list[str]:

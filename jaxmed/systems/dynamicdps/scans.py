@@ -16,7 +16,6 @@ from jaxmed.arrays.grid import resample_to
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import to_record
 from jaxmed.data.preprocess import Loaded, Preprocess, load, load_mask
-from jaxmed.data.scans import partner_of
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
@@ -342,21 +341,3 @@ def count_labels(labels: Volume) -> dict[str, float]:
     """Count every structure of a label map, in ml; 0 is background."""
     table = {str(value): (value,) for value in np.unique(labels.array).tolist() if value}
     return label_volumes(labels.array, table, float(np.prod(labels.spacing)) / 1000)
-
-
-def pair_files(paths: tuple[Path, ...], place: Path, other: Path) -> list[Path]:
-    """Return the file of the same name below another folder for each file; or the one other file.
-
-    Raises:
-        InputError: One has no partner.
-    """
-    if other.is_file():
-        if len(paths) > 1:
-            raise InputError(other, f"a folder with {len(paths)} files", "one file", "give a folder")
-        return [other]
-    root = place if place.is_dir() and paths != (place,) else place.parent
-    found = [partner_of(other, path.relative_to(root)) for path in paths]
-    for path in found:
-        if not path.exists():
-            raise InputError(path, "a file for every input, by the same name", "none", "check the names")
-    return found

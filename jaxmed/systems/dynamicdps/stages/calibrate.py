@@ -14,7 +14,7 @@ from jaxmed.arrays.batches import evenly
 from jaxmed.config import Length, Number, Positive, Seed, Size, checked, to_record
 from jaxmed.data.images import LEAST_HEAD, cut_head
 from jaxmed.data.preprocess import Preprocess, load
-from jaxmed.data.scans import ANY_KIND, find_scans
+from jaxmed.data.scans import ANY_KIND, find_partners, find_scans
 from jaxmed.data.windows import cut_about
 from jaxmed.diffusion.posterior.dps import Dps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
@@ -50,7 +50,6 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import pair_files
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import require_same_grid
@@ -249,8 +248,7 @@ def read_references(config: Config, preprocess: Preprocess) -> References:
     """
     assert config.input is not None
     scans = find_scans(config.input, ANY_KIND, config.series, apart=(config.low,)).scans
-    paths = tuple(scan.path for scan in scans)
-    partners = [None] * len(paths) if config.low is None else pair_files(paths, config.input, config.low)
+    partners = find_partners(scans, config.input, config.low)
     images, low, names = [], [], []
     for files, partner in zip(scans, partners, strict=True):
         scan = load(files, preprocess, config.fill)

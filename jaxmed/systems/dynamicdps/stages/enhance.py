@@ -1,7 +1,6 @@
 """DynamicDPS enhance: refine scans, slice by slice or in 3D, with uncertainty, residuals and tissue volumes."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,9 @@ import numpy as np
 
 from jaxmed.arrays.grid import reorient
 from jaxmed.config import Number, Seed, Size, checked, from_record, to_record
-from jaxmed.data.scans import ANY_KIND, find_scans
+from jaxmed.data.scans import ANY_KIND, find_partners, find_scans, name_scans
 from jaxmed.errors import InputError
-from jaxmed.files import unique_names
 from jaxmed.io import nifti
-from jaxmed.io.scans import NAME_ENDINGS
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES
 from jaxmed.models.published.load import Published
@@ -36,7 +33,7 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, Refinement, pair_files, process, read_case
+from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, Refinement, process, read_case
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
@@ -247,14 +244,8 @@ def list_inputs(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
     given = (config.initial, config.mask, config.labels)
     places = [None if place is None or is_run(place) else place for place in given]
     scans, passed = find_scans(config.input, ANY_KIND, config.series, apart=[place for place in places if place])
-    paths = tuple(scan.path for scan in scans)
-    partners = []
-    for place in places:
-        if place is not None and not place.exists():
-            raise InputError(place, "a file or folder", "nothing", "check the path")
-        partners.append([None] * len(paths) if place is None else pair_files(paths, config.input, place))
-    root = config.input if config.input.is_dir() and paths != (config.input,) else config.input.parent
-    names = unique_names([os.path.relpath(path, root) for path in paths], NAME_ENDINGS, tuple(MAPS), TABLES)
+    partners = [find_partners(scans, config.input, place) for place in places]
+    names = name_scans(scans, config.input, tuple(MAPS), TABLES)
     return [Inputs(name, scan, *others) for name, scan, *others in zip(names, scans, *partners, strict=True)], passed
 
 
