@@ -1,5 +1,6 @@
 """A policy for a game: a network and the distribution that its output belongs to."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,8 +28,9 @@ class Policy(NamedTuple):
     distribution: Distribution
 
 
+@functools.lru_cache(maxsize=32)
 def make_policy(config: GaussianMlpConfig | TopkUnetConfig, game: PixelGame, shape: tuple[int, ...]) -> Policy:
-    """Make a policy of the pixel game.
+    """Make a policy of the pixel game; equal settings give the same one, so that equal programs are recognised.
 
     Args:
         config: Sizes of the network.

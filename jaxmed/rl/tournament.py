@@ -175,16 +175,15 @@ def rate_policies(
     return Match(np.asarray(found.scores), np.asarray(elo(found.scores)), gains)
 
 
+# Compiled here, once for equal rules: a debate is shown of every file that is thought about.
+_play = partial(jax.jit, static_argnums=(1, 2, 3, 7, 8))(play)
+
+
 def debate(
     key: KeyArray, game: PixelGame, policy: Policy, verify: Verify, problem: Problem, params: Params, steps: int
 ) -> Debate:
     """Let a policy play a game with itself, on the first image of a problem; compiled here."""
-
-    @jax.jit
-    def match(problem: Problem, params: Params) -> Trace:
-        return play(key, game, policy, verify, problem, params, params, 1, steps)
-
-    trace, cases = match(problem, params), problem.cases
+    trace, cases = _play(key, game, policy, verify, problem, params, params, 1, steps), problem.cases
     info = jax.tree.map(lambda leaf: np.asarray(leaf)[:, 0], trace.info)
     masks, scores = (
         np.concatenate([np.asarray(first[:1]), np.asarray(later)[:, 0]])
@@ -199,18 +198,21 @@ def debate_patches(
     """Let a policy play the patch game with itself, on the only image of a problem, until it is stopped."""
     alone = OpponentConfig(schedule="live", groups=1, pool=1)
     config = dataclasses.replace(config, games=1, turns=turns, minibatches=1, opponents=alone)
-    model, shape = patch_play.make_patch_policy(config), problem.cases.images.shape[1:]
-
-    @jax.jit
-    def match(problem: PatchProblem, params: Params) -> Any:
-        found = patch_play.rollout(config, model, problem, patch_play.init(key, config, model, problem, params), key)
-        last = patch_game.erase(jax.tree.map(lambda leaf: leaf[-1, 1], found.state), found.patch[-1, 1])
-        named = jnp.concatenate([found.state.is_erased[:, 0, 0], last.is_erased]) & ~problem.is_empty
-        chosen = jax.nn.one_hot(found.patch[..., 0].T, named.shape[1], dtype=bool)
-        masks, flips, rival_flips = (patch_game.mark_patches(config.game, shape, part) for part in (named, *chosen))
-        scores = verify(problem.verifier, jnp.zeros(turns + 1, jnp.int32), masks.astype(jnp.float32))
-        info = jax.tree.map(lambda leaf: leaf[:, 0], found.info)
-        return (masks, flips, rival_flips, *info, scores), found.is_played[:, 0, 0].sum()
-
-    trajectory, count = jax.tree.map(np.asarray, match(problem, params))
+    trajectory, count = jax.tree.map(np.asarray, _play_patches(key, config, verify, problem, params))
     return Debate(*(part[: count + (len(part) > turns)] for part in trajectory))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _play_patches(
+    key: KeyArray, config: PatchPlayConfig, verify: Verify, problem: PatchProblem, params: Params
+) -> tuple[tuple[Array, ...], Array]:
+    """Return what a debate keeps, a row for each turn, and how many turns were played."""
+    model, shape = patch_play.make_patch_policy(config), problem.cases.images.shape[1:]
+    found = patch_play.rollout(config, model, problem, patch_play.init(key, config, model, problem, params), key)
+    last = patch_game.erase(jax.tree.map(lambda leaf: leaf[-1, 1], found.state), found.patch[-1, 1])
+    named = jnp.concatenate([found.state.is_erased[:, 0, 0], last.is_erased]) & ~problem.is_empty
+    chosen = jax.nn.one_hot(found.patch[..., 0].T, named.shape[1], dtype=bool)
+    masks, flips, rival_flips = (patch_game.mark_patches(config.game, shape, part) for part in (named, *chosen))
+    scores = verify(problem.verifier, jnp.zeros(config.turns + 1, jnp.int32), masks.astype(jnp.float32))
+    info = jax.tree.map(lambda leaf: leaf[:, 0], found.info)
+    return (masks, flips, rival_flips, *info, scores), found.is_played[:, 0, 0].sum()
