@@ -166,26 +166,12 @@ def read_splits(
     series: str = "",
     fill: float | None = None,
 ) -> tuple[dict[str, Cases], tuple[dict[str, str], ...]]:
-    """Read the cases of some splits; see `read_cases`.
-
-    Args:
-        config: Table and choices.
-        preprocess: How files become images.
-        required: Splits that the manifest has to have.
-        optional: Splits that are left out where it has not.
-        seed: Seed of shifts, and of the draw of subjects where there is no column split.
-        series: Which DICOM series is meant where a folder holds several.
-        fill: Value of voxels that have none; None refuses them.
-
-    Returns:
-        The cases by split; path, id (subject) and reason of the records that could not be used.
-    """
+    """Read the cases of splits that a manifest has to have, and of others where it has them; see `read_cases`."""
     known = {record.split for record in read_manifest(config, seed)}
     splits = (*required, *(name for name in optional if name in known))
     found = {split: read_cases(config, preprocess, split, seed, series, fill) for split in splits}
-    return {split: cases for split, (cases, _) in found.items()}, tuple(
-        f for _, failed in found.values() for f in failed
-    )
+    failed = tuple(failure for _, failures in found.values() for failure in failures)
+    return {split: cases for split, (cases, _) in found.items()}, failed
 
 
 def read_cases(

@@ -198,7 +198,11 @@ def step(
 
 def mark_flips(game: PixelGame, shape: tuple[int, ...], action: Action) -> Bool[Array, "game *grid"]:
     """Mark the pixels of the grid that flip under the fair rule."""
-    return _mark(_numbers(game, shape, action), game.grid(shape))
+    numbers, grid = _numbers(game, shape, action), game.grid(shape)
+    rows, pixels = jnp.arange(len(numbers))[:, None], math.prod(grid)
+    marked = jnp.zeros((len(numbers), pixels), bool)
+    marked = marked.at[rows, jnp.where(numbers < 0, pixels, numbers)].set(True, mode="drop")
+    return marked.reshape(len(numbers), *grid)
 
 
 def _mark_both(
@@ -222,13 +226,6 @@ def _numbers(game: PixelGame, shape: tuple[int, ...], action: Action) -> Int[Arr
         raise ValueError(f"action: expected a desire for each pixel of the grid {grid}, found {action.shape[1:]}")
     desires, numbers = jax.lax.top_k(action.reshape(len(action), -1), game.num_flips(shape))
     return jnp.where(desires > 0, numbers, ~numbers) if game.at_most_k else numbers
-
-
-def _mark(numbers: Int[Array, "game flip"], grid: tuple[int, ...]) -> Bool[Array, "game *grid"]:
-    rows, pixels = jnp.arange(len(numbers))[:, None], math.prod(grid)
-    marked = jnp.zeros((len(numbers), pixels), bool)
-    marked = marked.at[rows, jnp.where(numbers < 0, pixels, numbers)].set(True, mode="drop")
-    return marked.reshape(len(numbers), *grid)
 
 
 def begin_best(cases: Cases) -> Best:
