@@ -53,7 +53,7 @@ def keep_strongest(adjacency: Float[np.ndarray, "node node"], fraction: float) -
 
     Args:
         adjacency: Symmetric, not negative.
-        fraction: Of n (n - 1) / 2 edges, above 0 and at most 1.
+        fraction: Share of n (n - 1) / 2 edges, above 0 and at most 1.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: expected a number above 0 and at most 1, got {fraction}")
@@ -104,10 +104,10 @@ class EdgeMatrix(NamedTuple):
     """A square matrix kept as its diagonal and its entries between neighbours, for graphs too large for a matrix.
 
     Attributes:
-        rows: Of every entry.
-        columns: Likewise.
-        values: Of every entry; 0 on padding, which may name any node.
-        diagonal: Of every node.
+        rows: Row of every entry.
+        columns: Column of every entry.
+        values: Value of every entry; 0 on padding, which may name any node.
+        diagonal: Entry of every node with itself.
     """
 
     rows: Int[Array, " entry"]
@@ -160,7 +160,7 @@ def graph_from_edges(
     Args:
         edges: Each once; weights above 0.
         num_nodes: Number of nodes.
-        kind: Of the Laplacian; see `laplacian`.
+        kind: Kind of the Laplacian; see `laplacian`.
         num_edges: Undirected edges to pad to; None for those there are.
         regional: A map of regions on [0, 1] that may modulate growth, such as amyloid or the expression of a gene;
             ones where None.

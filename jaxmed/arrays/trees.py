@@ -51,6 +51,11 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     return map_named(lambda name, leaf: leaves.get(name, leaf), tree)
 
 
+def choose(condition: Any, first: Any, second: Any) -> Any:
+    """Return one tree where a condition holds, else the other."""
+    return jax.tree.map(lambda one, other: jnp.where(condition, one, other), first, second)
+
+
 def exponential_average(average: Any, tree: Any, decay: Any) -> Any:
     """Return `decay * average + (1 - decay) * tree`, leaf by leaf."""
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, tree)

@@ -85,3 +85,14 @@ def first_visits(visits: Visits, count: int = 1) -> Visits:
     """Return the first visits of every subject, the rest marked as padding."""
     early = np.arange(visits.present.shape[-1]) < count
     return visits._replace(present=visits.present & early)
+
+
+def measured_values(visits: Visits) -> Float[np.ndarray, "subject visit region"]:
+    """Return the values of visits, NaN on padding and where a region was not measured."""
+    return np.where(np.asarray(is_measured(visits)), np.asarray(visits.values), np.nan)
+
+
+def later_visits(visits: Visits, chosen: Bool[np.ndarray, " subject"]) -> Bool[np.ndarray, "subject visit"]:
+    """Return where some subjects were seen again."""
+    present = np.asarray(visits.present) & chosen[:, None]
+    return present & (np.arange(present.shape[1]) > 0)

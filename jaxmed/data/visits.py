@@ -23,7 +23,7 @@ class VisitTable(NamedTuple):
     Attributes:
         subjects: Names, in the order of their first rows.
         ages: At the first visit, in years.
-        splits: Of each subject: "train", "validation", "test" or empty.
+        splits: Split of each subject: "train", "validation", "test" or empty.
         visits: Values scaled to [0, 1].
         low: Measurement at 0.
         high: Measurement at 1.
@@ -50,7 +50,7 @@ def read_visits(
 
     Args:
         path: A text file; see `jaxmed.io.sheets.read_sheet` for its forms.
-        regions: Of the connectome; each needs a column.
+        regions: Regions of the connectome; each needs a column.
         scaling: "minmax" brings the smallest value of all subjects and regions to 0 and the largest to 1; "none" takes
             values as they are, on [0, 1].
         notes: What a reader must know is added.

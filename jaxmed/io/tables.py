@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jaxmed.errors import InputError, closest
 from jaxmed.files import expand_home, write_text
 from jaxmed.io.sheets import Sheet, is_missing, read_sheet
@@ -148,6 +150,20 @@ def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def write_columns(path: str | Path, columns: Mapping[str, Iterable[object]]) -> None:
+    """Write a comma-separated table by its columns, all of one length; None and NaN become empty cells.
+
+    Raises:
+        InputError: When the place is not writable.
+    """
+    cells = [np.asarray(column).tolist() if hasattr(column, "dtype") else column for column in columns.values()]
+    rows = [
+        {name: None if value != value else value for name, value in zip(columns, row, strict=True)}
+        for row in zip(*cells, strict=True)
+    ]
+    write_table(path, tuple(columns), rows)
 
 
 def require_columns(table: Table, names: Sequence[str]) -> None:

@@ -380,3 +380,23 @@ def _checked_p_values(p_values: np.ndarray) -> Float64[np.ndarray, " test"]:
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise InputError("level", "a number between 0 and 1, such as 0.95", level)
+
+
+def information_criteria(variance: float, count: int, parameters: int) -> tuple[float | None, float | None]:
+    """Return the corrected Akaike and the Bayesian criterion of Gaussian errors; the lower, the better.
+
+    Args:
+        variance: Mean squared error, or its share of what is explained (1 - r^2 of a line).
+        count: Measurements.
+        parameters: Fitted numbers.
+
+    Returns:
+        None for both where there are not more measurements than parameters + 1: there they are not defined.
+
+    Source: Hurvich and Tsai 1989; Schwarz 1978.
+    """
+    if count <= parameters + 1 or not variance > 0:
+        return None, None
+    fit = count * np.log(variance)
+    correction = 2 * parameters * (parameters + 1) / (count - parameters - 1)
+    return float(fit + 2 * parameters + correction), float(fit + parameters * np.log(count))

@@ -60,12 +60,12 @@ class ProgressionConfig:
         bounded: Multiply the local reaction by c (v - c), so that it leaves [0, v] on its own nowhere.
         width: Hidden units of networks.
         latent: Features per node of graph encoders.
-        rank: Of the low-rank operator.
-        heads: Of attention.
+        rank: Rank of the low-rank operator.
+        heads: Heads of attention.
         horizon: Years at which networks see time 1.
-        quirks: Centre experts on each other and scale each by its spread over regions as the release does, in place of
-            equation 3. Where their spreads are equal, equal weights then give a constant: the weights are contrasts
-            and not contributions.
+        match_release: Centre experts on each other and scale each by its spread over regions as the release does, in
+            place of equation 3. Where their spreads are equal, equal weights then give a constant: the weights are
+            contrasts and not contributions.
     """
 
     equation: Equation = "igndmoe"
@@ -80,16 +80,16 @@ class ProgressionConfig:
     rank: Size = 8
     heads: Size = 4
     horizon: Positive = 30.0
-    quirks: bool = False
+    match_release: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "latent", "rank", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        if not self.horizon > 0:
-            raise ValueError(f"horizon: expected a positive number of years, found {self.horizon:g}")
-        if self.quirks and "none" in (self.structure, self.local):
-            raise ValueError("quirks: expected all three experts, which it normalises across, found one left out")
+        if self.match_release and "none" in (self.structure, self.local):
+            raise ValueError("match_release: expected all three experts, which it normalises over, found one left out")
+
+    @property
+    def grows(self) -> bool:
+        """Whether the mechanistic curve grows in place; otherwise it is network diffusion."""
+        return self.equation != "ndm" and (self.equation != "igndmoe" or self.reaction)
 
 
 class Rates(NamedTuple):
@@ -98,7 +98,7 @@ class Rates(NamedTuple):
     Attributes:
         total: dc / dt, per year.
         experts: Before their weights; one row for equations that are no mixture.
-        weights: Of the experts, summing to 1.
+        weights: Weights of the experts, summing to 1.
     """
 
     total: Float[Array, " node"]
@@ -108,20 +108,15 @@ class Rates(NamedTuple):
 
 def make_progression_model(config: ProgressionConfig) -> Model:
     """Return the equation as a model: `apply(params, c, t, graph, initial) -> Rates`."""
-    match config.equation:
-        case "igndmoe":
-            return make_model(Mixture(config))
-        case "ndm" | "fkpp" | "weighted_fkpp":
-            return make_model(Single(config, Mechanism))
-        case "grand":
-            return make_model(Single(config, AttentionDiffusion))
-        case "ndcn":
-            return make_model(Single(config, NeuralDynamics))
-        case "neural_ode_local":
-            return make_model(Single(config, PerRegionReaction))
-        case "neural_ode_cross_node":
-            return make_model(Single(config, DenseReaction))
-    raise ValueError(f"equation: expected a known one, got {config.equation!r}")
+    if config.equation == "igndmoe":
+        return make_model(Mixture(config))
+    others = {
+        "grand": AttentionDiffusion,
+        "ndcn": NeuralDynamics,
+        "neural_ode_local": PerRegionReaction,
+        "neural_ode_cross_node": DenseReaction,
+    }
+    return make_model(Single(config, others.get(config.equation, Mechanism)))
 
 
 class Single(nn.Module):
@@ -170,7 +165,7 @@ class Mixture(nn.Module):
         experts = jnp.stack(rates)
         logits = StageGate(config, len(EXPERTS), name="gate")(c, t)
         weights = nn.softmax(jnp.where(present, logits, -jnp.inf))
-        if config.quirks:
+        if config.match_release:
             return Rates(ReleasedNormalisation(name="normalisation")(experts, weights), experts, weights)
         return Rates(weights @ experts, experts, weights)
 
@@ -180,7 +175,7 @@ class ReleasedNormalisation(nn.Module):
 
     The spread is the sample standard deviation (n - 1) of an expert over the nodes, plus 1.
 
-    Source: release. Deviation: none; see `ProgressionConfig.quirks` for what it means.
+    Source: release. Deviation: none; see `ProgressionConfig.match_release` for what it means.
     """
 
     @nn.compact
@@ -211,22 +206,17 @@ class Mechanism(nn.Module):
         if self.config.equation == "weighted_fkpp":
             self.share = self.param("share", nn.initializers.zeros, ())
             self.strength = self.param("strength", nn.initializers.zeros, ())
-        if self._grows():
+        if self.config.grows:
             self.growth = self.param("growth", _positive(0.05))
             self.top = self.param("ceiling", _positive(1.5))
 
-    def _grows(self) -> bool:
-        return self.config.equation in ("fkpp", "weighted_fkpp") or (
-            self.config.equation == "igndmoe" and self.config.reaction
-        )
-
     def ceiling(self) -> Array:
         """Return v; 1 where nothing grows."""
-        return nn.softplus(self.top) if self._grows() else jnp.ones(())
+        return nn.softplus(self.top) if self.config.grows else jnp.ones(())
 
     def __call__(self, c: Array, t: Array, graph: GraphsTuple, initial: Array) -> Array:
         diffusion = nn.softplus(self.diffusion)
-        if not self._grows():
+        if not self.config.grows:
             return network_diffusion(c, operator(graph, "laplacian"), diffusion)
         growth, ceiling = nn.softplus(self.growth), self.ceiling()
         if self.config.equation == "fkpp":
@@ -439,7 +429,7 @@ def set_mechanism(params: Params, diffusion: Scalar, growth: Scalar | None, ceil
     """Return parameters with other mechanistic rates, per year.
 
     Args:
-        params: Of `Mixture`, or of `Single` around `Mechanism`.
+        params: Parameters of `Mixture`, or of `Single` around `Mechanism`.
         diffusion: k.
         growth: alpha; None where nothing grows.
         ceiling: v, likewise.

@@ -37,12 +37,6 @@ class MlpConfig:
     activation: Activation = "elu"
     head: Head = "sigmoid"
 
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth: expected 1 or more, found {self.depth}")
-        if self.width != "M" and self.width < 1:
-            raise ValueError(f"width: expected 1 or more, or M, found {self.width}")
-
 
 class Mlp(nn.Module):
     """Measurements to `outputs` free numbers, before the head's bound; layers are layer_0, layer_1, ... and head."""

@@ -83,16 +83,11 @@ class GuidedUnetConfig:
             raise ValueError(f"keeps_depth: expected volumes, found {self.dimensions} dimensions")
         if self.dimensions not in (2, 3):
             raise ValueError(f"dimensions: expected 2 or 3, found {self.dimensions}")
-        for name in ("channels", "outputs", "width", "blocks", "heads", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers: expected one or more positive numbers, found {self.multipliers}")
+        if not self.multipliers:
+            raise ValueError("multipliers: expected one or more, found none")
         factors = tuple(2**level for level in range(len(self.multipliers)))
         if set(self.attention_factors) - set(factors):
             raise ValueError(f"attention_factors: expected some of {factors}, found {self.attention_factors}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a number in [0, 1), found {self.dropout:g}")
         for level, width in enumerate(self.widths):
             if width % self.groups:
                 raise ValueError(f"groups: expected a divisor of {width} channels, found {self.groups}")

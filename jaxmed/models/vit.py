@@ -66,12 +66,6 @@ class VitConfig:
         if len(self.image_size) not in (2, 3):
             raise ValueError(f"image_size: expected 2 or 3 axes, found {self.image_size}")
         patch_grid(self.image_size, self.patch_size)
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate: expected a number in [0, 1), found {self.drop_path_rate:g}")
-        if not self.patch_gain > 0:
-            raise ValueError(f"patch_gain: expected a number above 0, found {self.patch_gain:g}")
-        if self.depth < 1:
-            raise ValueError(f"depth: expected 1 or more, found {self.depth}")
         self.block  # noqa: B018  refuses heads that do not divide the width
 
     @property

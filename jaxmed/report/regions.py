@@ -1,6 +1,7 @@
 """Values of brain regions: a glass brain from centroids, or a ring where there are none."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float64
@@ -8,12 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from jaxmed.errors import side_of
+from jaxmed.io.tables import read_table
 from jaxmed.report.drawing import FULL_WIDTH, both_themes, short_label
+from jaxmed.report.figures import curves
 from jaxmed.report.page import Figure
 from jaxmed.report.themes import Theme
 
 # Axes of the three projections: names, horizontal and vertical coordinate.
 VIEWS = (("from the right", 1, 2), ("from above", 0, 1), ("from behind", 0, 2))
+MOST_CURVES = 8
 
 
 def glass_brain(
@@ -71,6 +75,32 @@ def glass_brain(
         largest = ", ".join(names[int(index)] for index in np.argsort(-np.asarray(row))[:3])
         said.append(f"{name}: highest in {largest}")
     return both_themes(draw, "svg", caption, f"Regions as discs. {'; '.join(said)}.")
+
+
+def course_figures(course: Path, *, ylabel: str, caption: str) -> list[Figure]:
+    """Draw how regions change over stage: curves of early to late ones, and all of them at three stages.
+
+    Args:
+        course: Table of a stage, in years, and the value of every region; centroids.csv may lie beside it, with x, y
+            and z of each region in the same order.
+        ylabel: What the values are, and their unit.
+        caption: What the course is, the start of both captions.
+    """
+    table, beside = read_table(course), course.parent / "centroids.csv"
+    names, times = table.columns[1:], np.array(table.floats("stage"))
+    values = np.array([table.floats(name) for name in names]).T
+    places = read_table(beside) if beside.exists() else None
+    centroids = None if places is None else np.array([places.floats(axis) for axis in "xyz"]).T
+    # From those that change first to those that change last.
+    order = np.argsort(-values[len(times) // 2])
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(MOST_CURVES, len(order))).astype(int))]
+    lines = {names[index]: (times, values[:, index]) for index in chosen}
+    maps = {f"stage {times[i]:.0f} years": values[i] for i in (len(times) // 3, 2 * len(times) // 3, len(times) - 1)}
+    told = "" if centroids is not None else " Regions stand on a ring: nothing says where they lie."
+    return [
+        curves(lines, xlabel="stage (years)", ylabel=ylabel, caption=f"{caption}, in regions from early to late ones."),
+        glass_brain(maps, names, centroids, caption=f"{caption}, at three stages.{told}"),
+    ]
 
 
 def _ring(names: Sequence[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The classical Runge-Kutta method on a fixed grid, and cubic interpolation between its points.
+"""The classical Runge-Kutta method on a fixed grid, cubic interpolation between its points, and distances from them.
 
 The fast path for one small system that many observations share: the grid is solved once by a scan, every observation
 reads from it. Nothing adapts, so a batch of solves does the same work for each member.
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Trajectory(NamedTuple):
@@ -102,3 +103,64 @@ def interpolation_matrix(times: Float[Array, " time"], at: Float[Array, " place"
     columns = weights.left[:, None] + jnp.arange(2)
     matrix = jnp.zeros((len(at), 2 * count), times.dtype)
     return matrix.at[rows, columns].add(weights.states).at[rows, columns + count].add(weights.slopes)
+
+
+# --- Distances to a trajectory ------------------------------------------------------------------
+
+
+class TrajectoryProducts(NamedTuple):
+    """Inner products that distances from points to a trajectory are made of.
+
+    Attributes:
+        times: The grid.
+        squares: |y|^2 of every point.
+        cross: Products of points with states, then slopes, of the grid.
+        gram: Products of states and slopes with each other; where components are missing, of the two states and slopes
+            of each interval, over the components of each point.
+    """
+
+    times: Float[Array, " time"]
+    squares: Float[Array, "*batch"]
+    cross: Float[Array, "*batch twice_time"]
+    gram: Float[Array, "twice_time twice_time"] | Float[Array, "*batch interval 4 4"]
+
+
+def multiply_trajectory(
+    trajectory: Trajectory,
+    points: Float[Array | np.ndarray, "*batch state"],
+    known: Bool[Array | np.ndarray, "*batch state"] | None,
+) -> TrajectoryProducts:
+    """Prepare `squared_distances`, which then need no loop over components.
+
+    A point of the trajectory is a combination z w of the states and slopes at two grid points, so that |y - z w|^2 =
+    |y|^2 - 2 w (z y) + w (z z') w, with z y of all points from one matrix product and z z' computed once. Where
+    components are missing, z z' is a sum over the others: then it is computed for every point and interval.
+
+    Args:
+        trajectory: On its grid.
+        points: y; 0 where a component is missing.
+        known: Where components are there; None where all are.
+    """
+    z, y = jnp.concatenate([trajectory.states, trajectory.slopes]), jnp.asarray(points)
+    if known is None:
+        gram = z @ z.T
+    else:
+        ends = (trajectory.states[:-1], trajectory.states[1:], trajectory.slopes[:-1], trajectory.slopes[1:])
+        pairs = jnp.stack(ends, axis=1)  # interval, which of four, state
+        gram = jnp.einsum("...n,tjn,tkn->...tjk", jnp.asarray(known, z.dtype), pairs, pairs)
+    return TrajectoryProducts(trajectory.times, jnp.sum(y**2, axis=-1), y @ z.T, gram)
+
+
+def squared_distances(products: TrajectoryProducts, at: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Return the squared distance of every point from the trajectory at a time of its own."""
+    count = len(products.times)
+    weights = hermite_weights(products.times, at)
+    pair = weights.left[..., None] + jnp.arange(2)
+    place = jnp.concatenate([pair, pair + count], axis=-1)
+    w = jnp.concatenate([weights.states, weights.slopes], axis=-1)
+    cross = jnp.sum(w * jnp.take_along_axis(products.cross, place, axis=-1), axis=-1)
+    if products.gram.ndim == 2:
+        gram = products.gram[place[..., :, None], place[..., None, :]]
+    else:
+        gram = jnp.take_along_axis(products.gram, weights.left[..., None, None, None], axis=-3)[..., 0, :, :]
+    return jnp.maximum(products.squares - 2 * cross + jnp.einsum("...j,...jk,...k->...", w, gram, w), 0.0)

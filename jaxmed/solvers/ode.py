@@ -152,7 +152,7 @@ def solve_trajectory(
         times: Uniform grid, ascending.
         args: Passed to the field; what gradients reach.
         solver: "fixed" is the fast path; `GRID` gives the same numbers but for rounding.
-        config: Of diffrax.
+        config: Options of diffrax.
     """
     if solver == "fixed":
         return solve_fixed(field, initial, times, args)
@@ -161,6 +161,17 @@ def solve_trajectory(
     if config.has_event:
         slopes = jnp.where((times < solution.end)[:, None] | (solution.end == times[-1]), slopes, 0.0)
     return Trajectory(times, solution.states, slopes)
+
+
+def value_and_gradient(function: Callable[[Array], Array], config: OdeConfig) -> Callable[[Array], tuple[Array, Array]]:
+    """Return a function's value and gradient, by forward derivatives where the solves in it have those alone."""
+    if config.adjoint != "forward":
+        return jax.value_and_grad(function)
+
+    def along(point: Array, direction: Array) -> tuple[Array, Array]:
+        return jax.jvp(function, (point,), (direction,))
+
+    return lambda point: jax.vmap(along, (None, 0), (None, 0))(point, jnp.eye(len(point), dtype=point.dtype))
 
 
 class _Classical(diffrax.AbstractERK):
@@ -179,31 +190,17 @@ class _Classical(diffrax.AbstractERK):
 
 
 def _method(config: OdeConfig) -> Any:
-    match config.method:
-        case "tsit5":
-            return diffrax.Tsit5()
-        case "dopri5":
-            return diffrax.Dopri5()
-        case "rk4":
-            return _Classical()
-        case "heun":
-            return diffrax.Heun()
-        case "kvaerno5":
-            return diffrax.Kvaerno5(root_finder=diffrax.VeryChord(rtol=config.rtol, atol=config.atol))
-    raise ValueError(f"method: expected tsit5, dopri5, rk4, heun or kvaerno5, got {config.method!r}")
+    if config.method == "kvaerno5":
+        return diffrax.Kvaerno5(root_finder=diffrax.VeryChord(rtol=config.rtol, atol=config.atol))
+    explicit = {"tsit5": diffrax.Tsit5, "dopri5": diffrax.Dopri5, "rk4": _Classical, "heun": diffrax.Heun}
+    return explicit[config.method]()
 
 
 def _adjoint(config: OdeConfig, checkpoints: int | None) -> Any:
-    match config.adjoint:
-        case "checkpoint":
-            return diffrax.RecursiveCheckpointAdjoint(checkpoints)
-        case "direct":
-            return diffrax.DirectAdjoint()
-        case "backsolve":
-            return diffrax.BacksolveAdjoint()
-        case "forward":
-            return diffrax.ForwardMode()
-    raise ValueError(f"adjoint: expected checkpoint, direct, backsolve or forward, got {config.adjoint!r}")
+    if config.adjoint == "checkpoint":
+        return diffrax.RecursiveCheckpointAdjoint(checkpoints)
+    others = {"direct": diffrax.DirectAdjoint, "backsolve": diffrax.BacksolveAdjoint, "forward": diffrax.ForwardMode}
+    return others[config.adjoint]()
 
 
 def _event(config: OdeConfig) -> diffrax.Event:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxmed.arrays.trees import choose
 from jaxmed.arrays.types import Scalar
 
 SUFFICIENT = 1e-4
@@ -81,7 +82,7 @@ def step(state: State, function: ValueAndGradient) -> State:
     )
     # Steepest descent itself may go on to be shortened: without memory there is nothing to forget.
     is_misled = (state.length < SHORTEST) & jnp.any(state.curvatures > 0)
-    return _choose(is_accepted, accepted, _choose(is_misled, forgotten, shorter))
+    return choose(is_accepted, accepted, choose(is_misled, forgotten, shorter))
 
 
 def run(function: ValueAndGradient, point: Float[Array, " parameter"], steps: int, memory: int = 16) -> State:
@@ -142,7 +143,3 @@ def _steepest(gradient: Array, moves: Array) -> Array:
     # Safe norms have the slope 0 at 0, so that a whole minimisation can be differentiated.
     norm, last = optax.safe_norm(gradient, jnp.finfo(gradient.dtype).tiny), optax.safe_norm(moves[-1], 0.0)
     return -gradient * jnp.where(last > 0, last / norm, jnp.minimum(1.0, 0.1 / norm))
-
-
-def _choose(condition: Array, first: State, second: State) -> State:
-    return jax.tree.map(lambda one, other: jnp.where(condition, one, other), first, second)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from jaxmed.errors import InputError
@@ -10,6 +11,7 @@ from jaxmed.io.tables import (
     require_disjoint_subjects,
     resolve_path,
     resolve_paths,
+    write_columns,
     write_table,
 )
 
@@ -160,3 +162,12 @@ def test_written_table_returns(tmp_path):
     with pytest.raises(ValueError, match="c"):
         write_table(tmp_path / "u.csv", ("a",), [{"c": 1}])
     assert not (tmp_path / "u.csv").exists()
+
+
+def test_columns_of_arrays_and_lists_are_written_with_gaps_as_empty_cells(tmp_path):
+    columns = {"name": ("a", "b"), "x": np.array([0.5, np.nan], np.float32), "n": np.array([1, 2]), "y": [None, 2.5]}
+    write_columns(tmp_path / "c.csv", columns)
+    assert (tmp_path / "c.csv").read_text() == "name,x,n,y\na,0.5,1,\nb,,2,2.5\n"
+    with pytest.raises(ValueError, match="shorter"):
+        write_columns(tmp_path / "d.csv", {"a": [1, 2], "b": [1]})
+    assert not (tmp_path / "d.csv").exists()

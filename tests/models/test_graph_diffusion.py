@@ -132,7 +132,7 @@ def test_a_new_mixture_with_its_first_expert_alone_is_fkpp(key, structure):
 
 def test_the_released_normalisation_centres_over_experts_and_scales_over_regions(key):
     # Specification, (b) 6: the mean over experts at each region, the deviation (n - 1) of each expert over regions.
-    model, params, inputs = built(key, True, quirks=True)
+    model, params, inputs = built(key, True, match_release=True)
     params["gate"]["out"]["bias"] = jnp.array([0.3, -0.2, 0.1])
     rates = model.apply(params, *inputs)
     experts = np.asarray(rates.experts)
@@ -143,7 +143,7 @@ def test_the_released_normalisation_centres_over_experts_and_scales_over_regions
     scale, shift = params["normalisation"]["scale"], params["normalisation"]["shift"]
     np.testing.assert_allclose(rates.total, scale * found + shift, rtol=0, atol=5e-11)
     # New networks give 0 in every region, where the root of their variance has no slope.
-    model, params, inputs = built(key, quirks=True)
+    model, params, inputs = built(key, match_release=True)
     gradient = jax.grad(lambda p: model.apply(p, *inputs).total.sum())(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
@@ -152,7 +152,7 @@ def test_the_released_normalisation_centres_over_experts_and_scales_over_regions
 def test_the_released_normalisation_is_that_of_torch(key):
     import torch
 
-    model, params, inputs = built(key, True, quirks=True)
+    model, params, inputs = built(key, True, match_release=True)
     rates = model.apply(params, *inputs)
     stacked = torch.tensor(np.asarray(rates.experts).T[None])  # batch, region, expert, as in the release
     centred = stacked - stacked.mean(dim=-1, keepdim=True)
@@ -294,8 +294,8 @@ def test_gradients_through_the_adaptive_solver_are_finite_differences(key):
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         ProgressionConfig(**{field: value})
-    with pytest.raises(ValueError, match="quirks"):
-        ProgressionConfig(quirks=True, local="none")
+    with pytest.raises(ValueError, match="match_release"):
+        ProgressionConfig(match_release=True, local="none")
 
 
 @pytest.mark.peers

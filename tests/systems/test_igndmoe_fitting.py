@@ -46,15 +46,27 @@ def roles(count, runs=1):
     return train, validation, slice(fifth, 2 * fifth)
 
 
-def run(cohort, graph, config, seeds=(0,), **options):
+def run(cohort, graph, config, seeds=(0,)):
     train, validation, held_out = roles(len(cohort.onsets), len(seeds))
-    return fit_runs(cohort.visits, graph, config, SEEDS, train, validation, np.array(seeds), **options), held_out
+    return fit_runs(cohort.visits, graph, config, SEEDS, train, validation, np.array(seeds)), held_out
+
+
+def by_rounds(cohort, graph, config, state=None):
+    """What every round left and told, and the fit, from the start or from a state that was kept."""
+    train, validation, _ = roles(len(cohort.onsets))
+    problem = make_problem(cohort.visits, graph, SEEDS, train, validation)
+    start, advance, finish = programs(config)
+    state, found = start(jax.random.key(0)[None], problem) if state is None else state, []
+    while not state.finished.all():
+        state, info = advance(state, problem)
+        found.append((state, info))
+    return found, finish(state, problem)
 
 
 def test_the_mixture_beats_fkpp_on_held_out_subjects_and_finds_their_stages(cohort, graph):
     # Specification, (i) 7, in small; `test_the_full_loop_...` is its full size.
-    states = []
-    mixture, held_out = run(cohort, graph, MIXTURE, watch=lambda state, info: states.append((state, info)))
+    mixture, held_out = run(cohort, graph, MIXTURE)
+    states, _ = by_rounds(cohort, graph, MIXTURE)
     fkpp, _ = run(cohort, graph, FKPP)
     assert bool(mixture.succeeded[0]) and bool(fkpp.succeeded[0])
     assert float(mixture.errors[0, held_out].sum()) < 0.9 * float(fkpp.errors[0, held_out].sum())
@@ -65,7 +77,7 @@ def test_the_mixture_beats_fkpp_on_held_out_subjects_and_finds_their_stages(coho
     errors = [float(info.train[0]) for _, info in states]
     assert errors[-1] < errors[0] and all(int(info.rejected[0]) < MIXTURE.steps / 2 for _, info in states)
     # An interrupted run goes on from what it kept, to the same numbers.
-    resumed, _ = run(cohort, graph, MIXTURE, state=states[0][0])
+    _, resumed = by_rounds(cohort, graph, MIXTURE, states[0][0])
     np.testing.assert_allclose(resumed.onsets, mixture.onsets, atol=1e-5)
     np.testing.assert_allclose(resumed.trajectory.states, mixture.trajectory.states, atol=1e-6)
 

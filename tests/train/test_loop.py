@@ -1,9 +1,11 @@
 """The loop: intervals, resuming, bad numbers, early stops."""
 
 import dataclasses
+import itertools
 import os
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,37 @@ def test_a_run_cut_short_continues_to_the_same_numbers(tmp_path, parts):
     assert steps_of(cut) == [3, 6, 9, 12]
     again, _ = run(cut, parts)  # complete: nothing is left to do
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+
+
+class Sum(NamedTuple):
+    value: jax.Array
+
+
+def test_rounds_of_a_part_stop_once_finished_and_are_not_done_again(tmp_path):
+    folder = open_run("toy", "train", "toy", RunOptions(tmp_path, quiet=True))
+    start(folder)
+
+    def one_round(state, problem):
+        state = Sum(state.value + problem)
+        return state, {"value": float(state.value)}
+
+    def rounds(first):
+        config = LoopConfig(steps=9, log_every=1, save_every=1)
+        options = {"mesh": None, "folder": folder, "log": Log(tmp_path, quiet=True), "part": "sum", "unit": "round"}
+        return fit(
+            config,
+            Sum(first),
+            one_round,
+            lambda _: itertools.repeat(np.float32(2)),
+            **options,
+            is_finished=lambda state: bool(state.value >= 6),
+        )
+
+    assert float(rounds(jnp.zeros(())).value) == 6
+    told = [{"step": 1, "sum/value": 2.0}, {"step": 2, "sum/value": 4.0}, {"step": 3, "sum/value": 6.0}]
+    assert read_metrics(tmp_path) == told and saved(tmp_path, "sum") == [2, 3]
+    assert float(rounds(jnp.zeros(())).value) == 6 and read_metrics(tmp_path) == told
+    assert "Continuing after round 3" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_number_that_is_not_finite_stops_with_step_and_metric(tmp_path, parts):

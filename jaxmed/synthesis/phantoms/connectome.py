@@ -5,7 +5,7 @@ diffusivity that grows with the pathology at both ends of an edge, is ours.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.graphs import LaplacianKind, laplacian
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.visits import Visits
-from jaxmed.config import NonNegative, Number, Positive, Size, checked
+from jaxmed.config import Bounds, NonNegative, Positive, Size, checked
 from jaxmed.physics.progression import fkpp, network_diffusion
 from jaxmed.solvers.fixed_grid import interpolate
 from jaxmed.solvers.ode import GRID, OdeConfig, Solver, solve_trajectory
@@ -64,7 +64,7 @@ class CohortConfig:
     """
 
     mechanism: Mechanism = "moe"
-    subjects: Number = 200
+    subjects: Annotated[int, Bounds(1, 1_000_000)] = 200
     diffusion: NonNegative = 0.3
     growth: NonNegative = 0.25
     ceiling: Positive = 1.0
@@ -81,15 +81,10 @@ class CohortConfig:
     noise: NonNegative = 0.03
 
     def __post_init__(self) -> None:
-        for name, least in (("subjects", 1), ("most_visits", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected {least} or more, found {getattr(self, name)}")
         if not 0 <= self.onset[0] <= self.onset[1] < self.horizon:
             raise ValueError(f"onset: expected two ascending stages before the horizon, found {self.onset}")
         if not 0 < self.gap[0] <= self.gap[1]:
             raise ValueError(f"gap: expected two positive ascending times, found {self.gap}")
-        if self.noise < 0:
-            raise ValueError(f"noise: expected 0 or more, found {self.noise:g}")
 
 
 class Cohort(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmed.files import write_json
-from jaxmed.io.tables import write_table
+from jaxmed.io.tables import write_columns, write_table
 from jaxmed.synthesis.phantoms.connectome import Cohort
 
 FIRST_AGES = (60.0, 80.0)
@@ -36,13 +36,6 @@ def region_names(count: int) -> tuple[str, ...]:
     )
 
 
-def write_connectome_matrix(
-    path: Path, adjacency: Float[np.ndarray, "region region"], regions: tuple[str, ...]
-) -> None:
-    """Write a matrix as CSV with a header of names."""
-    write_table(path, regions, [dict(zip(regions, map(float, row), strict=True)) for row in adjacency])
-
-
 def write_cohort(
     folder: Path,
     seed: int,
@@ -64,7 +57,7 @@ def write_cohort(
         settings: What the truth rests on, for truth.json.
     """
     files = CohortFiles(folder / "connectome.csv", folder / "visits.csv", folder / "truth")
-    write_connectome_matrix(files.connectome, adjacency, regions)
+    write_columns(files.connectome, dict(zip(regions, adjacency.T, strict=True)))
     ages = np.random.default_rng(seed).uniform(*FIRST_AGES, len(cohort.onsets))
     names = [f"sub-{index + 1:03d}" for index in range(len(cohort.onsets))]
     visits = cohort.visits
@@ -74,18 +67,10 @@ def write_cohort(
         for i, j in np.argwhere(visits.present)
     ]
     write_table(files.table, ("subject", "age", *regions), rows)
-    stages = [{"subject": name, "stage": float(t)} for name, t in zip(names, cohort.onsets, strict=True)]
-    write_table(files.truth / "stages.csv", ("subject", "stage"), stages)
-    course = [
-        {"stage": float(t)} | dict(zip(regions, map(float, row), strict=True))
-        for t, row in zip(cohort.times[::5], cohort.states[::5], strict=True)
-    ]
-    write_table(files.truth / "course.csv", ("stage", *regions), course)
+    write_columns(files.truth / "stages.csv", {"subject": names, "stage": cohort.onsets})
+    stage, states, weights = cohort.times[::5], cohort.states[::5], cohort.weights[::5]
+    write_columns(files.truth / "course.csv", {"stage": stage, **dict(zip(regions, states.T, strict=True))})
     experts = ("mechanistic", "graph_diffusion", "local_reaction")
-    weights = [
-        {"stage": float(t)} | dict(zip(experts, map(float, row), strict=True))
-        for t, row in zip(cohort.times[::5], cohort.weights[::5], strict=True)
-    ]
-    write_table(files.truth / "weights.csv", ("stage", *experts), weights)
+    write_columns(files.truth / "weights.csv", {"stage": stage, **dict(zip(experts, weights.T, strict=True))})
     write_json(files.truth / "truth.json", settings | {"seeds": [regions[index] for index in seeds]})
     return files

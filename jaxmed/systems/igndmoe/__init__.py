@@ -30,7 +30,7 @@ From Python:          from jaxmed.systems import igndmoe; fit = igndmoe.fit(visi
 
 Deviations, each told where it is made: the released code is a fragment (no training loop, no graph auto-encoder, no
 configuration), so the optimiser (limited-memory BFGS), rounds and the auto-encoder's layers are ours; experts are
-mixed by the paper's equation 3 and not by the release's normalisation (model.quirks brings it back); the loss is
+mixed by the paper's equation 3 and not by the release's normalisation (model.match_release brings it back); the loss is
 summed over a fixed grid. `attribute` fits experts that cannot stand in for each other (comparing.ATTRIBUTION): with the
 paper's, which see all regions and the time, weights can be anything along a single course.
 Time is anchored by the gaps between visits alone: subjects seen once say nothing about speed.

@@ -1,10 +1,4 @@
-"""Stage subjects on one trajectory, the gaps between their visits kept; and the error that training then lowers.
-
-Squared distances from visits to points of the trajectory need no loop over regions. Every point is a combination z w of
-the states and slopes at two grid points (`solvers.fixed_grid`), so |y - z w|^2 = |y|^2 - 2 w (z y) + w (z z') w, with
-z y of all visits from one matrix product and z z' computed once. Where regions were not measured, z z' is a sum over
-the others: then it is computed for every visit and interval of the grid.
-"""
+"""Stage subjects on one trajectory, the gaps between their visits kept; and the error that training then lowers."""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,7 +9,14 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.types import Scalar
 from jaxmed.arrays.visits import Visits, is_measured
-from jaxmed.solvers.fixed_grid import Trajectory, hermite_weights, interpolate, interpolation_matrix
+from jaxmed.solvers.fixed_grid import (
+    Trajectory,
+    TrajectoryProducts,
+    interpolate,
+    interpolation_matrix,
+    multiply_trajectory,
+    squared_distances,
+)
 
 GOLDEN = 0.6180339887498949
 # Of a subject's predictions, per year: slower, its stage says nothing.
@@ -36,28 +37,13 @@ class Alignment(NamedTuple):
     clipped: Bool[Array, " subject"]
 
 
-class Products(NamedTuple):
-    """Inner products that distances are made of.
-
-    Attributes:
-        squares: |y|^2 of every visit.
-        cross: Of visits with states, then slopes, of the grid.
-        gram: Of states and slopes with each other; where regions were not measured, of the two states and slopes of
-            each interval, over the regions of each visit.
-    """
-
-    squares: Float[Array, "subject visit"]
-    cross: Float[Array, "subject visit twice_time"]
-    gram: Float[Array, "twice_time twice_time"] | Float[Array, "subject visit interval 4 4"]
-
-
 def align(trajectory: Trajectory, visits: Visits, num_stages: int = 512, num_polish: int = 20) -> Alignment:
     """Give every subject the stage at which the trajectory is nearest to all of its visits.
 
     Args:
         trajectory: From stage 0; longer than any subject was followed.
-        visits: Of subjects. One without visits gets stage 0 and no error.
-        num_stages: Of the grid of stages tried.
+        visits: Visits of subjects. One without visits gets stage 0 and no error.
+        num_stages: Stages tried on a grid.
         num_polish: Golden-section steps inside the grid's best interval.
 
     Source: arXiv:2508.07032, the alignment step. Grid, polish and clipping are ours: the paper does not say.
@@ -66,14 +52,14 @@ def align(trajectory: Trajectory, visits: Visits, num_stages: int = 512, num_pol
     last = _last_onsets(trajectory, visits)
     step = last / (num_stages - 1)
     clipped = (onsets < step / 2) | (onsets > last - step / 2)
-    return Alignment(onsets, _errors(_products(trajectory, visits), trajectory, visits, onsets), clipped)
+    return Alignment(onsets, subject_errors(trajectory, visits, onsets), clipped)
 
 
 def subject_errors(
     trajectory: Trajectory, visits: Visits, onsets: Float[Array, " subject"]
 ) -> Float[Array, " subject"]:
     """Sum squared errors over visits and regions at given stages."""
-    return _errors(_products(trajectory, visits), trajectory, visits, onsets)
+    return _errors(_products(trajectory, visits), visits, onsets)
 
 
 def _last_onsets(trajectory: Trajectory, visits: Visits) -> Array:
@@ -87,7 +73,7 @@ def _find_onsets(trajectory: Trajectory, visits: Visits, num_stages: int, num_po
     products, last = _products(trajectory, visits), _last_onsets(trajectory, visits)
     shares = jnp.linspace(0.0, 1.0, num_stages, dtype=trajectory.times.dtype)
     # One stage at a time for all subjects: a table of all would not fit a cache.
-    table = jax.lax.map(lambda share: _errors(products, trajectory, visits, share * last), shares)
+    table = jax.lax.map(lambda share: _errors(products, visits, share * last), shares)
     best = jnp.argmin(table, axis=0)
     step = last / (num_stages - 1)
     low = jnp.maximum(best - 1, 0) * step
@@ -96,7 +82,7 @@ def _find_onsets(trajectory: Trajectory, visits: Visits, num_stages: int, num_po
     def shrink(bracket: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         low, high = bracket
         first, second = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-        left = _errors(products, trajectory, visits, first) < _errors(products, trajectory, visits, second)
+        left = _errors(products, visits, first) < _errors(products, visits, second)
         return (jnp.where(left, low, first), jnp.where(left, second, high)), None
 
     (low, high), _ = jax.lax.scan(shrink, (low, high), length=num_polish)
@@ -115,7 +101,7 @@ def _move_onsets(
 
     def slope(trajectory: Trajectory, visits: Visits, at: Array) -> Array:
         products = _products(trajectory, visits)
-        return jax.jvp(lambda t: _errors(products, trajectory, visits, t), (at,), (jnp.ones_like(at),))[1]
+        return jax.jvp(lambda t: _errors(products, visits, t), (at,), (jnp.ones_like(at),))[1]
 
     curvature = jax.jvp(lambda t: slope(trajectory, visits, t), (onsets,), (jnp.ones_like(onsets),))[1]
     change = jax.jvp(lambda course, seen: slope(course, seen, onsets), primals, tangents)[1]
@@ -125,31 +111,13 @@ def _move_onsets(
     return onsets, jnp.where(is_free, -change / jnp.where(is_free, curvature, 1.0), 0.0)
 
 
-def _products(trajectory: Trajectory, visits: Visits) -> Products:
-    z = jnp.concatenate([trajectory.states, trajectory.slopes])
-    values = jnp.asarray(visits.values)
-    if visits.measured is None:
-        return Products(jnp.sum(values**2, axis=-1), values @ z.T, z @ z.T)
-    ends = (trajectory.states[:-1], trajectory.states[1:], trajectory.slopes[:-1], trajectory.slopes[1:])
-    pairs = jnp.stack(ends, axis=1)  # interval, which of four, region
-    measured = is_measured(visits).astype(z.dtype)
-    gram = jnp.einsum("svn,tjn,tkn->svtjk", measured, pairs, pairs)
-    return Products(jnp.sum(values**2, axis=-1), values @ z.T, gram)
+def _products(trajectory: Trajectory, visits: Visits) -> TrajectoryProducts:
+    return multiply_trajectory(trajectory, visits.values, None if visits.measured is None else is_measured(visits))
 
 
-def _errors(products: Products, trajectory: Trajectory, visits: Visits, onsets: Array) -> Array:
-    count = len(trajectory.times)
-    weights = hermite_weights(trajectory.times, onsets[:, None] + visits.gaps)
-    pair = weights.left[..., None] + jnp.arange(2)
-    place = jnp.concatenate([pair, pair + count], axis=-1)
-    w = jnp.concatenate([weights.states, weights.slopes], axis=-1)
-    cross = jnp.sum(w * jnp.take_along_axis(products.cross, place, axis=-1), axis=-1)
-    if products.gram.ndim == 2:
-        gram = products.gram[place[..., :, None], place[..., None, :]]
-    else:
-        gram = jnp.take_along_axis(products.gram, weights.left[..., None, None, None], axis=2)[:, :, 0]
-    errors = products.squares - 2 * cross + jnp.einsum("...j,...jk,...k->...", w, gram, w)
-    return jnp.sum(jnp.where(visits.present, jnp.maximum(errors, 0.0), 0.0), axis=1)
+def _errors(products: TrajectoryProducts, visits: Visits, onsets: Array) -> Array:
+    errors = squared_distances(products, onsets[:, None] + visits.gaps)
+    return jnp.sum(jnp.where(visits.present, errors, 0.0), axis=1)
 
 
 # --- The error of staged visits ----------------------------------------------------------------
@@ -160,8 +128,8 @@ class Staged(NamedTuple):
 
     Attributes:
         matrix: Takes states and slopes to all visits, times the root of the subject's weight.
-        values: Of all visits, times the same.
-        directions: Of a subject's predictions as its stage changes, of length 1; 0 where a stage cannot change.
+        values: Values of all visits, times the same.
+        directions: Where a subject's predictions go as its stage changes, of length 1; 0 where a stage cannot change.
         measured: 1 where a visit has a value of a region, else 0; None where every visit has all.
     """
 
@@ -178,9 +146,9 @@ def stage_visits(
 
     Args:
         course: On which the subjects were staged.
-        visits: Of subjects.
+        visits: Visits of subjects.
         onsets: Their stages, in years.
-        weights: Of subjects, 0 for those that do not count.
+        weights: Weights of subjects, 0 for those that do not count.
     """
     at = onsets[:, None] + visits.gaps
     root = jnp.sqrt(jnp.where(visits.present, weights[:, None], 0.0)).reshape(-1, 1)

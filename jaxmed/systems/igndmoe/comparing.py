@@ -19,11 +19,11 @@ from jaxmed.arrays.graphs import GraphsTuple, LaplacianKind, make_graph
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.visits import Visits, count_values
 from jaxmed.models.graph_diffusion import Equation, ProgressionConfig
+from jaxmed.recipes.fitted_course import score
 from jaxmed.recipes.study import Outcome, Result
 from jaxmed.recipes.study_tables import Difference, Mean, collect, compare, summarise
 from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.synthesis.phantoms.connectome import Cohort, CohortConfig, simulate_cohort
-from jaxmed.systems.igndmoe.cohort_fit import FittedTrajectory, score
 from jaxmed.systems.igndmoe.dual import FitConfig, Problem
 from jaxmed.systems.igndmoe.fitting import Fit, fit_problems, fit_runs, make_problem
 
@@ -83,7 +83,7 @@ def hold_out(
     errors = np.asarray(fitted.errors) / np.asarray(count_values(visits))
     parameters, found = sum(leaf[0].size for leaf in jax.tree.leaves(fitted.params)), {}
     for index, (fold, start) in enumerate(runs):
-        held = FittedTrajectory(Trajectory(*(leaf[index] for leaf in fitted.trajectory)), stages=config.stages)
+        held = Trajectory(*(leaf[index] for leaf in fitted.trajectory))
         measures = score(held, visits, np.asarray(fitted.onsets[index]), fold_of == fold)
         defined = {name: value for name, value in measures.items() if value is not None and np.isfinite(value)}
         metrics = {"finite": int(fitted.succeeded[index]), "parameters": parameters, **defined}
@@ -91,20 +91,6 @@ def hold_out(
         rows = [{"subject": name, "error": error if math.isfinite(error) else None} for name, error in own]
         found[fold, start] = Outcome(metrics, rows)
     return found
-
-
-def criteria(mse: float, values: int, parameters: int) -> tuple[float | None, float | None]:
-    """Return AICc and BIC of Gaussian errors; None for both where there are not more values than parameters + 1.
-
-    Args:
-        mse: Mean squared error of what was held out, which stands for the likelihood.
-        values: Measurements, of all regions at all visits.
-        parameters: Of the model, the subjects' stages and the variance.
-    """
-    if values <= parameters + 1 or not mse > 0:
-        return None, None
-    likelihood, k = values * np.log(mse), parameters
-    return likelihood + 2 * k + 2 * k * (k + 1) / (values - k - 1), likelihood + k * np.log(values)
 
 
 def tabulate(results: Sequence[Result], subjects: int, seed: int) -> tuple[list[Mean], tuple[Difference, ...], str]:
@@ -218,7 +204,7 @@ def ablations(model: ProgressionConfig) -> dict[str, ProgressionConfig]:
         "mechanistic alone": change(model, equation="fkpp"),
         "mechanistic without growth": change(model, reaction=False),
     }
-    if not model.quirks:
+    if not model.match_release:
         found["without graph diffusion"] = change(model, structure="none")
         found["without local reaction"] = change(model, local="none")
     return found

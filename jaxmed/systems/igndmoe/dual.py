@@ -8,8 +8,7 @@ Source: arXiv:2508.07032, section on dual optimisation.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.graphs import GraphsTuple, LaplacianKind, Matrix, operator
+from jaxmed.arrays.trees import choose
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.arrays.visits import Visits, count_values
 from jaxmed.config import Bounds, Decay, NonNegative, Seed, Size, checked
@@ -26,7 +26,7 @@ from jaxmed.nn.model import Model
 from jaxmed.physics.progression import fkpp
 from jaxmed.solvers import quasi_newton
 from jaxmed.solvers.fixed_grid import Trajectory
-from jaxmed.solvers.ode import GRID, OdeConfig, Solver, solve_trajectory
+from jaxmed.solvers.ode import GRID, OdeConfig, Solver, solve_trajectory, value_and_gradient
 from jaxmed.systems.igndmoe.alignment import align, profiled_error, stage_visits
 
 # The mechanistic start: rates tried, then rounds of steps on log rates with stages updated between them.
@@ -47,7 +47,7 @@ class FitConfig:
 
     Attributes:
         model: The equation.
-        laplacian: Of the connectome. "random_walk" and "symmetric" weigh regions by their strength; "combinatorial" is
+        laplacian: Kind of Laplacian. "random_walk" and "symmetric" weigh regions by their strength; "combinatorial" is
             that of the paper's equation 1.
         grid_steps: Steps of the solver from stage 0 to the model's horizon.
         loops: Most rounds of a trajectory step and an alignment step.
@@ -60,10 +60,10 @@ class FitConfig:
         validation: Share of training subjects kept for early stopping.
         seed_value: State of the seeds at stage 0 where the fit begins.
         stages: Stages tried in an alignment.
-        seed: Of networks and of the choice of validation subjects.
+        seed: Seed of the networks and of the choice of validation subjects.
         solver: "diffrax" solves the equation as `ode` says; "fixed" is a scan of four evaluations a step, the fast
             path, with the same numbers as diffrax's defaults here but for rounding.
-        ode: Of diffrax.
+        ode: Options of diffrax.
 
     Source: arXiv:2508.07032, dual optimisation. The paper gives no optimiser, number of steps or criterion;
     overlap_weight is the release's. Deviation: the specification proposes AdamW, 500 steps in each of 10 rounds. The
@@ -98,7 +98,7 @@ class Problem(NamedTuple):
     """What is fitted.
 
     Attributes:
-        visits: Of all subjects.
+        visits: Visits of all subjects.
         graph: Connectome.
         seeds: 1 where the disease starts, 0 elsewhere.
         train: Weight of subjects in the loss.
@@ -202,17 +202,6 @@ def solve_equation(
     return solve_trajectory(field, initial, time_grid(config), args, config.solver, config.ode)
 
 
-def value_and_slope(function: Callable[[Array], Array], config: FitConfig) -> quasi_newton.ValueAndGradient:
-    """Return a function's value and gradient, by forward derivatives where the solver's adjoint asks for them."""
-    if config.ode.adjoint != "forward":
-        return jax.value_and_grad(function)
-
-    def along(point: Array, direction: Array) -> tuple[Array, Array]:
-        return jax.jvp(function, (point,), (direction,))
-
-    return lambda point: jax.vmap(along, (None, 0), (None, 0))(point, jnp.eye(len(point), dtype=point.dtype))
-
-
 def rates_along(
     model: Model, params: Params, graph: GraphsTuple, seeds: Float[Array, " region"], course: Trajectory
 ) -> Rates:
@@ -225,7 +214,7 @@ def init(key: KeyArray, problem: Problem, config: FitConfig) -> DualState:
     """Fit the mechanistic expert alone, stage every subject on its curve, and start the equation there.
 
     Args:
-        key: Of the networks' first weights.
+        key: Key of the networks' first weights.
         problem: Data and graph.
         config: Recipe.
     """
@@ -236,8 +225,8 @@ def init(key: KeyArray, problem: Problem, config: FitConfig) -> DualState:
     params = {"field": _start_field(model, field, rates, problem, initial, config.model), "seed": rates.seed}
     staged = align(solve_equation(model, params, problem.graph, problem.seeds, config), problem.visits, config.stages)
     # Equations without a mechanistic part start flat, where stages mean nothing: theirs are the mechanistic curve's.
-    is_mechanistic = config.model.equation in ("igndmoe", "ndm", "fkpp", "weighted_fkpp") and not config.model.quirks
-    onsets = staged.onsets if is_mechanistic else onsets
+    has_start = config.model.equation in ("igndmoe", "ndm", "fkpp", "weighted_fkpp") and not config.model.match_release
+    onsets = staged.onsets if has_start else onsets
     train, validation = _mean_errors(problem, staged.errors)
     return DualState(params, onsets, train, Best(params, validation), jnp.array(0), jnp.array(0), jnp.array(False))
 
@@ -255,7 +244,7 @@ def step(state: DualState, problem: Problem, config: FitConfig) -> tuple[DualSta
     loop = state.loop + 1
     settled = jnp.abs(train - state.error) < config.tolerance * state.error
     finished = settled | (waited >= config.patience) | (loop >= config.loops) | ~jnp.isfinite(train)
-    best = _choose(improved, Best(params, validation), state.best)
+    best = choose(improved, Best(params, validation), state.best)
     new = DualState(params, staged.onsets, train, best, waited, loop, finished)
     info = Info(
         train,
@@ -266,7 +255,7 @@ def step(state: DualState, problem: Problem, config: FitConfig) -> tuple[DualSta
         jnp.sum(staged.clipped & (problem.train > 0)),
         rejected,
     )
-    return _choose(state.finished, state, new), info
+    return choose(state.finished, state, new), info
 
 
 # --- The mechanistic start --------------------------------------------------------------------
@@ -290,7 +279,7 @@ class StartRates(NamedTuple):
 
 def mechanistic_start(problem: Problem, config: FitConfig) -> tuple[StartRates, Float[Array, " subject"]]:
     """Fit k, alpha, v and the seeds' state, staging subjects anew between rounds; from the best of a grid of rates."""
-    times, grows = time_grid(config), _grows(config.model)
+    times, grows = time_grid(config), config.model.grows
 
     def course(logs: Array) -> Trajectory:
         rates = _from_logs(logs, grows)
@@ -315,7 +304,7 @@ def mechanistic_start(problem: Problem, config: FitConfig) -> tuple[StartRates, 
     def one_round(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         logs, onsets = carry
         staged = stage_visits(course(logs), problem.visits, onsets, problem.train)
-        function = value_and_slope(lambda x: profiled_error(staged, course(x)), config)
+        function = value_and_gradient(lambda x: profiled_error(staged, course(x)), config.ode)
         logs = quasi_newton.run(function, logs, START_STEPS).point
         return (logs, align(course(logs), problem.visits, config.stages).onsets), None
 
@@ -326,10 +315,6 @@ def mechanistic_start(problem: Problem, config: FitConfig) -> tuple[StartRates, 
 def _fkpp_field(t: Array, c: Array, args: tuple[StartRates, Matrix]) -> Array:
     rates, laplacian = args
     return fkpp(c, laplacian, rates.diffusion, rates.growth, rates.ceiling)
-
-
-def _grows(model: ProgressionConfig) -> bool:
-    return not (model.equation == "ndm" or (model.equation == "igndmoe" and not model.reaction))
 
 
 def _from_logs(logs: Array, grows: bool) -> StartRates:
@@ -354,7 +339,7 @@ def _start_field(
         case "weighted_fkpp":
             # Its share starts at one half: alpha' v (-k' L / 2 + ...) is FKPP at these.
             return set_mechanism(field, k / (alpha * v), 2 * alpha * v, v)
-        case "igndmoe" if not config.quirks:
+        case "igndmoe" if not config.match_release:
             # The gate's first weight, so that the product with the expert is the fitted rate.
             weight = model.apply(field, initial, jnp.zeros(()), problem.graph, initial).weights[0]
             if not config.reaction:
@@ -385,7 +370,7 @@ def _trajectory_step(
         terms = terms_of(unravel(point))
         return terms.data + config.norm_weight * terms.norm + config.overlap_weight * terms.overlap
 
-    end = quasi_newton.run(value_and_slope(loss, config), flat, config.steps, config.memory)
+    end = quasi_newton.run(value_and_gradient(loss, config.ode), flat, config.steps, config.memory)
     params = unravel(end.point)
     return params, terms_of(params), end.rejected
 
@@ -395,7 +380,7 @@ def regularisers(experts: Float[Array, "time expert region"], step: Scalar) -> t
 
     Args:
         experts: Along the trajectory, unweighted; the first is the mechanistic one.
-        step: Of the grid, in years.
+        step: Length of a step of the grid, in years.
 
     Source: arXiv:2508.07032, equation 10. Deviation: both are integrals over time, and the overlap of two experts is
     their squared correlation over regions, so that neither depends on the grid, the solver or the number of regions;
@@ -420,7 +405,3 @@ def _mean_errors(problem: Problem, errors: Array) -> tuple[Array, Array]:
 
     train = mean(problem.train)
     return train, jnp.where(jnp.any(problem.validation > 0), mean(problem.validation), train)
-
-
-def _choose(condition: Array, first: Any, second: Any) -> Any:
-    return jax.tree.map(lambda one, other: jnp.where(condition, one, other), first, second)

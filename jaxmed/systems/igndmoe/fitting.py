@@ -1,5 +1,6 @@
 """Fit a cohort: one run, or folds, seeds and bootstrap draws as one program."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmed.arrays.graphs import GraphsTuple, regional_map
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import Params
-from jaxmed.arrays.visits import Visits, is_measured, mark_missing
+from jaxmed.arrays.visits import Visits, is_measured, mark_missing, pad_visits
+from jaxmed.metrics.regional import row_correlations
 from jaxmed.models.graph_diffusion import make_progression_model
+from jaxmed.recipes.regional_map import MapScore
 from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.systems.igndmoe import dual
-from jaxmed.systems.igndmoe.alignment import Alignment, align
+from jaxmed.systems.igndmoe.alignment import align
 from jaxmed.systems.igndmoe.dual import FitConfig
 
 
@@ -24,10 +27,10 @@ class Fit(NamedTuple):
     """A fitted course and where subjects are on it; with a leading axis for many runs.
 
     Attributes:
-        params: Of the equation and the seeds, of the round that validation preferred.
+        params: Parameters of the equation and the seeds, from the round that validation preferred.
         trajectory: States and their slopes from stage 0 to the horizon.
         experts: Rates of the experts along the course, before their weights.
-        weights: Of the experts along the course.
+        weights: Weights of the experts along the course.
         onsets: Stage of each subject's first visit, in years.
         errors: Sum of squared errors of each subject.
         clipped: Whether a subject's stage lies at an end of the course.
@@ -44,9 +47,6 @@ class Fit(NamedTuple):
     clipped: Bool[Array, "*run subject"]
     rounds: Int[Array, "*run"]
     succeeded: Bool[Array, "*run"]
-
-
-Watch = Callable[[dual.DualState, dual.Info], None]
 
 
 def fit(
@@ -126,42 +126,34 @@ def fit_runs(
     train: Float[np.ndarray, "run subject"],
     validation: Float[np.ndarray, "run subject"],
     run_seeds: Int[np.ndarray, " run"],
-    *,
-    state: dual.DualState | None = None,
-    watch: Watch | None = None,
 ) -> Fit:
     """Fit many runs at once: they share visits and graph and differ in weights of subjects and in seeds.
 
     Args:
-        visits: Of all subjects.
+        visits: Visits of all subjects.
         graph: Connectome.
         config: Equation and recipe.
         seeds: Regions where the disease starts; None as in `fit`.
         train: Weights of subjects in the loss; counts of a bootstrap draw, or 0 and 1.
         validation: Weights in early stopping.
-        run_seeds: Of the networks.
-        state: Of an interrupted or an earlier run, to go on from.
-        watch: Called after every round with the state to keep and what the round did.
+        run_seeds: Seeds of the networks.
     """
     problem = make_problem(mark_missing(visits), graph, seeds, train, validation)
-    start, advance, finish = programs(config)
-    current = start(jax.vmap(jax.random.key)(run_seeds), problem) if state is None else state
-    while not bool(jnp.all(current.finished)):
-        current, info = advance(current, problem)
-        if watch is not None:
-            watch(current, info)
-    return finish(current, problem)
+    return fit_problems(problem, config, run_seeds, is_shared=True)
 
 
-def fit_problems(problems: dual.Problem, config: FitConfig, run_seeds: Int[np.ndarray, " run"]) -> Fit:
+def fit_problems(
+    problems: dual.Problem, config: FitConfig, run_seeds: Int[np.ndarray, " run"], *, is_shared: bool = False
+) -> Fit:
     """Fit many cohorts of one size at once, each on its own graph.
 
     Args:
         problems: With a leading axis everywhere, as `jax.tree.map(jnp.stack, ...)` makes it.
         config: Equation and recipe.
-        run_seeds: Of the networks.
+        run_seeds: Seeds of the networks.
+        is_shared: Whether visits and graph are the same for all, and have no leading axis.
     """
-    start, advance, finish = programs(config, is_shared=False)
+    start, advance, finish = programs(config, is_shared)
     state = start(jax.vmap(jax.random.key)(run_seeds), problems)
     while not bool(jnp.all(state.finished)):
         state, _ = advance(state, problems)
@@ -223,7 +215,44 @@ def _finish(state: dual.DualState, problem: dual.Problem, config: FitConfig) -> 
     return Fit(params, trajectory, rates.experts, rates.weights, *staged, state.loop, succeeded)
 
 
-@functools.lru_cache(maxsize=8)
-def stage_program(num_stages: int) -> Callable[[Trajectory, Visits], Alignment]:
-    """Return the alignment of new visits, compiled once per number of stages and shape."""
-    return jax.jit(lambda trajectory, visits: align(trajectory, visits, num_stages))
+stage_subjects = jax.jit(align, static_argnums=2)
+"""`align`, compiled once per number of stages and shape: for new subjects on a fitted course."""
+
+
+def fit_map(
+    config: FitConfig,
+    graph: GraphsTuple,
+    target: Float[np.ndarray, " region"],
+    known: Bool[np.ndarray, " region"],
+    preference: Float[np.ndarray, " region"],
+    num_seeds: int,
+    update: Callable[[int], None],
+) -> MapScore:
+    """Fit the mixture to the map as one subject seen once.
+
+    Args:
+        config: Recipe.
+        graph: Connectome.
+        target: The map.
+        known: Where it has a value.
+        preference: Score of every seed, such as what FKPP reaches from it; the highest are tried.
+        num_seeds: How many.
+        update: Called with the number of seeds done.
+    """
+    low, high = np.nanmin(target), np.nanmax(target)
+    visits = pad_visits([((target - low) / (high - low))[None].astype(np.float32)], [np.zeros(1)])
+    recipe = dataclasses.replace(config, validation=0.0, model=dataclasses.replace(config.model, equation="igndmoe"))
+    by_seed, best = np.full(len(target), np.nan), None
+    for done, seed in enumerate(np.argsort(-preference)[:num_seeds].tolist(), 1):
+        found = fit(visits, graph, recipe, (seed,))
+        stage = float(found.onsets[0])
+        predicted = np.asarray(found.trajectory.states, float)[np.abs(found.trajectory.times - stage).argmin()]
+        r = float(row_correlations(predicted[None, known], target[None, known])[0])
+        r = by_seed[seed] = r if np.isfinite(r) else 0.0
+        if best is None or r > best.r:
+            setting = f"stage {stage:.3g} years, in sample, best of {num_seeds} seeds"
+            parameters = sum(leaf.size for leaf in jax.tree.leaves(found.params)) + 2
+            best = MapScore("igndmoe", r, by_seed, seed, setting, predicted, parameters)
+        update(done)
+    assert best is not None
+    return best

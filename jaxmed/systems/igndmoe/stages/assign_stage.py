@@ -1,18 +1,18 @@
 """Stage `jaxmed igndmoe stage`: where new subjects are on a fitted course."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
-from jaxmed.config import Number, Seed, checked
+from jaxmed.config import checked
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.regional import Scores
+from jaxmed.recipes.fitted_course import SubjectFlags, SubjectSource, score, write_stages
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import histograms
 from jaxmed.report.page import Note, Section, Text
-from jaxmed.systems.igndmoe.cohort_fit import score, trajectory_inputs, write_stages
-from jaxmed.systems.igndmoe.fitting import stage_program
+from jaxmed.systems.igndmoe.cohort_fit import trajectory_inputs
+from jaxmed.systems.igndmoe.fitting import stage_subjects
 from jaxmed.train.run_folder import RunFolder
 
 
@@ -22,16 +22,10 @@ class Config:
     """Stage subjects.
 
     Attributes:
-        weights: Run folder of `jaxmed igndmoe fit`.
-        table: CSV file with a row per visit: subject, age in years, a column for every region of the fit, in its unit.
-        synthetic: Patients to simulate, with a course fitted to others, where neither is given.
-        seed: Seed of the synthetic patients.
+        source: The fit and the subjects.
     """
 
-    weights: Path | None = None
-    table: Path | None = None
-    synthetic: Number | None = None
-    seed: Seed = 0
+    source: SubjectFlags = SubjectSource()
 
 
 def paper() -> Config:
@@ -41,7 +35,7 @@ def paper() -> Config:
 
 def smoke() -> Config:
     """In seconds: your patients on your fit, or simulated ones on a fit of others."""
-    return Config(synthetic=20)
+    return Config(SubjectSource(synthetic=20))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +44,9 @@ class Summary:
 
     Attributes:
         subjects: How many were staged.
-        visits: Of all of them.
+        visits: Visits of all of them.
         clipped: Subjects at an end of the course.
-        score: Of all visits at their stages.
+        score: Scores of all visits at their stages.
         notes: What a reader should know.
     """
 
@@ -66,15 +60,15 @@ class Summary:
 def run(config: Config, folder: RunFolder) -> None:
     """Read, stage, write."""
     clock = Clock()
-    fitted, cohort, notes = trajectory_inputs(folder, config.weights, config.table, config.synthetic, config.seed)
-    staged = stage_program(fitted.stages)(fitted.trajectory, cohort.visits)
+    fitted, cohort, notes = trajectory_inputs(config.source, folder)
+    staged = stage_subjects(fitted.trajectory, cohort.visits, fitted.stages)
     clipped = int(np.asarray(staged.clipped).sum())
     if clipped:
         notes.append(f"{clipped} of {len(cohort.subjects)} subjects lie at an end of the course, or beyond.")
     log = begin(folder, notes)
-    write_stages(folder.outputs / "stages.csv", cohort, staged)
+    write_stages(folder.outputs / "stages.csv", cohort, *staged)
     log.metrics(0, {"subjects": len(cohort.subjects), "clipped": clipped})
-    found = score(fitted, cohort.visits, np.asarray(staged.onsets), np.ones(len(cohort.subjects), bool))
+    found = score(fitted.trajectory, cohort.visits, np.asarray(staged.onsets), np.ones(len(cohort.subjects), bool))
     visits = int(np.asarray(cohort.visits.present).sum())
     clock.lap("read and stage")
     finish(folder, config, Summary(len(cohort.subjects), visits, clipped, found, tuple(notes)), clock, page)

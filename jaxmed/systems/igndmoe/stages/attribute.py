@@ -9,26 +9,16 @@ import numpy as np
 
 from jaxmed.config import Bounds, checked
 from jaxmed.errors import InputError
-from jaxmed.io.tables import read_table, write_table
+from jaxmed.io.tables import read_table, write_columns
 from jaxmed.metrics.regional import Scores
 from jaxmed.models.graph_diffusion import EXPERTS
+from jaxmed.recipes.fitted_course import score
+from jaxmed.recipes.regional import CohortSource, RegionalCohort, SourceFlags, in_role, role_weights, synthetic
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.bands import Band, banded_curves
 from jaxmed.report.figures import histograms
 from jaxmed.report.page import Figure, Note, Section, Table, Text
-from jaxmed.systems.igndmoe.cohort_fit import (
-    CohortSource,
-    FittedTrajectory,
-    Inputs,
-    SourceFlags,
-    fit_in_folder,
-    in_role,
-    read_inputs,
-    role_weights,
-    score,
-    synthetic,
-    write_curves,
-)
+from jaxmed.systems.igndmoe.cohort_fit import fit_in_folder, read_inputs
 from jaxmed.systems.igndmoe.comparing import ATTRIBUTION, ablations, bands, contributions, draw_weights
 from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.systems.igndmoe.fitting import Fit
@@ -81,9 +71,9 @@ class Summary:
     """What drives which stage.
 
     Attributes:
-        subjects: Of all roles.
+        subjects: Number of subjects, of all roles.
         regions: Names.
-        draws: Of training subjects.
+        draws: Bootstrap draws of training subjects.
         ablations: Scores of held-out subjects, of the mixture and without each part.
         falls: Share of draws in which a mechanism contributes less late than early.
         notes: What a reader should know.
@@ -107,11 +97,11 @@ def run(config: Config, folder: RunFolder) -> None:
     numbers = config.fit.seed + np.arange(config.draws + 1)
     fitted = fit_in_folder(inputs, config.fit, train, validation, numbers, folder, log, "bootstrap")
     _write_bands(folder.outputs, inputs, fitted)
-    costs = {"complete": _held_out(inputs, fitted, config.fit)}
+    costs = {"complete": _held_out(inputs, fitted)}
     for name, model in list(ablations(config.fit.model).items())[1:] if config.ablate else ():
         recipe, part = dataclasses.replace(config.fit, model=model), name.replace(" ", "_")
         alone = fit_in_folder(inputs, recipe, train[:1], validation[:1], numbers[:1], folder, log, part)
-        costs[name] = _held_out(inputs, alone, recipe)
+        costs[name] = _held_out(inputs, alone)
     share = contributions(fitted)[1:]
     slope = share[:, -1] - share[:, 0]
     falls = {name: float(np.mean(slope[:, i] < 0)) for i, name in enumerate(EXPERTS)}
@@ -120,30 +110,26 @@ def run(config: Config, folder: RunFolder) -> None:
     finish(folder, config, summary, clock, page)
 
 
-def _held_out(inputs: Inputs, fitted: Fit, config: FitConfig) -> Scores:
+def _held_out(inputs: RegionalCohort, fitted: Fit) -> Scores:
     """Score the first run on test subjects, or on validation subjects where there are none."""
     chosen = in_role(inputs.roles, "test" if "test" in inputs.roles else "validation")
     if not chosen.any():
         raise InputError("data.fractions", "test or validation subjects", "none", "give them a share")
-    first = FittedTrajectory(jax.tree.map(lambda leaf: leaf[0], fitted.trajectory), stages=config.stages)
+    first = jax.tree.map(lambda leaf: leaf[0], fitted.trajectory)
     return score(first, inputs.cohort.visits, np.asarray(fitted.onsets[0]), chosen)
 
 
-def _write_bands(outputs: Path, inputs: Inputs, fitted: Fit) -> None:
-    times = np.asarray(fitted.trajectory.times)[0]
+def _write_bands(outputs: Path, inputs: RegionalCohort, fitted: Fit) -> None:
     for name, values in (("weights", np.asarray(fitted.weights, float)), ("contributions", contributions(fitted))):
-        found, curves = bands(values[1:]), {}
+        found, columns = bands(values[1:]), {"stage": np.asarray(fitted.trajectory.times)[0]}
         for i, key in enumerate(KEYS):
-            curves |= {key: values[0, :, i], f"{key}_median": found.middle[:, i]}
-            curves |= {f"{key}_low": found.low[:, i], f"{key}_high": found.high[:, i]}
-        write_curves(outputs / f"{name}.csv", times, curves)
+            columns |= {key: values[0, :, i], f"{key}_median": found.middle[:, i]}
+            columns |= {f"{key}_low": found.low[:, i], f"{key}_high": found.high[:, i]}
+        write_columns(outputs / f"{name}.csv", columns)
     onsets = np.asarray(fitted.onsets, float)
     found = bands(onsets[1:])
-    rows = [
-        {"subject": name, "stage": float(onsets[0, i]), "low": float(found.low[i]), "high": float(found.high[i])}
-        for i, name in enumerate(inputs.cohort.subjects)
-    ]
-    write_table(outputs / "stages.csv", ("subject", "stage", "low", "high"), rows)
+    columns = {"subject": inputs.cohort.subjects, "stage": onsets[0], "low": found.low, "high": found.high}
+    write_columns(outputs / "stages.csv", columns)
 
 
 def page(run: Finished[Config, Summary]) -> Page:

@@ -14,8 +14,11 @@ from jaxmed.config import Bounds, Size, checked
 from jaxmed.data.connectomes import read_connectome
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, write_table
+from jaxmed.metrics.statistics import information_criteria
 from jaxmed.models.graph_diffusion import Equation, ProgressionConfig
 from jaxmed.physics.agents import MOST_STEPS
+from jaxmed.recipes import regional_map as maps
+from jaxmed.recipes.regional import CohortSource, SourceFlags, synthetic
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, Value, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import failed_cells
@@ -24,10 +27,10 @@ from jaxmed.report.figures import Bar, bars
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.report.regions import glass_brain
 from jaxmed.report.scatter import scatter
-from jaxmed.systems.igndmoe import maps
-from jaxmed.systems.igndmoe.cohort_fit import CohortSource, SourceFlags, read_inputs, synthetic
-from jaxmed.systems.igndmoe.comparing import ORDER, criteria, hold_out, tabulate
+from jaxmed.systems.igndmoe.cohort_fit import read_inputs
+from jaxmed.systems.igndmoe.comparing import ORDER, hold_out, tabulate
 from jaxmed.systems.igndmoe.dual import FitConfig
+from jaxmed.systems.igndmoe.fitting import fit_map
 from jaxmed.train.announce import announce
 from jaxmed.train.run_folder import RunFolder
 
@@ -174,7 +177,7 @@ def _describe(means: Sequence[Mean], values: int, subjects: int) -> list[Row]:
     for record in models.values():
         mse, parameters = record.get("mse"), round(float(record["parameters"] or 0))
         # The stages of the subjects and the variance are fitted too.
-        aicc, bic = (None, None) if mse is None else criteria(float(mse), values, parameters + subjects + 1)
+        aicc, bic = (None, None) if mse is None else information_criteria(float(mse), values, parameters + subjects + 1)
         record |= {"parameters": parameters, "aicc": aicc, "bic": bic}
     return [*models.values()]
 
@@ -210,10 +213,10 @@ def _on_map(config: Config, folder: RunFolder) -> Summary:
 
     log.say(f"Network diffusion from {len(target)} seeds, then FKPP with {len(maps.SHARES)} shares of diffusion.")
     keep(maps.score_diffusion(graph, target, known))
-    keep(maps.score_fkpp(graph, target, known, None, config.fit))
+    keep(maps.score_fkpp(graph, target, known, None, config.fit.solver, config.fit.ode))
     if config.map.weight is not None:
         log.say(f"Weighted FKPP with {len(maps.SHARES) * len(maps.STRENGTHS)} settings.")
-        keep(maps.score_fkpp(graph, target, known, columns["weight"], config.fit))
+        keep(maps.score_fkpp(graph, target, known, columns["weight"], config.fit.solver, config.fit.ode))
     if agents is not None:
         log.say(f"Agents: equilibrium, then {maps.AGENT_STEPS:,} steps from {len(target)} seeds.")
         found, steps = maps.score_agents(agents, target, known)
@@ -222,7 +225,7 @@ def _on_map(config: Config, folder: RunFolder) -> Summary:
         log.say(f"Note: {notes[-1]}")
         keep(found)
     with log.progress("Fitting the mixture", num_seeds, "seeds") as update:
-        keep(maps.fit_mixture(config.fit, graph, target, known, scores[1].by_seed, num_seeds, update))
+        keep(fit_map(config.fit, graph, target, known, scores[1].by_seed, num_seeds, update))
     for file, first, column in (("predictions.csv", "region", "predicted"), ("seeds.csv", "seed", "by_seed")):
         curves = {found.model: getattr(found, column) for found in scores}
         curves = {"map": target, **curves} if first == "region" else curves
@@ -232,18 +235,11 @@ def _on_map(config: Config, folder: RunFolder) -> Summary:
         ]
         write_table(folder.outputs / file, tuple(rows[0]), rows)
     count = int(known.sum())
-    models: list[Row] = [
-        {
-            "model": found.model,
-            "r": found.r,
-            "seed": connectome.regions[found.seed],
-            "setting": found.setting,
-            "parameters": found.parameters,
-            "aicc": maps.aicc(found.r, count, found.parameters),
-            "bic": maps.bic(found.r, count, found.parameters),
-        }
-        for found in scores
-    ]
+    models: list[Row] = []
+    for found in scores:
+        aicc, bic = information_criteria(1 - found.r**2, count, found.parameters)
+        row: Row = {"model": found.model, "r": found.r, "seed": connectome.regions[found.seed]}
+        models.append(row | {"setting": found.setting, "parameters": found.parameters, "aicc": aicc, "bic": bic})
     return Summary("map", tuple(models), tuple(notes), scored=count)
 
 

@@ -9,41 +9,29 @@ import scipy.stats
 
 from jaxmed.config import Size, checked
 from jaxmed.data.connectomes import read_centroids
-from jaxmed.io.numpy_files import write_npz
-from jaxmed.io.tables import read_table, write_table
+from jaxmed.io.tables import read_table, write_columns
 from jaxmed.metrics.regional import Scores
-from jaxmed.models.graph_diffusion import ProgressionConfig
-from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.figures import agreement, curves, histograms
-from jaxmed.report.page import Note, Section, Table, Text, Tile
-from jaxmed.report.regions import glass_brain
-from jaxmed.systems.igndmoe.alignment import Alignment
-from jaxmed.systems.igndmoe.cohort_fit import (
-    CohortSource,
+from jaxmed.models.graph_diffusion import EXPERTS, ProgressionConfig
+from jaxmed.recipes.fitted_course import (
     FittedTrajectory,
-    Inputs,
-    SourceFlags,
-    fit_in_folder,
-    in_role,
-    measured_values,
-    predict,
-    read_inputs,
-    read_trajectory,
-    role_weights,
-    score,
-    synthetic,
+    scores_section,
+    write_fitted_visits,
     write_stages,
     write_trajectory,
 )
+from jaxmed.recipes.regional import CohortSource, RegionalCohort, SourceFlags, role_weights, synthetic
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.report.figures import curves, histograms
+from jaxmed.report.page import Note, Section, Text, Tile
+from jaxmed.report.regions import course_figures
+from jaxmed.systems.igndmoe.cohort_fit import fit_in_folder, read_inputs
 from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.systems.igndmoe.fitting import Fit
 from jaxmed.train.checkpoint import export_parameters
-from jaxmed.train.log import read_metrics
+from jaxmed.train.log import read_metrics, series
 from jaxmed.train.run_folder import RunFolder
 
-MOST_CURVES = 8
 LEADING = {"igndmoe": "a mixture of three mechanisms", "fkpp": "diffusion and growth", "ndm": "network diffusion"}
-ROLES = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +77,10 @@ class Summary:
         equation: Its name.
         regions: Names.
         seeds: Names of those where the disease starts.
-        subjects: Of all roles.
-        visits: Of all of them.
+        subjects: Number of subjects, of all roles.
+        visits: Visits of all of them.
         scale: Measurements at 0 and 1.
-        rounds: Of training and staging.
+        rounds: Rounds of training and staging.
         clipped: Subjects at an end of the course.
         scores: By role.
         stage_recovery_spearman: Against the planted stages of a simulated cohort.
@@ -129,37 +117,32 @@ def run(config: Config, folder: RunFolder) -> None:
     best = int(np.argmin((np.asarray(fitted.errors) * (validation if validation.any() else train)).sum(axis=1)))
     kept = jax.tree.map(lambda leaf: leaf[best], fitted)
     clock.lap("read, fit and compile")
-    write_trajectory(folder.outputs, kept, inputs.cohort, inputs.regions, config.fit.stages)
-    staged = Alignment(kept.onsets, kept.errors, kept.clipped)
-    write_stages(folder.outputs / "stages.csv", inputs.cohort, staged, inputs.roles)
-    scores = _write_fitted_visits(folder.outputs / "fitted_visits.npz", config, inputs, kept)
+    scale = (inputs.cohort.low, inputs.cohort.high)
+    write_trajectory(folder.outputs, FittedTrajectory(kept.trajectory, inputs.regions, scale, config.fit.stages))
+    if config.fit.model.equation == "igndmoe":
+        _write_mechanisms(folder.outputs / "weights.csv", kept)
+    staged = kept.onsets, kept.errors, kept.clipped
+    write_stages(folder.outputs / "stages.csv", inputs.cohort, *staged, inputs.roles)
+    visits = folder.outputs / "fitted_visits.npz"
+    scores = write_fitted_visits(visits, kept.trajectory, inputs, np.asarray(kept.onsets))
     if centroids is not None:
-        rows = [
-            {"region": name, **dict(zip("xyz", map(float, point), strict=True))}
-            for name, point in zip(inputs.regions, centroids, strict=True)
-        ]
-        write_table(folder.outputs / "centroids.csv", ("region", "x", "y", "z"), rows)
+        x, y, z = centroids.T
+        write_columns(folder.outputs / "centroids.csv", {"region": inputs.regions, "x": x, "y": y, "z": z})
     export_parameters(folder.outputs / "model", kept.params, {"regions": list(inputs.regions)})
     finish(folder, config, _summarise(config, inputs, kept, scores, best, notes), clock, page)
 
 
-def _write_fitted_visits(path: Path, config: Config, inputs: Inputs, kept: Fit) -> dict[str, Scores]:
-    """Score visits by role; write what was measured, NaN where nothing was, and predicted, (visit, region)."""
-    fitted = FittedTrajectory(kept.trajectory, inputs.regions, stages=config.fit.stages)
-    visits, onsets = inputs.cohort.visits, np.asarray(kept.onsets)
-    predicted, measured = predict(fitted, onsets, np.asarray(visits.gaps)), measured_values(visits)
-    arrays, scores = {}, {}
-    for role in (role for role in ROLES if role in inputs.roles):
-        people = in_role(inputs.roles, role)
-        chosen = np.asarray(visits.present) & people[:, None]
-        arrays |= {f"{role}_measured": measured[chosen], f"{role}_predicted": predicted[chosen]}
-        scores[role] = score(fitted, visits, onsets, people)
-    write_npz(path, dict(sorted(arrays.items())))
-    return scores
+def _write_mechanisms(path: Path, kept: Fit) -> None:
+    """Write the weight of each expert over stage, and the root mean square over regions of its rate as it counts."""
+    weights, columns = np.asarray(kept.weights), {"stage": kept.trajectory.times}
+    rates = np.sqrt(np.mean((weights[..., None] * np.asarray(kept.experts)) ** 2, axis=-1))
+    for ending, values in (("", weights), ("_rate", rates)):
+        columns |= {name.replace(" ", "_") + ending: values[:, i] for i, name in enumerate(EXPERTS)}
+    write_columns(path, columns)
 
 
 def _summarise(
-    config: Config, inputs: Inputs, kept: Fit, scores: dict[str, Scores], best: int, notes: list[str]
+    config: Config, inputs: RegionalCohort, kept: Fit, scores: dict[str, Scores], best: int, notes: list[str]
 ) -> Summary:
     cohort, clipped = inputs.cohort, int(np.asarray(kept.clipped).sum())
     if clipped:
@@ -202,11 +185,33 @@ def page(run: Finished[Config, Summary]) -> Page:
     ]
     if summary.stage_recovery_spearman is not None:
         tiles.append(("Stage recovery", summary.stage_recovery_spearman, "Spearman, against planted stages"))
-    sections = [_course_section(outputs)]
+    words = {"ylabel": "regional amount, in the unit of the table", "caption": "The fitted course"}
+    sections = [Section("Course", course_figures(outputs / "course.csv", **words))]
     if (outputs / "weights.csv").exists():
         sections.append(_weights_section(outputs))
-    sections += [_stages_section(outputs), _scores_section(outputs, summary.scores)]
-    sections += [_rounds_section(run.path), _reading_section(summary)]
+    table = read_table(outputs / "stages.csv")
+    stages, roles = np.array(table.floats("stage")), np.array(table.column("role"))
+    by_role = {role: stages[roles == role] for role in summary.scores}
+    units = dict.fromkeys(by_role, "years")
+    lines = read_metrics(run.path)
+    errors = {"training": series(lines, "fit/train_mse"), "validation": series(lines, "fit/validation_mse")}
+    sections += [
+        Section("Stages", [histograms(by_role, units=units, caption="Stage at the first visit, by role.", bins=20)]),
+        scores_section(outputs / "fitted_visits.npz", summary.scores),
+        Section("Optimisation", [
+            curves(errors, xlabel="round of training and staging", ylabel="mean squared error per visit and region",
+                   caption="Dual optimisation: each round trains at fixed stages, then stages all subjects."),
+        ]),
+        Section("How to read it", [
+            *(Note(note) for note in summary.notes),
+            Text([
+                "outputs/course.csv holds the course, stages.csv the stage of every subject, weights.csv the "
+                "mechanisms; course.npz and model.json are what jaxmed igndmoe stage and forecast read.",
+                "Years of stage are anchored by subjects seen more than once. Where the course is steep, stages are "
+                "sharp; where it is flat, they are not.",
+            ]),
+        ]),
+    ]  # fmt: skip
     subtitle = (
         f"{LEADING.get(summary.equation, summary.equation)} on a connectome of {len(summary.regions)} regions, "
         f"from {' and '.join(summary.seeds)}"
@@ -214,43 +219,21 @@ def page(run: Finished[Config, Summary]) -> Page:
     return Page("The course of a disease", subtitle, tiles, sections)
 
 
-def _course_section(outputs: Path) -> Section:
-    fitted = read_trajectory(outputs)
-    times, states = np.asarray(fitted.trajectory.times), np.asarray(fitted.trajectory.states)
-    low, high = fitted.scale
-    measured, regions = low + (high - low) * states, fitted.regions
-    # From those that change first to those that change last.
-    order = np.argsort(-states[len(times) // 2])
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(MOST_CURVES, len(order))).astype(int))]
-    lines = curves(
-        {regions[index]: (times, measured[:, index]) for index in chosen},
-        xlabel="stage (years)",
-        ylabel="regional amount, in the unit of the table",
-        caption="The fitted course in regions from early to late ones.",
-    )
-    maps = {f"stage {times[i]:.0f} years": measured[i] for i in (len(times) // 3, 2 * len(times) // 3, len(times) - 1)}
-    centroids = outputs / "centroids.csv"
-    points = None
-    if centroids.exists():
-        table = read_table(centroids, ("region", "x", "y", "z"))
-        points = np.array([table.floats(axis) for axis in "xyz"]).T
-    told = "" if points is not None else " Regions stand on a ring: no centroids were given."
-    brain = glass_brain(maps, regions, points, caption=f"The fitted course at three stages.{told}")
-    return Section("Course", [lines, brain])
-
-
 def _weights_section(outputs: Path) -> Section:
     table = read_table(outputs / "weights.csv")
-    stage = np.array(table.floats("stage"))
-    names = [name for name in table.columns if name != "stage" and not name.endswith("_rate")]
+
+    def over_stage(ending: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        stage = np.array(table.floats("stage"))
+        return {name: (stage, np.array(table.floats(name.replace(" ", "_") + ending))) for name in EXPERTS}
+
     weights = curves(
-        {name.replace("_", " "): (stage, np.array(table.floats(name))) for name in names},
+        over_stage(""),
         xlabel="stage (years)",
         ylabel="weight",
         caption="Weights of the mechanisms over stage. They sum to 1; a weight times its mechanism's own size counts.",
     )
     rates = curves(
-        {name.replace("_", " "): (stage, np.array(table.floats(f"{name}_rate"))) for name in names},
+        over_stage("_rate"),
         xlabel="stage (years)",
         ylabel="root mean square over regions of weight x mechanism, per year",
         caption="What each mechanism adds to the change of an average region.",
@@ -260,63 +243,3 @@ def _weights_section(outputs: Path) -> Section:
         "attribute gives bands over subjects and starts, and what leaving one out costs."
     )
     return Section("Mechanisms", [weights, rates, note])
-
-
-def _stages_section(outputs: Path) -> Section:
-    table = read_table(outputs / "stages.csv")
-    stages, roles = np.array(table.floats("stage")), np.array(table.column("role"))
-    values = {role: stages[roles == role] for role in ROLES if (roles == role).any()}
-    figure = histograms(
-        values,
-        units=dict.fromkeys(values, "years"),
-        caption="Stage at the first visit, by role.",
-        bins=20,
-    )
-    return Section("Stages", [figure])
-
-
-def _scores_section(outputs: Path, scores: dict[str, Scores]) -> Section:
-    rows = [(role, s["visits"], s["sse"], s["mse"], s["r"], s["r2"]) for role, s in scores.items()]
-    table = Table(
-        ("Subjects", "Visits", "SSE", "MSE", "R over regions", "R2, median region"),
-        rows,
-        "Values on [0, 1]; every subject staged with all of its visits, as the paper does, so this is fit after a "
-        "shift in time and not a forecast.",
-    )
-    with np.load(outputs / "fitted_visits.npz") as stored:
-        roles = [role for role in scores if f"{role}_measured" in stored]
-        known = {role: np.isfinite(stored[f"{role}_measured"]) for role in roles}
-        figure = agreement(
-            {role: stored[f"{role}_measured"][known[role]] for role in roles},
-            {role: stored[f"{role}_predicted"][known[role]] for role in roles},
-            caption="Regional values, observed (across) against predicted by the course at the subject's stage (up).",
-        )
-    return Section("Errors", [table, figure])
-
-
-def _rounds_section(folder: Path) -> Section:
-    lines = read_metrics(folder)
-    steps = np.array([line["step"] for line in lines])
-    shown = {
-        label: (steps, np.array([line.get(f"fit/{key}", np.nan) for line in lines]))
-        for label, key in (("training", "train_mse"), ("validation", "validation_mse"))
-    }
-    figure = curves(
-        shown,
-        xlabel="round of training and staging",
-        ylabel="mean squared error per visit and region",
-        caption="Dual optimisation: each round trains at fixed stages, then stages all subjects.",
-    )
-    return Section("Optimisation", [figure])
-
-
-def _reading_section(summary: Summary) -> Section:
-    text = Text(
-        [
-            "outputs/course.csv holds the course, stages.csv the stage of every subject, weights.csv the mechanisms; "
-            "course.npz and model.json are what jaxmed igndmoe stage and forecast read.",
-            "Years of stage are anchored by subjects seen more than once. Where the course is steep, stages are sharp; "
-            "where it is flat, they are not.",
-        ]
-    )
-    return Section("How to read it", [*(Note(note) for note in summary.notes), text])

@@ -1,20 +1,20 @@
 """Stage `jaxmed igndmoe forecast`: regional values at later ages, and how good such forecasts were."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
-from jaxmed.arrays.visits import Visits, first_visits
-from jaxmed.config import NonNegative, Number, Seed, checked
+from jaxmed.arrays.visits import first_visits, later_visits, measured_values
+from jaxmed.config import NonNegative, checked
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
-from jaxmed.metrics.regional import NOTHING, Scores
+from jaxmed.metrics.regional import Scores
+from jaxmed.recipes.fitted_course import SubjectFlags, SubjectSource, predict, score, score_unchanged
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import agreement
 from jaxmed.report.page import Block, Note, Section, Table, Text
-from jaxmed.systems.igndmoe.cohort_fit import later_visits, measured_values, predict, score, trajectory_inputs
-from jaxmed.systems.igndmoe.fitting import stage_program
+from jaxmed.systems.igndmoe.cohort_fit import trajectory_inputs
+from jaxmed.systems.igndmoe.fitting import stage_subjects
 from jaxmed.train.run_folder import RunFolder
 
 
@@ -24,18 +24,12 @@ class Config:
     """Forecast subjects.
 
     Attributes:
-        weights: Run folder of `jaxmed igndmoe fit`.
-        table: CSV file with a row per visit: subject, age in years, a column for every region of the fit, in its unit.
+        source: The fit and the subjects.
         horizons: Years after the last visit to forecast.
-        synthetic: Patients to simulate, with a course fitted to others, where neither is given.
-        seed: Seed of the synthetic patients.
     """
 
-    weights: Path | None = None
-    table: Path | None = None
+    source: SubjectFlags = SubjectSource()
     horizons: tuple[NonNegative, ...] = (1.0, 2.0, 5.0)
-    synthetic: Number | None = None
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not self.horizons or min(self.horizons) <= 0:
@@ -49,7 +43,7 @@ def paper() -> Config:
 
 def smoke() -> Config:
     """In seconds: your patients on your fit, or simulated ones on a fit of others."""
-    return Config(synthetic=20)
+    return Config(SubjectSource(synthetic=20))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +52,13 @@ class Summary:
 
     Attributes:
         subjects: How many.
-        followed: Of these, seen more than once.
-        horizons: Years after the last visit.
-        scores: Of later visits, by what they were predicted from.
+        followed: How many of these were seen more than once.
+        scores: Scores of later visits, by what they were predicted from.
         notes: What a reader should know.
     """
 
     subjects: int
     followed: int
-    horizons: tuple[float, ...]
     scores: dict[str, Scores]
     notes: tuple[str, ...]
 
@@ -74,9 +66,9 @@ class Summary:
 def run(config: Config, folder: RunFolder) -> None:
     """Read, stage with all visits and with the first alone, forecast, write."""
     clock = Clock()
-    fitted, cohort, notes = trajectory_inputs(folder, config.weights, config.table, config.synthetic, config.seed)
-    program, visits = stage_program(fitted.stages), cohort.visits
-    onsets = np.asarray(program(fitted.trajectory, visits).onsets)
+    fitted, cohort, notes = trajectory_inputs(config.source, folder)
+    visits = cohort.visits
+    onsets = np.asarray(stage_subjects(fitted.trajectory, visits, fitted.stages).onsets)
     horizons = np.array(config.horizons)
     gaps = np.asarray(visits.gaps).max(axis=1)[:, None] + horizons
     beyond = onsets[:, None] + gaps > float(fitted.trajectory.times[-1])
@@ -88,7 +80,7 @@ def run(config: Config, folder: RunFolder) -> None:
         notes.append("Nobody was seen twice: how good forecasts are cannot be told from this table.")
     log = begin(folder, notes)
     low, high = fitted.scale
-    values = low + (high - low) * predict(fitted, onsets, gaps)
+    values = low + (high - low) * predict(fitted.trajectory, onsets, gaps)
     rows = [
         {"subject": name, "age": float(cohort.ages[i] + gaps[i, j]), "years_ahead": float(horizons[j])}
         | {"beyond_course": int(beyond[i, j])}
@@ -98,31 +90,20 @@ def run(config: Config, folder: RunFolder) -> None:
     ]
     columns = ("subject", "age", "years_ahead", "beyond_course", *fitted.regions)
     write_table(folder.outputs / "forecasts.csv", columns, rows)
-    baseline = np.asarray(program(fitted.trajectory, first_visits(visits)).onsets)
+    baseline = np.asarray(stage_subjects(fitted.trajectory, first_visits(visits), fitted.stages).onsets)
     # A baseline stage may leave less room than the subject was followed: such visits count at the course's end.
     scores = {
-        "staged with the first visit": score(fitted, visits, baseline, several, later=True),
-        "staged with all visits (not a forecast)": score(fitted, visits, onsets, several, later=True),
-        "no change since the first visit": _unchanged(visits, several),
+        "staged with the first visit": score(fitted.trajectory, visits, baseline, several, later=True),
+        "staged with all visits (not a forecast)": score(fitted.trajectory, visits, onsets, several, later=True),
+        "no change since the first visit": score_unchanged(visits, several),
     }
     present = later_visits(visits, several)
-    forecast = predict(fitted, baseline, np.asarray(visits.gaps))[present]
+    forecast = predict(fitted.trajectory, baseline, np.asarray(visits.gaps))[present]
     write_npz(folder.outputs / "later_visits.npz", {"measured": measured_values(visits)[present], "forecast": forecast})
     log.metrics(0, {"subjects": len(cohort.subjects), "followed": int(several.sum())})
     clock.lap("read, stage and forecast")
-    summary = Summary(len(cohort.subjects), int(several.sum()), config.horizons, scores, tuple(notes))
+    summary = Summary(len(cohort.subjects), int(several.sum()), scores, tuple(notes))
     finish(folder, config, summary, clock, page)
-
-
-def _unchanged(visits: Visits, several: np.ndarray) -> Scores:
-    """Score the forecast that nothing changes, which any model must beat."""
-    present, values = later_visits(visits, several), measured_values(visits)
-    errors = np.square(values - values[:, :1])[present]
-    known = np.isfinite(errors)  # regions measured at both visits
-    if not known.any():
-        return NOTHING
-    sse = float(errors[known].sum())
-    return {"sse": sse, "r": None, "mse": sse / int(known.sum()), "r2": None, "visits": int(present.sum())}
 
 
 def page(run: Finished[Config, Summary]) -> Page:
@@ -149,7 +130,7 @@ def page(run: Finished[Config, Summary]) -> Page:
         [
             ("Subjects", summary.subjects, f"{summary.followed} seen more than once"),
             ("Forecast error", first["mse"], "mean squared, values on [0, 1], from the first visit"),
-            ("Horizons", ", ".join(f"{h:g}" for h in summary.horizons), "years after the last visit"),
+            ("Horizons", ", ".join(f"{h:g}" for h in run.config.horizons), "years after the last visit"),
         ],
         [
             Section("How good", blocks),

@@ -18,21 +18,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.graphs import GraphsTuple, mirror_triangle, operator
-from jaxmed.arrays.visits import pad_visits
 from jaxmed.config import Length, checked
 from jaxmed.data.connectomes import Connectome
 from jaxmed.errors import InputError, nearest
 from jaxmed.io.connectomes import order_by_name, read_square
 from jaxmed.io.tables import read_table
-from jaxmed.metrics.regional import row_correlations
 from jaxmed.physics.agents import STEP, AgentGraph, atrophy, equilibrium, make_agent_graph, spread_agents
 from jaxmed.physics.progression import weighted_fkpp
-from jaxmed.solvers.ode import solve_trajectory
-from jaxmed.systems.igndmoe.dual import FitConfig
-from jaxmed.systems.igndmoe.fitting import fit
+from jaxmed.solvers.ode import OdeConfig, Solver, solve_trajectory
 
 LONGEST = 15.0
-"""Of network diffusion, rate x time, as in the toolbox."""
+"""Rate x time up to which network diffusion is followed, as in the toolbox."""
 GRID = 120
 SHARES = tuple(round(0.1 * i, 1) for i in range(1, 10))
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -63,23 +59,6 @@ class MapScore(NamedTuple):
     parameters: int
 
 
-def aicc(r: float, count: int, parameters: int) -> float | None:
-    """Return the corrected Akaike criterion of a line with correlation r, relative to the map's variance.
-
-    None where there are no more regions than parameters + 1: the criterion is then not defined.
-    """
-    if count <= parameters + 1 or not r**2 < 1:
-        return None
-    return count * np.log(1 - r**2) + 2 * parameters + 2 * parameters * (parameters + 1) / (count - parameters - 1)
-
-
-def bic(r: float, count: int, parameters: int) -> float | None:
-    """Return the Bayesian criterion, likewise."""
-    if count <= parameters + 1 or not r**2 < 1:
-        return None
-    return count * np.log(1 - r**2) + parameters * np.log(count)
-
-
 def score_diffusion(
     graph: GraphsTuple, target: Float[np.ndarray, " region"], known: Bool[np.ndarray, " region"]
 ) -> MapScore:
@@ -104,8 +83,9 @@ def score_fkpp(
     graph: GraphsTuple,
     target: Float[np.ndarray, " region"],
     known: Bool[np.ndarray, " region"],
-    weights: Float[np.ndarray, " region"] | None = None,
-    config: FitConfig = FitConfig(),
+    weights: Float[np.ndarray, " region"] | None,
+    solver: Solver,
+    ode: OdeConfig,
 ) -> MapScore:
     """Score FKPP with a share of diffusion, its growth weighted where a map of weights is given; solved as a fit is."""
     grid = jnp.linspace(0.0, 30.0, GRID + 1)
@@ -118,7 +98,7 @@ def score_fkpp(
             return weighted_fkpp(x, operator(graph, "laplacian"), setting[0], jnp.ones(()), modulation, setting[1])
 
         start = jnp.zeros(len(target)).at[seed].set(1.0)
-        return solve_trajectory(field, start, grid, None, config.solver, config.ode).states[1:]
+        return solve_trajectory(field, start, grid, None, solver, ode).states[1:]
 
     seeds = jnp.arange(len(target))
     every = jax.jit(lambda: jax.lax.map(lambda s: jax.vmap(lambda seed: course(s, seed))(seeds), settings))()
@@ -155,45 +135,6 @@ def score_agents(
     found = np.asarray(found)[None]
     best = _best("sir", found, target, known, lambda _, t: f"time {(t + 1) * every * STEP:.3g}", LINE + 2)
     return best, int(steps)
-
-
-def fit_mixture(
-    config: FitConfig,
-    graph: GraphsTuple,
-    target: Float[np.ndarray, " region"],
-    known: Bool[np.ndarray, " region"],
-    preference: Float[np.ndarray, " region"],
-    num_seeds: int,
-    update: Callable[[int], None],
-) -> MapScore:
-    """Fit the mixture to the map as one subject seen once.
-
-    Args:
-        config: Recipe.
-        graph: Connectome.
-        target: The map.
-        known: Where it has a value.
-        preference: Of seeds, such as what FKPP reaches from them; the highest are tried.
-        num_seeds: How many.
-        update: Called with the number of seeds done.
-    """
-    low, high = np.nanmin(target), np.nanmax(target)
-    visits = pad_visits([((target - low) / (high - low))[None].astype(np.float32)], [np.zeros(1)])
-    recipe = dataclasses.replace(config, validation=0.0, model=dataclasses.replace(config.model, equation="igndmoe"))
-    by_seed, predictions, stages = np.full(len(target), np.nan), {}, {}
-    parameters = 0
-    for done, seed in enumerate(np.argsort(-preference)[:num_seeds].tolist(), 1):
-        found = fit(visits, graph, recipe, (seed,))
-        index = int(np.argmin(np.abs(np.asarray(found.trajectory.times) - float(found.onsets[0]))))
-        predictions[seed] = np.asarray(found.trajectory.states[index], float)
-        r = float(row_correlations(predictions[seed][None, known], target[None, known])[0])
-        by_seed[seed] = r if np.isfinite(r) else 0.0
-        stages[seed] = float(found.onsets[0])
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(found.params)) + 2
-        update(done)
-    best = max(predictions, key=lambda seed: by_seed[seed])
-    setting = f"stage {stages[best]:.3g} years, in sample, best of {len(predictions)} seeds"
-    return MapScore("igndmoe", float(by_seed[best]), by_seed, best, setting, predictions[best], parameters)
 
 
 def _best(

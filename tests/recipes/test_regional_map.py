@@ -8,7 +8,7 @@ import scipy.stats
 
 from jaxmed.data.connectomes import Connectome
 from jaxmed.errors import InputError
-from jaxmed.systems.igndmoe.maps import MapConfig, read_agents, read_map
+from jaxmed.recipes.regional_map import MapConfig, read_agents, read_map
 
 pytestmark = pytest.mark.core
 
@@ -41,7 +41,9 @@ def read(tmp_path, lengths, **options):
     (tmp_path / "lengths.csv").write_text(lengths)
     config = MapConfig(tmp_path / "map.csv", size="voxels", lengths=tmp_path / "lengths.csv", **options)
     columns = read_map(config, CONNECTOME._replace(regions=REGIONS), notes := [])
-    return columns, read_agents(config, CONNECTOME, columns, notes), " ".join(notes)
+    graph = read_agents(config, CONNECTOME, columns, notes)
+    assert graph is not None
+    return columns, graph, " ".join(notes)
 
 
 @pytest.mark.parametrize(
