@@ -34,6 +34,7 @@ from timing import (
     versions,
 )
 
+from jaxmed.io import onnx
 from jaxmed.io.gradient_match import Table
 from jaxmed.models.mlp import Mlp, MlpConfig, layers
 from jaxmed.nn.model import make_model
@@ -45,14 +46,12 @@ from jaxmed.systems.noddi.network import (
     Description,
     ForwardConfig,
     Network,
-    Output,
     export_onnx,
-    load_onnx,
     make_maps,
+    outputs_of,
     predict,
     ranges,
     read_signals,
-    run_onnx,
     write_maps,
 )
 
@@ -84,7 +83,7 @@ def make_network() -> Network:
     """Draw a network for the two-shell protocol: speed does not depend on what it has learnt."""
     bvals, bvecs = two_shell_protocol()
     table, shape, forward = Table.make(bvals, bvecs, 50.0), MlpConfig(), ForwardConfig()
-    outputs = tuple(Output.make(parameter) for parameter in forward.build(bvals).parameters)
+    outputs = outputs_of(forward.build(bvals))
     inputs = int((~table.is_b0).sum())
     params = make_model(Mlp(shape, len(outputs))).init(jax.random.key(0), jnp.ones((1, inputs)))
     return Network(params, Description(shape, outputs, table, forward, "none", (30.0, 30.0)))
@@ -100,8 +99,8 @@ def measure_signals(
     signals = draw_signals(network, count)
     functions: dict[str, Callable[[], Any]] = {"jaxmed": functools.partial(predict, network, signals)}
     if peer:
-        deployed = load_onnx(folder / "network.onnx", len(conditions.cores))
-        functions["ONNX Runtime"] = functools.partial(run_onnx, deployed, signals)
+        session = onnx.load(folder / "network.onnx", len(conditions.cores))
+        functions["ONNX Runtime"] = functools.partial(session.run, signals)
         functions["PyTorch"] = functools.partial(run_torch, make_torch(network, len(conditions.cores)), signals)
     first = {name: first_call(function) for name, function in functions.items()}
     seconds = alternate(functions, repeats)
@@ -209,9 +208,10 @@ def measure_files(
 
 def run_files(network: Network, files: DiffusionFiles, out: Path) -> np.ndarray:
     """Do what `jaxmed noddi predict` does, without its report."""
-    scan = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, network.table)
-    values = predict(network, scan.signals)
-    write_maps(out, make_maps(values, scan, network.outputs), network, files.dwi)
+    about = network.description
+    scan, signals = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, about.table)
+    values = predict(network, signals)
+    write_maps(out, make_maps(values, scan, about.outputs), about, files.dwi)
     return values
 
 

@@ -31,8 +31,10 @@ import numpy as np
 import tyro
 
 from jaxmed.files import write_json, write_text
+from jaxmed.io import onnx
 from jaxmed.io.dicom import read_series, read_stack
-from jaxmed.io.parametric_map import Quantity, new_stack, on_stack, write_dicom_map, write_mr_images
+from jaxmed.io.maps import Quantity
+from jaxmed.io.parametric_map import new_stack, on_stack, write_dicom_map, write_mr_images
 from jaxmed.metrics.recovery import DEFINED, make_grid, score
 from jaxmed.metrics.statistics import Interval, bootstrap, mean_interval, weighted_mean
 from jaxmed.models.mlp import MlpConfig
@@ -44,12 +46,10 @@ from jaxmed.systems.noddi.network import (
     ForwardConfig,
     Network,
     export_onnx,
-    load_onnx,
     make_maps,
     predict,
     predict_exactly,
     read_signals,
-    run_onnx,
 )
 from jaxmed.systems.noddi.stages.evaluate import fit_estimator, network_estimator
 from jaxmed.systems.noddi.training import TrainConfig
@@ -166,12 +166,12 @@ def deploy(network: Network, size: Size, folder: Path) -> tuple[list[Row], dict[
     files = write_diffusion_slab(folder / "brain", 1, size.brain, 30.0)
     path = folder / "network.onnx"
     export_onnx(path, network)
-    scan = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, network.description.table)
-    by_onnx = run_onnx(load_onnx(path), scan.signals)
-    difference = float(np.abs(by_onnx - predict_exactly(network, scan.signals)).max())
+    scan, signals = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, network.description.table)
+    by_onnx = onnx.load(path).run(signals)
+    difference = float(np.abs(by_onnx - predict_exactly(network, signals)).max())
     seconds = run_script(path, files, folder / "maps")
     worst = write_and_read(network, by_onnx, scan, folder / "dicom")
-    voxels = len(scan.signals)
+    voxels = len(signals)
     rows = [
         Row(
             "The ICE pipeline was customised to deploy trained NNs with ONNX Runtime.",
@@ -216,7 +216,7 @@ def write_and_read(network: Network, values: np.ndarray, scan: Any, folder: Path
     write_mr_images(folder / "source", b0, new_stack((x, y, z), b0.affine, "simulated"), quantity, stored_per_unit=1)
     stack = read_stack(folder / "source")
     for output in outputs:
-        write_dicom_map(folder, output.name, maps[output.name], stack, output.quantity, "parametric-map")
+        write_dicom_map(folder, maps[output.name], stack, output, "parametric-map")
     errors, distances = [], []
     for name, volume in maps.items():
         found = read_series(folder / f"{name}.dcm")
@@ -235,12 +235,12 @@ def consistency(networks: dict[str, Network], size: Size, folder: Path) -> tuple
     snr = 30.0
     files = write_diffusion_slab(folder / "scan", 2, size.scan, snr)
     table = networks["NN_MLE"].description.table
-    scan = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, table)
-    maps = noddi.fit(scan.signals, np.array(table.bvals), np.array(table.bvecs), sigma=WHITE_MATTER / snr)
+    _, signals = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, table)
+    maps = noddi.fit(signals, np.array(table.bvals), np.array(table.bvecs), sigma=WHITE_MATTER / snr)
     conventional = np.stack([np.asarray(getattr(maps, name)) for name in NAMES], axis=1)
     tissue = conventional[:, 2] < 0.5
     away = {
-        name: np.abs(predict(network, scan.signals) - conventional)[tissue].astype(np.float64)
+        name: np.abs(predict(network, signals) - conventional)[tissue].astype(np.float64)
         for name, network in networks.items()
     }
     parts, gains = [], {}

@@ -155,7 +155,7 @@ def stored(text):
         (stored('{"sigma": NaN}'), "NaN is no number"),
         (stored('{"sigma": -Infinity}'), "-Infinity is no number"),
         (stored('{"seed": 1, "seed": 2}'), "the name 'seed' twice"),
-        (stored('{"seed": ' + "9" * 400 + "}"), "seed: expected a whole number"),
+        (stored('{"scan": {"seed": ' + "9" * 400 + "}}"), "seed: expected a whole number"),
         (stored('{"sigma": ' + "9" * 400 + "}"), "sigma: expected a"),
         (stored('{"dwi": "Kopf-Größe"}').encode("latin-1"), "is not JSON"),
         ("", "an empty file"),

@@ -1,5 +1,6 @@
 """Maps as NIfTI files, each with a JSON sidecar that says what it is: definition, unit, constants, software."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,28 @@ from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.versions import software_name
 from jaxmed.volume import Volume
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """What the numbers of a map mean.
+
+    Attributes:
+        name: Name of the map and its file.
+        definition: In one line.
+        unit: UCUM code; "1" for a fraction.
+        bounds: Ends of its range, which a viewer shows as black and white.
+    """
+
+    name: str
+    definition: str
+    unit: str = "1"
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def label(self) -> str:
+        """The name as a viewer shows it, such as NDI."""
+        return self.name.upper() if len(self.name) == 3 else self.name
 
 
 def write_map(

@@ -9,8 +9,12 @@ itself, moves the estimates of a trained network by more than 1e-6 of their rang
 
     signals (voxel x image) -> Gather b = 0, ReduceMean -> Gather weighted, Div -> (Gemm, activation) x depth
     -> Gemm, head -> Mul, Add (range of each parameter) -> Where (0 without unweighted signal) -> parameters
+
+The metadata holds what the network says of itself: the gradient table, its hash, and names, definitions, units and
+ranges of the parameters. `scripts/noddi_onnx.py` reads them without this package.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +24,9 @@ from jaxtyping import Float, Float32
 
 from jaxmed.errors import InputError, require_extra
 from jaxmed.files import atomic_path, require_file
+from jaxmed.io.gradient_match import Table
+from jaxmed.io.maps import Quantity
+from jaxmed.versions import software_name
 
 OPSET = 13
 IR_VERSION = 7
@@ -27,37 +34,34 @@ IR_VERSION = 7
 INPUT, OUTPUT = "signals", "parameters"
 ACTIVATIONS = {"elu": "Elu", "relu": "Relu"}
 HEADS = {"sigmoid": "Sigmoid", "abs": "Abs"}
+COLUMNS = {"parameters": "name", "definitions": "definition", "units": "unit", "bounds": "bounds"}
+"""Entries of the metadata with one value per parameter, and the field of `Quantity` that they hold."""
+CHUNK = 16384
+"""Voxels of one call: activations of 256 numbers stay in 16 MB, in the processor's cache."""
 
 
 class Graph(NamedTuple):
-    """Everything that an exported network computes with.
+    """Everything that an exported network computes with, and says of itself.
 
     Attributes:
         layers: Kernel (input x output) and bias of every layer; the last is the head.
         activation: After every layer but the last.
-        head: After the last.
-        b0_rows: Images whose mean divides the others.
-        weighted_rows: Images that enter the network, in its order.
-        low: Value of each parameter where the head gives 0.
-        span: What is added where the head gives 1.
+        head: After the last; 0 and 1 become the ends of each parameter's range.
+        table: The protocol, in the order of the input.
+        outputs: The parameters, in order.
+        constants: What they rest on.
     """
 
     layers: Sequence[tuple[np.ndarray, np.ndarray]]
     activation: Literal["elu", "relu"]
     head: Literal["sigmoid", "abs"]
-    b0_rows: Sequence[int]
-    weighted_rows: Sequence[int]
-    low: Sequence[float]
-    span: Sequence[float]
+    table: Table
+    outputs: Sequence[Quantity]
+    constants: Mapping[str, Any]
 
 
-def write(path: str | Path, graph: Graph, metadata: Mapping[str, str]) -> None:
-    """Write a network, wholly or not at all.
-
-    Args:
-        path: An .onnx file.
-        graph: What it computes.
-        metadata: Strings that travel in the file.
+def write(path: str | Path, graph: Graph) -> None:
+    """Write a network as an .onnx file, wholly or not at all.
 
     Raises:
         InputError: The package is missing, the name has another suffix, or the place cannot be written.
@@ -72,17 +76,25 @@ def write(path: str | Path, graph: Graph, metadata: Mapping[str, str]) -> None:
         opset_imports=[onnx.helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
     )
-    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.helper.set_model_props(model, _metadata(graph))
     onnx.checker.check_model(model, full_check=True)
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
 
 
+def _metadata(graph: Graph) -> dict[str, str]:
+    table, outputs = graph.table, graph.outputs
+    found = {"bvals": table.bvals, "bvecs": table.bvecs, "b0_threshold": table.b0_threshold}
+    found |= {key: [getattr(output, field) for output in outputs] for key, field in COLUMNS.items()}
+    plain = {"format": "jaxmed-noddi-1", "protocol_hash": table.hash, "software": software_name()}
+    return plain | {name: json.dumps(value) for name, value in {**found, "constants": dict(graph.constants)}.items()}
+
+
 def _make_graph(onnx: Any, graph: Graph) -> Any:
     node, tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
-    floats: dict[str, Any] = {"zero": np.float32(0), "one": np.float32(1)}
-    floats |= {"low": np.asarray(graph.low, np.float32), "span": np.asarray(graph.span, np.float32)}
-    indices = {"b0_rows": graph.b0_rows, "weighted_rows": graph.weighted_rows}
+    low, high = np.array([output.bounds for output in graph.outputs], np.float32).T
+    floats: dict[str, Any] = {"zero": np.float32(0), "one": np.float32(1), "low": low, "span": high - low}
+    indices = {"b0_rows": np.flatnonzero(graph.table.is_b0), "weighted_rows": np.flatnonzero(~graph.table.is_b0)}
     nodes = [
         node("Gather", [INPUT, "b0_rows"], ["unweighted"], axis=1),
         node("ReduceMean", ["unweighted"], ["mean_b0"], axes=[1], keepdims=1),
@@ -105,13 +117,12 @@ def _make_graph(onnx: Any, graph: Graph) -> Any:
         node("Add", ["scaled", "low"], ["shifted"]),
         node("Where", ["has_signal", "shifted", "zero"], [OUTPUT]),
     ]
-    images = len(graph.b0_rows) + len(graph.weighted_rows)
     value, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
     return onnx.helper.make_graph(
         nodes,
         "microstructure",
-        [value(INPUT, kind, ["voxel", images])],
-        [value(OUTPUT, kind, ["voxel", len(graph.low)])],
+        [value(INPUT, kind, ["voxel", len(graph.table.bvals)])],
+        [value(OUTPUT, kind, ["voxel", len(graph.outputs)])],
         [tensor(np.asarray(array), name) for name, array in floats.items()]
         + [tensor(np.asarray(rows, np.int64), name) for name, rows in indices.items()],
     )
@@ -123,17 +134,24 @@ class Session(NamedTuple):
     Attributes:
         session: A session of ONNX Runtime.
         metadata: The strings that its file carries.
-        images: Values per voxel that it expects.
+        table: Protocol that it belongs to.
+        outputs: Its maps.
+        constants: What they rest on.
     """
 
     session: Any
     metadata: dict[str, str]
-    images: int
+    table: Table
+    outputs: tuple[Quantity, ...]
+    constants: dict[str, Any]
 
     def run(self, signals: Float[np.ndarray, "voxel image"]) -> Float32[np.ndarray, "voxel parameter"]:
         """Return the parameters of every voxel."""
-        (found,) = self.session.run([OUTPUT], {INPUT: np.ascontiguousarray(signals, np.float32)})
-        return found
+        parts = [np.zeros((0, len(self.outputs)), np.float32)]
+        for start in range(0, len(signals), CHUNK):
+            block = np.ascontiguousarray(signals[start : start + CHUNK], np.float32)
+            parts += self.session.run([OUTPUT], {INPUT: block})
+        return np.concatenate(parts)
 
 
 def load(path: str | Path, threads: int = 0) -> Session:
@@ -144,7 +162,7 @@ def load(path: str | Path, threads: int = 0) -> Session:
         threads: To compute with; 0 takes one per core.
 
     Raises:
-        InputError: The package is missing, or the file is no such network.
+        InputError: The package is missing, or the file is no such network or says too little about itself.
     """
     runtime = _import("onnxruntime")
     path = require_file(path, "an ONNX file", (".onnx",), kinds=())
@@ -159,7 +177,23 @@ def load(path: str | Path, threads: int = 0) -> Session:
     if [item.name for item in inputs] != [INPUT] or [item.name for item in outputs] != [OUTPUT]:
         found = ", ".join(item.name for item in (*inputs, *outputs))
         raise InputError(path, f"a network from '{INPUT}' to '{OUTPUT}'", found, "export it with jaxmed noddi export")
-    return Session(session, dict(session.get_modelmeta().custom_metadata_map), int(inputs[0].shape[1]))
+    found, images = dict(session.get_modelmeta().custom_metadata_map), int(inputs[0].shape[1])
+    try:
+        bvals, bvecs, b0_threshold, constants, *columns = (
+            json.loads(found[name]) for name in ("bvals", "bvecs", "b0_threshold", "constants", *COLUMNS)
+        )
+        table = Table(tuple(bvals), tuple(map(tuple, bvecs)), b0_threshold)
+        rows = zip(*columns, strict=True)
+        outputs = tuple(Quantity(name, definition, unit, tuple(ends)) for name, definition, unit, ends in rows)
+        said, known = found["protocol_hash"], table.hash
+    except (KeyError, TypeError, ValueError) as error:
+        advice = "export it with jaxmed noddi export"
+        raise InputError(path, "a network that names its protocol", f"metadata without it ({error})", advice) from error
+    if said != known:
+        raise InputError(path, "the table that its hash names", "another", "export the network again")
+    if len(table.bvals) != images:
+        raise InputError(path, f"{images} rows in its table", len(table.bvals), "export the network again")
+    return Session(session, found, table, outputs, constants)
 
 
 def _import(name: str) -> Any:

@@ -9,7 +9,7 @@ Source: DICOM PS3.3, A.75 (Parametric Map IOD), A.4 (MR Image IOD), C.7.6.16.2.1
 
 import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float64, Shaped
@@ -18,6 +18,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import atomic_path
 from jaxmed.io.dicom import Stack
 from jaxmed.io.dicom_files import require_pydicom
+from jaxmed.io.maps import Quantity
 from jaxmed.versions import package_version
 from jaxmed.volume import Volume, check_affine
 
@@ -41,31 +42,13 @@ COPIED = (
 )  # fmt: skip
 
 
-class Quantity(NamedTuple):
-    """What the numbers of a map mean.
-
-    Attributes:
-        name: Short, as a viewer shows it, such as "NDI".
-        definition: In one sentence.
-        unit: UCUM code; "1" for a fraction.
-        window: Values that a viewer shows as black and white.
-    """
-
-    name: str
-    definition: str
-    unit: str = "1"
-    window: tuple[float, float] = (0.0, 1.0)
-
-
-def write_dicom_map(
-    folder: Path, name: str, volume: Volume, stack: Stack, quantity: Quantity, form: DicomForm
-) -> list[Path]:
+def write_dicom_map(folder: Path, volume: Volume, stack: Stack, quantity: Quantity, form: DicomForm) -> list[Path]:
     """Write one map beside its source: NAME.dcm, and NAME/0001.dcm, ... for every viewer; return the files."""
-    paths = []
+    place, paths = folder / quantity.name, []
     if form in ("parametric-map", "both"):
-        write_parametric_map(folder / f"{name}.dcm", volume, stack, quantity)
-        paths.append(folder / f"{name}.dcm")
-    return paths + (write_mr_images(folder / name, volume, stack, quantity) if form in ("mr-image", "both") else [])
+        paths.append(place.with_name(f"{quantity.name}.dcm"))
+        write_parametric_map(paths[0], volume, stack, quantity)
+    return paths + (write_mr_images(place, volume, stack, quantity) if form in ("mr-image", "both") else [])
 
 
 def write_parametric_map(path: str | Path, volume: Volume, stack: Stack, quantity: Quantity) -> None:
@@ -87,12 +70,12 @@ def write_parametric_map(path: str | Path, volume: Volume, stack: Stack, quantit
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
     frames = on_stack(volume, stack).astype(np.float32)
-    low, high = quantity.window
+    low, high = quantity.bounds
     unit = Code(quantity.unit, "UCUM", "no units" if quantity.unit == "1" else quantity.unit)
     # No measurement can be said to be impossible: the mapping holds for every finite float.
     limits = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
     mapping = hd.pm.RealWorldValueMapping(
-        quantity.name[:16], quantity.definition[:64], unit, value_range=limits, slope=1.0, intercept=0.0
+        quantity.label[:16], quantity.definition[:64], unit, value_range=limits, slope=1.0, intercept=0.0
     )
     spacing = stack.spacing
     try:
@@ -112,7 +95,7 @@ def write_parametric_map(path: str | Path, volume: Volume, stack: Stack, quantit
             voi_lut_transformations=[hd.VOILUTTransformation((low + high) / 2, high - low)],
             transfer_syntax_uid=ExplicitVRLittleEndian,
             content_description=quantity.definition[:64],
-            content_label=quantity.name.upper()[:16],
+            content_label=quantity.label.upper()[:16],
             pixel_measures=hd.PixelMeasuresSequence(spacing[:2], spacing[2], spacing[2]),
             plane_orientation=hd.PlaneOrientationSequence("PATIENT", stack.orientation),
             plane_positions=[hd.PlanePositionSequence("PATIENT", position) for position in stack.positions.tolist()],
@@ -120,7 +103,7 @@ def write_parametric_map(path: str | Path, volume: Volume, stack: Stack, quantit
     except (AttributeError, ValueError, TypeError) as error:
         raise _unfit(stack, error) from error
     data.ImageType = ["DERIVED", "PRIMARY", "VOLUME", "QUANTITY"]
-    data.SeriesDescription = quantity.name[:64]
+    data.SeriesDescription = quantity.label[:64]
     _save(data, Path(path))
 
 
@@ -144,7 +127,7 @@ def write_mr_images(
     stored = np.rint(np.asarray(frames, np.float64) * stored_per_unit)
     if not np.isfinite(stored).all() or stored.min() < 0 or stored.max() > 65535:
         expected = f"values from 0 to {65535 / stored_per_unit:g} for an MR image"
-        raise InputError(quantity.name, expected, f"{frames.min():g} to {frames.max():g}", "write a parametric map")
+        raise InputError(quantity.label, expected, f"{frames.min():g} to {frames.max():g}", "write a parametric map")
     series, paths = generate_uid(), []
     for number, image in enumerate(stored.astype("<u2")):
         data = _mr_image(stack, number, image, quantity, stored_per_unit)
@@ -239,7 +222,7 @@ def _mr_image(stack: Stack, number: int, image: np.ndarray, quantity: Quantity, 
     data.SOPClassUID, data.SOPInstanceUID, data.Modality = MR_IMAGE, generate_uid(), "MR"
     data.ImageType = ["DERIVED", "PRIMARY", "OTHER"]
     data.SeriesNumber, data.InstanceNumber = _series_number(stack), number + 1
-    data.SeriesDescription, data.DerivationDescription = quantity.name[:64], quantity.definition[:1024]
+    data.SeriesDescription, data.DerivationDescription = quantity.label[:64], quantity.definition[:1024]
     # Type 2: present, empty where the source does not say.
     for name in ("ScanningSequence", "SequenceVariant", "ScanOptions", "MRAcquisitionType", "EchoTime"):
         if name not in data:
@@ -254,7 +237,7 @@ def _mr_image(stack: Stack, number: int, image: np.ndarray, quantity: Quantity, 
     data.BitsAllocated = data.BitsStored = 16
     data.HighBit, data.PixelRepresentation = 15, 0
     data.RescaleSlope, data.RescaleIntercept, data.RescaleType = _decimal(1 / per_unit), 0, "US"
-    low, high = quantity.window
+    low, high = quantity.bounds
     data.WindowCenter, data.WindowWidth = _decimal((low + high) / 2), _decimal(high - low)
     data.RealWorldValueMappingSequence = [_real_world(quantity, per_unit)]
     data.PixelData = image.tobytes()
@@ -268,7 +251,7 @@ def _real_world(quantity: Quantity, per_unit: float) -> "Dataset":
     unit.CodeValue, unit.CodingSchemeDesignator = quantity.unit, "UCUM"
     unit.CodeMeaning = "no units" if quantity.unit == "1" else quantity.unit
     mapping.MeasurementUnitsCodeSequence = [unit]
-    mapping.LUTLabel, mapping.LUTExplanation = quantity.name[:16], quantity.definition[:64]
+    mapping.LUTLabel, mapping.LUTExplanation = quantity.label[:16], quantity.definition[:64]
     mapping.RealWorldValueSlope, mapping.RealWorldValueIntercept = 1 / per_unit, 0.0
     # The pixels are unsigned: their value representation decides that of the limits.
     mapping.add_new("RealWorldValueFirstValueMapped", "US", 0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.config import Length, Size, checked
 from jaxmed.models.vit import Vit, VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.nn.transformer import LayerNorm, Linear
@@ -37,6 +38,7 @@ def pool_tokens(tokens: Float[Array, "batch token width"], prefix: int = 1) -> P
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class HeadConfig:
     """A classifier or regressor on pooled tokens.
 
@@ -49,16 +51,14 @@ class HeadConfig:
         second_hidden: Width of a second hidden layer like the first; 0 for none. Such heads are run, not trained.
     """
 
-    outputs: int = 1
+    outputs: Size = 1
     pool: Literal["concat", "mean", "class"] = "concat"
-    hidden: int = 0
+    hidden: Length = 0
     norm: bool = True
-    second_hidden: int = 0
+    second_hidden: Length = 0
 
     def __post_init__(self) -> None:
-        if self.outputs < 1 or self.hidden < 0:
-            raise ValueError(f"outputs, hidden: expected 1 or more and 0 or more, found {self.outputs, self.hidden}")
-        if self.second_hidden < 0 or (self.second_hidden and not self.hidden):
+        if self.second_hidden and not self.hidden:
             raise ValueError(f"second_hidden: expected 0, or a width beside hidden, found {self.second_hidden}")
 
     @property
@@ -208,8 +208,6 @@ MOMENTS = (r"batch_norm/(mean|var)$",)
 MOMENTUM = 0.1
 
 
-def fold_moments(
-    stored: dict[str, jax.Array], batch: dict[str, jax.Array], momentum: float = MOMENTUM
-) -> dict[str, jax.Array]:
+def fold_moments(stored: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Return BatchNorm parameters whose moments went a step towards the batch's."""
-    return {**stored, **{name: (1 - momentum) * stored[name] + momentum * value for name, value in batch.items()}}
+    return {**stored, **{name: (1 - MOMENTUM) * stored[name] + MOMENTUM * value for name, value in batch.items()}}

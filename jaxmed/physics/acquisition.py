@@ -5,13 +5,13 @@ device from a key.
 """
 
 import dataclasses
-from pathlib import Path
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import GradientTable
@@ -56,6 +56,8 @@ def find_shells(
     return [Shell(float(np.mean(bvals[group])), tuple(group)) for group in groups if group]
 
 
+TENSOR_MAX_BVAL = 1200.0
+"""Largest b-value, in s/mm^2, at which a single tensor still describes tissue."""
 MIN_AXES = 6
 """Different axes that determine a diffusion tensor, and that a shell of its own has."""
 SAME_AXIS = 5.0
@@ -173,6 +175,62 @@ def check_table(table: GradientTable, where: object, b0_threshold: float, *, nee
     return table._replace(notes=(*table.notes, *notes))
 
 
+def group_rows(bvals: Float[np.ndarray, " row"], b0_threshold: float, most: int) -> list[Int[np.ndarray, " member"]]:
+    """Give the commonest weighted b-values a group each, at most `most`, and the rest one together."""
+    weighted = np.flatnonzero(bvals > b0_threshold)
+    values, counts = np.unique(bvals[weighted], return_counts=True)
+    if len(values) > most:
+        common = values[np.argsort(-counts, kind="stable")[: most - 1]]
+        values = values[np.isin(values, common) & (counts >= 6)]
+    groups = [np.flatnonzero(bvals == value) for value in values]
+    rest = weighted[~np.isin(bvals[weighted], values)]
+    return groups + ([rest] if len(rest) else [])
+
+
+def tensor_design(bvals: Float[np.ndarray, " row"], bvecs: Float[np.ndarray, "row 3"]) -> Float[np.ndarray, "row 7"]:
+    """Return the rows of the log-linear tensor model, -b g_i g_j in ms/um^2 and 1; a zero direction is every one."""
+    gi, gj = np.array([0, 1, 2, 0, 0, 1]), np.array([0, 1, 2, 1, 2, 2])
+    products = np.where(np.any(bvecs, axis=1)[:, None], bvecs[:, gi] * bvecs[:, gj], (gi == gj) / 3)
+    pairs = products * np.where(gi == gj, 1.0, 2.0)
+    return np.concatenate([-1e-3 * bvals[:, None] * pairs, np.ones((len(bvals), 1))], axis=1)
+
+
+def tensor_rows(
+    bvals: Float[np.ndarray, " row"], design: Float[np.ndarray, "row 7"], b0_threshold: float
+) -> Float[np.ndarray, " row"]:
+    """Choose rows for the tensor: low b where they determine it, shell by shell more where they do not."""
+    limits = [TENSOR_MAX_BVAL] + [max(bvals[list(shell.rows)]) for shell in find_shells(bvals, b0_threshold)]
+    for limit in sorted(limit for limit in limits if limit >= TENSOR_MAX_BVAL):
+        rows = bvals <= limit
+        if rows.sum() >= 7 and np.linalg.matrix_rank(design[rows], tol=1e-3) == 7:
+            return rows.astype(float)
+    return np.ones(len(bvals))
+
+
+def smooth_basis(
+    bvals: Float[np.ndarray, " row"], bvecs: Float[np.ndarray, "row 3"]
+) -> Float[np.ndarray, "row column"] | None:
+    """Return an orthonormal basis of signals that vary smoothly with b and direction.
+
+    Columns: 1, b^3, the products of two components of the direction times b, and those of four times b^2 (of two where
+    rows are few). None where there are too few rows to leave noise over.
+    """
+    b = (bvals / bvals.max())[:, None]
+    two, four = (
+        np.stack(
+            [np.prod(bvecs[:, list(axes)], axis=1) for axes in itertools.combinations_with_replacement(range(3), n)]
+        )
+        for n in (2, 4)
+    )
+    for highest in (four, two):
+        columns = np.concatenate([np.ones_like(b), b**3, b * two.T, b**2 * highest.T], axis=1)
+        left, values, _ = np.linalg.svd(columns, full_matrices=False)
+        basis = left[:, values > 1e-6 * values[0]]
+        if 2 * basis.shape[1] <= len(bvals):
+            return basis
+    return None
+
+
 def spread_directions(count: int) -> Float[np.ndarray, "count 3"]:
     """Spread directions evenly over a half sphere by the golden-angle spiral."""
     height = (np.arange(count) + 0.5) / count
@@ -249,36 +307,6 @@ def _koay_correction(snr: float) -> float:
     quarter = snr**2 / 4
     bracket = (2 + snr**2) * scipy.special.i0e(quarter) + snr**2 * scipy.special.i1e(quarter)
     return 2 + snr**2 - np.pi / 8 * bracket**2
-
-
-def check_voxels(
-    signals: Float[np.ndarray, "voxel image"],
-    is_b0: Bool[np.ndarray, " image"],
-    path: Path,
-    notes: list[str],
-    left_out: str = "they were not fitted, and map 'flags' shows them",
-) -> Bool[np.ndarray, " voxel"]:
-    """Refuse a scan with little to fit, note voxels that are not, and return which ones are finite.
-
-    Raises:
-        InputError: No voxel has unweighted signal, or most have numbers that are not finite.
-    """
-    finite = np.asarray(np.isfinite(signals).all(axis=1))
-    if not finite.all():
-        bad = int((~finite).sum())
-        if bad > len(finite) / 2:
-            found = f"NaN or Inf in {bad:,} of {len(finite):,}"
-            raise InputError(path, "finite voxels inside the mask", found, "mask or repair them first")
-        notes.append(f"{bad:,} voxels hold NaN or Inf; {left_out}.")
-    b0 = signals[finite][:, is_b0].mean(axis=1)
-    empty = int((b0 <= 0).sum())
-    if empty == len(b0):
-        raise InputError(path, "unweighted signal inside the mask", "none above 0", "check the mask")
-    if empty:
-        notes.append(f"{empty:,} voxels inside the mask have no unweighted signal; their maps are 0.")
-    if (signals[finite] < 0).any():
-        notes.append("The scan holds negative values: magnitudes are expected. They were taken as they are.")
-    return finite
 
 
 def series_scales(

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmed.physics import rician
-from jaxmed.physics.microstructure import MicrostructureModel, tangent_frame
+from jaxmed.physics.microstructure import MicrostructureModel, turn
 
 
 class Bound(NamedTuple):
@@ -64,9 +64,7 @@ def _differentiate(model, bvals, bvecs):
     number = len(model.parameters)
 
     def signal(unknown, parameters, direction):
-        first, second = tangent_frame(direction[:, None])
-        moved = direction + unknown[number] * first[:, 0] + unknown[number + 1] * second[:, 0]
-        moved = moved / jnp.sqrt(jnp.sum(moved**2))
+        moved = turn(direction[:, None], unknown[number : number + 2, None])[:, 0]
         return unknown[-1] * model.signal(parameters + unknown[:number], moved, bvals, bvecs)
 
     # Jitted here: the Jacobian of a series is hundreds of operations, dispatched one by one otherwise.

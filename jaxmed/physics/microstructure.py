@@ -233,6 +233,13 @@ def draw_directions(key: Key[Array, ""], count: int) -> Float[Array, "voxel 3"]:
     return direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
 
 
+def turn(direction: Float[Array, "3 voxel"], tilts: Float[Array, "2 voxel"]) -> Float[Array, "3 voxel"]:
+    """Turn directions by small angles, in radians, along the two tangents of each."""
+    first, second = tangent_frame(direction)
+    moved = direction + tilts[0] * first + tilts[1] * second
+    return moved / jnp.sqrt(jnp.sum(moved**2, axis=0))
+
+
 def tangent_frame(direction: Float[Array, "3 voxel"]) -> tuple[Float[Array, "3 voxel"], Float[Array, "3 voxel"]]:
     """Return two unit vectors that complete each direction to a frame, without a branch.
 

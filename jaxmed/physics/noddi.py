@@ -27,6 +27,10 @@ from jaxtyping import Array, Float
 from jaxmed.config import Positive, checked
 
 ExtraCellular = Literal["averaged_tensor", "convolved"]
+WHERE_TISSUE = ("ndi", "odi")
+"""Parameters that mean something only where there is tissue."""
+WET = 0.9
+"""Free water fraction above which there is too little tissue to describe."""
 MAX_KAPPA = 256.0
 """Largest concentration that 64 quadrature nodes resolve to 1e-12."""
 
@@ -201,6 +205,25 @@ def legendre(x: Float[Array | np.ndarray, "*batch"], order: int) -> Float[Array 
         if degree % 2:
             even.append(current)
     return np.stack(even, -1) if isinstance(x, np.ndarray | np.generic) else jnp.stack(even, -1)
+
+
+def legendre_to_powers(order: int) -> Float[np.ndarray, "power degree"]:
+    """Return the coefficients of P_0(c), P_2(c), ... in powers of u = 2 c^2 - 1, one column each."""
+    count = order // 2 + 1
+    u = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+    chebyshev = np.polynomial.chebyshev
+    series = np.linalg.solve(chebyshev.chebvander(u, count - 1), legendre(np.sqrt((u + 1) / 2), order))
+    columns = [chebyshev.cheb2poly(column) for column in series.T]
+    return np.stack([np.pad(column, (0, count - len(column))) for column in columns], axis=1)
+
+
+def project_chebyshev(
+    u: Float[np.ndarray, " node"], values: Float[np.ndarray, "*batch node"], degree: int
+) -> Float[np.ndarray, "*batch degree"]:
+    """Project values at Chebyshev nodes u on Chebyshev polynomials."""
+    basis = np.polynomial.chebyshev.chebvander(u, degree)
+    scale = np.where(np.arange(degree + 1) == 0, 1.0, 2.0) / len(u)
+    return values @ basis * scale
 
 
 def unit_quadrature(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_study, 
 from jaxmed.recipes.study_sections import difference_table, failed_cells, mean_curves, mean_table
 from jaxmed.recipes.study_tables import compare, summarise, write_tables
 from jaxmed.recipes.training import NO_PREFIX, TrainData
-from jaxmed.report.bands import Band, banded_curves
+from jaxmed.report.figures import Band, curves
 from jaxmed.report.page import Figure, Note, Section, Table, Text, Tile
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
@@ -364,7 +364,7 @@ def _curves_of(outputs: Path, results: Any, summary: Summary, fraction: float) -
         return None
     name = spell(summary.metric)
     caption = f"{name} on validation scans while training with {fraction:.0%} of the labels: mean and range of seeds."
-    return banded_curves(bands, xlabel="epochs", ylabel=name, caption=caption)
+    return curves(bands, xlabel="epochs", ylabel=name, caption=caption)
 
 
 def _reading_section(source: str, summary: Summary) -> Section:

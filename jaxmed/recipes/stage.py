@@ -21,8 +21,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxmed.config import from_record, to_record
-from jaxmed.files import read_record
-from jaxmed.report.page import Section, Tile, write_report
+from jaxmed.files import read_record, write_text
+from jaxmed.report.page import Section, Tile, render
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, read_summary, start, write_summary
 
@@ -145,18 +145,10 @@ def write_page(
     config = from_record(config_type, record["config"], str(path / "config.json"))
     summary = from_record(summary_type, stored, str(path / "outputs" / "summary.json"))
     title, subtitle, tiles, sections = page(Finished(path, config, summary, seconds))
-    write_report(
-        path / "report.html",
-        title=title,
-        subtitle=subtitle,
-        summary=tiles,
-        sections=sections,
-        config=record["config"],
-        timing=[(name, value, "") for name, value in seconds.items()],
-        software=record["versions"] | {"device": device},
-        command=f"jaxmed {record['system']} {record['stage']} --config {shlex.quote(str(path / 'config.json'))} "
-        "--out RUN",
-    )
+    again = f"jaxmed {record['system']} {record['stage']} --config {shlex.quote(str(path / 'config.json'))} --out RUN"
+    software = record["versions"] | {"device": device}
+    text = render(title, subtitle, tiles, sections, record["config"], seconds, software, again)
+    write_text(path / "report.html", text)
 
 
 def load_stage(system: str, stage: str) -> ModuleType:

@@ -13,8 +13,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import atomic_path, make_folder
 from jaxmed.recipes.study import Failure
 from jaxmed.recipes.study_tables import Difference, Mean, as_record
-from jaxmed.report.bands import Band, banded_curves
-from jaxmed.report.figures import Bar, MapStyle, bars, slice_maps
+from jaxmed.report.figures import Band, Bar, MapStyle, bars, curves, slice_maps
 from jaxmed.report.page import Figure, Section, Table
 
 Label: TypeAlias = Callable[[Any], str]
@@ -117,7 +116,7 @@ def mean_curves(
         point = float(position), scale * row.mean, scale * low, scale * high
         lines.setdefault(str(group[arm]), []).append(point)
     bands = {name: Band(*np.array(sorted(points), np.float64).T) for name, points in lines.items()}
-    return banded_curves(bands, xlabel=xlabel or x, ylabel=ylabel or measures.pop(), caption=caption, log_x=log_x)
+    return curves(bands, xlabel=xlabel or x, ylabel=ylabel or measures.pop(), caption=caption, log_x=log_x)
 
 
 def failed_cells(failures: Sequence[Failure]) -> list[Section]:

@@ -94,7 +94,6 @@ def slice_maps(
     styles: Mapping[str, MapStyle] | None = None,
     mask: Bool[np.ndarray, "x y z"] | None = None,
     num_slices: int = 6,
-    alt: str = "",
 ) -> Figure:
     """Draw maps of one grid: a row per map, a column per slice.
 
@@ -107,7 +106,6 @@ def slice_maps(
         styles: Unit, range and colours by name; the defaults for names left out.
         mask: Voxels to show, the rest takes the background colour; None for all finite ones.
         num_slices: Most columns.
-        alt: Description of the picture; empty for one made from the names.
     """
     mask = _shown_mask(maps, mask)
     axis = choose_axis(mask.shape)
@@ -131,7 +129,7 @@ def slice_maps(
 
     names = ", ".join(maps)
     positions = ", ".join(str(index) for index in indices)
-    alt = alt or f"{PLANES[axis].capitalize()} slices {positions} of the maps {names}."
+    alt = f"{PLANES[axis].capitalize()} slices {positions} of the maps {names}."
     return both_themes(draw, "png", caption, alt)
 
 
@@ -143,10 +141,8 @@ def map_comparison(
     caption: str,
     styles: Mapping[str, MapStyle] | None = None,
     mask: Bool[np.ndarray, "x y z"] | None = None,
-    index: int | None = None,
-    alt: str = "",
 ) -> Figure:
-    """Draw truth, estimate and difference (estimate minus truth) of each map in one slice.
+    """Draw truth, estimate and difference (estimate minus truth) of each map in the slice amid the mask.
 
     Args:
         truth: Volumes in RAS+ by name, on one grid.
@@ -155,13 +151,11 @@ def map_comparison(
         caption: Text under the figure.
         styles: Unit, range and colours by name; the difference has its own range, about zero.
         mask: Voxels to show and to compare; None for all finite ones.
-        index: Slice to show; None for the middle of the mask.
-        alt: Description of the picture; empty for one made from the names.
     """
     _check_names(truth, estimate)
     mask = _shown_mask(truth, mask)
     axis = choose_axis(mask.shape)
-    index = choose_slices(mask, axis, 1)[0] if index is None else index
+    (index,) = choose_slices(mask, axis, 1)
     box = crop_box(mask, axis)
     styles = {name: (styles or {}).get(name, MapStyle()) for name in truth}
     difference = {
@@ -194,7 +188,7 @@ def map_comparison(
         return canvas
 
     names = ", ".join(truth)
-    alt = alt or f"Truth, estimate and difference of {names} in {PLANES[axis]} slice {index}."
+    alt = f"Truth, estimate and difference of {names} in {PLANES[axis]} slice {index}."
     return both_themes(draw, "png", caption, alt)
 
 
@@ -204,7 +198,6 @@ def histograms(
     caption: str,
     units: Mapping[str, str] | None = None,
     bins: int = 50,
-    alt: str = "",
 ) -> Figure:
     """Draw a panel per name with the distribution of its finite values and their median.
 
@@ -213,7 +206,6 @@ def histograms(
         caption: Text under the figure.
         units: Unit by name.
         bins: Bins from the first to the last percentile, widened by a tenth; the rest is left out.
-        alt: Description of the picture; empty for one made from the medians.
     """
     finite = {name: _finite_vector(vector) for name, vector in values.items()}
 
@@ -240,7 +232,7 @@ def histograms(
         return canvas
 
     medians = ", ".join(f"{name} {format_value(np.median(v) if v.size else None, 3)}" for name, v in finite.items())
-    return both_themes(draw, "svg", caption, alt or f"Histograms. Medians: {medians}.")
+    return both_themes(draw, "svg", caption, f"Histograms. Medians: {medians}.")
 
 
 def agreement(
@@ -249,7 +241,6 @@ def agreement(
     *,
     caption: str,
     units: Mapping[str, str] | None = None,
-    alt: str = "",
 ) -> Figure:
     """Draw estimate against truth, a panel per name, with the identity line.
 
@@ -262,7 +253,6 @@ def agreement(
         estimate: The same names and lengths.
         caption: Text under the figure.
         units: Unit by name.
-        alt: Description of the picture; empty for one made from the numbers.
     """
     _check_names(truth, estimate)
     pairs = {name: _finite_pairs(truth[name], estimate[name]) for name in truth}
@@ -295,39 +285,59 @@ def agreement(
         return canvas
 
     said = "; ".join(f"{name}: {text.replace(chr(10), ', ')}" for name, text in numbers.items())
-    return both_themes(draw, "png", caption, alt or f"Estimate against truth. {said}.")
+    return both_themes(draw, "png", caption, f"Estimate against truth. {said}.")
+
+
+class Band(NamedTuple):
+    """One line of `curves` and its interval; all values finite.
+
+    Attributes:
+        x: Positions, ascending.
+        middle: Values.
+        low: Lower ends; equal to the values where there is no interval.
+        high: Upper ends.
+    """
+
+    x: Float64[np.ndarray, " point"]
+    middle: Float64[np.ndarray, " point"]
+    low: Float64[np.ndarray, " point"]
+    high: Float64[np.ndarray, " point"]
 
 
 def curves(
-    series: Mapping[str, tuple[Real[np.ndarray, " _"], Real[np.ndarray, " _"]]],
+    series: Mapping[str, tuple[Real[np.ndarray, " _"], Real[np.ndarray, " _"]] | Band],
     *,
     xlabel: str,
     ylabel: str,
     caption: str,
     log: bool = False,
-    alt: str = "",
+    log_x: bool = False,
 ) -> Figure:
-    """Draw lines over one x axis, such as losses over steps.
+    """Draw lines over one x axis, such as losses over steps; intervals are shaded, and their lines have marks.
 
     Args:
-        series: x and y by name, of equal lengths. Gaps stay where y is not finite (or, on a
+        series: x and y by name, of equal lengths, or bands. Gaps stay where y is not finite (or, on a
             logarithmic axis, not positive). More than 1000 points are thinned evenly.
         xlabel: Name and unit of x.
         ylabel: Name and unit of y.
         caption: Text under the figure.
         log: Whether y has a logarithmic axis.
-        alt: Description of the picture; empty for one made from the last values.
+        log_x: Whether x has one; positions are then positive.
     """
-    lines = {name: _thinned(x, y, log) for name, (x, y) in series.items()}
+    lines = {name: _thinned(line, log) for name, line in series.items()}
+    positions = np.unique(np.concatenate([line[0] for line in lines.values() if len(line) > 2] or [np.zeros(0)]))
 
     def draw(theme: Theme) -> Canvas:
         canvas, ax = line_axes(theme, xlabel, ylabel)
         has_points = False
-        for number, (name, (x, y)) in enumerate(lines.items()):
+        for number, (name, (x, y, *ends)) in enumerate(lines.items()):
+            color = theme.cycle[number % len(theme.cycle)]
+            if ends:
+                ax.fill_between(x, ends[0], ends[1], color=color, alpha=0.18, linewidth=0)
             # A single point has no line; a style per round of colours keeps many series apart.
             style = LINE_STYLES[number // len(theme.cycle) % len(LINE_STYLES)]
-            marker = "o" if np.isfinite(y).sum() < 2 else None
-            ax.plot(x, y, style, marker=marker, markersize=4, label=short_label(name))
+            marker = "o" if ends or np.isfinite(y).sum() < 2 else None
+            ax.plot(x, y, style, color=color, marker=marker, markersize=4, label=short_label(name))
             has_points = has_points or bool(np.isfinite(y).any())
         if log and has_points:
             ax.set_yscale("log")
@@ -335,24 +345,32 @@ def curves(
             ax.yaxis.set_major_formatter(FuncFormatter(_power_label))
             ax.yaxis.set_minor_locator(NullLocator())
             _span_a_decade(ax)
-        ax.margins(x=0.01)
+        if log_x:
+            ax.set_xscale("log")
+            ax.xaxis.set_minor_locator(NullLocator())
+        if 0 < len(positions) <= 10:
+            ax.set_xticks(positions)
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value, 3)))
+        ax.margins(x=0.05 if len(positions) else 0.01)
         write_legend(ax, len(lines))
         if not has_points:
             _write_empty(ax, theme)
         return canvas
 
-    last = ", ".join(f"{name} {format_value(_last(y))}" for name, (_, y) in lines.items())
-    return both_themes(draw, "svg", caption, alt or f"{ylabel} over {xlabel}. Last values: {last}.")
+    last = {name: [format_value(_last(column)) for column in columns] for name, (_, *columns) in lines.items()}
+    told = [f"{name} {y}" + (f" ({' to '.join(ends)})" if ends else "") for name, (y, *ends) in last.items()]
+    intervals = ", with intervals" if len(positions) else ""
+    alt = f"{ylabel} over {xlabel}{intervals}. Last values: {', '.join(told)}."
+    return both_themes(draw, "svg", caption, alt)
 
 
-def bars(rows: Sequence[Bar], *, xlabel: str, caption: str, alt: str = "") -> Figure:
+def bars(rows: Sequence[Bar], *, xlabel: str, caption: str) -> Figure:
     """Draw horizontal bars from zero, with intervals, numbers and group headings.
 
     Args:
         rows: Bars from top to bottom; equal labels have equal colours when there are groups.
         xlabel: What the length means, and its unit.
         caption: Text under the figure.
-        alt: Description of the picture; empty for one made from the numbers.
     """
     labels = list(dict.fromkeys(row.label for row in rows))
     has_groups = any(row.group for row in rows)
@@ -390,7 +408,7 @@ def bars(rows: Sequence[Bar], *, xlabel: str, caption: str, alt: str = "") -> Fi
         return canvas
 
     said = "; ".join(f"{f'{row.group}, ' if row.group else ''}{row.label}: {_bar_text(row)}" for row in rows)
-    return both_themes(draw, "svg", caption, alt or f"{xlabel}. {said}.")
+    return both_themes(draw, "svg", caption, f"{xlabel}. {said}.")
 
 
 def _shown_mask(
@@ -459,14 +477,14 @@ def _span_a_decade(ax: Axes) -> None:
     )
 
 
-def _thinned(
-    x: Real[np.ndarray, " _"], y: Real[np.ndarray, " _"], log: bool
-) -> tuple[Float64[np.ndarray, " _"], Float64[np.ndarray, " _"]]:
+def _thinned(line: Sequence[Real[np.ndarray, " _"]], log: bool) -> list[Float64[np.ndarray, " _"]]:
+    """Return x, y and the ends of its interval, where it has one."""
+    x, y = line[:2]
     if len(x) != len(y):
         raise ValueError(f"series: expected as many y as x, found {len(y)} and {len(x)}")
     keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), CURVE_POINTS)).round().astype(int))
-    x, y = nan_unless_finite(x[keep].astype(np.float64)), nan_unless_finite(y[keep].astype(np.float64))
-    return x, np.where(y > 0, y, np.nan) if log else y
+    x, *columns = (nan_unless_finite(column[keep].astype(np.float64)) for column in line)
+    return [x, *(np.where(column > 0, column, np.nan) if log else column for column in columns)]
 
 
 def _last(y: Float64[np.ndarray, " _"]) -> float:

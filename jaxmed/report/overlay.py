@@ -66,7 +66,7 @@ def cut_slices(scan: Volume, overlay: Volume, num_slices: int = 5) -> Slices:
 
 
 def overlay_slices(
-    slices: Slices, *, caption: str, limits: tuple[float, float], names: tuple[str, str], unit: str, alt: str = ""
+    slices: Slices, *, caption: str, limits: tuple[float, float], names: tuple[str, str], unit: str
 ) -> Figure:
     """Draw a row of slices, and below it the same slices under the map: clear where it is 0, opaque at its largest.
 
@@ -76,7 +76,6 @@ def overlay_slices(
         limits: Grey values of the scan that are black and white.
         names: Names of the two rows.
         unit: Unit of the scan's values.
-        alt: Description of the picture; empty for one made from the names.
     """
     count, rows, columns = slices.image.shape
     size = (columns * slices.spacing[1], rows * slices.spacing[0])
@@ -104,5 +103,5 @@ def overlay_slices(
         return canvas
 
     positions = ", ".join(str(index) for index in slices.index)
-    alt = alt or f"{PLANES[slices.axis].capitalize()} slices {positions} of {names[0]}, and with {names[1]} on top."
+    alt = f"{PLANES[slices.axis].capitalize()} slices {positions} of {names[0]}, and with {names[1]} on top."
     return both_themes(draw, "png", caption, alt)

@@ -14,10 +14,9 @@ import numbers
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
-from jaxmed.files import write_text
 from jaxmed.report.themes import style_sheet
 
 # The reader's browser holds the page to its promise: nothing is fetched, no script runs.
@@ -27,7 +26,6 @@ CSS_DPI = 96
 NOT_DEFINED = "—"
 
 Tile = tuple[str, object, str]
-TimingRow = tuple[str, float | int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ def render(
     summary: Sequence[Tile] = (),
     sections: Sequence[Section] = (),
     config: Mapping[str, object] | None = None,
-    timing: Sequence[TimingRow] = (),
+    timing: Mapping[str, float] = MappingProxyType({}),
     software: Mapping[str, str] | None = None,
     command: str = "",
 ) -> str:
@@ -120,7 +118,7 @@ def render(
         summary: The numbers to read first: label, value, and unit or explanation.
         sections: The body. More than three get a table of contents.
         config: Complete configuration of the run, nested.
-        timing: What was timed, seconds, and a remark (may be empty).
+        timing: Seconds of what was timed, by name.
         software: Version by package.
         command: Command line that repeats the run.
 
@@ -165,22 +163,6 @@ def render(
 </body>
 </html>
 """
-
-
-def write_report(
-    path: str | Path,
-    title: str,
-    subtitle: str,
-    summary: Sequence[Tile] = (),
-    sections: Sequence[Section] = (),
-    config: Mapping[str, object] | None = None,
-    timing: Sequence[TimingRow] = (),
-    software: Mapping[str, str] | None = None,
-    command: str = "",
-) -> None:
-    """Write a page, wholly or not at all; `render` says what the arguments mean."""
-    page = render(title, subtitle, summary, sections, config, timing, software, command)
-    write_text(path, page)
 
 
 def escape(text: object) -> str:
@@ -377,12 +359,11 @@ def _table(table: Table, name: str) -> str:
         + "</tr>"
         for row in range(len(table.rows))
     )
-    number = f'<span class="number">{name}</span> ' if name else ""
-    caption = f"<caption>{number}{_with_links(table.caption)}</caption>" if name else ""
+    caption = f'<caption><span class="number">{name}</span> {_with_links(table.caption)}</caption>'
     if not table.rows:
         body = f'<tr><td colspan="{max(len(columns), 1)}" class="undefined">no rows</td></tr>'
     return (
-        f'<div class="scroll tabular" role="region" aria-label="{name or "Table"}" tabindex="0">'
+        f'<div class="scroll tabular" role="region" aria-label="{name}" tabindex="0">'
         f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 
@@ -402,7 +383,7 @@ def _is_numeric(column: Sequence[object]) -> bool:
 
 def _run_section(
     config: Mapping[str, object],
-    timing: Sequence[TimingRow],
+    timing: Mapping[str, float],
     software: Mapping[str, str],
     command: str,
 ) -> str:
@@ -429,21 +410,16 @@ def _run_section(
     return '<section id="run" class="run">\n<h2>This run</h2>\n' + "\n".join(parts) + "\n</section>"
 
 
-def _timing_table(timing: Sequence[TimingRow]) -> str:
-    longest = max((row[1] for row in timing if math.isfinite(row[1])), default=0)
-    has_remarks = any(remark for _, _, remark in timing)
+def _timing_table(timing: Mapping[str, float]) -> str:
+    longest = max((seconds for seconds in timing.values() if math.isfinite(seconds)), default=0)
     rows = []
-    for step, seconds, remark in timing:
+    for step, seconds in timing.items():
         share = 100 * max(seconds, 0) / longest if longest > 0 and math.isfinite(seconds) else 0
         rows.append(
-            f'<tr><th scope="row">{escape(step)}</th>'
-            f'<td class="numeric">{format_seconds(seconds)}</td>'
-            f'<td class="share" aria-hidden="true"><span style="width:{share:.1f}%"></span></td>'
-            + (f"<td>{escape(remark)}</td>" if has_remarks else "")
-            + "</tr>"
+            f'<tr><th scope="row">{escape(step)}</th><td class="numeric">{format_seconds(seconds)}</td>'
+            f'<td class="share" aria-hidden="true"><span style="width:{share:.1f}%"></span></td></tr>'
         )
-    remark_head = '<th scope="col">Remark</th>' if has_remarks else ""
-    head = f'<th scope="col">Step</th><th scope="col" class="numeric">Time</th><td></td>{remark_head}'
+    head = '<th scope="col">Step</th><th scope="col" class="numeric">Time</th><td></td>'
     return (
         '<div class="scroll tabular" role="region" aria-label="Timing" tabindex="0"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(rows)}</tbody></table></div>"

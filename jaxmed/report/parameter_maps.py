@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Bool, Real
 
 from jaxmed.arrays.grid import reorient
 from jaxmed.io import nifti
+from jaxmed.physics.noddi import WET, WHERE_TISSUE
 from jaxmed.report.figures import MapStyle, agreement, histograms, map_comparison, slice_maps
-from jaxmed.report.page import Block, Section, Table, Text
+from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.volume import Volume
 
 
@@ -23,68 +25,57 @@ def read_map(path: Path) -> Volume:
     return reorient(nifti.read(path), "RAS")
 
 
-def maps_section(
-    maps: Mapping[str, Volume],
-    styles: Mapping[str, MapStyle],
+def estimate_sections(
+    folder: Path,
+    units: Mapping[str, str],
     mask: Bool[np.ndarray, "x y z"],
-    where: Mapping[str, Bool[np.ndarray, "x y z"]],
-    before: Sequence[Block],
+    notes: Sequence[Note],
     *,
     caption: str,
-    distribution: str,
-) -> Section:
-    """Show maps in slices, and the distribution of each where it means something.
+    truth: Path | None = None,
+    further: Mapping[str, MapStyle] = MappingProxyType({}),
+) -> list[Section]:
+    """Show maps in slices and the distribution of each, and compare them with the truth of a simulated scan.
+
+    What describes tissue counts where there is some, `physics.noddi.WHERE_TISSUE`.
 
     Args:
-        maps: By label, in RAS+, on one grid.
-        styles: By label.
-        mask: Voxels to show.
-        where: Voxels to count, by label; `mask` for labels that are not named.
-        before: Blocks to stand first.
+        folder: Holds NAME.nii.gz of every map.
+        units: Unit of each parameter by name, "1" for a fraction.
+        mask: Voxels to show, in RAS+.
+        notes: To stand first.
         caption: Caption of the slices.
-        distribution: Caption of the histograms, left out where a map has nothing to count.
+        truth: Folder of the true maps, as far as there are any.
+        further: Maps to show besides, by name.
     """
-    arrays = {label: volume.array for label, volume in maps.items()}
-    spacing = next(iter(maps.values())).spacing
-    blocks = [*before, slice_maps(arrays, spacing, caption=caption, styles=styles, mask=mask)]
-    values = {label: array[where.get(label, mask)] for label, array in arrays.items()}
+    names = {map_label(name): name for name in [*units, *further]}
+    maps = {label: read_map(folder / f"{name}.nii.gz") for label, name in names.items()}
+    arrays, spacing = {label: volume.array for label, volume in maps.items()}, next(iter(maps.values())).spacing
+    own = {name: MapStyle(limits=(0.0, 1.0)) if unit == "1" else MapStyle(unit=unit) for name, unit in units.items()}
+    styles = {label: {**own, **further}[name] for label, name in names.items()}
+    tissue = mask & (arrays["FWF"] < WET) if "FWF" in arrays else mask
+    where = {label: tissue if name in WHERE_TISSUE else mask for label, name in names.items()}
+    said = f"NDI and ODI where the estimated FWF is below {WET:g}, because tissue that is not there has no neurites"
+    blocks = [*notes, slice_maps(arrays, spacing, caption=caption, styles=styles, mask=mask)]
+    values = {label: array[where[label]] for label, array in arrays.items()}
     if all(value.size for value in values.values()):
-        units = {label: style.unit for label, style in styles.items()}
-        blocks.append(histograms(values, caption=distribution, units=units))
-    return Section("Maps", blocks)
-
-
-def truth_section(
-    truth: Mapping[str, Volume],
-    maps: Mapping[str, Volume],
-    styles: Mapping[str, MapStyle],
-    mask: Bool[np.ndarray, "x y z"],
-    where: Mapping[str, Bool[np.ndarray, "x y z"]],
-    caption: str,
-) -> Section:
-    """Compare maps with those that a simulated scan was made from.
-
-    Args:
-        truth: By label, in RAS+.
-        maps: The same labels among others, on the same grid.
-        styles: By label.
-        mask: Voxels to show.
-        where: Voxels to compare, by label; `mask` for labels that are not named.
-        caption: Caption of the table of errors.
-    """
-    true, found = ({label: part[label].array for label in truth} for part in (truth, maps))
-    spacing = next(iter(truth.values())).spacing
-    shown = "Truth, estimate and their difference in one slice."
-    true_values, values = ({name: one[where.get(name, mask)] for name, one in part.items()} for part in (true, found))
-    return Section(
-        "Against the truth",
-        [
+        distribution = "Distribution over the voxels of the mask" + (f"; {said}." if "FWF" in arrays else ".")
+        blocks.append(histograms(values, caption=distribution, units={k: style.unit for k, style in styles.items()}))
+    sections = [Section("Maps", blocks)]
+    files = {} if truth is None else {map_label(name): truth / f"{name}.nii.gz" for name in units}
+    true = {label: read_map(file).array for label, file in files.items() if file.exists()}
+    if true:
+        found = {label: arrays[label] for label in true}
+        pair = {label: array[where[label]] for label, array in true.items()}, {label: values[label] for label in true}
+        shown = "Truth, estimate and their difference in one slice."
+        blocks = [
             Text(["The scan was simulated, so the true value of every voxel is known."]),
             map_comparison(true, found, spacing, caption=shown, styles=styles, mask=mask),
-            agreement(true_values, values, caption="Every voxel: estimate against truth."),
-            error_table(true_values, values, caption, first="Map"),
-        ],
-    )
+            agreement(*pair, caption="Every voxel: estimate against truth."),
+            error_table(*pair, f"Error of the estimate; {said}.", first="Map"),
+        ]
+        sections.append(Section("Against the truth", blocks))
+    return sections
 
 
 def error_table(

@@ -22,7 +22,6 @@ def scatter(
     ylabel: str,
     caption: str,
     names: Mapping[str, Sequence[str]] | None = None,
-    alt: str = "",
 ) -> Figure:
     """Draw points, one colour per group; a second round of colours has another mark.
 
@@ -32,7 +31,6 @@ def scatter(
         ylabel: Name and unit of the second.
         caption: Text under the figure.
         names: Names of the points of each group, to write beside a few of them.
-        alt: Description of the picture; empty for one made from the numbers of points.
     """
     number = sum(len(points) for points in groups.values())
     size = 6.0 if number <= 300 else 3.0
@@ -57,5 +55,5 @@ def scatter(
         return canvas
 
     said = ", ".join(f"{len(points)} of {name}" for name, points in groups.items())
-    alt = alt or f"{ylabel} against {xlabel}: {said}."
+    alt = f"{ylabel} against {xlabel}: {said}."
     return both_themes(draw, "svg" if number <= MOST_OUTLINES else "png", caption, alt)

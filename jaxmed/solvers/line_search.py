@@ -178,22 +178,6 @@ def line_search(
     return finish(jax.lax.while_loop(lambda state: ~jnp.all(state.is_done), body, state))
 
 
-def first_step(
-    value0: Float[Array, " batch"], slope0: Float[Array, " batch"], previous: Float[Array, " batch"]
-) -> Float[Array, " batch"]:
-    """Return the first step of a quasi-Newton iteration: the last decrease is expected again; at most 1.
-
-    Args:
-        value0: phi at 0.
-        slope0: phi' at 0.
-        previous: phi before the last step.
-
-    Source: Nocedal and Wright, section 3.5, as SciPy applies it.
-    """
-    step = jnp.minimum(1.0, 1.01 * 2 * (value0 - previous) / slope0)
-    return jnp.where((slope0 == 0) | (step < 0), 1.0, step)
-
-
 class Point(NamedTuple):
     """A step, phi and phi' there."""
 

@@ -5,10 +5,14 @@ import pytest
 
 from jaxmed.errors import InputError
 from jaxmed.io import onnx as writer
+from jaxmed.io.gradient_match import Table
+from jaxmed.io.maps import Quantity
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+TABLE = Table.make(np.array([0.0, 700, 700, 2000, 0, 2000]), np.eye(3)[[0, 0, 1, 2, 0, 1]], 50.0)
+OUTPUTS = (Quantity("share", "a share", "1", (0.0, 1.0)), Quantity("speed", "a diffusivity", "um^2/ms", (0.1, 3.0)))
 B0, WEIGHTED = (0, 4), (1, 2, 3, 5)
 
 
@@ -19,7 +23,7 @@ def graph(activation="elu", head="sigmoid"):
         (rng.normal(size=size) / np.sqrt(size[0]), rng.normal(size=size[1]))
         for size in zip(sizes, sizes[1:], strict=False)
     ]
-    return writer.Graph(layers, activation, head, B0, WEIGHTED, (0.0, 0.1), (1.0, 2.9))
+    return writer.Graph(layers, activation, head, TABLE, OUTPUTS, {"model": "none"})
 
 
 def expected(graph, signals):
@@ -29,23 +33,25 @@ def expected(graph, signals):
         x = x @ matrix + offset
         x = np.where(x > 0, x, np.expm1(x) if graph.activation == "elu" else 0)
     x = x @ kernel + bias
-    return np.array(graph.low) + np.array(graph.span) * (1 / (1 + np.exp(-x)) if graph.head == "sigmoid" else np.abs(x))
+    low, high = np.array([output.bounds for output in OUTPUTS]).T
+    return low + (high - low) * (1 / (1 + np.exp(-x)) if graph.head == "sigmoid" else np.abs(x))
 
 
 @pytest.mark.parametrize(("activation", "head"), [("elu", "sigmoid"), ("relu", "abs")])
 def test_a_graph_computes_the_network_of_normalised_signals(tmp_path, activation, head):
     network = graph(activation, head)
-    writer.write(tmp_path / "net.onnx", network, {"protocol": "abc"})
+    writer.write(tmp_path / "net.onnx", network)
     signals = np.random.default_rng(1).uniform(100, 500, (1000, 6))
     session = writer.load(tmp_path / "net.onnx")
     np.testing.assert_allclose(session.run(signals), expected(network, signals), rtol=2e-6, atol=1e-6)
-    assert session.metadata == {"protocol": "abc"} and session.images == 6
+    assert (session.table, session.outputs, session.constants) == (TABLE, OUTPUTS, {"model": "none"})
+    assert session.metadata["protocol_hash"] == TABLE.hash
     # The batch axis is free.
     np.testing.assert_array_equal(session.run(signals[:1]), session.run(signals)[:1])
 
 
 def test_voxels_without_unweighted_signal_are_zero(tmp_path):
-    writer.write(tmp_path / "net.onnx", graph(), {})
+    writer.write(tmp_path / "net.onnx", graph())
     signals = np.full((3, 6), 7.0)
     signals[1, list(B0)] = 0
     signals[2, list(B0)] = (-5, 1)
@@ -54,7 +60,7 @@ def test_voxels_without_unweighted_signal_are_zero(tmp_path):
 
 
 def test_a_file_needs_no_more_than_opset_13(tmp_path):
-    writer.write(tmp_path / "net.onnx", graph(), {})
+    writer.write(tmp_path / "net.onnx", graph())
     model = onnx.load(tmp_path / "net.onnx")
     assert [(item.domain, item.version) for item in model.opset_import] == [("", 13)]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "voxel"
@@ -69,7 +75,7 @@ def test_files_that_are_no_network_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         writer.load(tmp_path / "none.onnx")
     with pytest.raises(InputError, match="expected an .onnx name, found the suffix '.bin'"):
-        writer.write(tmp_path / "net.bin", graph(), {})
+        writer.write(tmp_path / "net.bin", graph())
 
 
 def test_a_network_of_another_kind_is_refused(tmp_path):

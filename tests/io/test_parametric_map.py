@@ -7,9 +7,9 @@ from jaxmed.arrays.grid import reorient
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.dicom import read_series, read_stack
+from jaxmed.io.maps import Quantity
 from jaxmed.io.parametric_map import (
     MR_IMAGE,
-    Quantity,
     new_stack,
     on_stack,
     write_mr_images,

@@ -11,6 +11,7 @@ from PIL import Image
 
 from jaxmed.report.drawing import PNG_LIMIT, both_themes
 from jaxmed.report.figures import (
+    Band,
     Bar,
     MapStyle,
     agreement,
@@ -226,6 +227,16 @@ def test_curves_survive_any_values(y, log):
 def test_curves_refuse_unequal_lengths():
     with pytest.raises(ValueError, match="as many y as x"):
         curves({"a": (np.arange(3), np.arange(4.0))}, xlabel="x", ylabel="y", caption="c")
+
+
+def test_a_band_is_drawn_for_both_themes_and_told_in_words():
+    x, middle = np.array([0.01, 0.1, 1.0]), np.array([0.6, 0.7, 0.8])
+    bands = {"mae": Band(x, middle, middle - 0.1, middle + 0.1), "scratch": Band(x, middle / 2, middle / 2, middle / 2)}
+    figure = curves(bands, xlabel="share of labels", ylabel="AUROC", caption="c", log_x=True)
+    assert b"<svg" in figure.light and figure.light != figure.dark
+    assert "mae 0.8 (0.7 to 0.9), scratch 0.4 (0.4 to 0.4)" in figure.alt
+    again = curves(bands, xlabel="share of labels", ylabel="AUROC", caption="c", log_x=True)
+    assert figure.light == again.light
 
 
 def test_bars_state_intervals_and_gaps():

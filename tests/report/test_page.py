@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from jaxmed.files import write_text
 from jaxmed.report.page import (
     Figure,
     Note,
@@ -16,7 +17,6 @@ from jaxmed.report.page import (
     format_seconds,
     format_value,
     render,
-    write_report,
 )
 from jaxmed.report.themes import DARK, LIGHT
 
@@ -71,7 +71,7 @@ def full_page(text: str = "A page") -> str:
         summary=[(text, text, text), ("n", 12345, ""), ("r", float("nan"), "")],
         sections=[Section(text, blocks), *(Section(f"{text} {i}") for i in range(3))],
         config={text: {text: [1, text], "empty": {}}, "rate": 3e-4},
-        timing=[(text, 1.5, text), ("nothing", 0.0, ""), ("lost", float("nan"), "")],
+        timing={text: 1.5, "nothing": 0.0, "lost": float("nan")},
         software={text: text},
         command=text,
     )
@@ -221,6 +221,6 @@ def test_text_has_contrast_of_level_aa(theme, name):
 
 def test_same_arguments_write_the_same_page(tmp_path):
     path = tmp_path / "run" / "report.html"
-    write_report(path, "Title", "Subtitle", software={"jax": "0.10.2"})
+    write_text(path, render("Title", "Subtitle", software={"jax": "0.10.2"}))
     assert path.read_text("utf-8") == render("Title", "Subtitle", software={"jax": "0.10.2"})
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]

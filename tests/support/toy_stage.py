@@ -14,13 +14,14 @@ from jaxmed.data.loader import LoaderConfig, evaluation_batches
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import FileSource, SubsetSource
 from jaxmed.data.splits import SPLITS, label_fractions, split_subjects, write_split_table
+from jaxmed.files import write_text
 from jaxmed.io import nifti
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.classification import score
 from jaxmed.nn.model import Network
 from jaxmed.recipes.training import TrainConfig, TrainData, run_training
 from jaxmed.report.figures import curves
-from jaxmed.report.page import Section, write_report
+from jaxmed.report.page import Section, render
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
@@ -123,6 +124,6 @@ def run(config: Config, folder: RunFolder) -> dict[str, float]:
     lines = [line for line in log.read_metrics() if "loss" in line]
     series = {"loss": (np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines]))}
     figure = curves(series, xlabel="step", ylabel="loss", caption="Training.")
-    write_report(folder.report, "Toy", "A linear autoencoder.", sections=[Section("Training", [figure])])
+    write_text(folder.report, render("Toy", "A linear autoencoder.", sections=[Section("Training", [figure])]))
     final = log.read_metrics()[-1]["evaluation/error"]
     return metrics | {"error": final, "first": lines[0]["loss"], "last": lines[-1]["loss"]}

@@ -11,6 +11,7 @@ from jaxmed.errors import InputError
 from jaxmed.io.gradients import check_gradients
 from jaxmed.physics import noddi as model
 from jaxmed.physics.acquisition import two_shell_protocol
+from jaxmed.solvers import ascents
 from jaxmed.systems import noddi
 from jaxmed.systems.noddi import fitting
 from jaxmed.systems.noddi.protocol import FitConfig
@@ -78,7 +79,7 @@ def test_chunks_and_masks_do_not_change_a_voxel():
 
 
 def test_an_interrupted_fit_continues_to_the_same_numbers(monkeypatch):
-    monkeypatch.setattr(fitting, "BLOCK_CHUNKS", 1)
+    monkeypatch.setattr(ascents, "BLOCK_CHUNKS", 1)
     signals, _ = simulate(400, snr=30.0)
     saved: list[Estimates] = []
     arguments = (signals, check_gradients(BVALS, BVECS))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxmed.errors import InputError
+from jaxmed.io import onnx
 from jaxmed.io.gradient_match import Table, match_table
 from jaxmed.models.mlp import Mlp, MlpConfig
 from jaxmed.nn.model import make_model
@@ -19,13 +20,11 @@ from jaxmed.systems.noddi.network import (
     Description,
     ForwardConfig,
     Network,
-    Output,
     export_onnx,
     load,
-    load_onnx,
     normalise,
+    outputs_of,
     predict,
-    run_onnx,
     save,
 )
 
@@ -35,8 +34,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "noddi_onnx.py"
 
 
 def make_network(forward=ForwardConfig(), shape=MlpConfig(width=16), table=TABLE):
-    model = forward.build(BVALS)
-    outputs = tuple(Output.make(parameter) for parameter in model.parameters)
+    outputs = outputs_of(forward.build(BVALS))
     inputs = int((~table.is_b0).sum())
     params = make_model(Mlp(shape, len(outputs))).init(jax.random.key(3), jnp.ones((1, inputs)))
     return Network(params, Description(shape, outputs, table, forward, "gt", (10.0, 50.0)))
@@ -84,10 +82,10 @@ def test_onnx_computes_the_same(tmp_path, signals, forward, shape):
     network = make_network(forward, shape)
     signals[7] = 0
     export_onnx(tmp_path / "net.onnx", network)
-    deployed = load_onnx(tmp_path / "net.onnx")
+    deployed = onnx.load(tmp_path / "net.onnx")
     assert deployed.table == TABLE and deployed.outputs == network.description.outputs
-    assert deployed.session.metadata["protocol_hash"] == TABLE.hash
-    found, expected = run_onnx(deployed, signals), predict(network, signals)
+    assert deployed.metadata["protocol_hash"] == TABLE.hash
+    found, expected = deployed.run(signals), predict(network, signals)
     spans = np.array([output.bounds[1] - output.bounds[0] for output in network.description.outputs])
     # Signals far from any tissue drive the unbounded head far above its range: relative there.
     assert np.max(np.abs(found - expected) / (spans * np.maximum(np.abs(expected / spans), 1))) < 1e-6
@@ -274,19 +272,19 @@ def test_a_damaged_network_is_refused(tmp_path, damage):
 
 
 def test_an_onnx_file_without_its_protocol_is_refused(tmp_path):
-    onnx = pytest.importorskip("onnx")
+    package = pytest.importorskip("onnx")
     export_onnx(tmp_path / "net.onnx", make_network())
-    model = onnx.load(tmp_path / "net.onnx")
+    model = package.load(tmp_path / "net.onnx")
     kept = {entry.key: entry.value for entry in model.metadata_props}
     for change, message in (
         ({}, "metadata without it"),
         (kept | {"protocol_hash": "0"}, "the table that its hash names"),
     ):
         del model.metadata_props[:]
-        onnx.helper.set_model_props(model, change)
-        onnx.save(model, tmp_path / "changed.onnx")
+        package.helper.set_model_props(model, change)
+        package.save(model, tmp_path / "changed.onnx")
         with pytest.raises(InputError, match=message):
-            load_onnx(tmp_path / "changed.onnx")
+            onnx.load(tmp_path / "changed.onnx")
 
 
 def test_a_description_is_hashable_and_replaceable():

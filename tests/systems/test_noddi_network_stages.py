@@ -117,7 +117,6 @@ def test_a_trained_network_is_a_complete_run(places):
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_killed_training_continues_to_the_same_network(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_stage, "SECONDS_BETWEEN_SAVES", 0.0)
     scan = places / "sim" / "outputs"
     words = ["train", "--bvals", scan / "dwi.bval", "--bvecs", scan / "dwi.bvec", *TINY, "--out", tmp_path / "net"]
     metrics = train_stage.Log.metrics

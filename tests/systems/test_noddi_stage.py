@@ -14,9 +14,10 @@ from jaxmed.io import nifti
 from jaxmed.io.gradients import read_gradients, to_world
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.recipes.stage import Page
+from jaxmed.solvers import ascents
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
 from jaxmed.systems.noddi import fitting
-from jaxmed.systems.noddi.protocol import FitConfig
+from jaxmed.systems.noddi.protocol import FitConfig, ScanConfig
 from jaxmed.systems.noddi.stages import fit as stage
 from jaxmed.systems.noddi.voxel_fit import FLAGS
 from jaxmed.volume import Volume
@@ -96,7 +97,7 @@ def test_the_report_can_be_written_again(smoke, tmp_path):
 def test_a_killed_run_continues_to_the_same_maps(tmp_path, monkeypatch, no_figures):
     out = tmp_path / "killed"
     monkeypatch.setattr(stage, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(fitting, "BLOCK_CHUNKS", 1)
+    monkeypatch.setattr(ascents, "BLOCK_CHUNKS", 1)
     arguments = ["noddi", "fit", "--preset", "smoke", "--fit.chunk-size", "256", "--quiet"]
     save = stage._save
 
@@ -113,7 +114,8 @@ def test_a_killed_run_continues_to_the_same_maps(tmp_path, monkeypatch, no_figur
     assert "Continuing after 512 voxels" in (out / "log.txt").read_text()
     inputs = out / "inputs"
     files = {"dwi": inputs / "dwi.nii.gz", "bvals": inputs / "dwi.bval", "bvecs": inputs / "dwi.bvec"}
-    config = stage.Config(**files, mask=inputs / "mask.nii.gz", fit=FitConfig(chunk_size=256))
+    files = ScanConfig(**files, mask=inputs / "mask.nii.gz")
+    config = stage.Config(files, fit=FitConfig(chunk_size=256))
     scan = stage.read_scan(config)
     whole = fitting.estimate(scan.dwi.array, scan.gradients, scan.mask, sigma=scan.sigma, config=config.fit)
     np.testing.assert_array_equal(read_map(out, "ndi"), whole.values[..., 0])

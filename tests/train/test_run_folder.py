@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxmed.errors import InputError
+from jaxmed.systems.noddi.protocol import ScanConfig
 from jaxmed.systems.noddi.stages.fit import Config
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import OWN_NAMES, RunOptions, open_run, remove, start
@@ -56,8 +57,8 @@ def test_a_run_of_another_configuration_is_kept_unless_overwritten(tmp_path):
     start(open_fit(path))
     (path / "outputs" / "old.txt").write_text("old")
     with pytest.raises(InputError, match="a run of another configuration"):
-        open_fit(path, Config(seed=1))
-    start(open_fit(path, Config(seed=1), overwrite=True))
+        open_fit(path, Config(ScanConfig(seed=1)))
+    start(open_fit(path, Config(ScanConfig(seed=1)), overwrite=True))
     assert not (path / "outputs" / "old.txt").exists()
 
 
@@ -185,7 +186,7 @@ def given(tmp_path):
     (tmp_path / "all.csv").write_text("path;age\nb.nii;61.5\n scans/series ;7\nnone.nii;\n")
     (tmp_path / "other.csv").write_text("path\nx.nii\n")
     return Given(
-        tmp_path / "all.csv", Config(dwi=tmp_path / "c.nii"), (tmp_path / "scans",),
+        tmp_path / "all.csv", Config(ScanConfig(dwi=tmp_path / "c.nii")), (tmp_path / "scans",),
         (f"far:other={tmp_path}/other.csv",), tmp_path / "cache",
     )  # fmt: skip
 

@@ -1,37 +1,29 @@
 """Fit NODDI, or another model of one fibre, to a scan: the driver on the host. `voxel_fit.py` is what jax transforms.
 
-Fits go chunk by chunk without waiting for stragglers: every chunk gets a few iterations; the voxels that are not done
-are gathered from all chunks of a block into new full chunks, until none is left. A CPU takes as many chunks at once as
-it has cores: one program of this size keeps no more than one core busy.
+Fits go chunk by chunk without waiting for stragglers, see `solvers/ascents.py`.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxmed.arrays.batches import padded_rows
 from jaxmed.arrays.tracing import require_values
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import GradientTable, Numbers, as_numbers, check_gradients
 from jaxmed.io.masks import fill_mask
 from jaxmed.physics.acquisition import attenuation_notes, check_protocol, has_two_shells
 from jaxmed.physics.microstructure import MicrostructureModel
-from jaxmed.physics.noddi import Tissue
+from jaxmed.physics.noddi import WHERE_TISSUE, Tissue
 from jaxmed.physics.posterior import Posterior
+from jaxmed.solvers.ascents import Programs, ascend_blocks
 from jaxmed.systems.noddi.protocol import FitConfig, Noise, prepare
-from jaxmed.systems.noddi.voxel_fit import FLAGS, Ascent, Estimates, Maps, Voxels, advance, begin, finish, name_maps
+from jaxmed.systems.noddi.voxel_fit import FLAGS, Estimates, Maps, Voxels, advance, begin, finish, name_maps
 
-BLOCK_CHUNKS = 16
-"""Chunks among which stragglers are gathered; a fit can be interrupted between blocks."""
-TAIL_SHARE = 8
-"""A chunk of this share of the size takes the last stragglers."""
 DEFINITIONS = {
     "direction": ("mean fibre direction, unit vector in RAS+ world axes, sign arbitrary", "1"),
     "direction_error": ("root mean square angle of the cone of uncertainty about the direction", "degrees"),
@@ -41,6 +33,8 @@ DEFINITIONS = {
     "fractional_anisotropy": ("fractional anisotropy of the tensor that starts the fit", "1"),
     "flags": ("sum of bits, 0 where nothing is to be said; see bits", "1"),
 }
+MapsByName: TypeAlias = dict[str, tuple[np.ndarray, str, str]]
+"""Array, definition and unit of every map by name."""
 # Flags that are said where more than 0.5 % of the voxels have them.
 SAID = {
     "ndi_undefined": "ndi means nothing (nearly pure free water, or a standard error as wide as not knowing it)",
@@ -49,22 +43,6 @@ SAID = {
     "not_converged": "the tolerance was not met in {iterations} iterations",
     "misfit": "the model does not make this signal (a residual above three times the noise): its maps mean nothing",
 }
-WHERE_TISSUE = ("ndi", "odi")
-"""Maps that mean something only where there is tissue."""
-
-
-class Programs(NamedTuple):
-    """The compiled steps of a fit.
-
-    Attributes:
-        begin: Voxels -> Ascent at its start.
-        advance: (Voxels, Ascent) -> Ascent after some iterations.
-        finish: (Voxels, Ascent) -> a record of estimates, voxel last.
-    """
-
-    begin: Callable
-    advance: Callable
-    finish: Callable
 
 
 def fit(
@@ -149,11 +127,12 @@ def estimate(
     noise: Noise = "gaussian" if sigma is None else "rician"
     programs = make_programs(gradients.bvals, gradients.bvecs, noise, config, gradient_map is not None)
     count = len(voxels.signals)
+    chunk_size = config.chunk_size or (2048 if jax.default_backend() == "cpu" else 65536)
     # A power of two for few voxels: programs are compiled for few sizes.
-    size = min(config.chunk_size or default_chunk_size(), max(128, 2 ** (count - 1).bit_length()))
+    size = min(chunk_size, max(128, 2 ** (count - 1).bit_length()))
     done = 0 if finished is None else len(finished.fitted)
     parts = [] if finished is None else [finished]
-    for rows in run_blocks(programs, voxels, size, config.max_iterations, config.damping, done):
+    for rows in ascend_blocks(programs, voxels, size, config.max_iterations, config.damping, done):
         parts = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts, rows)]
         done += len(rows[0])
         if on_block is not None:
@@ -188,15 +167,10 @@ def _gather(signals, mask, sigma, gradient_map, config: FitConfig) -> tuple[Voxe
     return Voxels(signals[inside], level, matrices), inside
 
 
-def default_chunk_size() -> int:
-    """Return the voxels of a chunk that suit the device."""
-    return 2048 if jax.default_backend() == "cpu" else 65536
-
-
 def collect_maps(
     rows: Estimates, model: MicrostructureModel, modulated: bool, posterior: Posterior | None = None
-) -> dict[str, tuple[np.ndarray, str, str]]:
-    """Return array, definition and unit of every map by name."""
+) -> MapsByName:
+    """Return every map of a fit."""
     maps = {}
     prior = "over a flat prior on every parameter and on the direction"
     for index, (name, definition, unit) in enumerate(parameter[:3] for parameter in model.parameters):
@@ -265,94 +239,4 @@ def make_programs(bvals: np.ndarray, bvecs: np.ndarray, noise: Noise, config: Fi
     config = dataclasses.replace(
         config, chunk_size=None, max_iterations=1, b0_threshold=50.0, order=None, tissue=tissue
     )
-    return Programs(
-        begin=functools.partial(begin, protocol, noise, config),
-        advance=functools.partial(advance, protocol, noise, config),
-        finish=functools.partial(finish, protocol, noise, config),
-    )
-
-
-def run_blocks(
-    programs: Programs, voxels: Voxels, size: int, max_iterations: int, damping: float, start: int = 0
-) -> Iterator[NamedTuple]:
-    """Fit voxels from `start` on and yield the estimates of each block, voxel first.
-
-    Args:
-        programs: The compiled steps.
-        voxels: All of them.
-        size: Voxels of a chunk; the last one is filled up with repetitions.
-        max_iterations: Most iterations of one ascent.
-        damping: That an ascent starts with.
-        start: Voxels that were fitted before.
-    """
-    count = len(voxels.signals)
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # An accelerator is kept busy by one chunk while the next is prepared.
-    workers = workers if jax.default_backend() == "cpu" else 2
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        while start < count:
-            stop = min(start + BLOCK_CHUNKS * size, count)
-            yield _run_block(programs, voxels, np.arange(start, stop), size, max_iterations, damping, pool)
-            start = stop
-
-
-def _run_block(programs, voxels, index, size, max_iterations, damping, pool):
-    ascent = _map(lambda part, _: programs.begin(part), voxels, index, None, np.arange(len(index)), size, pool)
-    # Second starts ascend beside the first ones, as if they were voxels of their own.
-    again = np.flatnonzero(ascent.tries_other)
-    both = _join([ascent, _restart(_take(ascent, again), damping)])
-    both = _until_done(programs, voxels, np.concatenate([index, index[again]]), both, size, max_iterations, pool)
-    ascent, second = _take(both, slice(0, len(index))), _take(both, slice(len(index), None))
-    won = second.state.at.cost < ascent.state.at.cost[again]
-    ascent = _put(ascent, _take(second, np.flatnonzero(won)), again[won])
-    rows = _map(programs.finish, voxels, index, ascent, np.arange(len(index)), size, pool)
-    return jax.tree.map(lambda leaf: np.ascontiguousarray(np.moveaxis(leaf, -1, 0)), rows)
-
-
-def _restart(ascent: Ascent, damping: float) -> Ascent:
-    """Return ascents at their second start, to be evaluated by their first step."""
-    state = ascent.state
-    nothing = jax.tree.map(np.zeros_like, state)
-    at = nothing.at._replace(cost=np.full_like(state.at.cost, np.inf))
-    growth = np.full_like(state.growth, 2.0)
-    return ascent._replace(
-        state=nothing._replace(point=ascent.other, at=at, damping=np.full_like(state.damping, damping), growth=growth)
-    )
-
-
-def _until_done(programs, voxels, index, ascent, size, max_iterations, pool):
-    while True:
-        active = np.flatnonzero(~ascent.state.done & (ascent.state.iterations < max_iterations))
-        if not len(active):
-            return ascent
-        # The last stragglers of a large chunk fill a small one.
-        fitting = size // TAIL_SHARE if size >= 1024 and len(active) <= size // TAIL_SHARE else size
-        ascent = _put(ascent, _map(programs.advance, voxels, index, ascent, active, fitting, pool), active)
-
-
-def _map(program, voxels, index, ascent, chosen, size, pool):
-    """Run a program over the chosen places of a block, a chunk at a time, and join what it returns."""
-
-    def call(rows):
-        filled = chosen[rows.index]
-        result = program(voxels.take(index[filled]), None if ascent is None else _take(ascent, filled))
-        return _take(jax.device_get(result), slice(0, rows.count))
-
-    return _join(list(pool.map(call, padded_rows(len(chosen), size))))
-
-
-def _join(parts):
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)
-
-
-def _take(tree, places):
-    return jax.tree.map(lambda leaf: np.ascontiguousarray(leaf[..., places]), tree)
-
-
-def _put(tree, part, places):
-    def put(whole, some):
-        whole = np.array(whole)
-        whole[..., places] = some
-        return whole
-
-    return jax.tree.map(put, tree, part)
+    return Programs(*(functools.partial(step, protocol, noise, config) for step in (begin, advance, finish)))

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmed.physics import noddi, rician
-from jaxmed.physics.microstructure import MicrostructureModel, tangent_frame
+from jaxmed.physics.microstructure import MicrostructureModel, tangent_frame, turn
 from jaxmed.solvers.least_squares import Evaluation, Surface, invert_positive
 from jaxmed.systems.noddi.protocol import FitConfig, Group, Noise, Protocol
 
@@ -107,11 +107,9 @@ def make_surface(
     def move(point: Point, update: Array) -> tuple[Point, Array]:
         reach = LARGEST_MOVE * (upper - lower)
         values = jnp.clip(point.values + jnp.clip(update[:number], -reach, reach), lower, upper)
-        turn = jnp.clip(update[number:], -LARGEST_TURN, LARGEST_TURN)
-        first, second = tangent_frame(point.direction)
-        moved = point.direction + turn[0] * first + turn[1] * second
-        there = Point(values, moved / jnp.sqrt(jnp.sum(moved**2, axis=0)))
-        return there, jnp.concatenate([values - point.values, turn])
+        tilts = jnp.clip(update[number:], -LARGEST_TURN, LARGEST_TURN)
+        there = Point(values, turn(point.direction, tilts))
+        return there, jnp.concatenate([values - point.values, tilts])
 
     def blocked(point: Point, gradient: Array) -> Array:
         at_lower, at_upper = point.values <= lower, point.values >= upper
@@ -236,11 +234,9 @@ def model_forward(protocol: Protocol, model: MicrostructureModel, config: FitCon
     def signals(point: Point, weak: bool) -> list[Block]:
         rows = protocol.unweighted[: len(protocol.weak.bvecs)] if weak and protocol.weak else protocol.order
         bvals, bvecs = protocol.bvals[rows], protocol.bvecs[rows]
-        first, second = tangent_frame(point.direction)
 
         def signal(update):
-            moved = point.direction + update[number] * first + update[number + 1] * second
-            moved = moved / jnp.sqrt(jnp.sum(moved**2, axis=0))
+            moved = turn(point.direction, update[number:])
             return model.signal((point.values[:number] + update[:number]).T, moved.T, bvals, bvecs).T
 
         zero = jnp.zeros((number + 2, point.values.shape[1]))

@@ -1,8 +1,7 @@
-"""A trained network: what it computes, which protocol it belongs to, its place on disk, and its form as ONNX."""
+"""A trained network: what it computes, which protocol it belongs to, its place on disk, and the scans that it takes."""
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,28 +13,23 @@ from jaxtyping import Array, Bool, Float, Float32, Float64
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
+from jaxmed.data.diffusion import DiffusionScan, check_voxels, read_scan
 from jaxmed.errors import InputError
-from jaxmed.files import require_given
 from jaxmed.io import onnx
-from jaxmed.io.diffusion import count_images, read_magnitudes
 from jaxmed.io.gradient_match import Table, match_table
-from jaxmed.io.gradients import read_gradients
-from jaxmed.io.maps import write_map
+from jaxmed.io.gradients import GradientTable
+from jaxmed.io.maps import Quantity, write_map
 from jaxmed.io.masks import fill_mask
-from jaxmed.io.parametric_map import Quantity
 from jaxmed.io.weights_files import load_parameters
 from jaxmed.models.mlp import Mlp, MlpConfig, layers, to_unit
 from jaxmed.nn.model import make_model
-from jaxmed.physics.acquisition import check_voxels
 from jaxmed.physics.microstructure import MicrostructureModel, Parameter, ball_and_stick_model, noddi_model
 from jaxmed.physics.noddi import Tissue, order_for
-from jaxmed.systems.noddi.protocol import read_mask
 from jaxmed.train.checkpoint import export_parameters
-from jaxmed.versions import software_name
 from jaxmed.volume import Volume
 
 CHUNK = 16384
-"""Voxels of one call, compiled or of ONNX Runtime: activations of 256 numbers stay in 16 MB."""
+"""Voxels of one compiled call: activations of 256 numbers stay in 16 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,34 +56,6 @@ class ForwardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Output:
-    """One map of a network.
-
-    Attributes:
-        name: Name of the map and its file.
-        definition: In one line.
-        unit: "1" for a fraction.
-        bounds: Values at the two ends of the head's range.
-    """
-
-    name: str
-    definition: str
-    unit: str
-    bounds: tuple[float, float]
-
-    @classmethod
-    def make(cls, parameter: Parameter) -> "Output":
-        """Describe a model's parameter."""
-        return cls(parameter.name, parameter.definition, parameter.unit, parameter.bounds)
-
-    @property
-    def quantity(self) -> Quantity:
-        """What DICOM headers say of it."""
-        label = self.name.upper() if len(self.name) == 3 else self.name
-        return Quantity(label, self.definition, self.unit, self.bounds)
-
-
-@dataclasses.dataclass(frozen=True)
 class Description:
     """All of a network but its parameters; stands in record.json beside them.
 
@@ -103,7 +69,7 @@ class Description:
     """
 
     shape: MlpConfig
-    outputs: tuple[Output, ...]
+    outputs: tuple[Quantity, ...]
     table: Table
     forward: ForwardConfig
     labels: str
@@ -125,30 +91,10 @@ class Description:
 
 
 class Network(NamedTuple):
-    """A network and what it is.
-
-    Attributes:
-        params: Parameters of `jaxmed.models.mlp.Mlp`.
-        description: Shape, outputs and protocol.
-    """
+    """Parameters of `jaxmed.models.mlp.Mlp`, and what they are."""
 
     params: Params
     description: Description
-
-    @property
-    def table(self) -> Table:
-        """Protocol that it belongs to."""
-        return self.description.table
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """Its maps."""
-        return self.description.outputs
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What the maps rest on."""
-        return self.description.constants
 
 
 def normalise(
@@ -165,7 +111,14 @@ def normalise(
     return divided, has_signal
 
 
-def ranges(outputs: Sequence[Output]) -> tuple[Float32[np.ndarray, " output"], Float32[np.ndarray, " output"]]:
+def outputs_of(model: MicrostructureModel) -> tuple[Quantity, ...]:
+    """Return the maps of a network that estimates a model's parameters."""
+    return tuple(Quantity(one.name, one.definition, one.unit, one.bounds) for one in model.parameters)
+
+
+def ranges(
+    outputs: Sequence[Quantity | Parameter],
+) -> tuple[Float32[np.ndarray, " output"], Float32[np.ndarray, " output"]]:
     """Return the lower end and the width of each output's range."""
     low, high = np.array([output.bounds for output in outputs], np.float32).T
     return low, high - low
@@ -191,17 +144,17 @@ def predict(network: Network, signals: Float[np.ndarray | Array, "voxel image"])
     Returns:
         One column per output; 0 where there is no unweighted signal.
     """
-    count = len(signals)
-    size = min(CHUNK, max(128, count))
-    params = jax.device_put(network.params)
+    if not len(signals):
+        return np.zeros((0, len(network.description.outputs)), np.float32)
+    size = min(CHUNK, max(128, len(signals)))
+    params, signals = jax.device_put(network.params), np.asarray(signals)
     parts = []
-    for start in range(0, count, size):
+    for start in range(0, len(signals), size):
         block = np.asarray(signals[start : start + size], np.float32)
         # Padding every chunk to one size keeps one compiled program.
         block = np.pad(block, ((0, size - len(block)), (0, 0)))
         parts.append(_predict_chunk(params, network.description, block))
-    found = [np.asarray(part) for part in parts]
-    return np.concatenate(found)[:count] if found else np.zeros((0, len(network.description.outputs)), np.float32)
+    return np.concatenate([np.asarray(part) for part in parts])[: len(signals)]
 
 
 def predict_exactly(
@@ -259,144 +212,48 @@ def _check_shapes(folder: Path, params: Params, description: Description) -> Non
 
 
 def make_maps(
-    values: Float32[np.ndarray, "voxel output"], scan: "Signals", outputs: tuple[Output, ...]
+    values: Float32[np.ndarray, "voxel output"], scan: DiffusionScan, outputs: Sequence[Quantity]
 ) -> dict[str, Volume]:
     """Put the voxels of a scan back into volumes by name, 0 outside the mask."""
     return {
-        output.name: Volume.make(fill_mask(values[:, column], scan.mask), scan.dwi.affine)
-        for column, output in enumerate(outputs)
+        output.name: Volume.make(fill_mask(column, scan.mask), scan.dwi.affine)
+        for output, column in zip(outputs, values.T, strict=True)
     }
 
 
-def write_maps(folder: Path, maps: Mapping[str, Volume], network: "Network | Deployed", reference: Path) -> None:
+def write_maps(
+    folder: Path, maps: Mapping[str, Volume], about: Description | onnx.Session, reference: Path | None
+) -> None:
     """Write maps as NIfTI on the grid of the scan, each with a sidecar."""
-    for output in network.outputs:
-        said = output.definition, output.unit, network.constants
+    for output in about.outputs:
+        said = output.definition, output.unit, about.constants
         write_map(folder, output.name, maps[output.name], *said, reference=reference)
-
-
-class Deployed(NamedTuple):
-    """A network that only ONNX Runtime knows how to run; it says as much about itself as a `Network`.
-
-    Attributes:
-        session: The runtime's.
-        table: Protocol that it belongs to.
-        outputs: Its maps.
-        constants: What they rest on.
-    """
-
-    session: onnx.Session
-    table: Table
-    outputs: tuple[Output, ...]
-    constants: dict
 
 
 def export_onnx(path: Path, network: Network) -> None:
     """Write a network as ONNX: normalisation by the mean unweighted signal inside, its protocol in the metadata."""
-    description = network.description
-    low, span = ranges(description.outputs)
-    is_b0 = description.table.is_b0
-    graph = onnx.Graph(
-        layers(network.params),
-        description.shape.activation,
-        description.shape.head,
-        np.flatnonzero(is_b0).tolist(),
-        np.flatnonzero(~is_b0).tolist(),
-        low.tolist(),
-        span.tolist(),
-    )
-    onnx.write(path, graph, _graph_metadata(description))
+    about = network.description
+    shape = layers(network.params), about.shape.activation, about.shape.head
+    onnx.write(path, onnx.Graph(*shape, about.table, about.outputs, about.constants))
 
 
-def load_onnx(path: Path, threads: int = 0) -> Deployed:
-    """Open an exported network.
+def read_signals(
+    dwi: Path | None, bvals: Path | None, bvecs: Path | None, mask: Path | None, table: Table, series: str | None = None
+) -> tuple[DiffusionScan, Float32[np.ndarray, "voxel image"]]:
+    """Read a scan of a network's protocol; arguments are those of `data.diffusion.read_scan`.
+
+    Returns:
+        The scan, whose mask leaves voxels out that are not finite, and the magnitudes inside in the network's order.
 
     Raises:
-        InputError: It is none, or says too little about itself.
-    """
-    session = onnx.load(path, threads)
-    found = session.metadata
-    try:
-        record = {name: json.loads(found[name]) for name in ("bvals", "bvecs", "b0_threshold")}
-        columns = [json.loads(found[name]) for name in ("parameters", "definitions", "units", "bounds")]
-        constants = json.loads(found["constants"])
-        names = ("name", "definition", "unit", "bounds")
-        outputs = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-    except (KeyError, ValueError) as error:
-        advice = "export it with jaxmed noddi export"
-        raise InputError(path, "a network that names its protocol", f"metadata without it ({error})", advice) from error
-    table = from_record(Table, record, str(path))
-    if table.hash != found.get("protocol_hash"):
-        raise InputError(path, "the table that its hash names", "another", "export the network again")
-    if len(table.bvals) != session.images:
-        raise InputError(path, f"{session.images} rows in its table", len(table.bvals), "export the network again")
-    return Deployed(session, table, tuple(from_record(Output, output, str(path)) for output in outputs), constants)
-
-
-def run_onnx(deployed: Deployed, signals: Float[np.ndarray, "voxel image"]) -> Float32[np.ndarray, "voxel output"]:
-    """Estimate the parameters of many voxels; blocks keep the activations in the processor's cache."""
-    starts = range(0, len(signals), CHUNK)
-    parts = [deployed.session.run(signals[start : start + CHUNK]) for start in starts]
-    return np.concatenate(parts) if parts else np.zeros((0, len(deployed.outputs)), np.float32)
-
-
-def _graph_metadata(description: Description) -> dict[str, str]:
-    """Return what an exported network says about itself: strings, lists and tables as JSON."""
-    table = description.table
-    return {
-        "format": "jaxmed-noddi-1",
-        "protocol_hash": table.hash,
-        "bvals": json.dumps(table.bvals),
-        "bvecs": json.dumps(table.bvecs),
-        "b0_threshold": json.dumps(table.b0_threshold),
-        "parameters": json.dumps(description.names),
-        "definitions": json.dumps([output.definition for output in description.outputs]),
-        "units": json.dumps([output.unit for output in description.outputs]),
-        "bounds": json.dumps([output.bounds for output in description.outputs]),
-        "constants": json.dumps(description.constants),
-        "software": software_name(),
-    }
-
-
-class Signals(NamedTuple):
-    """A checked scan of a network's protocol.
-
-    Attributes:
-        path: File of the scan.
-        dwi: The 4D scan.
-        mask: Voxels inside whose values are all finite.
-        signals: Magnitudes of those voxels, images in the network's order.
-        notes: What a reader of the maps should know, one sentence each.
+        InputError: For whatever a user can have wrong in these files; the protocol is another.
     """
 
-    path: Path
-    dwi: Volume
-    mask: Bool[np.ndarray, "x y z"]
-    signals: Float32[np.ndarray, "voxel image"]
-    notes: list[str]
+    def check(found: GradientTable, where: object) -> GradientTable:
+        return found._replace(notes=(*found.notes, *match_table(table, *found[:2], where).notes))
 
-
-def read_signals(dwi: Path | None, bvals: Path | None, bvecs: Path | None, mask: Path | None, table: Table) -> Signals:
-    """Read a scan of a network's protocol.
-
-    Args:
-        dwi: 4D NIfTI file of magnitudes.
-        bvals: Its b-values.
-        bvecs: Its directions.
-        mask: NIfTI file on its grid; None for the bright unweighted voxels.
-        table: The protocol that it must have, in whatever order.
-
-    Raises:
-        InputError: For whatever a user can have wrong in these files.
-    """
-    dwi, bvals, bvecs = require_given(dwi, "dwi"), require_given(bvals, "bvals"), require_given(bvecs, "bvecs")
-    gradients = read_gradients(bvals, bvecs, b0_threshold=table.b0_threshold, num_images=count_images(dwi))
-    match = match_table(table, gradients.bvals, gradients.bvecs, bvals)
-    volume = read_magnitudes(dwi)
-    notes = [*gradients.notes, *match.notes]
-    b0 = volume.array[..., match.order[table.is_b0]].mean(axis=-1)
-    inside = read_mask(mask, volume, dwi, b0, notes)
-    signals = volume.array[inside][:, match.order]
-    finite = check_voxels(signals, table.is_b0, dwi, notes, left_out="their maps are 0, and map 'mask' leaves them out")
-    inside[inside] = finite
-    return Signals(dwi, volume, inside, signals[finite], notes)
+    scan = read_scan(dwi, bvals, bvecs, mask, table.b0_threshold, check, series=series)
+    signals = scan.dwi.array[scan.mask][:, match_table(table, *scan.gradients[:2], scan.path).order]
+    left_out = "their maps are 0, and map 'mask' leaves them out"
+    finite = check_voxels(signals, table.is_b0, scan.path, scan.notes, left_out=left_out)
+    return scan._replace(mask=fill_mask(finite, scan.mask)), signals[finite]

@@ -1,4 +1,4 @@
-"""How voxels are fitted, and a gradient table prepared for it: all that does not depend on the data, in float64.
+"""Which scan, how voxels are fitted, and a gradient table prepared for it: all but the data, in float64.
 
 The series of the stick signal in Legendre polynomials of the cosine c is a polynomial in u = 2 c^2 - 1 of half the
 degree. Rows of one b-value share its coefficients, which are a small matrix times the Watson moments of a voxel; what
@@ -9,7 +9,6 @@ rows of a scan whose gradients vary over space, carry their own coefficients.
 """
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,20 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmed.arrays.foreground import find_foreground
-from jaxmed.config import NonNegative, Positive, Size, checked
-from jaxmed.errors import InputError
+from jaxmed.config import Count, NonNegative, Positive, Seed, Size, checked
 from jaxmed.files import require_given
-from jaxmed.io import masks
 from jaxmed.io.gradients import GradientTable, read_gradients
 from jaxmed.physics import noddi
-from jaxmed.physics.acquisition import check_table, find_shells
+from jaxmed.physics.acquisition import (
+    check_table,
+    find_shells,
+    group_rows,
+    smooth_basis,
+    tensor_design,
+    tensor_rows,
+)
 from jaxmed.physics.microstructure import MicrostructureModel, ball_and_stick_model, noddi_model
-from jaxmed.volume import Volume, require_same_grid
+from jaxmed.synthesis.phantoms.write import check_shape, write_diffusion_slab
+from jaxmed.train.run_folder import RunFolder, start
 
 Noise = Literal["gaussian", "rician"]
-TENSOR_MAX_BVAL = 1200.0
-"""Largest b-value, in s/mm^2, at which a single tensor still describes tissue."""
 MAX_GROUPS = 4
 """Most b-values with a group of their own: the program grows with every group."""
 NUM_NODES = 32
@@ -77,13 +79,11 @@ class FitConfig:
     damping: Positive = 1e-2
     cost_tolerance: Positive = 1e-6
     restart_margin: NonNegative = 0.1
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
 
     def __post_init__(self) -> None:
         if self.order is not None and (self.order < 4 or self.order % 2 or self.order > 32):
             raise ValueError(f"order: expected an even number from 4 to 32, found {self.order}")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size: expected 1 or more, found {self.chunk_size}")
         if self.model != "noddi" and (self.dot or self.extra_cellular != "averaged_tensor"):
             raise ValueError(f"model: expected noddi with dot or extra_cellular, found {self.model}")
 
@@ -184,15 +184,13 @@ def prepare(
     is_b0 = bvals <= config.b0_threshold
     bvecs = np.where(bvals[:, None] > 0, bvecs, 0.0)
     weak = np.flatnonzero(is_b0 & (bvals > 0))
-    rows = _group_rows(bvals, config.b0_threshold, varies)
+    rows = [np.flatnonzero(~is_b0)] if varies else group_rows(bvals, config.b0_threshold, MAX_GROUPS)
     x, weights = noddi.unit_quadrature(NUM_NODES)
     polynomials = noddi.legendre(x, order).T
-    powers = legendre_to_powers(order) * (2 * np.arange(0, order + 1, 2) + 1)
-    gi, gj = np.array([0, 1, 2, 0, 0, 1]), np.array([0, 1, 2, 1, 2, 2])
-    products = np.where(np.any(bvecs, axis=1)[:, None], bvecs[:, gi] * bvecs[:, gj], (gi == gj) / 3)
-    pairs = products * np.where(gi == gj, 1.0, 2.0)
-    design = np.concatenate([-1e-3 * bvals[:, None] * pairs, np.ones((len(bvals), 1))], axis=1)
+    powers = noddi.legendre_to_powers(order) * (2 * np.arange(0, order + 1, 2) + 1)
+    design = tensor_design(bvals, bvecs)
     in_order = np.concatenate(rows)
+    smooth = smooth_basis(bvals[in_order], bvecs[in_order])
     return Protocol(
         bvals=_single(bvals),
         bvecs=_single(bvecs),
@@ -201,7 +199,7 @@ def prepare(
         groups=tuple(_make_group(bvals[part], bvecs[part], order, powers, config.tissue) for part in rows),
         unweighted=jnp.asarray(np.concatenate([weak, np.flatnonzero(is_b0 & (bvals == 0))]), jnp.int32),
         weak=_make_group(bvals[weak], bvecs[weak], order, powers, config.tissue) if len(weak) else None,
-        smooth=_make_smooth(bvals[in_order], bvecs[in_order]),
+        smooth=None if smooth is None else _single(smooth),
         grid=_make_grid(bvals[in_order], order, config.tissue),
         tensor_rows=_single(tensor_rows(bvals, design, config.b0_threshold)),
         tensor_design=_single(design),
@@ -215,20 +213,6 @@ def _single(table: np.ndarray) -> Array:
     return jnp.asarray(table, jnp.float32)
 
 
-def _group_rows(bvals: np.ndarray, b0_threshold: float, varies: bool) -> list[np.ndarray]:
-    """Give the commonest b-values a group each, and the rest one together."""
-    weighted = np.flatnonzero(bvals > b0_threshold)
-    if varies:
-        return [weighted]
-    values, counts = np.unique(bvals[weighted], return_counts=True)
-    if len(values) > MAX_GROUPS:
-        common = values[np.argsort(-counts, kind="stable")[: MAX_GROUPS - 1]]
-        values = values[np.isin(values, common) & (counts >= 6)]
-    groups = [np.flatnonzero(bvals == value) for value in values]
-    rest = weighted[~np.isin(bvals[weighted], values)]
-    return groups + ([rest] if len(rest) else [])
-
-
 def _make_group(bvals, bvecs, order, powers, tissue) -> Group:
     share = bvals[:1] if np.all(bvals == bvals[0]) and len(bvals) > 1 else bvals
     attenuation = share * (1e-3 * tissue.parallel_diffusivity)
@@ -239,38 +223,6 @@ def _make_group(bvals, bvecs, order, powers, tissue) -> Group:
         free=_single(np.exp(-share * (1e-3 * tissue.free_diffusivity))),
         series=_single(powers[:, :, None] * radial.T),
     )
-
-
-def _make_smooth(bvals: np.ndarray, bvecs: np.ndarray) -> Array | None:
-    """Return an orthonormal basis of signals that vary smoothly with b and direction.
-
-    Columns: 1, b^3, the products of two components of the direction times b, and those of four times b^2 (of two where
-    rows are few).
-    """
-    b = (bvals / bvals.max())[:, None]
-    two, four = (
-        np.stack(
-            [np.prod(bvecs[:, list(axes)], axis=1) for axes in itertools.combinations_with_replacement(range(3), n)]
-        )
-        for n in (2, 4)
-    )
-    for highest in (four, two):
-        columns = np.concatenate([np.ones_like(b), b**3, b * two.T, b**2 * highest.T], axis=1)
-        left, values, _ = np.linalg.svd(columns, full_matrices=False)
-        basis = left[:, values > 1e-6 * values[0]]
-        if 2 * basis.shape[1] <= len(bvals):
-            return _single(basis)
-    return None
-
-
-def legendre_to_powers(order: int) -> Float[np.ndarray, "power degree"]:
-    """Return the coefficients of P_0(c), P_2(c), ... in powers of u = 2 c^2 - 1, one column each."""
-    count = order // 2 + 1
-    u = np.cos(np.pi * (np.arange(count) + 0.5) / count)
-    chebyshev = np.polynomial.chebyshev
-    series = np.linalg.solve(chebyshev.chebvander(u, count - 1), noddi.legendre(np.sqrt((u + 1) / 2), order))
-    columns = [chebyshev.cheb2poly(column) for column in series.T]
-    return np.stack([np.pad(column, (0, count - len(column))) for column in columns], axis=1)
 
 
 def _make_grid(bvals: np.ndarray, order: int, tissue: noddi.Tissue) -> Grid:
@@ -294,31 +246,53 @@ def _make_grid(bvals: np.ndarray, order: int, tissue: noddi.Tissue) -> Grid:
     extra = np.exp(-attenuation[:, None] * (1 - (2 / 3) * ndi * kept))
     signals = ndi * intra + (1 - ndi) * extra
     free = np.exp(-shell_bvals * (1e-3 * tissue.free_diffusivity))
-    series = _chebyshev(u, signals, GRID_DEGREE)
+    series = noddi.project_chebyshev(u, signals, GRID_DEGREE)
     return Grid(
         shells=_single(members),
         tissue=_single(series),
-        squared=_single(_chebyshev(u, signals**2, 2 * GRID_DEGREE)),
+        squared=_single(noddi.project_chebyshev(u, signals**2, 2 * GRID_DEGREE)),
         times_free=_single(series * free[:, None]),
         free=_single(free),
     )
 
 
-def _chebyshev(u: np.ndarray, values: np.ndarray, degree: int) -> np.ndarray:
-    """Project values at Chebyshev nodes u (the last axis) on Chebyshev polynomials."""
-    basis = np.polynomial.chebyshev.chebvander(u, degree)
-    scale = np.where(np.arange(degree + 1) == 0, 1.0, 2.0) / len(u)
-    return values @ basis * scale
+@dataclasses.dataclass(frozen=True)
+@checked
+class ScanConfig:
+    """A diffusion scan, or one to simulate.
 
+    Attributes:
+        dwi: Diffusion scan: a 4D NIfTI file, or a folder of DICOM files whose headers hold the gradients. Magnitudes in
+            any unit, images of one scan in one scaling.
+        bvals: FSL text file of b-values in s/mm^2, one per image; not with DICOM.
+        bvecs: FSL text file of unit gradient directions, 3 x N or N x 3; not with DICOM.
+        mask: NIfTI file on the grid of the scan, whose voxels count where it is not 0. Without it: the largest
+            connected region whose mean unweighted signal exceeds a tenth of its 98th percentile.
+        synthetic_shape: Voxels (x, y, z) of the brain slab to simulate where no --dwi is given.
+        synthetic_snr: Signal-to-noise ratio of the synthetic slab, white matter, unweighted.
+        seed: Seed of all that is drawn: the slab, Markov chains, a network that is trained for it; a fit draws nothing.
+    """
 
-def tensor_rows(bvals: np.ndarray, design: np.ndarray, b0_threshold: float) -> np.ndarray:
-    """Choose rows for the tensor: low b where they determine it, shell by shell more where they do not."""
-    limits = [TENSOR_MAX_BVAL] + [max(bvals[list(shell.rows)]) for shell in find_shells(bvals, b0_threshold)]
-    for limit in sorted(limit for limit in limits if limit >= TENSOR_MAX_BVAL):
-        rows = bvals <= limit
-        if rows.sum() >= 7 and np.linalg.matrix_rank(design[rows], tol=1e-3) == 7:
-            return rows.astype(float)
-    return np.ones(len(bvals))
+    dwi: Path | None = None
+    bvals: Path | None = None
+    bvecs: Path | None = None
+    mask: Path | None = None
+    synthetic_shape: tuple[Size, Size, Size] | None = None
+    synthetic_snr: Positive = 30.0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.synthetic_shape is not None:
+            check_shape("synthetic_shape", self.synthetic_shape)
+
+    def simulate(self, folder: RunFolder) -> tuple["ScanConfig", str | None]:
+        """Write a slab into RUN/inputs where one is asked for; return the scan of files, and where its truth is."""
+        if self.synthetic_shape is None or self.dwi is not None:
+            return self, None
+        start(folder)
+        files = write_diffusion_slab(folder.path / "inputs", self.seed, self.synthetic_shape, self.synthetic_snr)
+        given = dataclasses.replace(self, dwi=files.dwi, bvals=files.bvals, bvecs=files.bvecs, mask=files.mask)
+        return given, str(files.truth.relative_to(folder.path))
 
 
 def read_table(
@@ -332,22 +306,3 @@ def read_table(
     bvals, bvecs = require_given(bvals, "bvals"), require_given(bvecs, "bvecs")
     table = read_gradients(bvals, bvecs, b0_threshold=b0_threshold)
     return check_table(table, bvals, b0_threshold, needs_two_shells=needs_two_shells)
-
-
-def read_mask(path: Path | None, dwi: Volume, dwi_path: Path, b0: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Read a mask on the grid of a scan, or find the bright region.
-
-    Raises:
-        InputError: The mask is on another grid, or empty.
-    """
-    if path is None:
-        mask = find_foreground(b0)
-        notes.append(f"No mask was given: {int(mask.sum()):,} voxels of bright unweighted signal were taken.")
-        return mask
-    mask, grid = masks.read_mask(path, allow_labels=True)
-    if grid is None:
-        raise InputError(path, "a mask as NIfTI, on the grid of the scan", "a picture or an array", "convert it")
-    require_same_grid(grid, dwi, str(path), str(dwi_path))
-    if not mask.any():
-        raise InputError(path, "a mask with voxels inside", "zeros only", "check the mask")
-    return mask

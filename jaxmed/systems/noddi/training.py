@@ -14,17 +14,17 @@ Sources: arXiv:2507.12632 (two networks that differ in their labels alone); the 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import NonNegative, Positive, Size, checked
+from jaxmed.config import Count, NonNegative, Positive, Size, checked
 from jaxmed.io.gradient_match import Table
 from jaxmed.io.gradients import Numbers, check_gradients
 from jaxmed.models.mlp import Mlp, MlpConfig, to_unit
@@ -32,10 +32,10 @@ from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import check_protocol
 from jaxmed.physics.microstructure import MicrostructureModel, Simulated, simulate, weighted_signal
 from jaxmed.physics.rician import SIGMA_FLOOR
-from jaxmed.solvers.least_squares import lm_init, lm_run
+from jaxmed.solvers.least_squares import LmState, lm_init, lm_run
 from jaxmed.systems.noddi.fitting import estimate
 from jaxmed.systems.noddi.likelihood import Point, make_surface, model_forward, noddi_forward
-from jaxmed.systems.noddi.network import Description, ForwardConfig, Network, Output, normalise, ranges
+from jaxmed.systems.noddi.network import Description, ForwardConfig, Network, normalise, outputs_of, ranges
 from jaxmed.systems.noddi.protocol import FitConfig, Protocol, prepare
 from jaxmed.systems.noddi.voxel_fit import fit_tensor, search_model
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
@@ -74,18 +74,15 @@ class TrainConfig:
     start: LabelStart = "grid"
     network: MlpConfig = dataclasses.field(default_factory=MlpConfig)
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-3, weight_decay=1e-4)
-    signals: int = 1_000_000
-    held_out: int = 20_000
-    epochs: int = 50
-    batch_size: int = 4096
+    signals: Count = 1_000_000
+    held_out: Count = 20_000
+    epochs: Count = 50
+    batch_size: Count = 4096
     restarts: Size = 4
     snr: tuple[Positive, Positive] = (10.0, 50.0)
     b0_threshold: NonNegative = 50.0
 
     def __post_init__(self) -> None:
-        for name in ("signals", "held_out", "epochs", "batch_size", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
         if self.batch_size > self.signals:
             raise ValueError(f"batch_size: expected at most {self.signals} signals, found {self.batch_size}")
         if self.snr[0] > self.snr[1]:
@@ -116,12 +113,7 @@ class Pool(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation of each input over the training signals.
-
-    Attributes:
-        centre: Mean.
-        scale: Standard deviation.
-    """
+    """Mean and standard deviation of each input over the training signals."""
 
     centre: Float[Array, " weighted"]
     scale: Float[Array, " weighted"]
@@ -145,14 +137,11 @@ class State(NamedTuple):
     losses: Float[Array, "epoch 2 restart"]
 
 
-class Trained(NamedTuple):
-    """What training returns.
+Step: TypeAlias = Callable[[State, Any], tuple[State, dict[str, float]]]
 
-    Attributes:
-        network: The best restart.
-        losses: Training and held-out loss of each epoch, per restart.
-        best: Which restart it is.
-    """
+
+class Trained(NamedTuple):
+    """The best restart, training and held-out loss of each epoch and restart, and which one was best."""
 
     network: Network
     losses: Float[np.ndarray, "epoch 2 restart"]
@@ -167,8 +156,7 @@ def train(
     *,
     model: MicrostructureModel | None = None,
     allow_single_shell: bool = False,
-    restore: Callable[[State], State] | None = None,
-    on_epoch: Callable[[State], None] | None = None,
+    loop: Callable[[State, Step], State] | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train a network for one protocol: the driver on the host, which no jax transformation goes through.
@@ -180,8 +168,8 @@ def train(
         config: Labels, shape, length.
         model: Another forward model than `config.forward`; then only this session knows what it was.
         allow_single_shell: Train NODDI although only one shell is weighted.
-        restore: Called with the first state; returns it, or one of an interrupted run.
-        on_epoch: Called with the state after each epoch.
+        loop: (first state, step) -> the state after the last epoch, given `step(state, _) -> (state, losses of the best
+            restart)`; by default all epochs in a row.
         on_block: Called with the number of signals simulated and labelled so far.
 
     Returns:
@@ -190,7 +178,7 @@ def train(
     Raises:
         InputError: The table is not one to train for (see `check_gradients` and `check_protocol`), or an argument is
             traced by jax.
-        ValueError: A loss is not finite.
+        ValueError: A loss is not finite, in the default loop.
     """
     require_values("noddi.train", "noddi.predict", key=key, bvals=bvals, bvecs=bvecs)
     gradients = check_gradients(bvals, bvecs, b0_threshold=config.b0_threshold)
@@ -203,27 +191,35 @@ def train(
     held_out = make_pool(held_out_key, table, config, config.held_out, model)
     model = config.forward.build(np.asarray(bvals)) if model is None else model
     spread = measure_spread(pool)
-    state = start_training(train_key, model, config, pool.inputs.shape[1])
-    state = state if restore is None else restore(state)
-    while int(state.epoch) < config.epochs:
+
+    def step(state: State, _: Any) -> tuple[State, dict[str, float]]:
         state = _run_epoch(model, table, config, state, pool, held_out, spread)
         newest = np.asarray(state.losses[int(state.epoch) - 1])
-        if not np.isfinite(newest).all():
-            raise ValueError(f"loss: expected finite numbers, found {newest.tolist()} in epoch {int(state.epoch)}")
-        if on_epoch is not None:
-            on_epoch(state)
+        seen, unseen = newest[:, newest[1].argmin()]
+        return state, {"loss": float(seen), "held_out_loss": float(unseen)}
+
+    state = (loop or run_epochs)(start_training(train_key, model, config, pool.inputs.shape[1]), step)
     losses = np.asarray(state.losses)
     best = int(losses[-1, 1].argmin())
     params = on_raw_inputs(jax.tree.map(lambda leaf: np.asarray(leaf[best]), state.params), spread)
     description = Description(
         config.network,
-        tuple(Output.make(parameter) for parameter in model.parameters),
+        outputs_of(model),
         table,
         config.forward,
         config.labels if config.labels != "mle" else f"mle ({config.start} start)",
         config.snr,
     )
     return Trained(Network(params, description), losses, best)
+
+
+def run_epochs(state: State, step: Step) -> State:
+    """Take all epochs that are left."""
+    for epoch in range(int(state.epoch), len(state.losses)):
+        state, losses = step(state, None)
+        if not np.isfinite(list(losses.values())).all():
+            raise ValueError(f"loss: expected finite numbers, found {losses} in epoch {epoch + 1}")
+    return state
 
 
 def make_pool(
@@ -265,7 +261,7 @@ def _prepare(
     model: MicrostructureModel, table: Table, block: Simulated, labels: jax.Array, direction: jax.Array
 ) -> Pool:
     inputs, _ = normalise(block.signals, table.is_b0)
-    low, span = ranges([Output.make(parameter) for parameter in model.parameters])
+    low, span = ranges(model.parameters)
     b0 = jnp.mean(block.signals[:, np.flatnonzero(table.is_b0)], axis=1)
     return Pool(inputs, (labels - low) / span, model.relevance(labels), direction, block.sigma / b0)
 
@@ -348,7 +344,7 @@ def _loss(
     if config.labels != "self":
         # Positions in the range are what errors are compared by: each parameter's scale is its range.
         return jnp.mean(batch.weights * (unit - batch.targets) ** 2)
-    low, span = ranges([Output.make(parameter) for parameter in model.parameters])
+    low, span = ranges(model.parameters)
     rows = np.array(table.bvals), np.array(table.bvecs), table.is_b0
     predicted = weighted_signal(model, low + span * unit, batch.direction, *rows)
     # A magnitude's mean is near sqrt(s^2 + sigma^2): without it the noise floor would be read as slow diffusion.
@@ -378,7 +374,7 @@ def fit_labels(
         )
         return jnp.asarray(rows.values)
     is_noddi = forward is not None and forward.kind == "noddi"
-    return ascend(model, is_noddi, config, _prepared(table, config), block, start).parameters
+    return ascend(model, is_noddi, config, _prepared(table, config), block, start).point.values.T
 
 
 def fit_config(forward: ForwardConfig, table: Table) -> FitConfig:
@@ -408,20 +404,6 @@ def _tensor_direction(protocol: Protocol, signals: jax.Array) -> jax.Array:
     return fit_tensor(protocol, magnitudes / (protocol.is_b0 @ magnitudes)).direction.T
 
 
-class Maximum(NamedTuple):
-    """Where a likelihood is largest, near its start.
-
-    Attributes:
-        parameters: In their own units.
-        direction: Fibre direction, unit length.
-        converged: Whether the tolerance was met.
-    """
-
-    parameters: Float[Array, "voxel parameter"]
-    direction: Float[Array, "voxel 3"]
-    converged: Bool[Array, " voxel"]
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 5))  # a block takes seconds, its compilation longer
 def ascend(
     model: MicrostructureModel,
@@ -430,8 +412,8 @@ def ascend(
     protocol: Protocol,
     block: Simulated,
     start: LabelStart,
-) -> Maximum:
-    """Ascend the Rician likelihood of every voxel from its start.
+) -> LmState:
+    """Ascend the Rician likelihood of every voxel from its start; its point is where it is largest, voxel last.
 
     Args:
         model: The forward model.
@@ -454,5 +436,4 @@ def ascend(
         direction = fit_tensor(protocol, measured).direction
         point = search_model(protocol, model, config, measured[protocol.order], direction).best
     surface = make_surface(forward, "rician", measured[forward.rows], precision)
-    state = lm_run(surface, lm_init(surface, point, config.damping), config.cost_tolerance, config.max_iterations)
-    return Maximum(state.point.values.T, state.point.direction.T, state.done)
+    return lm_run(surface, lm_init(surface, point, config.damping), config.cost_tolerance, config.max_iterations)

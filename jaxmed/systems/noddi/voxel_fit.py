@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxmed.physics.microstructure import MicrostructureModel, tangent_frame
-from jaxmed.physics.noddi import kappa_to_odi
+from jaxmed.physics.microstructure import MicrostructureModel, turn
+from jaxmed.physics.noddi import WET, kappa_to_odi
 from jaxmed.physics.rician import SIGMA_FLOOR
-from jaxmed.solvers.least_squares import LmState, lm_init, lm_run, solve_positive, weighted_linear
+from jaxmed.solvers.ascents import Ascent
+from jaxmed.solvers.least_squares import lm_init, lm_run, solve_positive, weighted_linear
 from jaxmed.solvers.symmetric import eigh_3x3
 from jaxmed.systems.noddi.likelihood import (
     Forward,
@@ -70,8 +71,6 @@ MISFIT = 3.0
 """Root mean squared residual over the noise above which a model does not make the signal."""
 UNKNOWN = 12**-0.5
 """Standard deviation of a uniform draw, as a share of its range: an error that says nothing."""
-WET = 0.9
-"""Free water fraction above which there is too little tissue to describe."""
 WIDEST_CONE = 45.0
 DETECTED = 2.0
 """Standard errors that ndi must exceed, or there may be no neurites to have a direction: noise alone makes some."""
@@ -154,26 +153,6 @@ class Voxels(NamedTuple):
     sigma: Float[Array | np.ndarray, " voxel"]
     gradient_map: Float[Array | np.ndarray, "voxel 3 3"] | None
 
-    def take(self, index: np.ndarray) -> "Voxels":
-        """Return some of them."""
-        return jax.tree.map(lambda leaf: np.ascontiguousarray(leaf[index]), self)
-
-
-class Ascent(NamedTuple):
-    """State of a chunk between calls, voxel last.
-
-    Attributes:
-        state: State of the solver.
-        other: A second start.
-        tries_other: Whether it is worth an ascent.
-        tensor: What the maps want of the start: mean diffusivity and anisotropy.
-    """
-
-    state: LmState
-    other: Point
-    tries_other: Array | np.ndarray
-    tensor: Array | np.ndarray
-
 
 def fit_voxels(
     protocol: Protocol,
@@ -244,9 +223,7 @@ def _differentiable(protocol: Protocol, noise: Noise, config: FitConfig, voxels:
     step = -solve_positive(jax.lax.stop_gradient(curvature), jnp.where(free, surface.evaluate(point).gradient, 0.0))
     step = jnp.where(jnp.isfinite(step), step, 0.0)
     step = step - jax.lax.stop_gradient(step)  # the value stays, its derivative is kept
-    first, second = tangent_frame(point.direction)
-    turned = point.direction + step[-2] * first + step[-1] * second
-    return Point(point.values + step[:-2], turned / jnp.sqrt(jnp.sum(turned**2, axis=0)))
+    return Point(point.values + step[:-2], turn(point.direction, step[-2:]))
 
 
 class _Data(NamedTuple):
@@ -330,8 +307,8 @@ def finish(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels, 
         direction_error=optimum.direction_error,
         s0=data.s0 * s0,
         residual=optimum.residual / s0,
-        mean_diffusivity=ascent.tensor[0],
-        fractional_anisotropy=ascent.tensor[1],
+        mean_diffusivity=ascent.start[0],
+        fractional_anisotropy=ascent.start[1],
         iterations=ascent.state.iterations.astype(jnp.int32),
         flags=flags,
         fitted=data.fitted,

@@ -26,8 +26,7 @@ from jaxmed.files import write_json
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.physics.lowfield import LOWFIELD2026, FitConfig, LowField, make_operator
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.bands import Band, banded_curves
-from jaxmed.report.figures import curves
+from jaxmed.report.figures import Band, curves
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import (
@@ -329,7 +328,7 @@ def _bank(run: Finished[Config, Summary], calibrated: Calibrated) -> Section:
     ]
     columns = ("bin", "start (steps left)", "mean residual", "residual of an estimate that passes it")
     blocks += [
-        banded_curves(
+        curves(
             {"residual": band}, xlabel="steps left", ylabel="residual |y - A(x)|",
             caption="Residual of the denoised image during full runs: mean, lowest and highest over the runs.",
         ),

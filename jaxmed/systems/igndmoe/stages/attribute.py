@@ -15,8 +15,7 @@ from jaxmed.models.graph_diffusion import EXPERTS
 from jaxmed.recipes.fitted_course import score
 from jaxmed.recipes.regional import CohortSource, RegionalCohort, SourceFlags, in_role, role_weights, synthetic
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.bands import Band, banded_curves
-from jaxmed.report.figures import histograms
+from jaxmed.report.figures import Band, curves, histograms
 from jaxmed.report.page import Figure, Note, Section, Table, Text
 from jaxmed.systems.igndmoe.cohort_fit import fit_in_folder, read_inputs
 from jaxmed.systems.igndmoe.comparing import ATTRIBUTION, ablations, bands, contributions, draw_weights
@@ -175,4 +174,4 @@ def _figure(path: Path, ylabel: str, caption: str) -> Figure:
         columns = (np.array(table.floats(f"{key}_{part}"))[::FEWER] for part in ("median", "low", "high"))
         found[name] = Band(stage, *columns)
     told = f"{caption} Lines are medians over draws, bands 90%."
-    return banded_curves(found, xlabel="stage (years)", ylabel=ylabel, caption=told)
+    return curves(found, xlabel="stage (years)", ylabel=ylabel, caption=told)

@@ -139,7 +139,7 @@ def run(config: Config, folder: RunFolder) -> int:
     if config.synthetic and not config.weights and config.bvals is None and config.bvecs is None:
         log = begin(folder)
         networks = train_tiny(config.seed, log)
-        table, forward = networks[0].table, networks[0].description.forward
+        table, forward = networks[0].description.table, networks[0].description.forward
     else:
         networks = [load(path) for path in config.weights]
         table, forward = read_protocol(config, networks)

@@ -9,20 +9,12 @@ import numpy as np
 from jaxmed.config import Count, Seed, checked
 from jaxmed.errors import InputError
 from jaxmed.files import require_given
+from jaxmed.io import onnx
+from jaxmed.io.maps import Quantity
 from jaxmed.physics.microstructure import simulate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.report.page import Section, Table, Text
-from jaxmed.systems.noddi.network import (
-    Network,
-    Output,
-    export_onnx,
-    load,
-    load_onnx,
-    predict,
-    predict_exactly,
-    ranges,
-    run_onnx,
-)
+from jaxmed.systems.noddi.network import Network, export_onnx, load, predict, predict_exactly, ranges
 from jaxmed.train.run_folder import RunFolder
 
 LARGEST_DIFFERENCE = 1e-6
@@ -75,7 +67,7 @@ class Summary:
     single_precision: float
     protocol: str
     images: int
-    outputs: tuple[Output, ...]
+    outputs: tuple[Quantity, ...]
 
 
 def run(config: Config, folder: RunFolder) -> None:
@@ -132,8 +124,8 @@ def draw_rows(network: Network, count: int, seed: int) -> np.ndarray:
 
 def compare(path: Path, network: Network, rows: np.ndarray, clock: Clock) -> dict[str, np.ndarray]:
     """Return what ONNX Runtime and jax in single precision make of the same rows; both are timed when warm."""
-    deployed, found = load_onnx(path), {}
-    for name, call in (("ONNX Runtime", lambda: run_onnx(deployed, rows)), ("jax", lambda: predict(network, rows))):
+    session, found = onnx.load(path), {}
+    for name, call in (("ONNX Runtime", lambda: session.run(rows)), ("jax", lambda: predict(network, rows))):
         call()
         clock.lap("compile, and allocate for the first time")
         found[name] = call()
@@ -152,7 +144,7 @@ def page(run: Finished[Config, Summary]) -> Page:
         "Columns of the output. Difference: the largest between ONNX Runtime and jax in double precision, as a share "
         f"of the range; jax in single precision, as predict runs it, is {summary.single_precision:.1e} away."
     )
-    columns = ("Output", "Definition", "Unit", "Lowest", "Highest", "Difference")
+    columns = ("Quantity", "Definition", "Unit", "Lowest", "Highest", "Difference")
     use = Text(
         [
             f"Input 'signals': float32, voxels x {summary.images} magnitudes in the order of the protocol, "

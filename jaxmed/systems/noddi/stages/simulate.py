@@ -9,8 +9,8 @@ from jaxmed.config import NonNegative, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.dicom_files import require_pydicom
-from jaxmed.io.maps import write_sidecar
-from jaxmed.io.parametric_map import Quantity, new_stack, write_mr_images
+from jaxmed.io.maps import Quantity, write_sidecar
+from jaxmed.io.parametric_map import new_stack, write_mr_images
 from jaxmed.physics.acquisition import Shell, find_shells, two_shell_protocol
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import MapStyle, slice_maps

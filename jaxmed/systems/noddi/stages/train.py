@@ -2,8 +2,7 @@
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable
+import itertools
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 
 from jaxmed.config import Seed, checked
 from jaxmed.io.gradients import write_gradients
+from jaxmed.io.maps import Quantity
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.metrics.recovery import DEFINED
 from jaxmed.models.mlp import MlpConfig
@@ -20,15 +20,14 @@ from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import agreement, curves
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.parameter_maps import error_table, map_label
-from jaxmed.systems.noddi.network import Network, Output, predict, save
+from jaxmed.systems.noddi.network import Network, predict, save
 from jaxmed.systems.noddi.protocol import read_table
-from jaxmed.systems.noddi.training import TINY, State, TrainConfig, Trained, train
+from jaxmed.systems.noddi.training import TINY, State, Step, TrainConfig, Trained, train
 from jaxmed.train.announce import announce
-from jaxmed.train.checkpoint import Checkpoints
 from jaxmed.train.log import Log, read_metrics
+from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.run_folder import RunFolder
 
-SECONDS_BETWEEN_SAVES = 20.0
 VALIDATION_VOXELS = 5000
 VALIDATION_SNR = 30.0
 
@@ -94,7 +93,7 @@ class Summary:
     protocol: str
     images: int
     shells: tuple[Shell, ...]
-    outputs: tuple[Output, ...]
+    outputs: tuple[Quantity, ...]
     parameters: int
     labels: str
     best: int
@@ -141,42 +140,16 @@ def train_in_folder(
     key: jax.Array, bvals: np.ndarray, bvecs: np.ndarray, config: TrainConfig, folder: RunFolder, log: Log
 ) -> Trained:
     """Train, saving to and continuing from RUN/checkpoints, with a line of metrics per epoch."""
-    last_save = time.monotonic()
-    update_epochs: Callable[..., None] | None = None
-    with (
-        contextlib.ExitStack() as bars,
-        Checkpoints(folder.checkpoints / "state", {"run": folder.record}) as checkpoints,
-    ):
+    epochs = LoopConfig(steps=config.epochs, log_every=1, save_every=1)
+    with contextlib.ExitStack() as labelling:
 
-        def restore(state: State) -> State:
-            nonlocal update_epochs
+        def loop(state: State, step: Step) -> State:
             labelling.close()  # a terminal has room for one bar
-            found = checkpoints.restore(state)
-            log.rewind(0 if found is None else found.step)
-            if found is not None:
-                log.say(f"Continuing after epoch {found.step} of an interrupted run.")
-            update_epochs = bars.enter_context(
-                log.progress("Training", config.epochs, "epochs", 0 if found is None else found.step)
-            )
-            return state if found is None else found.state
+            turns = itertools.repeat(())
+            return fit(epochs, state, step, lambda _: turns, mesh=None, folder=folder, log=log, unit="epoch")
 
-        def on_epoch(state: State) -> None:
-            nonlocal last_save
-            epoch = int(state.epoch)
-            losses = np.asarray(state.losses[epoch - 1])
-            best = int(losses[1].argmin())
-            log.metrics(epoch, {"loss": float(losses[0, best]), "held_out_loss": float(losses[1, best])})
-            assert update_epochs is not None  # restore is called first
-            update_epochs(epoch, f"held-out loss {losses[1, best]:.5f}")
-            if epoch == config.epochs or time.monotonic() - last_save > SECONDS_BETWEEN_SAVES:
-                checkpoints.save(epoch, state)
-                last_save = time.monotonic()
-
-        labelling = bars.enter_context(contextlib.ExitStack())
         on_block = labelling.enter_context(log.progress("Simulating and labelling", config.signals, "signals"))
-        return train(
-            key, bvals, bvecs, config, allow_single_shell=True, restore=restore, on_epoch=on_epoch, on_block=on_block
-        )
+        return train(key, bvals, bvecs, config, allow_single_shell=True, loop=loop, on_block=on_block)
 
 
 def write_validation(path: Path, key: jax.Array, network: Network) -> None:
