@@ -4,8 +4,9 @@ A configuration is a nested frozen dataclass of numbers, words, paths, tuples, `
 stage's summary may hold dictionaries too. The JSON form is what a run folder keeps; reading it back checks every name
 and type and says what is wrong in one line.
 
-Numbers are checked where a record is made, by the command line, config.json or Python alike: `@checked` under the
-dataclass decorator holds every float finite and every number within the bounds that its type names.
+Values are checked where a record is made, by the command line, config.json or Python alike: `@checked` under the
+dataclass decorator holds every float finite, every number within the bounds that its type names, every `Literal` to its
+words, and ranges in order.
 """
 
 import dataclasses
@@ -76,19 +77,26 @@ Workers = Annotated[int, Bounds(0, 1024)]
 Threads = Annotated[int, Bounds(1, 1024)]
 Number = Annotated[int, Bounds(0, 1_000_000)]  # of things to generate
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # beyond it jax would drop digits
+ASCENDING = "ascending"
+"""In the type of a pair: the first number is not above the second."""
+Range = Annotated[tuple[NonNegative, NonNegative], ASCENDING]
+PositiveRange = Annotated[tuple[Positive, Positive], ASCENDING]
+ShareRange = Annotated[tuple[Share, Share], ASCENDING]
+FractionRange = Annotated[tuple[Fraction, Fraction], ASCENDING]
 
 
 def checked(kind: Class) -> Class:
-    """Check the numbers of every instance, before the class's own `__post_init__`.
+    """Check the values of every instance, before the class's own `__post_init__`.
 
     Raises:
-        InputError: A float is not finite, or a number out of bounds; the message names field, value and expectation.
+        InputError: A float is not finite, a number out of bounds, a word unknown or a range upside down; the message
+            names field, value and expectation.
     """
     own = kind.__dict__.get("__post_init__")
 
     def check(self: Any) -> None:
         for name, hint in _hints(type(self)).items():
-            _check_numbers(hint, getattr(self, name), name)
+            _check_value(hint, getattr(self, name), name)
         if own is not None:
             own(self)
         elif hasattr(super(kind, self), "__post_init__"):
@@ -104,20 +112,24 @@ def _hints(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _check_numbers(hint: Any, value: Any, field: str, bounds: Bounds | None = None) -> None:
+def _check_value(hint: Any, value: Any, field: str, bounds: Bounds | None = None) -> None:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         named = next((one for one in arguments[1:] if isinstance(one, Bounds)), bounds)
-        _check_numbers(arguments[0], value, field, named)
+        _check_value(arguments[0], value, field, named)
+        if ASCENDING in arguments[1:] and isinstance(value, tuple) and value[0] > value[1]:
+            raise InputError(field, "a range in order", _shown(value))
+    elif origin is typing.Literal and value not in arguments:
+        raise InputError(field, "one of " + ", ".join(map(str, arguments)), _shown(value))
     elif origin is tuple and isinstance(value, tuple):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         for kind, item in zip(kinds, value, strict=False):
-            _check_numbers(kind, item, field, bounds)
+            _check_value(kind, item, field, bounds)
     elif origin in (typing.Union, types.UnionType):
         for kind in arguments:
             is_tuple = typing.get_origin(kind) is tuple
-            if is_tuple == isinstance(value, tuple):
-                _check_numbers(kind, value, field, bounds)
+            if is_tuple == isinstance(value, tuple) and typing.get_origin(kind) is not typing.Literal:
+                _check_value(kind, value, field, bounds)
     elif hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
         if hint is int and isinstance(value, float):
             return
@@ -251,7 +263,7 @@ def _parse_dataclass(kind, value, where, field, wrong):
         raise InputError(f"{where}, {field}" if field else where, "valid values", str(error)) from error
 
 
-def _shown(value: float) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Bool, Float, Float32, Shaped
 from PIL import Image
 
 from jaxmed.arrays.bspline import Edge, resize_bspline
@@ -518,6 +518,18 @@ def load_mask(path: Path, loaded: Loaded, preprocess: Preprocess, value: int | N
         moved = preprocess.lay_out(preprocess.turn(volume), kind, loaded.axis)
         masks.append(Volume.make(moved.array >= 0.5, moved.affine))
     return tuple(masks)
+
+
+def load_head(path: Path, loaded: Loaded, preprocess: Preprocess) -> Bool[np.ndarray, "x y z"]:
+    """Read the mask of a scan, or a label map of its brain, onto the grid of `loaded.volume`.
+
+    Raises:
+        InputError: As of `load_mask`, or nothing is inside.
+    """
+    inside = load_mask(path, loaded, preprocess)[0].array
+    if not inside.any():
+        raise InputError(path, "a mask with voxels", "none", "check the mask")
+    return inside
 
 
 def resize_bicubic(

@@ -5,12 +5,14 @@ the way back, by weights that fall off linearly from the middle of a window and 
 was cut gives the image back.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Shaped
 
+from jaxmed.config import Decay, checked
 from jaxmed.errors import InputError
 
 
@@ -142,6 +144,57 @@ def paste(
     result = np.array(background, np.float32)
     np.divide(total, weight, out=total, where=weight > 0)
     return np.where(weight > 0, total, result).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class TilingConfig:
+    """How images larger than the network's are handled.
+
+    Attributes:
+        overlap: Share of a tile that its neighbour has too.
+        least_head: Tiles with a smaller share of head are left as they are.
+    """
+
+    overlap: Decay = 0.5
+    least_head: Decay = 0.01
+
+
+class Tiles(NamedTuple):
+    """Windows of the network's size over a volume, of which those are worked on that show something.
+
+    Attributes:
+        windows: All of them.
+        kept: Which show something.
+        size: Of a window.
+        axis: Across the slices; None where a window is a volume.
+    """
+
+    windows: tuple[Window, ...]
+    kept: Bool[np.ndarray, " window"]
+    size: tuple[int, ...]
+    axis: int | None
+
+    def cut(self, volume: Shaped[np.ndarray, "x y z"]) -> Float32[np.ndarray, "tile ..."]:
+        """Return the tiles that show something, with a channel; what is smaller than one is extended by zeros."""
+        chosen = [window for window, keep in zip(self.windows, self.kept, strict=True) if keep]
+        return cut(planes(volume, self.axis), chosen, self.size)[..., None].astype(np.float32)
+
+    def blend(
+        self, values: Float32[np.ndarray, "tile ..."], background: Shaped[np.ndarray, "x y z"]
+    ) -> Float32[np.ndarray, "x y z"]:
+        """Put one result for each tile that shows something into a volume; the others show the background."""
+        every = cut(planes(background, self.axis), self.windows, self.size).astype(np.float32)
+        every[self.kept] = values[..., 0]
+        return paste(every, self.windows, np.zeros(background.shape, np.float32), self.axis)
+
+
+def tile_head(head: Bool[np.ndarray, "x y z"], axis: int | None, size: tuple[int, ...], config: TilingConfig) -> Tiles:
+    """Cover slices, or a volume, by tiles of a size, and tell which show a head."""
+    inside = planes(head, axis)
+    windows = tile(len(inside), inside.shape[1:], size, config.overlap)
+    kept = cut(inside, windows, size).reshape(len(windows), -1).mean(1) > config.least_head
+    return Tiles(windows, kept, size, axis)
 
 
 def random_crop(

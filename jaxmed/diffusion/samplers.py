@@ -44,8 +44,6 @@ class Ancestral:
     times: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if self.variance not in ("fixed_large", "posterior"):
-            raise ValueError(f"variance: expected 'fixed_large' or 'posterior', got {self.variance!r}")
         _check_times(self.times)
 
 
@@ -122,8 +120,6 @@ class Heun:
     times: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if self.order not in (1, 2):
-            raise ValueError(f"order: expected 1 or 2, got {self.order}")
         _check_times(self.times)
 
 
@@ -316,28 +312,31 @@ def plan(schedule: Schedule, sampler: Sampler, to_image: bool = True) -> LinearS
     """
     times = grid(schedule, sampler)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
-    left = np.arange(len(times))[::-1]
+    ends = _Ends(times, alpha, sigma, np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0), np.arange(len(times))[::-1])
     match sampler:
         case Heun():
-            steps = _plan_heun(schedule, sampler, times, next_alpha, next_sigma / next_alpha, left)
+            steps = _plan_heun(schedule, sampler, ends)
         case DpmSolver():
-            steps = _plan_multistep(times, alpha, sigma, next_alpha, next_sigma, left)
+            steps = _plan_multistep(ends)
         case _:
-            steps = _plan_chain(sampler, times, alpha, sigma, next_alpha, next_sigma, left)
+            steps = _plan_chain(sampler, ends)
     return steps if to_image else type(steps)(*(column[:-1] for column in steps))
 
 
-def _plan_chain(
-    sampler: Ancestral | Ddim,
-    times: np.ndarray,
-    alpha: np.ndarray,
-    sigma: np.ndarray,
-    next_alpha: np.ndarray,
-    next_sigma: np.ndarray,
-    left: np.ndarray,
-) -> LinearSteps:
+class _Ends(NamedTuple):
+    """Where steps begin and end."""
+
+    times: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    next_alpha: np.ndarray
+    next_sigma: np.ndarray
+    left: np.ndarray
+
+
+def _plan_chain(sampler: Ancestral | Ddim, ends: _Ends) -> LinearSteps:
     """Tabulate DDPM and DDIM from q(x_s | x_t, x_0), which holds for any alpha and sigma."""
+    times, alpha, sigma, next_alpha, next_sigma, left = ends
     forward = sigma**2 - (alpha / next_alpha) ** 2 * next_sigma**2  # variance that the step from s to t adds
     posterior = forward * next_sigma**2 / sigma**2
     if isinstance(sampler, Ancestral):
@@ -352,15 +351,9 @@ def _plan_chain(
     return LinearSteps(times, keep, pull, np.zeros_like(keep), noise, left)
 
 
-def _plan_multistep(
-    times: np.ndarray,
-    alpha: np.ndarray,
-    sigma: np.ndarray,
-    next_alpha: np.ndarray,
-    next_sigma: np.ndarray,
-    left: np.ndarray,
-) -> LinearSteps:
+def _plan_multistep(ends: _Ends) -> LinearSteps:
     """Tabulate DPM-Solver++(2M) from steps h in lambda = log(alpha / sigma)."""
+    times, alpha, sigma, next_alpha, next_sigma, left = ends
     with np.errstate(divide="ignore"):
         step = np.log(next_alpha / next_sigma) - np.log(alpha / sigma)  # infinite at the last step
     before = np.append(step[:1], step[:-1])
@@ -370,17 +363,10 @@ def _plan_multistep(
     return LinearSteps(times, next_sigma / sigma, pull * (1 + share), -pull * share, np.zeros_like(pull), left)
 
 
-def _plan_heun(
-    schedule: Schedule,
-    sampler: Heun,
-    times: np.ndarray,
-    next_alpha: np.ndarray,
-    next_ratio: np.ndarray,
-    left: np.ndarray,
-) -> HeunSteps:
+def _plan_heun(schedule: Schedule, sampler: Heun, ends: _Ends) -> HeunSteps:
     """Tabulate EDM's algorithm 2; a raised noise level never leaves the schedule."""
-    start_alpha = schedule.alpha(times)
-    start_ratio = schedule.sigma(times) / start_alpha
+    times, start_alpha, sigma, next_alpha, next_sigma, left = ends
+    start_ratio, next_ratio = sigma / start_alpha, next_sigma / next_alpha
     is_churned = (start_ratio >= sampler.churn_min) & (start_ratio <= sampler.churn_max) & (sampler.churn > 0)
     raised = start_ratio * (1 + min(sampler.churn / len(times), np.sqrt(2) - 1))
     time = np.where(is_churned, schedule.time_at(raised), times)

@@ -7,18 +7,21 @@ float64 answers on the host, where samplers make their tables; jax arrays get an
 
 import dataclasses
 import functools
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num
 
+from jaxmed.config import Bounds, Positive, Probability, checked
+
 # Numbers of any shape; what goes in on one side, host or device, comes out there.
 Times = TypeVar("Times", Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class VpDiscrete:
     """The variance-preserving chain of DDPM; t counts from 0 to num_steps - 1.
 
@@ -32,14 +35,8 @@ class VpDiscrete:
     Source: DDPM, arXiv:2006.11239, section 2; improved DDPM, arXiv:2102.09672, equation 17.
     """
 
-    num_steps: int = 1000
+    num_steps: Annotated[int, Bounds(2, 65_536)] = 1000
     betas: Literal["cosine", "linear"] = "cosine"
-
-    def __post_init__(self):
-        if self.num_steps < 2:
-            raise ValueError(f"num_steps: expected 2 or more, got {self.num_steps}")
-        if self.betas not in ("cosine", "linear"):
-            raise ValueError(f"betas: expected 'cosine' or 'linear', got {self.betas!r}")
 
     @property
     def beta_table(self) -> Float[np.ndarray, " time"]:
@@ -97,6 +94,7 @@ class VpDiscrete:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class VpContinuous:
     """The variance-preserving diffusion of score SDEs; t from 0 to 1, and beta(t) is linear.
 
@@ -112,16 +110,13 @@ class VpContinuous:
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    time_min: float = 1e-3
-    train_time_min: float = 1e-5
+    time_min: Probability = 1e-3
+    train_time_min: Probability = 1e-5
     network_steps: int = 1000
 
     def __post_init__(self):
         if not 0 < self.beta_min < self.beta_max:
             raise ValueError(f"beta_min, beta_max: expected 0 < min < max, got {self.beta_min}, {self.beta_max}")
-        for name in ("time_min", "train_time_min"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a time in (0, 1), got {getattr(self, name)}")
 
     def alpha(self, t: Times) -> Times:
         """Return what is left of the image."""
@@ -158,6 +153,7 @@ class VpContinuous:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Ve:
     """The variance-exploding diffusion: alpha is 1, and t is sigma.
 
@@ -201,6 +197,7 @@ class Ve:
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Edm:
     """The design of EDM: alpha is 1, t is sigma, and network inputs and outputs have unit variance.
 
@@ -217,16 +214,13 @@ class Edm:
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    sigma_data: float = 0.5
-    rho: float = 7.0
+    sigma_data: Positive = 0.5
+    rho: Positive = 7.0
     log_mean: float = -1.2
-    log_std: float = 1.2
+    log_std: Positive = 1.2
 
     def __post_init__(self):
         _check_range(self.sigma_min, self.sigma_max)
-        for name in ("sigma_data", "rho", "log_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
     def alpha(self, t: Times) -> Times:
         """Return 1: the image stays."""

@@ -53,10 +53,11 @@ def write_map(
         definition: In one line.
         unit: "1" for a fraction.
         constants: What the map rests on.
-        reference: NIfTI file whose header the map takes.
+        reference: File whose header the map takes where it is NIfTI.
         **further: More lines of the sidecar.
     """
-    nifti.write(folder / f"{name}.nii.gz", volume, reference=reference)
+    is_nifti = reference is not None and reference.name.lower().endswith(nifti.SUFFIXES)
+    nifti.write(folder / f"{name}.nii.gz", volume, reference=reference if is_nifti else None)
     write_sidecar(folder / f"{name}.json", definition, unit, constants, **further)
 
 

@@ -125,14 +125,27 @@ def mixture_volumes(fit: TissueFit, voxel_volume: float) -> Float[Array, "3"]:
     return fit.shares.reshape(-1, 3).sum(0) * voxel_volume
 
 
+def tissue_volumes(
+    images: Mapping[str, Float[np.ndarray, "*space"]], mask: Bool[np.ndarray, "*space"], voxel_volume: float
+) -> dict[str, dict[str, float]]:
+    """Measure TISSUES by the same estimator on every image, on one mask that is not empty; see `mixture_volumes`."""
+    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(mask))
+    inside = jnp.asarray(mask[box])
+    measure = jax.jit(lambda image: mixture_volumes(fit_tissue(image, inside), voxel_volume))
+    volumes = {name: np.asarray(measure(jnp.asarray(image[box]))).tolist() for name, image in images.items()}
+    return {name: dict(zip(TISSUES, values, strict=True)) for name, values in volumes.items()}
+
+
 def label_volumes(
-    labels: Integer[np.ndarray, "*space"], table: Mapping[str, tuple[int, ...]], voxel_volume: float
+    labels: Integer[np.ndarray, "*space"],
+    table: Mapping[str, tuple[int, ...]] | None,
+    voxel_volume: float,
 ) -> dict[str, float]:
     """Count structures in a label map, such as one that a segmentation program wrote.
 
     Args:
         labels: Whole numbers.
-        table: The labels that make up each structure, by its name.
+        table: The labels that make up each structure, by its name; None counts every label but 0 by its number.
         voxel_volume: In the unit of the result.
 
     Raises:
@@ -140,6 +153,8 @@ def label_volumes(
     """
     if not (math.isfinite(voxel_volume) and voxel_volume > 0):
         raise InputError("voxel_volume", "a positive number", voxel_volume)
+    if table is None:
+        table = {str(value): (value,) for value in np.unique(labels).tolist() if value}
     empty = [name for name, values in table.items() if not values]
     if empty:
         raise InputError(f"labels of '{empty[0]}'", "one or more", "none")

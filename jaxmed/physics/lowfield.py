@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.filters import Mode, Width, along, blur_matrix
 from jaxmed.arrays.types import KeyArray, Scalar
-from jaxmed.config import Count, NonNegative, Positive, Spread, checked
-from jaxmed.physics.operators import LinearOperator, resize_matrix, separable
+from jaxmed.config import Count, NonNegative, Positive, PositiveRange, Probability, Size, Spread, checked
+from jaxmed.physics.operators import LinearOperator, per_axis, resize_matrix, separable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +43,15 @@ class LowField:
     scale: Positive | tuple[Positive, ...] = 4.0
     antialias: bool = True
     sigma: Spread | tuple[Spread, ...] = 1.0
-    radius: int = 5
+    radius: Size = 5
     padding: Mode = "reflect"
     noise: NonNegative = 1e-3
-    floor: NonNegative = 1e-3
+    floor: Probability = 1e-3
 
     def __post_init__(self):
         """Refuse what no scanner does."""
-        if not all(scale >= 1 for scale in _as_tuple(self.scale)):
+        if not np.all(np.asarray(self.scale) >= 1):
             raise ValueError(f"scale: expected 1 or more on every axis, found {self.scale}")
-        if self.radius < 1:
-            raise ValueError(f"radius: expected 1 or more, found {self.radius}")
-        if not 0 < self.floor < 1:
-            raise ValueError(f"floor: expected a number in (0, 1), found {self.floor}")
 
 
 def make_operator(shape: tuple[int, ...], config: LowField) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
@@ -81,7 +77,7 @@ def linear_part(shape: tuple[int, ...], config: LowField, relative_cutoff: float
         config: The acquisition.
         relative_cutoff: Cutoff of the pseudo-inverse, see `operators.separable`.
     """
-    sigmas = _per_axis(config.sigma, len(shape), "sigma")
+    sigmas = per_axis(config.sigma, len(shape), "sigma")
     # Nothing of it depends on data: inside a traced function too it is computed at once, for the pseudo-inverse.
     with jax.ensure_compile_time_eval():
         return separable(_matrices(shape, sigmas, config), relative_cutoff)
@@ -90,7 +86,7 @@ def linear_part(shape: tuple[int, ...], config: LowField, relative_cutoff: float
 def axis_matrices(shape: tuple[int, ...], config: LowField) -> list[Float[np.ndarray, "_ _"] | None]:
     """Return the matrix of each axis that `linear_part` multiplies by, such as for `posterior.ddrm`; None for none."""
     with jax.ensure_compile_time_eval():
-        found = _matrices(shape, _per_axis(config.sigma, len(shape), "sigma"), config)
+        found = _matrices(shape, per_axis(config.sigma, len(shape), "sigma"), config)
         return [None if matrix is None else np.asarray(matrix, np.float64) for matrix in found]
 
 
@@ -160,15 +156,8 @@ class FitConfig:
     weight_decay: NonNegative = 1e-3
     max_steps: Count = 1000
     patience: Count = 100
-    gamma_range: tuple[Positive, Positive] = (0.3, 3.0)
-    sigma_range: tuple[NonNegative, NonNegative] = (0.1, 5.0)
-
-    def __post_init__(self):
-        """Refuse ranges that are none."""
-        for name in ("gamma_range", "sigma_range"):
-            low, high = getattr(self, name)
-            if not 0 < low < high:
-                raise ValueError(f"{name}: expected 0 < low < high, found {low}, {high}")
+    gamma_range: PositiveRange = (0.3, 3.0)
+    sigma_range: PositiveRange = (0.1, 5.0)
 
 
 class _FitState(NamedTuple):
@@ -197,7 +186,7 @@ def fit(
     Returns:
         The best point met, from a start at (1, 1).
     """
-    is_blurred = [sigma > 0 for sigma in _per_axis(config.sigma, len(shape), "sigma")]
+    is_blurred = [sigma > 0 for sigma in per_axis(config.sigma, len(shape), "sigma")]
     optimizer = optax.adamw(options.learning_rate, weight_decay=options.weight_decay)
 
     def loss(point: Float[Array, "2"]) -> Scalar:
@@ -233,7 +222,7 @@ def _matrices(
 ) -> list[Float[Array, "_ _"] | Float[np.ndarray, "_ _"] | None]:
     """Return the resize and the blur of each axis as one matrix."""
     matrices = []
-    for size, scale, sigma in zip(shape, _per_axis(config.scale, len(shape), "scale"), sigmas, strict=True):
+    for size, scale, sigma in zip(shape, per_axis(config.scale, len(shape), "scale"), sigmas, strict=True):
         matrix = None
         if scale != 1:
             small = int(size // scale)
@@ -243,17 +232,6 @@ def _matrices(
             matrix = blur if matrix is None else jnp.matmul(blur, matrix, precision=jax.lax.Precision.HIGHEST)
         matrices.append(matrix)
     return matrices
-
-
-def _as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _per_axis(value: float | tuple[float, ...], num_axes: int, name: str) -> list[float]:
-    values = _as_tuple(value) * (1 if isinstance(value, tuple) else num_axes)
-    if len(values) != num_axes:
-        raise ValueError(f"{name}: expected one value or {num_axes}, found {len(values)}")
-    return [float(v) for v in values]
 
 
 LOWFIELD2025 = LowField()

@@ -95,7 +95,7 @@ def blur(
         mode: What lies outside the image.
         relative_cutoff: See `separable`: the least contrast of a wave that the pseudo-inverse brings back.
     """
-    sigmas = _per_axis(sigma, len(shape))
+    sigmas = per_axis(sigma, len(shape), "sigma")
     matrices = []
     for size, width in zip(shape, sigmas, strict=True):
         reach = int(np.ceil(4 * width)) if radius is None else radius
@@ -135,8 +135,9 @@ def mask(keep: Bool[Array, "..."] | Bool[np.ndarray, "..."]) -> LinearOperator:
     return LinearOperator(apply, apply, apply)
 
 
-def _per_axis(value: float | Sequence[float], num_axes: int) -> list[float]:
+def per_axis(value: float | Sequence[float], num_axes: int, name: str) -> list[float]:
+    """Return one number for each axis of space, of one for all or one per axis."""
     values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * num_axes
     if len(values) != num_axes:
-        raise ValueError(f"sigma: expected one value or {num_axes}, got {len(values)}")
+        raise ValueError(f"{name}: expected one value or {num_axes}, found {len(values)}")
     return values

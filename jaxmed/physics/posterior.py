@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Key
 
 from jaxmed.arrays.batches import map_rows
+from jaxmed.config import Count, checked
 from jaxmed.errors import require_extra
 from jaxmed.physics import rician
 from jaxmed.physics.microstructure import MicrostructureModel, weighted_signal
@@ -25,6 +26,7 @@ START_MARGIN = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PosteriorConfig:
     """How long and how far chains move.
 
@@ -35,15 +37,10 @@ class PosteriorConfig:
         chunk_size: Voxels that move at once.
     """
 
-    num_warmup: int = 150
-    num_samples: int = 300
-    num_leapfrog: int = 8
-    chunk_size: int = 256
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {value}")
+    num_warmup: Count = 150
+    num_samples: Count = 300
+    num_leapfrog: Count = 8
+    chunk_size: Count = 256
 
 
 class Posterior(NamedTuple):

@@ -5,7 +5,7 @@ is written is read again by `models.published.load_published`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -26,10 +26,10 @@ from jaxmed.models.published.load import load_published
 from jaxmed.models.unet_guided import CI_PRIOR, GuidedUnetConfig, guided_unet
 from jaxmed.nn.model import Network
 from jaxmed.recipes.denoiser import NetworkLoss, Prepare, train_denoiser
-from jaxmed.recipes.stage import Clock, begin, first_only
+from jaxmed.recipes.stage import Clock, Page, begin, first_only
 from jaxmed.recipes.training import NO_PREFIX, TrainConfig, TrainData, check_fit
-from jaxmed.report.figures import MapStyle, curves
-from jaxmed.report.page import Figure, Section, Table, Tile
+from jaxmed.report.figures import MapStyle, curves, slice_maps
+from jaxmed.report.page import Block, Figure, Section, Table, Text, Tile
 from jaxmed.synthesis.label_images import ImageMaker, SyntheticConfig
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
@@ -41,7 +41,6 @@ from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.volume import Volume
 
 STYLE = MapStyle(colormap="gray", limits=(0.0, MAX_INTENSITY))
-ONE_MM = (1.0, 1.0, 1.0)
 Counts: TypeAlias = dict[str, dict[str, int]]
 """Scans, label maps and images of each split."""
 
@@ -258,39 +257,61 @@ def write_images(folder: Path, name: str, images: Float32[np.ndarray, "image ...
         write_map(folder, stem, volume, definition, "1", constants, axes=axes)
 
 
-def stored_images(outputs: Path, name: str) -> list[np.ndarray]:
-    """Return what `write_images` wrote: slices side by side as one array, or the first four volumes."""
-    paths = [outputs / f"{stem}.nii.gz" for stem in (name, *(f"{name}_{number}" for number in range(4)))]
-    return [nifti.read(path).array for path in paths if path.exists()]
+# The page -----------------------------------------------------------------------------------------------------------
 
 
-# Parts of the page --------------------------------------------------------------------------------------------------
+def training_page(
+    title: str,
+    subtitle: str,
+    counts: Counts,
+    lines: list[dict[str, float]],
+    plots: Sequence[tuple[Mapping[str, str], str, str]],
+    tiles: Sequence[Tile],
+    shown: Section,
+    reading: Sequence[str],
+) -> Page:
+    """Show how a network was trained, on what, and what it makes of images.
 
-
-def training_tiles(counts: Counts, lines: list[dict[str, float]]) -> list[Tile]:
-    """Return how long a network was trained, and on what."""
+    Args:
+        title: System and network.
+        subtitle: What was trained.
+        counts: Of `Trained`.
+        lines: Of metrics.jsonl.
+        plots: Names of series by their labels, their unit and a caption.
+        tiles: The numbers to read after steps and images.
+        shown: What the network makes of images.
+        reading: How to read all this.
+    """
     train = counts["train"]
-    return [
-        ("Steps", int(last_of(lines, "step")), f"{last_of(lines, 'steps_per_second'):.2g} per second"),
-        ("Images", train["images"], f"{train['scans']} scans, {train['labels']} label maps"),
-    ]
-
-
-def training_section(
-    counts: Counts, lines: list[dict[str, float]], *plots: tuple[Mapping[str, str], str, str]
-) -> Section:
-    """Show series of metrics.jsonl and what was read; a plot is names of series by label, unit and caption."""
-    figures: list[Figure] = []
+    length = ("Steps", int(last_of(lines, "step")), f"{last_of(lines, 'steps_per_second'):.2g} per second")
+    images = ("Images", train["images"], f"{train['scans']} scans, {train['labels']} label maps")
+    blocks: list[Block] = []
     for names, ylabel, caption in plots:
         found = {}
         for label, name in names.items():
             points = [(line["step"], line[name]) for line in lines if name in line]
             if len(points) > 1 or (points and not found):
                 found[label] = tuple(np.array(column) for column in zip(*points, strict=True))
-        figures.append(curves(found, xlabel="step", ylabel=ylabel, log=True, caption=caption))
+        blocks.append(curves(found, xlabel="step", ylabel=ylabel, log=True, caption=caption))
     rows = [(split, *counts[split].values()) for split in ("train", "validation")]
-    read = Table(("", "Scans", "Label maps", "Images"), rows, "What was read; whole subjects are held out.")
-    return Section("Training", [*figures, read])
+    blocks.append(Table(("", "Scans", "Label maps", "Images"), rows, "What was read; whole subjects are held out."))
+    sections = [Section("Training", blocks), shown, Section("How to read this", [Text(reading)])]
+    return Page(title, subtitle, [length, images, *tiles], sections)
+
+
+def image_figure(outputs: Path, shown: Mapping[str, str], caption: str) -> Figure:
+    """Draw what `write_images` wrote, names by label: slices side by side; of a single name up to four volumes."""
+    maps: dict[str, np.ndarray] = {}
+    for label, name in shown.items():
+        paths = [outputs / f"{stem}.nii.gz" for stem in (name, *(f"{name}_{number}" for number in range(4)))]
+        arrays = [nifti.read(path).array for path in paths if path.exists()]
+        if len(shown) > 1 or len(arrays) == 1:
+            maps[label] = arrays[0]
+        else:
+            maps |= {f"{label} {number + 1}": array for number, array in enumerate(arrays)}
+    slices = next(iter(maps.values())).shape[2] if len(maps) == 1 else 6
+    spacing = (1.0, 1.0, 1.0)
+    return slice_maps(maps, spacing, caption=caption, styles=dict.fromkeys(maps, STYLE), num_slices=slices)
 
 
 def last_of(lines: list[dict[str, float]], *names: str) -> float:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxmed.config import checked
-from jaxmed.synthesis.control_grid import Photo, Range, draw_field
+from jaxmed.config import FractionRange, Range, checked
+from jaxmed.synthesis.control_grid import Photo, draw_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,18 +19,12 @@ class BiasFieldConfig:
     """Ranges of the field.
 
     Attributes:
-        control_scale: Range of control points per voxel.
+        control_scale: FractionRange of control points per voxel.
         std: Range of the standard deviation of the control values, of the natural logarithm of the gain.
     """
 
-    control_scale: Range = (0.02, 0.04)
+    control_scale: FractionRange = (0.02, 0.04)
     std: Range = (0.1, 0.6)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.control_scale[0] <= self.control_scale[1] <= 1:
-            raise ValueError(f"control_scale: expected a range within (0, 1], found {self.control_scale}")
-        if not 0 <= self.std[0] <= self.std[1]:
-            raise ValueError(f"std: expected a range from 0 on, found {self.std}")
 
 
 SEVERE = BiasFieldConfig()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Key
 
-from jaxmed.synthesis.control_grid import Range
+from jaxmed.config import Range, Share, checked
 
 NUM_LABELS = 256
 LESION, WHITE_MATTER = 77, 2
@@ -27,6 +27,7 @@ GAMMA_FIXED_POINT = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ContrastConfig:
     """How contrasts are drawn.
 
@@ -41,18 +42,9 @@ class ContrastConfig:
 
     mean: Range = (25.0, 225.0)
     std: Range = (5.0, 25.0)
-    background_probability: float = 0.5
-    ct_probability: float = 0.0
+    background_probability: Share = 0.5
+    ct_probability: Share = 0.0
     partial_volume: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high:
-                raise ValueError(f"{name}: expected a range from 0 on, found {(low, high)}")
-        for name in ("background_probability", "ct_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a probability, found {getattr(self, name)}")
 
 
 class Contrast(NamedTuple):

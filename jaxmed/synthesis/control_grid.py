@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxmed.arrays.filters import along, linear_matrix, zoom_positions
+from jaxmed.config import Range
 
-Range = tuple[float, float]
 PHOTO_AXIS = 1
 """The axis along which slabs of a dissected brain are photographed."""
 LEAST_PHOTO_SPACING = 2.5

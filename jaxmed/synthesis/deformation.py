@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.warping import compose, identity_grid
-from jaxmed.config import Decay, Length, NonNegative, checked
-from jaxmed.synthesis.control_grid import PHOTO_AXIS, Photo, Range, draw_field
+from jaxmed.config import Decay, FractionRange, NonNegative, Size, checked
+from jaxmed.synthesis.control_grid import PHOTO_AXIS, Photo, draw_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DeformationConfig:
         rotation: Largest angle about each axis, in degrees.
         shear: Largest shear.
         scaling: Largest deviation of each axis's scale from 1.
-        control_scale: Range of control points per voxel.
+        control_scale: FractionRange of control points per voxel.
         amplitude: Upper end of the standard deviation of control displacements, in voxels; it is drawn evenly from 0.
         random_shift: Whether the field of view moves at random where the native volume is larger than the output.
         integrate_svf: Whether the field is the velocity of a diffeomorphism; the released generator takes it as the
@@ -39,26 +39,11 @@ class DeformationConfig:
     rotation: NonNegative = 15.0
     shear: NonNegative = 0.2
     scaling: Decay = 0.2
-    control_scale: Range = (0.03, 0.06)
+    control_scale: FractionRange = (0.03, 0.06)
     amplitude: NonNegative = 4.0
     random_shift: bool = False
     integrate_svf: bool = False
-    svf_steps: Length = 8
-
-    def __post_init__(self) -> None:
-        for name in ("rotation", "shear", "amplitude"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        if not 0 <= self.scaling < 1:
-            raise ValueError(f"scaling: expected from 0 up to below 1, found {self.scaling}")
-        if not 0 < self.control_scale[0] <= self.control_scale[1] <= 1:
-            raise ValueError(f"control_scale: expected a range within (0, 1], found {self.control_scale}")
-        if self.svf_steps < 1:
-            raise ValueError(f"svf_steps: expected 1 or more, found {self.svf_steps}")
-
-
-RIGID = DeformationConfig(shear=0.0, scaling=0.0, amplitude=0.0)
-"""What the training for age uses."""
+    svf_steps: Size = 8
 
 
 class Affine(NamedTuple):

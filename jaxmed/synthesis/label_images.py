@@ -10,6 +10,7 @@ the scale to [0, 2] are ours.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,9 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.filters import downsample, gaussian_blur
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.warping import sample
-from jaxmed.config import NonNegative, Share, Spread, checked
+from jaxmed.config import ASCENDING, NonNegative, Range, Share, Spread, checked
 from jaxmed.synthesis.bias_field import BiasFieldConfig, apply_bias, draw_log_bias
 from jaxmed.synthesis.contrast import NUM_LABELS, Contrast, ContrastConfig, apply_gamma, draw_contrast, render
-from jaxmed.synthesis.control_grid import Range
 from jaxmed.synthesis.deformation import DeformationConfig, draw_deformation
 
 FULL = 255.0  # of the generator's scale, which becomes 2
@@ -46,16 +46,10 @@ class SyntheticConfig:
 
     t1_probability: Share = 0.5
     spread: Range = (2.0, 12.0)
-    blur: tuple[Spread, Spread] = (0.4, 0.8)
+    blur: Annotated[tuple[Spread, Spread], ASCENDING] = (0.4, 0.8)
     gamma: NonNegative = 0.1
     bias: BiasFieldConfig = BiasFieldConfig(std=(0.0, 0.15))
     deformation: DeformationConfig = DeformationConfig(rotation=10.0, shear=0.05, scaling=0.1, amplitude=2.0)
-
-    def __post_init__(self) -> None:
-        for name in ("spread", "blur"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high:
-                raise ValueError(f"{name}: expected a range from 0 on, found {(low, high)}")
 
 
 def draw_image(

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.filters import along, blur_matrix, linear_matrix, zoom_positions
-from jaxmed.synthesis.control_grid import LEAST_PHOTO_SPACING, PHOTO_AXIS, Photo, Range
+from jaxmed.config import Range, Share, checked
+from jaxmed.synthesis.control_grid import LEAST_PHOTO_SPACING, PHOTO_AXIS, Photo
 
 # Standard deviation of the slice profile per mm of thickness, the source's constant: at the Nyquist rate of samples one
 # thickness apart the Gaussian's response is exp(-(ln 5)^2 / 2), about a quarter.
@@ -25,6 +26,7 @@ Border = Literal["repeat", "released"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ResolutionConfig:
     """How acquisitions are drawn.
 
@@ -38,20 +40,16 @@ class ResolutionConfig:
             the released generator writes at coordinates of 0 and less too.
     """
 
-    photo_probability: float = 0.2
+    photo_probability: Share = 0.2
     photo_spacing: Range = (2.5, 12.5)
     low_only: bool = False
     noise_std: Range = (5.0, 15.0)
     border: Border = "repeat"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.photo_probability <= 1:
-            raise ValueError(f"photo_probability: expected a probability, found {self.photo_probability}")
-        if not LEAST_PHOTO_SPACING <= self.photo_spacing[0] <= self.photo_spacing[1]:
+        if self.photo_spacing[0] < LEAST_PHOTO_SPACING:
             found = self.photo_spacing
             raise ValueError(f"photo_spacing: expected a range from {LEAST_PHOTO_SPACING} mm on, found {found}")
-        if not 0 <= self.noise_std[0] <= self.noise_std[1]:
-            raise ValueError(f"noise_std: expected a range from 0 on, found {self.noise_std}")
 
 
 class Acquisition(NamedTuple):

@@ -93,7 +93,7 @@ def test_gamma_keeps_zero_and_its_fixed_point(key):
 
 
 def test_impossible_ranges_are_refused():
-    with pytest.raises(ValueError, match="mean: expected a range from 0 on"):
+    with pytest.raises(ValueError, match="mean: expected a range in order"):
         ContrastConfig(mean=(30.0, 20.0))
-    with pytest.raises(ValueError, match="ct_probability: expected a probability, found 1.5"):
+    with pytest.raises(ValueError, match="ct_probability: expected a number from 0 to 1, found 1.5"):
         ContrastConfig(ct_probability=1.5)

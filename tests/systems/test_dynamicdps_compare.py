@@ -115,8 +115,7 @@ def test_every_method_moves_towards_the_truth(problem, name):
     start = StartTime(rule="fixed", fixed=59)
     method = dataclasses.replace(STRICT, sampler=chain, start=start, noise_std=0.01)
     solve = make_solver(name, SIZE, PLAIN_SCAN, method, ArmConfig(evaluations=60, scale=0.5))
-    program = make_program(lambda params: oracle(mixture, VpDiscrete()), make_operator(SIZE, PLAIN_SCAN), method, 2,
-                           solve)  # fmt: skip
+    program = make_program(lambda params: oracle(mixture, VpDiscrete()), make_operator(SIZE, PLAIN_SCAN), solve, 2)
     found = draw_samples(program, {}, jax.random.key(0), measurement, wrong)
     errors = [float(np.sqrt(np.mean((image - truth) ** 2))) for image in (wrong, found.mean)]
     assert found.mean.min() >= 0 and found.mean.max() <= 2

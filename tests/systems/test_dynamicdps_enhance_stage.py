@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmed.cli import main
-from jaxmed.config import to_record
+from jaxmed.config import from_record, to_record
 from jaxmed.data.images import PREPROCESS
 from jaxmed.diffusion.posterior.dynamicdps import REPO2026
 from jaxmed.diffusion.posterior.start_time import StartTime
@@ -25,6 +25,7 @@ from jaxmed.physics.lowfield import LowField
 from jaxmed.recipes.image_network import write_network
 from jaxmed.systems.dynamicdps.calibration import Calibrated, digest_of, read_calibration
 from jaxmed.systems.dynamicdps.methods import ARMS, MethodConfig
+from jaxmed.systems.dynamicdps.scans import Refinement
 from jaxmed.systems.dynamicdps.stages import compare as compare_stage
 from jaxmed.systems.dynamicdps.stages import enhance as stage
 from jaxmed.train import log
@@ -161,7 +162,7 @@ def test_a_run_goes_on_where_it_was_stopped(place, done, tmp_path, monkeypatch):
         asked.append((one.name, int(jax.random.key_data(key)[-1])))
         if one.name == "s2":
             raise InputError("s2.nii.gz", "a scan", "a broken one")
-        return json.loads((copy / "s1.json").read_text())
+        return from_record(Refinement, json.loads((copy / "s1.json").read_text()), "s1.json")
 
     monkeypatch.setattr(stage, "process", process)
     assert enhance(place, copy) == 1
@@ -179,7 +180,8 @@ def test_a_repaired_scan_is_tried_again_by_the_same_command(place, done, tmp_pat
 
     def process(plan, one, key, folder, tell):
         asked.append(one.name)
-        return json.loads((copy / "outputs" / "s1.json").read_text()) | {"name": one.name, "path": str(one.path)}
+        record = json.loads((copy / "outputs" / "s1.json").read_text())
+        return from_record(Refinement, record | {"name": one.name, "path": str(one.path)}, "s1.json")
 
     monkeypatch.setattr(stage, "process", process)
     assert enhance(place, copy) == 0
@@ -195,7 +197,7 @@ def test_results_of_a_job_never_share_a_name(tmp_path):
     for name in ("a_b.nii.gz", "a/b.nii.gz", "x.nii.gz", "x_enhanced.nii.gz", "X.png", "summary.nii"):
         (scans / name).parent.mkdir(parents=True, exist_ok=True)
         (scans / name).touch()
-    inputs, _ = stage.list_inputs(stage.Config(input=scans))
+    inputs, _ = stage.list_scans(stage.Config(input=scans))
     written = [f"{one.name}{end}".lower() for one in inputs for end in ("", *(f"_{name}" for name in stage.MAPS))]
     assert len(inputs) == 6 and len(set(written)) == len(written) and "summary" not in written
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.data.images import PREPROCESS
+from jaxmed.data.windows import TilingConfig, tile_head
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.ccdf import Ccdf
 from jaxmed.diffusion.posterior.daps import Daps
@@ -28,21 +28,9 @@ from jaxmed.solvers.line_search import Wolfe
 from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic
 from jaxmed.systems import dynamicdps
 from jaxmed.systems.dynamicdps.calibration import digest_of, fit_acquisition, make_start, measure, record_bank
-from jaxmed.systems.dynamicdps.enhancement import (
-    TilingConfig,
-    apply_network,
-    cut_tiles,
-    draw_samples,
-    enhance,
-    make_program,
-    refine,
-)
+from jaxmed.systems.dynamicdps.enhancement import apply_in_batches, draw_samples, enhance, make_program
 
 pytestmark = pytest.mark.core
-
-
-def sized(size, **changes):
-    return dataclasses.replace(PREPROCESS, size=size, **changes)
 
 
 SIZE = (8, 8)
@@ -150,29 +138,30 @@ def test_a_volume_is_refined_slice_by_slice_and_blended(program, key):
     head = np.zeros(shape, bool)
     head[4:16, 1:4, 2:9] = True
     volume = np.where(head, RNG.uniform(0.5, 1.5, shape), 0.0).astype(np.float32)
-    frame = sized(SIZE, axis="coronal")
     doubled = make_program(prior, lambda x: 0.5 * x, dataclasses.replace(CONFIG, first_step=0.5), 4)
-    tiles = cut_tiles(volume / 2, volume, head, frame, TilingConfig())
-    assert tiles.measurement.shape[1:] == (*SIZE, 1) and 0 < tiles.kept.sum() < len(tiles.kept)
-    np.testing.assert_allclose(tiles.blend(tiles.all_initial), volume, atol=1e-5)
-    found = refine(doubled, PARAMS, key, tiles, 2)
-    assert found.image.shape == shape
+    tiles = tile_head(head, 1, SIZE, TilingConfig())
+    initial = tiles.cut(volume)
+    assert initial.shape[1:] == (*SIZE, 1) and 0 < tiles.kept.sum() < len(tiles.kept)
+    np.testing.assert_allclose(tiles.blend(initial, volume), volume, atol=1e-5)
+    found = draw_samples(doubled, PARAMS, key, tiles.cut(volume / 2), initial, 2)
+    image, uncertainty = tiles.blend(found.mean, volume), tiles.blend(found.std, np.zeros_like(volume))
+    assert image.shape == shape
     for plane in (0, 4):
-        np.testing.assert_allclose(found.image[:, plane], volume[:, plane], atol=1e-5)
-        np.testing.assert_array_equal(found.uncertainty[:, plane], 0)
-    assert found.uncertainty[:, 1:4].max() > 0.01
-    assert np.abs(found.image - volume)[head].mean() > 0.01
+        np.testing.assert_allclose(image[:, plane], volume[:, plane], atol=1e-5)
+        np.testing.assert_array_equal(uncertainty[:, plane], 0)
+    assert uncertainty[:, 1:4].max() > 0.01
+    assert np.abs(image - volume)[head].mean() > 0.01
     # A network goes the same way.
-    estimate = apply_network(lambda params, x: x * params["factor"], {"factor": np.float32(2.0)}, tiles, 4)
+    doubles = jax.jit(lambda x: jnp.clip(2.0 * x, 0.0, 2.0))
+    estimate = tiles.blend(apply_in_batches(doubles, 4, tiles.cut(volume / 2)), volume)
     np.testing.assert_allclose(estimate[:, 2][head[:, 2]], np.clip(volume, 0, 2)[:, 2][head[:, 2]], atol=1e-5)
 
 
 def test_small_volumes_are_extended_and_cut_back(key):
     volume = RNG.uniform(0.5, 1.5, (3, 6, 8)).astype(np.float32)
-    frame = sized((8, 8, 8))
-    tiles = cut_tiles(volume, volume, np.ones(volume.shape, bool), frame, TilingConfig())
-    assert tiles.measurement.shape == (1, 8, 8, 8, 1)
-    np.testing.assert_allclose(tiles.blend(tiles.all_initial), volume, atol=1e-6)
+    tiles = tile_head(np.ones(volume.shape, bool), None, (8, 8, 8), TilingConfig())
+    assert tiles.cut(volume).shape == (1, 8, 8, 8, 1)
+    np.testing.assert_allclose(tiles.blend(tiles.cut(volume), volume), volume, atol=1e-6)
 
 
 def test_a_bank_continues_after_its_last_batch(tmp_path, key):

@@ -10,13 +10,12 @@ from jaxmed.arrays.foreground import find_foreground
 from jaxmed.arrays.grid import reorient
 from jaxmed.data.brain_labels import read_labels, simplify_labels
 from jaxmed.data.images import PREPROCESS
-from jaxmed.data.preprocess import load
+from jaxmed.data.preprocess import load, load_head
 from jaxmed.data.scans import ANY_KIND, find_scans
 from jaxmed.data.windows import cut_about, paste
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import write_png
-from jaxmed.systems.dynamicdps.scans import read_inside
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
@@ -220,17 +219,17 @@ def test_masks_of_a_scan_are_read_by_their_values_and_on_its_grid(tmp_path, insi
     array = head()
     scan = load(write(tmp_path / "a.nii", array), sized((8, 8)))
     mask = np.where(array > 0, max(inside, outside), min(inside, outside)).astype(np.float32)
-    np.testing.assert_array_equal(read_inside(write(tmp_path / "m.nii", mask), scan, sized((8, 8))), array > 0)
+    np.testing.assert_array_equal(load_head(write(tmp_path / "m.nii", mask), scan, sized((8, 8))), array > 0)
     labels = (array > 0) * np.float32(3) + (array > 500)
-    np.testing.assert_array_equal(read_inside(write(tmp_path / "l.nii", labels), scan, sized((8, 8))), array > 0)
+    np.testing.assert_array_equal(load_head(write(tmp_path / "l.nii", labels), scan, sized((8, 8))), array > 0)
     with pytest.raises(InputError, match="the shape of|the grid of"):
-        read_inside(write(tmp_path / "o.nii", mask, spacing=3.0), scan, sized((8, 8)))
+        load_head(write(tmp_path / "o.nii", mask, spacing=3.0), scan, sized((8, 8)))
     write_png(tmp_path / "m.png", (array[..., 4] > 0).astype(np.uint8))
     with pytest.raises(InputError, match="give NIfTI"):
-        read_inside(tmp_path / "m.png", scan, sized((8, 8)))
+        load_head(tmp_path / "m.png", scan, sized((8, 8)))
     write_png(tmp_path / "p.png", array[..., 4] / 700)
     picture = load(tmp_path / "p.png", sized((8, 8)))
-    np.testing.assert_array_equal(read_inside(tmp_path / "m.png", picture, sized((8, 8))), picture.volume.array > 0)
+    np.testing.assert_array_equal(load_head(tmp_path / "m.png", picture, sized((8, 8))), picture.volume.array > 0)
 
 
 def test_fill_values_are_replaced_on_request(tmp_path):

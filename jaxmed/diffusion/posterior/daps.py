@@ -5,6 +5,7 @@ carries on.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmed.arrays.types import KeyArray
-from jaxmed.config import Positive, Size, checked
+from jaxmed.config import Bounds, Positive, Size, checked
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.fidelity import Operator
 from jaxmed.diffusion.posterior.frame import Info, linearise, residual_norms, root_keys, walk
@@ -45,7 +46,7 @@ class Daps:
     num_levels: Size = 50
     ode_steps: Size = 5
     langevin_steps: Size = 50
-    langevin_step: float = 0.5
+    langevin_step: Annotated[float, Bounds(0, 2, above=True, below=True)] = 0.5
     gain: Positive = 1.0
     spread: Positive = 1.0
     first_level: float = 10.0
@@ -53,8 +54,6 @@ class Daps:
     rho: Positive = 7.0
 
     def __post_init__(self):
-        if not 0 < self.langevin_step < 2:
-            raise ValueError(f"langevin_step: expected a number in (0, 2), got {self.langevin_step}")
         if not self.first_level >= self.last_level:
             raise ValueError(f"first_level: expected last_level or more, got {self.first_level}")
 

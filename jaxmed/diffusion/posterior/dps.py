@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -10,8 +9,8 @@ from jaxmed.arrays.types import KeyArray
 from jaxmed.config import NonNegative, checked
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.fidelity import PLAIN, Fidelity, Operator, evaluate
-from jaxmed.diffusion.posterior.frame import Info, add_noise, make_chain, make_info, reverse_step, root_keys
-from jaxmed.diffusion.samplers import Ancestral, Ddim
+from jaxmed.diffusion.posterior.frame import Info, begin, root_keys, walk
+from jaxmed.diffusion.samplers import Ancestral, Ddim, LinearSteps, draw_noise, plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +46,16 @@ def dps(
 
     Images are clipped by the denoiser alone.
     """
-    batch, keys = len(initial), root_keys(key, initial, indices)
-    chain = make_chain(denoiser.schedule, config.sampler, initial.dtype)
-    num_steps = len(chain.time)
-    start = jnp.full(batch, num_steps - 1, jnp.int32)
+    batch, schedule, keys = len(initial), denoiser.schedule, root_keys(key, initial, indices)
+    steps = plan(schedule, config.sampler)
+    assert isinstance(steps, LinearSteps)
 
-    def advance(x: Float[Array, "batch ..."], left: Int[Array, ""]) -> tuple[Array, Array]:
-        time = jnp.full(batch, chain.time[left])
-        at = evaluate(denoiser, measurement, operator, config.fidelity, x, time)
-        moved = reverse_step(chain, keys, x, at.mean, left) - config.scale * at.gradient
+    def advance(x: Float[Array, "batch ..."], row) -> tuple[Array, Array]:
+        time, keep, pull, noise, left = row
+        at = evaluate(denoiser, measurement, operator, config.fidelity, x, jnp.full(batch, time))
+        fresh = draw_noise(keys, left, x.shape[1:], x.dtype)
+        moved = (keep * x + pull * at.mean + noise * fresh).astype(x.dtype) - config.scale * at.gradient
         return moved.astype(x.dtype), at.residual
 
-    image, residuals = jax.lax.scan(advance, add_noise(chain, keys, initial, start), jnp.arange(num_steps)[::-1])
-    return image, make_info(residuals, config.scale, num_steps)
+    columns = (steps.time, steps.keep, steps.pull, steps.noise)
+    return walk(advance, begin(keys, schedule, config.sampler, initial), columns, initial.dtype, config.scale)

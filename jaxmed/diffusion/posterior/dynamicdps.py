@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmed.arrays.derivatives import forward_only
 from jaxmed.arrays.types import KeyArray
-from jaxmed.config import Count, NonNegative, Positive, Whole, checked
+from jaxmed.config import Count, NonNegative, PositiveRange, Whole, checked
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.fidelity import (
     FIDELITY2025,
@@ -89,7 +89,7 @@ class DynamicDps:
     search_above: Whole = 5
     low_step: NonNegative | None = 0.1
     first_step: NonNegative = 1.0
-    step_range: tuple[Positive, Positive] = (0.1, 1.5)
+    step_range: PositiveRange = (0.1, 1.5)
     restarts: bool = False
     line: Literal["moved", "mixed"] = "moved"
     level: Literal["next", "present"] = "next"
@@ -98,8 +98,6 @@ class DynamicDps:
 
     def __post_init__(self):
         """Refuse steps that go nowhere."""
-        if self.step_range[0] > self.step_range[1]:
-            raise ValueError(f"step_range: expected low <= high, found {self.step_range}")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"clip: expected low < high, found {self.clip}")
 

@@ -174,7 +174,9 @@ def own_record(where: str, run: Mapping[str, Any], tensors: Mapping[str, Any]) -
     if "stem/kernel" not in tensors:
         return None
     kind = "denoiser" if "time/fc1/kernel" in tensors else "enhancer"
-    return {"kind": kind, "config": (run.get("config") or {}).get("model")}
+    config = run.get("config") or {}
+    settings = config.get("network", config)  # a run's options stand in a record of its network
+    return {"kind": kind, "config": settings.get("model"), "preprocess": settings.get("preprocess")}
 
 
 def _encoder(config: GuidedUnetConfig) -> list[Entry]:

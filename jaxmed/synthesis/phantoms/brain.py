@@ -10,14 +10,14 @@ may learn to draw the lesion from the cue, and then draws it where there is none
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmed.arrays.filters import zoom
+from jaxmed.config import Bounds, NonNegative, Positive, PositiveRange, Share, checked
 from jaxmed.synthesis.phantoms.shapes import centered_points, ellipsoid, inside
 
 TISSUES = ("background", "csf", "grey", "white", "ventricle", "lesion")
@@ -25,7 +25,11 @@ LABELS = {"background": 0, "csf": 24, "grey": 3, "white": 2, "ventricle": 4, "le
 """Value in a label map by tissue, in FreeSurfer's numbering."""
 
 
+Level = Annotated[float, Bounds(0, 2)]
+
+
 @dataclasses.dataclass(frozen=True)
+@checked
 class BrainConfig:
     """Anatomy, contrast and scanner of phantom brains.
 
@@ -44,39 +48,20 @@ class BrainConfig:
         anatomy_spread: Largest relative deviation of radii and places between subjects.
     """
 
-    field_of_view: float = 192.0
-    intensity: tuple[float, float, float, float, float] = (0.35, 0.9, 1.3, 0.3, 0.7)
-    intensity_spread: float = 0.03
-    texture: float = 0.03
-    noise: float = 0.01
-    lesion_radius: tuple[float, float] = (7.0, 12.0)
-    lesion_probability: float = 0.2
-    cue_intensity: float = 2.0
-    cue_radius: float = 5.0
-    cue_probability: float = 0.0
+    field_of_view: Positive = 192.0
+    intensity: tuple[Level, Level, Level, Level, Level] = (0.35, 0.9, 1.3, 0.3, 0.7)
+    intensity_spread: NonNegative = 0.03
+    texture: NonNegative = 0.03
+    noise: NonNegative = 0.01
+    lesion_radius: PositiveRange = (7.0, 12.0)
+    lesion_probability: Share = 0.2
+    cue_intensity: Level = 2.0
+    cue_radius: Positive = 5.0
+    cue_probability: Share = 0.0
     lesion_follows_cue: bool = False
-    anatomy_spread: float = 0.08
-
-    def __post_init__(self) -> None:
-        if self.field_of_view <= 0:
-            raise ValueError(f"field_of_view: expected mm above 0, found {self.field_of_view}")
-        if not all(0 <= value <= 2 for value in (*self.intensity, self.cue_intensity)):
-            found = (*self.intensity, self.cue_intensity)
-            raise ValueError(f"intensity, cue_intensity: expected values within [0, 2], found {found}")
-        for name in ("intensity_spread", "texture", "noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        if not 0 <= self.anatomy_spread < 0.3:
-            raise ValueError(f"anatomy_spread: expected from 0 up to below 0.3, found {self.anatomy_spread}")
-        if not 0 < self.lesion_radius[0] <= self.lesion_radius[1] or self.cue_radius <= 0:
-            found = self.lesion_radius, self.cue_radius
-            raise ValueError(f"lesion_radius, cue_radius: expected mm above 0, the range in order, found {found}")
-        for name in ("lesion_probability", "cue_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a probability, found {getattr(self, name)}")
+    anatomy_spread: Annotated[float, Bounds(0, 0.3, below=True)] = 0.08
 
 
-T1W = BrainConfig()
 T2W = BrainConfig(intensity=(1.7, 1.0, 0.7, 1.8, 1.4))
 FLAIR = BrainConfig(intensity=(0.25, 1.1, 0.85, 0.2, 1.6))
 
@@ -169,12 +154,6 @@ def make_brain(
     labels = jnp.array([LABELS[name] for name in TISSUES])[jnp.argmax(shares, -1)]
     flags = jnp.asarray(has_lesion, bool), jnp.asarray(has_cue, bool)
     return BrainPhantom(image, shares, labels, covered > 0.5, jnp.broadcast_to(cue > 0.5, shape), *flags)
-
-
-def tissue_volumes(shares: Float[np.ndarray, "*space tissue"], voxel_volume: float) -> dict[str, float]:
-    """Return the true volume of every tissue, the background left out, in the unit of the voxel's volume."""
-    totals = np.asarray(shares, np.float64).reshape(-1, len(TISSUES)).sum(0) * voxel_volume
-    return dict(zip(TISSUES[1:], totals[1:].tolist(), strict=True))
 
 
 def _draw_anatomy(key, ndim, config):

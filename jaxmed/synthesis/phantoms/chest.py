@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtri
 from jaxtyping import Array, Bool, Float, Key
 
+from jaxmed.config import Length, NonNegative, Positive, Probability, ShareRange, checked
 from jaxmed.errors import InputError
 
 FINDINGS = ("nodule", "emphysema", "reticular", "effusion")
@@ -25,6 +26,7 @@ NODULE, EMPHYSEMA, RETICULUM, FLUID = 30.0, -970.0, -350.0, 10.0  # HU of a voxe
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ChestConfig:
     """Scanner and anatomy of phantom chests.
 
@@ -40,31 +42,15 @@ class ChestConfig:
         effusion_depth: Largest depth of the fluid in mm, at the base, at severity 0 and 1; subjects lie on their backs.
     """
 
-    field_of_view: tuple[float, float, float] = (320.0, 320.0, 320.0)
-    noise: float = 25.0
-    num_vessels: int = 8
-    lung_density_range: float = 25.0
-    severity: tuple[float, float] = (0.0, 1.0)
-    nodule_radius: tuple[float, float] = (8.0, 15.0)
-    emphysema_share: tuple[float, float] = (0.15, 0.4)
-    reticular_share: tuple[float, float] = (0.35, 0.8)
-    effusion_depth: tuple[float, float] = (30.0, 70.0)
-
-    def __post_init__(self) -> None:
-        if min(self.field_of_view) <= 0:
-            raise ValueError(f"field_of_view: expected lengths above 0 mm, found {self.field_of_view}")
-        if self.noise < 0 or self.lung_density_range < 0 or self.num_vessels < 0:
-            found = self.noise, self.lung_density_range, self.num_vessels
-            raise ValueError(f"noise, lung_density_range, num_vessels: expected 0 or more, found {found}")
-        if not 0 <= self.severity[0] <= self.severity[1] <= 1:
-            raise ValueError(f"severity: expected a range within [0, 1], found {self.severity}")
-        for name in ("nodule_radius", "effusion_depth"):
-            if min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name}: expected mm above 0, found {getattr(self, name)}")
-        for name in ("emphysema_share", "reticular_share"):
-            share = getattr(self, name)
-            if not 0 < min(share) <= max(share) < 1:
-                raise ValueError(f"{name}: expected shares between 0 and 1, found {share}")
+    field_of_view: tuple[Positive, Positive, Positive] = (320.0, 320.0, 320.0)
+    noise: NonNegative = 25.0
+    num_vessels: Length = 8
+    lung_density_range: NonNegative = 25.0
+    severity: ShareRange = (0.0, 1.0)
+    nodule_radius: tuple[Positive, Positive] = (8.0, 15.0)
+    emphysema_share: tuple[Probability, Probability] = (0.15, 0.4)
+    reticular_share: tuple[Probability, Probability] = (0.35, 0.8)
+    effusion_depth: tuple[Positive, Positive] = (30.0, 70.0)
 
 
 class ChestPhantom(NamedTuple):

@@ -5,7 +5,7 @@ diffusivity that grows with the pathology at both ends of an edge, is ours.
 """
 
 import dataclasses
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.graphs import LaplacianKind, laplacian
 from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.visits import Visits
-from jaxmed.config import Bounds, NonNegative, Positive, Size, checked
+from jaxmed.config import Count, NonNegative, Positive, PositiveRange, Range, Size, checked
 from jaxmed.physics.progression import fkpp, network_diffusion
 from jaxmed.solvers.fixed_grid import interpolate
 from jaxmed.solvers.ode import GRID, OdeConfig, Solver, solve_trajectory
@@ -46,7 +46,7 @@ class CohortConfig:
     Attributes:
         mechanism: "moe" three experts whose weights change with stage; "fkpp" the first of them alone; "ndm" diffusion
             alone, from full seeds.
-        subjects: Number of patients.
+        subjects: Count of patients.
         diffusion: k of the mechanistic expert, per year.
         growth: alpha, per year.
         ceiling: v.
@@ -64,7 +64,7 @@ class CohortConfig:
     """
 
     mechanism: Mechanism = "moe"
-    subjects: Annotated[int, Bounds(1, 1_000_000)] = 200
+    subjects: Count = 200
     diffusion: NonNegative = 0.3
     growth: NonNegative = 0.25
     ceiling: Positive = 1.0
@@ -74,17 +74,15 @@ class CohortConfig:
     late: tuple[float, float, float] = (-1.0, 0.0, 1.5)
     seed_value: NonNegative = 0.15
     horizon: Positive = 30.0
-    onset: tuple[float, float] = (2.0, 25.0)
-    gap: tuple[float, float] = (0.8, 2.5)
+    onset: Range = (2.0, 25.0)
+    gap: PositiveRange = (0.8, 2.5)
     most_visits: Size = 4
     every_visit: bool = False
     noise: NonNegative = 0.03
 
     def __post_init__(self) -> None:
-        if not 0 <= self.onset[0] <= self.onset[1] < self.horizon:
+        if self.onset[1] >= self.horizon:
             raise ValueError(f"onset: expected two ascending stages before the horizon, found {self.onset}")
-        if not 0 < self.gap[0] <= self.gap[1]:
-            raise ValueError(f"gap: expected two positive ascending times, found {self.gap}")
 
 
 class Cohort(NamedTuple):

@@ -10,21 +10,24 @@ of selfplay (arXiv:2506.22075); noise and range are those of its authors' MNIST 
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxmed.config import ASCENDING, Bounds, FractionRange, Length, NonNegative, Range, Share, ShareRange, checked
 from jaxmed.synthesis.bias_field import BiasFieldConfig, apply_bias, draw_log_bias
 from jaxmed.synthesis.phantoms.shapes import centered_points, inside
 
 FAMILIES = ("disk", "ring", "square", "cross", "bar", "crescent", "blob", "star")
 TRAIN_FAMILIES, VALIDATION_FAMILIES, NOVEL_FAMILIES = (0, 1, 2, 3, 4), (5,), (6, 7)
+AtLeastOne = Annotated[float, Bounds(1, 3e38)]
 NUM_WAVES = 4  # of a blob's outline
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class PuzzleConfig:
     """What is drawn; the defaults can be solved by eye at 32 x 32.
 
@@ -40,34 +43,19 @@ class PuzzleConfig:
         noise: Standard deviation of the noise, which is white and normal, before clipping to [0, 1].
     """
 
-    radius: tuple[float, float] = (0.4, 0.7)
-    intensity: tuple[float, float] = (0.8, 1.0)
-    background: float = 0.1
-    num_distractors: int = 2
-    distractor_radius: tuple[float, float] = (0.15, 0.3)
-    distractor_intensity: tuple[float, float] = (0.3, 0.6)
-    bias_std: tuple[float, float] = (0.0, 0.3)
-    bias_points: tuple[float, float] = (2.0, 4.0)
-    noise: float = 0.4
+    radius: FractionRange = (0.4, 0.7)
+    intensity: ShareRange = (0.8, 1.0)
+    background: Share = 0.1
+    num_distractors: Length = 2
+    distractor_radius: FractionRange = (0.15, 0.3)
+    distractor_intensity: ShareRange = (0.3, 0.6)
+    bias_std: Range = (0.0, 0.3)
+    bias_points: Annotated[tuple[AtLeastOne, AtLeastOne], ASCENDING] = (2.0, 4.0)
+    noise: NonNegative = 0.4
 
     def __post_init__(self) -> None:
-        for name in ("radius", "distractor_radius"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name}: expected a range within (0, 1], found {low, high}")
-        for name in ("intensity", "distractor_intensity"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high <= 1:
-                raise ValueError(f"{name}: expected a range within [0, 1], found {low, high}")
-        if not 0 <= self.background < self.intensity[0]:
+        if self.background >= self.intensity[0]:
             raise ValueError(f"background: expected from 0 up to below the intensity, found {self.background:g}")
-        if not 0 <= self.bias_std[0] <= self.bias_std[1]:
-            raise ValueError(f"bias_std: expected a range from 0 on, found {self.bias_std}")
-        if not 1 <= self.bias_points[0] <= self.bias_points[1]:
-            raise ValueError(f"bias_points: expected a range from 1 on, found {self.bias_points}")
-        if self.noise < 0 or self.num_distractors < 0:
-            found = self.noise, self.num_distractors
-            raise ValueError(f"noise, num_distractors: expected 0 or more, found {found}")
 
 
 class Puzzle(NamedTuple):

@@ -10,9 +10,8 @@ from jaxmed.arrays.types import KeyArray
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.io.tables import write_table
 from jaxmed.synthesis.phantoms.brain import BrainConfig, BrainPhantom, draw_brain, make_brain
-from jaxmed.synthesis.phantoms.cohort import check_fractions, claim_folder, plan_splits
+from jaxmed.synthesis.phantoms.cohort import centred_affine, check_fractions, claim_folder, plan_splits, write_manifest
 from jaxmed.volume import Volume
 
 COLUMNS = ("path", "labels", "subject", "label", "split", "lesion", "cue")
@@ -64,9 +63,9 @@ def write_brain_cohort(
     claim_folder(folder / "scans.json", settings)
     spacing = [config.field_of_view / size for size in shape]
     # A slice is as thick as its voxels are wide.
-    affine = np.diag([*spacing, *spacing[: 3 - len(shape)], 1.0])
-    affine[:3, 3] = -np.diag(affine)[:3] * (np.array([*shape, 1][:3]) - 1) / 2
-
+    spacing += spacing[: 3 - len(shape)]
+    whole = [*shape, 1][:3]
+    affine = centred_affine(whole, spacing)
     rows = []
     for index, split in plan_splits(subjects, fractions):
         name = f"brain_{index:04d}"
@@ -74,14 +73,11 @@ def write_brain_cohort(
         for place, array, kind in (("scans", brain.image, np.float32), ("labels", brain.labels, np.uint8)):
             path = folder / place / f"{name}.nii.gz"
             if not path.exists():
-                nifti.write(path, Volume.make(np.asarray(array, kind).reshape([*shape, 1][:3]), affine))
+                nifti.write(path, Volume.make(np.asarray(array, kind).reshape(whole), affine))
         lesion, cue = int(brain.has_lesion), int(brain.has_cue)
         paths = {"path": f"scans/{name}.nii.gz", "labels": f"labels/{name}.nii.gz"}
         rows.append({**paths, "subject": name, "label": lesion, "split": split, "lesion": lesion, "cue": cue})
-    manifest = folder / "scans.csv"
-    if not manifest.exists():
-        write_table(manifest, COLUMNS, rows)
-    return manifest
+    return write_manifest(folder / "scans.csv", COLUMNS, rows)
 
 
 # Compiled here, once for all cohorts of the same brains: it takes 3 to 5 s, and a smoke run writes up to five of them.

@@ -11,8 +11,7 @@ from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import write_png
-from jaxmed.io.tables import write_table
-from jaxmed.synthesis.phantoms.cohort import claim_folder
+from jaxmed.synthesis.phantoms.cohort import centred_affine, claim_folder, write_manifest
 from jaxmed.synthesis.phantoms.puzzles import (
     FAMILIES,
     NOVEL_FAMILIES,
@@ -88,10 +87,7 @@ def write_puzzle_cohort(
             _write(mask, np.asarray(puzzle.mask))
         paths = {"path": image.relative_to(folder).as_posix(), "mask": mask.relative_to(folder).as_posix()}
         rows.append({**paths, "task": FAMILIES[family], "subject": name, "split": split})
-    manifest = folder / "puzzles.csv"
-    if not manifest.exists():
-        write_table(manifest, COLUMNS, rows)
-    return manifest
+    return write_manifest(folder / "puzzles.csv", COLUMNS, rows)
 
 
 def _plan(counts: Counts) -> Iterator[tuple[int, str]]:
@@ -109,6 +105,4 @@ def _write(path: Path, array: np.ndarray) -> None:
     if array.ndim == 2:
         write_png(path, array.astype(np.uint8) * 255 if array.dtype == bool else array)
         return
-    affine = np.eye(4)
-    affine[:3, 3] = -(np.array(array.shape) - 1) / 2
-    nifti.write(path, Volume.make(array, affine))
+    nifti.write(path, Volume.make(array, centred_affine(array.shape, (1.0, 1.0, 1.0))))

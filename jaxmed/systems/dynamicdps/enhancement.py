@@ -1,9 +1,5 @@
-"""Enhancement on arrays: estimates, measurements and an operator in, refined images and their record out.
+"""Enhancement on arrays: estimates, measurements and an operator in, refined images and their record out."""
 
-Images larger than the prior's, and volumes, are cut into tiles of its size, refined, and blended back.
-"""
-
-import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,18 +8,15 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxmed.arrays.batches import map_rows, padded_rows
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import Decay, checked
-from jaxmed.data.images import MAX_INTENSITY
-from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.windows import cut, paste, planes, tile
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.ccdf import Ccdf, ccdf
 from jaxmed.diffusion.posterior.daps import Daps, daps
 from jaxmed.diffusion.posterior.ddnm import Ddnm, ddnm
+from jaxmed.diffusion.posterior.ddrm import Ddrm, ddrm
 from jaxmed.diffusion.posterior.diffpir import Diffpir, diffpir
 from jaxmed.diffusion.posterior.dps import Dps, dps
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps, dynamicdps
@@ -32,9 +25,12 @@ from jaxmed.diffusion.posterior.pigdm import Pigdm, pigdm
 from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir, pnp_dpir
 from jaxmed.diffusion.posterior.reddiff import Reddiff, reddiff
 
-Method: TypeAlias = DynamicDps | Dps | Ccdf | Ddnm | Diffpir | Pigdm | Reddiff | Daps | PnpDpir
-"""The method is told by its settings. DDRM alone is not among them: it wants a spectrum, not an operator."""
-Operator: TypeAlias = Callable[[Float[Array, "..."]], Float[Array, "..."]]
+Method: TypeAlias = DynamicDps | Dps | Ccdf | Ddnm | Ddrm | Diffpir | Pigdm | Reddiff | Daps | PnpDpir
+"""The method is told by its settings."""
+Solve: TypeAlias = Callable[..., tuple[Array, Info]]
+"""(key, denoiser, measurement, estimate, numbers of the samples) -> image and record of the run."""
+STATUS = ("converged", "at the largest step", "decrease only", "no decrease", "not downhill", "below precision")
+"""What `solvers.line_search` calls 0 to 5."""
 
 
 def enhance(
@@ -53,7 +49,7 @@ def enhance(
         denoiser: The prior.
         measurement: y.
         operator: From one image to its measurement: any differentiable function (`Ccdf` and `Ddnm` want a
-            `LinearOperator`).
+            `LinearOperator`, `Ddrm` a `Spectrum`).
         initial: The conditional model's images. `DynamicDps` and `Ccdf` start from them, the others from noise or from
             an empty image: of these it gives the shape.
         config: Method and its settings.
@@ -75,6 +71,7 @@ SOLVERS: dict[type, Callable[..., tuple[Array, Info]]] = {
     Ccdf: ccdf,
     Dps: dps,
     Ddnm: ddnm,
+    Ddrm: ddrm,
     Diffpir: diffpir,
     Pigdm: pigdm,
     Reddiff: reddiff,
@@ -112,9 +109,6 @@ class Samples(NamedTuple):
     seconds: float
 
 
-NUM_STATUS = 6
-
-
 class Program(NamedTuple):
     """What is compiled once and called for every batch.
 
@@ -130,34 +124,29 @@ class Program(NamedTuple):
 
 
 def make_program(
-    prior: Callable[[Params], Denoiser],
-    operator: Operator,
-    config: Method,
-    batch_size: int,
-    solver: Callable[..., tuple[Array, Info]] | None = None,
+    prior: Callable[[Params], Denoiser], operator: Callable[..., Array], solve: Method | Solve, batch_size: int
 ) -> Program:
     """Compile-once form of `enhance`: parameters are an argument, not constants of the program.
 
     Args:
         prior: Denoiser of given parameters.
         operator: From one image to its measurement.
-        config: Method and its settings.
+        solve: Method and its settings; or what does its work, see `Solve`.
         batch_size: Samples at a time.
-        solver: (key, denoiser, measurement, initial, indices) -> (image, Info), instead of the config's method.
     """
 
     @jax.jit
-    def solve(params: Params, key: KeyArray, measurement: Array, initial: Array, indices: Array) -> tuple[Array, Info]:
-        if solver is not None:
-            return solver(key, prior(params), measurement, initial, indices)
-        return enhance(key, prior(params), measurement, operator, initial, config, indices)
+    def refine(params: Params, key: KeyArray, measurement: Array, initial: Array, indices: Array) -> tuple[Array, Info]:
+        if callable(solve):
+            return solve(key, prior(params), measurement, initial, indices)
+        return enhance(key, prior(params), measurement, operator, initial, solve, indices)
 
     compiled = []
 
     def run(params: Params, *inputs: Any) -> tuple[tuple[Array, Info], float]:
         arrays = [jnp.asarray(part) for part in inputs]
         if not compiled:  # apart from what is timed
-            compiled.append(solve.lower(params, *arrays).compile())
+            compiled.append(refine.lower(params, *arrays).compile())
         began = time.monotonic()
         found = jax.block_until_ready(compiled[0](params, *arrays))
         return found, time.monotonic() - began
@@ -212,7 +201,7 @@ def draw_samples(
         evaluations=info["evaluations"].reshape(-1, num_samples),
         curve=_mean_over(info["residuals"], was_there)[::-1],
         step_sizes=_mean_over(info["step_sizes"], was_there)[::-1],
-        flags=np.bincount(info["flags"][was_there], minlength=NUM_STATUS),
+        flags=np.bincount(info["flags"][was_there], minlength=len(STATUS)),
         seconds=seconds / total,
     )
 
@@ -229,112 +218,3 @@ def _mean_over(values: np.ndarray, counts: np.ndarray) -> Float32[np.ndarray, " 
     number = counts.sum(axis=1)
     total = np.where(counts, values, 0.0).sum(axis=1, dtype=np.float64)
     return np.where(number > 0, total / np.maximum(number, 1), np.nan).astype(np.float32)
-
-
-# Volumes ------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-@checked
-class TilingConfig:
-    """How images larger than the prior's are handled.
-
-    Attributes:
-        overlap: Share of a tile that its neighbour has too.
-        least_head: Tiles with a smaller share of head are left as they are.
-    """
-
-    overlap: Decay = 0.5
-    least_head: Decay = 0.01
-
-
-class Tiles(NamedTuple):
-    """A volume in tiles.
-
-    Attributes:
-        measurement: y of the tiles that hold head, (tile, *size, 1).
-        initial: The same of the estimate.
-        kept: Which of all tiles those are.
-        blend: All tiles to the volume they were cut from.
-        all_initial: Estimate in all tiles.
-    """
-
-    measurement: Float32[np.ndarray, "tile ..."]
-    initial: Float32[np.ndarray, "tile ..."]
-    kept: Bool[np.ndarray, " all"]
-    blend: Callable[[np.ndarray], np.ndarray]
-    all_initial: Float32[np.ndarray, "all ..."]
-
-
-def cut_tiles(
-    measurement: Float32[np.ndarray, "x y z"],
-    initial: Float32[np.ndarray, "x y z"],
-    head: Bool[np.ndarray, "x y z"],
-    preprocess: Preprocess,
-    config: TilingConfig,
-) -> Tiles:
-    """Cut slices, or the volume, into tiles of the prior's size; what is smaller is extended by zeros.
-
-    Args:
-        measurement: In [0, 2], RAS+.
-        initial: The estimate, on its grid.
-        head: Where there is something to refine.
-        preprocess: Size and axis of the prior's images.
-        config: Overlap.
-    """
-    axis, size = preprocess.slice_axis, preprocess.size
-    y, x, inside = (planes(volume, axis) for volume in (measurement, initial, head))
-    windows = tile(len(y), y.shape[1:], size, config.overlap)
-    kept = cut(inside, windows, size).reshape(len(windows), -1).mean(1) > config.least_head
-
-    def blend(values: np.ndarray) -> np.ndarray:
-        return paste(values[..., 0], windows, np.zeros(measurement.shape, np.float32), axis)
-
-    all_initial = cut(x, windows, size)[..., None].astype(np.float32)
-    first = cut(y, [window for window, keep in zip(windows, kept, strict=True) if keep], size) if kept.any() else y[:0]
-    return Tiles(first[..., None].astype(np.float32), all_initial[kept], kept, blend, all_initial)
-
-
-class Refined(NamedTuple):
-    """A refined volume.
-
-    Attributes:
-        image: Mean of the samples, in [0, 2].
-        uncertainty: Standard deviation of the samples.
-        samples: Record of all tiles; None where no tile held any head.
-    """
-
-    image: Float32[np.ndarray, "x y z"]
-    uncertainty: Float32[np.ndarray, "x y z"]
-    samples: Samples | None
-
-
-def refine(
-    program: Program,
-    params: Params,
-    key: KeyArray,
-    tiles: Tiles,
-    num_samples: int,
-    progress: Callable[[int], None] | None = None,
-) -> Refined:
-    """Refine the tiles of a volume and blend them.
-
-    Tiles over one voxel are samples of their own: blending averages them, and the standard deviations too.
-    """
-    image, std = tiles.all_initial.copy(), np.zeros_like(tiles.all_initial)
-    samples = None
-    if tiles.kept.any():
-        samples = draw_samples(program, params, key, tiles.measurement, tiles.initial, num_samples, progress)
-        image[tiles.kept], std[tiles.kept] = samples.mean, samples.std
-    return Refined(tiles.blend(image), tiles.blend(std), samples)
-
-
-def apply_network(
-    apply: Callable[..., Any], params: Params, tiles: Tiles, batch_size: int
-) -> Float32[np.ndarray, "x y z"]:
-    """Return the estimate of a conditional network, tile by tile; where no tile holds head, the measurement."""
-    program = jax.jit(lambda params, x: jnp.clip(apply(params, x), 0.0, MAX_INTENSITY))
-    images, measurement = tiles.all_initial.copy(), tiles.measurement
-    if len(measurement):
-        images[tiles.kept] = map_rows(lambda rows: program(params, measurement[rows]), len(measurement), batch_size)
-    return tiles.blend(images)

@@ -9,30 +9,30 @@ steep. The others take the operator as it is.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import Length, NonNegative, Positive, Whole, checked
+from jaxmed.data.images import MAX_INTENSITY
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior import dynamicdps as dynamic
-from jaxmed.diffusion.posterior.ccdf import Ccdf, ccdf
-from jaxmed.diffusion.posterior.daps import Daps, daps
-from jaxmed.diffusion.posterior.ddnm import Ddnm, ddnm
-from jaxmed.diffusion.posterior.ddrm import Ddrm, ddrm, separable_spectrum
-from jaxmed.diffusion.posterior.diffpir import Diffpir, diffpir
-from jaxmed.diffusion.posterior.dps import Dps, dps
-from jaxmed.diffusion.posterior.dynamicdps import DynamicDps, dynamicdps
+from jaxmed.diffusion.posterior.ccdf import Ccdf
+from jaxmed.diffusion.posterior.daps import Daps
+from jaxmed.diffusion.posterior.ddnm import Ddnm
+from jaxmed.diffusion.posterior.ddrm import Ddrm, separable_spectrum
+from jaxmed.diffusion.posterior.diffpir import Diffpir
+from jaxmed.diffusion.posterior.dps import Dps
+from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
 from jaxmed.diffusion.posterior.frame import make_info
-from jaxmed.diffusion.posterior.pigdm import Pigdm, pigdm
-from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir, pnp_dpir
-from jaxmed.diffusion.posterior.reddiff import Reddiff, reddiff
+from jaxmed.diffusion.posterior.pigdm import Pigdm
+from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir
+from jaxmed.diffusion.posterior.reddiff import Reddiff
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral, Ddim
 from jaxmed.diffusion.schedule import VpDiscrete
@@ -40,6 +40,7 @@ from jaxmed.errors import InputError, nearest
 from jaxmed.physics.lowfield import LowField, axis_matrices, linear_part, make_operator
 from jaxmed.solvers.line_search import Wolfe
 from jaxmed.systems.dynamicdps.calibration import Calibrated
+from jaxmed.systems.dynamicdps.enhancement import Method, Solve, enhance
 
 AUTHORS = "DynamicDPS as in the authors' code of {}: its rule of starts, data term and line search"
 PRESETS = {
@@ -193,10 +194,6 @@ class ArmConfig:
             raise ValueError("evaluations: expected 2 or more, or 0, found 1")
 
 
-Solve: TypeAlias = Callable[..., tuple[Array, Any]]
-"""(key, denoiser, measurement, estimate, numbers of the samples) -> image in [0, 2] and record of the run."""
-
-
 def make_solver(
     name: str,
     size: tuple[int, ...],
@@ -218,13 +215,18 @@ def make_solver(
     """
     if name not in ARMS:
         raise InputError("arm", f"one of {', '.join(ARMS)}", f"'{name}'", nearest(name, ARMS))
-    solver, operator, settings, undone = _choose(name, size, acquisition, method, config)
+    if name == "conditional":
+        return lambda key, denoiser, measurement, estimate, indices: (
+            jnp.clip(estimate, 0.0, MAX_INTENSITY),
+            make_info(jnp.zeros((0, len(estimate))), 1.0, 0),
+        )
+    settings, operator, undone = _choose(name, size, acquisition, method, config)
 
     def solve(key: KeyArray, denoiser: Denoiser, measurement: Array, estimate: Array, indices: Array) -> Any:
-        seen = _undo_contrast(measurement, acquisition.gamma) if undone else measurement
-        start = estimate if ARMS[name].starts_from_estimate else jnp.zeros_like(estimate)
-        image, info = solver(key, denoiser, seen, operator, start, settings, indices)
-        return jnp.clip(image, 0.0, 2.0), info
+        if undone and acquisition.gamma != 1:
+            measurement = jnp.maximum(measurement, 0.0) ** (1 / acquisition.gamma)
+        image, info = enhance(key, denoiser, measurement, operator, estimate, settings, indices)
+        return jnp.clip(image, 0.0, MAX_INTENSITY), info
 
     return solve
 
@@ -247,64 +249,45 @@ def expected_passes(name: str, method: DynamicDps, config: ArmConfig) -> int:
 
 def _choose(
     name: str, size: tuple[int, ...], acquisition: LowField, method: DynamicDps, config: ArmConfig
-) -> tuple[Callable[..., Any], Any, Any, bool]:
-    """Return solver, its operator, its settings, and whether the measurement's contrast is undone for it."""
+) -> tuple[Method, Any, bool]:
+    """Return a method's settings, its operator, and whether the measurement's contrast is undone for it."""
     operator, chain = make_operator(size, acquisition), method.sampler
-    if name == "conditional":
-        return _keep_estimate, operator, None, False
     if name == "dynamicdps":
-        return dynamicdps, operator, method, False
+        return method, operator, False
     length = length_of(name, chain.num_steps or VpDiscrete().num_steps, config)
     noise = max(acquisition.noise, 1e-3)
     match name:
         case "dps":
-            return dps, operator, Dps(config.scale, Ancestral(num_steps=length), PLAIN), False
+            return Dps(config.scale, Ancestral(num_steps=length), PLAIN), operator, False
         case "dps-warm":
             start = StartTime(rule="fixed", fixed=length - 1)
             fixed = dataclasses.replace(
                 dynamic.FIXED, start=start, sampler=chain, first_step=config.scale, fidelity=PLAIN
             )
-            return dynamicdps, operator, fixed, False
+            return fixed, operator, False
         case "diffpir":
-            return diffpir, operator, Diffpir(noise_std=noise, num_steps=length), False
+            return Diffpir(noise_std=noise, num_steps=length), operator, False
         case "pigdm":
             largest = TYPICAL * math.prod(size) ** 0.5
-            settings = Pigdm(noise_std=noise, data_std=largest, sampler=Ddim(length, eta=1.0))
-            return pigdm, operator, settings, False
+            return Pigdm(noise_std=noise, data_std=largest, sampler=Ddim(length, eta=1.0)), operator, False
         case "reddiff":
-            return reddiff, operator, Reddiff(num_steps=length), False
+            return Reddiff(num_steps=length), operator, False
         case "pnp-dpir":
-            return pnp_dpir, operator, PnpDpir(noise, num_steps=length), False
+            return PnpDpir(noise, num_steps=length), operator, False
     # The power that undoes the contrast stretches noise where the image is bright, at 1 or so, by its slope.
-    noise = noise / min(acquisition.gamma, 1.0)
+    noise, linear = noise / min(acquisition.gamma, 1.0), linear_part(size, acquisition, CUTOFF)
+    match name:
+        case "daps":
+            # Few steps at each of many levels; what is left of the division is not used.
+            steps = min(ODE_STEPS, length)
+            return Daps(noise, length // steps, steps), linear.apply, True
+        case "ccdf":
+            return Ccdf(length - 1, chain), linear, True
+    spectrum = separable_spectrum(axis_matrices(size, acquisition), (*size, 1), CUTOFF)
     if name == "ddrm":
-        spectrum = separable_spectrum(axis_matrices(size, acquisition), (*size, 1), CUTOFF)
-        return ddrm, spectrum, Ddrm(noise_std=noise, num_steps=length), True
-    linear = linear_part(size, acquisition, CUTOFF)
-    if name == "daps":
-        # Few steps at each of many levels; what is left of the division is not used.
-        steps = min(ODE_STEPS, length)
-        return daps, linear.apply, Daps(noise, length // steps, steps), True
-    if name == "ccdf":
-        return ccdf, linear, Ccdf(length - 1, chain), True
-    stretched = noise * _noise_gain(size, acquisition)
-    return ddnm, linear, Ddnm(noise_std=stretched, sampler=Ddim(length, eta=0.85)), True
-
-
-def _keep_estimate(
-    key: KeyArray, denoiser: Denoiser, measurement: Array, operator: Any, start: Array, config: None, indices: Array
-) -> Any:
-    return start, make_info(jnp.zeros((0, len(start))), 1.0, 0)
-
-
-def _undo_contrast(measurement: Float[Array, "..."], gamma: float) -> Float[Array, "..."]:
-    return measurement if gamma == 1 else jnp.maximum(measurement, 0.0) ** (1 / gamma)
-
-
-def _noise_gain(size: tuple[int, ...], acquisition: LowField) -> float:
-    """Return by how much the pseudo-inverse stretches white noise: root mean square of 1 / s over what is seen."""
+        return Ddrm(noise_std=noise, num_steps=length), spectrum, True
+    # By how much the pseudo-inverse stretches white noise: root mean square of 1 / s over what is seen.
     with jax.ensure_compile_time_eval():
-        spectrum = separable_spectrum(axis_matrices(size, acquisition), (*size, 1), CUTOFF)
         singular = np.asarray(spectrum.singular, np.float64)
-    seen = singular[singular > 0]
-    return float(np.sqrt((seen**-2.0).mean()))
+    gain = float(np.sqrt((singular[singular > 0] ** -2.0).mean()))
+    return Ddnm(noise_std=noise * gain, sampler=Ddim(length, eta=0.85)), linear, True

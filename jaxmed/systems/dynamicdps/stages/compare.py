@@ -211,7 +211,7 @@ def run(config: Config, folder: RunFolder) -> int:
             acquisition = study.conditions[name].acquisition
             solver = make_solver(arm, size, acquisition, method, config.budget)
             programs[arm, name] = make_program(
-                partial(make_prior, study.prior), make_operator(size, acquisition), method, config.batch_size, solver
+                partial(make_prior, study.prior), make_operator(size, acquisition), solver, config.batch_size
             )
         return _run_cell(cell, study, programs[arm, name], scorers[name], config.seed, folder)
 

@@ -4,36 +4,40 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import numpy as np
 
-from jaxmed.arrays.grid import reorient
-from jaxmed.config import Number, Seed, Size, checked, from_record, to_record
-from jaxmed.data.scans import ANY_KIND, find_partners, find_scans, name_scans
+from jaxmed.config import Number, Seed, Size, checked, to_record
+from jaxmed.data.scans import find_scans
+from jaxmed.data.windows import TilingConfig
+from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES
 from jaxmed.models.published.load import Published
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
-from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
+from jaxmed.recipes.map_files import Tell
+from jaxmed.recipes.map_images import Inputs, list_inputs, map_images, read_maps
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import MapStyle, curves, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import Calibrated, measure, read_calibration
-from jaxmed.systems.dynamicdps.enhancement import TilingConfig, make_program
+from jaxmed.systems.dynamicdps.enhancement import make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, MethodConfig, expected_passes, make_solver
 from jaxmed.systems.dynamicdps.networks import (
+    SOURCE,
     announce_passes,
+    apply_initial,
     load_initial,
     load_prior,
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import MAPS, Inputs, Plan, Refinement, process, read_case
+from jaxmed.systems.dynamicdps.scans import MAPS, Plan, Refinement, process, read_case
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
@@ -135,44 +139,43 @@ def run(config: Config, folder: RunFolder) -> int:
     if config.input is None or config.weights is None:
         missing = "input" if config.input is None else "weights"
         raise InputError(missing, "scans and a prior", "nothing", f"give --{missing}, or try --preset smoke")
-    network = load_prior(config.weights)
-    calibrated = None if config.calibration is None else read_calibration(config.calibration, network.params)
-    plan = make_plan(config, network, calibrated)
-    inputs, passed = list_inputs(config)
+    prior = load_prior(config.weights)
+    calibrated = None if config.calibration is None else read_calibration(config.calibration, prior.params)
+    acquisition = config.acquisition if calibrated is None else calibrated.acquisition
+    # Only DynamicDPS asks the bank where to start; any other solver walks its chain.
+    is_dynamic = config.solver == "dynamicdps"
+    asked_for = config.method if is_dynamic else dataclasses.replace(config.method, start="fixed", fixed_start=0)
+    method = asked_for.build(calibrated)
+    plan = make_plan(config, prior, method, acquisition)
+    inputs, passed = list_scans(config)
     if len(inputs) == 1:
-        read_case(inputs[0], plan.preprocess, plan.fill)  # a single broken file is a mistake, not a failure among many
-    notes = (*passed, *make_notes(config, plan, calibrated))
+        read_case(inputs[0], plan.preprocess, config.fill)  # a mistake, not a failure among many
+    notes = (*passed, *make_notes(config, prior, calibrated))
     log = begin(folder, notes)
     announce_passes(
-        log, f"Refining {len(inputs):,} scans; for every batch", network, config.batch_size, plan.acquisition,
-        expected_passes(config.solver, plan.method, config.budget), "passes", folder.smaller,
+        log, f"Refining {len(inputs):,} scans; for every batch", prior, config.batch_size, acquisition,
+        expected_passes(config.solver, method, config.budget), "passes", folder.smaller,
     )  # fmt: skip
     clock.lap("read and check")
 
-    def work(number: int, one: Inputs, tell: Tell) -> dict[str, Any]:
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
-        return to_record(process(plan, one, key, folder.outputs, tell))
+    def work(number: int, one: Inputs, tell: Tell) -> Refinement:
+        return process(plan, one, jax.random.fold_in(jax.random.key(config.seed), number), folder.outputs, tell)
 
-    rows, failed, _ = map_files(
-        inputs, work, folder.outputs, log, "Refining", "scans",
-        lambda row: {"residual": row["residual"]["enhanced"], "initial_residual": row["residual"]["initial"]},
+    scans, failed = map_images(
+        inputs, work, Refinement, folder.outputs, log, "Refining",
+        lambda row: {"residual": row.residual["enhanced"], "initial_residual": row.residual["initial"]},
     )  # fmt: skip
     clock.lap("refine, compilation included")
-    scans = tuple(from_record(Refinement, row, row["name"]) for row in rows)
-    for scan in scans:
-        for note in scan.notes:
-            log.say(f"Note: {scan.name}: {note}")
     write_tables(folder.outputs, scans)
-    write_failed(folder.outputs, failed)
     chain = config.method.steps or (calibrated.steps if calibrated else 0) or 1000
-    finish(folder, asked, Summary(scans, len(failed), chain, str(config.weights), notes), clock, page)
+    finish(folder, asked, Summary(scans, failed, chain, str(config.weights), notes), clock, page)
     return 1 if failed else 0
 
 
 def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     """Write phantom brains as low-field scans where none are given; so with a tiny prior and its calibration."""
     if config.input is not None:
-        list_inputs(config)  # a mistake there costs no training
+        list_scans(config)  # a mistake there costs no training
     log = begin(folder)
     if config.calibration is None:
         weights = config.weights or tiny_network(folder, "train-prior", {"train.seed": config.seed}, log)
@@ -196,36 +199,35 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     return dataclasses.replace(config, input=place)
 
 
-def make_plan(config: Config, network: Published, calibrated: Calibrated | None) -> Plan:
+def make_plan(config: Config, prior: Published, method: DynamicDps, acquisition: LowField) -> Plan:
     """Check the settings against the networks, and prepare the program.
 
     Raises:
         InputError: They do not belong together.
     """
-    preprocess = network.preprocess
+    preprocess = prior.preprocess
     if config.axis:
         if not preprocess.is_sliced:
             raise InputError("axis", "none for a prior in 3D", config.axis, "leave --axis out")
         preprocess = dataclasses.replace(preprocess, axis=config.axis)
-    acquisition = config.acquisition if calibrated is None else calibrated.acquisition
-    is_dynamic = config.solver == "dynamicdps"
-    # Only DynamicDPS asks the bank where to start.
-    asked = config.method if is_dynamic else dataclasses.replace(config.method, start="fixed", fixed_start=0)
-    method = asked.build(calibrated)
-    initial = None
+    estimate = None
     if config.initial is not None and is_run(config.initial):
-        initial = load_initial(config.initial, network)
+        estimate = apply_initial(load_initial(config.initial, prior))
     try:
         operator = make_operator(preprocess.size, acquisition)
     except ValueError as error:
         raise InputError("acquisition", f"one for {len(preprocess.size)} axes", str(error)) from error
     solver = make_solver(config.solver, preprocess.size, acquisition, method, config.budget)
-    program = make_program(partial(make_prior, network), operator, method, config.batch_size, solver)
-    settings = {"solver": config.solver} | to_record(method if is_dynamic else config.budget)
-    assert config.weights is not None
+    constants = {
+        "method": {"solver": config.solver} | to_record(method if config.solver == "dynamicdps" else config.budget),
+        "acquisition": to_record(acquisition),
+        "samples": config.samples,
+        "prior": str(config.weights),
+        "licence": prior.report.licence,
+    }
     return Plan(
-        network, config.weights, program, initial, preprocess, config.tiling, method, settings, acquisition,
-        config.samples, config.tissue, config.fill,
+        prior.params, preprocess, make_program(partial(make_prior, prior), operator, solver, config.batch_size),
+        estimate, config.tiling, config.samples, config.tissue, config.fill, constants,
     )  # fmt: skip
 
 
@@ -234,27 +236,25 @@ def is_run(place: Path) -> bool:
     return any((folder / "record.json").exists() for folder in (place, place / "outputs" / "model"))
 
 
-def list_inputs(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
+def list_scans(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
     """Find the scans, and what belongs to each by its name; return them, and notes on what was passed over.
 
     Raises:
         InputError: There are none, or one has no partner.
     """
     assert config.input is not None
-    given = (config.initial, config.mask, config.labels)
-    places = [None if place is None or is_run(place) else place for place in given]
-    scans, passed = find_scans(config.input, ANY_KIND, config.series, apart=[place for place in places if place])
-    partners = [find_partners(scans, config.input, place) for place in places]
-    names = name_scans(scans, config.input, tuple(MAPS), TABLES)
-    return [Inputs(name, scan, *others) for name, scan, *others in zip(names, scans, *partners, strict=True)], passed
+    initial = None if config.initial is None or is_run(config.initial) else config.initial
+    beside = {"initial": initial, "mask": config.mask, "labels": config.labels}
+    return list_inputs(config.input, beside, tuple(MAPS), config.series)
 
 
-def make_notes(config: Config, plan: Plan, calibrated: Calibrated | None) -> list[str]:
+def make_notes(config: Config, prior: Published, calibrated: Calibrated | None) -> list[str]:
     """Say what a user should know about this run."""
+    report = prior.report
     method = config.method.describe() if config.solver == "dynamicdps" else ARMS[config.solver].description
-    notes = [f"Method: {method}.", f"Weights: {plan.network.report.licence}.", *plan.network.report.remarks]
-    if plan.preprocess.spacing:
-        size = plan.preprocess.told_spacing
+    notes = [f"Method: {method}.", f"Weights: {report.licence}.", *report.remarks]
+    if prior.preprocess.spacing:
+        size = prior.preprocess.told_spacing
         notes.append(f"The prior's images have voxels of {size}: what a scan shows below that is lost in the result.")
     if config.initial is None:
         notes.append("No estimate is given: the scan itself is refined.")
@@ -297,7 +297,7 @@ READING = (
     "cannot see comes from the prior. The uncertainty map shows where samples disagree; what all samples invent alike "
     "it does not show.",
     "Intensities are in the unit of the scan by its own scale; contrast is that of the prior.",
-    "Method: DynamicDPS, arXiv:2503.01075. For research only, not for diagnosis.",
+    SOURCE,
 )
 
 
@@ -327,11 +327,8 @@ def page(run: Finished[Config, Summary]) -> Page:
 
 
 def _scan(outputs: Path, scan: Refinement) -> Section:
-    try:
-        read = {
-            name: reorient(nifti.read(outputs / f"{scan.name}_{name}.nii.gz")) for name in TITLES if name != "input"
-        }
-    except (OSError, InputError):
+    read = read_maps(outputs, scan.name, tuple(MAPS))
+    if read is None:
         return Section(scan.name, [Note("The maps are no longer in this folder.", "warning")])
     maps = {name: volume.array for name, volume in read.items()}
     maps["input"] = maps["enhanced"] - maps["difference"]

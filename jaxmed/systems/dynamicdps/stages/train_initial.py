@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxmed.arrays.types import KeyArray
-from jaxmed.config import Size, checked, to_record
+from jaxmed.config import Range, Size, checked, to_record
 from jaxmed.data.images import MAX_INTENSITY
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.metrics.imaging import psnr
@@ -18,24 +18,19 @@ from jaxmed.models.unet_guided import ENHANCER
 from jaxmed.physics.lowfield import LowField, contrast, linear_part
 from jaxmed.recipes.image_network import (
     LAPTOP,
-    ONE_MM,
     SMOKE,
     SMOKE_TRAINING,
-    STYLE,
     Counts,
     ImageNetworkConfig,
     NetworkFlags,
-    stored_images,
+    image_figure,
     train_network,
-    training_section,
-    training_tiles,
+    training_page,
     write_images,
 )
 from jaxmed.recipes.stage import Clock, Finished, Page, finish
 from jaxmed.recipes.training import TrainConfig, TrainFlags
-from jaxmed.report.figures import slice_maps
-from jaxmed.report.page import Section, Text
-from jaxmed.synthesis.control_grid import Range
+from jaxmed.report.page import Section
 from jaxmed.synthesis.label_images import ImageMaker, SyntheticConfig
 from jaxmed.systems.dynamicdps.networks import SOURCE
 from jaxmed.train.log import read_metrics
@@ -184,31 +179,22 @@ def page(run: Finished[Config, Summary]) -> Page:
     summary, lines = run.summary, read_metrics(run.path)
     names = {"training": "loss", "held out": "evaluation/loss", "measurement, held out": "evaluation/measurement_error"}
     caption = "Mean absolute error of the enhanced image, and of the low-field image taken as it is."
-    training = training_section(summary.counts, lines, (names, "mean absolute error", caption))
-    stacks = {
-        label: stored_images(run.outputs, name)[0]
-        for label, name in (("Truth", "truth"), ("Low field", "measurement"), ("Enhanced", "enhanced"))
-    }
-    picture = slice_maps(
-        stacks, ONE_MM, styles=dict.fromkeys(stacks, STYLE),
-        caption="Images that were not trained on (where any were held out): truth, simulated low field, and what the "
-        "network makes of it. Sharp detail that the low-field image does not show is a guess: the enhance stage checks "
-        "it against the measurement and the prior.",
+    picture = image_figure(
+        run.outputs, {"Truth": "truth", "Low field": "measurement", "Enhanced": "enhanced"},
+        "Images that were not trained on (where any were held out): truth, simulated low field, and what the network "
+        "makes of it. Sharp detail that the low-field image does not show is a guess: the enhance stage checks it "
+        "against the measurement and the prior.",
     )  # fmt: skip
     gained = summary.psnr["enhanced"] - summary.psnr["measurement"]
     quality = f"{summary.psnr['enhanced']:.1f} dB", f"{gained:+.1f} dB on the low-field image; range 2"
     reading = (
         "The network is the moving average of the parameters, in outputs/model; jaxmed dynamicdps enhance takes the "
         "run as --initial. It is trained on one kind of scanner and contrast; on others it invents, which is what the "
-        "refinement is for."
+        "refinement is for.",
+        SOURCE,
     )
-    return Page(
-        "DynamicDPS initial network",
-        f"A conditional enhancer, {summary.parameters:,} parameters",
-        [*training_tiles(summary.counts, lines), ("PSNR", *quality)],
-        [
-            training,
-            Section("What the network makes of low-field images", [picture]),
-            Section("How to read this", [Text([reading, SOURCE])]),
-        ],
-    )
+    return training_page(
+        "DynamicDPS initial network", f"A conditional enhancer, {summary.parameters:,} parameters", summary.counts,
+        lines, [(names, "mean absolute error", caption)], [("PSNR", *quality)],
+        Section("What the network makes of low-field images", [picture]), reading,
+    )  # fmt: skip

@@ -19,25 +19,21 @@ from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.models.unet_guided import DYNAMICDPS_PRIOR
 from jaxmed.recipes.image_network import (
     LAPTOP,
-    ONE_MM,
     SMOKE,
     SMOKE_TRAINING,
-    STYLE,
     Counts,
     ImageNetworkConfig,
     NetworkFlags,
     Trained,
+    image_figure,
     last_of,
-    stored_images,
     train_network,
-    training_section,
-    training_tiles,
+    training_page,
     write_images,
 )
 from jaxmed.recipes.stage import Clock, Finished, Page, finish
 from jaxmed.recipes.training import TrainConfig, TrainFlags
-from jaxmed.report.figures import slice_maps
-from jaxmed.report.page import Figure, Section, Text
+from jaxmed.report.page import Section, Tile
 from jaxmed.systems.dynamicdps.networks import SOURCE
 from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig
@@ -172,43 +168,32 @@ def bits_per_voxel(config: Config, trained: Trained) -> float:
 
 def page(run: Finished[Config, Summary]) -> Page:
     """Show the losses, images as the prior is trained on them, and images drawn from it."""
-    summary, lines = run.summary, read_metrics(run.path)
-    training = training_section(
-        summary.counts, lines,
+    summary, lines, steps = run.summary, read_metrics(run.path), run.config.sample_steps
+    plots = (
         ({"training": "loss", "held out": "evaluation/loss"}, "loss",
          "Mean squared error of the predicted noise over all times; a network that knows nothing has 1."),
         ({"training": "image_error", "held out": "evaluation/image_error"}, "error",
          "Mean squared error of the denoised image, which late times, where nothing is left to see, rule."),
     )  # fmt: skip
-    images = [
-        _images(run, "training", "Images as the prior is trained on them: scans, and contrasts drawn from label maps "
-                "where there are any, scaled to [0, 2]."),
-        _images(run, "samples", f"Images drawn from the prior in {run.config.sample_steps} steps, from noise alone. A "
-                "prior that is good enough for DynamicDPS shows heads with plausible tissue, not copies of the above."),
-    ]  # fmt: skip
-    last = float(f"{last_of(lines, 'evaluation/loss', 'loss'):.3g}")
+    shown = (
+        ("training", "Images as the prior is trained on them: scans, and contrasts drawn from label maps where there "
+         "are any, scaled to [0, 2]."),
+        ("samples", f"Images drawn from the prior in {steps} steps, from noise alone. A prior that is good enough for "
+         "DynamicDPS shows heads with plausible tissue, not copies of the above."),
+    )  # fmt: skip
     reading = (
         "The prior is the moving average of the parameters, in outputs/model; jaxmed dynamicdps enhance takes the run "
         "as --weights. The loss is dominated by times of little noise and hardly moves late in training while the "
-        "samples still improve: look at the images."
+        "samples still improve: look at the images.",
+        SOURCE,
     )
-    tiles = [*training_tiles(summary.counts, lines), ("Loss", last, "of the noise, held out where there is any")]
+    last = float(f"{last_of(lines, 'evaluation/loss', 'loss'):.3g}")
+    tiles: list[Tile] = [("Loss", last, "of the noise, held out where there is any")]
     if summary.bits_per_voxel is not None:
         tiles.append(("Bits per voxel", f"{summary.bits_per_voxel:.2f}", "-log2 likelihood of 256 grey levels"))
-    return Page(
-        "DynamicDPS prior",
-        f"A diffusion prior of brain images, {summary.parameters:,} parameters",
-        tiles,
-        [
-            training,
-            Section("What the prior has learnt", images),
-            Section("How to read this", [Text([reading, SOURCE])]),
-        ],
-    )
-
-
-def _images(run: Finished[Config, Summary], name: str, caption: str) -> Figure:
-    stacks, label = stored_images(run.outputs, name), name.capitalize()
-    maps = {label: stacks[0]} if len(stacks) == 1 else {f"{label} {i + 1}": array for i, array in enumerate(stacks)}
-    slices = stacks[0].shape[2] if len(stacks) == 1 else 6
-    return slice_maps(maps, ONE_MM, caption=caption, styles=dict.fromkeys(maps, STYLE), num_slices=slices)
+    figures = [image_figure(run.outputs, {name.capitalize(): name}, caption) for name, caption in shown]
+    subtitle = f"A diffusion prior of brain images, {summary.parameters:,} parameters"
+    return training_page(
+        "DynamicDPS prior", subtitle, summary.counts, lines, plots, tiles,
+        Section("What the prior has learnt", figures), reading,
+    )  # fmt: skip
