@@ -126,13 +126,7 @@ class Trained(NamedTuple):
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     def examples(self, key: KeyArray, count: int, *, held_out: bool) -> dict[str, Array]:
-        """Return examples as the network sees them, evenly spread over the records.
-
-        Args:
-            key: Consumed.
-            count: How many.
-            held_out: Whether they are of those that were held out, where any were.
-        """
+        """Return examples as the network sees them, evenly over the records; held-out ones where any were."""
         training, others, cut = self.data
         source = others if held_out and others is not None else training
         places = np.linspace(0, len(source) - 1, count).round().astype(int)

@@ -46,11 +46,7 @@ class Calibrated:
 
 
 def read_calibration(place: Path, prior: Params | None = None) -> Calibrated:
-    """Read what a run of calibrate left.
-
-    Args:
-        place: The run, or its file.
-        prior: Parameters of the prior that it must be of.
+    """Read what a run of calibrate left, given the run or its file.
 
     Raises:
         InputError: There is none, it is damaged, or it is of another prior.
@@ -77,18 +73,7 @@ def record_bank(
 ) -> Float32[np.ndarray, "run step"]:
     """Run DPS from pure noise on every measurement, and return the residual at each number of steps left, 0 first.
 
-    Batches that are done stay in a folder: an interrupted bank goes on after its last whole one.
-
-    Args:
-        prior: Denoiser of given parameters.
-        params: The prior's parameters.
-        key: Consumed.
-        measurement: y of each run.
-        operator: From one image to its measurement.
-        config: How DPS is run.
-        batch_size: Runs at a time.
-        parts: That folder.
-        progress: Told how many runs are done.
+    Batches that are done stay in the folder `parts`: an interrupted bank goes on after its last whole one.
     """
 
     @jax.jit

@@ -126,14 +126,7 @@ class Program(NamedTuple):
 def make_program(
     prior: Callable[[Params], Denoiser], operator: Callable[..., Array], solve: Method | Solve, batch_size: int
 ) -> Program:
-    """Compile-once form of `enhance`: parameters are an argument, not constants of the program.
-
-    Args:
-        prior: Denoiser of given parameters.
-        operator: From one image to its measurement.
-        solve: Method and its settings; or what does its work, see `Solve`.
-        batch_size: Samples at a time.
-    """
+    """Compile-once form of `enhance`, or of what solves instead: parameters are no constants of the program."""
 
     @jax.jit
     def refine(params: Params, key: KeyArray, measurement: Array, initial: Array, indices: Array) -> tuple[Array, Info]:
@@ -165,16 +158,8 @@ def draw_samples(
 ) -> Samples:
     """Draw posterior samples of many images, a batch at a time.
 
-    Sample k of image i has the random numbers of i num_samples + k, whatever the batch.
-
-    Args:
-        program: What `make_program` returns.
-        params: The prior's parameters.
-        key: Consumed.
-        measurement: y of each image.
-        initial: Estimate of each.
-        num_samples: Per image.
-        progress: Told how many samples are done.
+    Sample k of image i has the random numbers of i num_samples + k, whatever the batch; `progress` is told how many
+    samples are done.
     """
     total, seconds = len(measurement) * num_samples, 0.0
     images: list[Any] = []

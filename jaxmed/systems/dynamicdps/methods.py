@@ -201,14 +201,7 @@ def make_solver(
     method: DynamicDps,
     config: ArmConfig = ArmConfig(),
 ) -> Solve:
-    """Prepare a method.
-
-    Args:
-        name: One of ARMS.
-        size: Axes of space of an image.
-        acquisition: From image to measurement.
-        method: Settings of DynamicDPS; its sampler's chain is everyone's.
-        config: Budget and step.
+    """Prepare one of ARMS for images of a size; the chain of DynamicDPS is everyone's.
 
     Raises:
         InputError: There is no such method.

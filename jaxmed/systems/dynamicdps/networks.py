@@ -37,12 +37,7 @@ def load_prior(path: Path) -> Published:
 
 
 def load_initial(path: Path, prior: Published | None = None, name: object = None) -> Published:
-    """Read a conditional network: a run of train-initial.
-
-    Args:
-        path: The run.
-        prior: Whose preprocessing it must have.
-        name: What a message calls it; the path by default.
+    """Read a conditional network, a run of train-initial, which must have the prior's preprocessing.
 
     Raises:
         InputError: The place cannot be read, holds another network, or one of another preprocessing.
@@ -79,12 +74,7 @@ def apply_initial(network: Published) -> Callable[[Array], Array]:
 
 
 def make_prior(network: Published, params: Params) -> Denoiser:
-    """Return the denoiser of a prior, its images held in [0, 2].
-
-    Args:
-        network: Model and sizes.
-        params: Its parameters, or what stands for them while a program is traced.
-    """
+    """Return the denoiser of a prior, its images held in [0, 2]; parameters may be traced."""
     return make_denoiser(partial(network.model.apply, params), VpDiscrete(), "epsilon", clip=(0.0, MAX_INTENSITY))
 
 
@@ -98,18 +88,7 @@ def announce_passes(
     unit: str,
     smaller: str,
 ) -> None:
-    """Say how large a prior and its batches are, and how long it may take to meet them forward and backward.
-
-    Args:
-        log: Where.
-        label: What is about to be done.
-        network: The prior.
-        batch_size: Images at a time.
-        acquisition: From image to measurement.
-        count: How often it meets a batch.
-        unit: What these are called.
-        smaller: The preset that fits a CPU, as the run folder names it.
-    """
+    """Say how large a prior and its batches are, and how long `count` passes forward and backward may take."""
     operator = make_operator(network.preprocess.size, acquisition)
 
     def meet(params: Params, images: Array, times: Array) -> Any:

@@ -145,14 +145,7 @@ def read_case(one: Inputs, preprocess: Preprocess, fill: float | None) -> Case:
 
 
 def process(plan: Plan, one: Inputs, key: KeyArray, folder: Path, tell: Tell = lambda text: None) -> Refinement:
-    """Refine a scan and write its maps.
-
-    Args:
-        plan: The same for all scans.
-        one: The scan, and what belongs to it.
-        key: Consumed.
-        folder: Where to write.
-        tell: Takes a line about how far it is.
+    """Refine a scan and write its maps; `tell` takes lines about how far it is.
 
     Raises:
         InputError: For whatever is wrong with the files, or when the result is not finite.
