@@ -248,27 +248,23 @@ def read_references(config: Config, preprocess: Preprocess) -> References:
     assert config.input is not None
     scans = find_scans(config.input, ANY_KIND, config.series, apart=(config.low,)).scans
     partners = find_partners(scans, config.input, config.low)
-    images, low, names = [], [], []
+    found: list[tuple[np.ndarray, np.ndarray | None, str]] = []
     for files, partner in zip(scans, partners, strict=True):
         scan = load(files, preprocess, config.fill)
         cut, kept, head = cut_head(scan, preprocess)
-        images += [cut[index] for index in kept]
-        names += [f"{files.path.name}, {index}" for index in kept]
+        below = [None] * len(cut)
         if partner is not None:
             other = load(partner, preprocess, config.fill)
             require_same_grid(other.volume, scan.volume, str(partner), str(files.path))
-            low += [
-                cut_about(other.volume.array, preprocess.slice_axis, preprocess.size, head)[0][index] for index in kept
-            ]
-    if not images:
+            below = cut_about(other.volume.array, preprocess.slice_axis, preprocess.size, head)[0]
+        found += [(cut[index], below[index], f"{files.path.name}, {index}") for index in kept]
+    if not found:
         advice = "check the scans, or the size of the prior's images"
         raise InputError(config.input, f"images of which {LEAST_HEAD:.0%} is head", "none", advice)
-    chosen = evenly(config.runs, len(images))
-    high, partners_of = (
-        np.stack([found[i] for i in chosen])[..., None].astype(np.float32) if found else None for found in (images, low)
-    )
+    images, low, names = zip(*[found[row] for row in evenly(config.runs, len(found))], strict=True)
+    high, low = (np.float32(np.stack(stack))[..., None] if stack[0] is not None else None for stack in (images, low))
     assert high is not None
-    return References(high, partners_of, tuple(names[i] for i in chosen))
+    return References(high, low, names)
 
 
 def _fit(config: Config, references: References, log: Log) -> tuple[LowField, Fitted | None]:
