@@ -262,7 +262,9 @@ def read_references(config: Config, preprocess: Preprocess) -> References:
         advice = "check the scans, or the size of the prior's images"
         raise InputError(config.input, f"images of which {LEAST_HEAD:.0%} is head", "none", advice)
     images, low, names = zip(*[found[row] for row in evenly(config.runs, len(found))], strict=True)
-    high, low = (np.float32(np.stack(stack))[..., None] if stack[0] is not None else None for stack in (images, low))
+    high, low = (
+        np.stack(stack)[..., None].astype(np.float32) if stack[0] is not None else None for stack in (images, low)
+    )
     assert high is not None
     return References(high, low, names)
 
