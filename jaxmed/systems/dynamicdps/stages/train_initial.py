@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxmed.arrays.types import KeyArray
-from jaxmed.config import Range, Size, checked, to_record
+from jaxmed.config import Size, checked, to_record
 from jaxmed.data.images import MAX_INTENSITY
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.metrics.imaging import psnr
@@ -72,7 +72,7 @@ class Config:
 
     network: NetworkFlags = ImageNetworkConfig(model=ENHANCER, synthetic=T1)
     acquisition: LowField = LowField()
-    gamma: Range = (0.8, 1.0)
+    gamma: tuple[float, float] = (0.8, 1.0)
     train: TrainFlags = DEFAULTS
     samples: Size = 8
 
