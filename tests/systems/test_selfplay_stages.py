@@ -1,6 +1,7 @@
 """`jaxmed selfplay`: the stages on files, and the mistakes that a user can make with them."""
 
 import csv
+import importlib
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from jaxmed.io.images import read_image, write_png
 from jaxmed.recipes.study import Cell, Result
 from jaxmed.systems.selfplay.comparing import BASE, ELSEWHERE, LEARNT, LEVEL, MEASURES, RANDOM, read_runs, tabulate
 from jaxmed.systems.selfplay.inputs import load_system_one
+from jaxmed.train.run_folder import start
 from jaxmed.volume import Volume
 
 
@@ -292,3 +294,84 @@ def test_one_subject_has_no_interval(compared, tmp_path):
     assert base.low is base.high is base.error is alone.gain(LEARNT, last, RANDOM).low is None
     assert main(["report", str(run)]) == 0
     assert "one subject" in (run / "report.html").read_text()
+
+
+def test_thinking_only_ever_raises_the_score(compared):
+    scores = {}
+    for row in rows_of(compared / "outputs" / "means.csv"):
+        if row["measure"] == "score":
+            scores.setdefault(row["arm"], []).append(float(row["mean"]))
+    for arm in ("self-play", "random proposals", "verifier's gradient"):
+        first, last = scores[arm]
+        assert scores["System I"][0] - 1e-6 <= first <= last + 1e-6
+    # The patch game begins with nothing, not with System I's masks.
+    first, last = scores["patch game"]
+    assert first <= last + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("think", "--input", "nowhere.png"), "weights: expected images and System I, found nothing"),
+        (("think", "--input", "nowhere.png", "--weights", "WEIGHTS"), "nowhere.png: expected an image or a folder"),
+        (("think", "--input", "WEIGHTS", "--weights", "nowhere"), "nowhere: expected a run of meta-train or adapt"),
+        (("think", "--input", "TEST", "--weights", "WEIGHTS", "--mask", "TEST/puzzle"), "expected a file"),
+        (("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS"), "task: expected one of"),
+        (("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS", "--task", "moon"), "found 'moon'"),
+        (
+            ("adapt", "--data.manifest", "MANIFEST", "--weights", "WEIGHTS", "--task", "star", "--shots", "99"),
+            "shots: expected at most the",
+        ),
+        (
+            ("think", "--input", "TEST", "--weights", "WEIGHTS", "--policy-weights", "WEIGHTS"),
+            "expected a run of train-policy, found nothing of the kind",
+        ),
+        (("train-policy", "--data.manifest", "MANIFEST"), "weights: expected a run of meta-train, found nothing"),
+        (("train-policy", "--think.mode", "grad"), "expected 'learn' in 1 round, found 'grad'"),
+        (("meta-train", "--preprocess.size", "30", "30"), "preprocess.size: expected multiples of 4"),
+        (("meta-train", "--data.manifest", "nowhere.csv"), "nowhere.csv"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, said, thought, weights, manifest, tmp_path, capsys):
+    places = {"WEIGHTS": weights, "MANIFEST": manifest, "TEST": thought / "inputs" / "test"}
+    filled = []
+    for word in arguments:
+        for name, place in places.items():
+            word = word.replace(name, str(place))
+        filled.append(word)
+    assert run(*filled, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jaxmed: ") and error.count("\n") == 1 and said in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["meta-train", "train-policy", "adapt", "think", "compare"])
+def test_files_over_a_synthetic_run_start_from_nothing(
+    stage, thought, weights, familiar, manifest, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    for name in ("inputs/puzzles", "checkpoints/state/40", "outputs/system1"):
+        (out / name).mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps({"system": "selfplay", "stage": stage, "config": {}}))
+
+    class Begun(Exception):
+        """The stage is past its checks."""
+
+    def begin(folder, *_, **__):
+        start(folder)
+        path = folder.path
+        assert not (path / "checkpoints").exists() and not (path / "inputs").exists()
+        assert [place.name for place in path.iterdir() if place.name == "outputs"] and not any(
+            (path / "outputs").iterdir()
+        )
+        raise Begun
+
+    module = importlib.import_module(f"jaxmed.systems.selfplay.stages.{stage.replace('-', '_')}")
+    monkeypatch.setattr(module, "begin", begin)
+    given = ["--input", thought / "inputs" / "test"] if stage == "think" else ["--data.manifest", manifest]
+    given += {"meta-train": ["--preset", "smoke", "--data.synthetic", 0], "think": ["--weights", weights]}.get(
+        stage,
+        ["--weights", familiar, *(["--task", "star"] if stage != "train-policy" else [])],
+    )
+    with pytest.raises(Begun):
+        run(stage, *given, "--overwrite", "--out", out)

@@ -276,6 +276,8 @@ def list_jobs(config: Config) -> tuple[list[Job], tuple[str, ...]]:
         InputError: There are none, or one has no partner.
     """
     assert config.input is not None
+    if not config.input.exists():
+        raise InputError(config.input, "an image or a folder of images", "nothing", "check --input")
     scans, passed = find_scans(config.input, ANY_KIND, config.series, apart=(config.mask, config.box))
     names = name_scans(scans, config.input, ENDINGS, TABLES)
     masks, boxes = (find_partners(scans, config.input, place) for place in (config.mask, config.box))
