@@ -188,7 +188,8 @@ def test_a_map_made_by_diffusion_is_explained_from_its_own_seed(places, tmp_path
 
 
 def test_a_cohort_says_how_well_its_stages_could_be_recovered(tmp_path):
-    # The last part of acceptance 2 in small: more visits, better stages.
+    # The last part of acceptance 2 in small: more visits, better stages. After 10 steps the years hang on rounding (2.4
+    # to 4.0 by XLA's options), after 40 they do not.
     words = [
         "--regions",
         8,
@@ -203,7 +204,7 @@ def test_a_cohort_says_how_well_its_stages_could_be_recovered(tmp_path):
         4,
     ]
     words += ["--cohort.mechanism", "fkpp", "--recovery.irregularities", 0, 0.9, "--recovery.cohorts", 1]
-    words += ["--recovery.fit.steps", 10, "--recovery.fit.loops", 2, "--recovery.fit.stages", 64, "--solver", "fixed"]
+    words += ["--recovery.fit.steps", 40, "--recovery.fit.loops", 2, "--recovery.fit.stages", 64, "--solver", "fixed"]
     assert run("simulate", *words, "--out", tmp_path / "run") == 0
     rows = rows_of(tmp_path / "run" / "outputs" / "stage_recovery.csv")
     assert [(row["visits"], row["irregularity"]) for row in rows] == [("1", "0.0"), ("4", "0.0"), ("4", "0.9")]
