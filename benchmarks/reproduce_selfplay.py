@@ -48,9 +48,10 @@ import tyro
 
 from jaxmed.errors import InputError
 from jaxmed.files import read_record, write_json, write_text
+from jaxmed.recipes.segmentation_study import read_runs, tabulate
 from jaxmed.recipes.study_tables import Difference
-from jaxmed.systems.selfplay.comparing import ABOVE, ELSEWHERE, LEARNT, LEVEL, RANDOM, read_runs, tabulate
 from jaxmed.systems.selfplay.stages import compare
+from jaxmed.systems.selfplay.stages.compare import ARMS, LEVEL
 from jaxmed.train.run_folder import RunOptions, open_run
 from jaxmed.versions import software_versions
 
@@ -115,16 +116,16 @@ def main() -> None:
 def summarise_runs(runs: list[Path]) -> dict[str, Any]:
     """Return what a run found; of several, over the cases of all."""
     summaries = [read_record(run / "outputs" / "summary.json") for run in runs]
-    found, arms = tabulate(read_runs(runs), 0), {}
+    found, arms = tabulate(read_runs(runs), 0, ARMS), {}
     for row in found.means:
         (_, arm), (_, budget) = row.group
         if row.measure == "dice":
             entry = {"budget": budget, "mean": row.mean, "low": row.low, "high": row.high, "error": row.error}
             arms.setdefault(arm, []).append(entry | {"gain": interval_of(found.gain(str(arm), int(budget)))})
     tests = {
-        "against_random": interval_of(found.gain(LEARNT, arms[LEARNT][-1]["budget"], RANDOM)),
+        "against_random": interval_of(found.gain(ARMS.thinking, arms[ARMS.thinking][-1]["budget"], ARMS.control)),
         "rank_of_budget": found.rank_of_budget, "area": found.area,
-        "level_against_threshold": interval_of(found.gain(LEVEL, 0, ELSEWHERE)),
+        "level_against_threshold": interval_of(found.gain(LEVEL, 0, ARMS.elsewhere)),
         "score_and_dice": found.score_and_dice,
     }  # fmt: skip
     counts = {name: sum(summary[name] for summary in summaries) for name in ("cases", "subjects", "failed")}
@@ -211,7 +212,7 @@ def render(
     head = (__doc__ or "").partition("\n\n    python")[0]
     versions = software_versions().get("jaxmed", "unknown")
     found_arms = dict.fromkeys(arm for summary in summaries.values() for arm in summary["arms"])
-    arms = [arm for arm in found_arms if not arm.startswith(ABOVE)]
+    arms = [arm for arm in found_arms if not arm.startswith(ARMS.above)]
     lines = [
         "# arXiv:2506.22075, sentence by sentence", "",
         f"Written by `python benchmarks/reproduce_selfplay.py {command}` with jaxmed {versions}, {os.cpu_count()} "

@@ -91,6 +91,23 @@ def load_parameters(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return nest(source.tensors), source.record
 
 
+def load_exported(
+    path: Path, name: str, family: str, expected: str, advice: str
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Read what a run exported to outputs/NAME, or such a folder itself: parameters, record, and the record's place.
+
+    Raises:
+        InputError: The place holds nothing of the kind, or weights of another family.
+    """
+    places = [place for place in (path / "outputs" / name, path) if (place / "record.json").exists()]
+    if not places:
+        raise InputError(path, expected, "nothing of the kind" if path.exists() else "nothing", advice)
+    params, record = load_parameters(places[0])
+    if record.get("family") != family:
+        raise InputError(path, expected, f"weights of {record.get('family')}", advice)
+    return params, record, str(places[0] / "record.json")
+
+
 def read_source(
     path: Path,
     is_known: Callable[[Mapping[str, Any]], bool],

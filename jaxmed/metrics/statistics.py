@@ -382,6 +382,13 @@ def _check_level(level: float) -> None:
         raise InputError("level", "a number between 0 and 1, such as 0.95", level)
 
 
+def spearman(first: Real[np.ndarray, " pair"], second: Real[np.ndarray, " pair"]) -> float | None:
+    """Return Spearman's rank correlation; None where one of the two does not vary."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(scipy.stats.spearmanr(first, second)[0])  # pyright: ignore[reportArgumentType]
+
+
 def information_criteria(variance: float, count: int, parameters: int) -> tuple[float | None, float | None]:
     """Return the corrected Akaike and the Bayesian criterion of Gaussian errors; the lower, the better.
 

@@ -1,13 +1,12 @@
-"""Few-shot segmentation by labels alone, and what its stages share: synthetic tasks, and pictures of masks.
+"""Few-shot segmentation by labels alone.
 
 A network is trained from scratch on the labels there are, or by MAML: from parameters that a few steps on the few
 labels of any familiar task turn into a good network for it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -19,20 +18,11 @@ from jaxtyping import Array, Bool, Float
 from jaxmed.arrays.types import Params
 from jaxmed.config import Length, Positive, Size, checked
 from jaxmed.data.augment import AS_THEY_ARE, AugmentConfig, make_variants
-from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.tasks import Cases, TaskData
-from jaxmed.io.numpy_files import write_npz
-from jaxmed.metrics.imaging import dice
+from jaxmed.data.tasks import Cases
 from jaxmed.models.mask_generator import GeneratorConfig, make_generator
-from jaxmed.recipes.stage import begin
-from jaxmed.report.masks import Panel, mask_panels, plane
-from jaxmed.report.page import Figure
-from jaxmed.synthesis.phantoms.write_puzzles import Counts, write_puzzle_cohort
-from jaxmed.train.run_folder import RunFolder
 
 Loss: TypeAlias = Callable[[Params, Any], Array]
 """(parameters, batch) -> loss."""
-SHOWN = 8
 
 
 def mask_loss(config: GeneratorConfig, params: Params, batch: tuple[Array, Array]) -> Array:
@@ -79,6 +69,44 @@ def fit_supervised(
         batch = tuple(jnp.where(is_few, theirs, usual) for usual, theirs in zip(*drawn, strict=True))
         params, opt_state = step(params, opt_state, batch)
     return params
+
+
+def fit_baselines(
+    seed: int,
+    config: GeneratorConfig,
+    shots: Cases,
+    training: Cases | None,
+    *,
+    steps: int,
+    maml: "MamlConfig",
+    variants: AugmentConfig = AS_THEY_ARE,
+    variants_of_shots: AugmentConfig = AS_THEY_ARE,
+) -> Iterator[tuple[str, Params]]:
+    """Yield networks that learn from labels alone: from a new task's few, from all there are, and by MAML.
+
+    Args:
+        seed: Seed of the parameters and batches.
+        config: Sizes of the networks.
+        shots: The labelled images of the new task.
+        training: Cases of familiar tasks; without them there is only the first network.
+        steps: Steps of the first two.
+        maml: How the third is learnt; without steps it is left out.
+        variants: Fresh variants of the images of familiar tasks.
+        variants_of_shots: Fresh variants of the labelled images.
+    """
+    labelled = {"supervised, few labels": (shots.images, shots.masks)}
+    if training is not None:
+        labelled["supervised, all labels"] = (
+            np.concatenate([training.images, shots.images]), np.concatenate([training.masks, shots.masks])
+        )  # fmt: skip
+    for name, (images, masks) in labelled.items():
+        yield name, fit_supervised(
+            seed, config, images, masks, steps=steps, variants=variants, few=len(shots.images),
+            variants_of_few=variants_of_shots,
+        )  # fmt: skip
+    if training is not None and maml.steps:
+        params = fit_maml(seed, config, maml, training, len(shots.images), variants)
+        yield "MAML", adapt_maml(config, maml, params, shots.images, shots.masks)
 
 
 # MAML ----------------------------------------------------------------------------------------------------------------
@@ -185,46 +213,3 @@ def _begin(
 
 def _pair(images: np.ndarray, masks: np.ndarray) -> tuple[Array, Array]:
     return jnp.asarray(images), jnp.asarray(masks, jnp.float32)
-
-
-# Synthetic tasks and pictures ----------------------------------------------------------------------------------------
-
-
-def write_puzzles(data: TaskData, preprocess: Preprocess, seed: int, folder: RunFolder) -> TaskData:
-    """Write the puzzles of a run that has no manifest, begin it, and return the settings that read them."""
-    if not data.synthetic or data.manifest is not None:
-        return data
-    begin(folder)
-    return write_synthetic(data, preprocess, seed, folder.path / "inputs" / "puzzles")
-
-
-def write_synthetic(data: TaskData, preprocess: Preprocess, seed: int, folder: Path) -> TaskData:
-    """Write puzzles of an image's size as files; what is there already stays."""
-    half = max(data.synthetic // 2, 1)
-    counts = Counts(train=data.synthetic, validation=half, support=min(half, 16), test=half)
-    manifest = write_puzzle_cohort(folder, seed, counts, preprocess.size)
-    # Small images hold small shapes; each is one to be found.
-    return dataclasses.replace(data, manifest=manifest, synthetic=0, min_voxels=1)
-
-
-def write_examples(path: Path, cases: Cases, segment: Callable[[Array], Array]) -> None:
-    """Write a few images, their masks, and what a network takes for the probability of them, for the report."""
-    some = cases.spread(SHOWN)
-    generated = np.asarray(jax.jit(segment)(jnp.asarray(some.images)))
-    write_npz(path, {"images": some.images, "masks": some.masks, "generated": generated}, is_compressed=True)
-
-
-def example_figure(path: Path) -> Figure:
-    """Show images with true and generated outlines."""
-    with np.load(path) as stored:
-        images, masks, generated = (stored[name] for name in ("images", "masks", "generated"))
-    panels = []
-    for image, mask, soft in zip(images, masks, generated, strict=True):
-        outlines = {"true": plane(mask, mask), "generated": plane(soft > 0.5, mask)}
-        panels.append(Panel(plane(image, mask), f"Dice {100 * dice(mask, soft > 0.5):.0f} %", outlines))
-    return mask_panels(
-        panels, columns=4, limits=(0.0, 1.0),
-        caption="Images with the outlines of the true mask and of the generator's; of volumes, the slice with most of "
-        "the mask.",
-        alt=f"{len(panels)} images with outlines of true and generated masks.",
-    )  # fmt: skip

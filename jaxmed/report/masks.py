@@ -80,6 +80,31 @@ def mask_panels(
     return both_themes(draw, "png", caption, alt)
 
 
+def proposal_panels(
+    image: Float[np.ndarray, "*space"],
+    masks: Bool[np.ndarray, "step_1 *space"],
+    proposals: Mapping[str, Bool[np.ndarray, "step *space"]],
+    titles: Sequence[str],
+    caption: str,
+) -> Figure:
+    """Draw how a mask was changed: in every step the mask, and the voxels that each of several proposed to flip.
+
+    Args:
+        image: What the mask is of.
+        masks: Before each step, and after the last.
+        proposals: By who made them.
+        titles: Of the steps.
+        caption: Text under the figure.
+    """
+    guide = masks[-1] if masks[-1].any() else np.ones_like(masks[-1])
+    panels = []
+    for step, title in enumerate(titles):
+        fills = {name: plane(flips[step], guide) for name, flips in proposals.items()}
+        panels.append(Panel(plane(image, guide), title, {"mask": plane(masks[step], guide)}, fills))
+    alt = f"{len(panels)} steps of a game: the mask and the voxels that both players would flip."
+    return mask_panels(panels, columns=6, limits=(0.0, 1.0), caption=caption, alt=alt)
+
+
 def plane(array: Shaped[np.ndarray, "..."], mask: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "row column"]:
     """Return an image as it is looked at, x to the right and y up; of a volume the slice with most of a mask."""
     if array.ndim == 3:

@@ -20,7 +20,7 @@ from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
 from jaxmed.io.tables import write_table
-from jaxmed.recipes.few_shot import write_synthetic
+from jaxmed.recipes.few_shot_stage import write_synthetic
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core

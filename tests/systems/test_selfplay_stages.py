@@ -12,9 +12,9 @@ from jaxmed.cli import main
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
-from jaxmed.recipes.study import Cell, Result
-from jaxmed.systems.selfplay.comparing import BASE, ELSEWHERE, LEARNT, LEVEL, MEASURES, RANDOM, read_runs, tabulate
+from jaxmed.recipes.segmentation_study import MEASURES, read_runs, tabulate
 from jaxmed.systems.selfplay.inputs import load_system_one
+from jaxmed.systems.selfplay.stages.compare import ARMS
 from jaxmed.train.run_folder import start
 from jaxmed.volume import Volume
 
@@ -211,7 +211,7 @@ def test_every_arm_answers_for_every_case(compared):
     }  # fmt: skip
     assert len(rows) == 4 * (8 + 5 * 2)
     means = rows_of(compared / "outputs" / "means.csv")
-    assert {row["arm"] for row in means} == arms | {ELSEWHERE} and {row["measure"] for row in means} == {*MEASURES}
+    assert {row["arm"] for row in means} == arms | {ARMS.elsewhere} and {row["measure"] for row in means} == {*MEASURES}
     for mean in means:
         own = [
             float(row[mean["measure"]]) for row in rows if (row["arm"], row["budget"]) == (mean["arm"], mean["budget"])
@@ -244,42 +244,17 @@ def change_rows(run, change):
 
 def test_tables_of_several_comparisons_are_read_as_one(compared, tmp_path):
     # Leave one subject out: a comparison for each, one bootstrap over all.
-    once, cases = tabulate(read_runs([compared]), 0), rows_of(compared / "outputs" / "subjects.csv")
+    once, cases = tabulate(read_runs([compared]), 0, ARMS), rows_of(compared / "outputs" / "subjects.csv")
     stored = [row for row in rows_of(compared / "outputs" / "means.csv") if row["measure"] == "dice"]
     assert [*dices(once).values()] == pytest.approx([float(row["mean"]) for row in stored], abs=1e-6)
     (twice,) = read_runs([compared, compared])
     assert len(twice.subjects) == 2 * len(cases)
-    assert dices(tabulate([twice], 0)) == pytest.approx(dices(once))
-    assert {row.count for row in tabulate([twice], 0).means} == {2 * 4}
+    assert dices(tabulate([twice], 0, ARMS)) == pytest.approx(dices(once))
+    assert {row.count for row in tabulate([twice], 0, ARMS).means} == {2 * 4}
     other = shutil.copytree(compared, tmp_path / "other")
     change_rows(other, lambda rows: [row for row in rows if row["arm"] != "self-play"])
     with pytest.raises(InputError, match="other: expected the arms, seeds and budgets of .*compare, found others"):
         read_runs([compared, other])
-
-
-def test_one_threshold_is_chosen_on_the_other_subjects():
-    # Anna's cases say 0.2, Ben's and Cleo's 0.5 (System I's own): what is best on one's own subject must not be taken.
-    subjects = ("anna", "anna", "ben", "cleo")
-    dice = {BASE: [0.1, 0.2, 0.8, 0.7], "System I above 0.2": [0.9, 0.9, 0.5, 0.2], LEVEL: [0.5, 0.5, 0.5, 0.5]}
-
-    def results(subjects):
-        cases = list(enumerate(subjects))
-        rows = [
-            [
-                {"arm": arm, "budget": 0, "case": str(place), "subject": subject, **dict.fromkeys(MEASURES, place),
-                 "dice": values[place] + 0.1 * seed}
-                for arm, values in dice.items() for place, subject in cases
-            ]
-            for seed in range(2)
-        ]  # fmt: skip
-        return [Result(Cell((("seed", seed),)), {}, found) for seed, found in enumerate(rows)]
-
-    found = tabulate(results(subjects), 0)
-    # Left out: anna, so 0.5 is best (0.75 against 0.35); ben, so 0.2 is (0.67 against 0.33), and for cleo too.
-    assert found.course(ELSEWHERE)[0].mean == pytest.approx(np.mean([0.1, 0.2, 0.5, 0.2]) + 0.05)
-    assert found.gain(LEVEL, 0, ELSEWHERE).difference == pytest.approx(0.5 - 0.25)
-    assert len(found.points) == 24
-    assert not tabulate(results(["anna"] * 4), 0).course(ELSEWHERE)
 
 
 def test_one_subject_has_no_interval(compared, tmp_path):
@@ -287,11 +262,12 @@ def test_one_subject_has_no_interval(compared, tmp_path):
     run = shutil.copytree(compared, tmp_path / "run")
     change_rows(run, lambda rows: [{**row, "subject": "patient"} for row in rows])
     results = read_runs([run])
-    alone = tabulate(results, 0)
-    base = alone.course(BASE)[0]
-    assert base.mean == pytest.approx(np.mean([row["dice"] for row in results[0].subjects if row["arm"] == BASE]))
-    last = alone.course(LEARNT)[-1].group[1][1]
-    assert base.low is base.high is base.error is alone.gain(LEARNT, last, RANDOM).low is None
+    alone = tabulate(results, 0, ARMS)
+    base = alone.course(ARMS.base)[0]
+    assert base.mean == pytest.approx(np.mean([row["dice"] for row in results[0].subjects if row["arm"] == ARMS.base]))
+    last = alone.course(ARMS.thinking)[-1].group[1][1]
+    gain = alone.gain(ARMS.thinking, int(last), ARMS.control)
+    assert gain is not None and base.low is base.high is base.error is gain.low is None
     assert main(["report", str(run)]) == 0
     assert "one subject" in (run / "report.html").read_text()
 

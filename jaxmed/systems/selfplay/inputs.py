@@ -9,8 +9,8 @@ from jaxmed.config import from_record, to_record
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.tasks import TaskData, read_manifest
 from jaxmed.errors import InputError
-from jaxmed.io.weights_files import load_parameters
-from jaxmed.recipes.few_shot import write_puzzles
+from jaxmed.io.weights_files import load_exported, load_parameters
+from jaxmed.recipes.few_shot_stage import TaskInputs, write_puzzles
 from jaxmed.recipes.stage import begin, nested_run
 from jaxmed.systems.selfplay.system_one import SystemOne, SystemOneConfig
 from jaxmed.systems.selfplay.thinking import ThinkConfig
@@ -26,38 +26,40 @@ TASK, SHOTS = "star", 4
 """What smoke runs adapt to, and by how many labelled images."""
 
 
-def make_inputs(
-    data: TaskData, preprocess: Preprocess | None, weights: Path | None, seed: int, folder: RunFolder
-) -> dict[str, Any]:
+def make_inputs(inputs: TaskInputs, folder: RunFolder) -> TaskInputs:
     """Write puzzles where there is no manifest, and meta-train a tiny System I on puzzles where there are no weights.
 
-    Args:
-        data: The cases that the user gave.
-        preprocess: How files become images; None as the weights say.
-        weights: System I.
-        seed: Seed of the puzzles and of the networks.
-        folder: The run, begun here when something is made.
-
-    Returns:
-        "data", "preprocess" and "weights" to go on with.
+    The run is begun here when something is made.
     """
-    if data.synthetic and (data.manifest is None or weights is None):
-        if data.manifest is None:
-            preprocess = preprocess or (TINY if weights is None else load_system_one(weights).preprocess)
-            data = puzzles = write_puzzles(data, preprocess, seed, folder)
-        else:
-            read_manifest(data, seed)  # a mistake there costs no training
-            puzzles = TaskData(synthetic=data.synthetic)
-        if weights is None:
-            why, changes = "Meta-training a tiny System I on puzzles.", {"data": puzzles, "seed": seed}
-            weights = nested_run(folder, "selfplay meta-train", changes, begin(folder), why).path
-    return {"data": data, "preprocess": preprocess, "weights": weights}
+    data, preprocess, weights = inputs.data, inputs.preprocess, inputs.weights
+    if not data.synthetic or (data.manifest is not None and weights is not None):
+        return inputs
+    if data.manifest is None:
+        preprocess = preprocess or (TINY if weights is None else load_system_one(weights).preprocess)
+        data = puzzles = write_puzzles(data, preprocess, inputs.seed, folder)
+    else:
+        read_manifest(data, inputs.seed)  # a mistake there costs no training
+        puzzles = TaskData(synthetic=data.synthetic)
+    if weights is None:
+        why, changes = "Meta-training a tiny System I on puzzles.", {"data": puzzles, "seed": inputs.seed}
+        weights = nested_run(folder, "selfplay meta-train", changes, begin(folder), why).path
+    return dataclasses.replace(inputs, data=data, preprocess=preprocess, weights=weights)
 
 
-def with_inputs(config: Any, folder: RunFolder) -> Any:
-    """Return a stage's settings with what `make_inputs` makes of them."""
-    made = make_inputs(config.data, config.preprocess, config.weights, config.seed, folder)
-    return dataclasses.replace(config, **made)
+def open_inputs(inputs: TaskInputs, folder: RunFolder) -> tuple[TaskInputs, "Trained", Preprocess]:
+    """Make what is missing, read System I, and tell how files become its images: as its own, or as a user wants it.
+
+    Raises:
+        InputError: There are no weights, or images would have another size.
+    """
+    inputs = make_inputs(inputs, folder)
+    if inputs.weights is None:
+        raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
+    trained = load_system_one(inputs.weights)
+    preprocess = inputs.preprocess or trained.preprocess
+    if preprocess.size != trained.preprocess.size:
+        raise InputError("preprocess.size", f"that of the weights, {trained.preprocess.size}", preprocess.size)
+    return inputs, trained, preprocess
 
 
 class Trained(NamedTuple):
@@ -86,38 +88,6 @@ def write_system_one(folder: Path, system: SystemOne, preprocess: Preprocess, ta
         "task": task,
     }
     export_parameters(folder, system.params, record | further)
-
-
-def load_for(weights: Path | None, preprocess: Preprocess | None) -> tuple[Trained, Preprocess]:
-    """Read System I, and return how files become its images: as its own, or as a user wants it.
-
-    Raises:
-        InputError: There are no weights, or images would have another size.
-    """
-    if weights is None:
-        raise InputError("weights", "a run of meta-train", "nothing", "give --weights, or try --preset smoke")
-    trained = load_system_one(weights)
-    preprocess = preprocess or trained.preprocess
-    if preprocess.size != trained.preprocess.size:
-        raise InputError("preprocess.size", f"that of the weights, {trained.preprocess.size}", preprocess.size)
-    return trained, preprocess
-
-
-def load_exported(
-    path: Path, name: str, family: str, expected: str, advice: str
-) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Read what a run exported to outputs/NAME, or such a folder itself: parameters, record, and the record's place.
-
-    Raises:
-        InputError: The place holds nothing of the kind, or weights of another family.
-    """
-    places = [place for place in (path / "outputs" / name, path) if (place / "record.json").exists()]
-    if not places:
-        raise InputError(path, expected, "nothing of the kind" if path.exists() else "nothing", advice)
-    params, record = load_parameters(places[0])
-    if record.get("family") != family:
-        raise InputError(path, expected, f"weights of {record.get('family')}", advice)
-    return params, record, str(places[0] / "record.json")
 
 
 def load_system_one(path: Path) -> Trained:

@@ -2,25 +2,23 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.config import Length, Seed, checked, to_record
+from jaxmed.config import Length, checked, to_record
 from jaxmed.data.augment import AS_THEY_ARE
-from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.tasks import Cases, TaskData, choose_task, draw_shots, read_splits
+from jaxmed.data.tasks import Cases, TaskData, draw_shots
 from jaxmed.io.tables import write_table
-from jaxmed.recipes.few_shot import example_figure, write_examples
+from jaxmed.recipes.few_shot_stage import TaskFlags, TaskInputs, example_figure, read_new_task, write_examples
 from jaxmed.recipes.map_files import write_failed
 from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.scatter import scatter
-from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_for, with_inputs, write_system_one
+from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, open_inputs, write_system_one
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate, overlap
 from jaxmed.systems.selfplay.verifier import calibrate, judge_masks
 from jaxmed.train.announce import announce
@@ -37,26 +35,16 @@ class Config:
     """Adaptation of System I.
 
     Attributes:
-        data: Labelled images of the new task, split support; images of split test are only scored.
-        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
-        weights: A run of meta-train.
-        preprocess: How files become images; read from the weights where it is left alone.
+        inputs: Labelled images of the new task, split support; images of split test are only scored.
         task: The new task, where the manifest has several.
         shots: Labelled images to adapt by, drawn from the support; 0 takes all.
         adapt: Steps and rate.
-        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
-        seed: Seed of the draw of labelled images, and of training.
     """
 
-    data: TaskData = TaskData()
-    series: str = ""
-    weights: Path | None = None
-    preprocess: Preprocess | None = None
+    inputs: TaskFlags = TaskInputs()
     task: str = ""
     shots: Length = 8
     adapt: AdaptConfig = AdaptConfig()
-    fill: float | None = None
-    seed: Seed = 0
 
 
 def paper() -> Config:
@@ -71,7 +59,9 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """In seconds: your images or puzzles, your System I or a tiny one that is meta-trained on the spot."""
-    return Config(data=TaskData(synthetic=24), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3))
+    return Config(
+        inputs=TaskInputs(TaskData(synthetic=24)), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,19 +99,14 @@ class Summary:
 def run(config: Config, folder: RunFolder) -> int:
     """Read, adapt, calibrate, score, export and report. Returns 1 when records failed."""
     clock = Clock()
-    config = with_inputs(config, folder)
-    trained, preprocess = load_for(config.weights, config.preprocess)
-    cases, failed = read_splits(
-        config.data, preprocess, ("support",), ("test",), config.seed, config.series, config.fill
-    )
-    support, task = choose_task(cases["support"], config.task)
-    shots = draw_shots(support, config.shots, config.seed)
-    test = choose_task(cases["test"], task)[0] if "test" in cases else None
+    inputs, trained, preprocess = open_inputs(config.inputs, folder)
+    task, support, test, _, failed = read_new_task(inputs, preprocess, config.task, ("support",), ("test",))
+    shots = draw_shots(support, config.shots, inputs.seed)
     log = begin(folder)
     log.say(f"Adapting to '{task}' by {len(shots.images)} labelled images of {len(set(shots.subjects))} subjects.")
     announce(log, "Adapting", params=trained.system.params, batch=shots.images, count=config.adapt.steps)
     clock.lap("read and cut")
-    adapt_key, probe_key = jax.random.split(jax.random.key(config.seed))
+    adapt_key, probe_key = jax.random.split(jax.random.key(inputs.seed))
     images, masks = jnp.asarray(shots.images), jnp.asarray(shots.masks)
     system, losses = adapt(adapt_key, trained.system, images, masks, config.adapt)
     for number in range(config.adapt.steps):

@@ -4,39 +4,36 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.arrays.batches import evenly
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import Count, Length, Seed, Size, checked
+from jaxmed.config import Count, Length, Size, checked
 from jaxmed.data.augment import AS_THEY_ARE, AugmentConfig
-from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.tasks import Cases, TaskData, choose_task, draw_shots, read_splits
-from jaxmed.recipes.few_shot import MamlConfig, adapt_maml, fit_maml, fit_supervised
+from jaxmed.data.tasks import Cases, TaskData, draw_shots
+from jaxmed.recipes.few_shot import MamlConfig, fit_baselines
+from jaxmed.recipes.few_shot_stage import NewTask, TaskFlags, TaskInputs, read_new_task
 from jaxmed.recipes.map_files import write_failed
 from jaxmed.recipes.scan_job import trouble_sections
-from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.recipes.study import Cell, Outcome, make_cells, read_study, run_study
-from jaxmed.recipes.study_sections import failed_cells, mean_bars, mean_curves
-from jaxmed.recipes.study_tables import Difference, Mean, write_tables
-from jaxmed.report.page import Figure, Note, Section, Table, Text
-from jaxmed.report.scatter import scatter
-from jaxmed.systems.selfplay.comparing import (
-    ABOVE,
-    BASE,
-    LEARNT,
-    LEVEL,
-    MEASURES,
-    RANDOM,
-    Comparison,
+from jaxmed.recipes.segmentation_study import (
+    Arms,
+    arm_table,
+    budget_curves,
+    end_bars,
+    gain_tiles,
     score_masks,
     tabulate,
 )
-from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_for, load_policy, with_inputs
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.study import Cell, Outcome, make_cells, read_study, run_study
+from jaxmed.recipes.study_sections import failed_cells
+from jaxmed.recipes.study_tables import write_tables
+from jaxmed.report.page import Note, Section, Text
+from jaxmed.report.scatter import scatter
+from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_policy, open_inputs
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
 from jaxmed.systems.selfplay.thinking import LAPTOP, SMOKE, Budget, ThinkConfig, check_game, think
 from jaxmed.systems.selfplay.verifier import calibrate, choose_level, judge_masks
@@ -45,7 +42,9 @@ from jaxmed.train.run_folder import RunFolder
 
 Answer = tuple[str, int, np.ndarray]
 """Arm, budget and masks of all test images."""
-MODES = {"self-play": "learn", "random proposals": "propose", "verifier's gradient": "grad"}
+ARMS = Arms(base="System I", thinking="self-play", control="random proposals")
+LEVEL = "verifier's level"
+MODES = {ARMS.thinking: "learn", ARMS.control: "propose", "verifier's gradient": "grad"}
 LEVELS = (
     "Thinking begins from the threshold of System I's probability that the verifier likes best: what this gives is the "
     "arm 'verifier's level', and only what lies beyond it is the game's. To beat is one threshold for all, the best on "
@@ -59,10 +58,7 @@ class Config:
     """A comparison on a new task.
 
     Attributes:
-        data: Rows of split support and test of the new task; of split train for the network supervised by all labels.
-        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
-        weights: A run of meta-train.
-        preprocess: How files become images; read from the weights where it is left alone.
+        inputs: Rows of split support and test of the new task; of split train for the network supervised by all labels.
         task: The new task, where the manifest has several.
         shots: Labelled images to adapt by, drawn anew for every seed.
         adapt: Steps and rate of adaptation.
@@ -78,14 +74,9 @@ class Config:
         augment: Fresh variants of the familiar tasks' images for the network that is supervised by all labels: those
             of meta-training, or the comparison is not fair. Both supervised networks see the labelled images of the
             new task in the variants of `adapt.augment`, as System I does.
-        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
-        seed: The first.
     """
 
-    data: TaskData = TaskData()
-    series: str = ""
-    weights: Path | None = None
-    preprocess: Preprocess | None = None
+    inputs: TaskFlags = TaskInputs()
     task: str = ""
     shots: Size = 8
     adapt: AdaptConfig = AdaptConfig()
@@ -99,8 +90,6 @@ class Config:
     supervised_steps: Count = 400
     maml: MamlConfig = MamlConfig()
     augment: AugmentConfig = AS_THEY_ARE
-    fill: float | None = None
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not self.budgets or min(self.budgets) < 1 or list(self.budgets) != sorted(set(self.budgets)):
@@ -128,7 +117,7 @@ def laptop() -> Config:
 def smoke() -> Config:
     """Tiny networks, in seconds: your images, or puzzles."""
     return Config(
-        data=TaskData(synthetic=24), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3),
+        inputs=TaskInputs(TaskData(synthetic=24)), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3),
         budgets=(256, 1024), think=SMOKE, cases=4, together=4, num_seeds=1, supervised_steps=30,
         maml=MamlConfig(steps=20, inner_steps=2),
     )  # fmt: skip
@@ -136,7 +125,7 @@ def smoke() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was compared, and what came of self-play; see `comparing.Comparison`. Distances are in `unit`."""
+    """What was compared, and what came of self-play; see `segmentation_study.Comparison`. Distances are in `unit`."""
 
     task: str
     cases: int
@@ -156,18 +145,19 @@ def run(config: Config, folder: RunFolder) -> int:
 
     Returns 1 when records or seeds failed.
     """
-    clock, asked = Clock(), config
-    config = with_inputs(config, folder)
-    (trained, preprocess), taught = load_for(config.weights, config.preprocess), None
+    clock, asked, taught = Clock(), config, None
+    inputs, trained, preprocess = open_inputs(config.inputs, folder)
     if config.policy_weights is not None:
         thinking, taught = load_policy(config.policy_weights, config.think, trained.preprocess.size)
         # Every arm has its network, so that they differ in nothing else.
         config = dataclasses.replace(config, think=thinking)
     check_game("patch" if config.patch_game else "pixel", config.think, preprocess.size)
-    material = read_material(config, preprocess)
+    task = read_new_task(inputs, preprocess, config.task, ("support", "test"), ("train",))
+    draw_shots(task.support, config.shots, inputs.seed)  # too few are a mistake, not a seed that failed
+    assert task.test is not None
+    test = task.test.spread(config.cases) if config.cases else task.test
     log = begin(folder)
-    test = material.test
-    log.say(f"'{material.task}': {len(test.images)} test images of {len(set(test.subjects))} subjects.")
+    log.say(f"'{task.name}': {len(test.images)} test images of {len(set(test.subjects))} subjects.")
     clock.lap("read and cut")
     announce(
         log, f"Comparing on {len(test.images)} images up to {config.budgets[-1]:,} steps", count=config.num_seeds,
@@ -175,7 +165,7 @@ def run(config: Config, folder: RunFolder) -> int:
     )  # fmt: skip
 
     def run_cell(cell: Cell) -> Outcome:
-        rows = answer(config, trained, taught, material, int(cell["seed"]))
+        rows = answer(config, trained, taught, task, test, int(cell["seed"]))
         ends = {row["arm"]: row["budget"] for row in rows}
         dices = {
             arm: float(np.mean([row["dice"] for row in rows if (row["arm"], row["budget"]) == (arm, end)]))
@@ -185,72 +175,36 @@ def run(config: Config, folder: RunFolder) -> int:
             log.say(f"{cell}, {arm}: Dice {100 * value:.1f} %")
         return Outcome(dices, rows)
 
-    cells = make_cells({"seed": tuple(range(config.seed, config.seed + config.num_seeds))})
+    cells = make_cells({"seed": tuple(range(inputs.seed, inputs.seed + config.num_seeds))})
     done = run_study(cells, run_cell, folder.path, asked, log=log)
     clock.lap("compare, compilation included")
-    if material.failed:
-        write_failed(folder.outputs, material.failed)
-    found = tabulate(done.results, config.seed)
+    if task.failed:
+        write_failed(folder.outputs, task.failed)
+    found = tabulate(done.results, inputs.seed, ARMS)
     write_tables(folder.outputs, done.results, found.means, found.differences)
-    summary = Summary(
-        material.task, len(test.images), len(set(test.subjects)), config.shots, "mm" if test.spacing else "pixels",
-        config.num_seeds, len(material.failed), material.notes, found.rank_of_budget, found.area, found.score_and_dice,
-    )  # fmt: skip
-    finish(folder, config, summary, clock, page)
-    return 1 if material.failed or done.failures else 0
-
-
-class Material(NamedTuple):
-    """What is compared on.
-
-    Attributes:
-        task: The new task.
-        support: Its labelled images.
-        test: Its test images.
-        training: Cases of familiar tasks; None where the manifest has none.
-        failed: Records that could not be used.
-        notes: What a reader should know.
-    """
-
-    task: str
-    support: Cases
-    test: Cases
-    training: Cases | None
-    failed: tuple[Any, ...]
-    notes: tuple[str, ...]
-
-
-def read_material(config: Config, preprocess: Preprocess) -> Material:
-    """Read all cases.
-
-    Raises:
-        InputError: For whatever is wrong with the manifest or its files.
-    """
-    cases, failed = read_splits(
-        config.data, preprocess, ("support", "test"), ("train",), config.seed, config.series, config.fill
-    )
-    support, task = choose_task(cases["support"], config.task)
-    test, notes = choose_task(cases["test"], task)[0], []
-    if config.cases and config.cases < len(test.images):
-        test = test.select(evenly(config.cases, len(test.images)))
-    if "train" not in cases:
+    notes = []
+    if task.training is None:
         notes.append("The manifest has no familiar tasks: no network is supervised by all labels.")
     if len(set(test.subjects)) == 1:
         notes.append("All test images are of one subject: there are no intervals.")
-    draw_shots(support, config.shots, config.seed)
-    return Material(task, support, test, cases.get("train"), failed, tuple(notes))
+    summary = Summary(
+        task.name, len(test.images), len(set(test.subjects)), config.shots, "mm" if test.spacing else "pixels",
+        config.num_seeds, len(task.failed), tuple(notes), found.rank_of_budget, found.area, found.score_and_dice,
+    )  # fmt: skip
+    finish(folder, config, summary, clock, page)
+    return 1 if task.failed or done.failures else 0
 
 
 def answer(
-    config: Config, trained: Trained, taught: Params | None, material: Material, seed: int
+    config: Config, trained: Trained, taught: Params | None, task: NewTask, test: Cases, seed: int
 ) -> list[dict[str, Any]]:
     """Let every arm answer, with one draw of labelled images; return a row per arm, budget and case."""
-    shots, test, rows = draw_shots(material.support, config.shots, seed), material.test, []
+    shots, rows = draw_shots(task.support, config.shots, seed), []
     adapt_key, probe_key, think_key = jax.random.split(jax.random.key(seed), 3)
     images, masks = jnp.asarray(shots.images), jnp.asarray(shots.masks)
     system, _ = adapt(adapt_key, trained.system, images, masks, config.adapt)
     system = system._replace(temperature=calibrate(probe_key, system, images, masks).temperature)
-    at_once = answer_at_once(config, system, material, shots, seed)
+    at_once = answer_at_once(config, system, test.images, shots, task.training, seed)
     by_thought = answer_by_thought(config, system, test, taught, think_key)
     for arm, budget, found in itertools.chain(at_once, by_thought):
         score = np.asarray(judge_masks(system, jnp.asarray(test.images), jnp.asarray(found, jnp.float32)))
@@ -258,39 +212,31 @@ def answer(
     return rows
 
 
-def answer_at_once(config: Config, system: SystemOne, material: Material, shots: Cases, seed: int) -> Iterator[Answer]:
+def answer_at_once(
+    config: Config, system: SystemOne, images: np.ndarray, shots: Cases, training: Cases | None, seed: int
+) -> Iterator[Answer]:
     """Yield the masks of System I, at its threshold and at others, and of networks that learn from labels alone."""
-    images, training, network = material.test.images, material.training, system.config.generator
 
     def probability(images: np.ndarray, params: Params = system.params) -> np.ndarray:
         return np.asarray(generate(system.config, params, jnp.asarray(np.ascontiguousarray(images))))
 
     own, threshold = probability(images), system.config.threshold
-    yield "System I", 0, own > threshold
+    yield ARMS.base, 0, own > threshold
     turned = [np.flip(probability(np.flip(images, axes)), axes) for axes in ((), (1,), (2,), (1, 2))]
     yield "System I, mean of flips", 0, np.mean(turned, axis=0) > threshold
-    labelled = {"supervised, few labels": (shots.images, shots.masks)}
-    if training is not None:
-        labelled["supervised, all labels"] = (
-            np.concatenate([training.images, shots.images]), np.concatenate([training.masks, shots.masks])
-        )  # fmt: skip
-    for arm, (seen, truth) in labelled.items():
-        params = fit_supervised(
-            seed, network, seen, truth, steps=config.supervised_steps, variants=config.augment,
-            few=len(shots.images), variants_of_few=config.adapt.augment,
-        )  # fmt: skip
+    baselines = fit_baselines(
+        seed, system.config.generator, shots, training, steps=config.supervised_steps, maml=config.maml,
+        variants=config.augment, variants_of_shots=config.adapt.augment,
+    )  # fmt: skip
+    for arm, params in baselines:
         yield arm, 0, probability(images, {"generator": params}) > threshold
-    if training is not None and config.maml.steps:
-        params = fit_maml(seed, network, config.maml, training, len(shots.images), config.augment)
-        params = adapt_maml(network, config.maml, params, shots.images, shots.masks)
-        yield "MAML", 0, probability(images, {"generator": params}) > threshold
     levels = config.think.levels
     if levels:
         # Where thinking begins: what its arms add to is seen apart from what they start with.
         start, _ = choose_level(system, jnp.asarray(images), jnp.asarray(own), jnp.asarray(own > threshold), levels)
         yield LEVEL, 0, np.asarray(start)
     for level in levels:
-        yield f"{ABOVE}{level:g}", 0, own > level
+        yield f"{ARMS.above}{level:g}", 0, own > level
 
 
 def answer_by_thought(
@@ -320,10 +266,10 @@ def answer_by_thought(
 def page(run: Finished[Config, Summary]) -> Page:
     """Show thinking curves, where each method ends, and whether the verifier knows."""
     summary, study = run.summary, read_study(run.path)
-    found = tabulate(study.results, run.config.seed)
-    ends = {str(row.group[0][1]): row for row in found.means if row.measure == "dice"}
-    caption = "Mean Dice at the largest budget, with 95 % intervals bootstrapped over subjects."
-    last = mean_bars([*ends.values()], lambda row: row.group[0][1], xlabel="Dice (%)", caption=caption, scale=100)
+    found = tabulate(study.results, run.config.inputs.seed, ARMS)
+    tiles = gain_tiles(found, summary.shots)
+    if summary.score_and_dice is not None:
+        tiles.append(("Verifier", f"{summary.score_and_dice:.2f}", "Spearman of score and Dice, all answers"))
     points = scatter(
         {"answers": np.array(found.points, float)}, xlabel="Dice with the true mask", ylabel="verifier's score",
         caption="Every answer of every arm: the verifier's score against Dice. Thinking can be trusted as far as one "
@@ -332,13 +278,13 @@ def page(run: Finished[Config, Summary]) -> Page:
     return Page(
         "Thinking, compared",
         f"Self-play reasoning on '{summary.task}', {summary.cases} images, {summary.seeds} seeds",
-        _tiles(found, summary),
+        tiles,
         [
             *trouble_sections(run.outputs, (), summary.failed),
             *failed_cells(study.failures),
             *([Section("Notes", [Note(text) for text in summary.notes])] if summary.notes else []),
-            Section("Thinking curves", [_curves(found)]),
-            Section("Where each method ends", [last, _table(found, summary.unit)]),
+            Section("Thinking curves", [budget_curves(found)]),
+            Section("Where each method ends", [end_bars(found), arm_table(found, summary.unit)]),
             Section("Does the verifier know?", [points]),
             Section("How to read this", [Text([
                 "All arms answer for the same test images. Thinking uses those images, but no label of them; budgets "
@@ -352,54 +298,3 @@ def page(run: Finished[Config, Summary]) -> Page:
             ])]),
         ],
     )  # fmt: skip
-
-
-def _tiles(found: Comparison, summary: Summary) -> list[tuple[str, object, str]]:
-    base, budget = found.course(BASE)[0], found.course(LEARNT)[-1].group[1][1]
-    tiles: list[tuple[str, object, str]] = [
-        ("System I", f"{100 * base.mean:.1f} %", f"Dice, {summary.shots} labelled images")
-    ]
-    for title, baseline in (("Thinking adds", BASE), ("Beyond random", RANDOM)):
-        gain = found.gain(LEARNT, int(budget), baseline)
-        if gain is not None and gain.difference is not None:
-            tiles.append((title, f"{100 * gain.difference:+.1f}", f"points of Dice, {_span(gain)}"))
-    if summary.score_and_dice is not None:
-        tiles.append(("Verifier", f"{summary.score_and_dice:.2f}", "Spearman of score and Dice, all answers"))
-    return tiles
-
-
-def _span(row: Mean | Difference, sign: str = "+") -> str:
-    low, high = row.low, row.high
-    return "one subject" if low is None or high is None else f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
-
-
-def _curves(found: Comparison) -> Figure:
-    base, points = found.course(BASE)[0], []
-    for arm in dict.fromkeys(row.group[0][1] for row in found.means):
-        course = [row for row in found.course(str(arm)) if row.group[1][1]]
-        if course:
-            start = ("arm", arm), ("budget", float(course[0].group[1][1]) / 4)
-            points += [dataclasses.replace(base, group=start), *course]
-    return mean_curves(
-        points, x="budget", xlabel="steps of the game", ylabel="Dice (%)", log_x=True, band="error", scale=100,
-        caption="Dice of the best masks so far against the budget; the first point is System I. Bands: one standard "
-        "error over subjects.",
-    )  # fmt: skip
-
-
-def _table(found: Comparison, unit: str) -> Table:
-    rows = []
-    by_place = {(row.group, row.measure): row for row in found.means}
-    for row in (row for row in found.means if row.measure == "dice"):
-        (_, arm), (_, budget) = row.group
-        gain = found.gain(str(arm), int(budget))
-        change = (
-            (None, None) if gain is None or gain.difference is None else (round(100 * gain.difference, 2), _span(gain))
-        )
-        distance, regions, score = (by_place[row.group, name].mean for name in MEASURES[2:])
-        rows.append([arm, budget or None, round(100 * row.mean, 2), _span(row, ""), *change, round(distance, 2),
-                     round(100 * regions, 1), score])  # fmt: skip
-    columns = ("method", "steps", "Dice (%)", "95 % interval", "gain (points)", "95 % interval of the gain",
-               f"HD95 ({unit})", "region F1 (%)", "score")  # fmt: skip
-    return Table(columns, rows, "Means over cases and seeds; the gain is over System I. A mask without voxels is as "
-                 "far from the truth as the image is wide; a region is found by a single shared voxel.")  # fmt: skip

@@ -14,7 +14,7 @@ from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.tasks import Cases, TaskData, read_splits
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
-from jaxmed.recipes.few_shot import example_figure, write_examples, write_puzzles
+from jaxmed.recipes.few_shot_stage import example_figure, write_examples, write_puzzles
 from jaxmed.recipes.map_files import write_failed
 from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish

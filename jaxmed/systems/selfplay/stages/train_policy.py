@@ -2,23 +2,22 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.config import Seed, checked
+from jaxmed.config import checked
 from jaxmed.data.augment import AS_THEY_ARE
-from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.tasks import TaskData, read_splits
+from jaxmed.data.tasks import TaskData
+from jaxmed.recipes.few_shot_stage import TaskFlags, TaskInputs
 from jaxmed.recipes.map_files import write_failed
 from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Figure, Section, Table, Text
 from jaxmed.rl.policies import make_policy
-from jaxmed.systems.selfplay.inputs import SNAPSHOT, load_for, read_snapshots, with_inputs, write_policy
+from jaxmed.systems.selfplay.inputs import SNAPSHOT, open_inputs, read_snapshots, write_policy
 from jaxmed.systems.selfplay.policy_training import (
     PolicyState,
     VisitConfig,
@@ -42,28 +41,18 @@ class Config:
     """Training of System II's policy.
 
     Attributes:
-        data: Familiar tasks: rows of split train, and of split validation for tasks that are only looked at.
-        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
-        weights: System I: a run of meta-train.
-        preprocess: How files become images; read from the weights where it is left alone.
+        inputs: Familiar tasks: rows of split train, and of split validation for tasks that are only looked at.
         adapt: Steps and rate of adaptation to each task.
         visit: What a visit to a task is.
         think: How to think; it always learns, in one round.
         loop: Visits to make, and intervals of lines, saves and evaluations.
-        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
-        seed: Seed of the policy, of visits and of players.
     """
 
-    data: TaskData = TaskData()
-    series: str = ""
-    weights: Path | None = None
-    preprocess: Preprocess | None = None
+    inputs: TaskFlags = TaskInputs()
     adapt: AdaptConfig = AdaptConfig()
     visit: VisitConfig = VisitConfig()
     think: ThinkConfig = ThinkConfig()
     loop: LoopConfig = LoopConfig(steps=1000, log_every=1, save_every=50, evaluate_every=100)
-    fill: float | None = None
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.think.mode != "learn" or self.think.rounds > 1:
@@ -88,7 +77,7 @@ def laptop() -> Config:
 def smoke() -> Config:
     """Tiny networks and a few visits, in seconds: your images, or puzzles."""
     return Config(
-        data=TaskData(synthetic=24),
+        inputs=TaskInputs(TaskData(synthetic=24)),
         adapt=AdaptConfig(steps=4, rate=1e-3),
         visit=VisitConfig(shots=4, images=4, iterations=2),
         think=SMOKE,
@@ -122,18 +111,15 @@ class Summary:
 def run(config: Config, folder: RunFolder) -> int:
     """Read the tasks, visit them, export the policy, show what it is worth. Returns 1 when records failed."""
     clock = Clock()
-    config = with_inputs(config, folder)
-    trained, preprocess = load_for(config.weights, config.preprocess)
-    cases, failed = read_splits(
-        config.data, preprocess, ("train",), ("validation",), config.seed, config.series, config.fill
-    )
+    inputs, trained, preprocess = open_inputs(config.inputs, folder)
+    cases, failed = inputs.read(preprocess, ("train",), ("validation",))
     training, held_out = cases["train"], cases.get("validation", cases["train"])
     log = begin(folder, tensorboard=config.loop.tensorboard)
     log.say(f"{len(training.images):,} cases of {len(training.task_names)} tasks: {', '.join(training.task_names)}.")
     clock.lap("read and cut")
-    first_key, root = jax.random.split(jax.random.key(config.seed))
+    first_key, root = jax.random.split(jax.random.key(inputs.seed))
     params = make_policy(config.think.policy, config.think.play.game, preprocess.size).init(first_key)
-    eval_cases = make_eval_cases(config.seed, config.visit, config.adapt, trained.system, held_out)
+    eval_cases = make_eval_cases(inputs.seed, config.visit, config.adapt, trained.system, held_out)
 
     def evaluate(state: PolicyState) -> dict[str, float]:
         place = folder.outputs / "snapshots" / f"{SNAPSHOT}{int(state.step):06d}"
@@ -147,7 +133,7 @@ def run(config: Config, folder: RunFolder) -> int:
         config.loop,
         start,
         partial(policy_step, trained.system, config.adapt, config.think, config.visit.iterations),
-        lambda first: visits(config.visit, training, config.seed, first, config.loop.steps),
+        lambda first: visits(config.visit, training, inputs.seed, first, config.loop.steps),
         mesh=make_mesh(MeshConfig(data=1)),
         folder=folder,
         log=log,
