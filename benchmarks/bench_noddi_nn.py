@@ -40,6 +40,7 @@ from jaxmed.models.mlp import Mlp, MlpConfig, layers
 from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import simulate
+from jaxmed.recipes.diffusion_scan import make_maps, read_signals, write_maps
 from jaxmed.synthesis.phantoms.write import DiffusionFiles, write_diffusion_slab
 from jaxmed.systems.noddi.network import (
     CHUNK,
@@ -47,12 +48,9 @@ from jaxmed.systems.noddi.network import (
     ForwardConfig,
     Network,
     export_onnx,
-    make_maps,
     outputs_of,
     predict,
     ranges,
-    read_signals,
-    write_maps,
 )
 
 VOXELS = {"smoke": 5_000, "cpu": 250_000, "gpu": 4_000_000}
@@ -211,7 +209,7 @@ def run_files(network: Network, files: DiffusionFiles, out: Path) -> np.ndarray:
     about = network.description
     scan, signals = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, about.table)
     values = predict(network, signals)
-    write_maps(out, make_maps(values, scan, about.outputs), about, files.dwi)
+    write_maps(out, make_maps(values, scan, about.outputs), about.outputs, about.constants, files.dwi)
     return values
 
 

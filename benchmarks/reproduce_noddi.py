@@ -40,16 +40,15 @@ from jaxmed.metrics.statistics import Interval, bootstrap, mean_interval, weight
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.monte_carlo import estimate
+from jaxmed.recipes.diffusion_scan import make_maps, read_signals
 from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, write_diffusion_slab
 from jaxmed.systems import noddi
 from jaxmed.systems.noddi.network import (
     ForwardConfig,
     Network,
     export_onnx,
-    make_maps,
     predict,
     predict_exactly,
-    read_signals,
 )
 from jaxmed.systems.noddi.stages.evaluate import fit_estimator, network_estimator
 from jaxmed.systems.noddi.training import TrainConfig

@@ -5,10 +5,10 @@ other widths and head (three hidden layers as wide as the input, ELU, absolute v
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -57,10 +57,34 @@ class Mlp(nn.Module):
 
 def to_unit(config: MlpConfig, raw: Float[Array, "*batch parameter"]) -> Float[Array, "*batch parameter"]:
     """Apply the head: outputs of `Mlp` to positions in each parameter's range."""
-    return nn.sigmoid(raw) if config.head == "sigmoid" else jax.numpy.abs(raw)
+    return nn.sigmoid(raw) if config.head == "sigmoid" else jnp.abs(raw)
 
 
 def layers(params: Params) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return kernel (input x output) and bias of every layer on the host, in order, the head last."""
     names = [f"layer_{number}" for number in range(len(params) - 1)] + ["head"]
     return [(np.asarray(params[name]["kernel"]), np.asarray(params[name]["bias"])) for name in names]
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation of each input over the training records."""
+
+    centre: Float[Array, " measurement"]
+    scale: Float[Array, " measurement"]
+
+
+def measure_spread(inputs: Float[Array, "record measurement"]) -> Spread:
+    """Measure what centres and scales the inputs while a network learns.
+
+    Signals of one protocol share their mean and most of their variation; on centred inputs a network is better after
+    ten epochs than after forty on raw ones.
+    """
+    return Spread(jnp.mean(inputs, axis=0), jnp.maximum(jnp.std(inputs, axis=0), 1e-3))
+
+
+def on_raw_inputs(params: Params, spread: Spread) -> Params:
+    """Fold centre and scale into the first layer: the network takes inputs as they are."""
+    first = params["layer_0"]
+    kernel = np.asarray(first["kernel"], np.float64) / np.asarray(spread.scale)[:, None]
+    bias = np.asarray(first["bias"], np.float64) - np.asarray(spread.centre) @ kernel
+    return {**params, "layer_0": {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}}

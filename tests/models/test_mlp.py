@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.models.mlp import Mlp, MlpConfig, layers, to_unit
+from jaxmed.models.mlp import Mlp, MlpConfig, Spread, layers, on_raw_inputs, to_unit
 from jaxmed.nn.model import make_model
 
 pytestmark = pytest.mark.core
@@ -39,3 +39,12 @@ def test_impossible_shapes_are_refused():
         MlpConfig(depth=0)
     with pytest.raises(ValueError, match="width: expected a whole number from 1 to 65,536, found 0"):
         MlpConfig(width=0)
+
+
+def test_folding_the_spread_into_a_network_keeps_its_answer(key):
+    model = make_model(Mlp(MlpConfig(width=24), 3))
+    params = model.init(key, jnp.zeros((1, 20)))
+    inputs = jax.random.uniform(key, (50, 20))
+    spread = Spread(inputs.mean(0), inputs.std(0))
+    expected = model.apply(params, (inputs - spread.centre) / spread.scale)
+    np.testing.assert_allclose(model.apply(on_raw_inputs(params, spread), inputs), expected, atol=2e-5)

@@ -13,11 +13,12 @@ from jaxmed.cli import main
 from jaxmed.io import nifti
 from jaxmed.io.gradients import read_gradients, to_world
 from jaxmed.physics.acquisition import two_shell_protocol
+from jaxmed.recipes.diffusion_scan import ScanConfig
 from jaxmed.recipes.stage import Page
 from jaxmed.solvers import ascents
 from jaxmed.synthesis.phantoms.write import write_diffusion_slab
 from jaxmed.systems.noddi import fitting
-from jaxmed.systems.noddi.protocol import FitConfig, ScanConfig
+from jaxmed.systems.noddi.protocol import FitConfig
 from jaxmed.systems.noddi.stages import fit as stage
 from jaxmed.systems.noddi.voxel_fit import FLAGS
 from jaxmed.volume import Volume

@@ -10,18 +10,18 @@ import pytest
 from jaxmed.io.gradient_match import Table
 from jaxmed.metrics.recovery import correlation, make_grid, score
 from jaxmed.metrics.recovery import shrinkage as slopes
-from jaxmed.models.mlp import Mlp, MlpConfig
-from jaxmed.nn.model import make_model
+from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import ball_and_stick_model, noddi_model, simulate
 from jaxmed.physics.monte_carlo import average_bound, estimate
 from jaxmed.physics.rician import log_rician
+from jaxmed.recipes.restarts import State, run_epochs
 from jaxmed.systems import noddi
 from jaxmed.systems.noddi import training
 from jaxmed.systems.noddi.network import ForwardConfig, predict
 from jaxmed.systems.noddi.protocol import prepare
 from jaxmed.systems.noddi.stages.evaluate import fit_estimator, network_estimator
-from jaxmed.systems.noddi.training import State, TrainConfig, ascend, fit_config, fit_labels, run_epochs
+from jaxmed.systems.noddi.training import TrainConfig, ascend, fit_config, fit_labels
 from jaxmed.train.optimizer import OptimizerConfig
 
 BVALS, BVECS = two_shell_protocol(3, ((8, 700.0), (12, 2000.0)))
@@ -55,15 +55,6 @@ def test_a_network_beats_the_mean_of_the_truth(tiny, key):
         assert np.sqrt(np.mean(error**2)) < 0.6 * truth[tissue, column].std()
     assert tiny.losses[-1, 1].max() < tiny.losses[0, 1].min()
     assert tiny.network.description.labels == "gt" and tiny.network.description.table == TABLE
-
-
-def test_folding_the_spread_into_a_network_keeps_its_answer(key):
-    model = make_model(Mlp(MlpConfig(width=24), 3))
-    params = model.init(key, jnp.zeros((1, 20)))
-    inputs = jax.random.uniform(key, (50, 20))
-    spread = training.Spread(inputs.mean(0), inputs.std(0))
-    expected = model.apply(params, (inputs - spread.centre) / spread.scale)
-    np.testing.assert_allclose(model.apply(training.on_raw_inputs(params, spread), inputs), expected, atol=2e-5)
 
 
 def test_the_best_restart_is_kept(tiny):

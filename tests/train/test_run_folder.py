@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxmed.errors import InputError
-from jaxmed.systems.noddi.protocol import ScanConfig
+from jaxmed.recipes.diffusion_scan import ScanConfig
 from jaxmed.systems.noddi.stages.fit import Config
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import OWN_NAMES, RunOptions, open_run, remove, start

@@ -1,8 +1,8 @@
-"""A trained network: what it computes, which protocol it belongs to, its place on disk, and the scans that it takes."""
+"""A trained network: what it computes, which protocol it belongs to, and its place on disk."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,20 +13,16 @@ from jaxtyping import Array, Bool, Float, Float32, Float64
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
-from jaxmed.data.diffusion import DiffusionScan, check_voxels, read_scan
 from jaxmed.errors import InputError
 from jaxmed.io import onnx
-from jaxmed.io.gradient_match import Table, match_table
-from jaxmed.io.gradients import GradientTable
-from jaxmed.io.maps import Quantity, write_map
-from jaxmed.io.masks import fill_mask
+from jaxmed.io.gradient_match import Table
+from jaxmed.io.maps import Quantity
 from jaxmed.io.weights_files import load_parameters
 from jaxmed.models.mlp import Mlp, MlpConfig, layers, to_unit
 from jaxmed.nn.model import make_model
 from jaxmed.physics.microstructure import MicrostructureModel, Parameter, ball_and_stick_model, noddi_model
 from jaxmed.physics.noddi import Tissue, order_for
 from jaxmed.train.checkpoint import export_parameters
-from jaxmed.volume import Volume
 
 CHUNK = 16384
 """Voxels of one compiled call: activations of 256 numbers stay in 16 MB."""
@@ -211,49 +207,8 @@ def _check_shapes(folder: Path, params: Params, description: Description) -> Non
         raise InputError(folder, f"parameters of shapes {wanted}", f"{found}", "the files belong to two networks")
 
 
-def make_maps(
-    values: Float32[np.ndarray, "voxel output"], scan: DiffusionScan, outputs: Sequence[Quantity]
-) -> dict[str, Volume]:
-    """Put the voxels of a scan back into volumes by name, 0 outside the mask."""
-    return {
-        output.name: Volume.make(fill_mask(column, scan.mask), scan.dwi.affine)
-        for output, column in zip(outputs, values.T, strict=True)
-    }
-
-
-def write_maps(
-    folder: Path, maps: Mapping[str, Volume], about: Description | onnx.Session, reference: Path | None
-) -> None:
-    """Write maps as NIfTI on the grid of the scan, each with a sidecar."""
-    for output in about.outputs:
-        said = output.definition, output.unit, about.constants
-        write_map(folder, output.name, maps[output.name], *said, reference=reference)
-
-
 def export_onnx(path: Path, network: Network) -> None:
     """Write a network as ONNX: normalisation by the mean unweighted signal inside, its protocol in the metadata."""
     about = network.description
     shape = layers(network.params), about.shape.activation, about.shape.head
     onnx.write(path, onnx.Graph(*shape, about.table, about.outputs, about.constants))
-
-
-def read_signals(
-    dwi: Path | None, bvals: Path | None, bvecs: Path | None, mask: Path | None, table: Table, series: str | None = None
-) -> tuple[DiffusionScan, Float32[np.ndarray, "voxel image"]]:
-    """Read a scan of a network's protocol; arguments are those of `data.diffusion.read_scan`.
-
-    Returns:
-        The scan, whose mask leaves voxels out that are not finite, and the magnitudes inside in the network's order.
-
-    Raises:
-        InputError: For whatever a user can have wrong in these files; the protocol is another.
-    """
-
-    def check(found: GradientTable, where: object) -> GradientTable:
-        return found._replace(notes=(*found.notes, *match_table(table, *found[:2], where).notes))
-
-    scan = read_scan(dwi, bvals, bvecs, mask, table.b0_threshold, check, series=series)
-    signals = scan.dwi.array[scan.mask][:, match_table(table, *scan.gradients[:2], scan.path).order]
-    left_out = "their maps are 0, and map 'mask' leaves them out"
-    finite = check_voxels(signals, table.is_b0, scan.path, scan.notes, left_out=left_out)
-    return scan._replace(mask=fill_mask(finite, scan.mask)), signals[finite]

@@ -1,4 +1,4 @@
-"""Which scan, how voxels are fitted, and a gradient table prepared for it: all but the data, in float64.
+"""How voxels are fitted, and a gradient table prepared for it: all but the data, in float64.
 
 The series of the stick signal in Legendre polynomials of the cosine c is a polynomial in u = 2 c^2 - 1 of half the
 degree. Rows of one b-value share its coefficients, which are a small matrix times the Watson moments of a voxel; what
@@ -9,19 +9,15 @@ rows of a scan whose gradients vary over space, carry their own coefficients.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmed.config import Count, NonNegative, Positive, Seed, Size, checked
-from jaxmed.files import require_given
-from jaxmed.io.gradients import GradientTable, read_gradients
+from jaxmed.config import Count, NonNegative, Positive, Size, checked
 from jaxmed.physics import noddi
 from jaxmed.physics.acquisition import (
-    check_table,
     find_shells,
     group_rows,
     smooth_basis,
@@ -29,8 +25,6 @@ from jaxmed.physics.acquisition import (
     tensor_rows,
 )
 from jaxmed.physics.microstructure import MicrostructureModel, ball_and_stick_model, noddi_model
-from jaxmed.synthesis.phantoms.write import check_shape, write_diffusion_slab
-from jaxmed.train.run_folder import RunFolder, start
 
 Noise = Literal["gaussian", "rician"]
 MAX_GROUPS = 4
@@ -254,55 +248,3 @@ def _make_grid(bvals: np.ndarray, order: int, tissue: noddi.Tissue) -> Grid:
         times_free=_single(series * free[:, None]),
         free=_single(free),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-@checked
-class ScanConfig:
-    """A diffusion scan, or one to simulate.
-
-    Attributes:
-        dwi: Diffusion scan: a 4D NIfTI file, or a folder of DICOM files whose headers hold the gradients. Magnitudes in
-            any unit, images of one scan in one scaling.
-        bvals: FSL text file of b-values in s/mm^2, one per image; not with DICOM.
-        bvecs: FSL text file of unit gradient directions, 3 x N or N x 3; not with DICOM.
-        mask: NIfTI file on the grid of the scan, whose voxels count where it is not 0. Without it: the largest
-            connected region whose mean unweighted signal exceeds a tenth of its 98th percentile.
-        synthetic_shape: Voxels (x, y, z) of the brain slab to simulate where no --dwi is given.
-        synthetic_snr: Signal-to-noise ratio of the synthetic slab, white matter, unweighted.
-        seed: Seed of all that is drawn: the slab, Markov chains, a network that is trained for it; a fit draws nothing.
-    """
-
-    dwi: Path | None = None
-    bvals: Path | None = None
-    bvecs: Path | None = None
-    mask: Path | None = None
-    synthetic_shape: tuple[Size, Size, Size] | None = None
-    synthetic_snr: Positive = 30.0
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        if self.synthetic_shape is not None:
-            check_shape("synthetic_shape", self.synthetic_shape)
-
-    def simulate(self, folder: RunFolder) -> tuple["ScanConfig", str | None]:
-        """Write a slab into RUN/inputs where one is asked for; return the scan of files, and where its truth is."""
-        if self.synthetic_shape is None or self.dwi is not None:
-            return self, None
-        start(folder)
-        files = write_diffusion_slab(folder.path / "inputs", self.seed, self.synthetic_shape, self.synthetic_snr)
-        given = dataclasses.replace(self, dwi=files.dwi, bvals=files.bvals, bvecs=files.bvecs, mask=files.mask)
-        return given, str(files.truth.relative_to(folder.path))
-
-
-def read_table(
-    bvals: Path | None, bvecs: Path | None, b0_threshold: float, *, needs_two_shells: bool = True
-) -> GradientTable:
-    """Read a gradient table and check that it can be fitted or trained for; see `check_protocol`.
-
-    Raises:
-        InputError: It is missing or wrong.
-    """
-    bvals, bvecs = require_given(bvals, "bvals"), require_given(bvecs, "bvecs")
-    table = read_gradients(bvals, bvecs, b0_threshold=b0_threshold)
-    return check_table(table, bvals, b0_threshold, needs_two_shells=needs_two_shells)

@@ -14,12 +14,11 @@ Sources: arXiv:2507.12632 (two networks that differ in their labels alone); the 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.tracing import require_values
@@ -27,18 +26,20 @@ from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Count, NonNegative, Positive, Size, checked
 from jaxmed.io.gradient_match import Table
 from jaxmed.io.gradients import Numbers, check_gradients
-from jaxmed.models.mlp import Mlp, MlpConfig, to_unit
+from jaxmed.models.mlp import Mlp, MlpConfig, Spread, measure_spread, on_raw_inputs, to_unit
 from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import check_protocol
 from jaxmed.physics.microstructure import MicrostructureModel, Simulated, simulate, weighted_signal
 from jaxmed.physics.rician import SIGMA_FLOOR
+from jaxmed.recipes.restarts import State, Step, newest_losses, run_epoch, run_epochs, start_restarts
+from jaxmed.solvers.diffusion_tensor import fit_tensor
 from jaxmed.solvers.least_squares import LmState, lm_init, lm_run
 from jaxmed.systems.noddi.fitting import estimate
 from jaxmed.systems.noddi.likelihood import Point, make_surface, model_forward, noddi_forward
 from jaxmed.systems.noddi.network import Description, ForwardConfig, Network, normalise, outputs_of, ranges
 from jaxmed.systems.noddi.protocol import FitConfig, Protocol, prepare
-from jaxmed.systems.noddi.voxel_fit import fit_tensor, search_model
-from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
+from jaxmed.systems.noddi.voxel_fit import search_model
+from jaxmed.train.optimizer import OptimizerConfig
 
 Labels = Literal["gt", "mle", "self"]
 LabelStart = Literal["grid", "truth"]
@@ -112,34 +113,6 @@ class Pool(NamedTuple):
     sigma: Float[Array, " voxel"]
 
 
-class Spread(NamedTuple):
-    """Mean and standard deviation of each input over the training signals."""
-
-    centre: Float[Array, " weighted"]
-    scale: Float[Array, " weighted"]
-
-
-class State(NamedTuple):
-    """Training between two epochs.
-
-    Attributes:
-        epoch: Epochs done.
-        params: Parameters of all restarts, along a new first axis.
-        opt_state: The optimizer's.
-        key: Root key of the order of signals.
-        losses: Mean loss over the steps of each epoch done, and on held-out signals; per restart.
-    """
-
-    epoch: Array
-    params: Params
-    opt_state: optax.OptState
-    key: KeyArray
-    losses: Float[Array, "epoch 2 restart"]
-
-
-Step: TypeAlias = Callable[[State, Any], tuple[State, dict[str, float]]]
-
-
 class Trained(NamedTuple):
     """The best restart, training and held-out loss of each epoch and restart, and which one was best."""
 
@@ -190,15 +163,17 @@ def train(
     pool = make_pool(pool_key, table, config, config.signals, model, on_block)
     held_out = make_pool(held_out_key, table, config, config.held_out, model)
     model = config.forward.build(np.asarray(bvals)) if model is None else model
-    spread = measure_spread(pool)
+    spread = measure_spread(pool.inputs)
 
     def step(state: State, _: Any) -> tuple[State, dict[str, float]]:
-        state = _run_epoch(model, table, config, state, pool, held_out, spread)
-        newest = np.asarray(state.losses[int(state.epoch) - 1])
-        seen, unseen = newest[:, newest[1].argmin()]
-        return state, {"loss": float(seen), "held_out_loss": float(unseen)}
+        fixed = model, table, config
+        state = run_epoch(_loss, fixed, config.optimizer, config.batch_size, state, pool, held_out, spread)
+        return state, newest_losses(state)
 
-    state = (loop or run_epochs)(start_training(train_key, model, config, pool.inputs.shape[1]), step)
+    mlp, row = make_model(Mlp(config.network, len(model.parameters))), jnp.zeros((1, pool.inputs.shape[1]))
+    length = config.epochs, config.signals // config.batch_size
+    state = start_restarts(train_key, lambda key: mlp.init(key, row), config.optimizer, config.restarts, *length)
+    state = (loop or run_epochs)(state, step)
     losses = np.asarray(state.losses)
     best = int(losses[-1, 1].argmin())
     params = on_raw_inputs(jax.tree.map(lambda leaf: np.asarray(leaf[best]), state.params), spread)
@@ -211,15 +186,6 @@ def train(
         config.snr,
     )
     return Trained(Network(params, description), losses, best)
-
-
-def run_epochs(state: State, step: Step) -> State:
-    """Take all epochs that are left."""
-    for epoch in range(int(state.epoch), len(state.losses)):
-        state, losses = step(state, None)
-        if not np.isfinite(list(losses.values())).all():
-            raise ValueError(f"loss: expected finite numbers, found {losses} in epoch {epoch + 1}")
-    return state
 
 
 def make_pool(
@@ -264,74 +230,6 @@ def _prepare(
     low, span = ranges(model.parameters)
     b0 = jnp.mean(block.signals[:, np.flatnonzero(table.is_b0)], axis=1)
     return Pool(inputs, (labels - low) / span, model.relevance(labels), direction, block.sigma / b0)
-
-
-def measure_spread(pool: Pool) -> Spread:
-    """Measure what centres and scales the inputs while a network learns.
-
-    Signals share their mean and most of their variation; on centred inputs a network is better after ten epochs than
-    after forty on raw ones.
-    """
-    return Spread(jnp.mean(pool.inputs, axis=0), jnp.maximum(jnp.std(pool.inputs, axis=0), 1e-3))
-
-
-def on_raw_inputs(params: Params, spread: Spread) -> Params:
-    """Fold centre and scale into the first layer: the network takes signals over the unweighted one, as they are."""
-    first = params["layer_0"]
-    kernel = np.asarray(first["kernel"], np.float64) / np.asarray(spread.scale)[:, None]
-    bias = np.asarray(first["bias"], np.float64) - np.asarray(spread.centre) @ kernel
-    return {**params, "layer_0": {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}}
-
-
-def start_training(key: KeyArray, model: MicrostructureModel, config: TrainConfig, width: int) -> State:
-    """Draw the parameters of every restart."""
-    init_key, root_key = jax.random.split(key)
-    init = make_model(Mlp(config.network, len(model.parameters))).init
-    params = jax.vmap(lambda key: init(key, jnp.zeros((1, width))))(jax.random.split(init_key, config.restarts))
-    losses = jnp.zeros((config.epochs, 2, config.restarts))
-    return State(jnp.zeros((), jnp.int32), params, _optimizer(config).init(params), root_key, losses)
-
-
-def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    return make_optimizer(config.optimizer, config.epochs * (config.signals // config.batch_size))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # jitted here so that a second training compiles nothing
-def _run_epoch(
-    model: MicrostructureModel,
-    table: Table,
-    config: TrainConfig,
-    state: State,
-    pool: Pool,
-    held_out: Pool,
-    spread: Spread,
-) -> State:
-    """Pass over all signals once, in an order of its own; those that fill no batch wait for another epoch."""
-    loss, optimizer = functools.partial(_loss, model, table, config, spread), _optimizer(config)
-    count, batch_size = len(pool.inputs), config.batch_size
-    order = jax.random.permutation(jax.random.fold_in(state.key, state.epoch), count)
-    batches = order[: count // batch_size * batch_size].reshape(-1, batch_size)
-    all_losses = jax.vmap(loss, in_axes=(0, None))
-
-    def step(carry, rows):
-        params, opt_state = carry
-        batch = jax.tree.map(lambda leaf: leaf[rows], pool)
-
-        def total(params):
-            # Restarts share no parameter: the gradient of the sum is each one's own.
-            losses = all_losses(params, batch)
-            return losses.sum(), losses
-
-        gradient, losses = jax.grad(total, has_aux=True)(params)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        moved: Any = optax.apply_updates(params, updates)
-        return (moved, opt_state), losses
-
-    (params, opt_state), losses = jax.lax.scan(step, (state.params, state.opt_state), batches)
-    # One restart after the other: activations of all held-out signals at once are large enough.
-    final = jax.lax.map(lambda one: loss(one, held_out), params)
-    told = state.losses.at[state.epoch].set(jnp.stack([losses.mean(axis=0), final]))
-    return State(state.epoch + 1, params, opt_state, state.key, told)
 
 
 def _loss(
@@ -401,7 +299,8 @@ def tensor_direction(block: Simulated, table: Table) -> Float[Array, "voxel 3"]:
 @jax.jit
 def _tensor_direction(protocol: Protocol, signals: jax.Array) -> jax.Array:
     magnitudes = signals.T
-    return fit_tensor(protocol, magnitudes / (protocol.is_b0 @ magnitudes)).direction.T
+    relative = magnitudes / (protocol.is_b0 @ magnitudes)
+    return fit_tensor(protocol.tensor_design, protocol.tensor_rows, relative).direction.T
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 5))  # a block takes seconds, its compilation longer
@@ -433,7 +332,7 @@ def ascend(
         margin = MARGIN * (upper - lower)
         point = Point(jnp.clip(block.parameters, lower + margin, upper - margin).T, block.direction.T)
     else:
-        direction = fit_tensor(protocol, measured).direction
+        direction = fit_tensor(protocol.tensor_design, protocol.tensor_rows, measured).direction
         point = search_model(protocol, model, config, measured[protocol.order], direction).best
     surface = make_surface(forward, "rician", measured[forward.rows], precision)
     return lm_run(surface, lm_init(surface, point, config.damping), config.cost_tolerance, config.max_iterations)

@@ -27,8 +27,8 @@ from jaxmed.physics.microstructure import MicrostructureModel, turn
 from jaxmed.physics.noddi import WET, kappa_to_odi
 from jaxmed.physics.rician import SIGMA_FLOOR
 from jaxmed.solvers.ascents import Ascent
-from jaxmed.solvers.least_squares import lm_init, lm_run, solve_positive, weighted_linear
-from jaxmed.solvers.symmetric import eigh_3x3
+from jaxmed.solvers.diffusion_tensor import fit_tensor
+from jaxmed.solvers.least_squares import lm_init, lm_run, solve_positive
 from jaxmed.systems.noddi.likelihood import (
     Forward,
     Point,
@@ -268,7 +268,7 @@ def _open(protocol, noise, config, voxels):
 def begin(protocol: Protocol, noise: Noise, config: FitConfig, voxels: Voxels) -> Ascent:
     """Return ascents at their start, and the second start of each where it is worth one."""
     model, _, data, surface = _open(protocol, noise, config, voxels)
-    tensor = fit_tensor(protocol, data.everything)
+    tensor = fit_tensor(protocol.tensor_design, protocol.tensor_rows, data.everything)
     weighted = data.everything[protocol.order]
     if config.model == "noddi":
         starts = search_grid(protocol, config, weighted, tensor.direction)
@@ -358,37 +358,6 @@ def name_maps(rows: Estimates) -> Maps:
     }
     converged = rows.fitted & (rows.flags & FLAGS["not_converged"] == 0)
     return Maps(**shared, **named, converged=converged, notes=())
-
-
-class Tensor(NamedTuple):
-    """Summary of a diffusion tensor: principal direction, mean diffusivity in um^2/ms, fractional anisotropy."""
-
-    direction: Float[Array, "3 voxel"]
-    mean_diffusivity: Float[Array, " voxel"]
-    fractional_anisotropy: Float[Array, " voxel"]
-
-
-def fit_tensor(protocol: Protocol, measured: Float[Array, "measurement voxel"]) -> Tensor:
-    """Fit a diffusion tensor by log-linear least squares, weighted by the squared predicted signal.
-
-    Source: Basser et al., J. Magn. Reson. B 1994; Veraart et al., NeuroImage 2013 (the two passes).
-    """
-    log_signal = jnp.log(jnp.maximum(measured, 1e-3))
-    rows = protocol.tensor_rows[:, None]
-    weights = rows * jnp.maximum(measured, 1e-3) ** 2
-    for _ in range(2):
-        beta = weighted_linear(protocol.tensor_design, log_signal, weights, ridge=1e-6)
-        weights = rows * jnp.exp(2 * jnp.clip(protocol.tensor_design @ beta, -7.0, 1.0))
-    xx, yy, zz, xy, xz, yz = beta[:6]
-    matrix = jnp.stack([jnp.stack([xx, xy, xz]), jnp.stack([xy, yy, yz]), jnp.stack([xz, yz, zz])])
-    # A voxel of noise can give a tensor that is not finite; the rotations must not see it.
-    matrix = jnp.where(jnp.all(jnp.isfinite(matrix), axis=(0, 1)), matrix, jnp.eye(3)[:, :, None])
-    values, vectors = eigh_3x3(matrix)
-    values = jnp.maximum(values, 0.0)
-    mean = values.mean(axis=0)
-    spread = jnp.sum((values - mean) ** 2, axis=0)
-    anisotropy = jnp.sqrt(1.5 * spread / jnp.maximum(jnp.sum(values**2, axis=0), 1e-12))
-    return Tensor(vectors[:, 2], mean, anisotropy)
 
 
 class InitialGuess(NamedTuple):

@@ -38,6 +38,7 @@ from jaxmed.metrics.recovery import (
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.physics.monte_carlo import Estimator, average_bound, estimate
+from jaxmed.recipes.diffusion_scan import read_table
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, StudyRun, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import failed_cells
@@ -45,7 +46,6 @@ from jaxmed.report.figures import curves
 from jaxmed.report.page import Figure, Section, Table, Text
 from jaxmed.report.parameter_maps import map_label
 from jaxmed.systems.noddi.network import ForwardConfig, Network, load, predict
-from jaxmed.systems.noddi.protocol import read_table
 from jaxmed.systems.noddi.training import TINY, LabelStart, fit_labels, train
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log

@@ -27,13 +27,14 @@ from jaxmed.physics.acquisition import (
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.physics.noddi import WET, WHERE_TISSUE
 from jaxmed.physics.posterior import Posterior, PosteriorConfig, require_blackjax, sample_posterior
+from jaxmed.recipes.diffusion_scan import ScanConfig
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.parameter_maps import estimate_sections, map_label, read_map
 from jaxmed.systems.noddi.fitting import MapsByName, collect_maps, describe_maps, estimate
-from jaxmed.systems.noddi.protocol import FitConfig, ScanConfig
+from jaxmed.systems.noddi.protocol import FitConfig
 from jaxmed.systems.noddi.voxel_fit import FLAG_DEFINITIONS, FLAGS, Estimates
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log

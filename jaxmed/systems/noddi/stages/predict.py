@@ -17,12 +17,12 @@ from jaxmed.io.dicom import Stack, read_stack
 from jaxmed.io.gradient_match import Table
 from jaxmed.io.maps import Quantity, write_map
 from jaxmed.io.parametric_map import DicomForm, on_stack, write_dicom_map
+from jaxmed.recipes.diffusion_scan import ScanConfig, make_maps, read_signals, read_table, write_maps
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.page import Note, Section, Text
 from jaxmed.report.parameter_maps import estimate_sections, map_label, read_map
-from jaxmed.systems.noddi.network import Description, export_onnx, load, make_maps, predict, read_signals, write_maps
-from jaxmed.systems.noddi.protocol import ScanConfig, read_table
+from jaxmed.systems.noddi.network import Description, export_onnx, load, predict
 from jaxmed.systems.noddi.training import TINY
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
@@ -113,7 +113,7 @@ def run(config: Config, folder: RunFolder) -> None:
     values = estimate(signals)
     clock.lap("estimate, compilation included")
     maps = make_maps(values, scan, about.outputs)
-    write_maps(folder.outputs, maps, about, scan.reference)
+    write_maps(folder.outputs, maps, about.outputs, about.constants, scan.reference)
     inside = Volume.make(scan.mask, scan.dwi.affine)
     said = "1 where a network's estimate was made"
     write_map(folder.outputs, "mask", inside, said, "1", {}, reference=scan.reference)

@@ -12,12 +12,12 @@ from jaxmed.io.dicom_files import require_pydicom
 from jaxmed.io.maps import Quantity, write_sidecar
 from jaxmed.io.parametric_map import new_stack, write_mr_images
 from jaxmed.physics.acquisition import Shell, find_shells, two_shell_protocol
+from jaxmed.recipes.diffusion_scan import read_table
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Section, Table, Text
 from jaxmed.report.parameter_maps import map_label, read_map
 from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, check_shape, write_diffusion_slab
-from jaxmed.systems.noddi.protocol import read_table
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 from pathlib import Path
 
 import jax
@@ -16,16 +15,16 @@ from jaxmed.metrics.recovery import DEFINED
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import Shell, find_shells, two_shell_protocol
 from jaxmed.physics.microstructure import simulate
+from jaxmed.recipes.diffusion_scan import read_table
+from jaxmed.recipes.restarts import State, Step, run_epochs_in_folder
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import agreement, curves
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.parameter_maps import error_table, map_label
 from jaxmed.systems.noddi.network import Network, predict, save
-from jaxmed.systems.noddi.protocol import read_table
-from jaxmed.systems.noddi.training import TINY, State, Step, TrainConfig, Trained, train
+from jaxmed.systems.noddi.training import TINY, TrainConfig, Trained, train
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log, read_metrics
-from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.run_folder import RunFolder
 
 VALIDATION_VOXELS = 5000
@@ -140,13 +139,11 @@ def train_in_folder(
     key: jax.Array, bvals: np.ndarray, bvecs: np.ndarray, config: TrainConfig, folder: RunFolder, log: Log
 ) -> Trained:
     """Train, saving to and continuing from RUN/checkpoints, with a line of metrics per epoch."""
-    epochs = LoopConfig(steps=config.epochs, log_every=1, save_every=1)
     with contextlib.ExitStack() as labelling:
 
         def loop(state: State, step: Step) -> State:
             labelling.close()  # a terminal has room for one bar
-            turns = itertools.repeat(())
-            return fit(epochs, state, step, lambda _: turns, mesh=None, folder=folder, log=log, unit="epoch")
+            return run_epochs_in_folder(state, step, folder, log)
 
         on_block = labelling.enter_context(log.progress("Simulating and labelling", config.signals, "signals"))
         return train(key, bvals, bvecs, config, allow_single_shell=True, loop=loop, on_block=on_block)
