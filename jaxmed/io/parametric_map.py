@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, Shaped
 
 from jaxmed.errors import InputError
 from jaxmed.files import atomic_path
-from jaxmed.io.dicom import Stack
+from jaxmed.io.dicom import Stack, read_stack
 from jaxmed.io.dicom_files import require_pydicom
 from jaxmed.io.maps import Quantity
 from jaxmed.versions import package_version
@@ -135,6 +135,17 @@ def write_mr_images(
         paths.append(Path(folder) / f"{number + 1:04d}.dcm")
         _save(data, paths[-1])
     return paths
+
+
+def read_source(folder: Path, volume: Volume, series: str | None) -> Stack:
+    """Read the DICOM series that a map is to be filed beside, and check that it has the map's voxels.
+
+    Raises:
+        InputError: It is no regular series, or another one.
+    """
+    stack = read_stack(folder, series=series)
+    on_stack(volume, stack)
+    return stack
 
 
 def on_stack(volume: Volume, stack: Stack) -> Shaped[np.ndarray, "slice row column"]:

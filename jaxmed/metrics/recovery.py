@@ -1,14 +1,16 @@
 """How estimators recover known parameters: bias, spread, error and shrinkage over a grid of truths."""
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 DEFINED = 0.5
 """A parameter is scored where at least this share of what is measured depends on it."""
+BOUND = "Cramer-Rao bound"
+"""Stands among estimators as the one without bias that no other unbiased one surpasses."""
 
 
 class Scores(NamedTuple):
@@ -96,3 +98,15 @@ def bias_curve(
         bias.append(scores.bias[inside, column].mean() if inside.any() else np.nan)
         sd.append(np.sqrt((scores.sd[inside, column] ** 2).mean()) if inside.any() else np.nan)
     return values, np.array(bias), np.array(sd)
+
+
+def tabulate(
+    names: Sequence[str], scores: Mapping[str, Scores], grid: np.ndarray, weight: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return what is known of each parameter by each estimator, a row each; the bound has a slope of 1."""
+    rows = []
+    for name, one in scores.items():
+        slopes = [1.0] * len(names) if name == BOUND else shrinkage(one, grid, weight)
+        for parameter, numbers, slope in zip(names, summarise(one, weight), slopes, strict=True):
+            rows.append({"estimator": name, "parameter": parameter, **numbers, "slope": slope})
+    return rows

@@ -13,6 +13,7 @@ from jaxmed.cli import main
 from jaxmed.io import nifti
 from jaxmed.io.gradients import read_gradients, to_world
 from jaxmed.physics.acquisition import two_shell_protocol
+from jaxmed.recipes import kept_rows
 from jaxmed.recipes.diffusion_scan import ScanConfig
 from jaxmed.recipes.stage import Page
 from jaxmed.solvers import ascents
@@ -97,20 +98,20 @@ def test_the_report_can_be_written_again(smoke, tmp_path):
 
 def test_a_killed_run_continues_to_the_same_maps(tmp_path, monkeypatch, no_figures):
     out = tmp_path / "killed"
-    monkeypatch.setattr(stage, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(kept_rows, "SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(ascents, "BLOCK_CHUNKS", 1)
     arguments = ["noddi", "fit", "--preset", "smoke", "--fit.chunk-size", "256", "--quiet"]
-    save = stage._save
+    save = kept_rows.save_rows
 
     def save_twice_then_die(path, digest, rows):
         save(path, digest, rows)
         if len(rows.values) >= 512:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "_save", save_twice_then_die)
+    monkeypatch.setattr(kept_rows, "save_rows", save_twice_then_die)
     assert main([*arguments, "--out", str(out)]) == 130
     assert not (out / "report.html").exists()
-    monkeypatch.setattr(stage, "_save", save)
+    monkeypatch.setattr(kept_rows, "save_rows", save)
     assert main([*arguments, "--out", str(out)]) == 0
     assert "Continuing after 512 voxels" in (out / "log.txt").read_text()
     inputs = out / "inputs"

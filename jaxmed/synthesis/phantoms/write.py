@@ -10,6 +10,8 @@ import numpy as np
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.gradients import write_gradients
+from jaxmed.io.maps import Quantity, write_sidecar
+from jaxmed.io.parametric_map import new_stack, write_mr_images
 from jaxmed.physics import noddi
 from jaxmed.physics.acquisition import add_rician_noise, two_shell_protocol
 from jaxmed.synthesis.phantoms.diffusion import make_slab
@@ -29,6 +31,11 @@ class DiffusionFiles(NamedTuple):
 WHITE_MATTER = 850.0
 """Unweighted signal of the slab's white matter, by which its noise is told."""
 MOST_VOXELS = 5_000_000
+TRUTH = {
+    "ndi": "true neurite density index",
+    "odi": "true orientation dispersion index",
+    "fwf": "true free water fraction",
+}
 
 
 def check_shape(name: str, shape: tuple[int, ...]) -> None:
@@ -82,6 +89,30 @@ def write_diffusion_slab(
     nifti.write(files.dwi, Volume.make(array, affine))
     nifti.write(files.mask, Volume.make(np.asarray(phantom.mask, np.uint8), affine))
     write_gradients(files.bvals, files.bvecs, bvals, bvecs)
-    for name in ("ndi", "odi", "fwf"):
+    for name in TRUTH:
         nifti.write(files.truth / f"{name}.nii.gz", Volume.make(np.asarray(getattr(phantom, name)), affine))
     return files
+
+
+def write_slab_sidecars(files: DiffusionFiles, snr: float) -> None:
+    """Say beside every file of a slab what it holds."""
+    sigma, said = WHITE_MATTER / snr, "simulated diffusion signals with Rician noise"
+    write_sidecar(files.dwi.with_name("dwi.json"), said, "arbitrary", {}, sigma=sigma)
+    write_sidecar(files.mask.with_name("mask.json"), "1 inside the head", "1", {})
+    for name, definition in TRUTH.items():
+        write_sidecar(files.truth / f"{name}.json", definition, "1", {})
+
+
+def write_unweighted_dicom(folder: Path, files: DiffusionFiles, is_b0: np.ndarray) -> int:
+    """Write the mean unweighted image of a slab as a DICOM series; return the number of its files.
+
+    Raises:
+        InputError: pydicom is missing, or the signal exceeds 16 bits.
+    """
+    scan = nifti.read(files.dwi)
+    b0 = Volume.make(scan.array[..., is_b0].mean(axis=-1), scan.affine)
+    x, y, z = b0.array.shape
+    quantity = Quantity("b = 0", "simulated unweighted signal", "1", (0.0, float(b0.array.max())))
+    if b0.array.max() > 65535:
+        raise InputError("snr", "unweighted signal that 16 bits hold", f"{b0.array.max():.3g}", "raise the snr")
+    return len(write_mr_images(folder, b0, new_stack((x, y, z), b0.affine, "simulated"), quantity, stored_per_unit=1))

@@ -9,7 +9,7 @@ Source: the sister study on training labels (a 10 x 10 x 10 grid, 500 repetition
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +25,22 @@ from jaxmed.io.gradient_match import Table as Protocol
 from jaxmed.io.gradient_match import match_table
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
-from jaxmed.metrics.recovery import (
-    DEFINED,
-    Scores,
-    bias_curve,
-    correlation,
-    make_grid,
-    score,
-    shrinkage,
-    summarise,
-)
+from jaxmed.metrics.recovery import BOUND, Scores, correlation, make_grid, score, tabulate
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.physics.monte_carlo import Estimator, average_bound, estimate
 from jaxmed.recipes.diffusion_scan import read_table
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, StudyRun, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import failed_cells
-from jaxmed.report.figures import curves
-from jaxmed.report.page import Figure, Section, Table, Text
+from jaxmed.report.page import Section, Text
 from jaxmed.report.parameter_maps import map_label
+from jaxmed.report.recovery import noise_section, scores_section, truth_section
 from jaxmed.systems.noddi.network import ForwardConfig, Network, load, predict
 from jaxmed.systems.noddi.training import TINY, LabelStart, fit_labels, train
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 
-BOUND = "Cramer-Rao bound"
 SHOWN_SNR = 20.0
 """Noise level of the curves over the truth; the nearest one there is."""
 
@@ -177,7 +166,7 @@ def run(config: Config, folder: RunFolder) -> int:
             stacked = {name: np.stack([getattr(one, name) for one in scores.values()]) for name in Scores._fields}
             place = make_folder(folder.outputs / "points") / f"{cell.slug}.npz"
             write_npz(place, {"grid": grid, "weight": weight, "bound": bound, **stacked})
-            rows = tabulate(model, scores | {BOUND: Scores(np.zeros_like(grid), bound, bound)}, grid, weight)
+            rows = tabulate(model.names, scores | {BOUND: Scores(np.zeros_like(grid), bound, bound)}, grid, weight)
             agreement = {name: correlation(one, found["MLE"], weight) for name, one in found.items() if config.fit}
             for row in rows:
                 values = agreement.get(row["estimator"], [math.nan] * len(model.names))
@@ -266,16 +255,6 @@ def names_of(networks: Sequence[Network]) -> list[str]:
     ]
 
 
-def tabulate(model: MicrostructureModel, scores: Mapping[str, Scores], grid: np.ndarray, weight: np.ndarray) -> list:
-    """Return one row per estimator and parameter; see `metrics.recovery`. The bound has no bias, and a slope of 1."""
-    rows = []
-    for name, one in scores.items():
-        slopes = [1.0] * len(model.names) if name == BOUND else shrinkage(one, grid, weight)
-        for parameter, numbers, slope in zip(model.names, summarise(one, weight), slopes, strict=True):
-            rows.append({"estimator": name, "parameter": parameter, **numbers, "slope": slope})
-    return rows
-
-
 def scored_rows(study: StudyRun) -> list[dict[str, Any]]:
     """Return the rows of `tabulate` of every noise level, under snr.
 
@@ -321,71 +300,10 @@ def page(run: Finished[Config, Summary]) -> Page:
         f"{run.config.repeats} repetitions x {len(run.config.snr)} noise levels, {summary.images} images",
         tiles,
         [
-            _noise_section(rows, summary),
-            _truth_section(run.outputs / "points" / f"{shown.slug}.npz", snr, summary),
-            _table_section(rows),
+            noise_section(rows, summary.parameters, summary.estimators),
+            truth_section(run.outputs / "points" / f"{shown.slug}.npz", snr, summary.parameters, summary.estimators),
+            scores_section(rows),
             *failed_cells(study.failures),
             Section("How to read this", [reading]),
         ],
     )
-
-
-def _noise_section(rows: list[dict[str, Any]], summary: Summary) -> Section:
-    blocks = []
-    for parameter, unit in summary.parameters.items():
-        label = map_label(parameter)
-        for measure, title, shown in (
-            ("median_sd", "standard deviation, median over the grid", [*summary.estimators, BOUND]),
-            ("rmse", "root mean squared error", summary.estimators),
-            ("bias", "bias, mean over the grid", summary.estimators),
-        ):
-            series = {}
-            for name in shown:
-                found = [row for row in rows if (row["estimator"], row["parameter"]) == (name, parameter)]
-                points = sorted((row["snr"], row[measure]) for row in found)
-                series[name] = tuple(np.array(points).T)
-            ylabel = f"{label} {title}" + ("" if unit == "1" else f" ({unit})")
-            caption = f"{label}: {title}."
-            caption += " An estimator below the bound pays for it in bias." if measure == "median_sd" else ""
-            blocks.append(curves(series, xlabel="signal-to-noise ratio at b = 0", ylabel=ylabel, caption=caption))
-    return Section("Over the noise", blocks)
-
-
-def _truth_section(path: Path, snr: float, summary: Summary) -> Section:
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    grid, weight = arrays["grid"], arrays["weight"]
-    blocks: list[Figure] = []
-    for column, label in enumerate(map(map_label, summary.parameters)):
-        bias, spread = {}, {}
-        for number, name in enumerate(summary.estimators):
-            scores = Scores(*(arrays[field][number] for field in Scores._fields))
-            values, mean, sd = bias_curve(scores, grid, weight, column)
-            bias[name], spread[name] = (values, mean), (values, sd)
-        # Median, because the bound has no upper limit where a parameter hardly matters.
-        values = np.unique(grid[:, column])
-        inside = [(weight[:, column] >= DEFINED) & (grid[:, column] == value) for value in values]
-        medians = [np.median(arrays["bound"][rows, column]) if rows.any() else np.nan for rows in inside]
-        spread[f"{BOUND}, median"] = (values, np.array(medians))
-        blocks += [
-            curves(bias, xlabel=f"true {label}", ylabel=f"{label} bias",
-                   caption=f"Bias of {label} over its true value at SNR {snr:g}, averaged over the other parameters. A "
-                   "falling line is shrinkage."),
-            curves(spread, xlabel=f"true {label}", ylabel=f"{label} standard deviation", log=True,
-                   caption=f"Spread of {label} over its true value at SNR {snr:g}."),
-        ]  # fmt: skip
-    return Section("Over the truth", blocks)
-
-
-def _table_section(rows: list[dict[str, Any]]) -> Section:
-    columns = {
-        "snr": "SNR", "parameter": "Parameter", "estimator": "Estimator", "bias": "Bias", "sd": "Standard deviation",
-        "rmse": "RMSE", "slope": "Slope", "correlation": "Correlation with MLE",
-    }  # fmt: skip
-    named = [{**row, "parameter": map_label(row["parameter"])} for row in rows if row["estimator"] != BOUND]
-    caption = (
-        f"Over the points where at least {DEFINED:g} of the voxel lets the signal depend on the parameter; standard "
-        "deviation and RMSE are root means of squares; correlations are Pearson's, with the maximum-likelihood fit of "
-        "the same voxels. outputs/scores.csv has all columns, and the bound."
-    )
-    return Section("Table", [Table([*columns.values()], [[row[name] for name in columns] for row in named], caption)])

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +14,6 @@ from jaxmed.data.diffusion import DiffusionScan
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import to_world
 from jaxmed.io.maps import write_map
-from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.physics.acquisition import (
     check_series,
     check_table,
@@ -28,6 +25,7 @@ from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.physics.noddi import WET, WHERE_TISSUE
 from jaxmed.physics.posterior import Posterior, PosteriorConfig, require_blackjax, sample_posterior
 from jaxmed.recipes.diffusion_scan import ScanConfig
+from jaxmed.recipes.kept_rows import run_in_folder
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.figures import MapStyle, slice_maps
@@ -40,8 +38,6 @@ from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
-
-SECONDS_BETWEEN_SAVES = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,56 +184,18 @@ def read_scan(config: Config) -> DiffusionScan:
 
 def _fit(config: Config, scan: DiffusionScan, folder: RunFolder, log: Log) -> Estimates:
     """Fit all voxels, continuing from and saving to RUN/checkpoints."""
-    saved = folder.checkpoints / "fit.npz"
-    digest = hashlib.sha256(np.ascontiguousarray(scan.dwi.array[scan.mask]).data).hexdigest()
-    finished = _restore(saved, digest)
-    total, done = int(scan.mask.sum()), 0 if finished is None else len(finished.fitted)
-    if done:
-        log.say(f"Continuing after {done:,} voxels of an interrupted run.")
     size = f"{len(scan.gradients.bvals)} images of {' x '.join(map(str, scan.mask.shape))} voxels"
-    announce(log, f"Fitting a '{config.fit.model}' model to {size}", count=total - done, unit="voxels")
-    last_save = time.monotonic()
-    blocks = 0
-    with log.progress("Fitting", total, "voxels", done) as update:
-
-        def on_block(count: int, total: int, rows: Estimates) -> None:
-            nonlocal last_save, blocks
-            blocks += 1
-            if blocks == folder.options.profile:
-                jax.profiler.stop_trace()
-            update(count)
-            if time.monotonic() - last_save > SECONDS_BETWEEN_SAVES and count < total:
-                _save(saved, digest, rows)
-                last_save = time.monotonic()
-
-        if folder.options.profile:
-            jax.profiler.start_trace(folder.path / "profile")
-        rows = estimate(
-            scan.dwi.array,
-            scan.gradients,
-            scan.mask,
-            sigma=scan.sigma,
-            gradient_map=scan.gradient_map,
-            config=config.fit,
-            finished=finished,
-            on_block=on_block,
-        )
-        if blocks < folder.options.profile:
-            jax.profiler.stop_trace()
-    return rows
-
-
-def _save(path: Path, digest: str, rows: Estimates) -> None:
-    write_npz(path, {"digest": np.array(digest), **rows._asdict()})
-
-
-def _restore(path: Path, digest: str) -> Estimates | None:
-    stored = restore_npz(path)
-    if stored is None:
-        return None
-    if str(stored["digest"]) != digest:
-        raise InputError(path, "rows of this scan", "rows of another", "start anew with --no-resume")
-    return Estimates(*(stored[name] for name in Estimates._fields))
+    fit = functools.partial(
+        estimate,
+        scan.dwi.array,
+        scan.gradients,
+        scan.mask,
+        sigma=scan.sigma,
+        gradient_map=scan.gradient_map,
+        config=config.fit,
+    )
+    said = f"Fitting a '{config.fit.model}' model to {size}"
+    return run_in_folder(fit, Estimates, scan.dwi.array[scan.mask], folder, log, said)
 
 
 def _sample(

@@ -13,10 +13,9 @@ from jaxmed.data.diffusion import DiffusionScan
 from jaxmed.errors import InputError
 from jaxmed.files import require_given
 from jaxmed.io import onnx
-from jaxmed.io.dicom import Stack, read_stack
 from jaxmed.io.gradient_match import Table
 from jaxmed.io.maps import Quantity, write_map
-from jaxmed.io.parametric_map import DicomForm, on_stack, write_dicom_map
+from jaxmed.io.parametric_map import DicomForm, read_source, write_dicom_map
 from jaxmed.recipes.diffusion_scan import ScanConfig, make_maps, read_signals, read_table, write_maps
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.recipes.training import NO_PREFIX
@@ -107,7 +106,9 @@ def run(config: Config, folder: RunFolder) -> None:
         network = train_tiny(config, files, folder, begin(folder))
     clock, (about, estimate) = Clock(), network
     scan, signals = read_scan(config, files, about.table)
-    stack = read_source(config, scan)
+    stack = None
+    if config.dicom_source is not None:
+        stack = read_source(config.dicom_source, Volume.make(scan.mask, scan.dwi.affine), config.series)
     log = begin(folder, scan.notes)
     clock.lap("read and check")
     values = estimate(signals)
@@ -182,19 +183,6 @@ def train_tiny(config: Config, files: ScanConfig, folder: RunFolder, log: Log) -
         network, path = load(path), folder.outputs / "network.onnx"
         export_onnx(path, network)
     return open_network(path, config.threads)
-
-
-def read_source(config: Config, scan: DiffusionScan) -> Stack | None:
-    """Read the DICOM series to file maps beside, and check that it has the voxels of the scan.
-
-    Raises:
-        InputError: It is no regular series, or another one.
-    """
-    if config.dicom_source is None:
-        return None
-    stack = read_stack(config.dicom_source, series=config.series)
-    on_stack(Volume.make(scan.mask, scan.dwi.affine), stack)
-    return stack
 
 
 def page(run: Finished[Config, Summary]) -> Page:

@@ -6,26 +6,22 @@ from pathlib import Path
 import numpy as np
 
 from jaxmed.config import NonNegative, Positive, Seed, Size, checked
-from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.dicom_files import require_pydicom
-from jaxmed.io.maps import Quantity, write_sidecar
-from jaxmed.io.parametric_map import new_stack, write_mr_images
 from jaxmed.physics.acquisition import Shell, find_shells, two_shell_protocol
 from jaxmed.recipes.diffusion_scan import read_table
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Section, Table, Text
 from jaxmed.report.parameter_maps import map_label, read_map
-from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, check_shape, write_diffusion_slab
+from jaxmed.synthesis.phantoms.write import (
+    TRUTH,
+    check_shape,
+    write_diffusion_slab,
+    write_slab_sidecars,
+    write_unweighted_dicom,
+)
 from jaxmed.train.run_folder import RunFolder
-from jaxmed.volume import Volume
-
-TRUTH = {
-    "ndi": "true neurite density index",
-    "odi": "true orientation dispersion index",
-    "fwf": "true free water fraction",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,39 +92,15 @@ def run(config: Config, folder: RunFolder) -> None:
     files = write_diffusion_slab(
         folder.outputs, config.seed, config.shape, config.snr, config.spacing, protocol=(bvals, bvecs)
     )
-    write_sidecars(files, config)
+    write_slab_sidecars(files, config.snr)
     if config.dicom:
-        log.say(f"{write_dicom(folder.outputs / 'dicom', files, bvals <= config.b0_threshold)} DICOM files")
+        log.say(f"{write_unweighted_dicom(folder.outputs / 'dicom', files, bvals <= config.b0_threshold)} DICOM files")
     voxels = int(nifti.read(files.mask).array.sum())
     log.say(f"{voxels:,} voxels inside the head, {len(bvals)} images, in {folder.outputs}")
     log.metrics(0, {"voxels": voxels, "images": len(bvals)})
     clock.lap("simulate and write")
     shells = find_shells(bvals, config.b0_threshold)
     finish(folder, config, Summary(voxels, len(bvals), tuple(shells)), clock, page)
-
-
-def write_sidecars(files: DiffusionFiles, config: Config) -> None:
-    """Say beside every file what it holds."""
-    sigma, said = WHITE_MATTER / config.snr, "simulated diffusion signals with Rician noise"
-    write_sidecar(files.dwi.with_name("dwi.json"), said, "arbitrary", {}, sigma=sigma)
-    write_sidecar(files.mask.with_name("mask.json"), "1 inside the head", "1", {})
-    for name, definition in TRUTH.items():
-        write_sidecar(files.truth / f"{name}.json", definition, "1", {})
-
-
-def write_dicom(folder: Path, files: DiffusionFiles, is_b0: np.ndarray) -> int:
-    """Write the mean unweighted image as a DICOM series; return the number of its files.
-
-    Raises:
-        InputError: pydicom is missing.
-    """
-    scan = nifti.read(files.dwi)
-    b0 = Volume.make(scan.array[..., is_b0].mean(axis=-1), scan.affine)
-    x, y, z = b0.array.shape
-    quantity = Quantity("b = 0", "simulated unweighted signal", "1", (0.0, float(b0.array.max())))
-    if b0.array.max() > 65535:
-        raise InputError("snr", "unweighted signal that 16 bits hold", f"{b0.array.max():.3g}", "raise the snr")
-    return len(write_mr_images(folder, b0, new_stack((x, y, z), b0.affine, "simulated"), quantity, stored_per_unit=1))
 
 
 def page(run: Finished[Config, Summary]) -> Page:

@@ -11,16 +11,15 @@ from jaxmed.config import Seed, checked
 from jaxmed.io.gradients import write_gradients
 from jaxmed.io.maps import Quantity
 from jaxmed.io.numpy_files import write_npz
-from jaxmed.metrics.recovery import DEFINED
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import Shell, find_shells, two_shell_protocol
 from jaxmed.physics.microstructure import simulate
 from jaxmed.recipes.diffusion_scan import read_table
 from jaxmed.recipes.restarts import State, Step, run_epochs_in_folder
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.figures import agreement, curves
+from jaxmed.report.figures import curves
 from jaxmed.report.page import Note, Section, Table, Text
-from jaxmed.report.parameter_maps import error_table, map_label
+from jaxmed.report.recovery import validation_section
 from jaxmed.systems.noddi.network import Network, predict, save
 from jaxmed.systems.noddi.training import TINY, TrainConfig, Trained, train
 from jaxmed.train.announce import announce
@@ -191,7 +190,7 @@ def page(run: Finished[Config, Summary]) -> Page:
         ],
         [
             _curves_section(summary, lines),
-            _validation_section(run),
+            validation_section(run.outputs / "validation.npz", summary.outputs, VALIDATION_SNR),
             Section("Protocol", protocol),
             Section("How to read this", [reading]),
         ],
@@ -212,23 +211,3 @@ def _curves_section(summary: Summary, lines: list[dict[str, float]]) -> Section:
     log = bool(losses.max() > 10 * losses.min())
     figure = curves(shown, xlabel="epoch", ylabel="loss", log=log, caption=caption)
     return Section("Training", [*(Note(text) for text in summary.notes), figure])
-
-
-def _validation_section(run: Finished[Config, Summary]) -> Section:
-    with np.load(run.outputs / "validation.npz", allow_pickle=False) as stored:
-        truth, estimate, weight = stored["truth"], stored["estimate"], stored["weight"]
-    truths, estimates, units = {}, {}, {}
-    for column, output in enumerate(run.summary.outputs):
-        label, inside = map_label(output.name), weight[:, column] >= DEFINED
-        truths[label], estimates[label] = truth[inside, column], estimate[inside, column]
-        units[label] = "" if output.unit == "1" else output.unit
-    said = "Estimate against truth. A slope below 1 is shrinkage to the middle of the training range."
-    return Section(
-        "Against the truth",
-        [
-            agreement(truths, estimates, units=units,
-                      caption=f"Fresh simulated signals at a signal-to-noise ratio of {VALIDATION_SNR:g}; a "
-                      "parameter is shown where at least half of the voxel lets the signal depend on it."),
-            error_table(truths, estimates, said, first="Parameter", has_slope=True),
-        ],
-    )  # fmt: skip
