@@ -12,6 +12,7 @@ from jaxmed.io import nifti
 from jaxmed.volume import Volume
 
 FLUID, FLUID_DISTANCE = 24, 5.0  # mm
+LESION = 77
 
 
 def read_labels(path: Path, preprocess: Preprocess) -> Volume:

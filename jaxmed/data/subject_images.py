@@ -1,4 +1,4 @@
-"""Images of test subjects as a trained network takes them, with their label maps; on the host."""
+"""Images of scans as a trained network takes them, with label maps or partners of another kind; on the host."""
 
 import os
 from collections.abc import Sequence
@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
 from jaxmed.arrays.batches import evenly
-from jaxmed.data.brain_labels import read_labels, simplify_labels
+from jaxmed.data.brain_labels import LESION, read_labels, simplify_labels
 from jaxmed.data.cohort import stated_splits, subjects_of
 from jaxmed.data.images import LEAST_HEAD, cut_head
 from jaxmed.data.preprocess import Preprocess, load
-from jaxmed.data.scans import ANY_KIND, find_scans
+from jaxmed.data.scans import ANY_KIND, find_partners, find_scans
 from jaxmed.data.windows import cut_about
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names
 from jaxmed.io.scans import NAME_ENDINGS, ScanFiles
 from jaxmed.io.tables import read_table, resolve_paths
+from jaxmed.volume import require_same_grid
 
 
 class SubjectScan(NamedTuple):
@@ -35,6 +36,30 @@ class SubjectImages(NamedTuple):
     subject: str
     images: Float32[np.ndarray, "image ..."]
     labels: Int[np.ndarray, "image ..."] | None
+
+    @property
+    def brain(self) -> Bool[np.ndarray, "image ..."]:
+        """The brain; without labels what is not dark."""
+        return self.images > 0.05 if self.labels is None else self.labels > 0
+
+    @property
+    def lesions(self) -> Bool[np.ndarray, "image ..."]:
+        """The lesions; none without labels."""
+        return np.zeros(self.images.shape, bool) if self.labels is None else self.labels == LESION
+
+
+class PairedImages(NamedTuple):
+    """Images, and their partners of another kind where there are any.
+
+    Attributes:
+        images: In the network's unit, (image, *size, 1).
+        partners: The same places in the other scans; None without any.
+        names: File, and slice.
+    """
+
+    images: Float32[np.ndarray, "image ..."]
+    partners: Float32[np.ndarray, "image ..."] | None
+    names: tuple[str, ...]
 
 
 def list_subjects(
@@ -103,8 +128,7 @@ def _read_images(
     scan = load(found.files, preprocess)
     images, kept, head = cut_head(scan, preprocess)
     if not kept.size:
-        advice = "check the scan, or the size of the network's images"
-        raise InputError(path, f"an image of which {LEAST_HEAD:.0%} is head", "none", advice)
+        raise _no_head(path)
     chosen = kept[evenly(slices, len(kept))]
     labels = None
     if found.labels is not None:
@@ -113,3 +137,42 @@ def _read_images(
             raise InputError(found.labels, f"the grid of {path}", f"shape {volume.array.shape}", "resample it")
         labels = cut_about(simplify_labels(volume.array), preprocess.slice_axis, preprocess.size, head)[0][chosen]
     return images[chosen].astype(np.float32), labels
+
+
+def read_pairs(
+    place: Path, other: Path | None, preprocess: Preprocess, count: int, series: str = "", fill: float | None = None
+) -> PairedImages:
+    """Read images evenly over all of some scans that show enough of a head, and the same places in other scans.
+
+    Args:
+        place: A scan, or a folder of scans.
+        other: Scans on the same grids: a file, or a folder with the same file names; None for no partners.
+        preprocess: A file to the network's input.
+        count: Images, at most.
+        series: Which DICOM series is meant where a folder holds several.
+        fill: Intensity of voxels that have none; None refuses them.
+
+    Raises:
+        InputError: A file cannot be read, a pair is incomplete or on two grids, or no image shows a head.
+    """
+    scans = find_scans(place, ANY_KIND, series, apart=(other,)).scans
+    found: list[tuple[np.ndarray, np.ndarray | None, str]] = []
+    for files, partner in zip(scans, find_partners(scans, place, other), strict=True):
+        scan = load(files, preprocess, fill)
+        cut, kept, head = cut_head(scan, preprocess)
+        below = [None] * len(cut)
+        if partner is not None:
+            second = load(partner, preprocess, fill)
+            require_same_grid(second.volume, scan.volume, str(partner), str(files.path))
+            below = cut_about(second.volume.array, preprocess.slice_axis, preprocess.size, head)[0]
+        found += [(cut[index], below[index], f"{files.path.name}, {index}") for index in kept]
+    if not found:
+        raise _no_head(place)
+    images, partners, names = zip(*[found[row] for row in evenly(count, len(found))], strict=True)
+    stacks = [np.stack(side)[..., None].astype(np.float32) for side in (images, partners) if side[0] is not None]
+    return PairedImages(stacks[0], stacks[1] if len(stacks) > 1 else None, names)
+
+
+def _no_head(place: Path) -> InputError:
+    advice = "check the scans, or the size of the network's images"
+    return InputError(place, f"images of which {LEAST_HEAD:.0%} is head", "none", advice)

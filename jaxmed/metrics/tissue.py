@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,14 +126,25 @@ def mixture_volumes(fit: TissueFit, voxel_volume: float) -> Float[Array, "3"]:
 
 
 def tissue_volumes(
-    images: Mapping[str, Float[np.ndarray, "*space"]], mask: Bool[np.ndarray, "*space"], voxel_volume: float
-) -> dict[str, dict[str, float]]:
-    """Measure TISSUES by the same estimator on every image, on one mask that is not empty; see `mixture_volumes`."""
-    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(mask))
-    inside = jnp.asarray(mask[box])
-    measure = jax.jit(lambda image: mixture_volumes(fit_tissue(image, inside), voxel_volume))
-    volumes = {name: np.asarray(measure(jnp.asarray(image[box]))).tolist() for name, image in images.items()}
-    return {name: dict(zip(TISSUES, values, strict=True)) for name, values in volumes.items()}
+    images: Mapping[Any, Float[np.ndarray, "*space"]],
+    mask: Bool[np.ndarray, "*space"],
+    voxel_volume: float,
+    *,
+    is_cropped: bool = True,
+) -> dict[Any, dict[str, float]]:
+    """Measure TISSUES by the same estimator on every image, on one mask that is not empty; see `mixture_volumes`.
+
+    Cropped to the mask large volumes take less time; whole, all masks of one shape share a compiled program.
+    """
+    ends = [(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(mask)]
+    box = tuple(slice(*end) for end in ends) if is_cropped else ...
+    found = {name: np.asarray(_measure(image[box], mask[box])) * voxel_volume for name, image in images.items()}
+    return {name: dict(zip(TISSUES, values.tolist(), strict=True)) for name, values in found.items()}
+
+
+@jax.jit  # here, so that many scans and conditions share a program that takes 1 to 2 s to compile
+def _measure(image: Array, mask: Array) -> Array:
+    return mixture_volumes(fit_tissue(image, mask), 1.0)
 
 
 def label_volumes(

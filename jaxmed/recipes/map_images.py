@@ -1,7 +1,7 @@
 """Image-to-image jobs: scans in, maps on their grids out, one scan after the other.
 
-A stage lists its scans and what belongs to each (`list_inputs`), works on them (`map_images`), writes what it made of
-one (`write_maps`, with the definition of every map), and its page reads that back (`read_maps`).
+A stage lists its scans and what belongs to each (`list_inputs`), and works on them (`map_images`); what it makes of one
+is written, and shown, by `recipes.restoration`.
 """
 
 import time
@@ -9,16 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxmed.arrays.grid import reorient
 from jaxmed.config import from_record, to_record
 from jaxmed.data.scans import ANY_KIND, find_partners, find_scans, name_scans
-from jaxmed.errors import InputError
-from jaxmed.io import nifti
-from jaxmed.io.maps import write_map
 from jaxmed.io.scans import ScanFiles
 from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
 from jaxmed.train.log import Log, duration
-from jaxmed.volume import Volume
 
 
 class Inputs(NamedTuple):
@@ -122,31 +117,3 @@ def tell_left(tell: Tell, name: str, total: int, unit: str) -> Callable[[int], N
         tell(f"{name}: {done:,} of {total:,} {unit}{left}")
 
     return progress
-
-
-def write_maps(
-    folder: Path,
-    one: Inputs,
-    maps: Mapping[str, Volume],
-    said: Mapping[str, tuple[str, str]],
-    constants: Mapping[str, Any],
-) -> None:
-    """Write maps of a scan, each with a sidecar, as NAME_MAP.nii.gz and NAME_MAP.json.
-
-    Args:
-        folder: Where to.
-        one: The scan, whose header the maps take where it is NIfTI.
-        maps: On the scan's grid.
-        said: Definition and unit of every map.
-        constants: What they rest on.
-    """
-    for name, volume in maps.items():
-        write_map(folder, f"{one.name}_{name}", volume, *said[name], constants, reference=one.path)
-
-
-def read_maps(outputs: Path, name: str, maps: Sequence[str]) -> dict[str, Volume] | None:
-    """Return maps of a scan, turned to RAS+; None where they are no longer there."""
-    try:
-        return {kind: reorient(nifti.read(outputs / f"{name}_{kind}.nii.gz")) for kind in maps}
-    except (OSError, InputError):
-        return None

@@ -12,30 +12,26 @@ from priors import oracle
 
 from jaxmed.cli import main
 from jaxmed.data.images import PREPROCESS
+from jaxmed.data.subject_images import SubjectImages
 from jaxmed.diffusion.posterior.dynamicdps import STRICT
 from jaxmed.diffusion.posterior.start_time import StartTime
 from jaxmed.diffusion.samplers import Ancestral
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
+from jaxmed.metrics.restoration import MEASURES
 from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.image_network import write_network
+from jaxmed.recipes.restoration_study import NOISE, tabulate
 from jaxmed.recipes.study import Cell, Result
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.mixture import make_isotropic
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
+from jaxmed.systems.dynamicdps.calibration import residuals_of
 from jaxmed.systems.dynamicdps.enhancement import draw_samples, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, expected_passes, length_of, make_solver
-from jaxmed.systems.dynamicdps.scoring import (
-    MEASURES,
-    NOISE,
-    make_scorer,
-    make_subject,
-    score_subject,
-    tabulate,
-)
-from jaxmed.systems.dynamicdps.stages.compare import Config, plan_cells
+from jaxmed.systems.dynamicdps.stages.compare import BASELINE, Config, make_scorer, plan_cells, score_subject
 
 
 def sized(size, **changes):
@@ -78,7 +74,7 @@ def test_differences_are_paired_by_subject_and_corrected_over_methods():
         result("conditional", "a", baseline), result("dynamicdps", "a", better), result("dps", NOISE, noise),
         result("dynamicdps", "b", {"s0": 0.0}),
     )  # fmt: skip
-    averages, differences = tabulate(results, 0)
+    averages, differences = tabulate(results, BASELINE[0], 0)
     rows = {row.arm: row for row in differences if row.measure == "psnr"}
     assert set(rows) == {"dynamicdps", "dps"}  # model b has no conditional to compare with
     won = rows["dynamicdps"]
@@ -283,17 +279,22 @@ def test_the_truth_has_perfect_scores_and_an_invented_lesion_is_counted():
     image = np.zeros((2, 32, 32), np.float32)
     image[:, 4:28, 4:28] = 1.0
     image[:, 4:28, 4:10], image[:, 4:28, 10:18] = 0.3, 0.7
-    subject = make_subject("s", image, None)
+    subject = SubjectImages("s", image, None)
     assert subject.brain.sum() == 2 * 24 * 24 and not subject.lesions.any()
     scorer = make_scorer((32, 32), PLAIN_SCAN)
     measurement = np.asarray(jax.vmap(make_operator((32, 32), PLAIN_SCAN))(jnp.asarray(image[..., None])))
+
+    def known(images, evaluations):
+        residual = residuals_of(measurement, images[..., None], PLAIN_SCAN)
+        return {"residual": residual, "evaluations": np.full(2, evaluations)}
+
     slightly = image + 1e-4
-    perfect = score_subject(scorer, subject, measurement, slightly, np.zeros(2, np.float32))
+    perfect = score_subject(scorer, subject, slightly, known(slightly, 0.0))
     assert perfect["psnr"] > 80 and perfect["ssim"] > 0.999 and perfect["residual"] < 0.01
     assert perfect["volume_error"] < 0.01 and perfect["false_lesions"] == 0 and perfect["contradicted"] < 1e-3
     invented = image.copy()
     invented[0, 20:26, 20:26] = 0.3
-    found = score_subject(scorer, subject, measurement, invented, np.full(2, 5.0, np.float32))
+    found = score_subject(scorer, subject, invented, known(invented, 5.0))
     assert found["false_lesions"] == 0.5 and found["evaluations"] == 5
     # White matter that looks like fluid: the estimator sees it.
     assert found["volume_error_csf"] > 0.05 and found["volume_error_white"] > 0.02

@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array
 
-from jaxmed.arrays.foreground import find_foreground
-from jaxmed.arrays.grid import resample_to
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.data.images import MAX_INTENSITY
-from jaxmed.data.preprocess import Loaded, Preprocess, load, load_head
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.windows import TilingConfig, tile_head
 from jaxmed.errors import InputError
-from jaxmed.io import nifti
-from jaxmed.io.images import write_png
-from jaxmed.metrics.tissue import label_volumes, tissue_volumes
+from jaxmed.metrics.tissue import tissue_volumes
 from jaxmed.recipes.map_files import Tell
-from jaxmed.recipes.map_images import Inputs, tell_left, write_maps
+from jaxmed.recipes.map_images import Inputs, tell_left
+from jaxmed.recipes.restoration import read_case, write_restored
 from jaxmed.systems.dynamicdps.enhancement import STATUS, Program, apply_in_batches, draw_samples
 
 MAPS = {
@@ -102,48 +98,6 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
 
 
-class Case(NamedTuple):
-    """A scan and what belongs to it, on the prior's grid.
-
-    Attributes:
-        scan: The scan.
-        estimate: By another tool, in [0, 2]; None where a network or the scan itself gives it.
-        head: Where to refine, and to measure tissue: a mask, or else the largest bright region.
-        labels_ml: Volume of every label of its label map.
-    """
-
-    scan: Loaded
-    estimate: Float32[np.ndarray, "x y z"] | None
-    head: Bool[np.ndarray, "x y z"]
-    labels_ml: dict[str, float]
-
-
-def read_case(one: Inputs, preprocess: Preprocess, fill: float | None) -> Case:
-    """Read and check a scan and what belongs to it.
-
-    Raises:
-        InputError: For whatever a user can have wrong in these files.
-    """
-    scan = load(one.scan, preprocess, fill)
-    initial, mask, labels = (one.beside[name] for name in ("initial", "mask", "labels"))
-    estimate, volumes = None, {}
-    if initial is not None:
-        other = load(initial, preprocess, fill)
-        moved = resample_to(other.volume, scan.volume.grid, order=1, fill=np.nan).array
-        inside = float(np.isfinite(moved).mean())
-        if inside < 0.5:
-            found = f"one that covers {inside:.0%} of it"
-            raise InputError(initial, f"an image of the space of {one.path}", found, "register it first")
-        # Beyond its field of view the measurement stands in.
-        estimate = np.where(np.isfinite(moved), moved, scan.volume.array).astype(np.float32)
-    if labels is not None:
-        found = nifti.read(labels, dimensions=(3,), dtype=np.int32, allow_constant=False)
-        volumes = label_volumes(found.array, None, float(np.prod(found.spacing)) / 1000)
-    # A mask says what the brain is; what lies outside is not refined.
-    head = find_foreground(scan.volume.array) if mask is None else load_head(mask, scan, preprocess)
-    return Case(scan, estimate, head, volumes)
-
-
 def process(plan: Plan, one: Inputs, key: KeyArray, folder: Path, tell: Tell = lambda text: None) -> Refinement:
     """Refine a scan and write its maps; `tell` takes lines about how far it is.
 
@@ -173,7 +127,7 @@ def process(plan: Plan, one: Inputs, key: KeyArray, folder: Path, tell: Tell = l
     if not np.isfinite(maps["enhanced"]).all():
         raise InputError(one.path, "a finite result", "NaN or Inf", "check the weights and the acquisition")
     maps["difference"] = maps["enhanced"] - y
-    write_results(folder, plan, one, scan, maps)
+    write_restored(folder, one, scan, maps, MAPS, plan.constants)
     volumes = {}
     if plan.tissue:
         images = {"input": y, "initial": estimate, "enhanced": maps["enhanced"]}
@@ -201,18 +155,3 @@ def process(plan: Plan, one: Inputs, key: KeyArray, folder: Path, tell: Tell = l
         volumes_ml=volumes,
         labels_ml=labels_ml,
     )
-
-
-def write_results(
-    folder: Path, plan: Plan, one: Inputs, scan: Loaded, maps: dict[str, Float32[np.ndarray, "x y z"]]
-) -> None:
-    """Write maps on the grid and in the unit of the scan, each with a sidecar; of a picture also a picture."""
-    constants = {"intensity_of_0": scan.low, "intensity_of_2": scan.high, **plan.constants}
-    stored = {
-        name: scan.restore_stored(array, is_difference=name in ("uncertainty", "difference"))
-        for name, array in maps.items()
-    }
-    write_maps(folder, one, stored, {name: (text, "that of the input") for name, text in MAPS.items()}, constants)
-    if scan.kind == "picture":
-        picture = scan.as_stored(scan.restore(maps["enhanced"])) / MAX_INTENSITY * 255
-        write_png(folder / f"{one.name}_enhanced.png", np.clip(picture, 0, 255).astype(np.uint8))

@@ -3,19 +3,15 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
 
-from jaxmed.arrays.batches import evenly
 from jaxmed.config import Length, Number, Positive, Seed, Size, checked, to_record
-from jaxmed.data.images import LEAST_HEAD, cut_head
-from jaxmed.data.preprocess import Preprocess, load
-from jaxmed.data.scans import ANY_KIND, find_partners, find_scans
-from jaxmed.data.windows import cut_about
+from jaxmed.data.scans import ANY_KIND, find_scans
+from jaxmed.data.subject_images import PairedImages, read_pairs
 from jaxmed.diffusion.posterior.dps import Dps
 from jaxmed.diffusion.posterior.fidelity import PLAIN
 from jaxmed.diffusion.posterior.start_time import choose_start
@@ -51,7 +47,6 @@ from jaxmed.systems.dynamicdps.networks import (
 )
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
-from jaxmed.volume import require_same_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +116,6 @@ def smoke() -> Config:
     return Config(acquisition=acquisition, runs=6, batch_size=6, steps=100, synthetic=6)
 
 
-class References(NamedTuple):
-    """Reference images, and their low-field partners where there are any.
-
-    Attributes:
-        images: In [0, 2], (image, *size, 1).
-        low: The same places at low field; None without pairs.
-        names: File, and slice.
-    """
-
-    images: Float32[np.ndarray, "image ..."]
-    low: Float32[np.ndarray, "image ..."] | None
-    names: tuple[str, ...]
-
-
 @dataclasses.dataclass(frozen=True)
 class Fitted:
     """How the acquisition was fitted to pairs.
@@ -181,7 +162,7 @@ def run(config: Config, folder: RunFolder) -> None:
         raise InputError(missing, "a prior and reference scans", "nothing", f"give --{missing}, or try --preset smoke")
     network = load_prior(config.weights)
     initial = None if config.initial is None else load_initial(config.initial)
-    references = read_references(config, network.preprocess)
+    references = read_pairs(config.input, config.low, network.preprocess, config.runs, config.series, config.fill)
     log = begin(folder, (*network.report.remarks, *(initial.report.remarks if initial else ())))
     scans = {name.split(",")[0] for name in references.names}
     log.say(f"{len(references.images)} reference images of {len(scans)} scans.")
@@ -239,40 +220,10 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     return dataclasses.replace(config, weights=weights, input=manifest.parent / "scans")
 
 
-def read_references(config: Config, preprocess: Preprocess) -> References:
-    """Read the scans, and choose images evenly over all that show enough of a head.
-
-    Raises:
-        InputError: A file cannot be read, a pair is incomplete or on two grids, or no image shows a head.
-    """
-    assert config.input is not None
-    scans = find_scans(config.input, ANY_KIND, config.series, apart=(config.low,)).scans
-    partners = find_partners(scans, config.input, config.low)
-    found: list[tuple[np.ndarray, np.ndarray | None, str]] = []
-    for files, partner in zip(scans, partners, strict=True):
-        scan = load(files, preprocess, config.fill)
-        cut, kept, head = cut_head(scan, preprocess)
-        below = [None] * len(cut)
-        if partner is not None:
-            other = load(partner, preprocess, config.fill)
-            require_same_grid(other.volume, scan.volume, str(partner), str(files.path))
-            below = cut_about(other.volume.array, preprocess.slice_axis, preprocess.size, head)[0]
-        found += [(cut[index], below[index], f"{files.path.name}, {index}") for index in kept]
-    if not found:
-        advice = "check the scans, or the size of the prior's images"
-        raise InputError(config.input, f"images of which {LEAST_HEAD:.0%} is head", "none", advice)
-    images, low, names = zip(*[found[row] for row in evenly(config.runs, len(found))], strict=True)
-    high, low = (
-        np.stack(stack)[..., None].astype(np.float32) if stack[0] is not None else None for stack in (images, low)
-    )
-    assert high is not None
-    return References(high, low, names)
-
-
-def _fit(config: Config, references: References, log: Log) -> tuple[LowField, Fitted | None]:
-    if references.low is None:
+def _fit(config: Config, references: PairedImages, log: Log) -> tuple[LowField, Fitted | None]:
+    if references.partners is None:
         return config.acquisition, None
-    found = fit_acquisition(references.images, references.low, config.acquisition, config.fit)
+    found = fit_acquisition(references.images, references.partners, config.acquisition, config.fit)
     # What the fit leaves over is noise, and whatever the model cannot say.
     gamma, sigma, noise = float(found.gamma), float(found.sigma), float(found.loss) ** 0.5
     log.say(f"Fitted to pairs: gamma {gamma:.3g}, blur {sigma:.3g} voxels, error {noise:.3g}.")

@@ -1,31 +1,28 @@
 """DynamicDPS compare: conditional models alone, and every solver, on the same scans, conditions and prior."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Shaped
 
 from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked
-from jaxmed.data.subject_images import list_subjects, read_subjects
+from jaxmed.data.images import MAX_INTENSITY
+from jaxmed.data.subject_images import SubjectImages, list_subjects, read_subjects
 from jaxmed.errors import InputError
+from jaxmed.metrics.restoration import MEASURES, ScoreConfig, make_split, score_images
 from jaxmed.models.published.load import Published
-from jaxmed.physics.lowfield import LowField, make_operator
+from jaxmed.physics.lowfield import LowField, contrast, linear_part, make_operator
+from jaxmed.recipes.image_network import STYLE
+from jaxmed.recipes.restoration_study import AXES, NOISE, method_sections, tabulate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.recipes.study import Cell, Outcome, Result, read_study, run_study
-from jaxmed.recipes.study_sections import (
-    failed_cells,
-    keep_examples,
-    mean_bars,
-    show_examples,
-    side_by_side,
-)
-from jaxmed.recipes.study_tables import Difference, Mean, summarise, write_tables
-from jaxmed.report.figures import MapStyle
+from jaxmed.recipes.study import Cell, Outcome, read_study, run_study
+from jaxmed.recipes.study_sections import failed_cells, keep_examples
+from jaxmed.recipes.study_tables import write_tables
 from jaxmed.report.page import Note, Section, Text
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
@@ -40,22 +37,13 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scoring import (
-    AXES,
-    MEASURES,
-    NOISE,
-    ScoreConfig,
-    Scorer,
-    Subject,
-    make_scorer,
-    make_subject,
-    score_subject,
-    tabulate,
-)
 from jaxmed.train.run_folder import RunFolder
 
+BASELINE = ("conditional", "the conditional model alone")
 IN_DISTRIBUTION, OTHER_CONTRAST = "in-distribution", "other contrast"
 TRIES_FAILED_AGAIN = True
+Scorer: TypeAlias = Callable[..., dict[str, float]]
+"""(truth, estimate, brain, lesions) -> scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +142,7 @@ class Study(NamedTuple):
     prior: Published
     initials: dict[str, Published]
     conditions: dict[str, Condition]
-    subjects: list[Subject]
+    subjects: list[SubjectImages]
     estimates: dict[tuple[str, str], Float32[np.ndarray, "image ..."]]
 
 
@@ -217,7 +205,7 @@ def run(config: Config, folder: RunFolder) -> int:
 
     done = run_study(cells, run_cell, folder.path, asked, log=log)
     clock.lap("run the cells, compilation included")
-    write_tables(folder.outputs, done.results, *tabulate(done.results, config.seed))
+    write_tables(folder.outputs, done.results, *tabulate(done.results, BASELINE[0], config.seed))
     keep_examples(folder.outputs, "truth", np.concatenate([subject.images for subject in study.subjects]))
     for name, condition in study.conditions.items():
         keep_examples(folder.outputs, f"measurement, {name}", condition.measurement[..., 0])
@@ -255,19 +243,40 @@ def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, seed: 
     measurement = study.conditions[name].measurement
     estimate = np.zeros_like(measurement) if initial == NOISE else study.estimates[initial, name]
     found = draw_samples(program, study.prior.params, jax.random.key(seed), measurement, estimate)
-    image, evaluations = found.mean, found.evaluations[:, 0].astype(np.float32)
-    steps = np.minimum(found.start_time[:, 0] + 1, len(found.curve))
+    image = found.mean
     if not np.isfinite(image).all():
         raise InputError(str(cell), "finite images", "NaN or Inf", "give a smaller --budget.scale")
+    steps = np.minimum(found.start_time[:, 0] + 1, len(found.curve))
+    further = {"residual": found.residual, "evaluations": found.evaluations[:, 0], "steps": steps}
     rows, first = [], 0
     for subject in study.subjects:
         own = slice(first, first + len(subject.images))
-        scores = score_subject(scorer, subject, measurement[own], image[own, ..., 0], evaluations[own])
-        rows.append({"subject": subject.name, **scores, "steps": float(steps[own].mean())})
+        known = {name: values[own] for name, values in further.items()}
+        rows.append(score_subject(scorer, subject, image[own, ..., 0], known))
         first = own.stop
     keep_examples(folder.outputs, cell.slug, image[..., 0])
     means = {name: float(np.mean([row[name] for row in rows])) for name in (*MEASURES, "evaluations")}
     return Outcome(means | {"seconds": found.seconds, "steps": float(steps.mean())}, rows)
+
+
+def make_scorer(size: tuple[int, ...], acquisition: LowField, config: ScoreConfig = ScoreConfig()) -> Scorer:
+    """Prepare the scores for a condition: what its linear part passes less than a hundredth of is unseen."""
+    linear = linear_part(size, acquisition)
+    assert linear.pseudo_inverse is not None
+    before = partial(contrast, gamma=acquisition.gamma, floor=acquisition.floor)
+    split = make_split(linear.apply, linear.pseudo_inverse, before)
+    return partial(score_images, split=split, data_range=MAX_INTENSITY, config=config)
+
+
+def score_subject(
+    scorer: Scorer,
+    subject: SubjectImages,
+    estimate: Float32[np.ndarray, "image ..."],
+    further: Mapping[str, Shaped[np.ndarray, " image"]],
+) -> dict[str, Any]:
+    """Return a subject's row: its scores, and means of what else is known of its images."""
+    scores = scorer(subject.images, estimate, subject.brain, subject.lesions)
+    return {"subject": subject.subject, **scores, **{name: float(values.mean()) for name, values in further.items()}}
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -287,7 +296,7 @@ def prepare(config: Config) -> Study:
     names = [name if names.count(name) == 1 else f"{name} {index + 1}" for index, name in enumerate(names)]
     initials = {n: load_initial(p, prior, f"initial {n}") for n, p in zip(names, config.initial, strict=True)}
     scans = list_subjects(config.manifest, config.input, config.series, config.fill)
-    subjects = [make_subject(*one) for one in read_subjects(scans, prior.preprocess, config.slices, config.subjects)]
+    subjects = read_subjects(scans, prior.preprocess, config.slices, config.subjects)
     truth = np.concatenate([subject.images for subject in subjects])[..., None]
     gammas = {IN_DISTRIBUTION: config.acquisition.gamma}
     if config.other_gamma and config.other_gamma != config.acquisition.gamma:
@@ -331,18 +340,6 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
 
 # The page -----------------------------------------------------------------------------------------------------------
 
-SHOWN = ("psnr", "residual", "volume_error", "false_lesions")
-# Headings of the tables; what is not among them is in outputs/means.csv and differences.csv.
-COLUMNS = {
-    "psnr": "PSNR (dB)", "ssim": "SSIM", "residual": "residual", "volume_error": "volume error",
-    "contradicted": "contra- dicted", "unseen": "unseen", "false_lesions": "false lesions", "perceptual": "perceptual",
-}  # fmt: skip
-COST = {"evaluations": "evalu- ations", "steps": "steps", "seconds": "s"}
-TOLD = (
-    "Volume error: relative, mean of CSF, grey and white matter. Contradicted, unseen: share of the error that the "
-    "measurement contradicts, and that it cannot see, relative to the truth. False lesions: share of images with one. "
-    "Perceptual: hallucination score."
-)
 READING = (
     "All methods see the same prior and the same measurements; those that start from an estimate get it from the "
     "conditional model that is named. Scores have a fixed range of intensities, 2. Volumes are measured by one "
@@ -367,7 +364,11 @@ def page(run: Finished[Config, Summary]) -> Page:
             tiles.append(("PSNR", round(float(np.mean(found)), 2), f"dB, {arm}, {first}"))
     conditions = "; ".join(f"{name}: gamma {gamma:g}" for name, gamma in summary.conditions.items())
     note = Note(f"Conditions: {conditions}. The conditional models were trained for the first.")
-    sections = _sections(run, study.results) if study.results else []
+    budget = run.config.budget.evaluations
+    told = f"{budget} evaluations" if budget else "the number of evaluations of their authors"
+    sections = method_sections(
+        run.outputs, study.results, BASELINE, run.config.seed, STYLE, f"Fixed methods had {told}."
+    )
     return Page(
         "Comparison of methods that enhance low-field scans",
         f"{summary.images} images of {_count(summary.subjects, 'subject')}, one prior, "
@@ -375,54 +376,6 @@ def page(run: Finished[Config, Summary]) -> Page:
         tiles,
         [*sections, *failed_cells(study.failures), Section("How to read this", [note, Text(READING)])],
     )
-
-
-def _sections(run: Finished[Config, Summary], results: Sequence[Result]) -> list[Section]:
-    """Show images, means and differences, condition by condition."""
-    summary, budget = run.summary, run.config.budget.evaluations
-    means, differences = tabulate(results, run.config.seed)
-    several, is_cohort = len(summary.initials) > 1, summary.subjects > 1
-
-    def label(row: Mean | Cell) -> str:
-        """Name a method, and its conditional model where there are several."""
-        place = dict(row.key if isinstance(row, Cell) else row.group)
-        return f"{place['initial']}: {place['arm']}" if several and place["initial"] != NOISE else str(place["arm"])
-
-    def against(row: Difference) -> str:
-        return f"{row.arm} against {dict(row.group)['initial']}" if several else row.arm
-
-    over = "subjects with its 95 % bootstrap interval" if is_cohort else "the images of the one subject"
-    figures = [
-        mean_bars([row for row in means if row.measure == shown], label, xlabel=MEASURES[shown], group="condition",
-                  caption=f"{MEASURES[shown]}: mean over {over}.")
-        for shown in SHOWN
-    ]  # fmt: skip
-    told = f"{budget} evaluations" if budget else "the number of evaluations of their authors"
-    tested = ", 95 % bootstrap interval, and p of Wilcoxon's signed-rank test, by Holm over the methods."
-    images, tables, changes = [], [], []
-    for condition in summary.conditions:
-        here = [result for result in results if result.cell["condition"] == condition]
-        rows = [row for row in means if dict(row.group)["condition"] == condition]
-        rows += [row for name in ("steps", "seconds") for row in summarise(here, AXES, name)] if here else []
-        names = {"truth": "truth", "input": f"measurement, {condition}"}
-        names |= {label(result.cell): result.cell.slug for result in here}
-        caption = f"Images spread over all, {condition}; intensities in [0, 2]."
-        images.append(show_examples(run.outputs, names, MapStyle(colormap="gray", limits=(0.0, 2.0)), caption))
-        caption = (
-            f"Means over subjects, {condition}. {TOLD} Evaluations are passes of the network, forward and backward "
-            "counted together, steps those of the chain that were walked, seconds per image without compilation. "
-            f"Fixed methods had {told}."
-        )
-        tables.append(side_by_side(rows, label, COLUMNS | COST, caption))
-        caption = f"Each method minus the conditional model alone, {condition}, subject by subject: mean"
-        caption += tested if is_cohort else ". One subject: there is neither an interval nor a test."
-        lines = [row for row in differences if dict(row.group)["condition"] == condition]
-        shown = {name: text for name, text in COLUMNS.items() if name not in ("ssim", "unseen")}
-        changes.append(side_by_side(lines, against, shown, caption))
-    return [
-        Section("Images", images), Section("Methods", [*figures, *tables]),
-        Section("Against the conditional model", changes),
-    ]  # fmt: skip
 
 
 def _count(number: int, noun: str) -> str:

@@ -16,13 +16,13 @@ from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.tables import write_table
-from jaxmed.metrics.tissue import TISSUES
 from jaxmed.models.published.load import Published
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
 from jaxmed.recipes.map_files import Tell
-from jaxmed.recipes.map_images import Inputs, list_inputs, map_images, read_maps
+from jaxmed.recipes.map_images import Inputs, list_inputs, map_images
+from jaxmed.recipes.restoration import Volumes, read_case, restored_figure, volume_sections, write_volumes
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.figures import MapStyle, curves, slice_maps
+from jaxmed.report.figures import curves
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import Calibrated, measure, read_calibration
@@ -37,7 +37,7 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import MAPS, Plan, Refinement, process, read_case
+from jaxmed.systems.dynamicdps.scans import MAPS, Plan, Refinement, process
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
@@ -278,20 +278,17 @@ def write_tables(folder: Path, scans: Sequence[Refinement]) -> None:
         for scan in scans
     ]  # fmt: skip
     write_table(folder / "scans.csv", columns, [dict(zip(columns, row, strict=True)) for row in table])
-    volumes = [
-        {"id": scan.name, "image": image, **{f"{name}_ml": f"{values[name]:.6g}" for name in TISSUES}}
-        for scan in scans
-        for image, values in scan.volumes_ml.items()
-    ]
-    if volumes:
-        write_table(folder / "volumes.csv", tuple(volumes[0]), volumes)
+    write_volumes(folder, volumes_of(scans))
+
+
+def volumes_of(scans: Sequence[Refinement]) -> list[Volumes]:
+    """Return what was measured of tissue in each scan."""
+    return [(scan.name, scan.volumes_ml, scan.labels_ml) for scan in scans]
 
 
 # The page -----------------------------------------------------------------------------------------------------------
 
 MOST_PICTURES = 8
-TITLES = {"input": "Input", "initial": "Estimate", "enhanced": "Enhanced", "difference": "Difference"}
-TITLES |= {"uncertainty": "Uncertainty"}
 READING = (
     "A lower residual says that the image explains the measurement better, not that it is true: what the scanner "
     "cannot see comes from the prior. The uncertainty map shows where samples disagree; what all samples invent alike "
@@ -316,9 +313,7 @@ def page(run: Finished[Config, Summary]) -> Page:
             ("Steps", start + 1, f"median, of {summary.chain}"),
             ("Evaluations", round(evaluations, 1), "forward and backward passes per sample"),
         ]
-        sections += [_residuals(scans, summary.chain), _searches(scans)]
-        if any(scan.volumes_ml for scan in scans):
-            sections.append(_volumes(scans))
+        sections += [_residuals(scans, summary.chain), _searches(scans), *volume_sections(volumes_of(scans))]
     if summary.failed:
         text = f"{summary.failed} scans failed: see outputs/failed.csv for the reasons."
         sections.insert(0, Section("Failed scans", [Note(text, "warning")]))
@@ -327,27 +322,9 @@ def page(run: Finished[Config, Summary]) -> Page:
 
 
 def _scan(outputs: Path, scan: Refinement) -> Section:
-    read = read_maps(outputs, scan.name, tuple(MAPS))
-    if read is None:
+    figure = restored_figure(outputs, scan.name, tuple(MAPS), scan.samples)
+    if figure is None:
         return Section(scan.name, [Note("The maps are no longer in this folder.", "warning")])
-    maps = {name: volume.array for name, volume in read.items()}
-    maps["input"] = maps["enhanced"] - maps["difference"]
-    mask = np.abs(maps["input"]) > 0
-    highest = {name: float(np.percentile(np.abs(maps[name]), 99.5)) or 1e-6 for name in ("difference", "uncertainty")}
-    top = max(float(np.percentile(maps["enhanced"][mask], 99.5)) if mask.any() else 1.0, 1e-6)
-    size = highest["difference"]
-    grey = MapStyle(limits=(0.0, top), colormap="gray", unit="scan intensity")
-    styles = dict.fromkeys(("input", "initial", "enhanced"), grey) | {
-        "difference": MapStyle(limits=(-size, size), colormap="RdBu_r", unit="scan intensity"),
-        "uncertainty": MapStyle(limits=(0.0, highest["uncertainty"]), colormap="magma", unit="scan intensity"),
-    }
-    shown = [name for name in TITLES if name != "uncertainty" or scan.samples > 1]
-    caption = f"{scan.name}: input, estimate, result, and result minus input"
-    caption += f"; standard deviation over {scan.samples} samples." if scan.samples > 1 else "."
-    figure = slice_maps(
-        {TITLES[name]: maps[name] for name in shown}, read["enhanced"].spacing, caption=caption,
-        styles={TITLES[name]: styles[name] for name in shown}, num_slices=4,
-    )  # fmt: skip
     lowest, last = scan.start["lowest"], scan.start["highest"]
     samples = "1 sample" if scan.samples == 1 else f"{scan.samples} samples"
     text = (
@@ -382,21 +359,3 @@ def _searches(scans: Sequence[Refinement]) -> Section:
     rows = [(name, count, count / max(sum(total.values()), 1)) for name, count in total.items()]
     table = Table(("verdict", "steps", "share"), rows, "Steps without a search count as converged.")
     return Section("Line searches", [figure, table])
-
-
-def _volumes(scans: Sequence[Refinement]) -> Section:
-    rows = [
-        (scan.name, TITLES[image], *(values[name] for name in TISSUES))
-        for scan in scans
-        for image, values in scan.volumes_ml.items()
-    ]
-    caption = (
-        "Tissue volumes by a Gaussian mixture with partial volume and gain, the same for every image. It expects the "
-        "order of a T1-weighted brain, fluid darkest and white matter brightest: of other contrasts, and of heads "
-        "without a mask, these numbers mean nothing."
-    )
-    blocks = [Table(("scan", "image", *(f"{name} (ml)" for name in TISSUES)), rows, caption)]
-    labels = [(scan.name, name, value) for scan in scans for name, value in scan.labels_ml.items()]
-    if labels:
-        blocks.append(Table(("scan", "label", "volume (ml)"), labels, "Volumes counted in the label map."))
-    return Section("Tissue volumes", blocks)
