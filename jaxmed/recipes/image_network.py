@@ -104,15 +104,7 @@ SMOKE_TRAINING = TrainConfig(
 
 
 class Trained(NamedTuple):
-    """A network that was trained.
-
-    Attributes:
-        network: The network.
-        params: Its parameters.
-        data: What it was trained on.
-        counts: Scans, label maps and images of each split.
-        prepare: From a record to an example, on the device.
-    """
+    """A network that was trained, on what, and how a record becomes an example, on the device."""
 
     network: Network
     params: Params
@@ -148,11 +140,11 @@ def train_network(
 
     Args:
         config: The network and its images.
-        train: The run.
+        train: How it is trained.
         loss: What is to be small.
         make_prepare: From the maker of images to that of examples.
-        folder: The run's.
-        clock: The run's clock.
+        folder: Of the run.
+        clock: Gets the laps of reading and training.
         **further: What else the record of the network says.
 
     Raises:

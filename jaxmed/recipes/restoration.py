@@ -105,17 +105,7 @@ def write_volumes(folder: Path, scans: Sequence[Volumes]) -> None:
 
 
 def restored_figure(outputs: Path, name: str, maps: Sequence[str], samples: int) -> Figure | None:
-    """Show a scan, the maps that `write_restored` wrote of it, and where samples disagree if there are several.
-
-    Args:
-        outputs: Folder of the maps.
-        name: Of the scan's results.
-        maps: Names of its maps.
-        samples: Samples of each image.
-
-    Returns:
-        The figure; None where the maps are no longer there.
-    """
+    """Show a scan, its maps, and where samples disagree if there are several; None where the maps are gone."""
     try:
         read = {kind: reorient(nifti.read(outputs / f"{name}_{kind}.nii.gz")) for kind in maps}
     except (OSError, InputError):

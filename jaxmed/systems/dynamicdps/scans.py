@@ -73,17 +73,10 @@ class Refinement:
 
 
 class Plan(NamedTuple):
-    """What stays the same from scan to scan.
+    """What stays the same from scan to scan: the prior, its compiled refinement, and settings of the stage.
 
     Attributes:
-        params: The prior's parameters.
-        preprocess: How scans become its images.
-        program: Compiled refinement.
         estimate: Conditional network; None where estimates come from files, or are the measurements.
-        tiling: How images larger than the prior's are cut.
-        samples: Posterior samples per image.
-        tissue: Whether tissue volumes are measured.
-        fill: Intensity of voxels that have none; None refuses them.
         constants: What the maps rest on, for their sidecars.
     """
 

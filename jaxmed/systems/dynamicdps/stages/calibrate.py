@@ -118,12 +118,7 @@ def smoke() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """How the acquisition was fitted to pairs.
-
-    Attributes:
-        rms: Error that the fit leaves over, taken for noise.
-        steps: Steps that the fit took.
-    """
+    """How the acquisition was fitted to pairs: the error left over, which is taken for noise, and steps taken."""
 
     rms: float
     steps: int
@@ -136,7 +131,7 @@ class Summary:
     Attributes:
         references: File and slice of every reference image.
         prior: Where the prior was read.
-        fit: How the acquisition was fitted; None without pairs.
+        fit: None without pairs.
         familiar: |y - A(x)| of each image's estimate.
         truth: |y - A(x)| of the images themselves.
         estimates: What the estimates are, in words.

@@ -129,15 +129,7 @@ class Condition(NamedTuple):
 
 
 class Study(NamedTuple):
-    """All that cells share.
-
-    Attributes:
-        prior: Its network.
-        initials: Conditional models by name.
-        conditions: By name.
-        subjects: Truth.
-        estimates: (conditional model, condition) -> images, (image, *size, 1).
-    """
+    """All that cells share; estimates are those of (conditional model, condition), (image, *size, 1)."""
 
     prior: Published
     initials: dict[str, Published]
@@ -148,17 +140,7 @@ class Study(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was compared.
-
-    Attributes:
-        subjects: Number of subjects.
-        images: Their images.
-        initials: Names of the conditional models.
-        conditions: Power of contrast, by name.
-        cells: Combinations of condition, conditional model and method.
-        failed: Those that failed.
-        prior: Where the prior was read.
-    """
+    """What was compared: how much of it, the conditional models, and each condition's power of contrast."""
 
     subjects: int
     images: int
@@ -276,7 +258,8 @@ def score_subject(
 ) -> dict[str, Any]:
     """Return a subject's row: its scores, and means of what else is known of its images."""
     scores = scorer(subject.images, estimate, subject.brain, subject.lesions)
-    return {"subject": subject.subject, **scores, **{name: float(values.mean()) for name, values in further.items()}}
+    found = scores | {name: float(values.mean()) for name, values in further.items()}
+    return {"subject": subject.subject} | {name: found[name] for name in (*MEASURES, *found)}
 
 
 # Reading ------------------------------------------------------------------------------------------------------------

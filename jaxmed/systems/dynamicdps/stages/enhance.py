@@ -114,15 +114,7 @@ def smoke() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was refined.
-
-    Attributes:
-        scans: Every scan that was.
-        failed: How many were not.
-        chain: Steps of the whole chain, which the start is a part of.
-        prior: Where the prior was read.
-        notes: What a user should know.
-    """
+    """What was refined, how many scans were not, and the steps of the whole chain, of which a start is a part."""
 
     scans: tuple[Refinement, ...]
     failed: int
