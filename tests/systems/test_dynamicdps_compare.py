@@ -1,4 +1,4 @@
-"""`jaxmed dynamicdps compare`: cells, statistics, arms, scores, and a run on files with untrained networks."""
+"""`jaxmed dynamicdps compare`: cells, arms, scores, and a run on files with untrained networks."""
 
 import csv
 import dataclasses
@@ -23,15 +23,14 @@ from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.image_network import write_network
-from jaxmed.recipes.restoration_study import NOISE, tabulate
-from jaxmed.recipes.study import Cell, Result
+from jaxmed.recipes.restoration_study import NOISE
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.mixture import make_isotropic
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import residuals_of
 from jaxmed.systems.dynamicdps.enhancement import draw_samples, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, expected_passes, length_of, make_solver
-from jaxmed.systems.dynamicdps.stages.compare import BASELINE, Config, make_scorer, plan_cells, score_subject
+from jaxmed.systems.dynamicdps.stages.compare import Config, make_scorer, plan_cells, score_subject
 
 
 def sized(size, **changes):
@@ -42,7 +41,7 @@ SIZE = (16, 16)
 PLAIN_SCAN = LowField(gamma=1.0, scale=2.0, sigma=0.7, radius=3, noise=0.01)
 
 
-# --- Cells and statistics ---------------------------------------------------------------------
+# --- Cells ------------------------------------------------------------------------------------
 
 
 def test_methods_from_noise_run_once_and_others_for_every_model():
@@ -55,36 +54,6 @@ def test_methods_from_noise_run_once_and_others_for_every_model():
         plan_cells(("dps",), ("a", "a"), ("one",))
     with pytest.raises(InputError, match="found 'dip'"):
         plan_cells(("dip",), ("a",), ("one",))
-
-
-def result(arm, initial, values):
-    key = (("condition", "one"), ("initial", initial), ("arm", arm))
-    rows = [
-        {"subject": name, "evaluations": 3.0, **dict.fromkeys(MEASURES, 0.0), "psnr": value}
-        for name, value in values.items()
-    ]
-    return Result(Cell(key), {"psnr": float(np.mean([*values.values()]))}, rows)
-
-
-def test_differences_are_paired_by_subject_and_corrected_over_methods():
-    baseline = {f"s{i}": 20.0 + i for i in range(8)}
-    better = {name: value + 1 + 0.1 * i for i, (name, value) in enumerate(reversed(baseline.items()))}
-    noise = {name: value + (0.5 if i % 2 else -0.5) for i, (name, value) in enumerate(baseline.items())}
-    results = (
-        result("conditional", "a", baseline), result("dynamicdps", "a", better), result("dps", NOISE, noise),
-        result("dynamicdps", "b", {"s0": 0.0}),
-    )  # fmt: skip
-    averages, differences = tabulate(results, BASELINE[0], 0)
-    rows = {row.arm: row for row in differences if row.measure == "psnr"}
-    assert set(rows) == {"dynamicdps", "dps"}  # model b has no conditional to compare with
-    won = rows["dynamicdps"]
-    assert won.difference == pytest.approx(1.35) and 1.0 < won.low < 1.35 < won.high < 1.7
-    # Eight differences of one sign: 2 / 2^8; twice that after Holm, being the smaller of two.
-    assert won.p_value == pytest.approx(2 / 256) and won.p_corrected == pytest.approx(4 / 256)
-    assert rows["dps"].difference == pytest.approx(0.0) and rows["dps"].p_value > 0.5
-    means = {(dict(row.group)["arm"], dict(row.group)["initial"]): row for row in averages if row.measure == "psnr"}
-    assert means["conditional", "a"].mean == pytest.approx(23.5) and means["conditional", "a"].count == 8
-    assert means["dynamicdps", "b"].low is None
 
 
 # --- Arms -------------------------------------------------------------------------------------
