@@ -45,19 +45,9 @@ def fit_supervised(
     few: int = 0,
     variants_of_few: AugmentConfig = AS_THEY_ARE,
 ) -> Params:
-    """Train a network from scratch on labelled images.
+    """Train a network from scratch on labelled images, by Adam whose rate falls to 0 by half a cosine.
 
-    Args:
-        seed: Seed of the parameters and batches.
-        config: Sizes.
-        images: In [0, 1].
-        masks: Their masks.
-        steps: Steps of Adam, its rate falling to 0 by half a cosine.
-        batch_size: Images of a step, drawn with replacement.
-        rate: Learning rate at the start.
-        variants: Variants of the images, fresh in every step.
-        few: Last images, which have variants of their own.
-        variants_of_few: Variants of those.
+    Images of a step are drawn with replacement, each in a fresh variant; the last `few` have variants of their own.
     """
     params, opt_state, step = _begin(seed, config, images, rate, steps, partial(mask_loss, config))
     generator, root = np.random.default_rng(seed), jax.random.fold_in(jax.random.key(seed), 1)
@@ -84,15 +74,8 @@ def fit_baselines(
 ) -> Iterator[tuple[str, Params]]:
     """Yield networks that learn from labels alone: from a new task's few, from all there are, and by MAML.
 
-    Args:
-        seed: Seed of the parameters and batches.
-        config: Sizes of the networks.
-        shots: The labelled images of the new task.
-        training: Cases of familiar tasks; without them there is only the first network.
-        steps: Steps of the first two.
-        maml: How the third is learnt; without steps it is left out.
-        variants: Fresh variants of the images of familiar tasks.
-        variants_of_shots: Fresh variants of the labelled images.
+    Without familiar tasks (`training`) there is only the first; MAML is left out where it has no steps. Familiar images
+    and the few labelled ones have variants of their own.
     """
     labelled = {"supervised, few labels": (shots.images, shots.masks)}
     if training is not None:
@@ -154,16 +137,7 @@ def fit_maml(
     shots: int,
     variants: AugmentConfig = AS_THEY_ARE,
 ) -> Params:
-    """Learn a start for a network on familiar tasks.
-
-    Args:
-        seed: Seed of the parameters, tasks and images.
-        config: Sizes of the network.
-        maml: How it is learnt.
-        cases: Labelled images of the familiar tasks.
-        shots: Labelled images of a task that the inner steps see.
-        variants: Fresh variants of the images of every task.
-    """
+    """Learn a start for a network on familiar tasks, whose inner steps see so many labelled images (`shots`)."""
 
     def loss(params: Params, batch: tuple[Array, Array]) -> Array:
         support, queries = (tuple(part[which] for part in batch) for which in (slice(shots), slice(shots, None)))

@@ -74,9 +74,7 @@ class Job(NamedTuple):
 def list_jobs(files: FilesConfig, endings: Sequence[str]) -> tuple[list[Job], tuple[str, ...]]:
     """Find the files, and what belongs to each by its name; return them, and notes on what was passed over.
 
-    Args:
-        files: Which.
-        endings: Of the names of a file's results.
+    No file is named so that one with one of the endings could be taken for a result.
 
     Raises:
         InputError: There are none, or one has no partner.
@@ -92,11 +90,7 @@ def list_jobs(files: FilesConfig, endings: Sequence[str]) -> tuple[list[Job], tu
 def read_job(
     files: FilesConfig, preprocess: Preprocess, job: Job
 ) -> tuple[Cuts, Bool[np.ndarray, "item *size"] | None]:
-    """Cut a file into images, and its true mask where there is one.
-
-    Raises:
-        InputError: One of the two cannot be used.
-    """
+    """Cut a file into images, and its true mask where there is one; see `cut_scan` and `cut_truth`."""
     cuts = cut_scan(job.scan, preprocess, job.box, tiles=files.tiles, fill=files.fill)
     return cuts, None if job.mask is None else cut_truth(job.mask, cuts, preprocess)
 
@@ -136,11 +130,7 @@ class ScanSummary:
 def segment_files(
     jobs: Sequence[Job], work: Callable[[int, Job, Tell], ScanSummary], outputs: Path, log: Log, label: str
 ) -> tuple[tuple[ScanSummary, ...], int]:
-    """Work on every file, and write scans.csv and failed.csv; see `map_files`.
-
-    Returns:
-        What came of the files, and the number of those that failed.
-    """
+    """Work on every file, and write scans.csv and failed.csv; return what came of them, and how many failed."""
     found = map_files(
         jobs, lambda number, job, tell: to_record(work(number, job, tell)), outputs, log, label, "files",
         lambda row: {"score": row["curve"]["score"][-1], "first_score": row["curve"]["score"][0]},

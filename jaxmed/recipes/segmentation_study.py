@@ -55,18 +55,7 @@ class Arms(NamedTuple):
 def score_masks(
     cases: Cases, arm: str, budget: int, masks: Bool[np.ndarray, "case *space"], score: Float[np.ndarray, " case"]
 ) -> list[dict[str, Any]]:
-    """Compare an arm's masks with the true ones.
-
-    Args:
-        cases: What was answered for.
-        arm: Which.
-        budget: Steps of thought; 0 for arms that do not think.
-        masks: Its answers.
-        score: The verifier's.
-
-    Returns:
-        A row per case.
-    """
+    """Compare an arm's masks with the true ones, and return a row per case; `score` is its own opinion of each."""
     rows, lengths = [], (cases.spacing or 1.0,) * (masks.ndim - 1)
     for place, (name, subject) in enumerate(zip(cases.names, cases.subjects, strict=True)):
         pair = cases.masks[place], masks[place]
@@ -138,11 +127,6 @@ def tabulate(results: Sequence[Result], seed: int, arms: Arms) -> Comparison:
 
     Where the base answered at several thresholds, so does an arm that takes for each subject the one that is best on
     all others.
-
-    Args:
-        results: All seeds.
-        seed: Seed of the draws.
-        arms: Those that others are compared with.
     """
     given, results = results, _with_thresholds_from_others(results, arms)
     means = [row for name in MEASURES for row in summarise(results, ("arm", "budget"), name, seed=seed)]

@@ -81,15 +81,8 @@ def make_way(
 ) -> Way:
     """Return a way to play on images [image *space] of a shape; equal arguments are compiled once.
 
-    Args:
-        game: Patches are played for by a policy that learns, whatever the mode.
-        mode: Who makes the proposals of the pixel game.
-        verify: What judges; equal ones are the same function.
-        shape: Of the images; the pixel game has as many games on each.
-        play: Rules, players and learning of the pixel game.
-        patch: The same of the patch game.
-        searching: The search of mode mcts.
-        network: The network that proposes in the pixel game.
+    The pixel game has as many games on each image, and its proposals come from `mode`; patches are played for by a
+    policy that learns, whatever the mode. `play`, `searching` and `network` are the pixel game's, `patch` the other's.
     """
     if game == "patch":
         size, model = patch.steps_per_iteration, patch_play.make_patch_policy(patch)
@@ -142,19 +135,10 @@ def play_for(
     points: list[Point],
     watch: Callable[[int, float], None] | None = None,
 ) -> tuple[Any, Literal["budget", "time", "plateau"]]:
-    """Play until the budget is spent, the time is up, or nothing gets better.
+    """Play until the budget is spent, the time is up, or nothing gets better; return the state, and why it ended.
 
-    Args:
-        budget: When to stop.
-        way: How to play.
-        key: Consumed.
-        problem: What is played for.
-        policy: Parameters to begin with.
-        points: The last is where the run stands, whose steps count; one is added after every iteration.
-        watch: `watch(steps, mean best D)`, called after every iteration.
-
-    Returns:
-        The state, and why it ended.
+    The last of `points` is where the run stands, whose steps count; one is added after every iteration, and
+    `watch(steps, mean best D)` is called.
     """
     state = way.begin(key, problem, policy)
     advance = way.advance.lower(problem, state).compile()  # the clock runs afterwards

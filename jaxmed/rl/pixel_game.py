@@ -129,12 +129,7 @@ class Info(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best mask of each image that any game has reached; resets do not touch it.
-
-    Attributes:
-        mask: That mask.
-        value: D of it.
-    """
+    """The best mask of each image that any game has reached, and D of it; resets do not touch it."""
 
     mask: Bool[Array, "image *shape"]
     value: Float[Array, " image"]
@@ -165,12 +160,7 @@ def step(
 ) -> tuple[State, Float[Array, " game"], Bool[Array, " game"], Info]:
     """Let both players propose and keep the better proposal; a tie is the player's.
 
-    Args:
-        game: Rules.
-        verify: Called once, with the player's proposals of all games before the rival's.
-        state: Masks to flip pixels of.
-        action: The player's.
-        rival: The rival's.
+    The verifier is called once, with the player's proposals of all games before the rival's.
 
     Returns:
         The next state; the player's reward, D(its proposal) - D(the rival's); whether the game is cut here, which is

@@ -111,15 +111,9 @@ def advantages(
     discount: float,
     trace_decay: float,
 ) -> Float[Array, "time game"]:
-    """Return generalised advantages A_t = delta_t + gamma lambda (1 - done_t) A_t+1.
+    """Return generalised advantages A_t = delta_t + gamma lambda (1 - done_t) A_t+1, of the acting player's rewards.
 
-    Args:
-        rewards: Reward of each step, from the acting player's side.
-        values: V of the state of each step.
-        following: V of the state that it led to, from `next_values`.
-        is_done: The game ends with this step.
-        discount: gamma.
-        trace_decay: lambda.
+    `following` is V of the state that each step led to, from `next_values`.
     """
     errors = rewards + discount * following - values
     decays = discount * trace_decay * (1.0 - is_done)
@@ -170,17 +164,8 @@ def update(
 ) -> tuple[Params, optax.OptState, dict[str, Scalar]]:
     """Learn from a batch: every epoch in a new order, minibatch by minibatch.
 
-    Args:
-        apply: The network.
-        distribution: Distribution of actions.
-        config: Settings.
-        key: Consumed.
-        params: Before.
-        opt_state: Before.
-        batch: Its number of samples is a multiple of `config.minibatches`.
-
-    Returns:
-        Parameters and optimizer state after, and the losses' means over all minibatches.
+    Its number of samples is a multiple of `config.minibatches`. Returns parameters and optimizer state after, and the
+    losses' means over all minibatches.
     """
     count = len(batch.log_prob)
     if count % config.minibatches:

@@ -102,13 +102,7 @@ def iterate(
 ) -> SearchState:
     """Play some steps of every game, both proposals of each found by search.
 
-    Args:
-        config: Settings.
-        game: Rules; of its numbers of flips none counts, a turn flips one pixel of the grid.
-        verify: What judges.
-        steps: Steps of every game.
-        problem: Images, masks and the verifier's arrays.
-        state: Where the run stands.
+    Of the rules' numbers of flips none counts: a turn flips one pixel of the grid.
     """
 
     def advance(carry: tuple[pixel_game.State, Best], key: KeyArray) -> tuple[Any, None]:
@@ -148,12 +142,7 @@ class Found(NamedTuple):
 def search(config: SearchConfig, game: PixelGame, verify: pixel_game.Verify, key: KeyArray, turn: Turn) -> Found:
     """Search the best proposal of the player to move, for all games at once.
 
-    Args:
-        config: Settings.
-        game: Gives the grid, and whether the old mask may stay.
-        verify: D of the masks of numbered images.
-        key: Consumed.
-        turn: Where the games stand.
+    The rules give the grid, and whether the old mask may stay.
     """
     library = require_mctx()  # records of chex dataclasses: their fields are unknown to type checkers
     shape = turn.mask.shape[1:]

@@ -82,12 +82,7 @@ class SelfPlayConfig:
 
 
 class Problem(NamedTuple):
-    """What is thought about.
-
-    Attributes:
-        cases: Images and the masks to begin with.
-        verifier: First argument of `verify`.
-    """
+    """What is thought about: images with the masks to begin with, and the first argument of `verify`."""
 
     cases: Cases
     verifier: Any
@@ -155,15 +150,7 @@ def make_problem(
 def init(
     key: KeyArray, config: SelfPlayConfig, policy: Policy, problem: Problem, params: Params | None = None
 ) -> State:
-    """Begin a run.
-
-    Args:
-        key: Becomes the root of the run's random numbers.
-        config: Settings.
-        policy: What plays.
-        problem: Its images are spread evenly over the games.
-        params: A policy to go on from; a fresh one when absent.
-    """
+    """Begin a run, the images spread evenly over the games, with a fresh policy or one to go on from."""
     root, init_key = jax.random.split(key)
     params = policy.init(init_key) if params is None else params
     cases = problem.cases
@@ -184,13 +171,6 @@ def iterate(
     config: SelfPlayConfig, policy: Policy, verify: Verify, problem: Problem, state: State
 ) -> tuple[State, dict[str, Scalar]]:
     """Play `config.steps` steps of every game, and learn from them.
-
-    Args:
-        config: Settings.
-        policy: What plays.
-        verify: What judges.
-        problem: Images, masks and the verifier's arrays.
-        state: Where the run stands.
 
     Returns:
         The run after it, and means over games and steps. `reward` and `won` are the player's and hover about 0 and a

@@ -94,19 +94,9 @@ def play(
     steps: int,
     explore: bool = True,
 ) -> Trace:
-    """Let two policies play.
+    """Let two policies play games without learning, spread evenly over the images of a problem; no game is cut.
 
-    Args:
-        key: Consumed.
-        game: Rules; no game is cut.
-        policy: The network of both.
-        verify: What judges.
-        problem: Images, spread evenly over the games.
-        params: The player's.
-        rival: The rival's.
-        games: Played at the same time.
-        steps: Steps of every game.
-        explore: Draw actions; otherwise both take the likeliest.
+    They draw their actions where they `explore`, and take the likeliest otherwise.
     """
     cases, judge = problem.cases, partial(verify, problem.verifier)
     start = pixel_game.reset(cases, jnp.arange(games) % len(cases.images))
@@ -137,19 +127,7 @@ def compare(
     games: int,
     steps: int,
 ) -> Results:
-    """Let every policy of a stack play every one of another.
-
-    Args:
-        key: Consumed; all matches use the same random numbers.
-        game: Rules.
-        policy: The network of all.
-        verify: What judges.
-        problem: Images.
-        params: Stacked parameters of the players.
-        rivals: Stacked parameters of their rivals; a pool's, for a table of snapshots or for exploitability.
-        games: Games of each match.
-        steps: Steps of every game.
-    """
+    """Let every policy of a stack play every one of another; all matches use the same random numbers."""
 
     def match(player: Params, rival: Params) -> tuple[Array, Array]:
         info = play(key, game, policy, verify, problem, player, rival, games, steps).info

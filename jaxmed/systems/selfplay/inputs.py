@@ -63,19 +63,11 @@ def open_inputs(inputs: TaskInputs, folder: RunFolder) -> tuple[TaskInputs, "Tra
 
 
 class Trained(NamedTuple):
-    """What a run of meta-train or adapt handed on.
-
-    Attributes:
-        system: Both networks.
-        preprocess: How files become their images.
-        task: What it was adapted to; empty where it was not.
-        path: Where it was read.
-    """
+    """What a run of meta-train or adapt handed on; the task is empty where the networks were not adapted."""
 
     system: SystemOne
     preprocess: Preprocess
     task: str
-    path: Path
 
 
 def write_system_one(folder: Path, system: SystemOne, preprocess: Preprocess, task: str = "", **further: Any) -> None:
@@ -102,7 +94,7 @@ def load_system_one(path: Path) -> Trained:
     missing = {"generator", "verifier"} - set(params)
     if missing:
         raise InputError(where, "parameters of generator and verifier", f"no {' and no '.join(sorted(missing))}")
-    return Trained(SystemOne(config, params, float(record["temperature"])), preprocess, record["task"], path)
+    return Trained(SystemOne(config, params, float(record["temperature"])), preprocess, record["task"])
 
 
 def write_policy(folder: Path, params: Params, config: ThinkConfig, size: tuple[int, ...]) -> None:
@@ -118,12 +110,7 @@ def read_snapshots(folder: Path, last: int) -> tuple[tuple[int, ...], list[Param
 
 
 def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple[ThinkConfig, Params]:
-    """Read a policy, and return settings of thought with its network in them.
-
-    Args:
-        path: A run of train-policy.
-        config: How to think; the network is the policy's.
-        size: Size of the images that will be thought about.
+    """Read a policy for images of a size, and return settings of thought with its network in them.
 
     Raises:
         InputError: The place holds no policy, or one for other images or rules of flips.

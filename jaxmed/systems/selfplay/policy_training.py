@@ -47,13 +47,7 @@ class VisitConfig:
 
 
 class PolicyState(NamedTuple):
-    """State of the training, as `train.loop.fit` wants it.
-
-    Attributes:
-        step: Visits so far.
-        params: The policy.
-        key: Root of all randomness.
-    """
+    """State of the training: visits so far, the policy, and the root of all randomness."""
 
     step: Int[Array, ""]
     params: Params
@@ -109,13 +103,7 @@ def policy_step(
 
 
 class EvalCase(NamedTuple):
-    """Images that a policy is looked at with.
-
-    Attributes:
-        key: Key of the players.
-        system: System I, adapted to their task.
-        visit: Labelled images and those to think about.
-    """
+    """Images that a policy is evaluated on: the players' key, System I adapted to their task, and the visit."""
 
     key: KeyArray
     system: SystemOne
@@ -146,15 +134,7 @@ def match_snapshots(
     config: ThinkConfig,
     params: list[Params],
 ) -> Match:
-    """Let snapshots play each other on images of a task, without learning: every pair for one iteration.
-
-    Args:
-        key: Consumed.
-        system: System I, adapted to the task.
-        images: In [0, 1].
-        config: How they think.
-        params: The snapshots.
-    """
+    """Let snapshots play each other on images [0, 1] of a task, without learning: every pair for one iteration."""
     seen = jnp.asarray(images)
     start = generate(system.config, system.params, seen) > system.config.threshold
     judge, verify = make_judge(system, seen, config.prior_weight), verify_by(system.config)

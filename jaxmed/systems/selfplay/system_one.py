@@ -110,13 +110,7 @@ class AdaptConfig:
 
 
 class SystemOne(NamedTuple):
-    """What System II thinks with.
-
-    Attributes:
-        config: Networks and losses.
-        params: {"generator": ..., "verifier": ...}.
-        temperature: By which the verifier's logits are divided; see `verifier.calibrate`.
-    """
+    """What System II thinks with: the parameters of both networks, and what the verifier's logits are divided by."""
 
     config: SystemOneConfig
     params: Params
@@ -124,14 +118,10 @@ class SystemOne(NamedTuple):
 
 
 class MetaState(NamedTuple):
-    """State of meta-training, as `train.loop.fit` wants it.
+    """State of meta-training.
 
-    Attributes:
-        step: Tasks seen.
-        params: The averages, {"generator": ..., "verifier": ...}.
-        opt_state: State of Adam, for each network.
-        inner: The verifier as the last task left it.
-        key: Root of all randomness.
+    `params` are the averages of both networks, `opt_state` Adam's for each, `inner` the verifier as the last task left
+    it.
     """
 
     step: Int[Array, ""]
@@ -182,13 +172,8 @@ def meta_step(
     """Take one task: a few steps on it, then move the averages towards where they led.
 
     Not for `jit`: its parts are compiled. A loop inside a program would cost more than it saves, because on a CPU XLA
-    computes the weight gradients of convolutions in loops at a hundredth of their speed.
-
-    Args:
-        config: Networks and losses.
-        meta: Constants.
-        state: The averages.
-        batch: "image" [batch step *space] in [0, 1] and "mask" of the same shape, all of one task.
+    computes the weight gradients of convolutions in loops at a hundredth of their speed. The batch has "image" and
+    "mask", [batch step *space] in [0, 1], all of one task.
     """
     key = jax.random.fold_in(state.key, state.step)
     params, opt_state, found = state.params, state.opt_state, []
@@ -225,18 +210,10 @@ def adapt(
     config: AdaptConfig,
     weights: Float[Array, " image"] | None = None,
 ) -> tuple[SystemOne, dict[str, Float[Array, " step"]]]:
-    """Adapt both networks to a task by a few labelled images.
+    """Adapt both networks to a task by a few labelled images in [0, 1].
 
-    Args:
-        key: Consumed.
-        system: The meta-trained networks.
-        images: In [0, 1].
-        masks: Their masks.
-        config: Steps and rate.
-        weights: Weight of each image, so that guesses count less than labels; all 1 by default.
-
-    Returns:
-        The adapted networks, and the losses of every step.
+    With `weights`, 1 for each image by default, guesses count less than labels. Returns the adapted networks, and the
+    losses of every step.
     """
     weights = jnp.ones(len(images)) if weights is None else weights
     images, masks, params = jnp.asarray(images), masks.astype(jnp.float32), system.params

@@ -56,8 +56,7 @@ def choose_level(
 ) -> tuple[Bool[Array, "image *space"], Float[Array, " image"]]:
     """Return the masks that the verifier likes best among those that are known and System I's at other thresholds.
 
-    Returns:
-        Masks, and the threshold of each: System I's own for what is known.
+    The threshold of each comes with it: System I's own for what is known.
     """
     masks = jnp.stack([known, *(probability > level for level in levels)])
     judge, places = make_judge(system, images), jnp.arange(len(images))
@@ -165,15 +164,7 @@ def calibrate(
     masks: Bool[Array, "image *space"],
     corrupted: int = 32,
 ) -> Calibration:
-    """Score corrupted masks of labelled images: of the true one and of the generator's.
-
-    Args:
-        key: Consumed.
-        system: Both networks.
-        images: Labelled images.
-        masks: Their masks.
-        corrupted: Masks of each image.
-    """
+    """Score so many corrupted masks of each labelled image: half of the true one, half of the generator's."""
     count = len(images)
     first = generate(system.config, system.params, images) > system.config.threshold
     keys = jax.random.split(key, (corrupted, count))

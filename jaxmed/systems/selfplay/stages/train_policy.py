@@ -5,17 +5,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmed.config import checked
 from jaxmed.data.augment import AS_THEY_ARE
 from jaxmed.data.tasks import TaskData
 from jaxmed.recipes.few_shot_stage import TaskFlags, TaskInputs
 from jaxmed.recipes.map_files import write_failed
+from jaxmed.recipes.policy_sections import SnapshotMatch, gain_curves, keep_match, rating_blocks
 from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.figures import curves
-from jaxmed.report.page import Figure, Section, Table, Text
+from jaxmed.report.page import Section, Text
 from jaxmed.rl.policies import make_policy
 from jaxmed.systems.selfplay.inputs import SNAPSHOT, open_inputs, read_snapshots, write_policy
 from jaxmed.systems.selfplay.policy_training import (
@@ -29,7 +28,7 @@ from jaxmed.systems.selfplay.policy_training import (
 )
 from jaxmed.systems.selfplay.system_one import AdaptConfig
 from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, SMOKE, ThinkConfig
-from jaxmed.train.log import read_metrics, series
+from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.run_folder import RunFolder
@@ -83,16 +82,6 @@ def smoke() -> Config:
         think=SMOKE,
         loop=LoopConfig(steps=4, log_every=1, save_every=2),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class SnapshotMatch:
-    """Snapshots after so many visits against each other; see `policy_training.Match`."""
-
-    visits: tuple[int, ...]
-    scores: tuple[tuple[float, ...], ...]
-    elo: tuple[float, ...]
-    exploitability: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +139,7 @@ def run(config: Config, folder: RunFolder) -> int:
         training.task_names,
         held_out.task_names[0] if "validation" in cases else "",
         fresh,
-        SnapshotMatch(
-            numbers,
-            tuple(map(tuple, match.scores.round(4).tolist())),
-            tuple(match.elo.round(4).tolist()),
-            tuple(match.exploitability.round(4).tolist()),
-        ),
+        keep_match(numbers, match),
         config.visit.iterations * config.think.play.steps_per_iteration,
         sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         len(failed),
@@ -169,23 +153,7 @@ def page(run: Finished[Config, Summary]) -> Page:
     summary, lines = run.summary, read_metrics(run.path)
     last = next(line for line in reversed(lines) if "evaluation/score_gain" in line)
     which = f"'{summary.looked_at}', which it was not taught on" if summary.looked_at else "a task of training"
-    fresh, match = summary.fresh, summary.match
-    end = len(match.visits) - 1
-    rows = [
-        [visits, round(match.elo[row]), match.exploitability[row],
-         *(None if row == rival else round(100 * match.scores[row][rival], 1) for rival in (0, end))]
-        for row, visits in enumerate(match.visits)
-    ]  # fmt: skip
-    ratings = [
-        curves(
-            {"snapshot": (np.array(match.visits, float), np.array(match.elo))},
-            xlabel="visits", ylabel="Elo", caption="Rating of each snapshot among all, with mean 0.",
-        ),
-        Table(
-            ("visits", "Elo", "exploitability (score a step)", "against the first (%)", "against the last (%)"), rows,
-            "Snapshots; the last columns are shares of steps in which this one makes the better proposal.",
-        ),
-    ]  # fmt: skip
+    fresh = summary.fresh
     return Page(
         "System II's policy, taught",
         f"Self-play reasoning, {len(summary.tasks)} familiar tasks",
@@ -199,10 +167,10 @@ def page(run: Finished[Config, Summary]) -> Page:
         [
             *trouble_sections(run.outputs, (), summary.failed),
             Section("Learning to think", [
-                _gains(lines, fresh, "score_gain", "the verifier's score", 1.0),
-                _gains(lines, fresh, "overlap_gain", "Dice, in points", 100.0),
+                gain_curves(lines, fresh, "score_gain", "the verifier's score", 1.0),
+                gain_curves(lines, fresh, "overlap_gain", "Dice, in points", 100.0),
             ]),
-            Section("Snapshots against each other", ratings),
+            Section("Snapshots against each other", rating_blocks(summary.match)),
             Section("How to read this", [Text([
                 f"A visit adapts System I to a familiar task and thinks about other images of it for "
                 f"{summary.steps_of_visit:,} steps of the game. What it gains in them should grow from visit to visit, "
@@ -216,14 +184,4 @@ def page(run: Finished[Config, Summary]) -> Page:
                 "one to make the better proposal; a policy is exploitable as far as another one gains on it.",
             ])]),
         ],
-    )  # fmt: skip
-
-
-def _gains(lines: list[dict[str, float]], fresh: dict[str, float], name: str, what: str, factor: float) -> Figure:
-    visits, evaluated = series(lines, name, factor), series(lines, f"evaluation/{name}", factor)
-    ends = np.array([min(visits[0].min(), 1.0), max(visits[0].max(), evaluated[0].max())])
-    untaught = ends, np.full(2, factor * fresh[name])
-    return curves(
-        {"visits": visits, "looked at": evaluated, "looked at, untaught": untaught},
-        xlabel="visits", ylabel=f"gain in {what}", caption=f"Gain of a visit in {what}.",
     )  # fmt: skip
