@@ -1,48 +1,46 @@
-"""Convolutions of images and volumes by the fastest road that a device and a shape have; channels last.
+"""Convolutions of images and volumes, channels last, by the fastest road that a device and a shape have.
 
-XLA runs a 3D convolution on a CPU at a tenth of what its 2D convolutions reach, so there volumes become batches of
-planes: three 2D convolutions whose results are summed, four where Winograd's F(2, 3) along the first axis saves two of
-six, one product where there are almost no input channels. Every other device gets the plain 3D convolution; which of
-the two is compiled is decided when a program is lowered. All roads give the same numbers to rounding.
+`conv` is one operation to JAX, a primitive, and becomes a program only when it is lowered: GPUs and TPUs get XLA's own
+convolution, a CPU one of the roads of `convolution_cpu.py`, and `jax.export` XLA's, whatever the device, because what
+it writes must run elsewhere. All roads give the same numbers to rounding.
 
 Edges are zeros: a window of odd edge k covers k // 2 voxels on both sides of its centre, also at stride 2, where XLA's
 own "SAME" would put the spare voxel on one side only. A window that equals its stride tiles the image and needs no
 edge; voxels that fill no tile are left out.
 
-Gradients by the input are written by hand where a CPU is concerned: inside a loop, a sampler's say, XLA computes its
-own ten to seventy times slower than the same convolution written forwards. So forward-mode derivatives do not pass;
-gradients of gradients do.
+Why a primitive. The pairing <y, convolution of x with kernel> is linear in each of x, kernel and y. Convolution, its
+gradient by the input and its gradient by the kernel are its derivatives by y, x and kernel, so the derivative of any
+of the three is another one of the three. One primitive with three results therefore has all derivatives, forwards,
+backwards and mixed, and one rule for `vmap`. Every one of them takes its own fast road: XLA's own gradients are ten to
+seventy times slower on a CPU inside a loop, a sampler's say, and four times at stride 2.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-FEW_CHANNELS = 4  # up to here the input channels of a 3D convolution join the window in one product
-NARROW = 16  # up to here the output channels of three planes fit one 2D convolution
-SMALL = 8  # pixels up to which a 2D convolution on a CPU is one product
-TILE = 4  # planes at a time of a narrow convolution
-DEEP = 64  # from here on the weight gradient of a convolution of few channels is a sum of products over planes
-DEEP_CHANNELS = 32
-SHIFTS = tuple((i, j, k) for i in range(3) for j in range(3) for k in range(3))
-
-Kernel = Float[Array, "*window channel feature"]
+from jaxmed.nn import convolution_cpu
+from jaxmed.nn.convolution_cpu import Geometry
 
 
 class Convolution(nn.Module):
-    """y = convolution of x with kernel + bias; as many spatial axes as x has, window and stride alike on each.
+    """y = convolution of x with kernel + bias; as many spatial axes as x has, the same window on each.
 
     Attributes:
         features: Channels of y.
         size: Edge of the window, in voxels.
         stride: Voxels between windows; with `size` also the rule at the edges (see above).
         unstrided: How many of the first axes of space have windows at every voxel all the same.
+        groups: Groups of channels, each with features of its own; as many as channels for a depthwise convolution.
         dtype: Type of the products.
         kernel_init: Draws the kernel [*window, channel, feature]; by default uniform with variance 1 / (3 fan-in),
             PyTorch's, from which the published networks were trained. Deviation: biases start at 0.
@@ -52,257 +50,254 @@ class Convolution(nn.Module):
     size: int = 3
     stride: int = 1
     unstrided: int = 0
+    groups: int = 1
     dtype: str = "float32"
     kernel_init: Any = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *space channel"]) -> Float[Array, "batch *space2 feature"]:
-        window = (self.size,) * (x.ndim - 2)
-        kernel = self.param("kernel", self.kernel_init, (*window, x.shape[-1], self.features), jnp.float32)
+        space = x.ndim - 2
+        shape = (*(self.size,) * space, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        convolve = conv3d if x.ndim == 5 else conv2d
-        # Of mixed strides there is no fast road: windows at every voxel, of which the rest is dropped.
-        y = convolve(x.astype(self.dtype), jnp.asarray(kernel, self.dtype), 1 if self.unstrided else self.stride)
-        if self.unstrided:
-            kept, thinned = slice(None), slice(None, None, self.stride)
-            y = y[(kept, *(kept,) * self.unstrided, *(thinned,) * (x.ndim - 2 - self.unstrided))]
+        stride = (1,) * self.unstrided + (self.stride,) * (space - self.unstrided)
+        edge = 0 if self.size == self.stride else self.size // 2
+        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), stride, self.groups, ((edge, edge),) * space)
         return y + bias.astype(self.dtype)
 
 
-def conv2d(
-    x: Float[Array, "batch x y channel"], kernel: Float[Array, "i j channel feature"], stride: int = 1
-) -> Float[Array, "batch x2 y2 feature"]:
-    """Convolve images; edges as the head of this file says.
+def conv(
+    x: Float[Array, "batch *space channel"],
+    kernel: Float[Array, "*window group_channel feature"],
+    stride: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    edges: tuple[tuple[int, int], ...] | None = None,
+) -> Float[Array, "batch *space2 feature"]:
+    """Convolve images or volumes.
 
-    XLA's own 2D convolution is as fast as PyTorch's on a CPU; products serve windows that tile the image.
+    Args:
+        x: One, two or three axes of space.
+        kernel: Of the same type.
+        stride: Voxels between windows, on every axis or along each.
+        groups: Groups of channels, each with features of its own.
+        edges: Zeros before and after each axis; as the head of this file says where None.
+
+    Raises:
+        ValueError: Channels do not fit the kernel, or an even window neither tiles the image nor is told its edges.
     """
-    return _tiled(x, kernel, stride) if _is_tiled(kernel, stride) else _planar(x, kernel, stride)
-
-
-def conv3d(
-    x: Float[Array, "batch x y z channel"], kernel: Float[Array, "i j k channel feature"], stride: int = 1
-) -> Float[Array, "batch x2 y2 z2 feature"]:
-    """Convolve volumes; edges as the head of this file says."""
-    if _is_tiled(kernel, stride):
-        return _tiled(x, kernel, stride)
-    on_cpu = _choose(x.shape, kernel.shape, stride, x.dtype)
-    if on_cpu is _direct or jax.default_backend() != "cpu":
-        return _direct(x, kernel, stride)
-    # A process on a CPU may still lower for other devices, to plan a run on them.
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=lambda x, kernel: on_cpu(x, kernel, stride), default=lambda x, kernel: _direct(x, kernel, stride)
-    )
-
-
-def _choose(shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, dtype: Any) -> Callable[..., jax.Array]:
-    """Return the road of a 3D convolution on a CPU.
-
-    Times of each, against each other and against PyTorch, were taken per shape; the order at 16, 64 and 128 channels
-    differs by factors, not by percents.
-    """
-    *window, channels, features = kernel
-    if any(edge % 2 == 0 for edge in window) or stride > 2:
-        return _direct
-    if stride == 2:
-        return _planes
-    if window != [3, 3, 3]:
-        return _planes
-    if channels <= FEW_CHANNELS:
-        return _few_channels
-    forward = _forward(shape, features, dtype)
-    # Tiles of planes are a loop, in which XLA's weight gradient runs at a fiftieth of its speed.
-    if forward is _narrow or (shape[1] >= DEEP and min(channels, features) <= DEEP_CHANNELS):
-        return _deep
-    return forward
-
-
-def _forward(shape: tuple[int, ...], features: int, dtype: Any) -> Callable[..., jax.Array]:
-    if features <= NARROW and shape[1] % TILE == 0:
-        return _narrow
-    # Winograd's sums of inputs and of taps would lose half precision.
-    return _winograd if shape[1] % 2 == 0 and dtype != jnp.bfloat16 else _planes
-
-
-def _is_tiled(kernel: Kernel, stride: int) -> bool:
-    return all(edge == stride for edge in kernel.shape[:-2])
-
-
-def _tiled(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Windows that tile the image: one product of voxels of a tile and features."""
     *window, channels, features = kernel.shape
-    if stride > 1:
-        tiles = [length // stride for length in x.shape[1:-1]]
-        x = x[tuple(slice(0, length) for length in (x.shape[0], *(count * stride for count in tiles)))]
-        x = x.reshape(x.shape[0], *(part for count in tiles for part in (count, stride)), channels)
-        spatial = len(tiles)
-        axes = (0, *range(1, 2 * spatial, 2), *range(2, 2 * spatial + 1, 2), 2 * spatial + 1)
-        x = x.transpose(axes).reshape(x.shape[0], *tiles, math.prod(window) * channels)
-    rows = x.reshape(-1, x.shape[-1])
-    return jnp.dot(rows, kernel.reshape(-1, features)).reshape(*x.shape[:-1], features)
+    strides = (stride,) * len(window) if isinstance(stride, int) else stride
+    if len(window) != x.ndim - 2 or channels * groups != x.shape[-1] or features % groups or x.dtype != kernel.dtype:
+        expected = f"{x.ndim - 2} axes of window, {x.shape[-1]} channels in {groups} groups, {x.dtype}"
+        raise ValueError(f"kernel: expected {expected}, got {kernel.shape}, {kernel.dtype}")
+    if edges is None:
+        edges = ((0, 0),) * len(window)
+        if tuple(window) != strides:
+            if any(edge % 2 == 0 for edge in window):
+                raise ValueError(f"kernel: expected an odd window, or one equal to the stride {stride}, got {window}")
+            edges = tuple((edge // 2, edge // 2) for edge in window)
+    geometry = Geometry(x.shape[1:-1], tuple(window), strides, edges, groups)
+    if geometry.is_tiled:
+        return convolution_cpu.tiled(x, kernel, geometry)
+    return _bind("y", geometry, x=x, kernel=kernel)
 
 
-def _planar(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A 2D convolution whose gradient by the input is as fast in a loop as outside, on a CPU."""
-    if jax.default_backend() != "cpu" or any(edge % 2 == 0 for edge in kernel.shape[:-2]):
-        return _direct(x, kernel, stride)
-    if math.prod(x.shape[1:3]) <= SMALL:
-        return jax.lax.platform_dependent(
-            x, kernel, cpu=lambda x, kernel: _product(x, kernel, stride), default=lambda x, k: _direct(x, k, stride)
-        )
-    return _planar_conv(x, kernel, stride)
+def conv_transposed(
+    x: Float[Array, "batch *space channel"], kernel: Float[Array, "*window channel feature"], stride: int
+) -> Float[Array, "batch *space2 feature"]:
+    """Return `stride` times as many voxels along each axis: what `conv` at that stride would have been the gradient of.
 
-
-def _product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The shifted images side by side, one product: XLA runs planes smaller than the window at a fiftieth of this."""
-    rows, columns, channels, features = kernel.shape
-    padded = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
-    height, width = x.shape[1:3]
-    shifted = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(rows) for j in range(columns)]
-    return jnp.dot(jnp.concatenate(shifted, axis=-1), kernel.reshape(rows * columns * channels, features))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _planar_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return _direct(x, kernel, stride)
-
-
-def _planar_backward(
-    stride: int, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    by_x = functools.partial(_by_input, lengths=x.shape[1:3], stride=stride)
-
-    def own(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.vjp(lambda x: _direct(x, kernel, stride), x)[1](gradient)[0]
-
-    (by_kernel,) = jax.vjp(lambda kernel: _direct(x, kernel, stride), kernel)[1](gradient)
-    return jax.lax.platform_dependent(gradient, kernel, cpu=by_x, default=own), by_kernel
-
-
-_planar_conv.defvjp(lambda x, kernel, stride: (_direct(x, kernel, stride), (x, kernel)), _planar_backward)
-
-
-def _by_input(gradient: jax.Array, kernel: jax.Array, lengths: tuple[int, ...], stride: int) -> jax.Array:
-    """Convolve the gradient, spread out by the stride, with the turned kernel: a convolution forwards."""
-    batch, *counts, features = gradient.shape
-    if stride > 1:
-        spread = jnp.zeros((batch, counts[0], stride, counts[1], stride, features), gradient.dtype)
-        spread = spread.at[:, :, 0, :, 0].set(gradient).reshape(batch, *(count * stride for count in counts), features)
-        gradient = spread[:, : stride * (counts[0] - 1) + 1, : stride * (counts[1] - 1) + 1]
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    edges = [edge // 2 for edge in kernel.shape[:2]]
-    after = [length - given + edge for length, given, edge in zip(lengths, gradient.shape[1:3], edges, strict=True)]
-    return jax.lax.conv_general_dilated(
-        gradient, turned, (1, 1), list(zip(edges, after, strict=True)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def _direct(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    window = kernel.shape[:-2]
-    if any(edge % 2 == 0 for edge in window):
-        raise ValueError(f"kernel: expected an odd window, or one equal to the stride {stride}, got {window}")
-    order = ("NHWC", "HWIO", "NHWC") if len(window) == 2 else ("NXYZC", "XYZIO", "NXYZC")
-    edges = [(edge // 2, edge // 2) for edge in window]
-    return jax.lax.conv_general_dilated(x, kernel, (stride,) * len(window), edges, dimension_numbers=order)
-
-
-def _pad_first(x: jax.Array, edge: int = 1) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (edge, edge), (0, 0), (0, 0), (0, 0)))
-
-
-def _conv_planes(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """One 2D convolution of every plane: x [batch, x, y, z, channel], kernel [j, k, channel, feature]."""
-    y = _planar(x.reshape(-1, *x.shape[2:]), kernel, stride)
-    return y.reshape(*x.shape[:2], *y.shape[1:])
-
-
-def _planes(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A 2D convolution for each tap along x, summed."""
-    edge = kernel.shape[0] // 2
-    padded = _pad_first(x, edge)
-    last = stride * ((x.shape[1] - 1) // stride) + 1
-    taps = (padded[:, tap : tap + last : stride] for tap in range(kernel.shape[0]))
-    first, *others = (_conv_planes(plane, kernel[tap], stride) for tap, plane in enumerate(taps))
-    return sum(others, first)
-
-
-def _winograd(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """F(2, 3) along x, whose length is even: four 2D convolutions give two planes.
-
-    Source: Lavin and Gray, arXiv:1509.09308, equation 5.
+    PyTorch's ConvTranspose of the same stride, where the window equals it; or with padding k // 2 and output padding
+    stride - 1, where the window has an odd edge k.
     """
-    del stride
-    padded = _pad_first(x)
-    even, odd = padded[:, 0::2], padded[:, 1::2]
-    a, b, c, d = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
-    outer, middle = kernel[0] + kernel[2], kernel[1]
-    m0, m3 = _conv_planes(a - c, kernel[0]), _conv_planes(b - d, kernel[2])
-    m1, m2 = _conv_planes(b + c, (outer + middle) / 2), _conv_planes(c - b, (outer - middle) / 2)
-    pairs = jnp.stack([m0 + m1 + m2, m1 - m2 - m3], axis=2)
-    return pairs.reshape(*x.shape[:2], *pairs.shape[3:])
+    *window, channels, features = kernel.shape
+    if all(edge == stride for edge in window):
+        spread = jnp.dot(x, kernel.reshape(-1, channels, features).swapaxes(0, 1).reshape(channels, -1))
+        return convolution_cpu.interleave(spread.reshape(*x.shape[:-1], *window, features))
+    if any(edge % 2 == 0 for edge in window):
+        raise ValueError(f"kernel: expected an odd window, or one equal to the stride {stride}, got {tuple(window)}")
+    space = tuple(stride * length for length in x.shape[1:-1])
+    edges = tuple((edge // 2, edge // 2) for edge in window)
+    geometry = Geometry(space, tuple(window), (stride,) * len(window), edges, 1)
+    return _bind("x", geometry, kernel=kernel.swapaxes(-1, -2), y=x)
 
 
-def _few_channels(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The shifted volumes on a leading axis, one product."""
-    del stride
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
-    length, height, width = x.shape[1:4]
-    columns = []
-    for i, j, k in SHIFTS:
-        shifted = padded[:, i : i + length, j : j + height, k : k + width]
-        columns += [shifted[..., channel].reshape(-1) for channel in range(x.shape[-1])]
-    rows = kernel.reshape(-1, kernel.shape[-1])
-    product = jax.lax.dot_general(jnp.stack(columns), rows, (((0,), (0,)), ((), ())))
-    return product.reshape(*x.shape[:4], kernel.shape[-1])
+# --- The primitive ----------------------------------------------------------------------------
+
+Slot = Literal["x", "kernel", "y"]
+SLOTS: tuple[Slot, ...] = ("x", "kernel", "y")
+
+PRIMITIVE = core.Primitive("convolution")
 
 
-def _narrow(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The three taps along x side by side on the output channels of one 2D convolution, `TILE` planes at a time."""
-    del stride
-    features, padded = kernel.shape[-1], _pad_first(x)
-    wide = jnp.concatenate([kernel[0], kernel[1], kernel[2]], axis=-1)
-
-    def tile(number: jax.Array) -> jax.Array:
-        slab = jax.lax.dynamic_slice_in_dim(padded, number * TILE, TILE + 2, axis=1)
-        first, second, third = jnp.split(_conv_planes(slab, wide), (features, 2 * features), axis=-1)
-        return first[:, :TILE] + second[:, 1:-1] + third[:, 2:]
-
-    tiles = jnp.moveaxis(jax.lax.map(tile, jnp.arange(x.shape[1] // TILE)), 0, 1)
-    return tiles.reshape(*x.shape[:2], *tiles.shape[3:])
+def operands_of(gives: Slot) -> tuple[Slot, Slot]:
+    """Return what the operands are where the result is `gives`, in their order."""
+    first, second = (slot for slot in SLOTS if slot != gives)
+    return first, second
 
 
-def _deep(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    del stride
-    return _deep_conv(x, kernel)
+def _bind(gives: Slot, geometry: Geometry, devices: Any = None, **arrays: jax.Array) -> jax.Array:
+    """Return the derivative of <y, convolution of x with kernel> by one of the three, given the two others."""
+    # Operands that a `shard_map` varies over different axes of its mesh: both over all of them.
+    varied = [frozenset(getattr(jax.typeof(array), "vma", ())) for array in arrays.values()]
+    for slot, own in zip(tuple(arrays), varied, strict=True):
+        if missing := frozenset.union(*varied) - own:
+            arrays[slot] = jax.lax.pcast(arrays[slot], tuple(missing), to="varying")
+    if devices is None and jax.default_backend() == "cpu" and jax.device_count() > 1:
+        devices = _partitioned_call()
+    return PRIMITIVE.bind(*(arrays[slot] for slot in operands_of(gives)), gives=gives, geometry=geometry, devices=devices)
 
 
-@jax.custom_vjp
-def _deep_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _forward(x.shape, kernel.shape[-1], x.dtype)(x, kernel, 1)
+@functools.cache
+def _partitioned_call() -> core.ClosedJaxpr:
+    """Return a program that holds a partitioned call: JAX tells a lowering its devices where parameters hold one."""
+    call = custom_partitioning(lambda x: x)
+    call.def_partition(partition=None, sharding_rule="i -> i")
+    return jax.make_jaxpr(call)(jax.ShapeDtypeStruct((1,), jnp.float32))
 
 
-def _deep_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    turned = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
-    by_x = _forward(gradient.shape, turned.shape[-1], x.dtype)(gradient, turned, 1)
-    return by_x, _weight_gradient(x, gradient).astype(kernel.dtype)
+@functools.partial(jax.jit, static_argnames=("gives", "geometry", "devices"))
+def _run(*operands: jax.Array, gives: Slot, geometry: Geometry, devices: Any) -> jax.Array:
+    """Outside of a program: compile the operation alone."""
+    return PRIMITIVE.bind(*operands, gives=gives, geometry=geometry, devices=devices)
 
 
-_deep_conv.defvjp(lambda x, kernel: (_deep_conv(x, kernel), (x, kernel)), _deep_backward)
+PRIMITIVE.def_impl(_run)
 
 
-def _weight_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """A product for every plane along x, summed: convolutions inside a scan run at a fiftieth of its speed."""
-    channels, features, (height, width) = x.shape[-1], gradient.shape[-1], x.shape[2:4]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
+@PRIMITIVE.def_abstract_eval
+def _shape(first: Any, second: Any, *, gives: Slot, geometry: Geometry, devices: Any) -> Any:
+    del devices
+    shapes = {slot: aval.shape for slot, aval in zip(operands_of(gives), (first, second), strict=True)}
+    match gives:
+        case "y":
+            shape = (shapes["x"][0], *geometry.lengths, shapes["kernel"][-1])
+        case "x":
+            shape = (shapes["y"][0], *geometry.space, shapes["kernel"][-2] * geometry.groups)
+        case "kernel":
+            shape = (*geometry.window, shapes["x"][-1] // geometry.groups, shapes["y"][-1])
+    return first.update(shape=shape, weak_type=False)
 
-    def plane(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-        slab = jax.lax.dynamic_slice_in_dim(padded, number, 3, axis=1)
-        columns = jnp.concatenate([slab[:, i, j : j + height, k : k + width] for i, j, k in SHIFTS], axis=-1)
-        rows = jax.lax.dynamic_index_in_dim(gradient, number, 1, keepdims=False).reshape(-1, features)
-        columns, sides = columns.reshape(-1, 27 * channels), (((0,), (0,)), ((), ()))
-        return total + jax.lax.dot_general(rows, columns, sides, preferred_element_type=wide), None
 
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    total, _ = jax.lax.scan(plane, jnp.zeros((features, 27 * channels), wide), jnp.arange(x.shape[1]))
-    return total.T.reshape(3, 3, 3, channels, features)
+def _derivative(index: int, cotangent: Any, *operands: Any, gives: Slot, geometry: Geometry, devices: Any) -> jax.Array:
+    """Return the derivative by the operand of that index: what the operand stands for becomes the result."""
+    slots = operands_of(gives)
+    arrays = {gives: cotangent, slots[1 - index]: operands[1 - index]}
+    return _bind(slots[index], geometry, devices, **arrays)
+
+
+ad.defbilinear(PRIMITIVE, functools.partial(_derivative, 0), functools.partial(_derivative, 1))
+
+
+def _map(operands: Any, axes: Any, *, gives: Slot, geometry: Geometry, devices: Any) -> tuple[jax.Array, int]:
+    """Fold the mapped axis into one that the mapped arrays share: batch, channels, features, or groups for all three.
+
+    Where groups are taken and one operand is not mapped, it is repeated.
+    """
+    slots = operands_of(gives)
+    (size,) = {array.shape[axis] for array, axis in zip(operands, axes, strict=True) if axis is not None}
+    arrays = {slot: jnp.moveaxis(array, axis, 0) if axis is not None else array
+              for slot, array, axis in zip(slots, operands, axes, strict=True)}  # fmt: skip
+    mapped = {gives, *(slot for slot, axis in zip(slots, axes, strict=True) if axis is not None)}
+    if len(mapped) == 2 and geometry.groups > 1 and "kernel" in mapped:
+        arrays = {slot: array if slot in mapped else jnp.broadcast_to(array, (size, *array.shape))
+                  for slot, array in arrays.items()}  # fmt: skip
+        mapped = set(SLOTS)
+    # Which axis of each array takes the mapped one in, counted from the end where it is the channels'.
+    if mapped == {"x", "y"}:
+        place = {"x": 0, "y": 0}
+    elif mapped == {"x", "kernel"}:
+        place = {"x": -1, "kernel": -2}
+    elif mapped == {"kernel", "y"}:
+        place = {"kernel": -1, "y": -1}
+    else:
+        place = {"x": -1, "kernel": -1, "y": -1}
+        geometry = geometry._replace(groups=size * geometry.groups)
+    folded = {slot: _fold(array, place[slot]) if slot in mapped else array for slot, array in arrays.items()}
+    found = _bind(gives, geometry, devices, **folded)
+    axis = place[gives] % found.ndim
+    shape = (*found.shape[:axis], size, found.shape[axis] // size, *found.shape[axis + 1 :])
+    return found.reshape(shape), axis
+
+
+def _fold(array: jax.Array, axis: int) -> jax.Array:
+    """Join the first axis with another one, as its slower part."""
+    axis = axis % (array.ndim - 1)
+    moved = jnp.moveaxis(array, 0, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+
+batching.primitive_batchers[PRIMITIVE] = _map
+
+
+# --- Programs ---------------------------------------------------------------------------------
+
+
+def _lower(ctx: Any, *operands: Any, gives: Slot, geometry: Geometry, devices: Any, on_cpu: bool) -> Any:
+    context = ctx.module_context
+    num_devices = getattr(context.axis_context, "num_devices", 1)
+    if not on_cpu or context.lowering_parameters.for_export or (num_devices > 1 and devices is None):
+        program = functools.partial(_xla, gives=gives, geometry=geometry)
+    else:
+        program = functools.partial(convolution_cpu.ROADS[gives], geometry=geometry)
+        if num_devices > 1:
+            program = _by_batch(program, gives)
+    # Roads are plain programs of arrays: what a `shard_map` knows of its arrays does not concern them.
+    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    return mlir.lower_fun(program, multiple_results=False)(ctx.replace(avals_in=plain), *operands)
+
+
+mlir.register_lowering(PRIMITIVE, functools.partial(_lower, on_cpu=False))
+mlir.register_lowering(PRIMITIVE, functools.partial(_lower, on_cpu=True), platform="cpu")
+
+
+def _xla(first: jax.Array, second: jax.Array, *, gives: Slot, geometry: Geometry) -> jax.Array:
+    """Return XLA's own convolution or derivative."""
+    convolve = functools.partial(convolution_cpu.direct, geometry=geometry)
+    match gives:
+        case "y":
+            return convolve(first, second)
+        case "x":
+            x = jax.ShapeDtypeStruct((second.shape[0], *geometry.space, first.shape[-2] * geometry.groups), first.dtype)
+            return jax.linear_transpose(lambda x: convolve(x, first), x)(second)[0]
+        case "kernel":
+            shape = (*geometry.window, first.shape[-1] // geometry.groups, second.shape[-1])
+            kernel = jax.ShapeDtypeStruct(shape, first.dtype)
+            return jax.linear_transpose(lambda kernel: convolve(first, kernel), kernel)(second)[0]
+
+
+def _by_batch(program: Any, gives: Slot) -> Any:
+    """Let every device compute its part of the batch; kernels are whole on each, and their derivatives summed."""
+    slots = operands_of(gives)
+
+    def place(operands: Any, result: Any) -> tuple[Any, dict[Slot, PartitionSpec]]:
+        arrays = [*zip(slots, operands, strict=True), (gives, result)]
+        specs = [getattr(array.sharding, "spec", ()) for slot, array in arrays if slot != "kernel"]
+        axes = next((spec[0] for spec in specs if spec and spec[0] is not None), None)
+        return axes, {slot: PartitionSpec(None if slot == "kernel" else axes) for slot in SLOTS}
+
+    def partition(mesh: Any, operands: Any, result: Any) -> Any:
+        axes, specs = place(operands, result)
+
+        def run(first: jax.Array, second: jax.Array) -> jax.Array:
+            found = program(first, second)
+            return jax.lax.psum(found, axes) if gives == "kernel" and axes is not None else found
+
+        where = {slot: NamedSharding(mesh, spec) for slot, spec in specs.items()}
+        return mesh, run, where[gives], tuple(where[slot] for slot in slots)
+
+    def infer(mesh: Any, operands: Any, result: Any) -> NamedSharding:
+        return NamedSharding(mesh, place(operands, result)[1][gives])
+
+    def rule(mesh: Any, operands: Any, results: Any) -> tuple[str, dict[str, Any]]:
+        # Shardy's notation, in which all factors but the batch stay whole.
+        space = operands[0].rank - 2
+        names = {"x": "pqr"[:space] + "c", "kernel": "ijk"[:space] + "de", "y": "stu"[:space] + "f"}
+        texts = {slot: " ".join(name if slot == "kernel" else "n" + name) for slot, name in names.items()}
+        text = f"{texts[slots[0]]}, {texts[slots[1]]} -> {texts[gives]}"
+        summed = {"reduction_factors": ("n",)} if gives == "kernel" else {}
+        return text, {"need_replication_factors": tuple("".join(names.values())), **summed}
+
+    call = custom_partitioning(program)
+    call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+    return call
