@@ -63,7 +63,20 @@ def _show_devices() -> str | None:
         print(f"  {device.platform}:{device.id} {device.device_kind}{memory}")
     if jax.default_backend() == "cpu" and Path("/proc/driver/nvidia").exists():
         print("  an NVIDIA driver is here, but jax sees no GPU: pip install 'jaxmed[cuda]'")
+    print(f"  convolutions on the CPU: {_convolutions()}")
     return None if value == 64.0**3 else "a matrix product came out wrong"
+
+
+def _convolutions() -> str:
+    """Say who computes the convolutions of the CPU, and why."""
+    from jaxmed.errors import InputError
+    from jaxmed.nn.onednn import find_road
+
+    try:
+        road = find_road()
+    except InputError as error:
+        return str(error)
+    return f"{'oneDNN' if road.name == 'onednn' else 'XLA, several times slower in 3D'}, {road.reason}"
 
 
 def _usable_cores() -> int:

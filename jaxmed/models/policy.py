@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmed.config import Size, checked
-from jaxmed.nn.loop_convolution import LoopConvolution
+from jaxmed.nn.convolution import Convolution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +104,9 @@ class TopkUnet(nn.Module):
         widths = self.config.widths
         x, levels = _blocks_to_channels(observation, self.grid), []
         for level, width in enumerate(widths):
-            x = nn.relu(LoopConvolution(width, name=f"down_{level}")(x if level == 0 else _halve(x)))
+            x = nn.relu(Convolution(width, kernel_init=_HE, name=f"down_{level}")(x if level == 0 else _halve(x)))
             levels.append(x)
-        x = nn.relu(LoopConvolution(widths[-1], name="middle")(x))
+        x = nn.relu(Convolution(widths[-1], kernel_init=_HE, name="middle")(x))
         space = tuple(range(1, x.ndim - 1))
         pooled = jnp.concatenate([x.mean(axis=space), x.max(axis=space)], axis=-1)
         hidden = nn.relu(nn.Dense(self.config.value_width, kernel_init=_HE, name="value_hidden")(pooled))
@@ -114,7 +114,7 @@ class TopkUnet(nn.Module):
         for level in reversed(range(len(widths) - 1)):
             skip = levels[level]
             raised = _double(nn.Dense(widths[level], name=f"raise_{level}")(x), skip.shape)
-            x = nn.relu(LoopConvolution(widths[level], name=f"up_{level}")(raised + skip))
+            x = nn.relu(Convolution(widths[level], kernel_init=_HE, name=f"up_{level}")(raised + skip))
         # Nearly equal logits at the start: a policy begins by proposing at random.
         logits = nn.Dense(1, kernel_init=nn.initializers.normal(0.01), name="logits")(x)
         return logits[..., 0], value

@@ -1,7 +1,7 @@
 """Convolutions of images and volumes, channels last, by the fastest road that a device and a shape have.
 
 `conv` is one operation to JAX, a primitive, and becomes a program only when it is lowered: GPUs and TPUs get XLA's own
-convolution, a CPU one of the roads of `convolution_cpu.py`, and `jax.export` XLA's, whatever the device, because what
+convolution, a CPU one of the roads of `py`, and `jax.export` XLA's, whatever the device, because what
 it writes must run elsewhere. All roads give the same numbers to rounding.
 
 Edges are zeros: a window of odd edge k covers k // 2 voxels on both sides of its centre, also at stride 2, where XLA's
@@ -17,19 +17,20 @@ seventy times slower on a CPU inside a loop, a sampler's say, and four times at 
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmed.nn import convolution_cpu
-from jaxmed.nn.convolution_cpu import Geometry
+from jaxmed.nn.convolution_cpu import Geometry, by_input, direct, forward, interleave, tiled
+from jaxmed.nn.kernel_gradient import by_kernel
 
 
 class Convolution(nn.Module):
@@ -98,7 +99,7 @@ def conv(
             edges = tuple((edge // 2, edge // 2) for edge in window)
     geometry = Geometry(x.shape[1:-1], tuple(window), strides, edges, groups)
     if geometry.is_tiled:
-        return convolution_cpu.tiled(x, kernel, geometry)
+        return tiled(x, kernel, geometry)
     return _bind("y", geometry, x=x, kernel=kernel)
 
 
@@ -113,7 +114,7 @@ def conv_transposed(
     *window, channels, features = kernel.shape
     if all(edge == stride for edge in window):
         spread = jnp.dot(x, kernel.reshape(-1, channels, features).swapaxes(0, 1).reshape(channels, -1))
-        return convolution_cpu.interleave(spread.reshape(*x.shape[:-1], *window, features))
+        return interleave(spread.reshape(*x.shape[:-1], *window, features))
     if any(edge % 2 == 0 for edge in window):
         raise ValueError(f"kernel: expected an odd window, or one equal to the stride {stride}, got {tuple(window)}")
     space = tuple(stride * length for length in x.shape[1:-1])
@@ -125,27 +126,28 @@ def conv_transposed(
 # --- The primitive ----------------------------------------------------------------------------
 
 Slot = Literal["x", "kernel", "y"]
-SLOTS: tuple[Slot, ...] = ("x", "kernel", "y")
+# What the operands are, in their order, where the result is one of the three.
+OPERANDS: dict[Slot, tuple[Slot, Slot]] = {"x": ("kernel", "y"), "kernel": ("x", "y"), "y": ("x", "kernel")}
 
 PRIMITIVE = core.Primitive("convolution")
 
 
-def operands_of(gives: Slot) -> tuple[Slot, Slot]:
-    """Return what the operands are where the result is `gives`, in their order."""
-    first, second = (slot for slot in SLOTS if slot != gives)
-    return first, second
+def count_operations(gives: Slot, *shapes: tuple[int, ...]) -> float:
+    """Count the floating-point operations of the primitive from the shapes of its operands and of its result."""
+    named = dict(zip((*OPERANDS[gives], gives), shapes, strict=True))
+    return 2.0 * math.prod(named["y"]) * math.prod(named["kernel"][:-1])
 
 
 def _bind(gives: Slot, geometry: Geometry, devices: Any = None, **arrays: jax.Array) -> jax.Array:
     """Return the derivative of <y, convolution of x with kernel> by one of the three, given the two others."""
-    # Operands that a `shard_map` varies over different axes of its mesh: both over all of them.
-    varied = [frozenset(getattr(jax.typeof(array), "vma", ())) for array in arrays.values()]
-    for slot, own in zip(tuple(arrays), varied, strict=True):
-        if missing := frozenset.union(*varied) - own:
+    # Inside a `shard_map` both operands vary over the same axes of the mesh, as those of JAX's own operations do.
+    varied = {slot: frozenset(jax.typeof(array).manual_axis_type.varying) for slot, array in arrays.items()}
+    for slot, own in varied.items():
+        if missing := frozenset.union(*varied.values()) - own:
             arrays[slot] = jax.lax.pcast(arrays[slot], tuple(missing), to="varying")
     if devices is None and jax.default_backend() == "cpu" and jax.device_count() > 1:
         devices = _partitioned_call()
-    return PRIMITIVE.bind(*(arrays[slot] for slot in operands_of(gives)), gives=gives, geometry=geometry, devices=devices)
+    return PRIMITIVE.bind(*(arrays[slot] for slot in OPERANDS[gives]), gives=gives, geometry=geometry, devices=devices)
 
 
 @functools.cache
@@ -168,20 +170,27 @@ PRIMITIVE.def_impl(_run)
 @PRIMITIVE.def_abstract_eval
 def _shape(first: Any, second: Any, *, gives: Slot, geometry: Geometry, devices: Any) -> Any:
     del devices
-    shapes = {slot: aval.shape for slot, aval in zip(operands_of(gives), (first, second), strict=True)}
+    arrays = dict(zip(OPERANDS[gives], (first, second), strict=True))
     match gives:
         case "y":
-            shape = (shapes["x"][0], *geometry.lengths, shapes["kernel"][-1])
+            shape = (arrays["x"].shape[0], *geometry.lengths, arrays["kernel"].shape[-1])
         case "x":
-            shape = (shapes["y"][0], *geometry.space, shapes["kernel"][-2] * geometry.groups)
+            shape = (arrays["y"].shape[0], *geometry.space, arrays["kernel"].shape[-2] * geometry.groups)
         case "kernel":
-            shape = (*geometry.window, shapes["x"][-1] // geometry.groups, shapes["y"][-1])
-    return first.update(shape=shape, weak_type=False)
+            shape = (*geometry.window, arrays["x"].shape[-1] // geometry.groups, arrays["y"].shape[-1])
+    # On a mesh of explicit axes the batch stays where it is, and all else is whole.
+    specs = {slot: tuple(array.sharding.spec) for slot, array in arrays.items()}
+    for slot, spec in specs.items():
+        if any(spec if slot == "kernel" else spec[1:]):
+            raise ValueError(f"{slot}: expected nothing but its batch over explicit axes of the mesh, got {spec}")
+    batch = specs["y" if gives == "x" else "x"][:1] if gives != "kernel" else ()
+    sharding = NamedSharding(first.sharding.mesh, PartitionSpec(*batch, *(None,) * (len(shape) - len(batch))))
+    return first.update(shape=shape, weak_type=False, sharding=sharding)
 
 
 def _derivative(index: int, cotangent: Any, *operands: Any, gives: Slot, geometry: Geometry, devices: Any) -> jax.Array:
     """Return the derivative by the operand of that index: what the operand stands for becomes the result."""
-    slots = operands_of(gives)
+    slots = OPERANDS[gives]
     arrays = {gives: cotangent, slots[1 - index]: operands[1 - index]}
     return _bind(slots[index], geometry, devices, **arrays)
 
@@ -194,7 +203,7 @@ def _map(operands: Any, axes: Any, *, gives: Slot, geometry: Geometry, devices: 
 
     Where groups are taken and one operand is not mapped, it is repeated.
     """
-    slots = operands_of(gives)
+    slots = OPERANDS[gives]
     (size,) = {array.shape[axis] for array, axis in zip(operands, axes, strict=True) if axis is not None}
     arrays = {slot: jnp.moveaxis(array, axis, 0) if axis is not None else array
               for slot, array, axis in zip(slots, operands, axes, strict=True)}  # fmt: skip
@@ -202,7 +211,7 @@ def _map(operands: Any, axes: Any, *, gives: Slot, geometry: Geometry, devices: 
     if len(mapped) == 2 and geometry.groups > 1 and "kernel" in mapped:
         arrays = {slot: array if slot in mapped else jnp.broadcast_to(array, (size, *array.shape))
                   for slot, array in arrays.items()}  # fmt: skip
-        mapped = set(SLOTS)
+        mapped = set(OPERANDS)
     # Which axis of each array takes the mapped one in, counted from the end where it is the channels'.
     if mapped == {"x", "y"}:
         place = {"x": 0, "y": 0}
@@ -239,13 +248,15 @@ def _lower(ctx: Any, *operands: Any, gives: Slot, geometry: Geometry, devices: A
     if not on_cpu or context.lowering_parameters.for_export or (num_devices > 1 and devices is None):
         program = functools.partial(_xla, gives=gives, geometry=geometry)
     else:
-        program = functools.partial(convolution_cpu.ROADS[gives], geometry=geometry)
+        program = functools.partial(ON_CPU[gives], geometry=geometry)
         if num_devices > 1:
             program = _by_batch(program, gives)
     # Roads are plain programs of arrays: what a `shard_map` knows of its arrays does not concern them.
-    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
     return mlir.lower_fun(program, multiple_results=False)(ctx.replace(avals_in=plain), *operands)
 
+
+ON_CPU = {"y": forward, "x": by_input, "kernel": by_kernel}
 
 mlir.register_lowering(PRIMITIVE, functools.partial(_lower, on_cpu=False))
 mlir.register_lowering(PRIMITIVE, functools.partial(_lower, on_cpu=True), platform="cpu")
@@ -253,7 +264,7 @@ mlir.register_lowering(PRIMITIVE, functools.partial(_lower, on_cpu=True), platfo
 
 def _xla(first: jax.Array, second: jax.Array, *, gives: Slot, geometry: Geometry) -> jax.Array:
     """Return XLA's own convolution or derivative."""
-    convolve = functools.partial(convolution_cpu.direct, geometry=geometry)
+    convolve = functools.partial(direct, geometry=geometry)
     match gives:
         case "y":
             return convolve(first, second)
@@ -268,20 +279,22 @@ def _xla(first: jax.Array, second: jax.Array, *, gives: Slot, geometry: Geometry
 
 def _by_batch(program: Any, gives: Slot) -> Any:
     """Let every device compute its part of the batch; kernels are whole on each, and their derivatives summed."""
-    slots = operands_of(gives)
+    slots = OPERANDS[gives]
 
     def place(operands: Any, result: Any) -> tuple[Any, dict[Slot, PartitionSpec]]:
         arrays = [*zip(slots, operands, strict=True), (gives, result)]
         specs = [getattr(array.sharding, "spec", ()) for slot, array in arrays if slot != "kernel"]
         axes = next((spec[0] for spec in specs if spec and spec[0] is not None), None)
-        return axes, {slot: PartitionSpec(None if slot == "kernel" else axes) for slot in SLOTS}
+        return axes, {slot: PartitionSpec(None if slot == "kernel" else axes) for slot in OPERANDS}
 
     def partition(mesh: Any, operands: Any, result: Any) -> Any:
         axes, specs = place(operands, result)
 
         def run(first: jax.Array, second: jax.Array) -> jax.Array:
             found = program(first, second)
-            return jax.lax.psum(found, axes) if gives == "kernel" and axes is not None else found
+            if gives != "kernel" or axes is None:
+                return found
+            return jax.lax.psum(found.astype(jnp.promote_types(found.dtype, jnp.float32)), axes).astype(found.dtype)
 
         where = {slot: NamedSharding(mesh, spec) for slot, spec in specs.items()}
         return mesh, run, where[gives], tuple(where[slot] for slot in slots)
@@ -290,14 +303,15 @@ def _by_batch(program: Any, gives: Slot) -> Any:
         return NamedSharding(mesh, place(operands, result)[1][gives])
 
     def rule(mesh: Any, operands: Any, results: Any) -> tuple[str, dict[str, Any]]:
-        # Shardy's notation, in which all factors but the batch stay whole.
+        # Shardy's notation, in which all factors but the batch stay whole; listed as they appear.
         space = operands[0].rank - 2
         names = {"x": "pqr"[:space] + "c", "kernel": "ijk"[:space] + "de", "y": "stu"[:space] + "f"}
         texts = {slot: " ".join(name if slot == "kernel" else "n" + name) for slot, name in names.items()}
-        text = f"{texts[slots[0]]}, {texts[slots[1]]} -> {texts[gives]}"
+        whole = tuple("".join(names[slot] for slot in (*slots, gives)))
         summed = {"reduction_factors": ("n",)} if gives == "kernel" else {}
-        return text, {"need_replication_factors": tuple("".join(names.values())), **summed}
+        text = f"{texts[slots[0]]}, {texts[slots[1]]} -> {texts[gives]}"
+        return text, {"need_replication_factors": whole, **summed}
 
-    call = custom_partitioning(program)
+    call = custom_partitioning(lambda first, second: program(first, second))
     call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return call

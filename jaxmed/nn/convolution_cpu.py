@@ -1,4 +1,4 @@
-"""The roads of a convolution and of its two gradients on a CPU.
+"""The roads of a convolution and of its gradient by the input on a CPU.
 
 oneDNN's call (`onednn.py`) serves nearly everything where this process has it. Otherwise volumes become batches of
 planes, because XLA runs a 3D convolution at a tenth of what its 2D convolutions reach. Two roads are faster than either
@@ -7,7 +7,7 @@ six 2D convolutions.
 
 The gradient by the input is convolutions forwards, with the kernel turned round; at stride s one for each of the s
 places that a voxel can have between two windows, so that nothing is multiplied with zeros. The gradient by the kernel
-is products of shifted inputs with the gradient, summed over slabs: XLA's own runs at a thirtieth of that inside a loop.
+is in `kernel_gradient.py`.
 
 CPU milliseconds on one core (Zen 4, float32, batch 1, PyTorch in its faster memory format):
 
@@ -39,7 +39,6 @@ NARROW = 16  # up to here the output channels of three planes fit one 2D convolu
 TILE = 4  # planes at a time of a narrow convolution
 SMALL = 8  # voxels of an image up to which a convolution is one product
 WINOGRAD_CHANNELS = (48, 192)  # between them Winograd's form is faster than oneDNN
-COLUMNS = 2**17  # numbers of shifted inputs that a product of the gradient by the kernel takes at a time
 LARGE = 2**31  # numbers from which oneDNN's call has not been tried
 
 
@@ -77,9 +76,13 @@ class Geometry(NamedTuple):
 
 def forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """Convolve x [batch, *space, channel] with kernel [*window, group_channel, feature]."""
-    if any(min(edges) < 0 for edges in geometry.edges):
-        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((min(a, 0), min(b, 0), 0) for a, b in geometry.edges), (0, 0, 0)])
-        geometry = geometry._replace(space=x.shape[1:-1], edges=tuple((max(a, 0), max(b, 0)) for a, b in geometry.edges))
+    cut = [(min(before, 0), min(after, 0)) for before, after in geometry.edges]
+    if not x.size or any(length + sum(pair) <= 0 for length, pair in zip(geometry.space, cut, strict=True)):
+        return jnp.zeros((x.shape[0], *geometry.lengths, kernel.shape[-1]), x.dtype)
+    if any(map(any, cut)):
+        x = pad(x, cut)
+        edges = tuple((max(before, 0), max(after, 0)) for before, after in geometry.edges)
+        geometry = geometry._replace(space=x.shape[1:-1], edges=edges)
     return choose_forward(x.shape, kernel.shape, geometry, x.dtype)(x, kernel, geometry)
 
 
@@ -89,18 +92,17 @@ def choose_forward(
     """Return the road of a convolution of these shapes."""
     channels, features = kernel[-2:]
     is_usual = geometry.window == (3, 3, 3) and geometry.strides == (1, 1, 1) and geometry.groups == 1
-    largest = max(math.prod(x), math.prod((x[0], *geometry.lengths, features)))
-    has_onednn = dtype.name in onednn.find_road().dtypes and 0 < largest < LARGE
     # Winograd's sums of inputs and of taps would lose half precision.
     has_winograd = is_usual and geometry.lengths[0] % 2 == 0 and dtype != jnp.bfloat16
-    least, most = WINOGRAD_CHANNELS
     if geometry.is_tiled:
         return tiled
     if math.prod(geometry.lengths) <= SMALL and geometry.groups == 1:
         return product
-    if has_onednn:
-        in_between = least <= min(channels, features) and max(channels, features) <= most
-        return winograd if has_winograd and in_between else call_onednn
+    largest = max(math.prod(x), math.prod((x[0], *geometry.lengths, features)))
+    if dtype.name in onednn.find_road().dtypes and 0 < largest < LARGE:
+        least, most = WINOGRAD_CHANNELS
+        is_between = least <= min(channels, features) and max(channels, features) <= most
+        return winograd if has_winograd and is_between else call_onednn
     if geometry.groups > 1:
         return by_taps
     if len(geometry.window) != 3:
@@ -202,7 +204,9 @@ def by_taps(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 
     def add(total: jax.Array, tap: jax.Array) -> tuple[jax.Array, None]:
         slab = jax.lax.dynamic_slice_in_dim(padded, tap, stride * (count - 1) + 1, axis=1)
-        taps = jax.lax.dynamic_index_in_dim(kernel, tap, keepdims=False).reshape(-1, channels, groups, features // groups)
+        taps = jax.lax.dynamic_index_in_dim(kernel, tap, keepdims=False).reshape(
+            -1, channels, groups, features // groups
+        )
         for shifted, weights in zip(shifts(slab, inner), taps, strict=True):
             grouped = shifted.reshape(*shifted.shape[:-1], groups, channels)
             if channels == 1:
@@ -245,36 +249,37 @@ def shifts(padded: jax.Array, geometry: Geometry) -> list[jax.Array]:
 def by_input(kernel: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
     """Return the gradient by x: for each place between two windows a convolution of y with the taps that meet it."""
     turned = turn(kernel, geometry.groups)
+    counts = tuple(-(-length // stride) for length, stride in zip(geometry.space, geometry.strides, strict=True))
     parts = []
     for place in itertools.product(*map(range, geometry.strides)):
-        taps, edges, counts = [], [], []
-        for at, length, edge, stride, (before, _), count in zip(
-            place, geometry.space, geometry.window, geometry.strides, geometry.edges, geometry.lengths, strict=True
-        ):
-            # Voxel stride * m + at meets the taps t of which stride divides at + before - t, of result m + (...) / stride.
-            met = [tap for tap in range(edge) if (at + before - tap) % stride == 0]
-            voxels = len(range(at, length, stride))
-            taps.append(met)
-            counts.append(voxels)
-            if met:
-                first, last = ((at + before - tap) // stride for tap in (met[-1], met[0]))
-                edges.append((-first, voxels - 1 + last - (count - 1)))
-        if not all(taps) or not all(counts):
+        axes = zip(place, counts, geometry.window, geometry.strides, geometry.edges, geometry.lengths, strict=True)
+        met = [_meet(*axis) for axis in axes]
+        taps = turned[tuple(taps for taps, _ in met)]
+        if taps.size:
+            part = geometry._replace(space=geometry.lengths, window=taps.shape[:-2], strides=(1,) * len(place),
+                                     edges=tuple(edges for _, edges in met))  # fmt: skip
+            parts.append(forward(y, taps, part))
+        else:
             parts.append(jnp.zeros((y.shape[0], *counts, turned.shape[-1]), y.dtype))
-            continue
-        # The turned kernel counts taps from the end.
-        chosen = (slice(edge - 1 - met[-1], edge - met[0], stride)
-                  for met, edge, stride in zip(taps, geometry.window, geometry.strides, strict=True))  # fmt: skip
-        part = Geometry(geometry.lengths, tuple(map(len, taps)), (1,) * len(taps), tuple(edges), geometry.groups)
-        parts.append(forward(y, turned[tuple(chosen)], part))
     if len(parts) == 1:
         return parts[0]
-    # Places have as many voxels as the first one, or one less.
-    counts = [-(-length // stride) for length, stride in zip(geometry.space, geometry.strides, strict=True)]
-    whole = [pad(part, [(0, count - length) for count, length in zip(counts, part.shape[1:-1], strict=True)])
-             for part in parts]  # fmt: skip
-    stacked = jnp.stack(whole, axis=-2).reshape(y.shape[0], *counts, *geometry.strides, -1)
+    # The last places may lie beyond the image.
+    stacked = jnp.stack(parts, axis=-2).reshape(y.shape[0], *counts, *geometry.strides, -1)
     return interleave(stacked)[(slice(None), *(slice(0, length) for length in geometry.space))]
+
+
+def _meet(
+    at: int, voxels: int, edge: int, stride: int, edges: tuple[int, int], count: int
+) -> tuple[slice, tuple[int, int]]:
+    """Return the taps of the turned kernel that meet voxels stride * m + at along an axis, and y's edges around them.
+
+    A tap meets result o = m + (at + before - tap) / stride, where that is whole.
+    """
+    taps = [tap for tap in range(edge) if (at + edges[0] - tap) % stride == 0]
+    if not taps:
+        return slice(0, 0), (0, 0)
+    first, last = ((at + edges[0] - tap) // stride for tap in (taps[-1], taps[0]))
+    return slice(edge - 1 - taps[-1], edge - taps[0], stride), (-first, voxels + last - count)
 
 
 def turn(kernel: jax.Array, groups: int) -> jax.Array:
@@ -290,117 +295,3 @@ def interleave(parts: jax.Array) -> jax.Array:
     axes = (0, *itertools.chain(*((1 + axis, 1 + space + axis) for axis in range(space))), 1 + 2 * space)
     lengths = [parts.shape[1 + axis] * parts.shape[1 + space + axis] for axis in range(space)]
     return parts.transpose(axes).reshape(parts.shape[0], *lengths, parts.shape[-1])
-
-
-# --- By the kernel ----------------------------------------------------------------------------
-
-
-def by_kernel(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
-    """Return the gradient by the kernel: at stride s of each place between two windows apart, in float32 or wider."""
-    channels, features = x.shape[-1] // geometry.groups, y.shape[-1]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    total = jnp.zeros((*geometry.window, channels, features), wide)
-    for place in itertools.product(*map(range, geometry.strides)):
-        chosen, starts, window = [], [], []
-        for at, edge, stride, (before, _) in zip(place, geometry.window, geometry.strides, geometry.edges, strict=True):
-            # Tap t of result o meets voxel stride * o + t - before, which is stride * (o + step) + at.
-            first = (at + before) % stride
-            chosen.append(slice(first, None, stride))
-            starts.append((first - before) // stride)
-            window.append(len(range(first, edge, stride)))
-        voxels = x[(slice(None), *(slice(at, None, stride) for at, stride in zip(place, geometry.strides, strict=True)))]
-        if all(window) and voxels.size:
-            part = correlate(voxels, y, tuple(window), tuple(starts), geometry.groups, wide)
-            total = part if math.prod(geometry.strides) == 1 else total.at[tuple(chosen)].set(part)
-    return total.astype(x.dtype)
-
-
-def correlate(
-    x: jax.Array, y: jax.Array, window: tuple[int, ...], starts: tuple[int, ...], groups: int, wide: jnp.dtype
-) -> jax.Array:
-    """Return the sum over o of x[o + start + tap] y[o], for every tap, channel of x and channel of y."""
-    if groups == 1 and y.shape[-1] < x.shape[-1]:
-        # Shifting the array of fewer channels moves less memory: x and y change places, and taps count backwards.
-        starts = tuple(1 - edge - start for edge, start in zip(window, starts, strict=True))
-        return jnp.flip(correlate(y, x, window, starts, 1, wide), range(len(window))).swapaxes(-1, -2)
-    if len(window) == 2:
-        # Images are planes that no window joins.
-        return correlate(x[None], y[None], (1, *window), (0, *starts), groups, wide)[0]
-    if groups == x.shape[-1] == y.shape[-1]:
-        return correlate_channels(x, y, window, starts, wide)
-    (batch, *space, channels), (_, *lengths, features) = x.shape, y.shape
-    is_few = channels <= FEW_CHANNELS and groups == 1
-    # Taps of `inner` shift x, those of `outer`, along the first axis, y: a third of the columns, for as many products.
-    inner, outer = (window, 1) if is_few else ((1, *window[1:]), window[0])
-    ends = [length + edge - 1 - voxels + start for length, edge, voxels, start in zip(lengths, window, space, starts, strict=True)]
-    around = [(-start, end) for start, end in zip(starts, ends, strict=True)]
-    if is_few:
-        planes = lengths[0]
-    else:
-        planes, before = space[0], outer - 1 + starts[0]
-        y = pad(y, [(before, planes - lengths[0] + starts[0] * -1)])
-        around[0] = (0, 0)
-    x = pad(x, around)
-    rows = max(1, COLUMNS // (lengths[2] * math.prod(inner) * channels))
-    height = _divisor(lengths[1], rows)
-    depth = _divisor(planes, rows // lengths[1]) if height == lengths[1] else 1
-    images = _divisor(batch, rows // (lengths[1] * planes)) if depth == planes else 1
-    grid = (batch // images, planes // depth, lengths[1] // height)
-
-    def slab(number: jax.Array | int) -> jax.Array:
-        places = (number // (grid[1] * grid[2]) * images, number // grid[2] % grid[1] * depth, number % grid[2] * height)
-        sizes = (images, depth + inner[0] - 1, height + inner[1] - 1, lengths[2] + inner[2] - 1, channels)
-        near = jax.lax.dynamic_slice(x, (*places, 0, 0), sizes)
-        shifted = [near[:, i : i + depth, j : j + height, k : k + lengths[2]]
-                   for i, j, k in itertools.product(*map(range, inner))]  # fmt: skip
-        sizes = (images, depth + outer - 1, height, lengths[2], features)
-        met = jax.lax.dynamic_slice(y, (*places, 0, 0), sizes)
-        if is_few:
-            columns = jnp.stack([image[..., channel].reshape(-1) for image in shifted for channel in range(channels)])
-            return jnp.dot(columns, met.reshape(-1, features), preferred_element_type=wide)
-        columns = jnp.concatenate(shifted, axis=-1)
-        taps = [met[:, tap : tap + depth] for tap in reversed(range(outer))]
-        if groups == 1:
-            # y first: twice as fast as the other order.
-            columns, sides = columns.reshape(-1, columns.shape[-1]), (((0,), (0,)), ((), ()))
-            return jnp.stack([jax.lax.dot_general(tap.reshape(-1, features), columns, sides, preferred_element_type=wide)
-                              for tap in taps])  # fmt: skip
-        columns = columns.reshape(-1, len(shifted), groups, channels // groups)
-        taps = [tap.reshape(-1, groups, features // groups) for tap in taps]
-        return jnp.stack([jnp.einsum("ntgc,ngf->gftc", columns, tap, preferred_element_type=wide) for tap in taps])
-
-    if math.prod(grid) == 1:
-        total = slab(0)
-    else:
-        shape = jax.eval_shape(slab, 0)
-        total, _ = jax.lax.scan(
-            lambda total, number: (total + slab(number), None), jnp.zeros(shape.shape, wide), jnp.arange(math.prod(grid))
-        )
-    if is_few:
-        return total.reshape(*window, channels, features)
-    total = total.reshape(outer, groups, features // groups, *inner[1:], channels // groups)
-    return total.transpose(0, 3, 4, 5, 1, 2).reshape(*window, channels // groups, features)
-
-
-def correlate_channels(
-    x: jax.Array, y: jax.Array, window: tuple[int, ...], starts: tuple[int, ...], wide: jnp.dtype
-) -> jax.Array:
-    """`correlate` of each channel with itself: sums of elementwise products, bound by reading both for every tap."""
-    lengths = y.shape[1:-1]
-    around = [(-start, length + edge - 1 - voxels + start)
-              for length, edge, voxels, start in zip(lengths, window, x.shape[1:-1], starts, strict=True)]  # fmt: skip
-    x = pad(x, around)
-    inner = Geometry((1, *x.shape[2:-1]), (1, *window[1:]), (1, 1, 1), ((lengths[0] - 1, 0), (0, 0), (0, 0)))
-
-    def tap(number: jax.Array) -> jax.Array:
-        slab = jax.lax.dynamic_slice_in_dim(x, number, lengths[0], axis=1)
-        return jnp.stack([jnp.sum(shifted * y, axis=(0, 1, 2, 3), dtype=wide) for shifted in shifts(slab, inner)])
-
-    return jax.lax.map(tap, jnp.arange(window[0])).reshape(*window, 1, -1)
-
-
-def _divisor(count: int, most: int) -> int:
-    return max(number for number in range(1, max(1, min(count, most)) + 1) if count % number == 0)
-
-
-ROADS = {"y": forward, "x": by_input, "kernel": by_kernel}

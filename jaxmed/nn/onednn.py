@@ -21,8 +21,8 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
+from jaxlib.version import __version__ as JAXLIB
 from jaxtyping import Array, Float
 
 from jaxmed.errors import InputError
@@ -71,7 +71,7 @@ def find_road() -> Road:
 @functools.cache
 def _examine(is_forced: bool) -> Road:
     """Decide by platform, version, processor and one small convolution."""
-    version, machine = jaxlib.__version__, platform.machine()
+    version, machine = JAXLIB, platform.machine()
     if sys.platform != "linux":
         return Road("xla", f"jaxlib carries no oneDNN on {platform.system()}")
     if machine != "x86_64" and not is_forced:
@@ -107,10 +107,10 @@ def _try(dtype: str) -> str | None:
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     expected = sum(padded[:, i : i + 4, j : j + 4] @ kernel[i, j] for i in range(3) for j in range(3))
     try:
-        device = jax.devices("cpu")[0]
-        given = [jax.device_put(np.asarray(array, jnp.dtype(dtype)), device) for array in (x, kernel)]
-        # Compiled apart and run at once, also where a program is being traced.
-        program = jax.jit(lambda x, kernel: convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))).lower(*given).compile()
+        given = [np.asarray(array, jnp.dtype(dtype)) for array in (x, kernel)]
+        # Compiled apart and given what is no array of JAX's, it runs at once even where a program is being traced.
+        with jax.default_device(jax.devices("cpu")[0]):
+            program = jax.jit(lambda x, kernel: convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))).lower(*given).compile()
         found = np.asarray(program(*given), np.float32)
     except RuntimeError as error:  # XLA knows no such call, or refuses its configuration
         return str(error).splitlines()[0]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxmed.errors import InputError
+from jaxmed.nn import convolution
 from jaxmed.train.log import Log, duration
 
 # Share of the rate of a matrix product that a training step or a network reaches; measured on two cores: .1 to .4.
@@ -106,6 +107,8 @@ def count_operations(program: core.Jaxpr) -> float:
         if name == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
             total += 2.0 * _numbers(equation) * math.prod(shapes[0][axis] for axis in contracted)
+        elif equation.primitive is convolution.PRIMITIVE:
+            total += convolution.count_operations(parameters["gives"], *shapes, equation.outvars[0].aval.shape)
         elif name == "conv_general_dilated":
             kernel = shapes[1]
             outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]

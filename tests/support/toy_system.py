@@ -20,7 +20,7 @@ from jaxmed.io.images import write_png
 from jaxmed.io.tables import write_table
 from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import HeadConfig
-from jaxmed.nn.convolution import conv2d
+from jaxmed.nn.convolution import conv
 from jaxmed.recipes.adapt import AdaptConfig
 from jaxmed.recipes.adapt_sections import adapt_page
 from jaxmed.recipes.adapt_stage import LabelledConfig, LabelledData, LabelledFlags, Start, Summary, run_adapt
@@ -54,7 +54,7 @@ def conv_encoder(config: NetworkConfig) -> Encoder:
 
     def apply(params: Any, images: Any, kept: Any = None, key: Any = None) -> Any:
         for number in range(2):
-            images = jax.nn.relu(conv2d(images, params[f"layer_{number}"]["kernel"], 2))
+            images = jax.nn.relu(conv(images, params[f"layer_{number}"]["kernel"], 2))
         return images.reshape(len(images), -1, config.widths[-1])
 
     x, y = (length // 4 for length in config.image_size)
