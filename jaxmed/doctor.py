@@ -76,7 +76,7 @@ def _convolutions() -> str:
         road = find_road()
     except InputError as error:
         return str(error)
-    return f"{'oneDNN' if road.name == 'onednn' else 'XLA, several times slower in 3D'}, {road.reason}"
+    return f"{'oneDNN' if road.name == 'onednn' else 'XLA, several times slower in 3D'}; {road.reason}"
 
 
 def _usable_cores() -> int:

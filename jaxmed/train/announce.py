@@ -108,7 +108,8 @@ def count_operations(program: core.Jaxpr) -> float:
             (contracted, _), _ = parameters["dimension_numbers"]
             total += 2.0 * _numbers(equation) * math.prod(shapes[0][axis] for axis in contracted)
         elif equation.primitive is convolution.PRIMITIVE:
-            total += convolution.count_operations(parameters["gives"], *shapes, equation.outvars[0].aval.shape)
+            (result,) = equation.outvars
+            total += convolution.count_operations(parameters["gives"], *shapes, getattr(result.aval, "shape", ()))
         elif name == "conv_general_dilated":
             kernel = shapes[1]
             outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
