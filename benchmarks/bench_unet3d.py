@@ -1,9 +1,9 @@
 """A training step of a 3D U-Net: row `unet3d_step`, peer PyTorch.
 
-Three levels of two convolutions each, group norms and ReLU, halved by convolutions of stride 2 and doubled by transposed
-convolutions of 2 x 2 x 2, skips joined along channels; mean squared error, AdamW. The same weights on both sides; the
-peer is the same network in PyTorch, in the faster of its memory formats. `difference` is the largest deviation of the
-losses of the first two steps, relative to the loss.
+Three levels of two convolutions each, group norms and ReLU, halved by convolutions of stride 2 and doubled by
+transposed convolutions of 2 x 2 x 2, skips joined along channels; mean squared error, AdamW. The same weights on both
+sides; the peer is the same network in PyTorch, in the faster of its memory formats. `difference` is the largest
+deviation of the losses of the first two steps, relative to the loss.
 """
 
 import copy
