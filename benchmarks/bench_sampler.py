@@ -46,6 +46,7 @@ from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.models.published.load import load_published
 from jaxmed.models.unet_guided import CI_PRIOR, DYNAMICDPS_PRIOR, GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
+from jaxmed.train.announce import count_operations
 
 SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
 SCHEDULE = VpDiscrete()
@@ -157,16 +158,15 @@ def measure(
             versions=versions("torch", "diffusers"),
             device=describe_cpu(conditions.cores) if on_cpu() else None,
         )
-    total = None if flops is None else flops * method.evaluations
+    total = flops * method.evaluations
     measured = {"jaxmed": Measurement(seconds["jaxmed"], ours.seconds, total, accuracy=accuracy), **measured}
     workload = f"{work.name}, batch {work.batch}, {method.evaluations} evaluations"
     return make_rows(method.row, workload, measured, conditions, peak)
 
 
-def count_flops(denoiser: Denoiser, shape: tuple[int, ...]) -> float | None:
-    """Return XLA's count of the operations of one evaluation."""
-    lowered = jax.jit(denoiser.denoise).lower(jnp.zeros(shape), jnp.zeros(shape[0]))
-    return (lowered.cost_analysis() or {}).get("flops")
+def count_flops(denoiser: Denoiser, shape: tuple[int, ...]) -> float:
+    """Count the operations of one evaluation; XLA's own count is blind to oneDNN's."""
+    return count_operations(jax.make_jaxpr(denoiser.denoise)(jnp.zeros(shape), jnp.zeros(shape[0])).jaxpr)
 
 
 def on_cpu() -> bool:

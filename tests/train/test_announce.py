@@ -9,6 +9,7 @@ import pytest
 from jaxmed import cli
 from jaxmed.cli import main
 from jaxmed.errors import InputError
+from jaxmed.nn.convolution import conv
 from jaxmed.train import announce as module
 from jaxmed.train import log as log_module
 from jaxmed.train.announce import announce, count_operations, require_memory
@@ -29,6 +30,11 @@ def convolved(x):
     return jax.lax.conv(x[None, None], jnp.ones((3, 1, 2, 2)), (1, 1), "VALID")
 
 
+def convolved_by_ours(x):
+    """The convolution and its gradient by the image."""
+    return jax.vjp(lambda x: conv(x, jnp.ones((3, 3, 1, 4))), x[None, :, :, None])[1](jnp.ones((1, 8, 8, 4)))
+
+
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
@@ -36,9 +42,10 @@ def convolved(x):
         (scanned, 5 * 2 * 8**3),
         (branching, 2 * 8**3),
         (convolved, 2 * (3 * 7 * 7) * 4),
+        (convolved_by_ours, 2 * 2 * (8 * 8 * 4) * 9),
         (lambda x: jax.grad(lambda y: (y @ x).sum())(x), 2 * 2 * 8**3),
     ],
-    ids=["product", "loop", "branch", "convolution", "gradient"],
+    ids=["product", "loop", "branch", "convolution", "our convolution", "gradient"],
 )
 def test_operations_of_products_are_counted_in_loops_branches_and_gradients(function, expected):
     found = count_operations(jax.make_jaxpr(function)(jnp.ones((8, 8))).jaxpr)
