@@ -63,7 +63,8 @@ class Convolution(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         stride = (1,) * self.unstrided + (self.stride,) * (space - self.unstrided)
         edge = 0 if self.size == self.stride else self.size // 2
-        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), stride, self.groups, ((edge, edge),) * space)
+        kernel = jnp.asarray(kernel, self.dtype)
+        y = conv(x.astype(self.dtype), kernel, stride, self.groups, ((edge, edge),) * space)
         return y + bias.astype(self.dtype)
 
 
