@@ -1,10 +1,11 @@
-"""Sine-cosine tables that tell a transformer where a token stands, and their resizing to another grid.
+"""Tables and angles that tell a transformer where a token stands, and the resizing of tables to another grid.
 
 Tables are NumPy arrays of constants, made by the operations of the released code in its precision. Powers, sines and
 cosines may still differ in their last bit between versions of NumPy and processors: by 1.2e-10 in entries of 1e-3.
 """
 
-import jax
+from typing import Any, Literal, TypeAlias
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
@@ -78,12 +79,82 @@ def sincos(width: int, grid: tuple[int, ...], num_prefix: int = 1) -> Float32[np
     raise ValueError(f"grid: expected 2 or 3 axes, got {grid}")
 
 
-def resize_table(
-    table: Float[Array, "token width"], old: tuple[int, ...], new: tuple[int, ...], num_prefix: int = 1
-) -> Float[Array, "token2 width"]:
-    """Interpolate a table to another grid, linearly along each axis; the prefix rows stay.
+def rotary_angles(
+    depth: int, grid: tuple[int, ...], base: float = 100.0, stretch: float | Float[Array, ""] = 1.0
+) -> Float[Any, "patch depth"]:
+    """Return the angles of DINOv3's rotary positions, radians; features i and i + depth / 2 are a pair.
 
-    Half-pixel centres and no smoothing, as PyTorch's `interpolate(mode="trilinear", align_corners=False)`.
+    Places are mapped to [-1, 1] along each axis by itself; the first half of the pairs turns with the row, the other
+    with the column, with periods from 1 to nearly `base`.
+
+    Args:
+        depth: Of a head, divisible by 4.
+        grid: Patches along rows and columns.
+        base: Of the periods, base^(4 i / depth).
+        stretch: Factor on the places: in training exp of a uniform number in [-log 2, log 2].
+
+    Source: DINOv3, arXiv:2508.10104, released code.
+    """
+    quarter = depth // 4
+    periods = base ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter))
+    axes = [2 * (np.arange(count, dtype=np.float32) + np.float32(0.5)) / count - 1 for count in grid]
+    places = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
+    angles = (2 * np.pi * places[:, :, None] / periods).astype(np.float32).reshape(-1, 2 * quarter)
+    return stretch * np.tile(angles, 2)
+
+
+Interpolation: TypeAlias = Literal["linear", "size", "offset", "antialias"]
+
+
+def resize_matrix(old: int, new: int, how: Interpolation) -> Float32[np.ndarray, "new old"]:
+    """Return the weights of old places (across) in new ones (down); rows sum to 1.
+
+    Args:
+        old: Places.
+        new: Places.
+        how: "linear" between neighbours. The others are PyTorch's bicubic: "size" has half-pixel centres and repeats
+            the border; "offset" stretches as if there were 0.1 new places more, as the released code of DINOv2 without
+            registers does; "antialias" smooths as Pillow does, with registers and in timm.
+
+    Source: `torch.nn.functional.interpolate`; Keys 1981 with a = -0.75, or -0.5 with antialiasing.
+    """
+    places = np.arange(new)[:, None] + 0.5
+    if how == "antialias":
+        ratio = old / new
+        width = max(ratio, 1.0)
+        distance = (np.arange(old)[None] + 0.5 - places * ratio) / width
+        first, last = (np.trunc(np.maximum(places * ratio + side * 2 * width + 0.5, 0)) for side in (-1, 1))
+        inside = (np.arange(old)[None] >= first) & (np.arange(old)[None] < last)
+        weights = np.where(inside, _keys(distance, -0.5), 0)
+        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    found = places * (old / (new + 0.1 * (how == "offset"))) - 0.5
+    start, matrix = np.floor(found), np.zeros((new, old))
+    for tap in range(-1, 3):
+        place = start + tap
+        distance = found - place
+        weight = np.clip(1 - np.abs(distance), 0, None) if how == "linear" else _keys(distance, -0.75)
+        np.add.at(matrix, (np.arange(new)[:, None], np.clip(place, 0, old - 1).astype(int)), weight)
+    return matrix.astype(np.float32)
+
+
+def _keys(x: Float[np.ndarray, "..."], a: float) -> Float[np.ndarray, "..."]:
+    """Return the cubic convolution kernel of Keys 1981."""
+    x = np.abs(x)
+    inner = ((a + 2) * x - (a + 3)) * x**2 + 1
+    outer = a * (((x - 5) * x + 8) * x - 4)
+    return np.where(x <= 1, inner, np.where(x < 2, outer, 0.0))
+
+
+def resize_table(
+    table: Float[Array, "token width"],
+    old: tuple[int, ...],
+    new: tuple[int, ...],
+    num_prefix: int = 1,
+    how: Interpolation = "linear",
+) -> Float[Array, "token2 width"]:
+    """Interpolate a table to another grid, along each axis by itself; the prefix rows stay.
+
+    "linear" is PyTorch's `interpolate(mode="trilinear", align_corners=False)`; see `resize_matrix` for the others.
 
     Raises:
         ValueError: When the table has not the rows that `old` says, or the grids differ in their number of axes.
@@ -96,6 +167,8 @@ def resize_table(
     if old == new:
         return table
     width = table.shape[1]
-    grid = jnp.reshape(table[num_prefix:], (*old, width))
-    resized = jax.image.resize(grid, (*new, width), "linear", antialias=False)
+    resized = jnp.reshape(table[num_prefix:], (*old, width))
+    for axis, (length, wanted) in enumerate(zip(old, new, strict=True)):
+        matrix = resize_matrix(length, wanted, how)
+        resized = jnp.moveaxis(jnp.tensordot(matrix, resized, (1, axis), precision="highest"), 0, axis)
     return jnp.concatenate([table[:num_prefix], resized.reshape(-1, width)])

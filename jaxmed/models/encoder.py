@@ -38,6 +38,9 @@ class Encoder:
         before_last: `before_last(params, images) -> (rest, features)`, features [batch, token, width] being what
             Grad-CAM looks at; by default the last tokens.
         from_last: `from_last(params, rest, features) -> tokens` of `apply`.
+        hidden_states: `hidden_states(params, images) -> [tokens]`: embedded tokens and the output of every block,
+            before any final norm; None where there are no blocks.
+        attention: `attention(params, images) -> weights`, [batch, head, token, token] of the last block, or None.
         prefix: Tokens before those of the grid: a class token first, and registers.
         can_drop: Whether `apply` takes `kept`.
         is_random: Whether a key changes anything.
@@ -56,6 +59,8 @@ class Encoder:
     norm: Callable[[Params, Any], Any] = dataclasses.field(default=identity_norm, compare=False)
     before_last: Callable[[Params, Any], tuple[Any, Any]] | None = dataclasses.field(default=None, compare=False)
     from_last: Callable[[Params, Any, Any], Any] | None = dataclasses.field(default=None, compare=False)
+    hidden_states: Callable[[Params, Any], list[Any]] | None = dataclasses.field(default=None, compare=False)
+    attention: Callable[[Params, Any], Any] | None = dataclasses.field(default=None, compare=False)
     prefix: int = 0
     can_drop: bool = False
     is_random: bool = False

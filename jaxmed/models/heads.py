@@ -157,7 +157,8 @@ class ClassifierConfig:
     """An encoder and a head on its tokens; the defaults are TANGERINE's.
 
     Attributes:
-        encoder: The vision transformer; it has a final norm exactly where the head pools "class".
+        encoder: The vision transformer; it has a final norm where the head pools "class", and none where the head has
+            a layer norm of its own.
         head: What stands on it.
     """
 
@@ -165,7 +166,8 @@ class ClassifierConfig:
     head: HeadConfig = HeadConfig()
 
     def __post_init__(self) -> None:
-        if self.encoder.final_norm != (self.head.pool == "class"):
+        has_own = self.head.pool != "class" and self.head.norm
+        if (self.head.pool == "class" and not self.encoder.final_norm) or (has_own and self.encoder.final_norm):
             raise ValueError(
                 f"head.pool: expected 'class' exactly where the encoder has its final norm, found '{self.head.pool}'"
             )
@@ -178,7 +180,7 @@ class Classifier(nn.Module):
 
     def setup(self) -> None:
         self.encoder = Vit(self.config.encoder)
-        self.head = Head(self.config.head)
+        self.head = Head(self.config.head, self.config.encoder.prefix)
 
     def __call__(
         self,

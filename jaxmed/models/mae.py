@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.masking import Masking, all_kept, draw_noise, random_masking
+from jaxmed.arrays.position import sincos
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Share, Size, checked
-from jaxmed.models.vit import FROZEN, Blocks, Vit, VitConfig, _position_init
+from jaxmed.models.vit import FROZEN, Blocks, Vit, VitConfig
 from jaxmed.models.vit import SHARDING_RULES as VIT_RULES
 from jaxmed.nn.model import Network, make_model
 from jaxmed.nn.transformer import BlockConfig, LayerNorm, Linear
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
         encoder = config.encoder
         self.embed = Linear(config.decoder_width, encoder.dtype)
         self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (config.decoder_width,))
-        self.position = self.param("position", _position_init(config.decoder_width, encoder.grid))
+        self.position = self.param("position", lambda key: jnp.asarray(sincos(config.decoder_width, encoder.grid)))
         self.blocks = Blocks(config.block, config.decoder_depth, 0.0, encoder.remat, encoder.scan)
         self.norm = LayerNorm(1e-6)
         voxels = encoder.channels

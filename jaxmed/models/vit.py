@@ -1,4 +1,4 @@
-"""Vision transformer of ViT (arXiv:2010.11929), for 2D and 3D images."""
+"""Vision transformers on 2D and 3D images: ViT (arXiv:2010.11929), DINOv2 (2304.07193) and DINOv3 (2508.10104)."""
 
 import dataclasses
 import functools
@@ -9,19 +9,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.masking import take_tokens
 from jaxmed.arrays.patches import patch_grid, patchify
-from jaxmed.arrays.position import sincos
-from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import Decay, Positive, Size, checked
+from jaxmed.arrays.position import rotary_angles, sincos
+from jaxmed.arrays.types import KeyArray, Params, PartitionRules
+from jaxmed.config import Decay, Length, NonNegative, Positive, Size, checked
 from jaxmed.models.encoder import Encoder
 from jaxmed.nn.attention import AttentionKind
-from jaxmed.nn.model import LayerRules, make_model
-from jaxmed.nn.transformer import Block, BlockConfig, DropPath, LayerNorm, Linear
-
-FINAL_EPSILON = 1e-6  # of the final norm
+from jaxmed.nn.model import LayerRules, Model, make_model
+from jaxmed.nn.transformer import BiasKind, Block, BlockConfig, DropPath, LayerNorm, Linear, MlpKind, Rotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +43,14 @@ class VitConfig:
         remat: Recompute blocks in the backward pass: less memory, a third more work.
         scan: Compile one block and loop over it: quicker to compile for deep models; parameters keep their layout.
         attention: See `nn.attention.self_attention`.
+        positions: What tells where a token stands: "sincos", a table that stays as it is; "learned", one that is
+            trained; "rope", rotations of queries and keys in every block (2D).
+        registers: Tokens without a place after the class token, that belong to no output.
+        mask_token: Whether there is a token that stands in for hidden patches.
+        mlp: See `nn.transformer.BlockConfig`.
+        layer_scale: See `nn.transformer.BlockConfig`.
+        qkv_bias: See `nn.transformer.BlockConfig`.
+        epsilon: Added to the variance in layer norms.
     """
 
     image_size: tuple[Size, ...] = (256, 256, 256)
@@ -61,10 +67,20 @@ class VitConfig:
     remat: bool = False
     scan: bool = False
     attention: AttentionKind = "auto"
+    positions: Literal["sincos", "learned", "rope"] = "sincos"
+    registers: Length = 0
+    mask_token: bool = False
+    mlp: MlpKind = "gelu"
+    layer_scale: NonNegative = 0.0
+    qkv_bias: BiasKind = "all"
+    epsilon: Positive = 1e-6
 
     def __post_init__(self) -> None:
         if len(self.image_size) not in (2, 3):
             raise ValueError(f"image_size: expected 2 or 3 axes, found {self.image_size}")
+        if self.positions == "rope" and (len(self.image_size) != 2 or self.width // self.heads % 4):
+            found = f"{len(self.image_size)} axes and heads of {self.width / self.heads:g}"
+            raise ValueError(f"positions: expected an image of 2 axes and heads of 4, 8, ... for rope, found {found}")
         patch_grid(self.image_size, self.patch_size)
         self.block  # noqa: B018  refuses heads that do not divide the width
 
@@ -75,13 +91,21 @@ class VitConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Patch tokens of an image, without the class token."""
+        """Patch tokens of an image, without class token and registers."""
         return math.prod(self.grid)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of patches: the class token and registers."""
+        return 1 + self.registers
 
     @property
     def block(self) -> BlockConfig:
         """What every block is."""
-        return BlockConfig(self.width, self.heads, self.hidden, 1e-6, self.dtype, self.attention)
+        return BlockConfig(
+            self.width, self.heads, self.hidden, self.epsilon, self.dtype, self.attention, self.mlp, self.layer_scale,
+            self.qkv_bias,
+        )  # fmt: skip
 
 
 class Blocks(nn.Module):
@@ -98,44 +122,65 @@ class Blocks(nn.Module):
         self.layer = [kind(self.block) for _ in range(self.depth)]
 
     def __call__(
-        self, x: Float[Array, "batch token width"], key: KeyArray | None = None
+        self, x: Float[Array, "batch token width"], key: KeyArray | None = None, rotation: Rotation | None = None
     ) -> Float[Array, "batch token width"]:
         drops = self._drops(key)
         if self.scan and not self.is_initializing():
-            return self._scan(x, drops)
+            return self._scan(x, drops, rotation)
         for number, block in enumerate(self.layer):
-            x = block(x, None if drops is None else jax.tree.map(lambda leaf: leaf[number], drops))  # noqa: B023
+            drop = None if drops is None else jax.tree.map(lambda leaf: leaf[number], drops)  # noqa: B023
+            x = block(x, drop, rotation)
         return x
 
-    def before_last(self, x: Float[Array, "batch token width"]) -> tuple[Any, Any]:
+    def each(
+        self, x: Float[Array, "batch token width"], rotation: Rotation | None = None
+    ) -> list[Float[Array, "batch token width"]]:
+        """Return the output of every block."""
+        found = []
+        for block in self.layer:
+            x = block(x, None, rotation)
+            found.append(x)
+        return found
+
+    def before_last(self, x: Float[Array, "batch token width"], rotation: Rotation | None = None) -> tuple[Any, Any]:
         """Return the last block's input and its first layer norm of it."""
         for block in self.layer[:-1]:
-            x = block(x)
+            x = block(x, None, rotation)
         return x, self.layer[-1].first_norm(x)
 
-    def last(self, x: Float[Array, "batch token width"], normed: Float[Array, "batch token width"]) -> Any:
+    def last(
+        self,
+        x: Float[Array, "batch token width"],
+        normed: Float[Array, "batch token width"],
+        rotation: Rotation | None = None,
+    ) -> Any:
         """Return the last block's output."""
-        return self.layer[-1].after_norm(x, normed)
+        return self.layer[-1].after_norm(x, normed, None, rotation)
+
+    def last_weights(self, x: Float[Array, "batch token width"], rotation: Rotation | None = None) -> Any:
+        """Return how much each token looks at each in the last block."""
+        x, _ = self.before_last(x, rotation)
+        return self.layer[-1].attention_weights(x, rotation)
 
     def _drops(self, key: KeyArray | None) -> DropPath | None:
         if key is None or not self.drop_path_rate:
             return None
         return DropPath(jax.random.split(key, self.depth), jnp.linspace(0.0, self.drop_path_rate, self.depth))
 
-    def _scan(self, x: jax.Array, drops: DropPath | None) -> jax.Array:
+    def _scan(self, x: jax.Array, drops: DropPath | None, rotation: Rotation | None) -> jax.Array:
         params = [block.variables["params"] for block in self.layer]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         block = Block(self.block, parent=None)
 
         def advance(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
             params, drop = layer
-            return block.apply({"params": params}, x, drop), None  # pyright: ignore[reportReturnType]
+            return block.apply({"params": params}, x, drop, rotation), None  # pyright: ignore[reportReturnType]
 
         return jax.lax.scan(jax.checkpoint(advance) if self.remat else advance, x, (stacked, drops))[0]
 
 
 class Vit(nn.Module):
-    """Image to tokens: the class token first, then the patch tokens that are kept."""
+    """Image to tokens: the class token first, registers, then the patch tokens that are kept."""
 
     config: VitConfig
 
@@ -145,61 +190,119 @@ class Vit(nn.Module):
             config.width, config.dtype, _scaled(nn.initializers.xavier_uniform(), config.patch_gain)
         )
         self.class_token = self.param("class_token", nn.initializers.normal(0.02), (config.width,))
-        self.position = self.param("position", _position_init(config.width, config.grid))
+        if config.positions != "rope":
+            self.position = self.param("position", _position_init(config))
+        if config.registers:
+            shape = (config.registers, config.width)
+            self.register_tokens = self.param("register_tokens", nn.initializers.normal(0.02), shape)
+        if config.mask_token:
+            self.mask_token = self.param("mask_token", nn.initializers.zeros, (config.width,))
         self.blocks = Blocks(config.block, config.depth, config.drop_path_rate, config.remat, config.scan)
         if config.final_norm:
-            self.norm = LayerNorm(FINAL_EPSILON)
+            self.norm = LayerNorm(config.epsilon)
 
     def __call__(
         self,
         image: Float[Array, "batch ..."],
         kept: Int[Array, "batch keep"] | None = None,
         *,
+        hidden: Bool[Array, "batch patch"] | None = None,
         key: KeyArray | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Array, "batch token width"]:
         """Return tokens after the last block (and the final norm, where there is one).
 
         Args:
             image: [batch, *image_size, channels].
             kept: Patch tokens to process, in this order; all by default.
+            hidden: Patches in whose place the mask token is seen; none by default.
             key: Switches stochastic depth on.
+            rotation: Turns in place of the configured ones, of every token.
         """
-        return self._finish(self.blocks(self.embed(image, kept), key))
+        turns = self._rotation(kept) if rotation is None else rotation
+        return self._finish(self.blocks(self.embed(image, kept, hidden), key, turns))
 
     def embed(
-        self, image: Float[Array, "batch ..."], kept: Int[Array, "batch keep"] | None = None
+        self,
+        image: Float[Array, "batch ..."],
+        kept: Int[Array, "batch keep"] | None = None,
+        hidden: Bool[Array, "batch patch"] | None = None,
     ) -> Float[Array, "batch token width"]:
-        """Return class token and embedded patches, positions added: only kept patches are ever multiplied."""
+        """Return class token, registers and embedded patches, positions added: only kept patches are multiplied.
+
+        Registers have no position.
+        """
         config = self.config
         if image.shape[1:] != (*config.image_size, config.channels):
             raise ValueError(f"image: expected {(*config.image_size, config.channels)}, got {image.shape[1:]}")
         patches = patchify(image, config.patch_size)
-        position = self.position[None, 1:]
         if kept is not None:
             patches = take_tokens(patches, kept)
-            position = jnp.asarray(self.position)[1:][kept]  # NumPy's own cannot be asked by traced places
-        tokens = self.patch_embed(patches).astype(jnp.float32) + position
-        first = jnp.broadcast_to(self.class_token + self.position[0], (image.shape[0], 1, config.width))
-        return jnp.concatenate([first, tokens], axis=1)
+        tokens = self.patch_embed(patches).astype(jnp.float32)
+        if hidden is not None:
+            hidden = hidden if kept is None else jnp.take_along_axis(hidden, kept, axis=1)
+            tokens = jnp.where(hidden[..., None], self.mask_token, tokens)
+        first = self.class_token
+        if config.positions != "rope":
+            table = jnp.asarray(self.position)  # NumPy's own cannot be asked by traced places
+            tokens = tokens + (table[None, 1:] if kept is None else table[1:][kept])
+            first = first + table[0]
+        prefix = jnp.broadcast_to(first, (image.shape[0], 1, config.width))
+        if config.registers:
+            shape = (image.shape[0], config.registers, config.width)
+            prefix = jnp.concatenate([prefix, jnp.broadcast_to(self.register_tokens, shape)], axis=1)
+        return jnp.concatenate([prefix, tokens], axis=1)
+
+    def hidden_states(self, image: Float[Array, "batch ..."]) -> list[Float[Array, "batch token width"]]:
+        """Return the embedded tokens and the output of every block, before the final norm."""
+        x = self.embed(image)
+        return [x, *self.blocks.each(x, self._rotation(None))]
+
+    def attention(self, image: Float[Array, "batch ..."]) -> Float[Array, "batch head token token"]:
+        """Return how much each token (down) looks at each (across) in the last block."""
+        return self.blocks.last_weights(self.embed(image), self._rotation(None))
 
     def before_last(self, image: Float[Array, "batch ..."]) -> tuple[Any, Any]:
         """Return the last block's input and its first layer norm of it, for Grad-CAM."""
-        return self.blocks.before_last(self.embed(image))
+        return self.blocks.before_last(self.embed(image), self._rotation(None))
 
     def last(self, x: Float[Array, "batch token width"], normed: Float[Array, "batch token width"]) -> Any:
         """Return the tokens of `__call__`, given what `before_last` returns."""
-        return self._finish(self.blocks.last(x, normed))
+        return self._finish(self.blocks.last(x, normed, self._rotation(None)))
 
     def _finish(self, tokens: jax.Array) -> jax.Array:
         return self.norm(tokens) if self.config.final_norm else tokens
+
+    def _rotation(self, kept: jax.Array | None) -> Rotation | None:
+        config = self.config
+        if config.positions != "rope":
+            return None
+        turns = rotation_of(rotary_angles(config.width // config.heads, config.grid), config.prefix)
+        if kept is None:
+            return turns
+        return Rotation(*(_with_prefix(part, kept, config.prefix) for part in turns))
+
+
+def rotation_of(angles: Float[Any, "patch depth"], prefix: int) -> Rotation:
+    """Return the turns of all tokens of an image, given the angles of patches: those of the prefix do not turn."""
+    angles = jnp.pad(jnp.asarray(angles), ((prefix, 0), (0, 0)))
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def _with_prefix(part: jax.Array, kept: jax.Array, prefix: int) -> jax.Array:
+    first = jnp.broadcast_to(part[:prefix], (kept.shape[0], prefix, part.shape[1]))
+    return jnp.concatenate([first, part[prefix:][kept]], axis=1)
 
 
 def _scaled(init: Any, gain: float) -> Any:
     return lambda key, shape, dtype: gain * init(key, shape, dtype)
 
 
-def _position_init(width: int, grid: tuple[int, ...]) -> Any:
-    return lambda key: jnp.asarray(sincos(width, grid))
+def _position_init(config: "VitConfig") -> Any:
+    if config.positions == "learned":
+        shape = (1 + config.num_tokens, config.width)
+        return lambda key: 0.02 * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
+    return lambda key: jnp.asarray(sincos(config.width, config.grid))
 
 
 # Layouts over the mesh axis "model": columns of the first product of each branch, rows of the second.
@@ -212,7 +315,7 @@ SHARDING_RULES = (
     (r"mlp/fc2/kernel$", PartitionSpec("model", None)),
 )
 
-# The position table is a constant; layer 0 is what makes tokens of an image, block i is layer i + 1.
+# The table of sines is a constant; layer 0 is what makes tokens of an image, block i is layer i + 1.
 FROZEN = (r"(^|/)position$",)
 EMBEDDING, BLOCK = (r"^encoder/(patch_embed|class_token|position)(/|$)",), r"^encoder/blocks/layer_(\d+)/"
 
@@ -238,14 +341,42 @@ def vit_encoder(config: VitConfig) -> Encoder:
         return make_model(_Encoding(config)).init(key, jnp.zeros((1, *config.image_size, config.channels)))["encoder"]
 
     def norm(params: Params, tokens: jax.Array) -> jax.Array:
-        return make_model(LayerNorm(FINAL_EPSILON)).apply(params["norm"], tokens) if config.final_norm else tokens
+        return make_model(LayerNorm(config.epsilon)).apply(params["norm"], tokens) if config.final_norm else tokens
+
+    def call(method: str) -> Any:
+        return functools.partial(bare.apply, method=method)
 
     return Encoder(
         config, config.image_size, config.channels, config.width, config.grid, init, bare.apply, norm,
-        functools.partial(bare.apply, method="before_last"), functools.partial(bare.apply, method="last"), prefix=1,
+        call("before_last"), call("last"), call("hidden_states"), call("attention"), prefix=config.prefix,
         can_drop=True, is_random=config.drop_path_rate > 0, layers=LayerRules(config.depth, EMBEDDING, BLOCK),
-        rules=SHARDING_RULES, frozen=FROZEN,
+        rules=gated_rules(config.mlp), frozen=FROZEN if config.positions == "sincos" else (),
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=128)
+def vit_model(config: VitConfig) -> Model:
+    """Return the transformer alone, image to tokens, with parameters {"encoder": ...} as in files."""
+    vit = make_model(Vit(config))
+
+    def init(key: Any, *inputs: Any, **options: Any) -> Params:
+        return {"encoder": vit.init(key, *inputs, **options)}
+
+    def apply(params: Params, *inputs: Any, **options: Any) -> Any:
+        return vit.apply(params["encoder"], *inputs, **options)
+
+    return Model(init, apply)
+
+
+def gated_rules(mlp: MlpKind) -> PartitionRules:
+    """Return the layouts of transformers: the two maps of a gated MLP are split alike."""
+    if mlp == "gelu":
+        return SHARDING_RULES
+    return (
+        (r"mlp/fc1/kernel$", PartitionSpec(None, None, "model")),
+        (r"mlp/fc1/bias$", PartitionSpec(None, "model")),
+        *SHARDING_RULES,
+    )
 
 
 VIT_L16_3D = VitConfig()

@@ -1,7 +1,11 @@
-"""The pre-norm transformer block of ViT: normalise, attend, add; normalise, MLP, add."""
+"""The pre-norm transformer block of ViT: normalise, attend, add; normalise, MLP, add.
+
+With what DINOv2 (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104) add to it: factors on both branches, gated MLPs, and
+positions as rotations of queries and keys.
+"""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -10,6 +14,21 @@ from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import KeyArray
 from jaxmed.nn.attention import AttentionKind, self_attention
+
+MlpKind: TypeAlias = Literal["gelu", "swiglu"]
+BiasKind: TypeAlias = Literal["all", "all but keys", "none"]
+
+
+class Rotation(NamedTuple):
+    """Turns of queries and keys, the same for all heads; of a token without a place cosine 1 and sine 0.
+
+    Attributes:
+        cosine: Of the angles.
+        sine: Of the angles.
+    """
+
+    cosine: Float[Array, "*batch token depth"]
+    sine: Float[Array, "*batch token depth"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +42,10 @@ class BlockConfig:
         epsilon: Added to the variance in layer norms.
         dtype: Type of the matrix products; parameters, norms, softmax and sums stay float32.
         attention: See `nn.attention.self_attention`.
+        mlp: "gelu", or "swiglu": silu(a) b of two linear maps a and b.
+        layer_scale: What the factors on the features of both branches begin with; 0 for none.
+        qkv_bias: Which of queries, keys and values have a constant. "all but keys" keeps one for keys and takes it for
+            0, as DINOv3 does, whose files hold it.
     """
 
     width: int
@@ -31,6 +54,9 @@ class BlockConfig:
     epsilon: float = 1e-6
     dtype: str = "float32"
     attention: AttentionKind = "auto"
+    mlp: MlpKind = "gelu"
+    layer_scale: float = 0.0
+    qkv_bias: BiasKind = "all"
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -50,11 +76,16 @@ class DropPath(NamedTuple):
 
 
 class Linear(nn.Module):
-    """y = x kernel + bias, over merged leading axes: one plain matrix product, which is what a CPU does fastest."""
+    """y = x kernel + bias, over merged leading axes: one plain matrix product, which is what a CPU does fastest.
+
+    The bias of `without_bias`, a place along the first axis of `features`, is there and counts as 0.
+    """
 
     features: int | tuple[int, ...]
     dtype: str = "float32"
     kernel_init: Any = nn.initializers.xavier_uniform()
+    use_bias: bool = True
+    without_bias: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch features"]:
@@ -67,10 +98,14 @@ class Linear(nn.Module):
             return self.kernel_init(key, (full[0], columns), dtype).reshape(full)
 
         kernel = self.param("kernel", init, (x.shape[-1], *shape), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         product = jnp.dot(rows, kernel.reshape(x.shape[-1], columns).astype(self.dtype))
-        return (product + bias.reshape(columns).astype(self.dtype)).reshape(*x.shape[:-1], columns)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+            if self.without_bias is not None:
+                bias = jnp.asarray(bias).at[self.without_bias].set(0)
+            product = product + bias.reshape(columns).astype(self.dtype)
+        return product.reshape(*x.shape[:-1], columns)
 
 
 class LayerNorm(nn.Module):
@@ -93,23 +128,61 @@ class Attention(nn.Module):
 
     config: BlockConfig
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch token width"]) -> Float[Array, "batch token width"]:
+    def setup(self) -> None:
         config = self.config
-        heads = (3, config.heads, config.width // config.heads)
-        qkv = Linear(heads, config.dtype, name="qkv")(x).reshape(*x.shape[:2], *heads)
-        mixed = self_attention(qkv, config.attention)
-        return Linear(config.width, config.dtype, name="out")(mixed.reshape(*x.shape[:2], config.width))
+        without = 1 if config.qkv_bias == "all but keys" else None
+        self.qkv = Linear(self.heads, config.dtype, use_bias=config.qkv_bias != "none", without_bias=without)
+        self.out = Linear(config.width, config.dtype)
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Shape of a token's queries, keys and values."""
+        return 3, self.config.heads, self.config.width // self.config.heads
+
+    def __call__(
+        self, x: Float[Array, "batch token width"], rotation: Rotation | None = None
+    ) -> Float[Array, "batch token width"]:
+        mixed = self_attention(self._split(x, rotation), self.config.attention)
+        return self.out(mixed.reshape(*x.shape[:2], self.config.width))
+
+    def weights(
+        self, x: Float[Array, "batch token width"], rotation: Rotation | None = None
+    ) -> Float[Array, "batch head token token"]:
+        """Return how much each token (down) looks at each (across), to be looked at; rows sum to 1."""
+        qkv = self._split(x, rotation).astype(jnp.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", qkv[:, :, 0] * self.heads[2] ** -0.5, qkv[:, :, 1])
+        return jax.nn.softmax(scores, axis=-1)
+
+    def _split(self, x: jax.Array, rotation: Rotation | None) -> Float[Array, "batch token 3 head depth"]:
+        qkv = self.qkv(x).reshape(*x.shape[:2], *self.heads)
+        if rotation is None:
+            return qkv
+        turned = rotate(qkv[:, :, :2].astype(jnp.float32), rotation).astype(qkv.dtype)
+        return jnp.concatenate([turned, qkv[:, :, 2:]], axis=2)
+
+
+def rotate(
+    x: Float[Array, "batch token part head depth"], rotation: Rotation
+) -> Float[Array, "batch token part head depth"]:
+    """Turn pairs of features, the first of each pair in the first half: x cos + (-second, first) sin."""
+    cosine, sine = (angles[..., None, None, :] for angles in rotation)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cosine + jnp.concatenate([-second, first], axis=-1) * sine
 
 
 class Mlp(nn.Module):
-    """Linear, exact (erf) GELU, linear."""
+    """Linear, exact (erf) GELU, linear; or, with two maps in "fc1", silu of the first times the second, linear."""
 
     config: BlockConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch token width"]) -> Float[Array, "batch token width"]:
-        hidden = nn.gelu(Linear(self.config.hidden, self.config.dtype, name="fc1")(x), approximate=False)
+        width = self.config.hidden
+        if self.config.mlp == "swiglu":
+            gate, value = jnp.split(Linear((2, width), self.config.dtype, name="fc1")(x), 2, axis=-1)
+            hidden = nn.silu(gate) * value
+        else:
+            hidden = nn.gelu(Linear(width, self.config.dtype, name="fc1")(x), approximate=False)
         return Linear(self.config.width, self.config.dtype, name="fc2")(hidden)
 
 
@@ -123,11 +196,21 @@ class Block(nn.Module):
         self.attention = Attention(self.config)
         self.norm2 = LayerNorm(self.config.epsilon)
         self.mlp = Mlp(self.config)
+        if self.config.layer_scale:
+            init = nn.initializers.constant(self.config.layer_scale)
+            self.scale1 = self.param("scale1", init, (self.config.width,), jnp.float32)
+            self.scale2 = self.param("scale2", init, (self.config.width,), jnp.float32)
 
     def __call__(
-        self, x: Float[Array, "batch token width"], drop: DropPath | None = None
+        self, x: Float[Array, "batch token width"], drop: DropPath | None = None, rotation: Rotation | None = None
     ) -> Float[Array, "batch token width"]:
-        return self.after_norm(x, self.norm1(x), drop)
+        return self.after_norm(x, self.norm1(x), drop, rotation)
+
+    def attention_weights(
+        self, x: Float[Array, "batch token width"], rotation: Rotation | None = None
+    ) -> Float[Array, "batch head token token"]:
+        """Return how much each token looks at each."""
+        return self.attention.weights(self.norm1(x), rotation)
 
     def first_norm(self, x: Float[Array, "batch token width"]) -> Float[Array, "batch token width"]:
         """Return the first layer norm's output, on which Grad-CAM looks."""
@@ -138,11 +221,13 @@ class Block(nn.Module):
         x: Float[Array, "batch token width"],
         normed: Float[Array, "batch token width"],
         drop: DropPath | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Array, "batch token width"]:
         """Return the block's output, given the first layer norm's."""
         first, second = (None, None) if drop is None else jax.random.split(drop.key)
-        x = x + _skip(self.attention(normed), drop, first)
-        return x + _skip(self.mlp(self.norm2(x)), drop, second)
+        scale1, scale2 = (self.scale1, self.scale2) if self.config.layer_scale else (1, 1)
+        x = x + scale1 * _skip(self.attention(normed, rotation), drop, first)
+        return x + scale2 * _skip(self.mlp(self.norm2(x)), drop, second)
 
 
 def _skip(branch: jax.Array, drop: DropPath | None, key: KeyArray | None) -> jax.Array:

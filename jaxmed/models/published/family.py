@@ -4,10 +4,12 @@ A family is a file beside this one that ends in `FAMILY = Family(...)`, and its 
 models that it has, the classes of their sizes and their input are its own: nothing else branches on them.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxmed.arrays.position import Interpolation
 from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
 from jaxmed.data.preprocess import Preprocess
@@ -59,7 +61,7 @@ class Facts(NamedTuple):
     outputs: int | None = None
 
 
-def no_resize(config: Any, params: Params, image_size: tuple[int, ...]) -> tuple[Any, Params]:
+def no_resize(config: Any, params: Params, image_size: tuple[int, ...], how: Interpolation) -> tuple[Any, Params]:
     """Return a model without a table of positions as it is."""
     return config, params
 
@@ -78,17 +80,20 @@ class Family(NamedTuple):
         infer: (where, tensors, hints) -> config, from shapes; where is the file, for messages. Raises InputError where
             tensors that tell sizes are missing or contradict each other, or something is not told.
         facts: config -> what others ask.
-        entries: config -> every tensor and its parameter.
+        entries: (config, naming) -> every tensor and its parameter.
         make_model: (config, parts of the parameters that are there) -> the model that runs them.
         preprocess: config -> a file, volume or array to the model's input.
         notes: (config, settings) -> what a user should know, in sentences.
         describe: (config, parts, task) -> lines of `jaxmed weights show`: a word and a text, the kind first.
         own_record: (where, run, parameters by path) -> what `record.json` would say of a checkpoint of an own run
             ("kind", "config", "preprocess"); None for a run of another family.
-        resize: (config, params, image_size) -> both, for images of another size. Raises InputError where no model
-            has it.
+        resize: (config, params, image_size, how) -> both, for images of another size; how as in
+            `arrays.position.resize_matrix`. Raises InputError where no model has the size.
         optional: Parts of the parameters that a file may lack as a whole.
-        counters: Tensors that nothing uses, but that are exported again.
+        counters: Regular expressions of small tensors that nothing uses, but that are exported again.
+        interpolation: (config, naming) -> how the released code interpolates tables of positions.
+        naming: Tensors -> which of several ways of naming them a file follows; "" is the family's own.
+        renames: Names of a file -> those of them that `entries` knows by another name, such as blocks in chunks.
     """
 
     name: str
@@ -100,12 +105,19 @@ class Family(NamedTuple):
     recognises: Callable[[Mapping[str, Any]], bool]
     infer: Callable[[str, Mapping[str, Any], Hints], Any]
     facts: Callable[[Any], Facts]
-    entries: Callable[[Any], list[Entry]]
+    entries: Callable[..., list[Entry]]
     make_model: Callable[[Any, Collection[str]], Model]
     preprocess: Callable[[Any], Preprocess]
     notes: Callable[[Any, Mapping[str, Any]], tuple[str, ...]]
     describe: Callable[[Any, Collection[str], Task | None], list[tuple[str, str]]]
     own_record: Callable[[str, Mapping[str, Any], Mapping[str, Any]], dict[str, Any] | None]
-    resize: Callable[[Any, Params, tuple[int, ...]], tuple[Any, Params]] = no_resize
+    resize: Callable[..., tuple[Any, Params]] = no_resize
     optional: tuple[str, ...] = ()
     counters: tuple[str, ...] = ()
+    interpolation: Callable[[Any, str], Interpolation] = lambda config, naming: "linear"
+    naming: Callable[[Mapping[str, Any]], str] = lambda tensors: ""
+    renames: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {}
+
+    def is_counter(self, name: str) -> bool:
+        """Tell whether a tensor is kept although nothing uses it."""
+        return any(re.fullmatch(pattern, name) for pattern in self.counters)

@@ -97,7 +97,7 @@ def infer(where: str, tensors: Mapping[str, Any], hints: Hints = Hints()) -> Gui
         raise InputError(where, "weights of a possible network", str(error)) from error
 
 
-def entries(config: GuidedUnetConfig) -> list[Entry]:
+def entries(config: GuidedUnetConfig, naming: str = "") -> list[Entry]:
     """Return every tensor of a network and its parameter."""
     found = [*_conv("input_blocks.0.0", "stem", config, config.channels, config.widths[0])]
     if config.with_time:

@@ -7,12 +7,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Shaped
 
+from jaxmed.arrays.position import Interpolation
 from jaxmed.arrays.task import Task
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
@@ -21,12 +22,13 @@ from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError, listed, nearest
 from jaxmed.io import safetensors
 from jaxmed.io.weights_files import RECORD, Source, read_source
-from jaxmed.models.published import guided_diffusion, tangerine
+from jaxmed.models.published import dinov2, dinov3, guided_diffusion, retfound, tangerine
 from jaxmed.models.published.family import Family, Hints
 from jaxmed.models.published.names import collect, to_tensor
 from jaxmed.nn.model import Model
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (tangerine.FAMILY, guided_diffusion.FAMILY)}
+_FAMILIES = (tangerine.FAMILY, retfound.FAMILY, dinov2.FAMILY, dinov3.FAMILY, guided_diffusion.FAMILY)
+FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 OWN_LICENCE = "made by an own run; where that started from published weights, their licence holds"
 
 
@@ -86,7 +88,8 @@ class Published:
         config: The model's sizes, of one of the classes of `Family.kinds`; who asks for a family knows which.
         report: Where the weights came from.
         task: What the outputs mean, of a classifier; None where nobody has said.
-        extras: Counters of the original code that nothing uses; they are exported again.
+        extras: Small arrays of the original code that nothing uses (counters, constants); they are exported again.
+        naming: How the file named its tensors, where a family has several ways.
     """
 
     model: Model
@@ -95,21 +98,22 @@ class Published:
     config: Any
     report: ImportReport
     task: Task | None = None
-    extras: Mapping[str, Integer[np.ndarray, ""]] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Shaped[np.ndarray, "..."]] = dataclasses.field(default_factory=dict)
+    naming: str = ""
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Return params, and what is static: it decides what is compiled, and compares by value."""
-        extras = tuple(sorted((name, int(count)) for name, count in self.extras.items()))
-        static = (self.model, self.preprocess, self.config, self.report, self.task, extras)
+        extras = tuple((n, a.dtype.str, a.shape, a.tobytes()) for n, a in sorted(self.extras.items()))
+        static = (self.model, self.preprocess, self.config, self.report, self.task, extras, self.naming)
         return ((jax.tree_util.GetAttrKey("params"), self.params),), static
 
     @classmethod
     def tree_unflatten(cls, static: Any, leaves: Any) -> "Published":
         """Return weights of leaves of any kind: arrays, tracers, gradients."""
-        model, preprocess, config, report, task, extras = static
+        model, preprocess, config, report, task, extras, naming = static
         made = object.__new__(cls)  # no check of types: leaves may be anything while a tree is walked
-        counts = {name: np.asarray(count, np.int64) for name, count in extras}
-        fields = (model, leaves[0], preprocess, config, report, task, counts)
+        arrays = {n: np.frombuffer(bits, kind).reshape(shape) for n, kind, shape, bits in extras}
+        fields = (model, leaves[0], preprocess, config, report, task, arrays, naming)
         for field, value in zip(dataclasses.fields(cls), fields, strict=True):
             object.__setattr__(made, field.name, value)
         return made
@@ -142,22 +146,27 @@ def load_published(
 
     def find_wanted(source: Source) -> set[str]:
         known = _find_family(source, family)
-        entries = known.entries(_find_config(source, known, hints))
-        fitting = {entry.name for entry in entries if _shape(source, entry.name) == entry.shape}
-        return fitting | set(known.counters)
+        new, renames = _renamed(source, known), known.renames(source.tensors)
+        entries = known.entries(_find_config(new, known, hints), known.naming(new.tensors))
+        fitting = {entry.name for entry in entries if _shape(new, entry.name) == entry.shape}
+        return {name for name in source.tensors if renames.get(name, name) in fitting or known.is_counter(name)}
 
     def is_known(tensors: Mapping[str, Any]) -> bool:
         return any(known.recognises(tensors) for known in FAMILIES.values())
 
     source = _with_record(read_source(Path(path), is_known, find_wanted))
     known = _find_family(source, family)
-    config = _find_config(source, known, hints)
-    entries = [entry.own() for entry in known.entries(config)] if source.is_own else known.entries(config)
+    source = _renamed(source, known)
+    config, naming = _find_config(source, known, hints), known.naming(source.tensors)
+    entries = known.entries(config, naming)
+    if source.is_own:
+        naming = str(source.record.get("naming", ""))
+        entries = list(dict.fromkeys(entry.own() for entry in known.entries(config, naming)))
     found = collect(source.where, entries, source.tensors, known.optional)
     task = _find_task(source, known, config, task)
-    counters = [name for name in found.left_over if name in known.counters]
+    counters = [name for name in found.left_over if known.is_counter(name)]
     extras = {name: np.asarray(source.tensors[name]) for name in counters}
-    extras |= {name: np.asarray(count, np.int64) for name, count in source.record.get("extras", {}).items()}
+    extras |= {name: _read_extra(value) for name, value in source.record.get("extras", {}).items()}
     report = ImportReport(
         known.name,
         known.facts(config).kind,
@@ -170,7 +179,7 @@ def load_published(
     )
     preprocess = _find_preprocess(source, known, config)
     model = known.make_model(config, found.params)
-    return Published(model, found.params, preprocess, config, report, task, extras)
+    return Published(model, found.params, preprocess, config, report, task, extras, naming)
 
 
 def export_published(published: Published, path: str | Path) -> None:
@@ -184,7 +193,8 @@ def export_published(published: Published, path: str | Path) -> None:
     """
     family = _named_family(published.report.family)
     leaves = named_leaves(published.params)
-    entries = [entry for entry in family.entries(published.config) if entry.part in published.params]
+    entries = family.entries(published.config, published.naming)
+    entries = [entry for entry in entries if entry.part in published.params]
     tensors: dict[str, Any] = {entry.name: to_tensor(entry, leaves[entry.path]) for entry in entries}
     record = published_record(published)
     metadata = {"format": "pt", "family": family.name, "kind": published.report.kind}
@@ -207,16 +217,33 @@ def published_record(published: Published) -> dict[str, Any]:
     if published.task is not None:
         record["task"] = to_record(published.task)
     if published.extras:
-        record["extras"] = {name: int(count) for name, count in published.extras.items()}
+        record["extras"] = {name: _write_extra(np.asarray(value)) for name, value in published.extras.items()}
+    if published.naming:
+        record["naming"] = published.naming
     return record
 
 
-def resize_positions(published: Published, image_size: tuple[int, ...]) -> Published:
+def _write_extra(value: np.ndarray) -> Any:
+    if not value.ndim and value.dtype.kind in "iu":
+        return int(value)
+    return {"dtype": value.dtype.str, "shape": list(value.shape), "hex": value.tobytes().hex()}
+
+
+def _read_extra(value: Any) -> np.ndarray:
+    if not isinstance(value, dict):
+        return np.asarray(value, np.int64)
+    return np.frombuffer(bytes.fromhex(value["hex"]), value["dtype"]).reshape(value["shape"])
+
+
+def resize_positions(
+    published: Published, image_size: tuple[int, ...], how: Interpolation | Literal[""] = ""
+) -> Published:
     """Return the same weights for images of another size: position tables are interpolated, nothing else changes.
 
     Args:
         published: From `load_published`.
         image_size: Voxels along each axis; multiples of the patch size.
+        how: How tables are interpolated; as the family's released code does by default.
 
     Raises:
         InputError: The size does not divide into patches.
@@ -228,7 +255,9 @@ def resize_positions(published: Published, image_size: tuple[int, ...]) -> Publi
         raise InputError("image size", "a model with a table of positions", found, "it takes any size as it is")
     if size == facts.image_size:
         return published
-    config, params = family.resize(published.config, published.params, size)
+    config, params = family.resize(
+        published.config, published.params, size, how or family.interpolation(published.config, published.naming)
+    )
     preprocess = dataclasses.replace(published.preprocess, size=size)
     model = family.make_model(config, params)
     return dataclasses.replace(published, model=model, params=params, config=config, preprocess=preprocess)
@@ -236,6 +265,12 @@ def resize_positions(published: Published, image_size: tuple[int, ...]) -> Publi
 
 def _shape(source: Source, name: str) -> tuple[int, ...] | None:
     return tuple(source.tensors[name].shape) if name in source.tensors else None
+
+
+def _renamed(source: Source, family: Family) -> Source:
+    """Give tensors the names that the family's entries know."""
+    names = {} if source.is_own else family.renames(source.tensors)
+    return source._replace(tensors={names.get(name, name): value for name, value in source.tensors.items()})
 
 
 def _with_record(source: Source) -> Source:

@@ -29,7 +29,9 @@ class Entry(NamedTuple):
         path: Path of the parameter, such as "encoder/patch_embed/kernel".
         shape: Shape of the tensor.
         axes: The tensor's axes in the order in which the parameter reads them.
-        target: Shape of the parameter.
+        target: Shape of the parameter, or of the piece of it that the tensor is.
+        piece: Of a tensor that is a piece: the axis of the parameter along which pieces follow one another, where this
+            one begins, and the length of the whole. What no tensor fills is 0.
     """
 
     name: str
@@ -37,15 +39,32 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     target: tuple[int, ...]
+    piece: tuple[int, int, int] | None = None
 
     @property
     def part(self) -> str:
         """The part of the model that the parameter belongs to, such as "encoder"."""
         return self.path.partition("/")[0]
 
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        if self.piece is None:
+            return self.target
+        axis, _, length = self.piece
+        return (*self.target[:axis], length, *self.target[axis + 1 :])
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Where the tensor is in the parameter."""
+        if self.piece is None:
+            return ()
+        axis, start, _ = self.piece
+        return (*(slice(None),) * axis, slice(start, start + self.target[axis]))
+
     def own(self) -> "Entry":
         """Return the entry of our own files, where the name is the path and the layout stays."""
-        return Entry(self.path, self.path, self.target, tuple(range(len(self.target))), self.target)
+        return Entry(self.path, self.path, self.whole, tuple(range(len(self.whole))), self.whole)
 
 
 class Collected(NamedTuple):
@@ -102,19 +121,77 @@ def patch_embedding(name: str, path: str, config: VitConfig) -> tuple[Entry, Ent
     )
 
 
-def blocks(name: str, path: str, depth: int, config: BlockConfig) -> list[Entry]:
-    """Return a column of timm's transformer blocks (rows of qkv: queries, keys, values; heads contiguous)."""
+class BlockNames(NamedTuple):
+    """Names inside a transformer block, one for each tensor or one for each of its pieces.
+
+    Attributes:
+        qkv: One map, or those of queries, keys and values.
+        out: The map of what heads have mixed.
+        fc1: The first map of the MLP; of a gated one both in one, or the gate's and the other's.
+        fc2: The last map of the MLP.
+        scales: Factors on the branches.
+    """
+
+    qkv: tuple[str, ...] = ("attn.qkv",)
+    out: str = "attn.proj"
+    fc1: tuple[str, ...] = ("mlp.fc1",)
+    fc2: str = "mlp.fc2"
+    scales: tuple[str, str] = ("ls1.gamma", "ls2.gamma")
+
+
+TIMM = BlockNames()
+
+
+def blocks(name: str, path: str, depth: int, config: BlockConfig, names: BlockNames = TIMM) -> list[Entry]:
+    """Return a column of transformer blocks, in timm's names or others.
+
+    Rows of qkv are queries, keys and values, heads contiguous; rows of a gated fc1 are the gate's and the other's.
+    """
     entries: list[Entry] = []
-    width, split = config.width, (3, config.heads, config.width // config.heads)
+    width, split = config.width, (config.heads, config.width // config.heads)
+    biased = {"all": (0, 1, 2), "all but keys": (0, 1, 2) if len(names.qkv) == 1 else (0, 2), "none": ()}
     for number in range(depth):
         theirs, ours = f"{name}.{number}", f"{path}/layer_{number}"
         entries += layer_norm(f"{theirs}.norm1", f"{ours}/norm1", width)
-        entries += linear(f"{theirs}.attn.qkv", f"{ours}/attention/qkv", width, 3 * width, split)
-        entries += linear(f"{theirs}.attn.proj", f"{ours}/attention/out", width, width)
+        qkv = [f"{theirs}.{part}" for part in names.qkv]
+        entries += pieces(qkv, f"{ours}/attention/qkv", width, (3, *split), biased[config.qkv_bias])
+        entries += linear(f"{theirs}.{names.out}", f"{ours}/attention/out", width, width)
         entries += layer_norm(f"{theirs}.norm2", f"{ours}/norm2", width)
-        entries += linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/fc1", width, config.hidden)
-        entries += linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc2", config.hidden, width)
+        if config.mlp == "swiglu":
+            fc1 = [f"{theirs}.{part}" for part in names.fc1]
+            entries += pieces(fc1, f"{ours}/mlp/fc1", width, (2, config.hidden), (0, 1))
+        else:
+            entries += linear(f"{theirs}.{names.fc1[0]}", f"{ours}/mlp/fc1", width, config.hidden)
+        entries += linear(f"{theirs}.{names.fc2}", f"{ours}/mlp/fc2", config.hidden, width)
+        if config.layer_scale:
+            for scale, ending in zip(("scale1", "scale2"), names.scales, strict=True):
+                entries.append(reshaped(f"{theirs}.{ending}", f"{ours}/{scale}", (width,), (width,)))
     return entries
+
+
+def pieces(
+    names: Sequence[str], path: str, inputs: int, target: tuple[int, ...], biased: Collection[int]
+) -> list[Entry]:
+    """Return a linear layer whose outputs have several parts, in one tensor or in one for each part.
+
+    Args:
+        names: One, or one for each part.
+        path: Of the parameters.
+        inputs: Features.
+        target: Parts, and the axes of each.
+        biased: Parts with a constant; all or none where one tensor holds them.
+    """
+    whole, part = math.prod(target), math.prod(target[1:])
+    if len(names) == 1:
+        kernel, bias = linear(names[0], path, inputs, whole, target)
+        return [kernel, bias] if biased else [kernel]
+    found = []
+    for number, name in enumerate(names):
+        kernel, bias = linear(name, path, inputs, part, (1, *target[1:]))
+        found.append(kernel._replace(piece=(1, number, target[0])))
+        if number in biased:
+            found.append(bias._replace(piece=(0, number, target[0])))
+    return found
 
 
 def to_parameter(entry: Entry, tensor: Shaped[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
@@ -125,7 +202,7 @@ def to_parameter(entry: Entry, tensor: Shaped[np.ndarray, "..."]) -> Float32[np.
 
 def to_tensor(entry: Entry, parameter: Any) -> Float32[np.ndarray, "..."]:
     """Change the layout of a parameter into the tensor's."""
-    moved = np.asarray(parameter, np.float32).reshape([entry.shape[axis] for axis in entry.axes])
+    moved = np.asarray(parameter, np.float32)[entry.place].reshape([entry.shape[axis] for axis in entry.axes])
     return np.ascontiguousarray(np.transpose(moved, np.argsort(entry.axes)))
 
 
@@ -163,7 +240,10 @@ def collect(
         _check(where, entry, tensor)
         if tensor.dtype.itemsize > 4:
             wide.append(entry.name)
-        leaves[entry.path] = to_parameter(entry, tensor)
+        if entry.piece is None:
+            leaves[entry.path] = to_parameter(entry, tensor)
+        else:
+            leaves.setdefault(entry.path, np.zeros(entry.whole, np.float32))[entry.place] = to_parameter(entry, tensor)
         used.append(entry.name)
     known = set(used)
     notes = (f"{len(wide)} tensors of float64 were rounded to float32",) if wide else ()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxmed.arrays.position import resize_table
+from jaxmed.arrays.position import Interpolation, resize_table
 from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
 from jaxmed.config import to_record
@@ -33,12 +33,12 @@ from jaxmed.models.published.names import (
     shape_of,
     told,
 )
-from jaxmed.models.vit import Vit, VitConfig
+from jaxmed.models.vit import VitConfig, vit_model
 from jaxmed.nn.model import Model, make_model
 
 KINDS = {"mae": Kind(MaeConfig, "a masked autoencoder"), "classifier": Kind(ClassifierConfig, "a classifier")}
 # BatchNorm's count of batches: nothing uses it, but a file that is written again holds it again.
-COUNTERS = ("head.2.num_batches_tracked", "head.5.num_batches_tracked")
+COUNTERS = (r"head\.[25]\.num_batches_tracked",)
 HIDDEN = ("head/hidden/bias", "head/hidden_2/bias")
 
 
@@ -104,11 +104,11 @@ def facts(config: MaeConfig | ClassifierConfig) -> Facts:
     return Facts("mae", encoder.heads, config.decoder_heads, encoder.image_size)
 
 
-def entries(config: MaeConfig | ClassifierConfig) -> list[Entry]:
+def entries(config: MaeConfig | ClassifierConfig, naming: str = "") -> list[Entry]:
     """Return every tensor of a model and its parameter."""
     found = _encoder(config.encoder)
     if isinstance(config, ClassifierConfig):
-        return found + _head(config.head, config.encoder.width)
+        return found + head_entries(config.head, config.encoder.width)
     return found + _decoder(config)
 
 
@@ -118,27 +118,12 @@ def make_vit_model(config: MaeConfig | ClassifierConfig, parts: Collection[str])
         return make_model(Classifier(config))
     if "decoder" in parts:
         return make_model(Mae(config))
-    vit = make_model(Vit(config.encoder))
-
-    def init(key: Any, *inputs: Any, **options: Any) -> Params:
-        return {"encoder": vit.init(key, *inputs, **options)}
-
-    def apply(params: Params, *inputs: Any, **options: Any) -> Any:
-        return vit.apply(params["encoder"], *inputs, **options)
-
-    return Model(init, apply)
+    return vit_model(config.encoder)
 
 
 def describe(config: MaeConfig | ClassifierConfig, parts: Collection[str], task: Task | None) -> list[tuple[str, str]]:
     """Return the lines of `jaxmed weights show` on kind and sizes."""
-    encoder = config.encoder
-    size, patch = (" x ".join(map(str, sizes)) for sizes in (encoder.image_size, encoder.patch_size))
-    unit = "voxels" if len(encoder.image_size) == 3 else "pixels"
-    channels = f"{encoder.channels} channel{'s' * (encoder.channels > 1)}"
-    fields = [
-        ("input", f"{size} {unit}, {channels}, in patches of {patch}: {encoder.num_tokens:,} tokens"),
-        ("encoder", f"width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, hidden {encoder.hidden}"),
-    ]
+    fields = describe_encoder(config.encoder)
     if isinstance(config, ClassifierConfig):
         head = config.head
         inner = "".join(f", hidden layer of {width} with BatchNorm" for width in head.hidden_widths)
@@ -154,25 +139,52 @@ def describe(config: MaeConfig | ClassifierConfig, parts: Collection[str], task:
     return [("kind", kind), *fields, ("decoder", f"width {config.decoder_width}, {sizes}")]
 
 
+def describe_encoder(encoder: VitConfig) -> list[tuple[str, str]]:
+    """Return the lines on an encoder's sizes."""
+    size, patch = (" x ".join(map(str, sizes)) for sizes in (encoder.image_size, encoder.patch_size))
+    unit = "voxels" if len(encoder.image_size) == 3 else "pixels"
+    channels = f"{encoder.channels} channel{'s' * (encoder.channels > 1)}"
+    return [
+        ("input", f"{size} {unit}, {channels}, in patches of {patch}: {encoder.num_tokens:,} tokens"),
+        ("encoder", f"width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, hidden {encoder.hidden}"),
+    ]
+
+
 def resize(
-    config: MaeConfig | ClassifierConfig, params: Params, image_size: tuple[int, ...]
+    config: MaeConfig | ClassifierConfig, params: Params, image_size: tuple[int, ...], how: Interpolation = "linear"
 ) -> tuple[MaeConfig | ClassifierConfig, Params]:
     """Interpolate the tables of positions to images of another size.
 
     Raises:
         InputError: The size does not divide into patches.
     """
+    encoder, encoder_params = resize_encoder(config.encoder, params["encoder"], image_size, how)
+    params = {**params, "encoder": encoder_params}
+    if "decoder" in params:
+        table = resize_table(jnp.asarray(params["decoder"]["position"]), config.encoder.grid, encoder.grid, how=how)
+        params["decoder"] = {**params["decoder"], "position": table}
+    return dataclasses.replace(config, encoder=encoder), params
+
+
+def resize_encoder(
+    config: VitConfig, params: Params, image_size: tuple[int, ...], how: Interpolation
+) -> tuple[VitConfig, Params]:
+    """Interpolate an encoder's table of positions, where it has one, to images of another size.
+
+    Raises:
+        InputError: The size does not divide into patches.
+    """
     try:
-        encoder = dataclasses.replace(config.encoder, image_size=image_size)
-        resized = dataclasses.replace(config, encoder=encoder)
+        resized = dataclasses.replace(config, image_size=image_size)
     except ValueError as error:
-        advice = f"take multiples of {config.encoder.patch_size}"
+        advice = f"take multiples of {config.patch_size}"
         raise InputError("image size", "a size that the model can have", str(error), advice) from error
-    params = dict(params)
-    for part in {"encoder", "decoder"} & set(params):
-        table = resize_table(jnp.asarray(params[part]["position"]), config.encoder.grid, encoder.grid)
-        params[part] = {**params[part], "position": table}
-    return resized, params
+    if config.positions == "rope":
+        return resized, params
+    return resized, {
+        **params,
+        "position": resize_table(jnp.asarray(params["position"]), config.grid, resized.grid, how=how),
+    }
 
 
 def own_record(
@@ -183,33 +195,52 @@ def own_record(
         return None
     settings = run.get("config") or {}
     if any(name.startswith("head/") for name in tensors):
-        config = to_record(_infer_own_classifier(where, tensors, released.axes))
+        config = to_record(infer_own(where, tensors, released.axes))
         return {"kind": "classifier", "preprocess": settings.get("preprocess"), "config": config}
     return {"kind": "mae", "preprocess": settings.get("preprocess"), "config": settings.get("model")}
 
 
-def _infer_own_classifier(where: str, tensors: Mapping[str, Any], axes: int) -> ClassifierConfig:
-    """Return the sizes of a classifier from its parameters: equal edges; one channel in 3D, three in 2D."""
+def infer_own(where: str, tensors: Mapping[str, Any], axes: int) -> VitConfig | ClassifierConfig:
+    """Return the sizes of an encoder, or of a classifier, from its parameters.
+
+    What shapes do not tell is taken for what is usual: equal edges, one channel in 3D and three in 2D, 224 pixels for
+    rotary positions.
+    """
     channels = {2: 3, 3: 1}[axes]
+    block = "encoder/blocks/layer_0"
     try:
         layers = {name.split("/")[2] for name in tensors if name.startswith("encoder/blocks/")}
-        width, _, heads, _ = tensors["encoder/blocks/layer_0/attention/qkv/kernel"].shape
+        width, _, heads, _ = tensors[f"{block}/attention/qkv/kernel"].shape
         voxels = len(tensors["encoder/patch_embed/kernel"]) // channels
         patch = edge_of(where, "encoder/patch_embed/kernel", voxels, axes)
-        grid = edge_of(where, "encoder/position", len(tensors["encoder/position"]) - 1, axes)
-        hidden = tensors["encoder/blocks/layer_0/mlp/fc1/bias"].size
-        outputs = tensors["head/linear/bias"].size
+        table = tensors.get("encoder/position")
+        grid = 224 // patch if table is None else edge_of(where, "encoder/position", len(table) - 1, axes)
+        first = tensors[f"{block}/mlp/fc1/kernel"].shape
     except KeyError as error:
-        raise InputError(where, "a checkpoint of a classifier", f"no parameter {error}", "check the path") from error
+        raise InputError(where, "a checkpoint of an encoder", f"no parameter {error}", "check the path") from error
+    is_scaled, registers = f"{block}/scale1" in tensors, tensors.get("encoder/register_tokens")
+    biases = ("all but keys" if f"{block}/attention/qkv/bias" in tensors else "none") if table is None else "all"
     pool = "class"
     if "head/norm/scale" in tensors:
         pool = "concat" if tensors["head/norm/scale"].size == 2 * width else "mean"
-    inner, second = (tensors[name].size if name in tensors else 0 for name in HIDDEN)
     encoder = VitConfig(
-        (grid * patch,) * axes, (patch,) * axes, channels, width, len(layers), heads, hidden,
-        final_norm=pool == "class",
+        (grid * patch,) * axes, (patch,) * axes, channels, width, len(layers), heads, first[-1],
+        final_norm="encoder/norm/scale" in tensors,
+        positions="rope" if table is None else "learned" if is_scaled else "sincos",
+        registers=0 if registers is None else len(registers), mask_token="encoder/mask_token" in tensors,
+        mlp="swiglu" if len(first) == 3 else "gelu", layer_scale=float(is_scaled), qkv_bias=biases,
+        epsilon=1e-5 if table is None else 1e-6,
     )  # fmt: skip
-    return ClassifierConfig(encoder, HeadConfig(outputs, pool, inner, second_hidden=second))
+    if "head/linear/bias" not in tensors:
+        return encoder
+    if pool == "class" and not encoder.final_norm:
+        pool = "concat" if len(tensors["head/linear/kernel"]) == 2 * width else "mean"
+    inner, second = (tensors[name].size if name in tensors else 0 for name in HIDDEN)
+    head = HeadConfig(
+        tensors["head/linear/bias"].size, pool, inner, norm="head/norm/scale" in tensors or pool == "class",
+        second_hidden=second,
+    )  # fmt: skip
+    return ClassifierConfig(encoder, head)
 
 
 def _encoder(config: VitConfig) -> list[Entry]:
@@ -240,7 +271,8 @@ def _decoder(config: MaeConfig) -> list[Entry]:
     ]
 
 
-def _head(config: HeadConfig, width: int) -> list[Entry]:
+def head_entries(config: HeadConfig, width: int) -> list[Entry]:
+    """Return the tensors of a classifier's head."""
     features = 2 * width if config.pool == "concat" else width
     found = [] if config.pool == "class" or not config.norm else [*layer_norm("fc_norm", "head/norm", features)]
     if not config.hidden:
