@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import torch_guided as guided  # noqa: E402
 import torch_tangerine as tangerine  # noqa: E402
+import torch_vit as vit  # noqa: E402
+from drawn_weights import draw_image  # noqa: E402
 
 from jaxmed.io import safetensors  # noqa: E402
 
@@ -36,6 +38,7 @@ def main() -> None:
     write_guided("released", guided.RELEASED)
     write_guided("volume", guided.VOLUME, (3, 4, 2))
     write_guided("thin", guided.THIN, (3, 4, 2))
+    write_vit()
 
 
 def write_tangerine_mae(name: str, sizes: tangerine.Sizes, seed: int) -> None:
@@ -78,6 +81,22 @@ def write_guided(name: str, sizes: guided.Sizes, space: tuple[int, ...] = ()) ->
         output, trace = model(image, time)
     channels_last = {key: value.movedim(1, -1) for key, value in trace.items()}
     write_outputs(f"guided_{name}", image=image, time=time, output=output.movedim(1, -1), **channels_last)
+
+
+def write_vit() -> None:
+    """Write the tokens of 2D transformers at their own image size, after every block, and the last ones at others."""
+    found: dict[str, np.ndarray] = {}
+    for name, sizes in vit.RUNS.items():
+        model = vit.make(name)
+        shapes = {key: value.shape for key, value in vit.tensors(model).items()}
+        found[f"{name}/names"] = np.array(sorted(f"{key} {tuple(shape)}" for key, shape in shapes.items()))
+        for number, size in enumerate(sizes):
+            states, last = vit.run(model, draw_image(size))
+            place = f"{name}/{size[0]}x{size[1]}"
+            found[f"{place}/last"] = last.numpy()
+            if number == 0:
+                found |= {f"{place}/{depth}": state.numpy() for depth, state in enumerate(states)}
+    np.savez_compressed(FOLDER / "vit.npz", **found)
 
 
 def write_outputs(name: str, **tensors: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import torch
-from guided_weights import draw
+from drawn_weights import draw
 from torch import nn
 from torch.nn import functional
 
@@ -186,7 +186,7 @@ class Unet(nn.Module):
 
 
 def fill(model):
-    """Give every parameter the values of `guided_weights.draw`."""
+    """Give every parameter the values of `drawn_weights.draw`."""
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(torch.from_numpy(draw(name, tuple(value.shape))))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from guided_weights import draw
+from drawn_weights import draw
 
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.data.preprocess import Preprocess

@@ -1,4 +1,4 @@
-"""Values for the tensors of a guided-diffusion U-Net, from their names alone: PyTorch and the tests draw the same."""
+"""Values for the tensors of published models, from their names alone: PyTorch and the tests draw the same."""
 
 import zlib
 
@@ -11,3 +11,8 @@ def draw(name, shape):
     if len(shape) == 1:
         return np.float32(1.0 if name.endswith("weight") else 0.0) + np.float32(0.3) * noise
     return noise * np.float32((3 / np.prod(shape[1:])) ** 0.5)
+
+
+def draw_image(size):
+    """Return one image [1, row, column, 3]."""
+    return np.random.default_rng(0).standard_normal((1, *size, 3)).astype(np.float32)
