@@ -40,6 +40,7 @@ from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.train.state import TrainState
 
+Mode: TypeAlias = Literal["full", "frozen", "logistic"]
 FINE_TUNING = OptimizerConfig(peak_lr=1e-4, end_lr=1e-6, weight_decay=0.05, layer_decay=0.75)
 
 
@@ -64,7 +65,7 @@ class AdaptConfig:
     """
 
     train: TrainFlags = TrainConfig(optimizer=FINE_TUNING)
-    mode: Literal["full", "frozen", "logistic"] = "full"
+    mode: Mode = "full"
     evaluate_epochs: Epochs = 1
     select: Literal["loss", "auroc"] = "loss"
     token_keep: Fraction = 1.0

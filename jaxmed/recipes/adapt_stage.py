@@ -18,7 +18,6 @@ from jaxtyping import Float
 from jaxmed.arrays.task import Task, predict_values, standardise
 from jaxmed.arrays.types import Params
 from jaxmed.config import Length, Number, Probability, Share, Whole, checked, to_record
-from jaxmed.data.augment import AugmentConfig
 from jaxmed.data.cohort import Cohort, LabelledSets, read_labelled_sets
 from jaxmed.data.inputs import PreparedField, check_scans, input_source
 from jaxmed.data.labels import LabelConfig, balanced_weights
@@ -33,6 +32,7 @@ from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import HeadConfig
 from jaxmed.objectives.supervised import task_losses
 from jaxmed.recipes.adapt import AdaptConfig, Adapted, AdaptFlags, adapt, check_run, score
+from jaxmed.recipes.adapt_program import Augment
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.training import NO_PREFIX, TrainData
 from jaxmed.train.checkpoint import export_parameters
@@ -96,7 +96,6 @@ class LabelledConfig:
             are refused.
         adapt: How the encoder is adapted.
         balance: Find the class weights from the training labels instead, so that classes count alike.
-        augmentation: What happens to training images.
         threshold: Probability from which a binary label counts as predicted, in accuracy, F1 and their like.
     """
 
@@ -109,7 +108,6 @@ class LabelledConfig:
     fill: float | None = None
     adapt: AdaptFlags = AdaptConfig()
     balance: bool = False
-    augmentation: AugmentConfig = AugmentConfig()
     threshold: Probability = 0.5
 
     def __post_init__(self) -> None:
@@ -120,11 +118,6 @@ class LabelledConfig:
     def is_synthetic(self) -> bool:
         """Whether the data are generated: files given take their place, whatever the preset."""
         return self.data.synthetic > 0 and self.data.manifest is None and not self.data.external
-
-    @property
-    def augment(self) -> AugmentConfig | None:
-        """The augmentation, where anything can happen."""
-        return self.augmentation if self.augmentation.active else None
 
 
 # The type of a stage's field `labelled`: on the command line its options carry no prefix.
@@ -223,6 +216,7 @@ def run_adapt(
     page: Callable[[Finished[Any, Summary]], Page],
     folder: RunFolder,
     notes: Sequence[str] = (),
+    augment: Augment | None = None,
 ) -> int:
     """Read and check, adapt, score every set, export the model, write the report. Returns 1 when scans failed.
 
@@ -233,6 +227,7 @@ def run_adapt(
         page: Of the stage.
         folder: The run.
         notes: What a user should know about the inputs.
+        augment: What happens to training images.
     """
     clock = Clock()
     sets = read_sets(labelled)
@@ -256,7 +251,7 @@ def run_adapt(
     data = training_data(learnt, first.preprocess, labelled.data.cache)
     log.say(f"{len(data.training):,} scans to train on, {len(data.held_out or ()):,} to select on.")
     adapted = adapt(
-        recipe, first.encoder, first.head, task, data, folder=folder, log=log, augment=labelled.augment,
+        recipe, first.encoder, first.head, task, data, folder=folder, log=log, augment=augment,
         start=first.params,
     )  # fmt: skip
     clock.lap("adapt, compilation included")

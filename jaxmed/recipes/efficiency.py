@@ -19,6 +19,7 @@ from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.cohort import spell
 from jaxmed.metrics.convergence import Curve, reach_table, read_curve, smallest_matching
 from jaxmed.recipes.adapt import AdaptConfig, Labelled, adapt, check_run, loss_weights, measure, score
+from jaxmed.recipes.adapt_program import Augment
 from jaxmed.recipes.adapt_stage import LabelledConfig, Start, read_sets
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_study, run_study
@@ -115,6 +116,7 @@ def run_efficiency(
     page: Callable[[Finished[Any, Summary]], Page],
     folder: RunFolder,
     notes: Sequence[str] = (),
+    augment: Augment | None = None,
 ) -> int:
     """Read and check, run every cell that is not finished, write tables and report. Returns 1 when cells failed.
 
@@ -126,6 +128,7 @@ def run_efficiency(
         page: Of the stage.
         folder: The run.
         notes: What a user should know about the inputs.
+        augment: What happens to training images.
     """
     clock = Clock()
     record = to_record(config)
@@ -141,7 +144,7 @@ def run_efficiency(
         raise InputError(sets.table.path, "scans with split 'test', on which every cell is scored", "none")
     train = labelled.adapt.train
     seeds = tuple(range(train.seed, train.seed + study.seeds))
-    draws = _draw_fractions(sets, rows["train"], study.fractions, seeds)
+    draws = draw_fractions(sets, rows["train"], study.fractions, seeds)
     start(folder, is_shared=study.processes > 1)
     told = [*notes, *sets.notes, *first.notes]
     log = begin(folder, told)
@@ -157,14 +160,14 @@ def run_efficiency(
     def run_cell(cell: Cell) -> Outcome:
         fraction, seed = float(cell["fraction"]), int(cell["seed"])
         training = SubsetSource(source, rows["train"][draws[seed][fraction]])
-        recipe = _recipe(labelled.adapt, study.budget, seed, len(training), len(rows["train"]))
+        recipe = recipe_of(labelled.adapt, study.budget, seed, len(training), len(rows["train"]))
         nested = open_run(
             folder.record["system"], "efficiency cell", recipe, RunOptions(folder.checkpoints / cell.slug, quiet=True)
         )
         start(nested)
         adapted = adapt(
             recipe, first.encoder, first.head, task, TrainData(training, validation, transform), folder=nested,
-            log=Log(nested.path, quiet=True), augment=labelled.augment,
+            log=Log(nested.path, quiet=True), augment=augment,
             start=first.params if cell["arm"] == "pretrained" else None,
         )  # fmt: skip
         logits = score(recipe, first.encoder, adapted.head, adapted.params, test, transform)
@@ -233,7 +236,7 @@ def write_results(
     return enough, words
 
 
-def _draw_fractions(
+def draw_fractions(
     sets: LabelledSets, train: np.ndarray, fractions: Sequence[float], seeds: Sequence[int]
 ) -> dict[int, Mapping[float, Any]]:
     """Return, per seed and fraction, places among the training scans."""
@@ -243,7 +246,7 @@ def _draw_fractions(
     return {seed: label_fractions(subjects, labels, fractions, seed) for seed in seeds}
 
 
-def _recipe(config: AdaptConfig, budget: str, seed: int, records: int, all_records: int) -> AdaptConfig:
+def recipe_of(config: AdaptConfig, budget: str, seed: int, records: int, all_records: int) -> AdaptConfig:
     """Return the recipe of a cell; with a budget of steps, epochs are stretched to as many steps as all scans have."""
     train = dataclasses.replace(config.train, seed=seed)
     if budget == "epochs" or records == all_records:

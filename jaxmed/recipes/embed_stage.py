@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ from jaxmed.recipes.scan_job import (
     trouble_sections,
 )
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.report.scatter import scatter
 from jaxmed.train.run_folder import RunFolder
@@ -70,6 +71,10 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise ValueError(f"kinds: expected one or more, each once, found {' '.join(self.kinds) or 'none'}")
+
+
+# The type of a stage's field `embed`: on the command line its options carry no prefix.
+EmbedFlags: TypeAlias = Annotated[EmbedConfig, NO_PREFIX]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +123,13 @@ def features(
 
 
 def run_embed(
-    config: EmbedConfig,
+    config: Any,
+    embed: EmbedConfig,
     scans: ScansConfig,
     load: Callable[[Path], Published],
     view: Callable[[Published, str], Model],
     describe: Callable[[Published, tuple[Kind, ...]], list[str]],
-    page: Callable[[Finished[EmbedConfig, Summary]], Page],
+    page: Callable[[Finished[Any, Summary]], Page],
     folder: RunFolder,
     notes: Sequence[str] = (),
 ) -> int:
@@ -131,8 +137,9 @@ def run_embed(
 
     Args:
         config: Configuration of the stage.
+        embed: Its part that all systems share.
         scans: Its scans, synthetic ones written where they were asked for.
-        load: Reads weights of the system's family.
+        load: Reads weights of the system's family, with its preprocessing.
         view: Weights and a dtype to an encoder with a head.
         describe: What a reader of these features must know of the weights, in sentences.
         page: Of the stage.
@@ -141,24 +148,24 @@ def run_embed(
     """
     clock = Clock()
     job = open_job(scans, load, notes)
-    told = [*job.notes, *describe(job.published, config.kinds)]
+    told = [*job.notes, *describe(job.published, embed.kinds)]
     log = begin(folder, told)
     model = view(job.published, scans.dtype)
     clock.lap("read and check")
-    batches = job.batch_model(partial(features, model.encoder, model.head), partial(_keep, config.kinds), model)
+    batches = job.batch_model(partial(features, model.encoder, model.head), partial(_keep, embed.kinds), model)
     done, failed, warnings = map_batches(
         job.records, batches, model.params, scans.batch, job.mesh, folder, log, "Embedding"
     )
     clock.lap("embed, compilation included")
-    write_embeddings(folder.outputs, done, config.kinds, job.published)
-    space = describe_space(done, main_kind(config.kinds))
+    write_embeddings(folder.outputs, done, embed.kinds, job.published)
+    space = describe_space(done, main_kind(embed.kinds))
     if space:
         write_table(folder.outputs / "neighbours.csv", list(space["neighbours"][0]), space["neighbours"])
         write_table(folder.outputs / "plane.csv", list(space["plane"][0]), space["plane"])
     write_failed(folder.outputs, failed)
-    lengths = {kind: int(done[0].arrays[kind].shape[0]) for kind in config.kinds} if done else {}
+    lengths = {kind: int(done[0].arrays[kind].shape[0]) for kind in embed.kinds} if done else {}
     summary = Summary(
-        len(done), len(failed), lengths, main_kind(config.kinds), space.get("explained"), space.get("agreement"),
+        len(done), len(failed), lengths, main_kind(embed.kinds), space.get("explained"), space.get("agreement"),
         tuple(told), tuple(warnings),
     )  # fmt: skip
     clear_batches(folder, failed)

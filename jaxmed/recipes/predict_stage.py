@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ from jaxmed.recipes.scan_job import (
     trouble_sections,
 )
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.figures import histograms
 from jaxmed.report.overlay import Slices, cut_slices, overlay_slices
 from jaxmed.report.page import Note, Section, Table, Text, Tile
@@ -126,6 +127,10 @@ class PredictConfig:
     maps: Maps = "top"
     threshold: Probability = 0.5
     shown: Whole = 4
+
+
+# The type of a stage's field `predict`: on the command line its options carry no prefix.
+PredictFlags: TypeAlias = Annotated[PredictConfig, NO_PREFIX]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +256,8 @@ def to_grid(places: Float[np.ndarray, "*grid"], preprocess: Preprocess, grid: Gr
 
 
 def run_predict(
-    config: PredictConfig,
+    config: Any,
+    predict: PredictConfig,
     scans: ScansConfig,
     load: Callable[[Path], Published],
     view: Callable[[Published, str], tuple[Model, Task]],
@@ -263,8 +269,9 @@ def run_predict(
 
     Args:
         config: Configuration of the stage.
+        predict: Its part that all systems share.
         scans: Its scans, synthetic ones written where they were asked for.
-        load: Reads weights of the system's family, whose outputs mean `config.task`.
+        load: Reads weights of the system's family, with its preprocessing, whose outputs mean `predict.task`.
         view: Weights and a dtype to an encoder with a head, and what its outputs mean.
         page: Of the stage.
         folder: The run.
@@ -275,26 +282,26 @@ def run_predict(
     model, task = view(job.published, scans.dtype)
     preprocess, outputs, targets = job.preprocess, folder.outputs, None
     if scans.data.manifest is not None:
-        targets = read_known_targets([record.row for record in job.records], task, config.label.columns)
+        targets = read_known_targets([record.row for record in job.records], task, predict.label.columns)
     log = begin(folder, job.notes)
     clock.lap("read and check")
-    compute = partial(_compute, model.encoder, model.head, task, config.maps)
+    compute = partial(_compute, model.encoder, model.head, task, predict.maps)
     batches = job.batch_model(compute, partial(write_maps, outputs, task, preprocess), model)
     done, failed, warnings = map_batches(
         job.records, batches, model.params, scans.batch, job.mesh, folder, log, "Predicting"
     )
     clock.lap("predict and map, compilation included")
-    write_predictions(outputs / "predictions.csv", done, task, config.threshold)
-    previews = write_previews(outputs, done[: config.shown], config.maps, task, preprocess)
+    write_predictions(outputs / "predictions.csv", done, task, predict.threshold)
+    previews = write_previews(outputs, done[: predict.shown], predict.maps, task, preprocess)
     if targets is not None:
         names = {outcome.file.name for outcome in done}
         targets = targets[[record.name in names for record in job.records]]
-    scores, further = score(done, targets, task, config.threshold, scans.seed)
+    scores, further = score(done, targets, task, predict.threshold, scans.seed)
     for note in further:
         log.say(f"Note: {note}")
     write_failed(outputs, failed)
     summary = Summary(
-        len(done), len(failed), task, config.maps, config.threshold, preprocess.intensity.window, tuple(scores),
+        len(done), len(failed), task, predict.maps, predict.threshold, preprocess.intensity.window, tuple(scores),
         tuple(previews), (*job.notes, *further), tuple(warnings),
     )  # fmt: skip
     clear_batches(folder, failed)

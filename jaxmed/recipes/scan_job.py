@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 from jax.sharding import Mesh
 
 from jaxmed.config import Number, Seed, checked
-from jaxmed.data.preprocess import FileAxes, Preprocess
-from jaxmed.data.scans import Record, find_records
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.scans import ANY_KIND, VOLUMES, Record, find_records
 from jaxmed.errors import InputError
+from jaxmed.io.scans import Kind
 from jaxmed.io.tables import read_table
 from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import HeadConfig
@@ -50,7 +51,6 @@ class ScansConfig:
         data: Scans listed in a table.
         input: A file, a DICOM folder, or a folder of such, instead of a table.
         weights: Published or own weights.
-        preprocess: How the files' axes lie, where it is not as the weights expect.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38), in HU for CT; without it they
             are refused.
@@ -63,7 +63,6 @@ class ScansConfig:
     data: ScanData = ScanData()
     input: Path | None = None
     weights: Path | None = None
-    preprocess: FileAxes = FileAxes()
     series: str = ""
     fill: float | None = None
     batch: BatchConfig = BatchConfig()
@@ -76,15 +75,17 @@ class ScansConfig:
         """Whether the data are generated: files given take their place, whatever the preset."""
         return self.data.synthetic > 0 and self.data.manifest is None and self.input is None
 
-    @property
-    def needs_synthetic(self) -> bool:
-        """Whether scans or weights are to be made; the files that are given are looked at first.
+    def needs_synthetic(self, kinds: Sequence[Kind] = VOLUMES) -> bool:
+        """Tell whether scans or weights are to be made; the files that are given are looked at first.
+
+        Args:
+            kinds: Of files, in a folder.
 
         Raises:
             InputError: They cannot be used.
         """
         if not self.is_synthetic:
-            find_records(self.data.manifest, self.input, self.data.split)
+            find_records(self.data.manifest, self.input, self.data.split, kinds=kinds)
         return self.is_synthetic or (self.data.synthetic > 0 and self.weights is None)
 
 
@@ -140,11 +141,13 @@ def open_job(scans: ScansConfig, load: Callable[[Path], Published], notes: Seque
     Raises:
         InputError: They do not, or a single scan is broken: that is a mistake, not a failure among many.
     """
-    records, passed = find_records(scans.data.manifest, scans.input, scans.data.split, scans.series, scans.fill)
+    given = (scans.data.manifest, scans.input, scans.data.split, scans.series, scans.fill)
     if scans.weights is None:
+        find_records(*given, kinds=ANY_KIND)
         raise InputError("weights", "a file or folder of weights", "nothing", "give --weights, or try --preset smoke")
     published = load(scans.weights)
-    preprocess = scans.preprocess.apply(published.preprocess)
+    records, passed = find_records(*given, kinds=ANY_KIND if published.preprocess.is_sliced else VOLUMES)
+    preprocess = published.preprocess
     mesh = make_batch_mesh(scans.batch, scans.mesh)
     if len(records) == 1:
         preprocess.prepare(records[0].scan)

@@ -159,7 +159,14 @@ def load_stage(system: str, stage: str) -> ModuleType:
 
 
 def nested_run(
-    folder: RunFolder, name: str, changes: Mapping[str, Any], log: Log, why: str, *, preset: str = "smoke"
+    folder: RunFolder,
+    name: str,
+    changes: Mapping[str, Any],
+    log: Log,
+    why: str,
+    *,
+    preset: str = "smoke",
+    place: str = "",
 ) -> RunFolder:
     """Run another stage for this one, in RUN/inputs; one that an earlier start has finished is not run again.
 
@@ -170,13 +177,14 @@ def nested_run(
         log: Of the run that needs it.
         why: The line that says what is done.
         preset: Of the other stage.
+        place: Folder in RUN/inputs; the stage's name by default.
     """
     system, stage = name.split()
     module = load_stage(system, stage)
     config = getattr(module, preset)()
     for field, value in changes.items():
         config = _replace(config, field.split("."), value)
-    nested = open_run(system, stage, config, RunOptions(folder.path / "inputs" / stage, quiet=True))
+    nested = open_run(system, stage, config, RunOptions(folder.path / "inputs" / (place or stage), quiet=True))
     if nested.status != "complete":
         log.say(why)
         module.run(config, nested)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from matplotlib.figure import Figure as Canvas
@@ -10,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from jaxmed.report.drawing import FULL_WIDTH, both_themes, short_label
+from jaxmed.report.overlay import HEAT
 from jaxmed.report.page import Figure
 from jaxmed.report.themes import Theme
 
@@ -20,20 +22,22 @@ class Panel(NamedTuple):
     """An image of the figure.
 
     Attributes:
-        image: Shown with its first row on top.
+        image: Shown with its first row on top; grey, or red, green and blue in [0, 1].
         title: Above it.
         outlines: Masks by name, drawn as lines.
         fills: Masks by name, drawn as translucent areas.
+        heat: A map on the image, 0 to 1: clear where it is 0.
     """
 
-    image: Float[np.ndarray, "row column"]
+    image: Float[np.ndarray, "row column *colour"]
     title: str
     outlines: Mapping[str, Bool[np.ndarray, "row column"]] = {}
     fills: Mapping[str, Bool[np.ndarray, "row column"]] = {}
+    heat: Float[np.ndarray, "row column"] | None = None
 
 
 def mask_panels(
-    panels: Sequence[Panel], *, columns: int, caption: str, alt: str, limits: tuple[float, float]
+    panels: Sequence[Panel], *, columns: int, caption: str, alt: str, limits: tuple[float, float] = (0.0, 1.0)
 ) -> Figure:
     """Draw images in rows, with a legend of the masks.
 
@@ -55,6 +59,10 @@ def mask_panels(
         for number, panel in enumerate(panels):
             ax = canvas.add_subplot(rows, columns, number + 1)
             ax.imshow(panel.image, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+            if panel.heat is not None:
+                layer = matplotlib.colormaps[HEAT](np.clip(panel.heat, 0, 1))
+                layer[..., 3] = 0.75 * np.clip(panel.heat, 0, 1) ** 0.75
+                ax.imshow(layer, interpolation="bilinear")
             for name, mask in panel.fills.items():
                 color = np.array([int(colors[name][place : place + 2], 16) / 255 for place in (1, 3, 5)])
                 layer = np.zeros((*mask.shape, 4))

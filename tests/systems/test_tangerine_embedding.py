@@ -17,8 +17,8 @@ from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.vit import Vit, VitConfig
 from jaxmed.nn.model import make_model
 from jaxmed.recipes.embed_stage import DEFINITIONS, features
+from jaxmed.recipes.encoder_calls import view
 from jaxmed.systems import tangerine
-from jaxmed.systems.tangerine.embedding import view
 from jaxmed.volume import Volume
 
 KINDS = tuple(DEFINITIONS)

@@ -11,9 +11,9 @@ from tiny_tangerine import BINARY, CLASSES, LABELS, SIZE, VALUES, classifier, cu
 from jaxmed.errors import InputError
 from jaxmed.models.vit import Vit
 from jaxmed.nn.model import make_model
+from jaxmed.recipes.encoder_calls import view
 from jaxmed.recipes.predict_stage import explain, spread
 from jaxmed.systems import tangerine
-from jaxmed.systems.tangerine.embedding import view
 from jaxmed.volume import Volume
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}

@@ -15,6 +15,7 @@ from jaxmed.cli import main
 from jaxmed.config import to_record
 from jaxmed.data.inputs import PreparedField, check_scans, input_source
 from jaxmed.data.loader import LoaderConfig
+from jaxmed.data.scans import VOLUMES, find_scans
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.tables import read_table, write_table
@@ -22,6 +23,7 @@ from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import load_published
 from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import VitConfig
+from jaxmed.recipes.pretrain_stage import UnlabelledData, find_unlabelled, load_initial_weights
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.systems.tangerine.stages import pretrain as stage
 from jaxmed.train.log import Log, read_metrics
@@ -37,7 +39,7 @@ MODEL = MaeConfig(
 )  # fmt: skip
 # The optimizer's eps: see tests/recipes/test_pretrain_mae.py.
 TINY = stage.Config(
-    data=stage.DataConfig(validation=0.2),
+    data=UnlabelledData(validation=0.2),
     model=MODEL,
     train=TrainConfig(
         OptimizerConfig(peak_lr=3e-3, b2=0.95, eps=1e-5), LoopConfig(log_every=1, save_every=3, evaluate_every=0),
@@ -109,7 +111,7 @@ def test_smoke_explains_hidden_voxels_of_chests_that_it_was_not_trained_on(tmp_p
         "timing.json",
     }  # fmt: skip
     page = (out / "report.html").read_text()
-    assert "What the model completes" in page and "of the variance of hidden voxels" in page
+    assert "What the model completes" in page and "of the variance of hidden patches" in page
     (out / "report.html").unlink()
     assert main(["report", str(out)]) == 0
     assert (out / "report.html").read_text() == page
@@ -169,7 +171,7 @@ def test_a_folder_of_slices_is_prepared_in_a_cache(tmp_path):
     slices = make_slices(chest)
     save_slices(slices, tmp_path / "in" / "s")
     preprocess = dataclasses.replace(PREPROCESS, size=(8, 8, 8))
-    scans = stage.find_scans(tmp_path / "in", stage.VOLUMES).scans
+    scans = find_scans(tmp_path / "in", VOLUMES).scans
     plain = np.asarray(input_source(scans, preprocess)[0]["image"])
     packed = np.asarray(input_source(scans, preprocess, tmp_path / "cache")[0]["image"])
     np.testing.assert_allclose(packed, plain, rtol=0, atol=2**-12)
@@ -180,7 +182,7 @@ def test_a_folder_of_slices_is_prepared_in_a_cache(tmp_path):
 
 
 def test_prepared_volumes_in_a_cache_are_those_of_the_files(scans, tmp_path):
-    paths, preprocess = stage.find_scans(scans, stage.VOLUMES).paths, CUBE16
+    paths, preprocess = find_scans(scans, VOLUMES).paths, CUBE16
     plain = input_source(paths, preprocess)
     packed = input_source(paths, preprocess, tmp_path / "cache")
     assert len(packed) == len(plain) == 10
@@ -206,7 +208,7 @@ def test_eight_devices_on_a_cache_give_the_run_of_one_on_files(tiny, scans, tmp_
 
 def test_training_goes_on_from_weights_without_held_out_volumes(tiny, scans, tmp_path):
     out = tmp_path / "further"
-    config = dataclasses.replace(TINY, input=scans, data=stage.DataConfig(), weights=tiny / "outputs" / "model")
+    config = dataclasses.replace(TINY, input=scans, data=UnlabelledData(), weights=tiny / "outputs" / "model")
     words = ["--data.validation", "0", "--epochs", "0", "--loop.steps", "1", "--optimizer.peak-lr", "0"]
     assert run(out, config, *words, "--preprocess.intensity.window", "-1000", "800") == 0
     one, other = (load_published(folder).params for folder in (out, tiny))
@@ -241,7 +243,7 @@ def test_a_longer_run_beats_the_mean_of_the_training_chests(tmp_path):
 
 def test_weights_of_another_grid_are_resized(tiny):
     larger = dataclasses.replace(MODEL, encoder=dataclasses.replace(MODEL.encoder, image_size=(24, 24, 24)))
-    params = stage.load_initial_weights(tiny, larger).params
+    params = load_initial_weights(tiny, "tangerine", larger).params
     old = load_published(tiny).params
     for part in ("encoder", "decoder"):
         expected = resize_table(jax.numpy.asarray(old[part]["position"]), (2, 2, 2), (3, 3, 3))
@@ -254,7 +256,7 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
         ({"sigmoid": False}, "expected weights trained with sigmoid False, found sigmoid True"),
     ):
         with pytest.raises(InputError, match=message):
-            stage.load_initial_weights(tiny, dataclasses.replace(MODEL, **changes))
+            load_initial_weights(tiny, "tangerine", dataclasses.replace(MODEL, **changes))
 
 
 def table(folder, columns, *rows):
@@ -264,8 +266,8 @@ def table(folder, columns, *rows):
 
 def test_test_rows_are_left_alone(scans, tmp_path):
     rows = [(scans / f"scan_{n}.nii.gz", s) for n, s in ((1, "test"), (2, "validation"), (3, "train"), (4, "train"))]
-    data = stage.DataConfig(manifest=table(tmp_path, ("path", "split"), *rows))
-    volumes = stage.find_volumes(dataclasses.replace(TINY, data=data), CUBE16)
+    data = UnlabelledData(manifest=table(tmp_path, ("path", "split"), *rows))
+    volumes = find_unlabelled(data, None, CUBE16, TINY.train)
     assert [scan.path.name for scan in volumes.scans] == ["scan_3.nii.gz", "scan_4.nii.gz", "scan_2.nii.gz"]
     assert volumes.num_training == 2 and volumes.notes == []
 

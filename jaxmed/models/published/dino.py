@@ -105,7 +105,7 @@ NAMINGS: Mapping[Generation, Mapping[str, Naming]] = {
 
 
 def recognises(generation: Generation, tensors: Mapping[str, Any]) -> bool:
-    """Tell whether names are those of a generation: DINOv2 has factors on branches and a table, DINOv3 no table."""
+    """Tell whether names are those of a generation: both have factors on branches, DINOv3 no table but registers."""
     tensors = _unwrapped(tensors)[1]
     plain = renamed(tensors)
     names = {plain.get(name, name) for name in tensors}
@@ -114,10 +114,12 @@ def recognises(generation: Generation, tensors: Mapping[str, Any]) -> bool:
         return False
     has_scale = any(f"{stem}.0.{scale}" in names for stem in STEMS for scale in SCALES)
     has_table = any(name in names for name in ("pos_embed", _HUGGING.position))
-    return has_scale and has_table == (generation == "dinov2")
+    is_turned = not has_table and any(name in names for name in TURNED)
+    return has_scale and is_turned == (generation == "dinov3")
 
 
 STEMS = ("blocks", "encoder.layer", "layer")
+TURNED = ("storage_tokens", "embeddings.register_tokens", "rope_embed.periods")  # one of them is in every DINOv3
 SCALES = ("ls1.gamma", "layer_scale1.lambda1")
 PATCHES = ("patch_embed.proj", "embeddings.patch_embeddings.projection", "embeddings.patch_embeddings")
 # Where transformers' classifiers keep the encoder; a naming ends in " in PREFIX".
@@ -194,8 +196,10 @@ def infer(
         if f"{names.head}.weight" not in tensors:
             return encoder
         outputs, features = shape_of(where, generation, tensors, f"{names.head}.weight", 2)
-        pool = "mean" if has_fc_norm else {width: "class", 2 * width: "concat"}.get(features)
-        if pool is None:
+        pool: Literal["mean", "class", "concat"] = "mean" if has_fc_norm else "class"
+        if features == 2 * width and not has_fc_norm:
+            pool = "concat"
+        elif features != width:
             raise InputError(where, f"'{names.head}.weight' on {width} or {2 * width} features", features)
         return ClassifierConfig(encoder, HeadConfig(outputs, pool, norm=pool != "concat"))
     except InputError:

@@ -32,9 +32,9 @@ share.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxmed.recipes.encoder_calls import predict as predict
     from jaxmed.systems.tangerine.embedding import embed as embed
     from jaxmed.systems.tangerine.embedding import embed_cubes as embed_cubes
-    from jaxmed.systems.tangerine.prediction import predict as predict
 
 
 def __getattr__(name: str) -> object:
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> object:
 
         return getattr(embedding, name)
     if name == "predict":
-        from jaxmed.systems.tangerine.prediction import predict
+        from jaxmed.recipes.encoder_calls import predict
 
         return predict
     raise AttributeError(name)

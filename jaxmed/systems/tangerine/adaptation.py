@@ -1,7 +1,6 @@
 """TANGERINE's part in adapting to labels: weights as an encoder, the augmentation of its code, and phantom chests."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 from jaxmed.arrays.task import Task
@@ -9,15 +8,14 @@ from jaxmed.config import Length, checked
 from jaxmed.data.augment import AugmentConfig
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.preprocess import FileAxes
-from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, write_table
-from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.mae import MAE_LAPTOP_3D, MAE_SMOKE_3D
-from jaxmed.models.published.load import OWN_LICENCE, load_published, resize_positions
+from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.published.tangerine import PREPROCESS
-from jaxmed.models.vit import VitConfig, vit_encoder
-from jaxmed.recipes.adapt import FINE_TUNING, AdaptConfig, take_encoder
+from jaxmed.models.vit import VitConfig
+from jaxmed.recipes.adapt import FINE_TUNING, AdaptConfig
 from jaxmed.recipes.adapt_stage import LabelledConfig, LabelledData, LabelledFlags, Start
+from jaxmed.recipes.adapt_start import start_from_scratch, start_from_weights
 from jaxmed.recipes.stage import nested_run
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.synthesis.phantoms.chest import ChestConfig
@@ -57,7 +55,6 @@ PAPER = LabelledConfig(
             MeshConfig(data=1), epochs=200, warmup_epochs=5, accumulation=4, seed=5,
         )
     ),
-    augmentation=AUGMENTATION,
 )  # fmt: skip
 """The released code's fine-tuning: batch 3 x 4, 200 epochs."""
 
@@ -74,18 +71,25 @@ class AdaptationConfig:
         encoder: Sizes from scratch; of the weights' encoder otherwise, of which only drop_path_rate, remat, scan and
             attention are taken from here.
         preprocess: How the files' axes lie, where it is not as the weights expect.
+        augmentation: What happens to training volumes.
     """
 
     labelled: LabelledFlags = PAPER
     image_size: tuple[Length, Length, Length] = (0, 0, 0)
     encoder: VitConfig = VitConfig()
     preprocess: FileAxes = FileAxes()
+    augmentation: AugmentConfig = AUGMENTATION
 
     def __post_init__(self) -> None:
         if len(self.encoder.image_size) != 3:
             raise ValueError(f"encoder.image_size: expected 3 axes, found {self.encoder.image_size}")
         if any(self.image_size) and not all(self.image_size):
             raise ValueError(f"image_size: expected three sizes above 0, or 0 0 0, found {self.image_size}")
+
+    @property
+    def augment(self) -> AugmentConfig | None:
+        """The augmentation, where anything can happen."""
+        return self.augmentation if self.augmentation.active else None
 
 
 def full_size() -> AdaptationConfig:
@@ -118,7 +122,7 @@ def small(
         dataclasses.replace(train, mesh=MeshConfig(data=1), seed=PAPER.adapt.train.seed),
         evaluate_epochs=evaluate_epochs, select="auroc" if auroc else "loss",
     )  # fmt: skip
-    labelled = LabelledConfig(LabelledData(synthetic=synthetic), hidden=hidden, adapt=adapt, augmentation=AUGMENTATION)
+    labelled = LabelledConfig(LabelledData(synthetic=synthetic), hidden=hidden, adapt=adapt)
     return AdaptationConfig(labelled, SMALL_SHAPE, (MAE_SMOKE_3D if tiny else MAE_LAPTOP_3D).encoder)
 
 
@@ -133,38 +137,19 @@ def find_start(config: AdaptationConfig, task: Task) -> Start:
     Raises:
         InputError: They are of another model.
     """
-    labelled, ours = config.labelled, config.encoder
-    head = HeadConfig(len(task.names), labelled.pool, labelled.hidden)
     size = config.image_size if any(config.image_size) else None
-    fixed = {"final_norm": labelled.pool == "class", "dtype": labelled.adapt.train.dtype}
-    if labelled.weights is None:
-        encoder = dataclasses.replace(ours, image_size=size or ours.image_size, **fixed)
+    if config.labelled.weights is None:
+        encoder = dataclasses.replace(config.encoder, image_size=size or config.encoder.image_size)
         preprocess = config.preprocess.apply(dataclasses.replace(PREPROCESS, size=encoder.image_size))
-        note = "No weights were given: the model starts from random ones, as the baseline from scratch."
-        return Start(
-            vit_encoder(encoder), head, None, preprocess, "tangerine", partial(ClassifierConfig, encoder), OWN_LICENCE,
-            [note],
-        )  # fmt: skip
-    published = load_published(labelled.weights, "tangerine")
-    notes = [*published.report.lines]
-    old = published.config.encoder.image_size
-    if len(old) != 3:
-        raise InputError(labelled.weights, "an encoder of volumes", "one of images")
-    if size is not None and size != old:
-        published = resize_positions(published, size)
-        old, new = (" x ".join(map(str, edges)) for edges in (old, size))
-        notes.append(f"The weights are for {old}: positions were interpolated to {new}.")
-    if published.report.kind == "classifier":
-        notes.append("The weights are a classifier's: its encoder is taken, its head is drawn anew.")
-    encoder = dataclasses.replace(
-        published.config.encoder, remat=ours.remat, scan=ours.scan, attention=ours.attention,
-        drop_path_rate=ours.drop_path_rate, **fixed,
-    )  # fmt: skip
-    return Start(
-        vit_encoder(encoder), head, take_encoder(published.params, vit_encoder(encoder), str(labelled.weights)),
-        config.preprocess.apply(published.preprocess), "tangerine", partial(ClassifierConfig, encoder),
-        published.report.licence, notes,
-    )  # fmt: skip
+        return start_from_scratch(config.labelled, task, encoder, "tangerine", preprocess)
+    found = start_from_weights(config.labelled, task, ("tangerine",), config.encoder, size)
+    return found._replace(preprocess=config.preprocess.apply(found.preprocess))
+
+
+def load_weights(axes: FileAxes, place: Path, task: Task | None = None) -> Published:
+    """Read weights of this family, for files whose axes lie as said."""
+    published = load_published(place, "tangerine", task=task)
+    return dataclasses.replace(published, preprocess=axes.apply(published.preprocess))
 
 
 def with_synthetic(

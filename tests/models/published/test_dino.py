@@ -200,7 +200,7 @@ def test_a_file_without_a_tensor_is_refused(tmp_path, name):
     tensors = draw_all("dinov2", TINY)
     del tensors[name]
     safetensors.write(tmp_path / "partial.safetensors", tensors)
-    with pytest.raises(InputError, match=re.escape(name).replace("pos_embed", "")):
+    with pytest.raises(InputError, match=re.escape(name)):
         load_published(tmp_path / "partial.safetensors", heads=2)
 
 
@@ -222,14 +222,15 @@ def test_fine_tuned_files_come_back(tmp_path, pool, norm):
     safetensors.write(tmp_path / "tuned.safetensors", draw_all("dinov2", config, "timm"))
     published = load_published(tmp_path / "tuned.safetensors", heads=2)
     assert published.config == config and published.naming == "timm"
-    logits, _ = published.model.apply(published.params, draw_image((28, 28)))
+    logits, _ = published.model.apply(published.params, jnp.asarray(draw_image((28, 28))))
     assert logits.shape == (1, 5)
 
 
 def test_preprocessing_is_that_of_the_released_evaluation():
     small, large = (FAMILIES["dinov2"].preprocess(dataclasses.replace(TINY, image_size=(n, n))) for n in (224, 518))
     assert (small.shorter, large.shorter, small.channels) == (256, 518, 3)
-    picture = np.full((300, 400, 3), 255, np.uint8)
+    picture = np.ones((300, 400, 3), np.float32)
+    picture[:, 200:] = 0
     np.testing.assert_allclose(
         small(picture)[0, 0], (1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225], rtol=1e-5
     )
@@ -282,5 +283,4 @@ def test_rotations_leave_the_prefix_and_see_differences_alone():
     assert np.array_equal(turned_q[:2], same[0][0, :2, 0, 0])
     products = turned_q[2:] @ turned_k[2:].T
     # Patches (0, 0) and (1, 2) are as far apart as (1, 1) and (2, 3).
-    assert products[0, 7] == pytest.approx(products[6, 13], abs=1e-5)
-    assert products[0, 7] != pytest.approx(products[0, 8], abs=1e-3)
+    assert abs(products[0, 7] - products[6, 13]) < 1e-5 < 1e-3 < abs(products[0, 7] - products[0, 8])

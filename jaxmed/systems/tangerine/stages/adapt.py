@@ -39,7 +39,7 @@ def smoke() -> Config:
 def run(config: Config, folder: RunFolder) -> int:
     """Read and check, adapt, score every set, export the model, write the report. Returns 1 when scans failed."""
     made, notes = with_synthetic(config, folder)
-    return run_adapt(config, made.labelled, partial(find_start, made), page, folder, notes)
+    return run_adapt(config, made.labelled, partial(find_start, made), page, folder, notes, config.augment)
 
 
 def page(run: Finished[Config, Summary]) -> Page:

@@ -67,7 +67,8 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read and check, run every cell that is not finished, write tables and report. Returns 1 when cells failed."""
     is_shared = config.study.processes > 1
     made, notes = with_synthetic(config.adaptation, folder, is_shared=is_shared, elsewhere=False)
-    return run_efficiency(config, made.labelled, config.study, partial(find_start, made), page, folder, notes)
+    find = partial(find_start, made)
+    return run_efficiency(config, made.labelled, config.study, find, page, folder, notes, made.augment)
 
 
 def page(run: Finished[Config, Summary]) -> Page:

@@ -3,42 +3,58 @@
 import dataclasses
 from functools import partial
 
+from jaxmed.config import checked
+from jaxmed.data.preprocess import FileAxes
 from jaxmed.models.published.load import load_published
-from jaxmed.recipes.embed_stage import EmbedConfig, Summary, embed_page, run_embed
+from jaxmed.recipes.embed_stage import EmbedConfig, EmbedFlags, Summary, embed_page, run_embed
+from jaxmed.recipes.encoder_calls import view
 from jaxmed.recipes.map_files import BatchConfig
 from jaxmed.recipes.scan_job import ScanData, ScansConfig
 from jaxmed.recipes.stage import Finished, Page, nested_run
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
-from jaxmed.systems.tangerine.adaptation import SMALL_SHAPE, SOURCE
-from jaxmed.systems.tangerine.embedding import describe, view
+from jaxmed.systems.tangerine.adaptation import SMALL_SHAPE, SOURCE, load_weights
+from jaxmed.systems.tangerine.embedding import describe
 from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.run_folder import RunFolder, start
 
-Config = EmbedConfig
 TRIES_FAILED_AGAIN = True
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class Config:
+    """Features of scans.
+
+    Attributes:
+        embed: What is asked of the scans.
+        preprocess: How the files' axes lie, where it is not as the weights expect.
+    """
+
+    embed: EmbedFlags = EmbedConfig()
+    preprocess: FileAxes = FileAxes()
 
 
 def paper() -> Config:
     """Both features of the released code (class and pooled, concatenated), in bfloat16 on all devices."""
-    return Config(ScansConfig(batch=BatchConfig(16, 8), mesh=MeshConfig(), dtype="bfloat16"))
+    return Config(EmbedConfig(ScansConfig(batch=BatchConfig(16, 8), mesh=MeshConfig(), dtype="bfloat16")))
 
 
 def smoke() -> Config:
     """A tiny model, in seconds: your scans or phantom chests, your weights or some pre-trained on the spot."""
-    return Config(ScansConfig(ScanData(synthetic=12)), ("class", "pooled", "concat", "pre_logits"))
+    return Config(EmbedConfig(ScansConfig(ScanData(synthetic=12)), ("class", "pooled", "concat", "pre_logits")))
 
 
 def run(config: Config, folder: RunFolder) -> int:
     """Read and check, embed every scan, write tables, picture and report. Returns 1 when scans failed."""
-    scans, notes = with_synthetic(config.scans, folder)
-    load = partial(load_published, family="tangerine")
-    return run_embed(config, scans, load, view, describe, page, folder, notes)
+    scans, notes = with_synthetic(config.embed.scans, folder)
+    load = partial(load_weights, config.preprocess)
+    return run_embed(config, config.embed, scans, load, view, describe, page, folder, notes)
 
 
 def with_synthetic(scans: ScansConfig, folder: RunFolder) -> tuple[ScansConfig, list[str]]:
     """Write phantom chests where no scans are given; where no weights are, pre-train a tiny model on such chests."""
-    if not scans.needs_synthetic:
+    if not scans.needs_synthetic():
         return scans, []
     given, seed = scans.weights, scans.seed
     shape = SMALL_SHAPE if given is None else load_published(given, "tangerine").preprocess.volume_size

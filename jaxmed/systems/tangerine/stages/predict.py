@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxmed.arrays.task import Task
-from jaxmed.config import to_record
+from jaxmed.config import checked, to_record
+from jaxmed.data.preprocess import FileAxes
 from jaxmed.data.scans import find_records
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
 from jaxmed.models.published.load import load_published
@@ -17,43 +18,56 @@ from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import VitConfig, vit_encoder
 from jaxmed.nn.model import make_model
 from jaxmed.recipes.embed_stage import features
+from jaxmed.recipes.encoder_calls import view_classifier
 from jaxmed.recipes.map_files import BatchConfig
-from jaxmed.recipes.predict_stage import PredictConfig, Summary, predict_page, run_predict
+from jaxmed.recipes.predict_stage import PredictConfig, PredictFlags, Summary, predict_page, run_predict
 from jaxmed.recipes.probe import fit_probe
 from jaxmed.recipes.scan_job import ScanData, ScansConfig
 from jaxmed.recipes.stage import Finished, Page
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
-from jaxmed.systems.tangerine.adaptation import CHESTS, SMALL_SHAPE, SOURCE
-from jaxmed.systems.tangerine.prediction import view_classifier
+from jaxmed.systems.tangerine.adaptation import CHESTS, SMALL_SHAPE, SOURCE, load_weights
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.run_folder import RunFolder, start
 
-Config = PredictConfig
 TRIES_FAILED_AGAIN = True
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class Config:
+    """Predictions of an adapted classifier or regressor.
+
+    Attributes:
+        predict: What is asked of the scans.
+        preprocess: How the files' axes lie, where it is not as the weights expect.
+    """
+
+    predict: PredictFlags = PredictConfig()
+    preprocess: FileAxes = FileAxes()
 
 
 def paper() -> Config:
     """A map of the predicted class of every scan, in bfloat16 on all devices."""
-    return Config(ScansConfig(batch=BatchConfig(16, 8), mesh=MeshConfig(), dtype="bfloat16"))
+    return Config(PredictConfig(ScansConfig(batch=BatchConfig(16, 8), mesh=MeshConfig(), dtype="bfloat16")))
 
 
 def smoke() -> Config:
     """In seconds: your scans or phantom chests, your weights or a tiny classifier of emphysema made on the spot."""
-    return Config(ScansConfig(ScanData(synthetic=60)), shown=3)
+    return Config(PredictConfig(ScansConfig(ScanData(synthetic=60)), shown=3))
 
 
 def run(config: Config, folder: RunFolder) -> int:
     """Read and check, predict every scan, write tables, maps and report. Returns 1 when scans failed."""
-    scans, notes = with_synthetic(config.scans, folder)
-    load = partial(load_published, family="tangerine", task=config.task.task)
+    scans, notes = with_synthetic(config.predict.scans, folder)
+    load = partial(load_weights, config.preprocess, task=config.predict.task.task)
     look = partial(view_classifier, where=scans.weights)
-    return run_predict(config, scans, load, look, page, folder, notes)
+    return run_predict(config, config.predict, scans, load, look, page, folder, notes)
 
 
 def with_synthetic(scans: ScansConfig, folder: RunFolder) -> tuple[ScansConfig, list[str]]:
     """Write phantom chests where no scans are given; where no weights are, fit a tiny classifier to such chests."""
-    if not scans.needs_synthetic:
+    if not scans.needs_synthetic():
         return scans, []
     given, seed = scans.weights, scans.seed
     shape = SMALL_SHAPE if given is None else load_published(given, "tangerine").preprocess.volume_size

@@ -2,52 +2,48 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from jaxmed.arrays.grid import reorient
-from jaxmed.arrays.trees import named_leaves
-from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import Number, Share, Whole, checked
+from jaxmed.arrays.types import KeyArray
+from jaxmed.config import Share, checked
 from jaxmed.data.augment import draw_flips, flip
-from jaxmed.data.cohort import split_unlabelled, subject_notes
-from jaxmed.data.inputs import PreparedField, check_scans, input_source
+from jaxmed.data.inputs import PreparedField
 from jaxmed.data.loader import LoaderConfig
-from jaxmed.data.preprocess import Preprocess, differences
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import SubsetSource
-from jaxmed.data.scans import VOLUMES, find_scans, read_manifest
-from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
 from jaxmed.io.scans import ScanFiles
-from jaxmed.io.tables import make_table, resolve_paths
-from jaxmed.models.mae import MAE_LAPTOP_3D, MAE_SMOKE_3D, Mae, MaeConfig, masked_model
-from jaxmed.models.published.load import (
-    OWN_LICENCE,
-    ImportReport,
-    Published,
-    load_published,
-    published_record,
-    resize_positions,
-)
+from jaxmed.models.mae import MAE_LAPTOP_3D, MAE_SMOKE_3D, MaeConfig, masked_model
 from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.published.timm_vit import entries
 from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
-from jaxmed.nn.model import make_model
 from jaxmed.recipes.pretrain_mae import Reconstruction, pretrain
+from jaxmed.recipes.pretrain_stage import (
+    UnlabelledData,
+    error_curves,
+    find_unlabelled,
+    load_initial_weights,
+    model_record,
+    prepared_source,
+    pretrain_tiles,
+    start_notes,
+)
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only
 from jaxmed.recipes.training import TrainConfig, TrainData, TrainFlags, check_fit
-from jaxmed.report.figures import MapStyle, curves, slice_maps
-from jaxmed.report.page import Note, Section, Table, Text, Tile
+from jaxmed.report.figures import MapStyle, slice_maps
+from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
 from jaxmed.systems.tangerine.adaptation import SOURCE
-from jaxmed.train.checkpoint import compare_arrays, export_parameters
-from jaxmed.train.log import read_metrics, series
+from jaxmed.train.checkpoint import export_parameters
+from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
@@ -59,34 +55,6 @@ STYLE = MapStyle(colormap="gray", limits=(0.0, 1.0))
 # Axes of the cube where a volume comes without a place in the world: slices from foot to head, rows from front to back,
 # columns from right to left, as axial slices are stored.
 AXIAL = np.array([[0.0, 0.0, -1.0, 0.0], [0.0, -1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-
-
-@dataclasses.dataclass(frozen=True)
-@checked
-class DataConfig:
-    """Which volumes are trained on.
-
-    Attributes:
-        manifest: CSV with the column path (NIfTI in HU, a DICOM folder, or .npz with an array "volume" in [0, 1]);
-            optionally subject and split (train, validation, test). Only train is trained on; validation tells the
-            reconstruction error; test is left alone.
-        validation: Share of subjects held out where there is no column split.
-        check: Volumes read from end to end before training starts, evenly spread; of the others only the headers are.
-            One that turns out broken later stops the run and is named.
-        cache: Folder in which prepared volumes are kept (float16, 34 MB each at 256^3), so that later epochs and runs
-            read them in place. Empty prepares them anew in every epoch.
-        synthetic: Generate this many phantom chests where no files are given.
-    """
-
-    manifest: Path | None = None
-    validation: float = 0.05
-    check: Whole = 64
-    cache: Path | None = None
-    synthetic: Number = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise ValueError(f"validation: expected a share in [0, 1), found {self.validation:g}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +77,7 @@ class Config:
         flip_probability: Probability of a flip along rows, and of one along columns.
     """
 
-    data: DataConfig = DataConfig()
+    data: UnlabelledData = UnlabelledData()
     input: Path | None = None
     weights: Path | None = None
     warm_start: Path | None = None
@@ -162,7 +130,7 @@ def laptop() -> Config:
         epochs=130,
         warmup_epochs=13,
     )
-    return Config(data=DataConfig(synthetic=1000), model=MAE_LAPTOP_3D, train=train)
+    return Config(data=UnlabelledData(synthetic=1000), model=MAE_LAPTOP_3D, train=train)
 
 
 def smoke() -> Config:
@@ -175,7 +143,7 @@ def smoke() -> Config:
         epochs=40,
         warmup_epochs=2,
     )
-    return Config(data=DataConfig(synthetic=16), model=MAE_SMOKE_3D, train=train)
+    return Config(data=UnlabelledData(synthetic=16), model=MAE_SMOKE_3D, train=train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,29 +173,18 @@ class Summary:
     notes: tuple[str, ...]
 
 
-class Volumes(NamedTuple):
-    """The volumes of a run.
-
-    Attributes:
-        scans: Files, or folders of DICOM slices: those to train on first, then those held out.
-        num_training: How many are trained on.
-        notes: What is unexpected about them.
-    """
-
-    scans: tuple[ScanFiles, ...]
-    num_training: int
-    notes: list[str]
-
-
 def run(config: Config, folder: RunFolder) -> None:
     """Read and check the volumes, train, export the model, write the report."""
     clock, train, preprocess = Clock(), config.train, config.preprocess
     model = dataclasses.replace(config.model, encoder=dataclasses.replace(config.model.encoder, dtype=train.dtype))
     check_fit(train, masked_model(model).network)
-    published = None if config.weights is None else load_initial_weights(config.weights, model)
+    published = None if config.weights is None else load_initial_weights(config.weights, "tangerine", model)
     warm = None if config.warm_start is None else read_warm_start(config.warm_start, entries(model))
     given = warm or published
-    volumes = find_volumes(with_synthetic(config, folder), preprocess)
+    given_data = with_synthetic(config, folder)
+    volumes = find_unlabelled(
+        given_data.data, given_data.input, preprocess, train, series=config.series, fill=config.fill
+    )
     notes = [
         *volumes.notes,
         *length_notes(train.loop, train.epochs),
@@ -235,15 +192,10 @@ def run(config: Config, folder: RunFolder) -> None:
         *([] if warm is None else [warm.note]),
     ]
     log = begin(folder, notes, tensorboard=train.loop.tensorboard)
-    counts = {"train": volumes.num_training, "validation": len(volumes.scans) - volumes.num_training}
+    counts = volumes.counts
     log.say(f"{counts['train']:,} volumes to train on, {counts['validation']:,} held out.")
     cache = config.data.cache or (folder.path / "inputs" / "volumes" if config.data.synthetic else None)
-    opened = []
-    if cache is not None:
-        log.say(f"Preparing volumes in {cache}; those that are there already stay.")
-        first_only(lambda: opened.append(input_source(volumes.scans, preprocess, cache)), "cache")
-    # Opening a cache sums every file in it: the first process has done so.
-    source = opened[0] if opened else input_source(volumes.scans, preprocess, cache)
+    source = prepared_source(volumes.scans, preprocess, cache, log)
     rows = np.arange(len(volumes.scans))
     held_out = SubsetSource(source, rows[volumes.num_training :]) if counts["validation"] else None
 
@@ -257,7 +209,9 @@ def run(config: Config, folder: RunFolder) -> None:
         folder=folder, log=log, augment=augment, start=None if given is None else given.params,
     )  # fmt: skip
     clock.lap("train, compilation included")
-    export_parameters(folder.outputs / "model", params, model_record(model, params, preprocess, published))
+    export_parameters(
+        folder.outputs / "model", params, model_record("tangerine", "mae", model, params, preprocess, published)
+    )
     if jax.process_index() != 0:
         return
     write_pictures(folder.outputs, pictures, volumes.scans[volumes.num_training :], preprocess)
@@ -285,78 +239,7 @@ def with_synthetic(config: Config, folder: RunFolder) -> Config:
         )  # fmt: skip
 
     first_only(write, "inputs")
-    return dataclasses.replace(config, data=DataConfig(place / "scans.csv"))
-
-
-def find_volumes(config: Config, preprocess: Preprocess) -> Volumes:
-    """List the volumes of a run, and look at them.
-
-    Raises:
-        InputError: There are none, some are missing or broken, or none is to be trained on.
-    """
-    manifest, place = config.data.manifest, config.input
-    if (manifest is None) == (place is None):
-        found = "neither" if place is None else "both"
-        raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
-    if manifest is not None:
-        table = read_manifest(manifest)
-        scans, passed = [ScanFiles(path, config.series, fill=config.fill) for path in resolve_paths(table)], ()
-    else:
-        assert place is not None
-        scans, passed = find_scans(place, VOLUMES, config.series, config.fill)
-        # Series of one study show one person.
-        rows = [{"path": str(scan.path), "subject": scan.study} for scan in scans]
-        table = make_table(place, ("path", "subject"), rows)
-    splits = np.array(split_unlabelled(table, config.data.validation, config.train.seed))
-    if "train" not in splits:
-        raise InputError(table.path, "rows with split 'train'", f"only {', '.join(sorted(set(splits)))}")
-    training, held_out = ([scans[row] for row in np.flatnonzero(splits == name)] for name in ("train", "validation"))
-    chosen = (*training, *held_out)
-    notes = [*passed]
-    notes += [] if manifest is None or "subject" not in table.columns else subject_notes(table)
-    notes += check_scans(chosen, preprocess, config.data.check, config.train.loader.num_threads)
-    return Volumes(chosen, len(training), notes)
-
-
-def load_initial_weights(path: Path, model: MaeConfig) -> Published:
-    """Read weights to start from, positions resized to the model's grid.
-
-    Raises:
-        InputError: They are no masked autoencoder of these sizes.
-    """
-    published = load_published(path, "tangerine")
-    if not isinstance(published.config, MaeConfig) or "decoder" not in published.params:
-        advice = "leave --weights out to start from random ones"
-        raise InputError(path, "a masked autoencoder with its decoder", "an encoder without it", advice)
-    published = resize_positions(published, model.encoder.image_size)
-    image = jax.ShapeDtypeStruct((1, *model.encoder.image_size, model.encoder.channels), np.float32)
-    noise = jax.ShapeDtypeStruct((1, model.encoder.num_tokens), np.float32)
-    expected = jax.eval_shape(make_model(Mae(model)).init, jax.random.key(0), image, noise)
-    compare_arrays(_shapes(expected), _shapes(published.params), str(path))
-    for name in ("sigmoid", "norm_target"):
-        if getattr(published.config, name) != getattr(model, name):
-            found = f"{name} {getattr(published.config, name)}"
-            raise InputError(path, f"weights trained with {name} {getattr(model, name)}", found, f"set --model.{name}")
-    return published
-
-
-def start_notes(published: Published | None, preprocess: Preprocess) -> list[str]:
-    """Say whose weights training starts from, and how their input differed."""
-    if published is None:
-        return []
-    report = published.report
-    notes = [f"Starting from weights of {report.family}. Licence: {report.licence}.", *report.remarks]
-    differing = [f"{name} {a}, here {b}" for name, (a, b) in differences(published.preprocess, preprocess).items()]
-    return notes + [f"The weights to start from were trained with other input: {'; '.join(differing)}."] * bool(
-        differing
-    )
-
-
-def model_record(model: MaeConfig, params: Params, preprocess: Preprocess, origin: Published | None) -> dict[str, Any]:
-    """Return what `load_published` has to know about exported parameters; a licence is handed on."""
-    licence = OWN_LICENCE if origin is None else origin.report.licence
-    report = ImportReport("tangerine", "mae", (), (), (), licence)
-    return published_record(Published(make_model(Mae(model)), params, preprocess, model, report))
+    return dataclasses.replace(config, data=UnlabelledData(place / "scans.csv"))
 
 
 def write_pictures(
@@ -390,10 +273,6 @@ def find_affine(scan: ScanFiles, preprocess: Preprocess) -> Float64[np.ndarray, 
     return AXIAL if grid is None else preprocess.input_grid(grid).affine
 
 
-def _shapes(tree: Any) -> dict[str, Any]:
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
-
-
 # The page ------------------------------------------------------------------------------------------------------------
 
 
@@ -404,41 +283,18 @@ def page(run: Finished[Config, Summary]) -> Page:
         "TANGERINE pre-training",
         f"A 3D masked autoencoder of {summary.parameters:,} parameters, trained on {summary.volumes['train']:,} "
         "volumes without labels",
-        _tiles(summary, lines),
+        pretrain_tiles(lines, summary.volumes, "volumes", "mean squared error of hidden voxels"),
         [_curves_section(lines, summary), *_pictures_section(run.outputs, summary), _reading_section()],
     )
 
 
-def _tiles(summary: Summary, lines: list[dict[str, float]]) -> list[Tile]:
-    steps, losses = series(lines, "loss")
-    tiles: list[Tile] = [
-        ("Steps", int(steps[-1]), f"{summary.volumes['train']:,} volumes"),
-        ("Loss", float(f"{losses[-1]:.3g}"), "mean squared error of hidden voxels, last line"),
-    ]
-    explained = series(lines, "evaluation/explained")[1]
-    if len(explained):
-        tiles.append(("Explained", f"{explained[-1]:.1%}", "of the variance of hidden voxels, held-out volumes"))
-    return tiles
-
-
 def _curves_section(lines: list[dict[str, float]], summary: Summary) -> Section:
-    blocks: list[Any] = [Note(text, "warning") for text in summary.notes]
-    shown = {"training": series(lines, "loss")}
-    shown["constant, training"] = series(lines, "target_variance")
-    if len(series(lines, "evaluation/error")[0]) > 1:
-        shown["held out"] = series(lines, "evaluation/error")
-        shown["constant, held out"] = series(lines, "evaluation/variance")
     low, high = summary.window
     caption = (
         f"Mean squared error of hidden voxels, intensities in [0, 1] ({low:g} to {high:g} HU), and that of the best "
         "constant: the variance of the hidden voxels."
     )
-    blocks.append(curves(shown, xlabel="step", ylabel="error", caption=caption))
-    blocks.append(
-        curves({"rate": series(lines, "learning_rate")}, xlabel="step", ylabel="learning rate",
-               caption="Learning rate: warm-up, then half a cosine.")
-    )  # fmt: skip
-    return Section("Training", blocks)
+    return Section("Training", [*(Note(text, "warning") for text in summary.notes), *error_curves(lines, caption)])
 
 
 def _pictures_section(outputs: Path, summary: Summary) -> list[Section]:
