@@ -15,6 +15,7 @@ jax is imported inside functions, so that this file costs nothing to a process t
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -28,6 +29,9 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 LOAD_LIMIT = 1.5
+TURN_S = 0.1
+LONG_S = 2.0
+MOST_CALLS = 100
 
 # Each library counts its threads once, when it is imported, from its own variable. NPROC is XLA's.
 THREAD_VARIABLES = (
@@ -149,27 +153,42 @@ def alternate(
     functions: Mapping[str, Callable[[], Any]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
+    turn_s: float = TURN_S,
 ) -> dict[str, tuple[float, ...]]:
-    """Time implementations in turn, call by call, after one warm-up call of each.
+    """Time implementations in turn, after one warm-up call of each.
 
-    Turns spread slow drifts (temperature, neighbours, frequency) over all of them alike.
+    Turns spread slow drifts (temperature, neighbours, frequency) over all of them alike. A call shorter than a turn is
+    repeated within it, after one that is not timed: a library's threads go on spinning for some milliseconds when their
+    work is done, and wake slowly when they have slept, which is neither's own time.
 
     Args:
         functions: Name to call. A peer that returns before its device is done must wait itself.
-        repeats: Timed calls of each.
+        repeats: Turns of each.
         clock: Seconds, monotonic.
+        turn_s: Least seconds of a turn.
 
     Returns:
-        Name to seconds of each call, in the order they ran.
+        Name to seconds of a call in each turn, in the order they ran.
     """
-    for function in functions.values():
+    calls: dict[str, int] = {}
+    for name, function in functions.items():
+        start = clock()
         _finish(function())
+        first = clock() - start
+        if first < LONG_S:  # else one call is a turn, whatever of it was warming up
+            start = clock()
+            _finish(function())
+            first = clock() - start
+        calls[name] = max(1, min(MOST_CALLS, math.ceil(turn_s / max(first, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            if calls[name] > 1:
+                _finish(function())
             start = clock()
-            _finish(function())
-            seconds[name].append(clock() - start)
+            for _ in range(calls[name]):
+                _finish(function())
+            seconds[name].append((clock() - start) / calls[name])
     return {name: tuple(values) for name, values in seconds.items()}
 
 

@@ -80,6 +80,19 @@ def test_alternate_times_calls_in_turn_after_one_warm_up():
     assert (row.median, row.min, row.max, row.n) == (3.0, 1.0, 5.0, 3)
 
 
+def test_short_calls_are_repeated_within_a_turn_and_told_one_by_one():
+    now, calls = [0.0], []
+
+    def short():
+        calls.append(1)
+        now[0] += 0.03
+
+    seconds = timing.alternate({"a": short}, repeats=2, clock=lambda: now[0])
+    # A warm-up, one to learn how long it takes, and two turns of one call that is not timed and four that are.
+    assert len(calls) == 2 + 2 * 5
+    assert seconds == {"a": pytest.approx((0.03, 0.03))}
+
+
 def test_ratio_above_one_means_jaxmed_is_faster():
     rows = rows_with(
         timing.Measurement((1.0, 1.0, 9.0)),

@@ -139,6 +139,21 @@ def test_the_gradient_by_the_kernel_is_summed_over_slabs(shape, features, window
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(
+    ("shape", "features", "window"),
+    [((2, 3, 5, 8, 32), 40, (3, 3, 3)), ((1, 4, 6, 16, 48), 32, (1, 5, 3)), ((3, 7, 8, 33), 32, (3, 3))],
+)
+def test_the_gradient_by_the_kernel_is_a_convolution_of_each_plane(shape, features, window, road, monkeypatch):
+    """Rows of 8 and 16 voxels with many channels, where oneDNN's call is there; and that it was taken."""
+    taken = []
+    planes = kernel_gradient._by_planes
+    monkeypatch.setattr(kernel_gradient, "_by_planes", lambda *given: taken.append(1) or planes(*given))
+    x, kernel = draw(shape, window, features)
+    agree(conv, plain, x, kernel)
+    assert bool(taken) == ("float32" in onednn.find_road().dtypes)
+
+
+@pytest.mark.core
 @pytest.mark.parametrize(("spatial", "size"), [((6, 4, 6), 1), ((7, 5, 4), 2), ((7, 6), 3)])
 def test_windows_that_tile_the_image(spatial, size):
     x, kernel = draw((2, *spatial, 3), (size,) * len(spatial), 5)
