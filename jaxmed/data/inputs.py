@@ -143,7 +143,7 @@ def _read(scans: Mapping[Path, ScanFiles], preprocess: Preprocess, path: Path) -
 
 def _look_at_header(scan: ScanFiles, preprocess: Preprocess) -> tuple[str, ...]:
     if (kind := kind_of(scan.path)) in ("array", "picture"):
-        require_file(scan.path, f"a {kind}")
+        require_file(scan.path, f"a {kind}", kinds=("npy", "zip") if kind == "array" else ("png", "jpeg", "tiff"))
         return ()
     _, codes = describe(scan)
     return () if codes is None else tuple(preprocess.check_axes(codes))

@@ -1,16 +1,15 @@
 """From a file to a network's input and back: one record for every system and family of published weights; on the host.
 
-What a `Preprocess` does, in this order: it reads; turns the axes (`axes`); changes the voxel size (`spacing`) or the
-number of voxels (`fit`); scales the intensities of the whole field of view (`intensity`; `order` says when); cuts to
-`size`. Networks of slices, patches or windows stop before the last step (`load`) and cut by `data.windows`. The record
-travels with the weights.
+What a `Preprocess` does, in this order: it reads; cuts a fundus photograph to its disc (`crop`); turns the axes
+(`axes`); changes the voxel size (`spacing`) or the number of voxels (`fit`); scales the intensities of the whole field
+of view (`intensity`; `order` says when); cuts to `size`. Networks of slices, patches or windows stop before the last
+step (`load`) and cut by `data.windows`. The record travels with the weights.
 
 Where further systems find their place: prostate MRI has three voxel sizes in `spacing`, "zscore" over what is
 "nonzero", and gives `prepare` a volume whose channels (T2w, DWI of one b-value, ADC) `arrays.grid.resample_to` has
 brought onto one grid; brain MRI is "RAS" at 1 mm, "minmax", and `order` "scale-first"; PET is at 1.5 mm with a fixed
-`mean` and `std` and `order` "cut-then-scale", so that what was added is scaled too. A crop to the disc of a fundus
-photograph, or to what is not 0, would be a field `crop` of its own, done before `spacing`; another rule of resampling
-or rounding is one more word of `interpolation`.
+`mean` and `std` and `order` "cut-then-scale", so that what was added is scaled too. A crop to what is not 0 would be
+one more word of `crop`; another rule of resampling or rounding is one more word of `interpolation`.
 """
 
 import dataclasses
@@ -26,7 +25,17 @@ from jaxmed.arrays.bspline import Edge, resize_bspline
 from jaxmed.arrays.grid import orientation, reorient, resample, resample_to, resize, restore, spaced, stretched
 from jaxmed.config import Length, Positive, Size, checked
 from jaxmed.data.intensity import Intensity, scale, unscale
-from jaxmed.data.stored import Form, Kind, Stored, as_volumes, read_prepared, read_stored, require_volume
+from jaxmed.data.picture_crop import crop_grid, crop_to_disc
+from jaxmed.data.stored import (
+    Form,
+    Kind,
+    Stored,
+    as_pixels,
+    as_volumes,
+    read_prepared,
+    read_stored,
+    require_volume,
+)
 from jaxmed.data.windows import cut_window, planes
 from jaxmed.errors import InputError
 from jaxmed.io.masks import read_mask
@@ -54,6 +63,8 @@ class Preprocess:
             the file, z the last) in some order keep what the file has: "zyx" is SimpleITK's array order, slices first
             for axial scans; "xyz" leaves volumes, and rows and columns of a picture, as they are.
         axis: The slices of 2D networks: axial is across z (foot to head), coronal across y, sagittal across x.
+        crop: Of pictures, before everything else: "disc" cuts to the square around the disc of a fundus photograph, and
+            leaves a picture without a dark rim as it is (`data.picture_crop`).
         spacing: Voxel size in mm, one number or three; of slices within their plane, their distance stays. Empty keeps
             that of the file; pictures and arrays have none and stay as they are.
         fit: How the size is reached: "crop" cuts, or extends, about the centre and keeps the voxel size; "cover" first
@@ -72,6 +83,7 @@ class Preprocess:
     channels: Size = 1
     axes: Axes = "RAS"
     axis: Literal["axial", "coronal", "sagittal"] = "axial"
+    crop: Literal["none", "disc"] = "none"
     spacing: tuple[Positive, ...] = ()
     fit: Literal["crop", "cover", "stretch"] = "crop"
     shorter: Length = 0
@@ -90,6 +102,8 @@ class Preprocess:
             raise ValueError(f"axes: expected RAS, or x, y and z in some order, found '{self.axes}'")
         if self.is_sliced and self.axes not in ("RAS", "xyz"):
             raise ValueError(f"axes: expected RAS or xyz for slices and pictures, found '{self.axes}'")
+        if self.crop != "none" and not self.is_sliced:
+            raise ValueError(f"crop: expected none for volumes of {self.size}, found {self.crop}")
         if self.edge not in get_args(Edge):
             raise ValueError(f"edge: expected clamp or zero, found '{self.edge}'")
         if self.interpolation == "bspline" and (self.fit != "stretch" or self.is_sliced):
@@ -131,15 +145,16 @@ class Preprocess:
             notes += self.check_axes(orientation(loaded.grid.affine)) if is_known else [UNKNOWN_FRAME]
         if self.intensity.kind == "window" and loaded.extent[0] >= WARMEST_AIR > self.intensity.window[0]:
             notes.append(_not_hounsfield(*loaded.extent))
-        grid = loaded.grid if loaded.kind in ("volume", "array") else None
-        return Prepared(self._cut(loaded), grid, tuple(notes))
+        grid = None if loaded.kind == "stack" else loaded.grid
+        return Prepared(self._cut(loaded), grid, tuple(notes), loaded.cropped)
 
-    def inverse(self, values: Float[np.ndarray, "..."], grid: Grid) -> Volume:
+    def inverse(self, values: Float[np.ndarray, "..."], grid: Grid, cropped: Grid | None = None) -> Volume:
         """Put a map on the network's grid (attribution, reconstruction) back onto the grid of the scan, linearly.
 
         Args:
-            values: On the whole grid `size`, in any unit; of a 2D network one for each slice.
-            grid: Of the scan that the input was made from.
+            values: On the whole grid `size`, in any unit; of a 2D network one for each slice, or that of a picture.
+            grid: Of the scan that the input was made from; of a picture, whose plane has one voxel across, its pixels'.
+            cropped: Of the square that it was cut to, where it was (`Prepared.cropped`).
 
         Returns:
             Float32 values on the stored axes of the scan, with its affine; 0 where the input did not reach.
@@ -147,8 +162,10 @@ class Preprocess:
         Raises:
             InputError: The map has another size.
         """
-        target = self.input_grid(grid)
+        target = self.input_grid(cropped or grid)
         shape = tuple(planes(np.empty(target.shape), self.slice_axis).shape) if self.is_sliced else self.size
+        if values.shape == self.size and shape == (1, *self.size):
+            values = values[None]
         if values.shape != shape:
             advice = "bring token maps to the size of the input first"
             raise InputError("cube", f"a map of shape {shape}", f"{values.shape}", advice)
@@ -159,7 +176,8 @@ class Preprocess:
             undo = np.argsort(self._permutation)
             back, affine = np.transpose(back, undo), affine[:, [*undo, 3]]
         if self.fit == "stretch":
-            return resample_to(Volume.make(back, affine), grid, order=1, antialias=False, fill=None)
+            fill = None if cropped is None else 0.0
+            return resample_to(Volume.make(back, affine), grid, order=1, antialias=False, fill=fill)
         return restore(Volume.make(back, affine), grid, order=1)
 
     def input_grid(self, grid: Grid) -> Grid:
@@ -351,13 +369,15 @@ class Prepared(NamedTuple):
 
     Attributes:
         image: The network's input, channels last.
-        grid: Where the scan's voxels stand; None for what came without a place in the world.
+        grid: Where the scan's voxels, or the pixels of a picture, stand; None for stacks, and what was prepared before.
         notes: What is unexpected about it.
+        cropped: Where the square stands that a picture was cut to; None where it was not.
     """
 
     image: Float32[np.ndarray, "*size channel"]
     grid: Grid | None
     notes: tuple[str, ...]
+    cropped: Grid | None = None
 
 
 class Loaded(NamedTuple):
@@ -372,6 +392,7 @@ class Loaded(NamedTuple):
         low: Stored intensity that became the lower end of the range.
         high: Stored intensity that became the upper end.
         extent: Least and largest stored intensity.
+        cropped: Where the square stands that a picture was cut to; None where it was not.
     """
 
     volumes: tuple[Volume, ...]
@@ -381,6 +402,7 @@ class Loaded(NamedTuple):
     low: float
     high: float
     extent: tuple[float, float]
+    cropped: Grid | None = None
 
     @property
     def volume(self) -> Volume:
@@ -434,9 +456,7 @@ class Loaded(NamedTuple):
         """Return a restored volume as the file holds it: row, column for pictures, items first in arrays."""
         if self.kind in ("volume", "array"):
             return volume.array if self.kind == "volume" else volume.array[None]
-        is_shown = self.grid.affine[1, 1] < 0  # `data.stored`: x to the right, y up
-        stack = np.ascontiguousarray(np.moveaxis(np.swapaxes(volume.array, 0, 1) if is_shown else volume.array, 2, 0))
-        return stack if self.kind == "stack" else stack[0]
+        return as_pixels(volume) if self.kind == "stack" else as_pixels(volume)[0]
 
 
 def images_of(volumes: Sequence[Volume], axis: int | None) -> list[Shaped[np.ndarray, "..."]]:
@@ -473,11 +493,20 @@ def load(
     if not isinstance(image, Volume | np.ndarray):
         scan = image if isinstance(image, ScanFiles) else ScanFiles(image)
         image = scan._replace(fill=scan.fill if fill is None else fill)
-    stored = read_stored(image, preprocess.form._replace(allow_stack=allow_stack))
+    stored, cropped = read_stored(image, preprocess.form._replace(allow_stack=allow_stack)), None
+    extent = float(stored.volumes[0].array.min()), float(stored.volumes[0].array.max())
+    volumes = stored.volumes
+    if preprocess.crop == "disc" and stored.kind != "volume":
+        if stored.kind == "stack":
+            found = f"a stack of {stored.volumes[0].array.shape[2]}"
+            raise InputError(stored.path, "pictures one by one, to cut each to its disc", found, "split the file")
+        square, notes = crop_to_disc(stored.volumes[0], stored.path)
+        volumes, cropped = (square,), None if square is stored.volumes[0] else square.grid
+        stored = stored._replace(notes=(*stored.notes, *notes))
     axis = (preprocess.slice_axis if stored.kind == "volume" else 2) if preprocess.is_sliced else None
-    intensity, first, moved = preprocess.intensity, stored.volumes[0], []
+    intensity, moved = preprocess.intensity, []
     low, high = intensity.range
-    for number, volume in enumerate(stored.volumes):
+    for number, volume in enumerate(volumes):
         where = f"{stored.path} item {number}" if len(stored.volumes) > 1 else str(stored.path)
         if preprocess.order == "scale-first":
             volume = Volume.make(scale(volume.array, intensity, where).array, volume.affine)
@@ -486,8 +515,7 @@ def load(
             array, low, high = _scaled(volume.array, intensity, where, stored.kind)
             volume = Volume.make(array, volume.affine)
         moved.append(volume)
-    extent = float(first.array.min()), float(first.array.max())
-    return Loaded(tuple(moved), axis, stored, intensity, low, high, extent)
+    return Loaded(tuple(moved), axis, stored, intensity, low, high, extent, cropped)
 
 
 def load_mask(path: Path, loaded: Loaded, preprocess: Preprocess, value: int | None = None) -> tuple[Volume, ...]:
@@ -515,6 +543,7 @@ def load_mask(path: Path, loaded: Loaded, preprocess: Preprocess, value: int | N
     masks = []
     for volume in stored:
         require_same_grid(volume.grid, loaded.grid, str(path), str(loaded.path))
+        volume = volume if loaded.cropped is None else crop_grid(volume, loaded.cropped)
         moved = preprocess.lay_out(preprocess.turn(volume), kind, loaded.axis)
         masks.append(Volume.make(moved.array >= 0.5, moved.affine))
     return tuple(masks)

@@ -93,6 +93,9 @@ def as_volumes(array: Shaped[np.ndarray, "..."], path: Path, form: Form) -> tupl
         array = np.repeat(array[..., None], form.channels, axis=2)  # grey, as Pillow makes colour of it
     elif is_picture and not colours:
         array = drop_colour(array)
+    if colours and is_flat and array.shape[-1] != form.channels:
+        advice = "give one page, or channels last"
+        raise InputError(path, f"a picture of {form.channels} channels", f"shape {array.shape}", advice)
     axes = array.ndim - colours
     if is_flat and axes != 2 and (is_picture or not form.allow_stack):
         expected = "a colour picture" if colours else "a grey picture"
@@ -112,6 +115,13 @@ def as_volumes(array: Shaped[np.ndarray, "..."], path: Path, form: Form) -> tupl
     if not form.as_shown:
         return (Volume.make(stack, np.eye(4)),), kind
     return (Volume.make(np.ascontiguousarray(np.swapaxes(stack, 0, 1)), PICTURE_AFFINE),), kind
+
+
+def as_pixels(volume: Volume) -> Shaped[np.ndarray, "item row column *channel"]:
+    """Return what lies on the grid of a picture, or of a stack of them, as rows and columns of pixels."""
+    is_shown = volume.affine[1, 1] < 0  # x to the right, y up
+    array = np.swapaxes(volume.array, 0, 1) if is_shown else volume.array
+    return np.ascontiguousarray(np.moveaxis(array, 2, 0))
 
 
 def require_volume(where: object, array: Shaped[np.ndarray, "..."], channels: int = 1) -> None:

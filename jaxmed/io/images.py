@@ -34,9 +34,9 @@ def read_image(
     """Read a grayscale or colour image.
 
     EXIF orientation is applied, alpha is dropped (colours under transparent pixels show), palettes
-    and other colour spaces become RGB. The pages of a TIFF are stacked along a new first axis and
-    must have one size; of other formats the first picture is read. 16-bit colour PNG comes at 8
-    bits, which is what Pillow decodes.
+    and other colour spaces, such as CMYK, become RGB; colour profiles are not applied. The pages of a
+    TIFF are stacked along a new first axis and must have one size; of other formats the first picture
+    is read. 16-bit colour (PNG, TIFF) comes at 8 bits, which is what Pillow decodes.
 
     Args:
         path: A .png, .jpg, .jpeg, .tif, .tiff, .npy or .npz file.

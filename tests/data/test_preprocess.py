@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from jaxmed.arrays.bspline import bspline_weights, resize_bspline
 from jaxmed.arrays.grid import reorient
 from jaxmed.config import from_record, to_record
+from jaxmed.data.inputs import check_scans
 from jaxmed.data.intensity import Intensity
 from jaxmed.data.preprocess import Preprocess, load
 from jaxmed.errors import InputError
@@ -383,6 +386,98 @@ def test_grey_pictures_become_colour_and_floats_are_resized_as_they_are(tmp_path
     bare = dataclasses.replace(FUNDUS, intensity=Intensity("keep"))
     resized = [np.asarray(Image.fromarray(smooth[..., c]).resize((32, 38), Image.Resampling.BICUBIC)) for c in range(3)]
     np.testing.assert_array_equal(bare(smooth), np.stack(resized, -1)[5:33, 2:30])
+
+
+def png_of_16_bits(pixels):
+    """Return a PNG of 16-bit colour, which Pillow reads and does not write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+GREY = np.random.default_rng(0).integers(0, 256, (24, 32), np.uint8)
+COLOUR = np.kron(np.random.default_rng(1).integers(0, 256, (3, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+ALPHA = Image.fromarray(GREY)
+
+
+def save_as(mode, path):
+    """Write a picture of a mode; return what a network of three channels should see, and how near to it."""
+    three = np.repeat(GREY[..., None], 3, axis=2) / 255
+    match mode:
+        case "grey" | "grey jpeg":
+            Image.fromarray(GREY).save(path, quality=100)
+            return three, 0.02 if "jpeg" in mode else 0
+        case "grey and alpha":
+            Image.merge("LA", [Image.fromarray(GREY), ALPHA]).save(path)
+            return three, 0
+        case "two values":
+            Image.fromarray(GREY > 99).save(path)
+            return np.repeat((GREY > 99)[..., None], 3, axis=2), 0
+        case "grey of 16 bits":
+            Image.fromarray(GREY.astype(np.uint16) * 200).save(path)
+            return three * 255 * 200 / 65535, 1e-7
+        case "colour of 16 bits":
+            path.write_bytes(png_of_16_bits(COLOUR.astype(np.uint16) * 257))
+            return COLOUR / 255, 1 / 255
+        case "colour and alpha":
+            Image.merge("RGBA", [*Image.fromarray(COLOUR).split(), ALPHA]).save(path)
+            return COLOUR / 255, 0  # not laid over anything: what is transparent keeps its colour
+        case "palette":
+            Image.fromarray(COLOUR).quantize(16, method=Image.Quantize.MEDIANCUT).save(path)
+            return COLOUR / 255, 0
+        case "CMYK" | "YCbCr":
+            Image.fromarray(COLOUR).convert(mode).save(path)
+            return COLOUR / 255, 0.02
+        case "turned":
+            exif = Image.Exif()
+            exif[0x0112] = 6  # the stored picture is to be turned clockwise
+            Image.fromarray(np.rot90(COLOUR).copy()).save(path, exif=exif, quality=100, subsampling=0)
+            return COLOUR / 255, 0.05
+    raise AssertionError(mode)
+
+
+MODES = {
+    "grey": "png", "grey jpeg": "jpg", "grey and alpha": "png", "two values": "png", "grey of 16 bits": "png",
+    "colour of 16 bits": "png", "colour and alpha": "png", "palette": "png", "CMYK": "tif", "YCbCr": "tif",
+    "turned": "jpg",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_network_of_three_channels_sees_any_picture_in_colour(mode, tmp_path):
+    expected, tolerance = save_as(mode, tmp_path / f"a.{MODES[mode]}")
+    found = Preprocess((24, 32), 3, axes="xyz")(tmp_path / f"a.{MODES[mode]}")
+    assert found.shape == (24, 32, 3)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance or 1e-7)
+    if mode.startswith("grey"):
+        assert (found == found[..., :1]).all()
+
+
+def test_pictures_that_no_network_of_three_channels_takes_are_one_line(tmp_path):
+    preprocess = Preprocess((24, 32), 3, axes="xyz")
+    pages = [Image.fromarray(np.roll(GREY, shift)) for shift in range(3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    wrong = {"pages.tif": r"a picture of 3 channels, found shape \(3, 24, 32\)"}
+    for suffix in ("jpg", "png", "tif"):
+        Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
+        content = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(content[: len(content) * 2 // 3])
+        wrong[f"cut.{suffix}"] = "a whole image, found a damaged one"
+    for name, message in wrong.items():
+        with pytest.raises(InputError, match=f"{name}: expected {message}") as caught:
+            preprocess(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "a.png").write_bytes((tmp_path / "whole.jpg").read_bytes())  # by its content, whatever its name
+    assert preprocess.prepare(tmp_path / "a.png").image.shape == (24, 32, 3)
+    np.savez(tmp_path / "arrays.npz", GREY)
+    (tmp_path / "b.png").write_bytes((tmp_path / "arrays.npz").read_bytes())
+    with pytest.raises(InputError, match=r"b\.png: expected a picture, found a NumPy archive"):
+        check_scans([tmp_path / "a.png", tmp_path / "b.png"], preprocess, 0, 1)
 
 
 def test_an_array_is_cut_about_its_centre_and_what_is_added_is_the_lower_end():
