@@ -171,9 +171,9 @@ class Input(NamedTuple):
 
 
 def read_input(preprocess: Preprocess, record: Record) -> Input:
-    """Read a record for a model; its place is the grid of the scan."""
+    """Read a record for a model; its place is the grid of the scan, and of what it was cropped to."""
     found = preprocess.prepare(record.scan)
-    return Input(found.image, found.notes, found.grid)
+    return Input(found.image, found.notes, (found.grid, found.cropped))
 
 
 class BatchModel(NamedTuple):

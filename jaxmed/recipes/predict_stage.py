@@ -24,8 +24,10 @@ from jaxmed.data.intensity import unscale
 from jaxmed.data.labels import read_known_targets
 from jaxmed.data.preprocess import WARMEST_AIR, Preprocess
 from jaxmed.data.scans import Record
+from jaxmed.data.stored import as_pixels
 from jaxmed.files import unique_names, write_json
 from jaxmed.io import nifti
+from jaxmed.io.images import read_image, write_png
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.scans import ScanFiles, kind_of, read_volume
 from jaxmed.io.tables import Table as Rows
@@ -50,7 +52,7 @@ from jaxmed.recipes.scan_job import (
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.figures import histograms
-from jaxmed.report.overlay import Slices, cut_slices, overlay_slices
+from jaxmed.report.overlay import Slices, cut_slices, overlay_slices, picture_slice
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.report.slices import display_range
 from jaxmed.train.run_folder import RunFolder
@@ -247,12 +249,21 @@ def spread(places: Float[np.ndarray, "*grid"], size: tuple[int, ...]) -> Float32
     return resize(volume, (x, y, z), order=1).array.reshape(size).astype(np.float32)
 
 
-def to_grid(places: Float[np.ndarray, "*grid"], preprocess: Preprocess, grid: Grid | None) -> Volume:
-    """Put a map on the grid of the tokens onto that of its scan; onto the model's input where the scan has none."""
+def to_grid(
+    places: Float[np.ndarray, "*grid"], preprocess: Preprocess, grid: Grid | None, cropped: Grid | None = None
+) -> Volume:
+    """Put a map on the grid of the tokens onto that of its scan; onto the model's input where the scan has none.
+
+    Args:
+        places: The map.
+        preprocess: How the scan became the model's input.
+        grid: Of the scan, or of the pixels of a picture.
+        cropped: Of the square that a picture was cut to, where it was.
+    """
     image = spread(places, preprocess.size)
     if grid is None:
         return Volume.make(image.reshape(*image.shape, *(1,) * (3 - image.ndim)), np.eye(4))
-    return preprocess.inverse(image, grid)
+    return preprocess.inverse(image, grid, cropped)
 
 
 def run_predict(
@@ -316,14 +327,20 @@ def _compute(encoder: Encoder, head: HeadConfig, task: Task, maps: Maps, params:
 def write_maps(
     outputs: Path, task: Task, preprocess: Preprocess, record: Record, scan: Input, arrays: Arrays
 ) -> tuple[Arrays, tuple[str, ...]]:
-    """Write the maps of one scan on its own grid, each with a sidecar; return its values and what was mapped."""
+    """Write the maps of one scan on its own grid, each with a sidecar; return its values and what was mapped.
+
+    The map of a picture is there as a picture of the same pixels too, from 0 (black) to the largest value (white).
+    """
     warnings = []
     reference = record.path if record.path.name.lower().endswith(nifti.SUFFIXES) else None
     for output, patches in zip(arrays["mapped"].tolist(), arrays["maps"], strict=True):
         name = task.names[output]
-        volume = to_grid(patches, preprocess, scan.place)
+        volume = to_grid(patches, preprocess, *scan.place)
         stem = outputs / "maps" / map_stem(record.name, task, output)
         nifti.write(stem.with_name(stem.name + ".nii.gz"), volume, reference=reference)
+        if kind_of(record.path) == "picture":
+            shown = as_pixels(volume)[0]
+            write_png(stem.with_name(stem.name + ".png"), np.clip(shown / (shown.max() or 1.0), 0, 1))
         if not patches.any():
             warnings.append(f"the map of '{name}' is 0 everywhere: no patch raises it")
         sidecar = {
@@ -333,7 +350,7 @@ def write_maps(
             "value": float(arrays["values"][output]),
             "largest": float(volume.array.max()),
             "input": str(record.path),
-            "frame": "the model's own axes (slice, row, column)" if scan.place is None else "the scan's own grid",
+            "frame": "the model's own axes (slice, row, column)" if scan.place[0] is None else "the scan's own grid",
             "constants": {"preprocess": to_record(preprocess), "patch_grid": list(patches.shape)},
             "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
         }
@@ -411,11 +428,16 @@ def write_previews(
     for outcome in done:
         output = int(outcome.arrays["mapped"][0])
         overlay = nifti.read(outputs / "maps" / f"{map_stem(outcome.file.name, task, output)}.nii.gz")
-        scan = read_to_show(outcome.file.scan, preprocess)
-        if kind_of(outcome.file.path) == "array":
-            overlay = _turned(overlay.array)
+        if kind_of(outcome.file.path) == "picture":
+            pixels = read_image(outcome.file.path, fill=outcome.file.scan.fill)
+            slices = picture_slice(pixels, as_pixels(overlay)[0])
+        else:
+            scan = read_to_show(outcome.file.scan, preprocess)
+            if kind_of(outcome.file.path) == "array":
+                overlay = _turned(overlay.array)
+            slices = cut_slices(scan, overlay)
         name = f"{outcome.file.name}.npz"
-        write_npz(outputs / "previews" / name, cut_slices(scan, overlay)._asdict(), is_compressed=True)
+        write_npz(outputs / "previews" / name, slices._asdict(), is_compressed=True)
         values = tuple(float(value) for value in outcome.arrays["values"])
         previews.append(Preview(name, outcome.file.name, output, values))
     return previews

@@ -17,7 +17,7 @@ from jaxmed.io.tables import read_table
 from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import HeadConfig
 from jaxmed.models.published.load import Published
-from jaxmed.recipes.map_files import BatchConfig, BatchModel, Input, make_batch_mesh
+from jaxmed.recipes.map_files import BatchConfig, BatchModel, make_batch_mesh, read_input
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.page import Note, Section, Table
 from jaxmed.train.mesh import MeshConfig
@@ -32,7 +32,8 @@ class ScanData:
 
     Attributes:
         manifest: CSV with the column path (a file that the weights' preprocessing reads, a DICOM folder, or prepared
-            inputs as .npz). Every further column is carried into the results; where it has labels, they are used.
+            inputs as .npz), or a folder of pictures by split and class. Every further column is carried into the
+            results; where it has labels, they are used.
         split: Only rows of the manifest with this word under split; empty for all.
         synthetic: Generate this many scans where no files are given, and a tiny model where no weights are.
     """
@@ -152,12 +153,6 @@ def open_job(scans: ScansConfig, load: Callable[[Path], Published], notes: Seque
     if len(records) == 1:
         preprocess.prepare(records[0].scan)
     return Job(records, published, preprocess, mesh, [*notes, *passed, *published.report.lines])
-
-
-def read_input(preprocess: Preprocess, record: Record) -> Input:
-    """Read a scan as a batch job takes it; its place is its grid."""
-    image, grid, notes = preprocess.prepare(record.scan)
-    return Input(image, notes, grid)
 
 
 def further_columns(records: Sequence[Record], own: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from jaxmed.volume import Volume
 # A picture in the page has fewer pixels than this along a side.
 LARGEST = 256
 HEAT = "inferno"
+PICTURE = -1
 
 
 class Slices(NamedTuple):
@@ -28,7 +29,7 @@ class Slices(NamedTuple):
         overlay: The map.
         index: Slice numbers along the axis that is cut across, in RAS+ order.
         spacing: Height of a row and width of a column, in mm.
-        axis: 0 sagittal, 1 coronal, 2 axial.
+        axis: 0 sagittal, 1 coronal, 2 axial; -1 for a picture, which lies as it is stored.
         largest: The map's largest value in the whole volume.
     """
 
@@ -65,6 +66,16 @@ def cut_slices(scan: Volume, overlay: Volume, num_slices: int = 5) -> Slices:
     return Slices(images[0], images[1], index, (row * step, column * step), axis, largest)
 
 
+def picture_slice(
+    picture: Float32[np.ndarray, "row column *channel"], overlay: Float32[np.ndarray, "row column"]
+) -> Slices:
+    """Return a picture, colours as their mean, and a map of its pixels."""
+    grey = picture if picture.ndim == 2 else picture.mean(axis=2)
+    step = -(-max(grey.shape) // LARGEST)
+    image, shown = (array[None, ::step, ::step].astype(np.float32) for array in (grey, overlay))
+    return Slices(image, shown, (0,), (float(step), float(step)), PICTURE, float(overlay.max()))
+
+
 def overlay_slices(
     slices: Slices, *, caption: str, limits: tuple[float, float], names: tuple[str, str], unit: str
 ) -> Figure:
@@ -81,17 +92,20 @@ def overlay_slices(
     size = (columns * slices.spacing[1], rows * slices.spacing[0])
     largest = slices.largest or 1.0
     # show_slice takes the spacing of a volume and the axis it is cut across.
-    spacing = tuple(np.insert([slices.spacing[1], slices.spacing[0]], slices.axis, 1.0).tolist())
+    is_picture = slices.axis == PICTURE
+    axis = 2 if is_picture else slices.axis
+    spacing = tuple(np.insert([slices.spacing[1], slices.spacing[0]], axis, 1.0).tolist())
+    headings = [""] if is_picture else [f"{PLANES[axis]} {index}" for index in slices.index]
 
     def draw(theme: Theme) -> Canvas:
         grid = MapGrid.make(2, [count], size)
-        canvas = grid.canvas(theme, [f"{PLANES[slices.axis]} {index}" for index in slices.index], slices.axis)
+        canvas = grid.canvas(theme, headings, None if is_picture else axis)
         colors = matplotlib.colormaps[HEAT]
         for place in range(count):
             image, overlay = slices.image[place].astype(np.float64), slices.overlay[place] / largest
             for row in (0, 1):
                 ax = grid.axes(canvas, row, place)
-                show_slice(ax, image, "gray", limits, spacing, slices.axis)
+                show_slice(ax, image, "gray", limits, spacing, axis)
                 if row:
                     heat = colors(np.clip(overlay, 0, 1))
                     heat[..., 3] = 0.75 * np.clip(overlay, 0, 1) ** 0.75
@@ -103,5 +117,6 @@ def overlay_slices(
         return canvas
 
     positions = ", ".join(str(index) for index in slices.index)
-    alt = f"{PLANES[slices.axis].capitalize()} slices {positions} of {names[0]}, and with {names[1]} on top."
+    shown = names[0] if is_picture else f"{PLANES[axis].capitalize()} slices {positions} of {names[0]}"
+    alt = f"{shown}, and with {names[1]} on top."
     return both_themes(draw, "png", caption, alt)
