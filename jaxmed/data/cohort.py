@@ -16,7 +16,17 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from jaxmed.arrays.task import Task
-from jaxmed.data.labels import MOST_CLASSES, LabelConfig, Meaning, find_meaning, is_unlabelled, read_targets
+from jaxmed.data.class_folders import Subjects, read_class_folders
+from jaxmed.data.covariates import Levels, find_levels, read_covariates
+from jaxmed.data.labels import (
+    MOST_CLASSES,
+    LabelConfig,
+    Meaning,
+    classes_of_folders,
+    find_meaning,
+    is_unlabelled,
+    read_targets,
+)
 from jaxmed.data.splits import SPLITS, split_subjects
 from jaxmed.errors import InputError
 from jaxmed.io.scans import ScanFiles
@@ -171,6 +181,7 @@ class Cohort(NamedTuple):
         splits: Of a manifest "train", "validation" or "test"; of an external set its name.
         targets: Labels as the loss takes them, regression values in their unit; NaN where missing.
         cells: The labels as written in the table.
+        covariates: What is known of the subjects beside the scan, as numbers; NaN where missing.
     """
 
     scans: tuple[ScanFiles, ...]
@@ -178,6 +189,7 @@ class Cohort(NamedTuple):
     splits: Shaped[np.ndarray, " record"]
     targets: Float32[np.ndarray, "record column"]
     cells: tuple[tuple[str, ...], ...]
+    covariates: Float32[np.ndarray, "record covariate"]
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -191,7 +203,8 @@ class Cohort(NamedTuple):
     def take(self, rows: Shaped[np.ndarray, " row"]) -> "Cohort":
         """Return some of the scans."""
         scans, cells = (tuple(values[row] for row in rows) for values in (self.scans, self.cells))
-        return Cohort(scans, self.subjects[rows], self.splits[rows], self.targets[rows], cells)
+        columns = (self.subjects[rows], self.splits[rows], self.targets[rows])
+        return Cohort(scans, *columns, cells, self.covariates[rows])
 
 
 class LabelledSets(NamedTuple):
@@ -219,7 +232,7 @@ class External:
     Attributes:
         name: What to call it.
         group: One of GROUPS.
-        path: Its manifest.
+        path: Its manifest, or its folder of classes.
     """
 
     name: str
@@ -228,7 +241,7 @@ class External:
 
 
 def parse_externals(words: Sequence[str]) -> tuple[External, ...]:
-    """Read NAME=CSV or NAME:GROUP=CSV.
+    """Read NAME=CSV or NAME:GROUP=CSV; a folder of classes may stand for the table.
 
     Raises:
         InputError: A word is neither, a group is unknown, or a name stands twice or is that of a split.
@@ -258,41 +271,55 @@ def read_labelled_sets(
     needs_auroc: bool = False,
     series: str = "",
     fill: float | None = None,
+    naming: Subjects = Subjects(),
+    covariates: Sequence[str] = (),
 ) -> LabelledSets:
     """Read and check a manifest and its external sets.
 
     Args:
-        manifest: CSV with the column path, the label columns, and optionally subject and split.
-        externals: Further sets, as NAME=CSV or NAME:GROUP=CSV.
+        manifest: CSV with the column path, the label columns, and optionally subject and split; or a folder of classes.
+        externals: Further sets, as NAME=CSV or NAME:GROUP=CSV, likewise.
         config: What is learnt.
         fractions: Shares of subjects in train, validation and test, where there is no column split.
         seed: Seed of that draw.
         needs_auroc: Whether validation records select by AUROC, for which they need both classes.
         series: Which DICOM series is meant where a folder holds several.
         fill: Intensity of voxels that have none; None refuses them.
+        naming: How the subjects of a folder of classes are told; of external folders by the pattern.
+        covariates: Columns with what is known of the subjects beside the scan; external sets may lack them.
 
     Raises:
         InputError: For whatever a user can have wrong in them.
     """
     parsed = parse_externals(externals)
-    table = read_labelled(manifest, config)
+    is_folder = manifest.is_dir()
+    if (naming.table is not None and not is_folder) or (
+        naming.pattern and not is_folder and not any(one.path.is_dir() for one in parsed)
+    ):
+        name = "data.subjects" if naming.table is not None else "data.subject_pattern"
+        raise InputError(name, "a folder of classes", f"the table {manifest}", "its column subject tells them")
+    table, found_notes = _read_set(manifest, config, naming, is_whole=True)
+    if is_folder:
+        config = classes_of_folders(config, table)
+    levels = find_levels(table, covariates)
     splits = find_splits(table, config, fractions, seed)
     meaning = find_meaning(table, config, splits)
     task = meaning.task
-    cohort = _read_cohort(table, config, meaning, splits, resolve_paths(table), series, fill)
+    cohort = _read_cohort(table, config, meaning, splits, resolve_paths(table), series, fill, levels)
     check_classes(cohort, task, table.path, needs_auroc)
     notes = [f"The labels are {task.kind}: {', '.join(task.names)}."]
     if task.kind == "binary" and task.names != config.columns:
         notes[0] += " --label.positive chooses another positive class."
-    notes += subject_notes(table)
+    notes += [*subject_notes(table), *found_notes]
     if "test" not in splits:
         notes.append("No scan of the manifest has the split 'test': only external sets tell of new scans.")
     others, learnt = [], [cohort.paths[row] for row in cohort.rows("train", "validation")]
     for external in parsed:
-        other = read_labelled(external.path, config)
+        other, more = _read_set(external.path, config, naming._replace(table=None), is_whole=False)
+        notes += [f"{external.name}: {note}" for note in more]
         # Files may be missing here: they fail one by one when they are scored.
         paths = [resolve_path(cell, other.path.parent) for cell in other.column("path")]
-        found = _read_cohort(other, config, meaning, [external.name] * len(other), paths, series, fill)
+        found = _read_cohort(other, config, meaning, [external.name] * len(other), paths, series, fill, levels)
         others.append((external.name, external.group, found))
         keys = file_keys([*learnt, *paths])
         if shared := set(keys[: len(learnt)]) & set(keys[len(learnt) :]):
@@ -305,6 +332,16 @@ def read_labelled_sets(
                 "the same people, its scores are too good."
             )
     return LabelledSets(table, cohort, meaning, others, notes)
+
+
+def _read_set(path: Path, config: LabelConfig, naming: Subjects, *, is_whole: bool) -> tuple[Table, list[str]]:
+    """Read a table, or a folder of classes, and what to know about it."""
+    if not path.is_dir():
+        return read_labelled(path, config), []
+    table, notes = read_class_folders(path, naming, is_whole=is_whole)
+    if not is_whole:
+        require_columns(table, config.columns)
+    return table, notes
 
 
 def read_labelled(path: Path, config: LabelConfig) -> Table:
@@ -367,11 +404,13 @@ def _read_cohort(
     paths: Sequence[Path],
     series: str,
     fill: float | None,
+    levels: Levels,
 ) -> Cohort:
     scans = tuple(ScanFiles(path, series, fill=fill) for path in paths)
     cells = tuple(tuple(row[name] for name in config.columns) for row in table.rows)
     targets = read_targets(table, config, meaning)
-    return Cohort(scans, np.array(subjects_of(table)), np.array(splits), targets, cells)
+    columns = (np.array(subjects_of(table)), np.array(splits), targets)
+    return Cohort(scans, *columns, cells, read_covariates(table, levels))
 
 
 # Who belongs together ------------------------------------------------------------------------------------------------

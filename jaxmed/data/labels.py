@@ -94,6 +94,21 @@ def find_meaning(table: Table, config: LabelConfig, splits: Sequence[str]) -> Me
     return Meaning(Task(kind, (positive,)), {word: float(word == positive) for word in words})
 
 
+def classes_of_folders(config: LabelConfig, table: Table) -> LabelConfig:
+    """Return what is learnt from a folder of classes: one class of two or more, also where they are called 1, 2, 3.
+
+    Raises:
+        InputError: Something else is set.
+    """
+    if config.columns != ("label",):
+        raise InputError("label.columns", "label, for a folder of classes", ", ".join(config.columns))
+    if config.kind in ("multilabel", "regression"):
+        raise InputError("label.kind", "binary or multiclass, for a folder of classes", config.kind, "give a table")
+    if config.kind != "auto":
+        return config
+    return dataclasses.replace(config, kind="binary" if len(set(table.column("label"))) == 2 else "multiclass")
+
+
 def read_targets(table: Table, config: LabelConfig, meaning: Meaning) -> Float32[np.ndarray, "record column"]:
     """Return labels as the loss takes them, NaN where missing.
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmed.arrays.grid import orientation
+from jaxmed.data.class_folders import read_class_folders
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names, walk_files
 from jaxmed.io import dicom, nifti
@@ -72,6 +73,7 @@ def find_scans(
     series: str = "",
     fill: float | None = None,
     apart: Sequence[Path | None] = (),
+    otherwise: Sequence[Kind] = (),
 ) -> Found:
     """Return a file, or the scans under a folder.
 
@@ -81,6 +83,7 @@ def find_scans(
         series: SeriesInstanceUID or SeriesDescription of the DICOM series that are meant; empty for all.
         fill: Intensity of voxels that have none, in all of them; None refuses such voxels.
         apart: Files and folders that are something else, such as masks, and may lie in the same folder.
+        otherwise: What is looked for in a folder that has none of these kinds.
 
     Raises:
         InputError: There is none.
@@ -110,6 +113,8 @@ def find_scans(
                 notes.append(f"{path} lies in a folder of DICOM slices: passed over")
             else:
                 scans.append(ScanFiles(path, series))
+    if not scans and otherwise:
+        return find_scans(place, otherwise, series, fill, apart)
     if not scans:
         wanted = ", ".join(suffix for kind in kinds for suffix in KIND_SUFFIXES.get(kind, ()))
         expected = f"scans ({wanted}{', or DICOM files' * ('dicom' in kinds)})"
@@ -149,12 +154,12 @@ def find_records(
     """List the scans of a job.
 
     Args:
-        manifest: Table with the column path; the rows are records.
+        manifest: Table with the column path, or folder of classes; the rows are records.
         place: Instead of a table: a file, a DICOM folder, or a folder of such.
         split: Of a manifest, only rows with this word under "split"; empty for all.
         series: Which DICOM series is meant where a folder holds several.
         fill: Intensity of voxels that have none; None refuses them.
-        kinds: What is looked for in a folder.
+        kinds: What is looked for in a folder; pictures where it has nothing else.
 
     Returns:
         The records, and notes on what was passed over.
@@ -166,7 +171,7 @@ def find_records(
         found = "neither" if place is None else "both"
         raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
     if place is not None:
-        scans, notes = find_scans(place, kinds, series, fill)
+        scans, notes = find_scans(place, kinds, series, fill, otherwise=("picture",))
         return _named([(where, scan, {}) for where, scan in zip(_below(scans, place), scans, strict=True)]), notes
     assert manifest is not None
     table = read_manifest(manifest)
@@ -186,7 +191,9 @@ def find_records(
 
 
 def read_manifest(path: Path) -> Table:
-    """Read a manifest, which has at least the column "path"."""
+    """Read a manifest, which has at least the column "path", or a folder of classes as one."""
+    if path.is_dir():
+        return read_class_folders(path, is_whole=False)[0]
     return read_table(path, required=("path",), optional=("label", "subject", "split"))
 
 

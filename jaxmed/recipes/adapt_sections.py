@@ -104,7 +104,7 @@ def _number(cell: str) -> float:
 
 
 def _about(row: dict[str, str], task: Task) -> str:
-    return "" if row["label"] == "all" or len(task.names) == 1 else f", {row['label']}"
+    return "" if row["label"] == "all" or task.names == (row["label"],) else f", {row['label']}"
 
 
 def _prediction_sections(outputs: Path, task: Task, summary: Summary) -> list[Section]:

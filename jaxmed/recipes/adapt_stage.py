@@ -18,6 +18,7 @@ from jaxtyping import Float
 from jaxmed.arrays.task import Task, predict_values, standardise
 from jaxmed.arrays.types import Params
 from jaxmed.config import Length, Number, Probability, Share, Whole, checked, to_record
+from jaxmed.data.class_folders import Subjects
 from jaxmed.data.cohort import Cohort, LabelledSets, read_labelled_sets
 from jaxmed.data.inputs import PreparedField, check_scans, input_source
 from jaxmed.data.labels import LabelConfig, balanced_weights
@@ -34,6 +35,7 @@ from jaxmed.objectives.supervised import task_losses
 from jaxmed.recipes.adapt import AdaptConfig, Adapted, AdaptFlags, adapt, check_run, score
 from jaxmed.recipes.adapt_program import Augment
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.subject_scores import Predicted, by_subject, merge_images, score_covariates
 from jaxmed.recipes.training import NO_PREFIX, TrainData
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
@@ -51,11 +53,19 @@ class LabelledData:
 
     Attributes:
         manifest: CSV with the columns path (a file that the weights' preprocessing reads, a DICOM folder, or prepared
-            inputs as .npz), the label columns, and optionally subject and split (train, validation, test).
+            inputs as .npz), the label columns, and optionally subject and split (train, validation, test). Or a folder
+            of pictures by split and class: train/CLASS/a.png, val/CLASS/b.png, test/CLASS/c.png.
         fractions: Shares of subjects in train, validation and test, where there is no column split.
         group: Whether pre-training saw scans of this distribution, without labels: "seen" or "unseen".
         external: Further sets, scored and never trained on, as NAME=CSV or NAME:GROUP=CSV; GROUP is "seen", "unseen"
-            or "other" (another centre, in neither stage), which is the default.
+            or "other" (another centre, in neither stage), which is the default. CSV may be a folder of classes, of
+            which all pictures are scored.
+        subject_pattern: Of folders of classes: a regular expression whose first group, in a picture's name without
+            suffix, is its subject, such as "^(.*)_(left|right)$". Empty makes every picture a subject of its own.
+        subjects: Of a folder of classes, instead: CSV with path (below the folder, or the bare name), subject where it
+            tells them, and covariates.
+        covariates: Columns with what is known of subjects beside the scan: numbers, or two words. The model does not
+            see them; they are scored as a baseline, and beside the model's output.
         cache: Folder in which prepared scans of the manifest are kept (float16, 34 MB each at 256^3). Empty prepares
             them anew in every epoch.
         check: Training and validation scans that are read from end to end before the run, evenly spread; of the
@@ -67,6 +77,9 @@ class LabelledData:
     fractions: tuple[Share, Share, Share] = (0.7, 0.15, 0.15)
     group: Literal["seen", "unseen"] = "unseen"
     external: tuple[str, ...] = ()
+    subject_pattern: str = ""
+    subjects: Path | None = None
+    covariates: tuple[str, ...] = ()
     cache: Path | None = None
     check: Whole = 16
     synthetic: Number = 0
@@ -97,6 +110,7 @@ class LabelledConfig:
         adapt: How the encoder is adapted.
         balance: Find the class weights from the training labels instead, so that classes count alike.
         threshold: Probability from which a binary label counts as predicted, in accuracy, F1 and their like.
+        average: What is scored: every image, or every subject, by the mean of its images' probabilities.
     """
 
     data: LabelledData = LabelledData()
@@ -109,6 +123,7 @@ class LabelledConfig:
     adapt: AdaptFlags = AdaptConfig()
     balance: bool = False
     threshold: Probability = 0.5
+    average: Literal["image", "subject"] = "image"
 
     def __post_init__(self) -> None:
         if self.balance and self.adapt.class_weights:
@@ -257,9 +272,12 @@ def run_adapt(
     clock.lap("adapt, compilation included")
     write_model(folder.outputs / "model", adapted, first, task)
     scored = [
-        score_cohort(recipe, first, adapted, task, *named, labelled.threshold, log)
+        score_cohort(recipe, first, adapted, task, *named, labelled.threshold, log, labelled.average)
         for named in named_sets(labelled.data.group, sets)
     ]
+    if labelled.data.covariates:
+        scored, further = add_covariates(task, scored, labelled.average, recipe.train.seed)
+        told += further
     clock.lap("score, with intervals")
     told += [f"{one.name}: {note}" for one, further in scored for note in further]
     write_tables(folder.outputs, [one for one, _ in scored], adapted, task)
@@ -286,7 +304,13 @@ def read_sets(labelled: LabelledConfig) -> LabelledSets:
     sets = read_labelled_sets(
         data.manifest, data.external, labelled.label, data.fractions, adaptation.train.seed,
         needs_auroc=adaptation.select == "auroc", series=labelled.series, fill=labelled.fill,
+        naming=Subjects(data.subject_pattern, data.subjects), covariates=data.covariates,
     )  # fmt: skip
+    if data.covariates and sets.meaning.task.kind == "regression":
+        raise InputError("data.covariates", "none, for a regression", ", ".join(data.covariates))
+    if labelled.average == "subject":
+        for where, cohort in ((str(data.manifest), sets.cohort), *((name, one) for name, _, one in sets.externals)):
+            merge_images(cohort, where)  # refuses labels that do not agree
     if adaptation.select == "auroc" and sets.meaning.task.kind == "regression":
         raise InputError("select", "loss, for a regression", "auroc")
     return sets
@@ -316,8 +340,9 @@ def score_cohort(
     cohort: Cohort,
     threshold: float,
     log: Log,
+    average: Literal["image", "subject"] = "image",
 ) -> tuple[Scored, list[str]]:
-    """Predict a set and score it; files that cannot be read are left out and told.
+    """Predict a set and score it, by image or by subject; files that cannot be read are left out and told.
 
     Returns:
         The set, and in words what could not be scored.
@@ -335,12 +360,28 @@ def score_cohort(
     read, logits = cohort.take(kept), logits[kept]
     if not len(kept):
         return Scored(name, group, read, logits, [], failed), []
-    losses = task_losses(task.kind, jnp.asarray(logits), jnp.asarray(standardise(read.targets, task)))
+    one = Predicted(name, read, logits)
+    given = by_subject(task, one) if average == "subject" else one
+    outputs = jnp.asarray(given.logits, jnp.float32)
+    losses = task_losses(task.kind, outputs, jnp.asarray(standardise(given.cohort.targets, task)))
     scores, notes = score_set(
-        task, read.targets, np.asarray(predict_values(jnp.asarray(logits), task)), read.subjects,
+        task, given.cohort.targets, np.asarray(predict_values(outputs, task)), given.cohort.subjects,
         seed=recipe.train.seed, threshold=threshold, losses=np.asarray(losses),
     )  # fmt: skip
+    if average == "subject" and len(given.logits) < len(logits):
+        told = f"the probabilities of {len(logits):,} images were averaged over {len(given.logits):,} subjects"
+        notes = [f"{told} before scoring; curves show the images", *notes]
     return Scored(name, group, read, logits, scores, failed), notes
+
+
+def add_covariates(
+    task: Task, scored: Sequence[tuple[Scored, list[str]]], average: Literal["image", "subject"], seed: int
+) -> tuple[list[tuple[Scored, list[str]]], list[str]]:
+    """Add what covariates tell, alone and beside the model, to the scores of every set; return notes on it too."""
+    given = [Predicted(one.name, one.cohort, one.logits) for one, _ in scored if len(one.logits)]
+    given = [by_subject(task, one) for one in given] if average == "subject" else given
+    found, notes = score_covariates(task, given, seed)
+    return [(one._replace(scores=[*one.scores, *found.get(one.name, [])]), told) for one, told in scored], notes
 
 
 def write_model(folder: Path, adapted: Adapted, first: Start, task: Task) -> None:
