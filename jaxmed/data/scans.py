@@ -73,7 +73,6 @@ def find_scans(
     series: str = "",
     fill: float | None = None,
     apart: Sequence[Path | None] = (),
-    otherwise: Sequence[Kind] = (),
 ) -> Found:
     """Return a file, or the scans under a folder.
 
@@ -83,7 +82,6 @@ def find_scans(
         series: SeriesInstanceUID or SeriesDescription of the DICOM series that are meant; empty for all.
         fill: Intensity of voxels that have none, in all of them; None refuses such voxels.
         apart: Files and folders that are something else, such as masks, and may lie in the same folder.
-        otherwise: What is looked for in a folder that has none of these kinds.
 
     Raises:
         InputError: There is none.
@@ -113,8 +111,6 @@ def find_scans(
                 notes.append(f"{path} lies in a folder of DICOM slices: passed over")
             else:
                 scans.append(ScanFiles(path, series))
-    if not scans and otherwise:
-        return find_scans(place, otherwise, series, fill, apart)
     if not scans:
         wanted = ", ".join(suffix for kind in kinds for suffix in KIND_SUFFIXES.get(kind, ()))
         expected = f"scans ({wanted}{', or DICOM files' * ('dicom' in kinds)})"
@@ -159,7 +155,7 @@ def find_records(
         split: Of a manifest, only rows with this word under "split"; empty for all.
         series: Which DICOM series is meant where a folder holds several.
         fill: Intensity of voxels that have none; None refuses them.
-        kinds: What is looked for in a folder; pictures where it has nothing else.
+        kinds: What is looked for in a folder.
 
     Returns:
         The records, and notes on what was passed over.
@@ -171,7 +167,7 @@ def find_records(
         found = "neither" if place is None else "both"
         raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
     if place is not None:
-        scans, notes = find_scans(place, kinds, series, fill, otherwise=("picture",))
+        scans, notes = find_scans(place, kinds, series, fill)
         return _named([(where, scan, {}) for where, scan in zip(_below(scans, place), scans, strict=True)]), notes
     assert manifest is not None
     table = read_manifest(manifest)

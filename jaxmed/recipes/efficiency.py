@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmed.arrays.task import Task, predict_values
+from jaxmed.arrays.task import Task, predict_values, standardise
 from jaxmed.config import Count, Fraction, checked, to_record
 from jaxmed.data.cohort import LabelledSets
 from jaxmed.data.inputs import PreparedField, input_source
@@ -18,13 +18,14 @@ from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.cohort import spell
 from jaxmed.metrics.convergence import Curve, reach_table, read_curve, smallest_matching
-from jaxmed.recipes.adapt import AdaptConfig, Labelled, adapt, check_run, loss_weights, measure, score
+from jaxmed.recipes.adapt import AdaptConfig, adapt, check_run, loss_weights, measure, score
 from jaxmed.recipes.adapt_program import Augment
 from jaxmed.recipes.adapt_stage import LabelledConfig, Start, read_sets
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import difference_table, failed_cells, mean_curves, mean_table
 from jaxmed.recipes.study_tables import compare, summarise, write_tables
+from jaxmed.recipes.subject_scores import Predicted, by_subject
 from jaxmed.recipes.training import NO_PREFIX, TrainData
 from jaxmed.report.figures import Band, curves
 from jaxmed.report.page import Figure, Note, Section, Table, Text, Tile
@@ -136,6 +137,9 @@ def run_efficiency(
     sets = read_sets(labelled)
     task, cohort = sets.meaning.task, sets.cohort
     metric, kind = ("loss", "value") if task.kind == "regression" else ("auroc", "probability")
+    if labelled.data.covariates:
+        found = ", ".join(labelled.data.covariates)
+        raise InputError("data.covariates", "none in a study of labels", found, "adapt scores them")
     if labelled.weights is None:
         raise InputError("weights", "pre-trained weights to compare with random ones", "none", "or --preset smoke")
     first = find_start(task)
@@ -171,19 +175,20 @@ def run_efficiency(
             start=first.params if cell["arm"] == "pretrained" else None,
         )  # fmt: skip
         logits = score(recipe, first.encoder, adapted.head, adapted.params, test, transform)
-        labels = Labelled(transform, task, loss_weights(recipe, task))
-        targets = np.stack([labels({**test[row]}, np.random.default_rng(0))["target"] for row in range(len(test))])
-        found = measure(task, logits, targets, loss_weights(recipe, task))
+        tested = Predicted("test", cohort.take(rows["test"]), logits)
+        tested = by_subject(task, tested) if labelled.average == "subject" else tested
+        targets = standardise(tested.cohort.targets, task)
+        found = measure(task, tested.logits, targets, loss_weights(recipe, task))
         curve = read_curve(adapted.history, metric, len(training) / train.loader.batch_size)
         curve_rows: list[dict[str, object]] = [
             dict(zip(CURVE_COLUMNS, row, strict=True)) for row in zip(*curve, strict=True)
         ]
         write_table(folder.outputs / "curves" / f"{cell.slug}.csv", CURVE_COLUMNS, curve_rows)
-        values = np.asarray(predict_values(jnp.asarray(logits), task))
+        values = np.asarray(predict_values(jnp.asarray(tested.logits, jnp.float32), task))
         subjects = [
-            {"subject": cohort.subjects[row], "label": "/".join(cohort.cells[row]),
-             **{f"{kind} of {name}": float(value) for name, value in zip(task.names, values[place], strict=True)}}
-            for place, row in enumerate(rows["test"])
+            {"subject": subject, "label": "/".join(cells),
+             **{f"{kind} of {name}": float(value) for name, value in zip(task.names, row, strict=True)}}
+            for subject, cells, row in zip(tested.cohort.subjects, tested.cohort.cells, values, strict=True)
         ]  # fmt: skip
         remove(nested)  # checkpoints of a finished cell serve nobody
         best = -curve.best if metric == "loss" else curve.best

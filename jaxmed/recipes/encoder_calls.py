@@ -37,12 +37,14 @@ class Given(NamedTuple):
         is_single: Whether one was given, not a batch.
         is_scan: Whether it came as a scan or picture, not as prepared inputs.
         grid: Where the scan's voxels stand; None for prepared inputs.
+        cropped: Where the square stands that a picture was cut to; None where it was not.
     """
 
     images: Float[Any, "batch *size channel"]
     is_single: bool
     is_scan: bool
     grid: Grid | None
+    cropped: Grid | None = None
 
 
 class Prediction(NamedTuple):
@@ -112,7 +114,7 @@ def predict(published: Published, image: Volume | str | Path | Shaped[Any, "..."
     given = prepare(published.preprocess, image)
     found = jax.device_get(explain(*model[:2], task, maps, model.params, given.images))
     if given.is_scan:
-        volumes = tuple(to_grid(one, published.preprocess, given.grid) for one in found.maps[0])
+        volumes = tuple(to_grid(one, published.preprocess, given.grid, given.cropped) for one in found.maps[0])
         return Prediction(found.values[0], found.mapped[0], volumes)
     size = published.preprocess.size
     arrays = [spread(one, size) for one in found.maps.reshape(-1, *found.maps.shape[2:])]
@@ -166,7 +168,7 @@ def prepare(preprocess: Preprocess, image: Volume | str | Path | Shaped[Any, "..
         scan = preprocess.prepare(image if isinstance(image, str | Path | Volume) else _as_read(np.asarray(image)))
         for note in scan.notes:
             warnings.warn(note, stacklevel=4)
-        return Given(scan.image[None], True, True, scan.grid)
+        return Given(scan.image[None], True, True, scan.grid, scan.cropped)
     inputs = require_inputs(image, preprocess)
     return Given(jnp.asarray(inputs, jnp.float32), image.ndim == len(preprocess.size) + 1, False, None)
 

@@ -239,6 +239,8 @@ def column_of(column, value):
 MISTAKES = {
     "empty manifest": (edit(lambda lines: lines[:1]), [], "at least one record"),
     "unknown column": (None, ["--label.columns", "lable"], "did you mean 'label'?"),
+    "unknown covariate": (None, ["--data.covariates", "bmi"], "expected a column 'bmi'"),
+    "subjects of a table": (None, ["--data.subject-pattern", "^s"], "expected a folder of classes, found the table"),
     "missing label": (cell(3, "label", ""), [], "line 4: expected a label under 'label', found none"),
     "one class": (column_of("label", "1"), [], "two or more classes under 'label' in the training records"),
     "a class of another word": (cell(4, "label", "7"), [], "line 5: expected one of 0, 1 under 'label'"),

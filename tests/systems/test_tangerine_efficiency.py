@@ -141,6 +141,10 @@ MISTAKES = {
     "part out of range": (["--process", "3", "--weights", "{weights}"], "process: expected 0 to 0, found 3"),
     "no table": (["--data.manifest", "nowhere.csv", "--weights", "{weights}"], "nowhere.csv: expected"),
     "no such weights": (["--weights", "nowhere"], "nowhere"),
+    "covariates": (
+        ["--data.covariates", "nodule", "effusion", "--average", "subject", "--weights", "{weights}"],
+        "data.covariates: expected none in a study of labels, found nodule, effusion; adapt scores them",
+    ),
 }
 
 
