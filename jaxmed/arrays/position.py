@@ -125,24 +125,24 @@ def resize_matrix(old: int, new: int, how: Interpolation) -> Float32[np.ndarray,
         distance = (np.arange(old)[None] + 0.5 - places * ratio) / width
         first, last = (np.trunc(np.maximum(places * ratio + side * 2 * width + 0.5, 0)) for side in (-1, 1))
         inside = (np.arange(old)[None] >= first) & (np.arange(old)[None] < last)
-        weights = np.where(inside, _keys(distance, -0.5), 0)
+        weights = np.where(inside, keys_kernel(distance, -0.5), 0)
         return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     found = places * (old / (new + 0.1 * (how == "offset"))) - 0.5
     start, matrix = np.floor(found), np.zeros((new, old))
     for tap in range(-1, 3):
         place = start + tap
         distance = found - place
-        weight = np.clip(1 - np.abs(distance), 0, None) if how == "linear" else _keys(distance, -0.75)
+        weight = np.clip(1 - np.abs(distance), 0, None) if how == "linear" else keys_kernel(distance, -0.75)
         np.add.at(matrix, (np.arange(new)[:, None], np.clip(place, 0, old - 1).astype(int)), weight)
     return matrix.astype(np.float32)
 
 
-def _keys(x: Float[np.ndarray, "..."], a: float) -> Float[np.ndarray, "..."]:
-    """Return the cubic convolution kernel of Keys 1981."""
-    x = np.abs(x)
+def keys_kernel(x: Float[Any, "..."], a: float) -> Float[Any, "..."]:
+    """Return the cubic convolution kernel of Keys 1981, of NumPy's arrays and of traced ones."""
+    x = abs(x)
     inner = ((a + 2) * x - (a + 3)) * x**2 + 1
     outer = a * (((x - 5) * x + 8) * x - 4)
-    return np.where(x <= 1, inner, np.where(x < 2, outer, 0.0))
+    return inner * (x <= 1) + outer * ((x > 1) & (x < 2))
 
 
 def resize_table(
