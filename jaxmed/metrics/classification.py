@@ -84,7 +84,8 @@ def score(
         kappa_unweighted, sensitivity_at_90_specificity, specificity_at_90_sensitivity (thresholds from these same
         rows), brier, and the expected calibration errors ece_equal_width and ece_equal_mass (15 bins of the
         probability of class 1).
-        multiclass: auroc_macro and aupr_macro (one class against the rest), accuracy, balanced_accuracy, f1_macro, mcc,
+        multiclass: auroc_macro and aupr_macro (one class against the rest), accuracy, balanced_accuracy (the macro
+        recall), f1_macro, precision_macro, jaccard_macro, hamming (wrong labels among a column for each class), mcc,
         kappa_unweighted, kappa_linear and kappa_quadratic (for ordered classes), brier (summed over classes, 0 to 2),
         ece_equal_width and ece_equal_mass (of the most probable class).
         multilabel: auroc, aupr, accuracy, f1 and brier of each label, as "auroc/NAME", and their macro means, as

@@ -94,6 +94,11 @@ def from_confusion(counts: Float64[np.ndarray, "resample truth prediction"]) -> 
         "accuracy": right.sum(axis=1) / total,
         "balanced_accuracy": recall.mean(axis=1),
         "f1_macro": np.where(lacks_class, np.nan, f1(counts).mean(axis=1)),
+        # A class that is never predicted has precision 0, as in scikit-learn with zero_division=0.
+        "precision_macro": np.where(lacks_class, np.nan, np.nan_to_num(divide(right, predicted)).mean(axis=1)),
+        "jaccard_macro": np.where(lacks_class, np.nan, divide(right, truth + predicted - right).mean(axis=1)),
+        # Of the labels one against the rest, as scikit-learn has it for a column per class.
+        "hamming": 2 * (1 - right.sum(axis=1) / total) / counts.shape[1],
         "mcc": np.where(has_one_class, np.nan, mcc),
     }
     grade = np.arange(counts.shape[1])

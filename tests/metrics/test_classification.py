@@ -74,6 +74,9 @@ def test_multiclass_scores_equal_scikit_learn():
         "accuracy": sk.accuracy_score(labels, predictions),
         "balanced_accuracy": sk.balanced_accuracy_score(labels, predictions),
         "f1_macro": sk.f1_score(labels, predictions, average="macro"),
+        "precision_macro": sk.precision_score(labels, predictions, average="macro"),
+        "jaccard_macro": sk.jaccard_score(labels, predictions, average="macro"),
+        "hamming": sk.hamming_loss(one_hot, np.eye(4)[predictions]),
         "mcc": sk.matthews_corrcoef(labels, predictions),
         "kappa_unweighted": sk.cohen_kappa_score(labels, predictions),
         "kappa_linear": sk.cohen_kappa_score(labels, predictions, weights="linear"),
@@ -86,6 +89,30 @@ def test_multiclass_scores_equal_scikit_learn():
         assert found[name] == pytest.approx(value, abs=1e-12), name
     matrix = cl.confusion_matrix(labels, predictions, 4)
     np.testing.assert_array_equal(matrix, sk.confusion_matrix(labels, predictions))
+
+
+def test_a_class_that_is_never_predicted_counts_as_in_scikit_learn():
+    labels, probabilities = multiclass_data(1)
+    probabilities[:, 2] = 0
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    found, predictions = cl.score(labels, probabilities, "multiclass"), probabilities.argmax(axis=1)
+    assert 2 not in predictions
+    one_hot, told = np.eye(4)[labels], np.eye(4)[predictions]
+    options = {"average": "macro", "zero_division": 0}
+    expected = {
+        "f1_macro": sk.f1_score(one_hot, told, **options),
+        "precision_macro": sk.precision_score(one_hot, told, **options),
+        "balanced_accuracy": sk.recall_score(one_hot, told, **options),
+        "jaccard_macro": sk.jaccard_score(one_hot, told, **options),
+        "hamming": sk.hamming_loss(one_hot, told),
+        "kappa_unweighted": sk.cohen_kappa_score(labels, predictions),
+        "aupr_macro": sk.average_precision_score(one_hot, probabilities, average="macro"),
+        "auroc_macro": sk.roc_auc_score(one_hot, probabilities, average="macro"),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-12), name
+    with pytest.raises(InputError, match="none of class 2"):
+        cl.score(labels[labels != 2], probabilities[labels != 2], "multiclass")
 
 
 def test_multilabel_scores_are_those_of_each_label():
