@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import KeyArray, Params, PartitionRules
@@ -18,6 +19,11 @@ from jaxmed.nn.model import LayerRules
 def identity_norm(params: Params, tokens: Float[Array, "batch token width"]) -> Float[Array, "batch token width"]:
     """Return the tokens of an encoder without a final norm."""
     return tokens
+
+
+def join_layers(states: list[Any]) -> Float[Array, "batch token width"]:
+    """Put the class tokens of the blocks before the last before the tokens of the last."""
+    return jnp.concatenate([*(tokens[:, :1] for tokens in states[:-1]), states[-1]], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,19 @@ class Encoder:
     def image_shape(self) -> tuple[int, ...]:
         """Shape of one image."""
         return (*self.image_size, self.channels)
+
+    def tokens(self, params: Params, images: Any, layers: int = 1) -> Float[Array, "batch token width"]:
+        """Return tokens as a head takes them, after the final norm.
+
+        Args:
+            params: Of the encoder.
+            images: [batch, *image_size, channels].
+            layers: Blocks that the head looks at: the class tokens of those before the last one come first.
+        """
+        if layers == 1:
+            return self.norm(params, self.apply(params, images))
+        assert self.hidden_states is not None
+        return join_layers([self.norm(params, states) for states in self.hidden_states(params, images)[-layers:]])
 
     def split(self, params: Params, images: Any) -> tuple[Any, Any]:
         """Return what Grad-CAM looks at, [batch, token, width], and what else `join` needs to go on from there."""

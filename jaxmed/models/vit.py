@@ -258,6 +258,10 @@ class Vit(nn.Module):
         x = self.embed(image)
         return [x, *self.blocks.each(x, self._rotation(None))]
 
+    def last_states(self, image: Float[Array, "batch ..."], layers: int) -> list[Float[Array, "batch token width"]]:
+        """Return the output of the last blocks, each after the final norm."""
+        return [self._finish(state) for state in self.hidden_states(image)[-layers:]]
+
     def attention(self, image: Float[Array, "batch ..."]) -> Float[Array, "batch head token token"]:
         """Return how much each token (down) looks at each (across) in the last block."""
         return self.blocks.last_weights(self.embed(image), self._rotation(None))

@@ -118,7 +118,8 @@ def features(
     tokens = encoder.apply(params["encoder"], images)
     pooled = pool_tokens(tokens, encoder.prefix)
     normed = encoder.norm(params["encoder"], tokens)
-    last = make_model(Head(head, encoder.prefix)).apply(params["head"], normed, method="features")
+    joined = normed if head.layers == 1 else encoder.tokens(params["encoder"], images, head.layers)
+    last = make_model(Head(head, encoder.prefix)).apply(params["head"], joined, method="features")
     return {"class": pooled.class_token, "pooled": pooled.pooled, "concat": pooled.concat, "pre_logits": last}
 
 

@@ -218,9 +218,14 @@ def explain(
     """
     apply = make_model(Head(head, encoder.prefix)).apply
     rest, seen = encoder.split(params["encoder"], images)
+    # The class tokens of earlier blocks, where the head looks at them, do not depend on what is seen here.
+    before = []
+    if head.layers > 1:
+        before = [encoder.tokens(params["encoder"], images, head.layers)[:, : head.layers - 1]]
 
     def logits_of(seen: Array) -> Array:
-        return apply(params["head"], encoder.join(params["encoder"], rest, seen))[0]
+        tokens = jnp.concatenate([*before, encoder.join(params["encoder"], rest, seen)], axis=1)
+        return apply(params["head"], tokens)[0]
 
     logits, pull = jax.vjp(logits_of, seen)
     batch, outputs = logits.shape

@@ -7,7 +7,17 @@ import pytest
 import scipy.special
 
 from jaxmed.arrays.task import Task, predict_values
-from jaxmed.models.heads import BatchNorm, Classifier, ClassifierConfig, Head, HeadConfig, fold_moments, pool_tokens
+from jaxmed.models.heads import (
+    BatchNorm,
+    Classifier,
+    ClassifierConfig,
+    Head,
+    HeadConfig,
+    Neighbours,
+    fold_moments,
+    fold_standardise,
+    pool_tokens,
+)
 from jaxmed.models.vit import Vit, VitConfig, vit_encoder
 from jaxmed.nn.model import make_model
 
@@ -64,6 +74,66 @@ def test_published_head_with_a_hidden_layer():
     np.testing.assert_allclose(logits, own @ p["linear"]["kernel"] + p["linear"]["bias"], atol=3e-5)
     np.testing.assert_allclose(moments["mean"], x.mean(0), atol=1e-5)
     np.testing.assert_allclose(moments["var"], x.var(0, ddof=1), rtol=1e-4)
+
+
+def test_a_norm_that_is_applied_twice():
+    model, params = make(HeadConfig(outputs=2, pool="mean", norm_repeats=2))
+    once = norm(pool_tokens(TOKENS).pooled, params["norm"])
+    found = model.apply(params, TOKENS, method="features")
+    np.testing.assert_allclose(found, norm(once, params["norm"]), atol=1e-5)
+    assert np.abs(found - once).max() > 0.1
+
+
+def test_class_tokens_of_several_blocks_come_first():
+    # Two class tokens of earlier blocks, then class token, a register and the patches of the last.
+    expected = np.asarray(TOKENS)[:, :3].reshape(5, 18), np.asarray(TOKENS)[:, 4:].mean(axis=1)
+    for pool, features in (("class", expected[0]), ("concat", np.concatenate(expected, axis=1))):
+        head = HeadConfig(2, pool, norm=False, layers=3)
+        found = make_model(Head(head, prefix=2)).apply({}, TOKENS, method="features")
+        np.testing.assert_allclose(found, features, atol=1e-6)
+        assert head.num_features(6) == features.shape[1]
+
+
+def test_standardised_features_fold_into_the_linear_map():
+    config = HeadConfig(3, "class", norm=False, standardise=True, init_std=0.01)
+    model, params = make(config)
+    assert set(params["batch_norm"]) == {"mean", "var"}
+    moments, linear = params["batch_norm"], params["linear"]
+    features = (TOKENS[:, 0] - moments["mean"]) / np.sqrt(moments["var"] + 1e-6)
+    logits = model.apply(params, TOKENS)[0]
+    np.testing.assert_allclose(logits, features @ linear["kernel"] + linear["bias"], atol=1e-5)
+    plain, folded = fold_standardise(config, params)
+    assert plain == HeadConfig(3, "class", norm=False, init_std=0.01) and set(folded) == {"linear"}
+    np.testing.assert_allclose(make_model(Head(plain)).apply(folded, TOKENS)[0], logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
+def test_neighbours_vote(kind):
+    generator = np.random.default_rng(2)
+    bank = generator.standard_normal((7, 6))
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    targets = {
+        "multiclass": np.eye(2)[generator.integers(0, 2, 7)],
+        "multilabel": generator.integers(0, 2, (7, 2)),
+        "regression": generator.standard_normal((7, 2)),
+    }[kind]
+    known = np.ones((7, 2)) if kind == "multiclass" else np.where(generator.uniform(size=(7, 2)) < 0.3, 0, 1)
+    head = HeadConfig(2, "class", norm=False, neighbours=Neighbours(3, 7, kind, 0.5))
+    vote = {name: jnp.asarray(array, jnp.float32) for name, array in
+            {"bank": bank, "targets": targets * known, "known": known}.items()}  # fmt: skip
+    found = make_model(Head(head)).apply({"vote": vote}, TOKENS)[0]
+    rows = np.asarray(TOKENS[:, 0], np.float64)
+    similar = rows / np.linalg.norm(rows, axis=1, keepdims=True) @ bank.T
+    for row, logits in zip(similar, np.asarray(found), strict=True):
+        nearest = np.argsort(-row)[:3]
+        votes = np.exp(row[nearest] / 0.5)[:, None] * known[nearest]
+        total = votes.sum(axis=0)
+        share = np.where(total > 0, (votes * targets[nearest]).sum(axis=0) / np.where(total > 0, total, 1), 0)
+        if kind == "regression":
+            np.testing.assert_allclose(logits, share, atol=1e-5)
+        else:
+            told = scipy.special.softmax(logits) if kind == "multiclass" else scipy.special.expit(logits)
+            np.testing.assert_allclose(told, share, atol=2e-5)
 
 
 def test_moments_move_a_tenth_of_the_way():
@@ -133,6 +203,9 @@ def test_outputs_become_probabilities_or_values():
     ("make", "message"),
     [
         (lambda: HeadConfig(outputs=0), "outputs"),
+        (lambda: HeadConfig(pool="mean", layers=2), "layers"),
+        (lambda: HeadConfig(hidden=3, standardise=True), "hidden"),
+        (lambda: Neighbours(count=5, records=4), "count"),
         (lambda: ClassifierConfig(VitConfig(final_norm=True)), "head.pool"),
         (lambda: ClassifierConfig(VitConfig(final_norm=False), HeadConfig(pool="class")), "head.pool"),
         (lambda: Task("binary", ("a", "b")), "names"),

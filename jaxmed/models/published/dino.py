@@ -249,10 +249,9 @@ def entries(generation: Generation, config: VitConfig | ClassifierConfig, style:
         found += layer_norm(names.norm, "encoder/norm", width)
     found = [entry._replace(name=f"{wrapper}{entry.name}") for entry in found]
     if isinstance(config, ClassifierConfig):
-        if names.head == "head":
+        if names.head == "head" or config.head.neighbours is not None:
             return found + timm_vit.head_entries(config.head, width)
-        features = 2 * width if config.head.pool == "concat" else width
-        found += linear(names.head, "head/linear", features, config.head.outputs)
+        found += linear(names.head, "head/linear", config.head.num_features(width), config.head.outputs)
     return found
 
 

@@ -127,6 +127,10 @@ def describe(config: MaeConfig | ClassifierConfig, parts: Collection[str], task:
     if isinstance(config, ClassifierConfig):
         head = config.head
         inner = "".join(f", hidden layer of {width} with BatchNorm" for width in head.hidden_widths)
+        if head.layers > 1:
+            inner += f" of the last {head.layers} blocks"
+        if head.neighbours is not None:
+            inner += f", by the {head.neighbours.count} nearest of {head.neighbours.records:,} records"
         fields.append(("head", f"{head.outputs} outputs on '{head.pool}' features{inner}"))
         meaning = (
             f"{task.kind}: {', '.join(task.names)}" if task else "not told: give --task and --names when importing"
@@ -273,8 +277,12 @@ def _decoder(config: MaeConfig) -> list[Entry]:
 
 def head_entries(config: HeadConfig, width: int) -> list[Entry]:
     """Return the tensors of a classifier's head."""
-    features = 2 * width if config.pool == "concat" else width
+    features = config.num_features(width)
     found = [] if config.pool == "class" or not config.norm else [*layer_norm("fc_norm", "head/norm", features)]
+    if config.neighbours is not None:  # nobody's names
+        rows, outputs = config.neighbours.records, config.outputs
+        sizes = {"bank": (rows, features), "targets": (rows, outputs), "known": (rows, outputs)}
+        return found + [reshaped(f"head.{name}", f"head/vote/{name}", size, size) for name, size in sizes.items()]
     if not config.hidden:
         return [*found, *linear("head", "head/linear", features, config.outputs)]
     for number, (ending, hidden) in enumerate(zip(("", "_2"), config.hidden_widths, strict=False)):
