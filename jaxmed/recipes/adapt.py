@@ -1,47 +1,72 @@
-"""Adapt an encoder to labels: fine-tune it all, train a head on it, or put a logistic probe on its features.
+"""Adapt an encoder to labels: fine-tune it all, train a head on it, or probe its features, in five published ways.
 
 Runs that differ in records, seed, start, rates, length or class weights alone compile once: see `adapt_program`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+import time
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jaxmed.arrays.task import Task, standardise
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
-from jaxmed.config import Decay, Epochs, Fraction, Positive, checked
-from jaxmed.data.loader import Fields, Transform, evaluation_batches
+from jaxmed.config import Decay, Epochs, Fraction, Positive, Size, checked
+from jaxmed.data.loader import Fields, Transform
 from jaxmed.data.mixing import MixConfig
 from jaxmed.data.records import ArraySource, Source
 from jaxmed.errors import InputError
-from jaxmed.metrics.classification import auroc
 from jaxmed.models.encoder import Encoder
-from jaxmed.models.heads import Head, HeadConfig, init_head, pool_tokens
-from jaxmed.nn.model import Network, make_model
-from jaxmed.objectives.supervised import task_losses
+from jaxmed.models.heads import HeadConfig, fold_standardise, init_head
+from jaxmed.nn.model import Network
 from jaxmed.recipes import training
-from jaxmed.recipes.adapt_program import Augment, CompileKey, make_program, make_schedule
-from jaxmed.recipes.probe import fit_probe
-from jaxmed.recipes.training import NO_PREFIX, TrainConfig, TrainData, TrainFlags, check_fit, run_steps
+from jaxmed.recipes.adapt_program import Augment, CompileKey, frozen_names, make_program, make_schedule
+from jaxmed.recipes.adapt_scoring import Select, best_of, collect, head_scorer, measure, read_batches, scorer
+from jaxmed.recipes.effort import Effort, count_trained, operations_per_record, peak_memory, training_seconds
+from jaxmed.recipes.fitted_probes import compute_features, fit_logistic, fit_neighbours, identity
+from jaxmed.recipes.probe_grid import INIT_STD, ProbeGrid, take_cell
+from jaxmed.recipes.training import NO_PREFIX, TrainConfig, TrainData, TrainFlags, check_fit, run_steps, whole
 from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import compare_arrays
 from jaxmed.train.log import Log, at_work
 from jaxmed.train.loop import restore_best
-from jaxmed.train.mesh import make_mesh, process_slice, shard_batch
+from jaxmed.train.mesh import make_mesh
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.train.state import TrainState
 
-Mode: TypeAlias = Literal["full", "frozen", "logistic"]
 FINE_TUNING = OptimizerConfig(peak_lr=1e-4, end_lr=1e-6, weight_decay=0.05, layer_decay=0.75)
+# Of the probes whose recipe says everything but the length and the batch; rates are per 256 records of a batch.
+LARS_PROBE = OptimizerConfig("lars", peak_lr=0.1, weight_decay=0.0, b1=0.9, trust_coefficient=0.001)
+SGD_PROBE = OptimizerConfig("sgd", peak_lr=1.0, weight_decay=0.0, b1=0.9)
+RATE_BATCH = 256
+Mode: TypeAlias = Literal["full", "frozen", "logistic", "mae-probe", "dinov2-probe", "knn"]
+FITTED = ("logistic", "knn")  # in one go, not step by step
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class ProbeConfig:
+    """What the probes try.
+
+    Attributes:
+        lars_rate: Learning rate of "mae-probe", per 256 records of a batch.
+        grid: The heads of "dinov2-probe".
+        neighbours: Numbers of neighbours of "knn".
+        temperature: See `models.heads.Neighbours`.
+    """
+
+    lars_rate: Positive = LARS_PROBE.peak_lr
+    grid: ProbeGrid = ProbeGrid()
+    neighbours: tuple[Size, ...] = (10, 20, 100, 200)
+    temperature: Positive = 0.07
+
+    def __post_init__(self) -> None:
+        if not self.neighbours:
+            raise ValueError("neighbours: expected at least one number, found none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +77,34 @@ class AdaptConfig:
     Attributes:
         train: Optimizer (of full and frozen), length, reading, devices and seed. Evaluations and the choice of the
             best follow from the fields below.
-        mode: "full" trains everything; "frozen" the head alone; "logistic" fits an L2 logistic regression (ridge for
-            regression) to standardised features, its strength chosen on validation records.
+        mode: "full" trains everything. "frozen" trains the head alone, with augmentation and skipped branches as in
+            "full": the linear probe of RETFound's code, where `--optimizer.frozen ^head/norm/` keeps the head's layer
+            norm as it is too. "mae-probe" is MAE's (arXiv:2111.06377, appendix A.1): a linear head under BatchNorm
+            without factors, by LARS. "dinov2-probe" is DINOv2's (arXiv:2304.07193): a grid of linear heads on the last
+            blocks, of which validation records choose one. "logistic" fits an L2 logistic regression (ridge for
+            regression) to standardised features, its strength chosen on validation records. "knn" is DINO's vote of
+            the nearest training records (arXiv:2104.14294), their number chosen on validation records.
         evaluate_epochs: Epochs between evaluations on validation records; 0 leaves them to loop.evaluate_every.
-        select: Which evaluation's parameters are kept: those of lowest validation loss, or of highest AUROC.
+        select: Which evaluation's parameters, or which probe's, are kept: those of lowest validation loss, of highest
+            AUROC, or of highest score, the mean of macro F1, AUROC and Cohen's kappa.
         token_keep: Share of the patch tokens that a training step looks at, drawn anew for every image: less memory and
             time. Scoring sees all.
         smoothing: Label smoothing of a multi-class task.
-        mix: Mixup and CutMix of training images, in pairs within a part; not for a regression or a logistic probe.
+        mix: Mixup and CutMix of training images, in pairs within a part; not for a regression or a probe.
         class_weights: Factors on the loss of each label's positives (binary, multi-label), or of each class, in the
-            order of the report; empty for ones.
+            order of the report; empty for ones. They have no part in "knn" but in its choice by loss.
+        probe: What the probes try.
     """
 
     train: TrainFlags = TrainConfig(optimizer=FINE_TUNING)
     mode: Mode = "full"
     evaluate_epochs: Epochs = 1
-    select: Literal["loss", "auroc"] = "loss"
+    select: Select = "loss"
     token_keep: Fraction = 1.0
     smoothing: Decay = 0.1
     mix: MixConfig = MixConfig()
     class_weights: tuple[Positive, ...] = ()
+    probe: ProbeConfig = ProbeConfig()
 
 
 # The type of a stage's field `adapt`: on the command line its options carry no prefix.
@@ -83,10 +116,11 @@ class Adapted(NamedTuple):
 
     Attributes:
         params: {"encoder": ..., "head": ...}, of the selected evaluation.
-        head: The head that they belong to; a logistic probe changes it.
-        step: Steps after which they were selected; 0 for a logistic probe.
+        head: The head that they belong to: of a probe another than that which was given, without BatchNorm.
+        step: Steps after which they were selected; 0 for what is fitted in one go.
         history: The lines of metrics.jsonl.
-        choices: Of a logistic probe: factor and validation loss, one row per factor and label; otherwise empty.
+        choices: What a probe has tried, one row for each (logistic: and label), and whether it was chosen; else empty.
+        effort: What it took.
     """
 
     params: Params
@@ -94,11 +128,19 @@ class Adapted(NamedTuple):
     step: int
     history: list[dict[str, float]]
     choices: list[dict[str, Any]]
+    effort: Effort
 
 
 def in_steps(config: AdaptConfig, num_records: int) -> AdaptConfig:
-    """Return the configuration with epochs turned into steps, and the choice of the best set."""
-    train = training.in_steps(config.train, num_records)
+    """Return the configuration with epochs turned into steps, the choice of the best, and a probe's optimizer, set."""
+    train, per = config.train, config.train.loader.batch_size / RATE_BATCH
+    if config.mode == "mae-probe":
+        kept = {"warmup_steps": train.optimizer.warmup_steps, "peak_lr": per * config.probe.lars_rate}
+        train = dataclasses.replace(train, optimizer=dataclasses.replace(LARS_PROBE, **kept))
+    if config.mode == "dinov2-probe":
+        optimizer = dataclasses.replace(SGD_PROBE, peak_lr=per)
+        train = dataclasses.replace(train, optimizer=optimizer, warmup_epochs=0)
+    train = training.in_steps(train, num_records)
     loop = dataclasses.replace(
         train.loop, best=config.select, best_is="smallest" if config.select == "loss" else "largest"
     )
@@ -132,34 +174,65 @@ def adapt(
             in their unit.
         folder: The run.
         log: Its log.
-        augment: `augment(key, image) -> image`, on the device, one image at a time; not used by a logistic probe.
+        augment: `augment(key, image) -> image`, on the device, one image at a time; not used by what is fitted in one
+            go.
         start: {"encoder": ...}, from `take_encoder` or an earlier run, and optionally {"head": ...}; what is not there
             is drawn.
     """
     shapes = check_run(config, encoder, head, task)
     announce(log, "Drawing and reading the parameters", params=shapes, smaller=folder.smaller)
-    config = in_steps(config, len(data.training))
+    config, start = in_steps(config, len(data.training)), start or {}
     data = data._replace(transform=Labelled(data.transform, task, loss_weights(config, task)))
-    has_variants = augment is not None or config.token_keep < 1 or config.mix.is_on
-    if config.mode == "full" or (config.mode == "frozen" and has_variants):
-        return _train(config, encoder, head, task, data, folder, log, augment, start or {})
+    if config.mode not in ("full", "frozen"):
+        encoder, head = dataclasses.replace(encoder, is_random=False), probe_head(config, head)
+        start = {name: start[name] for name in start if name == "encoder"}
+    is_varied = augment is not None or config.token_keep < 1 or config.mix.is_on or encoder.is_random
+    if config.mode == "full" or (is_varied and config.mode not in FITTED):
+        return _train(config, encoder, head, task, data, folder, log, augment, start)
     # Without augmentation an image has the same features every time: they are computed once.
-    start = start or {}
-    given = start.get("encoder")
+    given, began = start.get("encoder"), time.monotonic()
     if given is None:
         given = jax.jit(encoder.init)(jax.random.key(config.train.seed))
     assert data.held_out is not None
     count, others = len(data.training), len(data.held_out)
     log.say(f"Computing the features of {count:,} training and {others:,} validation records, once.")
-    pairs = TrainData(
-        token_pairs(config, encoder, given, data.training, data.transform),
-        token_pairs(config, encoder, given, data.held_out, data.transform),
-        identity,
+    training, held_out = (
+        compute_features(config.train, encoder, head.layers, given, source, data.transform)
+        for source in (data.training, data.held_out)
     )
-    if config.mode == "logistic":
-        return _fit_logistic(config, encoder, head, task, given, pairs, log)
-    found = _train(config, encoder, head, task, pairs, folder, log, None, {n: start[n] for n in start if n == "head"})
-    return found._replace(params={"encoder": given, **found.params})
+    once = TrainData(training, held_out, identity)
+    if config.mode in FITTED:
+        found = _fit(config, encoder, head, task, once, log)
+        extra = time.monotonic() - began
+    else:
+        extra = time.monotonic() - began
+        own = {name: start[name] for name in start if name != "encoder"}
+        found = _train(config, encoder, head, task, once, folder, log, None, own)
+    until = extra + (found.effort.seconds_to_best or 0)
+    effort = dataclasses.replace(found.effort, seconds_to_best=until)
+    return found._replace(params={"encoder": given, **found.params}, effort=effort)
+
+
+def probe_head(config: AdaptConfig, head: HeadConfig) -> HeadConfig:
+    """Return the head that a probe fits, on the features that another pools, as they are."""
+    plain = dataclasses.replace(head, hidden=0, second_hidden=0, norm=False, layers=1, neighbours=None)
+    match config.mode:
+        case "mae-probe":
+            return dataclasses.replace(plain, standardise=True, init_std=INIT_STD)
+        case "dinov2-probe":
+            return config.probe.grid.head(head.outputs)
+    return plain
+
+
+def final_heads(config: AdaptConfig, head: HeadConfig) -> list[HeadConfig]:
+    """Return the heads with which a run may end, as far as they can be told before it."""
+    if config.mode in ("full", "frozen"):
+        return [head]
+    found = dataclasses.replace(probe_head(config, head), standardise=False)
+    if config.mode != "dinov2-probe":
+        return [found]
+    blocks, pools = config.probe.grid.blocks, ("class", "concat")
+    return [dataclasses.replace(found, layers=number, pool=pool) for number in blocks for pool in pools]
 
 
 def check_run(config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Task) -> Params:
@@ -174,11 +247,18 @@ def check_run(config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Tas
     if head.outputs != len(task.names):
         raise InputError("model.head.outputs", f"one per name of the task, {len(task.names)}", head.outputs)
     loss_weights(config, task)
-    if config.mix.is_on and (task.kind == "regression" or config.mode == "logistic"):
-        found = "a regression" if task.kind == "regression" else "a logistic probe"
+    is_probe = config.mode not in ("full", "frozen")
+    if config.mix.is_on and (task.kind == "regression" or is_probe):
+        found = "a regression" if task.kind == "regression" else f"a probe, {config.mode}"
         raise InputError("mix", "a classification by full or frozen", found, "leave --mix.mixup and --mix.cutmix at 0")
+    if config.token_keep < 1 and is_probe:
+        raise InputError("token_keep", f"1 for a probe, {config.mode}", f"{config.token_keep:g}")
+    if config.select != "loss" and task.kind == "regression":
+        raise InputError("select", "loss, for a regression", config.select)
     if not encoder.prefix and head.pool != "mean":
         raise InputError("pool", "mean, of an encoder without a class token", head.pool)
+    if config.mode == "dinov2-probe":
+        _check_grid(config.probe.grid, encoder, task)
     if config.token_keep < 1 and not encoder.can_drop:
         raise InputError("token_keep", "1, of an encoder that takes whole images", f"{config.token_keep:g}")
     if config.train.optimizer.layer_decay < 1 and encoder.layers is None:
@@ -189,10 +269,21 @@ def check_run(config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Tas
         return {"encoder": encoder.init(key), "head": init_head(head, encoder.width, encoder.prefix, key)}
 
     train = config.train
-    if config.mode == "logistic":  # nothing is divided
+    if config.mode in FITTED:  # nothing is divided
         loader = dataclasses.replace(train.loader, batch_size=make_mesh(train.mesh).shape["data"])
         train = dataclasses.replace(train, loader=loader, accumulation=1)
     return check_fit(train, Network(draw, encoder.apply, encoder.rules))
+
+
+def _check_grid(grid: ProbeGrid, encoder: Encoder, task: Task) -> None:
+    if task.kind == "regression":
+        raise InputError("mode", "another than dinov2-probe for a regression", "dinov2-probe", "take logistic or knn")
+    if not encoder.prefix:
+        raise InputError("mode", "another than dinov2-probe, of an encoder without a class token", "dinov2-probe")
+    blocks = 1 if encoder.hidden_states is None or encoder.layers is None else encoder.layers.depth
+    if max(grid.blocks) > blocks:
+        expected = f"at most the {blocks} blocks of the encoder"
+        raise InputError("probe.grid.blocks", expected, max(grid.blocks), f"set --probe.grid.blocks 1 {blocks}")
 
 
 def score(
@@ -209,7 +300,8 @@ def score(
         transform: As for `adapt`; "target" is not looked at.
     """
     mesh = make_mesh(config.train.mesh)
-    return _collect(_scorer(encoder, head, mesh), params, _evaluation(config, source, transform, mesh), len(source))
+    batches = read_batches(config.train, source, transform, mesh)
+    return collect(scorer(encoder, head, None, mesh), params, batches, len(source))
 
 
 # Labels and selection ------------------------------------------------------------------------------------------------
@@ -236,11 +328,6 @@ class Labelled:
         return {**found, "target": standardise(target, self.task), "weights": np.array(self.weights, np.float32)}
 
 
-def identity(fields: Fields, generator: object = None) -> Fields:
-    """Return the fields of a record that is ready."""
-    return fields
-
-
 def loss_weights(config: AdaptConfig, task: Task) -> tuple[float, ...]:
     """Return one weight per output.
 
@@ -252,37 +339,6 @@ def loss_weights(config: AdaptConfig, task: Task) -> tuple[float, ...]:
         expected = f"one per output, {len(task.names)} ({', '.join(task.names)})"
         raise InputError("class_weights", expected, len(weights))
     return weights
-
-
-def measure(
-    task: Task,
-    logits: Float[np.ndarray, "record output"],
-    targets: Float[np.ndarray, "record column"],
-    weights: tuple[float, ...],
-) -> dict[str, float]:
-    """Return what an evaluation tells: the loss (weighted, without smoothing), and the AUROC where it is defined.
-
-    The AUROC of several classes or labels is the mean of each one's against the rest.
-
-    Args:
-        task: The task.
-        logits: Of the records.
-        targets: As the loss takes them: standardised, NaN where missing.
-        weights: From `loss_weights`.
-    """
-    losses = task_losses(task.kind, jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
-    found = {"loss": float(np.mean(np.asarray(losses), dtype=np.float64))}
-    if task.kind == "regression":
-        return found
-    columns = np.eye(logits.shape[1])[targets[:, 0].astype(int)] if task.kind == "multiclass" else targets
-    scores = np.asarray(jax.nn.softmax(jnp.asarray(logits), axis=1)) if task.kind == "multiclass" else logits
-    areas = []
-    for column, values in zip(columns.T, scores.T, strict=True):
-        known = np.isfinite(column)
-        if len(set(column[known])) < 2:
-            return found
-        areas.append(auroc(column[known].astype(np.int64), values[known]))
-    return {**found, "auroc": float(np.mean(areas))}
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -300,96 +356,67 @@ def _train(
     start: Params,
 ) -> Adapted:
     mesh, train = make_mesh(config.train.mesh), config.train
-    is_pairs = isinstance(data.training, ArraySource) and "tokens" in data.training.arrays
-    rate = train.optimizer
+    is_once = isinstance(data.training, ArraySource) and "tokens" in data.training.arrays
+    rate, grid = train.optimizer, config.probe.grid if config.mode == "dinov2-probe" else None
     key = CompileKey(
         encoder, head, task.kind, dataclasses.replace(rate, peak_lr=0.0, end_lr=0.0, warmup_steps=0),
         train.accumulation, config.token_keep, config.smoothing, config.mix, augment,
-        "head on pairs" if is_pairs else "all" if config.mode == "full" else "head",
+        "head on pairs" if is_once else "all" if config.mode == "full" else "head", grid,
     )  # fmt: skip
     program = make_program(key, mesh)
     with at_work("Drawing the parameters"):
         schedule = make_schedule(rate.peak_lr, rate.end_lr, rate.warmup_steps, train.loop.steps)
         state = program.create(jax.random.key(train.seed), start, schedule)
-    run = _head_scorer(head, encoder.prefix, mesh) if is_pairs else _scorer(encoder, head, mesh)
+    run = head_scorer(head, grid, encoder.prefix, mesh) if is_once else scorer(encoder, head, grid, mesh)
     weights, validation = loss_weights(config, task), data.held_out
     assert validation is not None
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        stream = _evaluation(config, validation, data.transform, mesh)
+    def look(params: Params) -> list[dict[str, float]]:
         targets: list[np.ndarray] = []
-        logits = _collect(run, state.params, stream, len(validation), targets)
-        return measure(task, logits, targets[0], weights)
+        batches = read_batches(train, validation, data.transform, mesh)
+        logits = collect(run, params, batches, len(validation), targets)
+        several = [logits] if grid is None else np.moveaxis(logits, 1, 0)
+        return [measure(task, one, targets[0], weights) for one in several]
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        found = look(state.params)
+        return found[0] if grid is None else found[best_of(found, config.select)]
 
     state = run_steps(train, state, program.step, data, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
     best = restore_best(folder, state)
-    return Adapted(best.params, head, int(best.step), log.read_metrics(), [])
+    step, params, history, choices = int(best.step), best.params, log.read_metrics(), []
+    trained = count_trained(params, frozen_names(key))
+    if grid is not None:
+        found = look(params)
+        chosen = best_of(found, config.select)
+        head, own = take_cell(grid, whole(params["head"], train), chosen, encoder.width)
+        params = {**params, "head": own}
+        choices = [
+            {"rate": cell.rate, "blocks": cell.blocks, "features": "class + mean" if cell.has_mean else "class",
+             **values, "chosen": int(place == chosen)}
+            for place, (cell, values) in enumerate(zip(grid.cells, found, strict=True))
+        ]  # fmt: skip
+    if head.standardise:
+        head, own = fold_standardise(head, whole(params["head"], train))
+        params = {**params, "head": own}
+    seconds = training_seconds(history, step, len(data.training) / train.loader.batch_size) or (None, None)
+    effort = Effort(trained, operations_per_record(encoder, head), *seconds, peak_memory())
+    return Adapted(params, head, step, history, choices, effort)
 
 
-def _evaluation(config: AdaptConfig, source: Source, transform: Transform, mesh: Mesh) -> Any:
-    train, devices = config.train, mesh.shape["data"]
-    rows = max(train.loader.batch_size // train.accumulation, 1)
-    reading = dataclasses.replace(train.loader, batch_size=-(-rows // devices) * devices, seed=train.seed)
-    for batch in evaluation_batches(source, transform, reading, *process_slice(mesh)):
-        yield shard_batch(batch, mesh)
-
-
-def _collect(
-    run: Callable[..., Any], params: Params, batches: Any, count: int, targets: list[np.ndarray] | None = None
-) -> np.ndarray:
-    """Return one row per record of what `run` gives for a batch, and append the records' targets where asked."""
-    rows: np.ndarray | None = None
-    wanted: np.ndarray | None = None
-    for batch in batches:
-        told = {name: batch[name] for name in ("record", "target") if name in batch}
-        values, told = jax.device_get(
-            run(params, {name: batch[name] for name in ("image", "tokens") if name in batch}, told)
-        )
-        real = told["record"] >= 0
-        if rows is None:
-            rows = np.full((count, *values.shape[1:]), np.nan, np.float32)
-        rows[told["record"][real]] = values[real]
-        if targets is not None:
-            wanted = np.full((count, told["target"].shape[1]), np.nan, np.float32) if wanted is None else wanted
-            wanted[told["record"][real]] = told["target"][real]
-    assert rows is not None
-    if targets is not None and wanted is not None:
-        targets.append(wanted)
-    return rows
-
-
-def _on_all(function: Callable[..., Array], mesh: Mesh) -> Callable[..., Any]:
-    """Compile `function(params, inputs)` so that every process gets all rows, and what belongs to them."""
-    return jax.jit(
-        lambda params, inputs, told: (function(params, inputs), told),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def _scorer(encoder: Encoder, head: HeadConfig, mesh: Mesh) -> Callable[..., Any]:
-    apply = make_model(Head(head, encoder.prefix)).apply
-
-    def logits(params: Params, inputs: Mapping[str, Array]) -> Array:
-        tokens = encoder.norm(params["encoder"], encoder.apply(params["encoder"], inputs["image"]))
-        return apply(params["head"], tokens)[0]
-
-    return _on_all(logits, mesh)
-
-
-@functools.lru_cache(maxsize=4)
-def _head_scorer(head: HeadConfig, prefix: int, mesh: Mesh) -> Callable[..., Any]:
-    apply = make_model(Head(head, min(prefix, 1))).apply
-    return _on_all(lambda params, inputs: apply(params["head"], inputs["tokens"])[0], mesh)
-
-
-@functools.lru_cache(maxsize=4)
-def _pair_maker(encoder: Encoder, mesh: Mesh) -> Callable[..., Any]:
-    def pair(params: Params, inputs: Mapping[str, Array]) -> Array:
-        pooled = pool_tokens(encoder.norm(params, encoder.apply(params, inputs["image"])), encoder.prefix)
-        return jnp.stack([pooled.class_token, pooled.pooled][not encoder.prefix :], axis=1)
-
-    return _on_all(pair, mesh)
+def _fit(config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Task, once: TrainData, log: Log) -> Adapted:
+    """Fit what needs no steps to features that were computed once."""
+    weights, probe = loss_weights(config, task), config.probe
+    if config.mode == "logistic":
+        found = fit_logistic(encoder.prefix, head, task, weights, once)
+    else:
+        votes = probe.neighbours, probe.temperature, config.select
+        found = fit_neighbours(config.train, encoder.prefix, head, task, weights, once, *votes)
+    log.metrics(0, {f"evaluation/{name}": value for name, value in found.values.items()})
+    log.say("Probe: " + ", ".join(f"{name} {value:.4g}" for name, value in found.values.items()))
+    trained = 0 if config.mode == "knn" else count_trained(found.params, ())
+    effort = Effort(trained, operations_per_record(encoder, found.head), peak_memory=peak_memory())
+    return Adapted({"head": found.params}, found.head, 0, log.read_metrics(), found.choices, effort)
 
 
 # Frozen encoders -----------------------------------------------------------------------------------------------------
@@ -417,47 +444,3 @@ def take_encoder(params: Params, encoder: Encoder, where: str) -> Params:
 
 def _shapes(tree: Any) -> dict[str, Any]:
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
-
-
-def token_pairs(
-    config: AdaptConfig, encoder: Encoder, params: Params, source: Source, transform: Transform
-) -> ArraySource:
-    """Encode every record once.
-
-    Returns:
-        Records of "tokens" [2, width], the class token and the mean of the patch tokens (the mean alone where there is
-        no class token): a head makes of these what it makes of all. "target" and "weights" come along.
-    """
-    mesh = make_mesh(config.train.mesh)
-    targets: list[np.ndarray] = []
-    stream = _evaluation(config, source, transform, mesh)
-    tokens = _collect(_pair_maker(encoder, mesh), params, stream, len(source), targets)
-    weights = np.asarray(transform(source[0], np.random.default_rng(0))["weights"])
-    return ArraySource(
-        {"tokens": tokens, "target": targets[0], "weights": np.repeat(weights[None], len(source), axis=0)}, "features"
-    )
-
-
-def _fit_logistic(
-    config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Task, given: Params, pairs: TrainData, log: Log
-) -> Adapted:
-    head = dataclasses.replace(head, hidden=0, norm=False)
-    apply = make_model(Head(head, min(encoder.prefix, 1))).apply
-    sources: Any = (pairs.training, pairs.held_out)
-    features, others = (
-        np.asarray(apply({}, jnp.asarray(source.arrays["tokens"]), method="features")) for source in sources
-    )
-    targets, wanted = (source.arrays["target"] for source in sources)
-    weights = loss_weights(config, task)
-    probe = fit_probe(task.kind, features, targets, others, wanted, np.array(weights, np.float32))
-    params = {"encoder": given, "head": {"linear": {"kernel": probe.kernel, "bias": probe.bias}}}
-    found = measure(task, others @ probe.kernel + probe.bias, wanted, weights)
-    log.metrics(0, {f"evaluation/{name}": value for name, value in found.items()})
-    log.say("Probe: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-    names = ("all classes",) if task.kind == "multiclass" else task.names
-    choices = [
-        {"label": name, "strength": strength, "validation_loss": float(probe.losses[row, column]),
-         "chosen": int(strength == probe.chosen[column])}
-        for column, name in enumerate(names) for row, strength in enumerate(probe.strengths)
-    ]  # fmt: skip
-    return Adapted(params, head, 0, log.read_metrics(), choices)

@@ -27,6 +27,7 @@ from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import MOMENTS, Head, HeadConfig, fold_moments, init_head
 from jaxmed.nn.model import make_model
 from jaxmed.objectives.supervised import task_losses
+from jaxmed.recipes.probe_grid import ProbeGrid, grid_logits, init_grid, rate_factors
 from jaxmed.train.mesh import param_shardings
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer, rate_at
 from jaxmed.train.state import TrainState
@@ -35,6 +36,9 @@ from jaxmed.train.step import make_train_step
 # Static and hashable: a function of a module, or a frozen dataclass with a call, is equal to itself in the next run.
 Augment: TypeAlias = Callable[[KeyArray, Float[Array, "..."]], Float[Array, "..."]]
 ENCODER = (r"^encoder/",)
+# timm's list for these models: tables of positions and the class token, which is a vector here, do not decay;
+# registers do.
+POSITIONS = (r"^encoder/position$",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class CompileKey:
         augment: See `adapt`.
         parts: Which parameters there are and which are trained: "all"; "head", with a frozen encoder; "head on pairs",
             where records bring features and there is no encoder.
+        grid: Heads that are trained beside one another in place of one; `head` then says of what features.
     """
 
     encoder: Encoder
@@ -65,6 +70,7 @@ class CompileKey:
     mix: MixConfig
     augment: Augment | None
     parts: Literal["all", "head", "head on pairs"]
+    grid: ProbeGrid | None = None
 
 
 class ScheduleState(NamedTuple):
@@ -108,9 +114,14 @@ def make_schedule(peak: float, end: float, warmup: int, length: int) -> Schedule
 def make_program(compiled: CompileKey, mesh: Mesh) -> Program:
     """Return the program that a run is compiled for; the last four are kept."""
     encoder = compiled.encoder
-    frozen = (*compiled.optimizer.frozen, *encoder.frozen, *MOMENTS, *(ENCODER if compiled.parts == "head" else ()))
-    settings = dataclasses.replace(compiled.optimizer, peak_lr=1.0, warmup_steps=0, decay="constant", frozen=frozen)
+    frozen = frozen_names(compiled)
+    settings = dataclasses.replace(
+        compiled.optimizer, peak_lr=1.0, warmup_steps=0, decay="constant", frozen=frozen,
+        no_decay=(*compiled.optimizer.no_decay, *POSITIONS),
+    )  # fmt: skip
     inner = make_optimizer(settings, 1, encoder.layers)
+    if compiled.grid is not None:
+        inner = optax.chain(inner, rate_factors(compiled.grid))
     optimizer = optax.chain(inner, _scale_by_schedule(compiled.optimizer.decay))
 
     def build(key: KeyArray, start: Params, schedule: ScheduleState) -> TrainState:
@@ -151,6 +162,12 @@ def make_program(compiled: CompileKey, mesh: Mesh) -> Program:
     )
 
 
+def frozen_names(compiled: CompileKey) -> tuple[str, ...]:
+    """Return regular expressions of the parameters that stay as they are."""
+    frozen = (*compiled.optimizer.frozen, *compiled.encoder.frozen, *MOMENTS)
+    return (*frozen, *ENCODER) if compiled.parts == "head" else frozen
+
+
 def _rate(schedule: ScheduleState, decay: Literal["cosine", "constant"]) -> Array:
     return rate_at(schedule.step, schedule.peak, schedule.end, schedule.warmup, schedule.length, decay)
 
@@ -164,21 +181,31 @@ def _scale_by_schedule(decay: Literal["cosine", "constant"]) -> optax.GradientTr
 
 
 def _draw(compiled: CompileKey, key: KeyArray) -> Params:
-    head = init_head(compiled.head, compiled.encoder.width, compiled.encoder.prefix, key)
+    encoder = compiled.encoder
+    if compiled.grid is None:
+        head = init_head(compiled.head, encoder.width, encoder.prefix, key)
+    else:
+        head = init_grid(compiled.grid, compiled.head, encoder.width, key)
     if compiled.parts == "head on pairs":
         return {"head": head}
-    return {"encoder": compiled.encoder.init(key), "head": head}
+    return {"encoder": encoder.init(key), "head": head}
 
 
 def _loss(compiled: CompileKey, params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> Any:
-    own = None
+    own, prefix = None, compiled.encoder.prefix
     if compiled.parts == "head on pairs":
-        tokens = batch["tokens"]
+        tokens, prefix = batch["tokens"], min(prefix, 1)
     else:
         tokens, own = _encode_training(compiled, params["encoder"], keys, batch["image"])
-        tokens = compiled.encoder.norm(params["encoder"], tokens)
-    prefix = compiled.encoder.prefix if compiled.parts != "head on pairs" else min(compiled.encoder.prefix, 1)
     head = make_model(Head(compiled.head, prefix))
+
+    if compiled.grid is not None:
+        features = head.apply({}, tokens, method="features")
+
+        def losses_of_one(logits: Array) -> Array:
+            return task_losses(compiled.kind, logits, batch["target"], batch["weights"], compiled.smoothing)
+
+        return jax.vmap(losses_of_one)(grid_logits(compiled.grid, params["head"], features)).mean(), {}
     logits, moments = head.apply(params["head"], tokens, training=True)
 
     def losses_of(target: Array, weights: Array) -> Array:
@@ -194,9 +221,9 @@ def _loss(compiled: CompileKey, params: Params, keys: Key[Array, " batch"], batc
 def _encode_training(
     compiled: CompileKey, params: Params, keys: Key[Array, " batch"], image: Array
 ) -> tuple[Array, Float[Array, " batch"] | None]:
-    """Return tokens of augmented images, with tokens and branches dropped; each image draws from its own key.
+    """Return tokens of augmented images as the head takes them, with tokens and branches dropped.
 
-    Where images are mixed, the share of its own in each comes along.
+    Each image draws from its own key. Where images are mixed, the share of its own in each comes along.
     """
     encoder, own = compiled.encoder, None
     split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
@@ -205,14 +232,16 @@ def _encode_training(
         image = jax.vmap(compiled.augment)(augment_keys, image)
     if compiled.mix.is_on:
         image, own = mix(compiled.mix, jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys), image)
+    if compiled.head.layers > 1:  # of a probe, for which nothing is dropped
+        return encoder.tokens(params, image, compiled.head.layers), own
     kept = None
     if compiled.token_keep < 1:
         count = max(round(compiled.token_keep * encoder.num_places), 1)
         kept = jnp.argsort(draw_noise(token_keys, encoder.num_places), axis=1)[:, :count]
     if not encoder.is_random:
-        return encoder.apply(params, image, *(() if kept is None else (kept,))), own
+        return encoder.norm(params, encoder.apply(params, image, *(() if kept is None else (kept,)))), own
 
     def one(key: KeyArray, image: Array, kept: Array | None) -> Array:
         return encoder.apply(params, image[None], *(() if kept is None else (kept[None],)), key=key)[0]
 
-    return jax.vmap(one)(drop_keys, image, kept), own
+    return encoder.norm(params, jax.vmap(one)(drop_keys, image, kept)), own

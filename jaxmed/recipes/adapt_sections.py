@@ -13,11 +13,12 @@ from jaxmed.io.tables import Table as Rows
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.classification import operating_curve, reliability_curve
 from jaxmed.metrics.cohort import HEADLINE, MEASURES, spell
+from jaxmed.recipes.adapt import FITTED
 from jaxmed.recipes.adapt_stage import Summary, output_names
 from jaxmed.recipes.stage import Finished, Page
 from jaxmed.report.figures import Bar, agreement, bars, curves
 from jaxmed.report.page import Note, Section, Table, Text, Tile
-from jaxmed.train.log import read_metrics, series
+from jaxmed.train.log import duration, read_metrics, series
 
 GROUPS = {
     "seen": "distribution seen in pre-training",
@@ -26,7 +27,11 @@ GROUPS = {
 }
 MOST_CURVES = 12
 FEWEST_FOR_CALIBRATION = 20
-HOW = {"full": "Fine-tuned from", "frozen": "A head trained on", "logistic": "A linear probe on"}
+HOW = {
+    "full": "Fine-tuned from", "frozen": "A head trained on", "logistic": "A logistic probe on",
+    "mae-probe": "MAE's linear probe on", "dinov2-probe": "DINOv2's linear probe on",
+    "knn": "Nearest neighbours among features of",
+}  # fmt: skip
 
 
 def adapt_page(run: Finished[Any, Summary], title: str, source: str) -> Page:
@@ -44,6 +49,7 @@ def adapt_page(run: Finished[Any, Summary], title: str, source: str) -> Page:
         *_prediction_sections(run.outputs, task, summary),
         *_training_section(read_metrics(run.path), summary),
         *_probe_section(run.outputs),
+        _effort_section(summary),
         *_failed_section(run.outputs, summary),
         _reading_section(source, task, summary),
     ]
@@ -184,7 +190,7 @@ def _agreement_section(table: Rows, task: Task, names: list[str]) -> Section:
 
 
 def _training_section(lines: list[dict[str, float]], summary: Summary) -> list[Section]:
-    if summary.mode == "logistic" or not lines:
+    if summary.mode in FITTED or not lines:
         return []
     shown = {"training": series(lines, "loss"), "validation": series(lines, "evaluation/loss")}
     caption = f"Loss. Kept: step {summary.step:,}, of the best validation {spell(summary.select)}."
@@ -193,6 +199,10 @@ def _training_section(lines: list[dict[str, float]], summary: Summary) -> list[S
     if len(areas[0]):
         text = "AUROC of the validation scans; of several classes or labels, the mean."
         blocks.append(curves({"validation": areas}, xlabel="step", ylabel="AUROC", caption=text))
+    scores = series(lines, "evaluation/score")
+    if summary.select == "score" and len(scores[0]):
+        text = "Score of the validation scans: the mean of macro F1, AUROC and Cohen's kappa."
+        blocks.append(curves({"validation": scores}, xlabel="step", ylabel="score", caption=text))
     text = "Learning rate of the head; the rate of each layer before it is smaller by the layer decay."
     rate = {"rate": series(lines, "learning_rate")}
     blocks.append(curves(rate, xlabel="step", ylabel="learning rate", caption=text))
@@ -204,6 +214,8 @@ def _probe_section(outputs: Path) -> list[Section]:
     if not path.exists():
         return []
     table = read_table(path)
+    if "strength" not in table.columns:
+        return [_tried_section(table)]
     lines = {}
     for label in dict.fromkeys(table.column("label")):
         rows = [row for row in table.rows if row["label"] == label]
@@ -217,6 +229,42 @@ def _probe_section(outputs: Path) -> list[Section]:
         Table(("Label", "C", "Validation loss"), chosen, "The strengths that were kept."),
     ]
     return [Section("Strength of the probe", blocks)]
+
+
+def _tried_section(table: Rows) -> Section:
+    """Show what a probe has tried: the losses of a grid of heads over their rates, and the best ten of all."""
+    blocks: list[Any] = []
+    if "rate" in table.columns:
+        lines = {}
+        for blocks_seen, features in dict.fromkeys((row["blocks"], row["features"]) for row in table.rows):
+            rows = [row for row in table.rows if (row["blocks"], row["features"]) == (blocks_seen, features)]
+            rates, losses = (np.array([float(row[name]) for row in rows]) for name in ("rate", "loss"))
+            lines[f"{features}, last {blocks_seen}"] = (np.log10(rates), losses)
+        caption = "Loss of the validation scans over the learning rate, per 256 records of a batch."
+        blocks.append(curves(lines, xlabel="log10 rate", ylabel="validation loss", caption=caption))
+    best = sorted(table.rows, key=lambda row: (row["chosen"] != "1", float(row["loss"])))[:10]
+    cells = [tuple(row[name] for name in table.columns) for row in best]
+    blocks.append(Table(tuple(spell(name) for name in table.columns), cells, "What was chosen, then by loss."))
+    return Section("What the probe tried", blocks)
+
+
+def _effort_section(summary: Summary) -> Section:
+    effort = summary.effort
+    rows = [
+        ("Trained parameters", f"{effort.trained_parameters:,}"),
+        ("Operations of a prediction", f"{effort.operations / 1e9:,.4g} GFLOP"),
+        *(
+            (name, duration(seconds))
+            for name, seconds in (
+                ("An epoch of training", effort.seconds_per_epoch),
+                ("Until the kept parameters", effort.seconds_to_best),
+            )
+            if seconds is not None
+        ),
+    ]
+    if effort.peak_memory is not None:
+        rows.append(("Largest memory of a device so far", f"{effort.peak_memory / 1e9:,.2f} GB"))
+    return Section("What it took", [Table(("What", "How much"), rows, "Compilation is not included.")])
 
 
 def _failed_section(outputs: Path, summary: Summary) -> list[Section]:

@@ -32,8 +32,9 @@ from jaxmed.metrics.cohort import Score, score_set
 from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import HeadConfig
 from jaxmed.objectives.supervised import task_losses
-from jaxmed.recipes.adapt import AdaptConfig, Adapted, AdaptFlags, adapt, check_run, score
+from jaxmed.recipes.adapt import FITTED, AdaptConfig, Adapted, AdaptFlags, Mode, adapt, check_run, final_heads, score
 from jaxmed.recipes.adapt_program import Augment
+from jaxmed.recipes.effort import Effort
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.subject_scores import Predicted, by_subject, merge_images, score_covariates
 from jaxmed.recipes.training import NO_PREFIX, TrainData
@@ -151,6 +152,8 @@ class Start(NamedTuple):
         classifier: Head to the sizes of the whole model, as the family keeps them.
         licence: Licence of the weights.
         notes: What a user should know about them.
+        training: A file to what an augmentation takes that crops training images to the encoder's input: larger, and
+            with what an evaluation cuts away. None where it takes the input; not used without an augmentation.
     """
 
     encoder: Encoder
@@ -161,6 +164,7 @@ class Start(NamedTuple):
     classifier: Callable[[HeadConfig], Any]
     licence: str
     notes: list[str]
+    training: Preprocess | None = None
 
 
 class Scored(NamedTuple):
@@ -209,6 +213,7 @@ class Summary:
         class_weights: Factors on the loss.
         threshold: From which a label counts as predicted.
         notes: What a user should know.
+        effort: What it took.
     """
 
     task: Task
@@ -222,6 +227,7 @@ class Summary:
     class_weights: tuple[float, ...]
     threshold: float
     notes: tuple[str, ...]
+    effort: Effort = Effort()
 
 
 def run_adapt(
@@ -253,6 +259,7 @@ def run_adapt(
         weights = balanced_weights(sets.cohort.targets[sets.cohort.rows("train")], task)
         recipe = dataclasses.replace(recipe, class_weights=weights)
     check_run(recipe, first.encoder, first.head, task)
+    check_heads(recipe, first)
     # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
     learnt = sets.cohort.take(sets.cohort.rows("train", "validation"))
     unexpected = check_scans(learnt.scans, first.preprocess, labelled.data.check, recipe.train.loader.num_threads)
@@ -263,7 +270,8 @@ def run_adapt(
         write_split_table(folder.outputs / "splits.csv", sets.table, sets.cohort.splits.tolist())
     clock.lap("read and check")
     # Packing reads every scan once: those of the test split may be broken, and are read later.
-    data = training_data(learnt, first.preprocess, labelled.data.cache)
+    sources = labelled_sources(learnt, first, augment is not None, recipe.mode, labelled.data.cache)
+    data = training_data(learnt, *sources, first.preprocess)
     log.say(f"{len(data.training):,} scans to train on, {len(data.held_out or ()):,} to select on.")
     adapted = adapt(
         recipe, first.encoder, first.head, task, data, folder=folder, log=log, augment=augment,
@@ -286,7 +294,7 @@ def run_adapt(
         {split: len(sets.cohort.rows(split)) for split in ("train", "validation", "test")},
         tuple(SetSummary(one.name, one.group, len(one.logits), len(one.failed)) for one, _ in scored),
         sum(int(np.size(leaf)) for leaf in jax.tree.leaves(adapted.params)), adapted.step, recipe.select,
-        recipe.class_weights, labelled.threshold, tuple(told),
+        recipe.class_weights, labelled.threshold, tuple(told), adapted.effort,
     )  # fmt: skip
     finish(folder, config, summary, clock, page)
     return int(any(one.failed for one, _ in scored))
@@ -303,7 +311,7 @@ def read_sets(labelled: LabelledConfig) -> LabelledSets:
         raise InputError("data.manifest", "a table of labelled scans", "nothing", "or try --preset smoke")
     sets = read_labelled_sets(
         data.manifest, data.external, labelled.label, data.fractions, adaptation.train.seed,
-        needs_auroc=adaptation.select == "auroc", series=labelled.series, fill=labelled.fill,
+        needs_auroc=adaptation.select != "loss", series=labelled.series, fill=labelled.fill,
         naming=Subjects(data.subject_pattern, data.subjects), covariates=data.covariates,
     )  # fmt: skip
     if data.covariates and sets.meaning.task.kind == "regression":
@@ -311,16 +319,41 @@ def read_sets(labelled: LabelledConfig) -> LabelledSets:
     if labelled.average == "subject":
         for where, cohort in ((str(data.manifest), sets.cohort), *((name, one) for name, _, one in sets.externals)):
             merge_images(cohort, where)  # refuses labels that do not agree
-    if adaptation.select == "auroc" and sets.meaning.task.kind == "regression":
-        raise InputError("select", "loss, for a regression", "auroc")
+    if adaptation.select != "loss" and sets.meaning.task.kind == "regression":
+        raise InputError("select", "loss, for a regression", adaptation.select)
     return sets
 
 
-def training_data(cohort: Cohort, preprocess: Preprocess, cache: Path | None) -> TrainData:
-    """Return the training and validation records of a cohort."""
-    source = LabelledSource(input_source(cohort.scans, preprocess, cache), cohort.targets)
-    train, validation = (SubsetSource(source, cohort.rows(split)) for split in ("train", "validation"))
-    return TrainData(train, validation, PreparedField(preprocess))
+def check_heads(recipe: AdaptConfig, first: Start) -> None:
+    """Check that the model can be written with any head that the run may end with.
+
+    Raises:
+        InputError: It cannot: the encoder has a final norm, or lacks it.
+    """
+    for head in final_heads(recipe, first.head):
+        try:
+            first.classifier(head)
+        except ValueError as error:
+            raise InputError("mode", f"an encoder for the heads of {recipe.mode}", str(error), "set --pool") from error
+
+
+def labelled_sources(
+    cohort: Cohort, first: Start, is_augmented: bool, mode: Mode, cache: Path | None
+) -> tuple[LabelledSource, LabelledSource]:
+    """Return the records of a cohort as training takes them, and as the encoder does, which may be the same."""
+    source = LabelledSource(input_source(cohort.scans, first.preprocess, cache), cohort.targets)
+    if not is_augmented or first.training is None or mode in FITTED:
+        return source, source
+    own = None if cache is None else cache / "training"
+    return LabelledSource(input_source(cohort.scans, first.training, own), cohort.targets), source
+
+
+def training_data(
+    cohort: Cohort, training: LabelledSource, source: LabelledSource, preprocess: Preprocess
+) -> TrainData:
+    """Return the training and validation records of a cohort, of what `labelled_sources` returns."""
+    rows = cohort.rows("train"), cohort.rows("validation")
+    return TrainData(SubsetSource(training, rows[0]), SubsetSource(source, rows[1]), PreparedField(preprocess))
 
 
 def named_sets(group: str, sets: LabelledSets) -> list[tuple[str, str, Cohort]]:

@@ -11,16 +11,17 @@ import numpy as np
 from jaxmed.arrays.task import Task, predict_values, standardise
 from jaxmed.config import Count, Fraction, checked, to_record
 from jaxmed.data.cohort import LabelledSets
-from jaxmed.data.inputs import PreparedField, input_source
-from jaxmed.data.records import LabelledSource, SubsetSource
+from jaxmed.data.inputs import PreparedField
+from jaxmed.data.records import SubsetSource
 from jaxmed.data.splits import label_fractions
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.cohort import spell
 from jaxmed.metrics.convergence import Curve, reach_table, read_curve, smallest_matching
-from jaxmed.recipes.adapt import AdaptConfig, adapt, check_run, loss_weights, measure, score
+from jaxmed.recipes.adapt import FITTED, AdaptConfig, adapt, check_run, loss_weights, score
 from jaxmed.recipes.adapt_program import Augment
-from jaxmed.recipes.adapt_stage import LabelledConfig, Start, read_sets
+from jaxmed.recipes.adapt_scoring import measure
+from jaxmed.recipes.adapt_stage import LabelledConfig, Start, labelled_sources, read_sets
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import difference_table, failed_cells, mean_curves, mean_table
@@ -105,8 +106,8 @@ def require_steps(labelled: LabelledConfig) -> None:
     Raises:
         ValueError: It is one.
     """
-    if labelled.adapt.mode == "logistic":
-        raise ValueError("mode: expected full or frozen, which learn step by step, found logistic")
+    if labelled.adapt.mode in FITTED:
+        raise ValueError(f"mode: expected full or frozen, which learn step by step, found {labelled.adapt.mode}")
 
 
 def run_efficiency(
@@ -154,7 +155,7 @@ def run_efficiency(
     log = begin(folder, told)
     cells = make_cells({"arm": ARMS, "fraction": study.fractions, "seed": seeds})
     cache = labelled.data.cache or folder.path / "inputs" / "volumes"
-    source = LabelledSource(input_source(cohort.scans, first.preprocess, cache), cohort.targets)
+    whole, source = labelled_sources(cohort, first, augment is not None, labelled.adapt.mode, cache)
     validation, test = (SubsetSource(source, rows[split]) for split in ("validation", "test"))
     transform = PreparedField(first.preprocess)
     shapes = check_run(labelled.adapt, first.encoder, first.head, task)
@@ -163,7 +164,7 @@ def run_efficiency(
 
     def run_cell(cell: Cell) -> Outcome:
         fraction, seed = float(cell["fraction"]), int(cell["seed"])
-        training = SubsetSource(source, rows["train"][draws[seed][fraction]])
+        training = SubsetSource(whole, rows["train"][draws[seed][fraction]])
         recipe = recipe_of(labelled.adapt, study.budget, seed, len(training), len(rows["train"]))
         nested = open_run(
             folder.record["system"], "efficiency cell", recipe, RunOptions(folder.checkpoints / cell.slug, quiet=True)
