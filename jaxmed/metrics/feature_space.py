@@ -76,6 +76,19 @@ def find_neighbours(features: Float[np.ndarray, "scan feature"]) -> Neighbours:
     return Neighbours(index, distance / typical)
 
 
+def effective_rank(features: Float[np.ndarray, "scan feature"]) -> float:
+    """Return in how many directions centred features spread: the exponential of the entropy of singular values.
+
+    It is 1 where they lie on a line, or in one point, and at most the smaller number of scans and of features.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007; as RankMe, arXiv:2210.02885, on features.
+    """
+    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    values = np.linalg.svd(centred, compute_uv=False)
+    shares = values[values > 1e-12 * max(float(values[0]), 1e-300)] / max(float(values.sum()), 1e-300)
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 def _require_two(features: Float[np.ndarray, "scan feature"]) -> None:
     if len(features) < 2:
         raise ValueError(f"features: expected two or more scans, got {len(features)}")

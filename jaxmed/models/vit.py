@@ -51,6 +51,7 @@ class VitConfig:
         layer_scale: See `nn.transformer.BlockConfig`.
         qkv_bias: See `nn.transformer.BlockConfig`.
         epsilon: Added to the variance in layer norms.
+        drop_path_uniform: Whether every block skips its branches with `drop_path_rate`, as in DINOv2's training.
     """
 
     image_size: tuple[Size, ...] = (256, 256, 256)
@@ -74,6 +75,7 @@ class VitConfig:
     layer_scale: NonNegative = 0.0
     qkv_bias: BiasKind = "all"
     epsilon: Positive = 1e-6
+    drop_path_uniform: bool = False
 
     def __post_init__(self) -> None:
         if len(self.image_size) not in (2, 3):
@@ -116,6 +118,7 @@ class Blocks(nn.Module):
     drop_path_rate: float = 0.0
     remat: bool = False
     scan: bool = False
+    drop_path_uniform: bool = False
 
     def setup(self) -> None:
         kind = nn.remat(Block) if self.remat else Block
@@ -165,7 +168,8 @@ class Blocks(nn.Module):
     def _drops(self, key: KeyArray | None) -> DropPath | None:
         if key is None or not self.drop_path_rate:
             return None
-        return DropPath(jax.random.split(key, self.depth), jnp.linspace(0.0, self.drop_path_rate, self.depth))
+        first = self.drop_path_rate if self.drop_path_uniform else 0.0
+        return DropPath(jax.random.split(key, self.depth), jnp.linspace(first, self.drop_path_rate, self.depth))
 
     def _scan(self, x: jax.Array, drops: DropPath | None, rotation: Rotation | None) -> jax.Array:
         params = [block.variables["params"] for block in self.layer]
@@ -197,7 +201,9 @@ class Vit(nn.Module):
             self.register_tokens = self.param("register_tokens", nn.initializers.normal(0.02), shape)
         if config.mask_token:
             self.mask_token = self.param("mask_token", nn.initializers.zeros, (config.width,))
-        self.blocks = Blocks(config.block, config.depth, config.drop_path_rate, config.remat, config.scan)
+        self.blocks = Blocks(
+            config.block, config.depth, config.drop_path_rate, config.remat, config.scan, config.drop_path_uniform
+        )
         if config.final_norm:
             self.norm = LayerNorm(config.epsilon)
 

@@ -111,6 +111,15 @@ def test_stochastic_depth_needs_a_rate_and_a_key(params):
     np.testing.assert_allclose(scanned, dropped, atol=5e-6)
 
 
+def test_stochastic_depth_may_be_as_likely_in_every_block(params):
+    """At a rate of nearly 1 both blocks are skipped, and tokens stay as they were embedded."""
+    rate, key = 1 - 1e-6, jax.random.key(2)
+    settings = {"drop_path_rate": rate, "final_norm": False}
+    embedded = make_model(Vit(CONFIG)).apply(params, IMAGE, method="embed")
+    np.testing.assert_array_equal(run(params, key=key, drop_path_uniform=True, **settings), embedded)
+    assert float(jnp.abs(run(params, key=key, **settings) - embedded).max()) > 0.01
+
+
 def test_last_block_in_two_parts_is_the_last_block(params):
     model = make_model(Vit(CONFIG))
 
