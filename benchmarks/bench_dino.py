@@ -71,7 +71,7 @@ LARGE = dinov2("L", image_size=(224, 224), dtype="bfloat16", scan=True, layer_sc
 # Per size: name, what is trained, batch.
 WORKLOADS: dict[str, list[tuple[str, DinoConfig, int]]] = {
     "smoke": [("48 x 2, global 56, local 28, float32", workload(SMOKE, 28, 2, 256, 64), 2)],
-    "cpu": [("ViT-S/14, global 98, local 42, float32", workload(SMALL, 42), 8)],
+    "cpu": [("ViT-S/14, global 98, local 42, float32", workload(SMALL, 42), 4)],
     "gpu": [("ViT-L/14, global 224, local 98, bfloat16", workload(LARGE, 98), 32)],
 }
 WORKLOADS["pod"] = WORKLOADS["gpu"]
