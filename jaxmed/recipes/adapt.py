@@ -56,7 +56,7 @@ class ProbeConfig:
         lars_rate: Learning rate of "mae-probe", per 256 records of a batch.
         grid: The heads of "dinov2-probe".
         neighbours: Numbers of neighbours of "knn".
-        temperature: See `models.heads.Neighbours`.
+        temperature: A neighbour's vote counts exp(cosine similarity / temperature).
     """
 
     lars_rate: Positive = LARS_PROBE.peak_lr
