@@ -225,7 +225,8 @@ class Head(nn.Module):
     def features(self, tokens: Float[Array, "batch token width"]) -> Float[Array, "batch feature"]:
         """Return what enters the head after its layer norm ("pre_logits")."""
         config = self.config
-        classes = tokens[:, : config.layers].reshape(len(tokens), -1)
+        # By sizes that are known: an exported batch has none.
+        classes = tokens[:, : config.layers].reshape(tokens.shape[0], config.layers * tokens.shape[2])
         if config.pool == "class":
             return classes
         features = tokens[:, self.prefix + config.layers - 1 :].mean(axis=1)
