@@ -30,6 +30,11 @@ STAGES = {
     "tangerine embed": "features of every scan, as CSV and NPZ",
     "tangerine predict": "probabilities, and a map of what moved them, on the grid of each scan",
     "tangerine efficiency": "label fractions x seeds, pre-trained against from scratch",
+    "retfound pretrain": "train an encoder on retinal images without labels: masked autoencoder, or DINOv2",
+    "retfound adapt": "fine-tune or probe an encoder on labelled images; scores with intervals, external sets",
+    "retfound embed": "features of every image, as CSV and NPZ",
+    "retfound predict": "probabilities of every image, and a map of what moved them",
+    "retfound compare": "encoders x ways of adapting x shares of labels x seeds, in one table",
     "noddi simulate": "a diffusion scan with known microstructure, as NIfTI with gradient tables",
     "noddi fit": "NODDI maps (neurite density, dispersion, free water) of a diffusion scan",
     "noddi train": "train a network for one protocol on simulated signals",
@@ -55,6 +60,7 @@ STAGES = {
 }
 SYSTEMS = {
     "tangerine": "a 3D masked autoencoder for chest CT and what grows on it (arXiv:2507.01881)",
+    "retfound": "generalist and specialist encoders of retinal images, compared (arXiv:2509.03421)",
     "noddi": "tissue microstructure from diffusion MRI (arXiv:2507.12632)",
     "dynamicdps": "enhance low-field brain MRI without inventing anatomy (arXiv:2503.01075)",
     "igndmoe": "disease progression on the connectome, by mechanisms that change with stage (arXiv:2508.07032)",

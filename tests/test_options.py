@@ -178,6 +178,9 @@ def test_a_hostile_configuration_is_one_line(content, message, tmp_path, capsys)
 # Records that stand under two names in one system, and why.
 TWO_NAMES = {
     ("tangerine", "VitConfig"): "pretrain trains an autoencoder, of which the encoder is a part",
+    ("retfound", "VitConfig"): "either method of pre-training has its encoder, and adaptation from scratch has one",
+    ("retfound", "DinoHeadConfig"): "class tokens and hidden patches may have heads of their own",
+    ("retfound", "OptimizerConfig"): "either method of pre-training has its own",
     ("noddi", "ForwardConfig"): "evaluate has no training settings to hold it",
     ("noddi", "Tissue"): "part of a fit and of a forward model",
     ("igndmoe", "FitConfig"): "simulate fits within its recovery study",

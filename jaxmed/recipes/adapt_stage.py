@@ -154,6 +154,7 @@ class Start(NamedTuple):
         notes: What a user should know about them.
         training: A file to what an augmentation takes that crops training images to the encoder's input: larger, and
             with what an evaluation cuts away. None where it takes the input; not used without an augmentation.
+        augment: What happens to training images, where that depends on the encoder; in place of the stage's.
     """
 
     encoder: Encoder
@@ -165,6 +166,7 @@ class Start(NamedTuple):
     licence: str
     notes: list[str]
     training: Preprocess | None = None
+    augment: Augment | None = None
 
 
 class Scored(NamedTuple):
@@ -260,6 +262,7 @@ def run_adapt(
         recipe = dataclasses.replace(recipe, class_weights=weights)
     check_run(recipe, first.encoder, first.head, task)
     check_heads(recipe, first)
+    augment = first.augment or augment
     # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
     learnt = sets.cohort.take(sets.cohort.rows("train", "validation"))
     unexpected = check_scans(learnt.scans, first.preprocess, labelled.data.check, recipe.train.loader.num_threads)

@@ -145,15 +145,23 @@ def view(published: Published, dtype: str | None = None) -> Model:
     return Model(encoder, HeadConfig(), {"encoder": params["encoder"], "head": {"norm": norm}})
 
 
-def view_classifier(published: Published, dtype: str | None = None, where: object = "published") -> tuple[Model, Task]:
+def view_classifier(
+    published: Published, dtype: str | None = None, where: object = "published", system: str = "SYSTEM"
+) -> tuple[Model, Task]:
     """Return weights that have a head as encoder and head, and what its outputs mean.
+
+    Args:
+        published: The weights.
+        dtype: Type of the matrix products; as the weights say where None.
+        where: The file, for messages.
+        system: Whose stage adapts such weights, likewise.
 
     Raises:
         InputError: They have none.
     """
     if not isinstance(published.config, ClassifierConfig):
         found = "a masked autoencoder" if isinstance(published.config, MaeConfig) else "an encoder"
-        advice = "adapt it on labels first: jaxmed SYSTEM adapt"
+        advice = f"adapt it on labels first: jaxmed {system} adapt"
         raise InputError(where, "weights of a classifier or regressor", found, advice)
     if published.task is None:
         outputs = published.config.head.outputs

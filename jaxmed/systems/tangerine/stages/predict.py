@@ -61,7 +61,7 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read and check, predict every scan, write tables, maps and report. Returns 1 when scans failed."""
     scans, notes = with_synthetic(config.predict.scans, folder)
     load = partial(load_weights, config.preprocess, task=config.predict.task.task)
-    look = partial(view_classifier, where=scans.weights)
+    look = partial(view_classifier, where=scans.weights, system="tangerine")
     return run_predict(config, config.predict, scans, load, look, page, folder, notes)
 
 

@@ -1,0 +1,219 @@
+"""`jaxmed retfound`: pre-training by both methods, adaptation, features, predictions, the comparison, and mistakes."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from drawn_weights import draw
+from scan_files import only_line
+
+from jaxmed.cli import main
+from jaxmed.io import safetensors
+from jaxmed.io.images import read_image
+from jaxmed.models.published import dino
+from jaxmed.models.published.load import export_published, load_published
+from jaxmed.models.vit import VitConfig
+from jaxmed.synthesis.phantoms.retina import OTHER_CAMERA
+from jaxmed.synthesis.phantoms.write_retina import write_retina_cohort
+from jaxmed.systems import retfound
+
+EDGE = 64
+# What shapes do not tell of a width that was not published.
+TINY_DINO = VitConfig(
+    (28, 28), (14, 14), 3, 384, 1, 6, 64, positions="learned", mask_token=True, layer_scale=1.0
+)  # fmt: skip
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def run(stage, out, *words):
+    return main(["retfound", stage, "--preset", "smoke", "--out", str(out), "--quiet", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory):
+    return write_retina_cohort(tmp_path_factory.mktemp("eyes"), 0, 60, EDGE, fractions=(0.5, 0.2, 0.3))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere")
+    return write_retina_cohort(folder, 1, 15, EDGE, OTHER_CAMERA, fractions=(0.0, 0.0, 1.0), name="other")
+
+
+@pytest.fixture(scope="module")
+def mae(eyes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("mae") / "run"
+    assert run("pretrain", out, "--data.manifest", eyes) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def student(eyes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dino") / "run"
+    assert run("pretrain", out, "--method", "dinov2", "--data.manifest", eyes, "--epochs", "3") == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def grader(eyes, elsewhere, mae, tmp_path_factory):
+    out = tmp_path_factory.mktemp("grader") / "run"
+    words = [
+        "--data.manifest",
+        eyes,
+        "--data.external",
+        f"elsewhere={elsewhere}",
+        "--weights",
+        mae / "outputs" / "model",
+    ]
+    assert run("adapt", out, *words) == 0
+    return out
+
+
+def test_a_masked_autoencoder_explains_eyes_that_it_was_not_trained_on(mae):
+    lines = [json.loads(line) for line in (mae / "metrics.jsonl").read_text().splitlines()]
+    explained = [line["evaluation/explained"] for line in lines if "evaluation/explained" in line]
+    assert explained[-1] > 0.05
+    assert read_image(mae / "outputs" / "held_out_0_completed.png").shape == (EDGE, EDGE, 3)
+    page = (mae / "report.html").read_text()
+    assert "What the model completes" in page and "masked autoencoder" in page
+    published = load_published(mae / "outputs" / "model")
+    assert (published.report.family, published.report.kind) == ("retfound", "mae")
+
+
+def test_a_student_of_dinov2_hands_on_its_teacher(student, tmp_path):
+    lines = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
+    spread = [line["evaluation/spread"] for line in lines if "evaluation/spread" in line]
+    assert spread and all(0.01 < value <= 1 for value in spread)
+    published = load_published(student / "outputs" / "model")
+    assert (published.report.family, published.report.kind) == ("dinov2", "encoder")
+    export_published(published, tmp_path / "teacher.safetensors")
+    assert {"cls_token", "mask_token", "blocks.0.ls1.gamma"} <= set(safetensors.read(tmp_path / "teacher.safetensors"))
+    assert "Self-distillation" in (student / "report.html").read_text()
+
+
+def test_an_adapted_model_is_scored_here_and_elsewhere(grader):
+    scores = rows_of(grader / "outputs" / "metrics.csv")
+    areas = {row["set"]: float(row["estimate"]) for row in scores if row["measure"] == "auroc_macro"}
+    assert set(areas) == {"validation", "test", "elsewhere"} and all(0 <= area <= 1 for area in areas.values())
+    measures = {row["measure"] for row in scores if row["set"] == "test"}
+    assert {"accuracy", "f1_macro", "aupr_macro", "kappa_unweighted", "ece_equal_width"} <= measures
+    published = load_published(grader / "outputs" / "model")
+    assert published.task is not None and published.task.kind == "multiclass" and len(published.task.names) == 5
+
+
+def test_predictions_come_with_maps(grader, eyes, tmp_path):
+    words = ["--weights", grader / "outputs" / "model", "--data.manifest", eyes, "--data.split", "test"]
+    assert run("predict", tmp_path / "run", *words) == 0
+    rows = rows_of(tmp_path / "run" / "outputs" / "predictions.csv")
+    assert len(rows) == 36
+    probabilities = np.array([[float(row[f"probability_{grade}"]) for grade in range(5)] for row in rows])
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert "Against the labels" in (tmp_path / "run" / "report.html").read_text()
+    # The same from Python.
+    published = load_published(grader / "outputs" / "model")
+    again = retfound.predict(published, rows[0]["path"])
+    np.testing.assert_allclose(again.values, probabilities[0], atol=1e-5)
+
+
+def test_features_are_those_of_the_python_call(student, eyes, tmp_path):
+    words = ["--weights", student / "outputs" / "model", "--data.manifest", eyes, "--data.split", "test"]
+    assert run("embed", tmp_path / "run", *words) == 0
+    with np.load(tmp_path / "run" / "outputs" / "embeddings.npz") as file:
+        found, path = file["pre_logits"][0], str(file["path"][0])
+    published = load_published(student / "outputs" / "model")
+    np.testing.assert_allclose(retfound.embed(published, path), found, atol=1e-5)
+    pixels = np.rint(255 * read_image(path)).astype(np.uint8)
+    np.testing.assert_allclose(retfound.embed(published, pixels), found, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def study(eyes, elsewhere, mae, student, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "run"
+    encoders = [f"mae={mae / 'outputs' / 'model'}", f"dino={student / 'outputs' / 'model'}", "random=random"]
+    words = [
+        "--data.manifest",
+        eyes,
+        "--data.external",
+        f"elsewhere={elsewhere}",
+        "--encoders",
+        *encoders,
+        "--modes",
+        "logistic",
+    ]
+    assert run("compare", out, *words) == 0
+    return out
+
+
+def test_every_encoder_is_scored_on_the_same_images(study):
+    cells = rows_of(study / "outputs" / "cells.csv")
+    assert {(row["arm"], row["mode"], row["fraction"], row["seed"]) for row in cells} == {
+        (arm, "logistic", fraction, seed)
+        for arm in ("mae", "dino", "random") for fraction in ("0.5", "1.0") for seed in ("0", "1")
+    }  # fmt: skip
+    assert all(0 <= float(row["auroc_macro"]) <= 1 and 0 <= float(row["elsewhere auroc_macro"]) <= 1 for row in cells)
+    tests = rows_of(study / "outputs" / "differences.csv")
+    assert {row["arm"] for row in tests} == {"dino", "random"} and {row["baseline"] for row in tests} == {"mae"}
+    page = (study / "report.html").read_text()
+    for words in ("Labels", "Which is better", "Elsewhere", "What adapting costs"):
+        assert words in page
+
+
+def test_an_interrupted_comparison_runs_only_what_is_missing(study):
+    stored = sorted((study / "outputs" / "cells").glob("*.json"))
+    before = {path.name: path.read_bytes() for path in stored}
+    table = (study / "outputs" / "cells.csv").read_text()
+    times = {path.name: path.stat().st_mtime_ns for path in stored}
+    stored[3].unlink()
+    (study / "report.html").unlink()
+    assert main(["retfound", "compare", "--config", str(study / "config.json"), "--out", str(study), "--quiet"]) == 0
+    again = {path.name: path.stat().st_mtime_ns for path in sorted((study / "outputs" / "cells").glob("*.json"))}
+    assert [name for name in again if again[name] != times[name]] == [stored[3].name]
+
+    def without_time(text):
+        return [
+            {k: v for k, v in row.items() if not k.startswith("seconds")} for row in csv.DictReader(text.splitlines())
+        ]
+
+    assert without_time((study / "outputs" / "cells.csv").read_text()) == without_time(table)
+    assert set(before) == set(again)
+
+
+@pytest.mark.parametrize(
+    "stage,words,message",
+    [
+        ("compare", ["--encoders", "one=random"], "encoders: expected two or more to compare"),
+        ("compare", ["--encoders", "random"], "expected NAME=PLACE or NAME=random, found 'random'"),
+        ("adapt", ["--weights", "{unet}"], "expected weights of a known family"),
+        (
+            "adapt",
+            ["--weights", "{headless}", "--pool", "class", "--image-size", "28", "28"],
+            "an encoder with its final",
+        ),
+        ("adapt", ["--weights", "{dino}", "--image-size", "30", "28"], "image size: expected a size that"),
+        ("embed", ["--weights", "{missing}"], "expected"),
+    ],
+)
+def test_mistakes_are_one_line(stage, words, message, eyes, tmp_path, capsys):
+    places = {
+        "unet": tmp_path / "unet.safetensors", "headless": tmp_path / "headless.safetensors",
+        "dino": tmp_path / "dino.safetensors", "missing": tmp_path / "none.pth",
+    }  # fmt: skip
+    safetensors.write(places["unet"], {"down.0.weight": np.ones((4, 1, 3, 3), np.float32)})
+    bare = {entry.name: draw(entry.name, entry.shape) for entry in dino.entries("dinov2", TINY_DINO)}
+    safetensors.write(places["dino"], bare)
+    tuned = dino.entries("dinov2", dataclasses.replace(TINY_DINO, final_norm=False))
+    tensors = {entry.name: draw(entry.name, entry.shape) for entry in tuned}
+    tensors["fc_norm.weight"], tensors["fc_norm.bias"] = np.ones(384, np.float32), np.zeros(384, np.float32)
+    tensors["head.weight"], tensors["head.bias"] = np.ones((5, 384), np.float32), np.zeros(5, np.float32)
+    safetensors.write(places["headless"], tensors)
+    capsys.readouterr()
+    given = [word.format(**places) for word in words]
+    assert run(stage, tmp_path / "run", "--data.manifest", eyes, *given) == 2
+    assert message in only_line(capsys)
+    assert not (tmp_path / "run").exists()
