@@ -103,7 +103,8 @@ class LabelledConfig:
         weights: Published or own weights to start from: a masked autoencoder, or a classifier, whose encoder is taken.
             Empty trains from scratch.
         pool: What the head stands on: "concat" (class token and mean of the patch tokens) or "mean", each under a layer
-            norm, or "class" (the class token after the encoder's final norm).
+            norm, or "class" (the class token after the encoder's final norm). "auto" is "mean" for a masked
+            autoencoder, whose class token nothing has trained, and "class" for other encoders.
         hidden: Width of a hidden layer with leaky ReLU and BatchNorm in the head; 0 for none.
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38), in HU for CT; without it they
@@ -117,7 +118,7 @@ class LabelledConfig:
     data: LabelledData = LabelledData()
     label: LabelConfig = LabelConfig()
     weights: Path | None = None
-    pool: Literal["concat", "mean", "class"] = "concat"
+    pool: Literal["auto", "concat", "mean", "class"] = "concat"
     hidden: Length = 0
     series: str = ""
     fill: float | None = None

@@ -29,8 +29,9 @@ def start_from_scratch(
         family: Whose names the adapted model gets.
         preprocess: A file to the input, whatever its size.
     """
-    head = HeadConfig(len(task.names), labelled.pool, labelled.hidden)
-    encoder = dataclasses.replace(encoder, final_norm=labelled.pool == "class", dtype=labelled.adapt.train.dtype)
+    pool = find_pool(labelled, encoder)
+    head = HeadConfig(len(task.names), pool, labelled.hidden)
+    encoder = dataclasses.replace(encoder, final_norm=pool == "class", dtype=labelled.adapt.train.dtype)
     note = "No weights were given: the model starts from random ones, as the baseline from scratch."
     return Start(
         vit_encoder(encoder), head, None, preprocess, family, partial(ClassifierConfig, encoder), OWN_LICENCE, [note]
@@ -73,21 +74,32 @@ def start_from_weights(
             notes.append(f"The weights are for {told[0]}: positions were interpolated to {told[1]}.")
     if published.report.kind == "classifier":
         notes.append("The weights are a classifier's: its encoder is taken, its head is drawn anew.")
+    pool = find_pool(labelled, encoder)
     encoder = change(
         dataclasses.replace(
             encoder, remat=ours.remat, scan=ours.scan, attention=ours.attention, drop_path_rate=ours.drop_path_rate,
-            final_norm=labelled.pool == "class", dtype=labelled.adapt.train.dtype,
+            final_norm=pool == "class", dtype=labelled.adapt.train.dtype,
         )
     )  # fmt: skip
     params = dict(published.params)
     if encoder.final_norm and "norm" not in params["encoder"]:
         advice = "pool the patch tokens: --pool mean"
         raise InputError(place, "an encoder with its final norm, for --pool class", "none, a fine-tuned file", advice)
-    head = HeadConfig(len(task.names), labelled.pool, labelled.hidden)
+    head = HeadConfig(len(task.names), pool, labelled.hidden)
     return Start(
         vit_encoder(encoder), head, take_encoder(params, vit_encoder(encoder), str(place)), published.preprocess,
         published.report.family, partial(ClassifierConfig, encoder), published.report.licence, notes,
     )  # fmt: skip
+
+
+def find_pool(labelled: LabelledConfig, encoder: VitConfig) -> Literal["concat", "mean", "class"]:
+    """Return what the head stands on: encoders of masked autoencoders have no factors on their branches.
+
+    Source: RETFound, official code: its masked autoencoder is fine-tuned on the mean, DINOv2 on the class token.
+    """
+    if labelled.pool != "auto":
+        return labelled.pool
+    return "class" if encoder.layer_scale else "mean"
 
 
 def read_weights(place: Any, families: Collection[str], axes: int, task: Task | None = None) -> Published:

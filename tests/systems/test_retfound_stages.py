@@ -9,6 +9,7 @@ import pytest
 from drawn_weights import draw
 from scan_files import only_line
 
+from jaxmed.arrays.task import Task
 from jaxmed.cli import main
 from jaxmed.io import safetensors
 from jaxmed.io.images import read_image
@@ -18,6 +19,7 @@ from jaxmed.models.vit import VitConfig
 from jaxmed.synthesis.phantoms.retina import OTHER_CAMERA
 from jaxmed.synthesis.phantoms.write_retina import write_retina_cohort
 from jaxmed.systems import retfound
+from jaxmed.systems.retfound.adaptation import PAPER, AdaptationConfig, WeightsInput, find_start
 
 EDGE = 64
 # What shapes do not tell of a width that was not published.
@@ -217,3 +219,20 @@ def test_mistakes_are_one_line(stage, words, message, eyes, tmp_path, capsys):
     assert run(stage, tmp_path / "run", "--data.manifest", eyes, *given) == 2
     assert message in only_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_adapted_as_their_authors_do(mae, student):
+    task = Task("multiclass", tuple("01234"))
+
+    def found(weights, mode="full"):
+        labelled = dataclasses.replace(
+            PAPER, weights=weights / "outputs" / "model", adapt=dataclasses.replace(PAPER.adapt, mode=mode)
+        )
+        return find_start(AdaptationConfig(labelled, WeightsInput()), task)
+
+    # The class token of a masked autoencoder is trained by nothing; that of DINOv2 is its feature of an image.
+    assert found(mae).head.pool == "mean" and found(student).head.pool == "class"
+    assert found(mae).encoder.config.positions == "learned" and not found(mae).encoder.frozen
+    # The official linear probe trains nothing but what is called head.
+    assert found(mae, "frozen").encoder.frozen == (r"^head/norm/",)
+    assert PAPER.adapt.train.optimizer.peak_lr == pytest.approx(4.6875e-4)

@@ -51,7 +51,7 @@ PAPER = LabelledConfig(
         ),
         smoothing=0.0, select="score",
     ),
-    pool="class",
+    pool="auto",
 )  # fmt: skip
 """The official fine-tuning: batch 24, 50 epochs, layer decay 0.65, no smoothing, the best mean of F1, AUROC and kappa.
 
@@ -127,8 +127,7 @@ class AdaptationConfig:
     """Adaptation of an encoder of images to labels; defaults are the official fine-tuning of RETFound.
 
     Attributes:
-        labelled: Labelled images, what is learnt of them and how. Of a masked autoencoder with --pool class the class
-            token is read, which its pre-training did not train: RETFound's own recipe is --pool mean.
+        labelled: Labelled images, what is learnt of them and how; --mode frozen is the official linear probe.
         given: Size of the images, and how pictures become the input.
         encoder: Sizes from scratch; of the weights' encoder otherwise, of which only drop_path_rate, remat, scan and
             attention are taken from here.
@@ -181,7 +180,7 @@ def small(synthetic: int, train: TrainConfig, *, tiny: bool = False, evaluate_ep
         dataclasses.replace(train, mesh=MeshConfig(data=1)), evaluate_epochs=evaluate_epochs, select="auroc",
         smoothing=0.0,
     )  # fmt: skip
-    labelled = LabelledConfig(LabelledData(synthetic=synthetic), pool="mean", adapt=adapt)
+    labelled = LabelledConfig(LabelledData(synthetic=synthetic), pool="auto", adapt=adapt)
     return AdaptationConfig(
         labelled, WeightsInput((EDGE, EDGE)), TINY if tiny else SMALL,
         FineTuneAugment(scale=(0.6, 1.0), num_operations=0, erase=0.0),
@@ -211,7 +210,10 @@ def find_start(config: AdaptationConfig, task: Task) -> Start:
     augment = dataclasses.replace(config.augmentation, size=(rows, columns), mean=intensity.mean, std=intensity.std)
     training = dataclasses.replace(preprocess, size=larger)
     head = dataclasses.replace(found.head, norm_repeats=1 + given.match_release)
-    return found._replace(head=head, preprocess=preprocess, training=training, augment=augment)
+    encoder = found.encoder
+    if config.labelled.adapt.mode == "frozen":  # the official linear probe trains what is called "head" and no norm
+        encoder = dataclasses.replace(encoder, frozen=(*encoder.frozen, r"^head/norm/"))
+    return found._replace(encoder=encoder, head=head, preprocess=preprocess, training=training, augment=augment)
 
 
 def _train_positions(encoder: VitConfig) -> VitConfig:
