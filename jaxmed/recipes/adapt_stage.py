@@ -258,9 +258,7 @@ def run_adapt(
     task = sets.meaning.task
     first = find_start(task)
     recipe = labelled.adapt
-    if labelled.balance:
-        weights = balanced_weights(sets.cohort.targets[sets.cohort.rows("train")], task)
-        recipe = dataclasses.replace(recipe, class_weights=weights)
+    recipe = balanced(recipe, labelled, sets.cohort.targets[sets.cohort.rows("train")], task)
     check_run(recipe, first.encoder, first.head, task)
     check_heads(recipe, first)
     augment = first.augment or augment
@@ -339,6 +337,13 @@ def check_heads(recipe: AdaptConfig, first: Start) -> None:
             first.classifier(head)
         except ValueError as error:
             raise InputError("mode", f"an encoder for the heads of {recipe.mode}", str(error), "set --pool") from error
+
+
+def balanced(recipe: AdaptConfig, labelled: LabelledConfig, targets: np.ndarray, task: Task) -> AdaptConfig:
+    """Return the recipe with class weights of the training labels, where they are to be found."""
+    if not labelled.balance:
+        return recipe
+    return dataclasses.replace(recipe, class_weights=balanced_weights(targets, task))
 
 
 def labelled_sources(

@@ -21,7 +21,7 @@ from jaxmed.metrics.convergence import Curve, reach_table, read_curve, smallest_
 from jaxmed.recipes.adapt import FITTED, AdaptConfig, adapt, check_run, loss_weights, score
 from jaxmed.recipes.adapt_program import Augment
 from jaxmed.recipes.adapt_scoring import measure
-from jaxmed.recipes.adapt_stage import LabelledConfig, Start, labelled_sources, read_sets
+from jaxmed.recipes.adapt_stage import LabelledConfig, Start, balanced, labelled_sources, read_sets
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import difference_table, failed_cells, mean_curves, mean_table
@@ -138,9 +138,7 @@ def run_efficiency(
     sets = read_sets(labelled)
     task, cohort = sets.meaning.task, sets.cohort
     metric, kind = ("loss", "value") if task.kind == "regression" else ("auroc", "probability")
-    if labelled.data.covariates:
-        found = ", ".join(labelled.data.covariates)
-        raise InputError("data.covariates", "none in a study of labels", found, "adapt scores them")
+    refuse_covariates(labelled)
     if labelled.weights is None:
         raise InputError("weights", "pre-trained weights to compare with random ones", "none", "or --preset smoke")
     first = find_start(task)
@@ -165,7 +163,9 @@ def run_efficiency(
     def run_cell(cell: Cell) -> Outcome:
         fraction, seed = float(cell["fraction"]), int(cell["seed"])
         training = SubsetSource(whole, rows["train"][draws[seed][fraction]])
-        recipe = recipe_of(labelled.adapt, study.budget, seed, len(training), len(rows["train"]))
+        own = rows["train"][draws[seed][fraction]]
+        recipe = balanced(labelled.adapt, labelled, cohort.targets[own], task)
+        recipe = recipe_of(recipe, study.budget, seed, len(training), len(rows["train"]))
         nested = open_run(
             folder.record["system"], "efficiency cell", recipe, RunOptions(folder.checkpoints / cell.slug, quiet=True)
         )
@@ -213,6 +213,17 @@ def run_efficiency(
     )  # fmt: skip
     finish(folder, config, summary, clock, page)
     return done.exit_code
+
+
+def refuse_covariates(labelled: LabelledConfig) -> None:
+    """Refuse columns that a study does not score.
+
+    Raises:
+        InputError: There are some.
+    """
+    if labelled.data.covariates:
+        found = ", ".join(labelled.data.covariates)
+        raise InputError("data.covariates", "none in a study of labels", found, "adapt scores them")
 
 
 def write_results(

@@ -21,24 +21,25 @@ from jaxmed.data.cohort import Cohort
 from jaxmed.data.inputs import PreparedField, input_source
 from jaxmed.data.records import LabelledSource, Source, SubsetSource
 from jaxmed.errors import InputError
+from jaxmed.files import expand_home
 from jaxmed.io.tables import write_table
 from jaxmed.metrics import classification
 from jaxmed.metrics.cohort import HEADLINE, error_statistics, spell
 from jaxmed.recipes.adapt import FITTED, Mode, adapt, check_run, score
 from jaxmed.recipes.adapt_program import Augment
-from jaxmed.recipes.adapt_stage import LabelledConfig, Start, labelled_sources, read_sets
-from jaxmed.recipes.efficiency import StudyConfig, draw_fractions, recipe_of
+from jaxmed.recipes.adapt_stage import LabelledConfig, Start, balanced, check_heads, labelled_sources, read_sets
+from jaxmed.recipes.efficiency import StudyConfig, draw_fractions, recipe_of, refuse_covariates
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import difference_table, failed_cells, mean_curves, mean_table
 from jaxmed.recipes.study_tables import Mean, compare, summarise, write_tables
+from jaxmed.recipes.subject_scores import Predicted, by_subject
 from jaxmed.recipes.training import NO_PREFIX, TrainData
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, remove, start
 
-COSTS = ("trained_parameters", "seconds")
 COST_COLUMNS = ("encoder", "mode", "parameters", "trained_parameters", "input", "tokens")
 
 
@@ -64,6 +65,10 @@ class EncodersConfig:
                 raise ValueError(f"encoders: expected NAME=PLACE or NAME=random, found '{word}'")
         if len(set(names)) < len(names):
             raise ValueError(f"encoders: expected each name once, found {' '.join(names)}")
+        # The places are part of words, so nobody else makes them absolute.
+        words = [word.partition("=") for word in self.encoders]
+        whole = (f"{name}={place if place == 'random' else expand_home(place).absolute()}" for name, _, place in words)
+        object.__setattr__(self, "encoders", tuple(whole))
         if not self.modes or len(set(self.modes)) < len(self.modes):
             raise ValueError(f"modes: expected one or more, each once, found {' '.join(self.modes) or 'none'}")
 
@@ -71,7 +76,7 @@ class EncodersConfig:
     def places(self) -> dict[str, Path | None]:
         """Weights of each encoder by name; None for random ones."""
         words = [word.partition("=") for word in self.encoders]
-        return {name: None if place == "random" else Path(place).expanduser() for name, _, place in words}
+        return {name: None if place == "random" else Path(place) for name, _, place in words}
 
 
 # The type of a stage's field: on the command line its options carry no prefix.
@@ -145,6 +150,7 @@ def run_encoder_study(
     clock = Clock()
     record = to_record(config)
     record["study"] |= {"processes": None, "process": None}
+    refuse_covariates(labelled)
     sets = read_sets(labelled)
     if len(encoders.encoders) < 2:
         found = len(encoders.encoders) or "none"
@@ -155,15 +161,16 @@ def run_encoder_study(
         raise InputError(sets.table.path, "scans with split 'test', on which every cell is scored", "none")
     test = cohort.take(rows["test"])
     score_values(task, test, _even(task, len(test.scans)))  # refuses a test split without one of the classes
-    unscored = [
-        f"{name}: not scored, it lacks a class" for name, _, other in sets.externals if not _can_score(task, other)
-    ]
+    scorable = [name for name, _, other in sets.externals if _can_score(task, other)]
+    unscored = [f"{name}: not scored, it lacks a class" for name, *_ in sets.externals if name not in scorable]
     firsts = {
         (name, mode): find_start(_adapting(labelled, place, mode), name, task)
         for name, place in encoders.places.items() for mode in encoders.modes
     }  # fmt: skip
     for (_, mode), first in firsts.items():
-        check_run(dataclasses.replace(labelled.adapt, mode=mode), first.encoder, first.head, task)
+        recipe = dataclasses.replace(labelled.adapt, mode=mode)
+        check_run(recipe, first.encoder, first.head, task)
+        check_heads(recipe, first)
     train = labelled.adapt.train
     seeds = tuple(range(train.seed, train.seed + study.seeds))
     draws = draw_fractions(sets, rows["train"], study.fractions, seeds)
@@ -192,7 +199,7 @@ def run_encoder_study(
         data, seed = prepared[first.preprocess], int(cell["seed"])
         own = rows["train"][draws[seed][float(cell["fraction"])]]
         taught = data.source if mode in FITTED else data.training
-        base = dataclasses.replace(labelled.adapt, mode=mode)
+        base = balanced(dataclasses.replace(labelled.adapt, mode=mode), labelled, cohort.targets[own], task)
         recipe = recipe_of(base, study.budget, seed, len(own), len(rows["train"]))
         training, validation = SubsetSource(taught, own), SubsetSource(data.source, rows["validation"])
         nested = open_run(
@@ -212,15 +219,19 @@ def run_encoder_study(
         subjects: list[dict[str, Any]] = []
         for name, (source, those) in data.scored.items():
             logits = score(recipe, first.encoder, adapted.head, adapted.params, source, data.transform)
-            values = np.asarray(predict_values(jnp.asarray(logits), task))
-            words = "" if name == "test" else f"{name} "
-            if name == "test" or _can_score(task, those):
-                found |= {f"{words}{measure}": value for measure, value in score_values(task, those, values).items()}
+            given = Predicted(name, those, logits)
+            given = by_subject(task, given) if labelled.average == "subject" else given
+            values = np.asarray(predict_values(jnp.asarray(given.logits, jnp.float32), task))
+            if name == "test" or name in scorable:
+                scores = score_values(task, given.cohort, values, labelled.threshold)
+                found |= {
+                    f"{'' if name == 'test' else f'{name} '}{measure}": score for measure, score in scores.items()
+                }
             if name == "test":
                 subjects = [
-                    {"subject": those.subjects[row], "label": "/".join(those.cells[row]),
-                     **{f"output {name}": float(v) for name, v in zip(task.names, values[row], strict=True)}}
-                    for row in range(len(values))
+                    {"subject": subject, "label": "/".join(cells),
+                     **{f"output {label}": float(value) for label, value in zip(task.names, row, strict=True)}}
+                    for subject, cells, row in zip(given.cohort.subjects, given.cohort.cells, values, strict=True)
                 ]  # fmt: skip
         remove(nested)  # checkpoints of a finished cell serve nobody
         return Outcome(found, subjects)
@@ -240,7 +251,7 @@ def run_encoder_study(
         write_table(folder.outputs / "costs.csv", COST_COLUMNS, _costs(firsts, done.results))
         for line in _words(means, metric, study.seeds):
             log.say(line)
-    names = ("test", *(name for name, _, other in sets.externals if _can_score(task, other)))
+    names = ("test", *scorable)
     summary = Summary(
         task, metric, tuple(encoders.places), encoders.modes, names,
         {split: len(index) for split, index in rows.items()}, len(cells), len(done.failures), seeds, study.fractions,
@@ -269,24 +280,29 @@ def _prepare(
     return _Data(training, source, scored, PreparedField(first.preprocess))
 
 
-def score_values(task: Task, cohort: Cohort, values: Float[np.ndarray, "record output"]) -> dict[str, float]:
+def score_values(
+    task: Task, cohort: Cohort, values: Float[np.ndarray, "record output"], threshold: float = 0.5
+) -> dict[str, float]:
     """Return the measures of one set, without intervals: the spread over seeds is the study's.
 
     Args:
         task: What the outputs mean.
         cohort: Whose they are.
         values: Probabilities, or values in the unit of the labels.
+        threshold: Probability from which a binary label counts as predicted.
 
     Raises:
-        InputError: The set lacks a class.
+        InputError: The set lacks a class, or a label.
     """
     if task.kind == "regression":
         ones = np.ones((1, len(values)))
         found = error_statistics(cohort.targets[:, 0], values[:, 0])
         return {name: float(statistic(ones)[0]) for name, statistic in found.items()}
+    if not np.isfinite(cohort.targets).all():
+        raise InputError("labels", "one for every output of each scored scan", "empty ones", "adapt scores such sets")
     labels = cohort.targets if task.kind == "multilabel" else cohort.targets[:, 0]
     scores = values[:, 0] if task.kind == "binary" else values
-    return classification.score(labels.astype(int), scores.astype(np.float64), task.kind)
+    return classification.score(labels.astype(int), scores.astype(np.float64), task.kind, threshold=threshold)
 
 
 def _even(task: Task, count: int) -> np.ndarray:

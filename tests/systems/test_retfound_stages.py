@@ -148,7 +148,7 @@ def study(eyes, elsewhere, mae, student, tmp_path_factory):
         "--modes",
         "logistic",
     ]
-    assert run("compare", out, *words) == 0
+    assert run("compare", out, *words, "--average", "subject", "--balance") == 0
     return out
 
 
@@ -159,6 +159,9 @@ def test_every_encoder_is_scored_on_the_same_images(study):
         for arm in ("mae", "dino", "random") for fraction in ("0.5", "1.0") for seed in ("0", "1")
     }  # fmt: skip
     assert all(0 <= float(row["auroc_macro"]) <= 1 and 0 <= float(row["elsewhere auroc_macro"]) <= 1 for row in cells)
+    # Both eyes of a subject are one answer.
+    stored = [json.loads(path.read_text()) for path in (study / "outputs" / "cells").glob("*.json")]
+    assert {len(cell["subjects"]) for cell in stored} == {18}
     tests = rows_of(study / "outputs" / "differences.csv")
     assert {row["arm"] for row in tests} == {"dino", "random"} and {row["baseline"] for row in tests} == {"mae"}
     page = (study / "report.html").read_text()
@@ -191,6 +194,9 @@ def test_an_interrupted_comparison_runs_only_what_is_missing(study):
     [
         ("compare", ["--encoders", "one=random"], "encoders: expected two or more to compare"),
         ("compare", ["--encoders", "random"], "expected NAME=PLACE or NAME=random, found 'random'"),
+        ("compare", ["--weights", "{dino}"], "weights: expected none, for --encoders NAME=PLACE names them"),
+        ("compare", ["--mode", "frozen"], "mode: expected none, for --modes names them"),
+        ("compare", ["--data.covariates", "age"], "data.covariates: expected none in a study of labels, found age"),
         ("adapt", ["--weights", "{unet}"], "expected weights of a known family"),
         (
             "adapt",

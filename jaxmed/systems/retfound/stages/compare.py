@@ -46,6 +46,13 @@ class Config:
     compared: EncodersFlags = EncodersConfig()
     study: StudyFlags = StudyConfig((0.1, 0.2, 0.5, 0.9, 1.0))
 
+    def __post_init__(self) -> None:
+        labelled = self.adaptation.labelled
+        if labelled.weights is not None:
+            raise ValueError(f"weights: expected none, for --encoders NAME=PLACE names them, found {labelled.weights}")
+        if labelled.adapt.mode != "full":
+            raise ValueError(f"mode: expected none, for --modes names them, found {labelled.adapt.mode}")
+
 
 def paper() -> Config:
     """ViT-L at 224, fine-tuning and the official linear probe, five shares of labels, five seeds: on accelerators."""

@@ -186,7 +186,8 @@ def run(config: Config, folder: RunFolder) -> None:
     log = begin(folder, notes, tensorboard=train.loop.tensorboard)
     counts = images.counts
     log.say(f"{counts['train']:,} images to train on, {counts['validation']:,} held out.")
-    source = prepared_source(images.scans, preprocess, config.data.cache or folder.path / "inputs" / "prepared", log)
+    cache = config.data.cache or (folder.path / "inputs" / "prepared" if config.is_synthetic else None)
+    source = prepared_source(images.scans, preprocess, cache, log)
     rows = np.arange(len(images.scans))
     held_out = SubsetSource(source, rows[images.num_training :]) if counts["validation"] else None
     data = TrainData(SubsetSource(source, rows[: images.num_training]), held_out, PreparedField(preprocess))
