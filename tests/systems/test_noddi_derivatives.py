@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.objectives.gradient_signals import Point
 from jaxmed.physics import noddi
 from jaxmed.physics.acquisition import spread_directions, two_shell_protocol
 from jaxmed.physics.microstructure import ball_and_stick_model, draw_directions, tangent_frame
-from jaxmed.systems.noddi.likelihood import Point, model_forward, noddi_forward
+from jaxmed.systems.noddi.likelihood import model_forward, noddi_forward
 from jaxmed.systems.noddi.protocol import GRID_KAPPA, GRID_NDI, FitConfig, prepare
 from jaxmed.systems.noddi.voxel_fit import search_grid
 

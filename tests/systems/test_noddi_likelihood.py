@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.objectives.gradient_signals import Point, make_surface
 from jaxmed.physics import rician
 from jaxmed.physics.acquisition import two_shell_protocol
 from jaxmed.physics.cramer_rao import cramer_rao
 from jaxmed.physics.microstructure import draw_directions, noddi_model, simulate, tangent_frame
 from jaxmed.solvers.least_squares import lm_init, lm_step
 from jaxmed.systems import noddi
-from jaxmed.systems.noddi.likelihood import Point, make_surface, noddi_forward
+from jaxmed.systems.noddi.likelihood import noddi_forward
 from jaxmed.systems.noddi.protocol import FitConfig, prepare
 from jaxmed.systems.noddi.voxel_fit import FLAGS
 

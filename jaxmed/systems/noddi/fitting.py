@@ -16,12 +16,13 @@ from jaxmed.arrays.tracing import require_values
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import GradientTable, Numbers, as_numbers, check_gradients
 from jaxmed.io.masks import fill_mask
+from jaxmed.objectives.gradient_signals import Noise
 from jaxmed.physics.acquisition import attenuation_notes, check_protocol, has_two_shells
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.physics.noddi import WHERE_TISSUE, Tissue
 from jaxmed.physics.posterior import Posterior
 from jaxmed.solvers.ascents import Programs, ascend_blocks
-from jaxmed.systems.noddi.protocol import FitConfig, Noise, prepare
+from jaxmed.systems.noddi.protocol import FitConfig, prepare
 from jaxmed.systems.noddi.voxel_fit import FLAGS, Estimates, Maps, Voxels, advance, begin, finish, name_maps
 
 DEFINITIONS = {

@@ -26,7 +26,6 @@ from jaxmed.physics.acquisition import (
 )
 from jaxmed.physics.microstructure import MicrostructureModel, ball_and_stick_model, noddi_model
 
-Noise = Literal["gaussian", "rician"]
 MAX_GROUPS = 4
 """Most b-values with a group of their own: the program grows with every group."""
 NUM_NODES = 32

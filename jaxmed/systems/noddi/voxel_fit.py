@@ -23,21 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from jaxmed.objectives.gradient_signals import Forward, Noise, Point, describe_optimum, make_surface
 from jaxmed.physics.microstructure import MicrostructureModel, turn
 from jaxmed.physics.noddi import WET, kappa_to_odi
 from jaxmed.physics.rician import SIGMA_FLOOR
 from jaxmed.solvers.ascents import Ascent
 from jaxmed.solvers.diffusion_tensor import fit_tensor
 from jaxmed.solvers.least_squares import lm_init, lm_run, solve_positive
-from jaxmed.systems.noddi.likelihood import (
-    Forward,
-    Point,
-    describe_optimum,
-    make_surface,
-    model_forward,
-    noddi_forward,
-)
-from jaxmed.systems.noddi.protocol import GRID_DEGREE, GRID_KAPPA, GRID_NDI, FitConfig, Noise, Protocol
+from jaxmed.systems.noddi.likelihood import model_forward, noddi_forward
+from jaxmed.systems.noddi.protocol import GRID_DEGREE, GRID_KAPPA, GRID_NDI, FitConfig, Protocol
 
 FLAGS = {
     "not_converged": 1,
