@@ -125,15 +125,20 @@ def require_inputs(batch: Shaped[Any, "..."], preprocess: Preprocess) -> Float[A
     Raises:
         InputError: They have another shape or range than the network's input.
     """
-    shape, (low, high) = (*preprocess.size, preprocess.channels), preprocess.intensity.range
+    shape, (low, high) = (*preprocess.size, preprocess.channels), preprocess.intensity.limits
+    name, what, raw = (
+        ("image", "images", "an image of 8 or 16 bits")
+        if preprocess.is_sliced
+        else ("volume", "cubes", "a 3D array in HU, a Volume")
+    )
     batch = batch[None] if batch.ndim == len(shape) else batch
-    advice = "give a 3D array in HU, a Volume or a path to have it prepared"
+    advice = f"give {raw} or a path to have it prepared"
     if batch.ndim != len(shape) + 1 or batch.shape[1:] != shape:
-        expected = f"prepared cubes [batch, {', '.join(map(str, shape))}]"
-        raise InputError("volume", expected, f"shape {batch.shape}", advice)
+        expected = f"prepared {what} [batch, {', '.join(map(str, shape))}]"
+        raise InputError(name, expected, f"shape {batch.shape}", advice)
     least, largest = float(batch.min()), float(batch.max())
     if not (least >= low - RANGE_TOLERANCE and largest <= high + RANGE_TOLERANCE):
-        raise InputError("volume", f"prepared cubes in [{low:g}, {high:g}]", f"[{least:g}, {largest:g}]", advice)
+        raise InputError(name, f"prepared {what} in [{low:g}, {high:g}]", f"[{least:g}, {largest:g}]", advice)
     return batch
 
 

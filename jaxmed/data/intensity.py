@@ -77,6 +77,15 @@ class Intensity:
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean, std: expected as many numbers, found {len(self.mean)} and {len(self.std)}")
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Least and largest number that a network sees, after mean and deviation; infinite where nothing bounds it."""
+        if self.kind in ("keep", "zscore") or not (self.clip or self.kind == "unit"):
+            return -np.inf, np.inf
+        pairs = [*zip(self.mean, self.std, strict=True)] or [(0.0, 1.0)]
+        low, high = ([(end - mean) / std for mean, std in pairs] for end in self.range)
+        return min(low), max(high)
+
 
 class Scaled(NamedTuple):
     """Intensities as a network sees them.

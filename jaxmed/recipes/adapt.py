@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmed.arrays.task import Task, standardise
-from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
 from jaxmed.config import Decay, Epochs, Fraction, Positive, Size, checked
 from jaxmed.data.loader import Fields, Transform
@@ -30,7 +29,7 @@ from jaxmed.recipes.fitted_probes import compute_features, fit_logistic, fit_nei
 from jaxmed.recipes.probe_grid import INIT_STD, ProbeGrid, take_cell
 from jaxmed.recipes.training import NO_PREFIX, TrainConfig, TrainData, TrainFlags, check_fit, run_steps, whole
 from jaxmed.train.announce import announce
-from jaxmed.train.checkpoint import compare_arrays
+from jaxmed.train.checkpoint import compare_arrays, describe
 from jaxmed.train.log import Log, at_work
 from jaxmed.train.loop import restore_best
 from jaxmed.train.mesh import make_mesh
@@ -438,9 +437,5 @@ def take_encoder(params: Params, encoder: Encoder, where: str) -> Params:
         raise InputError(where, "parameters with an encoder", f"only {', '.join(params) or 'none'}")
     wanted: Any = jax.eval_shape(encoder.init, jax.random.key(0))
     kept = {name: given[name] for name in wanted if name in given}
-    compare_arrays(_shapes(wanted), _shapes(kept), where)
+    compare_arrays(describe(wanted), describe(kept), where)
     return {"encoder": kept}
-
-
-def _shapes(tree: Any) -> dict[str, Any]:
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}

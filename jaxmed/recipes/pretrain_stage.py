@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import Params
 from jaxmed.config import Number, Whole, checked
 from jaxmed.data.cohort import split_unlabelled, subject_notes
@@ -36,7 +35,7 @@ from jaxmed.recipes.stage import first_only
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Figure, Tile
-from jaxmed.train.checkpoint import compare_arrays
+from jaxmed.train.checkpoint import compare_arrays, describe
 from jaxmed.train.log import Log, series
 
 
@@ -149,7 +148,7 @@ def load_initial_weights(path: Path, family: str, model: MaeConfig) -> Published
     image = jax.ShapeDtypeStruct((1, *model.encoder.image_size, model.encoder.channels), np.float32)
     noise = jax.ShapeDtypeStruct((1, model.encoder.num_tokens), np.float32)
     expected = jax.eval_shape(make_model(Mae(model)).init, jax.random.key(0), image, noise)
-    compare_arrays(shapes_of(expected), shapes_of(published.params), str(path))
+    compare_arrays(describe(expected), describe(published.params), str(path))
     for name in ("sigmoid", "norm_target"):
         if getattr(published.config, name) != getattr(model, name):
             found = f"{name} {getattr(published.config, name)}"
@@ -176,11 +175,6 @@ def model_record(
     licence = OWN_LICENCE if origin is None else origin.report.licence
     report = ImportReport(family, kind, (), (), (), licence)
     return published_record(Published(Model(params.get, params.get), params, preprocess, model, report))
-
-
-def shapes_of(tree: Any) -> dict[str, Any]:
-    """Return shape and type of every parameter by its name, as `train.checkpoint.compare_arrays` takes them."""
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(tree).items()}
 
 
 def prepared_source(scans: Sequence[ScanFiles], preprocess: Preprocess, cache: Path | None, log: Log) -> Source:

@@ -77,7 +77,7 @@ def _named(value: object, name: str = "") -> Iterator[Path]:
             yield from _named(item)
     elif isinstance(value, Path):
         yield value.absolute()
-    elif isinstance(value, str) and "=" in value and os.path.isfile(value.partition("=")[2]):
+    elif isinstance(value, str) and "=" in value and os.path.exists(value.partition("=")[2]):
         yield Path(value.partition("=")[2]).absolute()
 
 

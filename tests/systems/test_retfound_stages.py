@@ -11,15 +11,17 @@ from scan_files import only_line
 
 from jaxmed.arrays.task import Task
 from jaxmed.cli import main
+from jaxmed.errors import InputError
 from jaxmed.io import safetensors
 from jaxmed.io.images import read_image
 from jaxmed.models.published import dino
+from jaxmed.models.published.dino import picture_preprocess
 from jaxmed.models.published.load import export_published, load_published
 from jaxmed.models.vit import VitConfig
 from jaxmed.synthesis.phantoms.retina import OTHER_CAMERA
 from jaxmed.synthesis.phantoms.write_retina import write_retina_cohort
 from jaxmed.systems import retfound
-from jaxmed.systems.retfound.adaptation import PAPER, AdaptationConfig, WeightsInput, find_start
+from jaxmed.systems.retfound.adaptation import PAPER, AdaptationConfig, PictureInput, WeightsInput, find_start
 
 EDGE = 64
 # What shapes do not tell of a width that was not published.
@@ -132,6 +134,15 @@ def test_features_are_those_of_the_python_call(student, eyes, tmp_path):
     np.testing.assert_allclose(retfound.embed(published, path), found, atol=1e-5)
     pixels = np.rint(255 * read_image(path)).astype(np.uint8)
     np.testing.assert_allclose(retfound.embed(published, pixels), found, atol=1e-5)
+    # Prepared images, as they come normalised, one or a batch; and others are refused in words that fit pictures.
+    prepared = published.preprocess(path)
+    assert prepared.min() < -1
+    np.testing.assert_allclose(retfound.embed(published, prepared), found, atol=1e-5)
+    assert retfound.embed(published, np.stack([prepared] * 2)).shape == (2, len(found))
+    with pytest.raises(InputError, match=r"image: expected prepared images \[batch, 64, 64, 3\]"):
+        retfound.embed(published, prepared[:32])
+    with pytest.raises(InputError, match="image: expected prepared images in .* give an image of 8 or 16 bits"):
+        retfound.embed(published, 255 * prepared)
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +253,10 @@ def test_weights_are_adapted_as_their_authors_do(mae, student):
     # The official linear probe trains nothing but what is called head.
     assert found(mae, "frozen").encoder.frozen == (r"^head/norm/",)
     assert PAPER.adapt.train.optimizer.peak_lr == pytest.approx(4.6875e-4)
+
+
+def test_weights_keep_the_crop_that_they_were_trained_with():
+    plain = picture_preprocess((64, 64))
+    cropped = PictureInput(crop="disc").apply(plain)
+    assert (plain.crop, cropped.crop) == ("none", "disc")
+    assert PictureInput().apply(cropped) == cropped and PictureInput(crop="none").apply(cropped) == plain

@@ -9,8 +9,9 @@ arXiv:2509.03421, official code.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from jaxmed.arrays.position import Interpolation
@@ -22,7 +23,7 @@ from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
 from jaxmed.models.heads import Classifier, ClassifierConfig, HeadConfig
 from jaxmed.models.published import timm_vit
-from jaxmed.models.published.family import Facts, Hints, Kind
+from jaxmed.models.published.family import Facts, Family, Hints, Kind
 from jaxmed.models.published.names import (
     TIMM,
     BlockNames,
@@ -324,3 +325,31 @@ def own_record(
     config = timm_vit.infer_own(where, tensors, 2)
     kind = "classifier" if isinstance(config, ClassifierConfig) else "encoder"
     return {"kind": kind, "preprocess": None, "config": to_record(config)}
+
+
+def make_family(
+    generation: Generation,
+    title: str,
+    licence: str,
+    where: str,
+    keys: str,
+    notes: Callable[[Any, Mapping[str, Any]], tuple[str, ...]],
+) -> Family:
+    """Return the record of a generation; see `family.Family`."""
+    return Family(
+        generation, title, licence, where, keys, KINDS,
+        recognises=functools.partial(recognises, generation),
+        infer=functools.partial(infer, generation),
+        facts=facts,
+        entries=functools.partial(entries, generation),
+        make_model=make_dino_model,
+        preprocess=preprocess,
+        notes=notes,
+        describe=describe,
+        own_record=functools.partial(own_record, generation),
+        resize=resize,
+        counters=COUNTERS,
+        interpolation=interpolation,
+        naming=functools.partial(naming, generation),
+        renames=renamed,
+    )  # fmt: skip

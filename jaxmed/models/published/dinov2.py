@@ -1,13 +1,11 @@
 """DINOv2 and RETFound-DINOv2: transformers under the names of `dino`."""
 
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from jaxmed.models.heads import ClassifierConfig
-from jaxmed.models.published import dino
-from jaxmed.models.published.family import Family
+from jaxmed.models.published.dino import make_family
 from jaxmed.models.vit import VitConfig
 
 
@@ -17,8 +15,8 @@ def notes(config: VitConfig | ClassifierConfig, settings: Mapping[str, Any] = Ma
     return (f"its table of positions is for {encoder.image_size[0]} pixels; another --image-size interpolates it",)
 
 
-FAMILY = Family(
-    name="dinov2",
+FAMILY = make_family(
+    "dinov2",
     title="DINOv2, and RETFound-DINOv2 on retina (arXiv:2304.07193, 2509.03421)",
     licence="DINOv2: Apache-2.0; RETFound-DINOv2: CC-BY-NC 4.0, no commercial use",
     where=(
@@ -32,18 +30,5 @@ FAMILY = Family(
         "mlp.w12, mlp.w3; RETFound: under teacher, backbone.*; timm's, and transformers' of both generations; "
         "fine-tuned: head.*, or classifier.*"
     ),
-    kinds=dino.KINDS,
-    recognises=functools.partial(dino.recognises, "dinov2"),
-    infer=functools.partial(dino.infer, "dinov2"),
-    facts=dino.facts,
-    entries=functools.partial(dino.entries, "dinov2"),
-    make_model=dino.make_dino_model,
-    preprocess=dino.preprocess,
     notes=notes,
-    describe=dino.describe,
-    own_record=functools.partial(dino.own_record, "dinov2"),
-    resize=dino.resize,
-    interpolation=dino.interpolation,
-    naming=functools.partial(dino.naming, "dinov2"),
-    renames=dino.renamed,
 )

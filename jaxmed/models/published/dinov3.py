@@ -1,13 +1,11 @@
 """DINOv3: transformers under the names of `dino`."""
 
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from jaxmed.models.heads import ClassifierConfig
-from jaxmed.models.published import dino
-from jaxmed.models.published.family import Family
+from jaxmed.models.published.dino import make_family
 from jaxmed.models.vit import VitConfig
 
 
@@ -16,8 +14,8 @@ def notes(config: VitConfig | ClassifierConfig, settings: Mapping[str, Any] = Ma
     return ()
 
 
-FAMILY = Family(
-    name="dinov3",
+FAMILY = make_family(
+    "dinov3",
     title="DINOv3, self-supervised transformers with rotary positions (arXiv:2508.10104)",
     licence="the DINOv3 licence: commercial use within its terms, name it",
     where=(
@@ -29,18 +27,5 @@ FAMILY = Family(
         "blocks.N.{norm1,attn.qkv,attn.proj,ls1.gamma,norm2,mlp.fc1,mlp.fc2 or mlp.w1,w2,w3,ls2.gamma}, "
         "norm.*; transformers': embeddings.*, layer.N.*, norm.*"
     ),
-    kinds=dino.KINDS,
-    recognises=functools.partial(dino.recognises, "dinov3"),
-    infer=functools.partial(dino.infer, "dinov3"),
-    facts=dino.facts,
-    entries=functools.partial(dino.entries, "dinov3"),
-    make_model=dino.make_dino_model,
-    preprocess=dino.preprocess,
     notes=notes,
-    describe=dino.describe,
-    own_record=functools.partial(dino.own_record, "dinov3"),
-    resize=dino.resize,
-    counters=dino.COUNTERS,
-    naming=functools.partial(dino.naming, "dinov3"),
-    renames=dino.renamed,
 )

@@ -166,7 +166,7 @@ def load_published(
     task = _find_task(source, known, config, task)
     counters = [name for name in found.left_over if known.is_counter(name)]
     extras = {name: np.asarray(source.tensors[name]) for name in counters}
-    extras |= {name: _read_extra(value) for name, value in source.record.get("extras", {}).items()}
+    extras |= {name: _read_extra(source.where, value) for name, value in source.record.get("extras", {}).items()}
     report = ImportReport(
         known.name,
         known.facts(config).kind,
@@ -229,10 +229,13 @@ def _write_extra(value: np.ndarray) -> Any:
     return {"dtype": value.dtype.str, "shape": list(value.shape), "hex": value.tobytes().hex()}
 
 
-def _read_extra(value: Any) -> np.ndarray:
-    if not isinstance(value, dict):
-        return np.asarray(value, np.int64)
-    return np.frombuffer(bytes.fromhex(value["hex"]), value["dtype"]).reshape(value["shape"])
+def _read_extra(where: str, value: Any) -> np.ndarray:
+    try:
+        if not isinstance(value, dict):
+            return np.asarray(value, np.int64)
+        return np.frombuffer(bytes.fromhex(value["hex"]), value["dtype"]).reshape(value["shape"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(where, "arrays under 'extras' of its record", str(error), "export it again") from error
 
 
 def resize_positions(
@@ -258,9 +261,16 @@ def resize_positions(
     config, params = family.resize(
         published.config, published.params, size, how or family.interpolation(published.config, published.naming)
     )
-    preprocess = dataclasses.replace(published.preprocess, size=size)
+    preprocess = _resize_input(published.preprocess, family.preprocess(published.config), family.preprocess(config))
     model = family.make_model(config, params)
     return dataclasses.replace(published, model=model, params=params, config=config, preprocess=preprocess)
+
+
+def _resize_input(own: Preprocess, before: Preprocess, after: Preprocess) -> Preprocess:
+    """Return the preprocessing at the new size; the side from which pictures are cut out goes with it."""
+    if own.shorter == before.shorter:
+        return dataclasses.replace(own, size=after.size, shorter=after.shorter)
+    return dataclasses.replace(own, size=after.size, shorter=round(own.shorter * min(after.size) / min(before.size)))
 
 
 def _shape(source: Source, name: str) -> tuple[int, ...] | None:

@@ -65,17 +65,18 @@ class PictureInput:
     """What may differ from the preprocessing that travels with weights.
 
     Attributes:
-        crop: "disc" cuts a fundus photograph to its disc first; "none" for pictures that are cropped, and OCT.
+        crop: "disc" cuts a fundus photograph to its disc first; "none" is for pictures that are cropped, and OCT;
+            "weights" does what is stored with the weights, which is nothing for published ones.
         normalise: "imagenet" takes the colours' means and deviations of ImageNet; "image" those of each picture, as
             RETFound's feature notebook does; "weights" what is stored with the weights.
     """
 
-    crop: Literal["none", "disc"] = "none"
+    crop: Literal["weights", "none", "disc"] = "weights"
     normalise: Literal["weights", "imagenet", "image"] = "weights"
 
     def apply(self, preprocess: Preprocess) -> Preprocess:
         """Return the preprocessing of the weights with what is set here."""
-        changed = dataclasses.replace(preprocess, crop=self.crop)
+        changed = preprocess if self.crop == "weights" else dataclasses.replace(preprocess, crop=self.crop)
         if self.normalise == "weights":
             return changed
         intensity = picture_preprocess(preprocess.size).intensity

@@ -56,6 +56,8 @@ def usual(published: Published) -> Kind:
 
 def describe(published: Published, kinds: tuple[Kind, ...]) -> list[str]:
     """Say what the features of these weights are, and are not."""
+    if published.report.kind == "classifier":
+        return []
     if published.report.kind != "mae":
         return ["pre_logits is the class token after the final norm; class and pooled are taken before it."]
     notes = ["The whole image goes in, nothing hidden; the final norm of pre-training is not applied."]

@@ -236,6 +236,16 @@ def test_preprocessing_is_that_of_the_released_evaluation():
     )
 
 
+def test_another_image_size_is_cut_out_of_as_much_of_the_picture(tmp_path):
+    safetensors.write(tmp_path / "official.safetensors", draw_all("dinov2", TINY))
+    published = load_published(tmp_path / "official.safetensors", heads=2)
+    found = {edge: resize_positions(published, (edge, edge)).preprocess for edge in (28, 224, 518)}
+    assert {edge: one.shorter for edge, one in found.items()} == {28: 32, 224: 256, 518: 518}
+    assert all(one.size == (edge, edge) for edge, one in found.items())
+    own = dataclasses.replace(published, preprocess=dataclasses.replace(published.preprocess, shorter=40))
+    assert resize_positions(own, (56, 56)).preprocess.shorter == 80
+
+
 # Positions -----------------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,6 @@ from jaxmed.recipes.pretrain_stage import (
     prepared_source,
     pretrain_tiles,
     rate_curve,
-    shapes_of,
     start_notes,
 )
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only
@@ -45,7 +44,7 @@ from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.page import Note, Section, Text
 from jaxmed.synthesis.phantoms.write_retina import write_retina_cohort
 from jaxmed.systems.retfound.adaptation import EDGE, FAMILIES, SMALL, SOURCE, TINY, PictureInput
-from jaxmed.train.checkpoint import compare_arrays, export_parameters
+from jaxmed.train.checkpoint import compare_arrays, describe, export_parameters
 from jaxmed.train.log import read_metrics, series
 from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
@@ -237,7 +236,7 @@ def _find_start(config: Config, encoder: VitConfig) -> tuple[Params | None, Publ
     published = resize_positions(read_weights(config.weights, FAMILIES, 2), encoder.image_size)
     wanted: Any = jax.eval_shape(vit_encoder(encoder).init, jax.random.key(0))
     given = {name: value for name, value in published.params["encoder"].items() if name in wanted}
-    compare_arrays(shapes_of({name: wanted[name] for name in given}), shapes_of(given), str(config.weights))
+    compare_arrays(describe({name: wanted[name] for name in given}), describe(given), str(config.weights))
     return {"encoder": given}, published
 
 
