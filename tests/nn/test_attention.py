@@ -39,6 +39,22 @@ def test_kinds_agree_in_value_and_gradient(kind, tokens, monkeypatch):
 
 
 @pytest.mark.core
+@pytest.mark.core
+def test_a_batch_in_parts_equals_the_whole(monkeypatch):
+    qkv = jax.random.normal(jax.random.key(0), (3, 17, 3, 2, 8))
+    weight = jax.random.normal(jax.random.key(1), (3, 17, 2, 8))
+    expected = value_and_gradient(plain, qkv, weight)
+    parts = []
+    monkeypatch.setattr(attention, "_part", lambda part, run=attention._part: (parts.append(len(part)), run(part))[1])
+    monkeypatch.setattr(attention, "PARTS", 2)
+    monkeypatch.setattr(attention, "LARGE", 3 * 2 * 17**2 - 1)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # the tests have eight
+    found = value_and_gradient(lambda qkv: self_attention(qkv, "products"), qkv, weight)
+    assert set(parts) == {1, 2}
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=3e-6)
+
+
 def test_gradient_against_finite_differences():
     """In float64: the backward pass of "products" is written by hand."""
     with jax.enable_x64(True):
