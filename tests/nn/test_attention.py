@@ -39,7 +39,6 @@ def test_kinds_agree_in_value_and_gradient(kind, tokens, monkeypatch):
 
 
 @pytest.mark.core
-@pytest.mark.core
 def test_a_batch_in_parts_equals_the_whole(monkeypatch):
     qkv = jax.random.normal(jax.random.key(0), (3, 17, 3, 2, 8))
     weight = jax.random.normal(jax.random.key(1), (3, 17, 2, 8))
@@ -55,6 +54,7 @@ def test_a_batch_in_parts_equals_the_whole(monkeypatch):
         np.testing.assert_allclose(one, other, rtol=0, atol=3e-6)
 
 
+@pytest.mark.core
 def test_gradient_against_finite_differences():
     """In float64: the backward pass of "products" is written by hand."""
     with jax.enable_x64(True):
