@@ -6,6 +6,7 @@ The references stay as they are while this script does; run it again after a cha
 
 import argparse
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
+import torch_brain as brain  # noqa: E402
 import torch_guided as guided  # noqa: E402
 import torch_tangerine as tangerine  # noqa: E402
 import torch_vit as vit  # noqa: E402
-from drawn_weights import draw_image  # noqa: E402
+from drawn_weights import draw_image, draw_volume  # noqa: E402
 
 from jaxmed.io import safetensors  # noqa: E402
 
@@ -39,6 +41,7 @@ def main() -> None:
     write_guided("volume", guided.VOLUME, (3, 4, 2))
     write_guided("thin", guided.THIN, (3, 4, 2))
     write_vit()
+    write_brain()
 
 
 def write_tangerine_mae(name: str, sizes: tangerine.Sizes, seed: int) -> None:
@@ -97,6 +100,29 @@ def write_vit() -> None:
             if number == 0:
                 found |= {f"{place}/{depth}": state.numpy() for depth, state in enumerate(states)}
     np.savez_compressed(FOLDER / "vit.npz", **found)
+
+
+def write_brain() -> None:
+    """Write every 7th voxel of a brain network's maps, of volumes of an even and an odd size, and a checkpoint.
+
+    The checkpoint is as the authors save it; its arguments are instances of classes that are nowhere else.
+    """
+    model, found = brain.BrainNet(8, 3), {}
+    for size in ((32, 32, 32), (37, 41, 33)):
+        maps, features = brain.run(model, draw_volume(size))
+        place = "x".join(map(str, size))
+        found[f"{place}/bottleneck"] = features[0][::2, ::2, ::2]
+        found |= {f"{place}/{name}": value[::7, ::7, ::7] for name, value in maps.items()}
+        found[f"{place}/feature"] = features[-1][::7, ::7, ::7]
+    np.savez_compressed(FOLDER / "brainfm.npz", **found)
+    module = types.ModuleType("utils_of_nobody")
+    module.Arguments = type("Arguments", (), {"__module__": "utils_of_nobody"})
+    sys.modules["utils_of_nobody"] = module
+    arguments, small = module.Arguments(), brain.BrainNet(8, 2, {**brain.HEADS, "thickness": 2})
+    arguments.unit_feat, arguments.size = True, (160, 160, 160)
+    saved = {"model": small.state_dict(), "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
+    saved |= {"submit_args": argparse.Namespace(port=0), "gen_args": arguments, "train_args": arguments}
+    torch.save(saved | {"best_val_stats": {"T1": 0.1}}, FOLDER / "brainfm.pth")
 
 
 def write_outputs(name: str, **tensors: torch.Tensor) -> None:

@@ -36,7 +36,10 @@ ROLES = (
     *("teacher.", "ema.", "ema_model.", "model_ema.", "student."),
     *("encoder.", "backbone.", "net.", "network.", "trunk."),
 )
-SETTINGS = ("args", "config", "cfg", "hparams", "hyper_parameters", "hyperparameters", "model_args", "opt", "options")
+SETTINGS = (
+    *("args", "config", "cfg", "hparams", "hyper_parameters", "hyperparameters", "model_args", "opt", "options"),
+    *("train_args", "gen_args"),
+)
 NO_MODEL = re.compile(r"optim|sched|scaler|loss|criterion", re.IGNORECASE)
 PICKLED = (".pth", ".pt", ".bin")
 # Under this name a safetensors file that this package wrote says, in JSON, what shapes do not.

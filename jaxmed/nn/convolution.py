@@ -45,6 +45,7 @@ class Convolution(nn.Module):
         dtype: Type of the products.
         kernel_init: Draws the kernel [*window, channel, feature]; by default uniform with variance 1 / (3 fan-in),
             PyTorch's, from which the published networks were trained. Deviation: biases start at 0.
+        use_bias: Whether there is one.
     """
 
     features: int
@@ -54,17 +55,20 @@ class Convolution(nn.Module):
     groups: int = 1
     dtype: str = "float32"
     kernel_init: Any = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *space channel"]) -> Float[Array, "batch *space2 feature"]:
         space = x.ndim - 2
         shape = (*(self.size,) * space, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         stride = (1,) * self.unstrided + (self.stride,) * (space - self.unstrided)
         edge = 0 if self.size == self.stride else self.size // 2
         kernel = jnp.asarray(kernel, self.dtype)
         y = conv(x.astype(self.dtype), kernel, stride, self.groups, ((edge, edge),) * space)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return y + bias.astype(self.dtype)
 
 

@@ -16,3 +16,8 @@ def draw(name, shape):
 def draw_image(size):
     """Return one image [1, row, column, 3]."""
     return np.random.default_rng(0).standard_normal((1, *size, 3)).astype(np.float32)
+
+
+def draw_volume(size):
+    """Return one volume [x, y, z] in [0, 1]."""
+    return np.random.default_rng(1).random(size, np.float32)
