@@ -29,7 +29,8 @@ class OptimizerConfig:
         peak_lr: Learning rate after warm-up.
         end_lr: Learning rate at the last step.
         warmup_steps: Steps over which the rate rises linearly from 0.
-        decay: How the rate falls from peak to end after warm-up.
+        decay: How the rate falls from peak to end after warm-up; "step" falls at once.
+        drop_at: When "step" falls, as a share of the run that is counted from the end of warm-up.
         weight_decay: Decoupled from the gradient in adamw, part of it in lars and sgd.
         no_decay: Regular expressions of parameters without weight decay, besides all of fewer than two axes.
         b1: Decay of the first moment (adamw), or momentum (lars, sgd).
@@ -45,7 +46,8 @@ class OptimizerConfig:
     peak_lr: NonNegative = 1e-3
     end_lr: NonNegative = 0.0
     warmup_steps: Whole = 0
-    decay: Literal["cosine", "constant"] = "cosine"
+    decay: Literal["cosine", "constant", "step"] = "cosine"
+    drop_at: Fraction = 0.5
     weight_decay: NonNegative = 0.05
     no_decay: tuple[str, ...] = (r"(^|/)(bias|scale)$",)
     b1: Decay = 0.9
@@ -71,11 +73,18 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Source: MAE, arXiv:2111.06377, appendix A (its released schedule, with fractional epochs as steps).
     """
-    return lambda step: rate_at(step, config.peak_lr, config.end_lr, config.warmup_steps, steps, config.decay)
+    rates = config.peak_lr, config.end_lr, config.warmup_steps
+    return lambda step: rate_at(step, *rates, steps, config.decay, config.drop_at)
 
 
 def rate_at(
-    step: Any, peak: Any, end: Any, warmup: Any, steps: Any, decay: Literal["cosine", "constant"] = "cosine"
+    step: Any,
+    peak: Any,
+    end: Any,
+    warmup: Any,
+    steps: Any,
+    decay: Literal["cosine", "constant", "step"] = "cosine",
+    drop_at: Any = 0.5,
 ) -> Any:
     """Return the rate of `learning_rate` after some steps; all numbers may be arrays, so that one program serves many.
 
@@ -88,11 +97,14 @@ def rate_at(
         warmup: Steps of warm-up.
         steps: Length of the run.
         decay: How the rate falls.
+        drop_at: When that of "step" does, as a share of the run after warm-up.
     """
     step = jnp.asarray(step, jnp.float32)
     warm = peak * step / jnp.maximum(warmup, 1)
     if decay == "constant":
         after = jnp.asarray(peak, jnp.float32)
+    elif decay == "step":
+        after = jnp.where(step < warmup + drop_at * steps, jnp.asarray(peak, jnp.float32), end)
     else:
         progress = (step - warmup) / jnp.maximum(steps - warmup, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))

@@ -52,6 +52,12 @@ def test_constant_rate_after_warm_up():
     np.testing.assert_allclose([float(rate(step)) for step in (0, 1, 2, 9)], [0, 0.25, 0.5, 0.5])
 
 
+def test_a_step_falls_at_its_share_of_the_run_after_warm_up():
+    config = OptimizerConfig(peak_lr=0.5, end_lr=0.05, warmup_steps=2, decay="step", drop_at=0.4)
+    values = [float(learning_rate(config, 10)(step)) for step in (0, 1, 2, 5, 6, 9)]
+    np.testing.assert_allclose(values, [0, 0.25, 0.5, 0.5, 0.05, 0.05], rtol=1e-6)
+
+
 def test_layer_decay_table():
     found = {name: float(scale) for name, scale in named_leaves(layer_scales(PARAMS, 0.5, LAYERS)).items()}
     assert found == {
