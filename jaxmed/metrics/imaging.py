@@ -18,6 +18,7 @@ from jaxmed.errors import InputError
 
 SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 class SurfaceDistances(NamedTuple):
@@ -259,18 +260,90 @@ def ssim(
     _values(truth, estimate, None)
     if mask is not None:
         _check_shapes(truth, mask)
-    x, y = truth.astype(np.float64), estimate.astype(np.float64)
+    luminance, contrast = _similarity(truth.astype(np.float64), estimate.astype(np.float64), data_range)
+    counts = luminance * contrast if mask is None else (luminance * contrast)[mask[_inner(mask.ndim)]]
+    if not counts.size:
+        raise InputError("mask for SSIM", f"a voxel {SSIM_RADIUS} or more from the image's edge", "none")
+    return float(counts.mean())
+
+
+def ms_ssim(truth: Real[np.ndarray, "*space"], estimate: Real[np.ndarray, "*space"], data_range: float) -> float:
+    """Return the multi-scale structural similarity of two images, in 2D or 3D.
+
+    The window is that of `ssim`; between scales every 2 x 2 (x 2) voxels are averaged. Images too small for five scales
+    have as many as fit, and their weights are divided by their sum.
+
+    Args:
+        truth: Image.
+        estimate: Image.
+        data_range: Distance between the lowest and the highest intensity that there can be.
+
+    Raises:
+        InputError: As for `ssim`.
+
+    Source: Wang, Simoncelli and Bovik, Asilomar Conference on Signals, Systems and Computers 2003, equation 7. Contrast
+        terms below 0, which have no root, count as 0.
+    """
+    ssim(truth, estimate, data_range)  # checks both
+    size = 2 * SSIM_RADIUS + 1
+    scales = sum(min(truth.shape) // 2**scale >= size for scale in range(len(SCALE_WEIGHTS)))
+    weights = np.array(SCALE_WEIGHTS[:scales]) / sum(SCALE_WEIGHTS[:scales])
+    x, y, result = truth.astype(np.float64), estimate.astype(np.float64), 1.0
+    for scale, weight in enumerate(weights):
+        luminance, contrast = _similarity(x, y, data_range)
+        term = contrast if scale + 1 < scales else luminance * contrast
+        result *= max(float(term.mean()), 0.0) ** weight
+        x, y = _halve(x), _halve(y)
+    return result
+
+
+def field_error(
+    truth: Real[np.ndarray, "*space"],
+    estimate: Real[np.ndarray, "*space"],
+    mask: Bool[np.ndarray, "*space"] | None = None,
+) -> float:
+    """Return the relative L2 error of a gain, such as a bias field, whose scale is free: |w b - b*| / |b*|.
+
+    Args:
+        truth: b*.
+        estimate: b; w is the factor that makes the error least.
+        mask: Voxels that count; None for all.
+
+    Raises:
+        InputError: As for `mae`, or the truth is 0 everywhere.
+    """
+    true, found = _values(truth, estimate, mask)
+    length = float(np.linalg.norm(true))
+    if not length:
+        raise InputError("true field", "values other than 0", "0 everywhere")
+    factor = float(found @ true) / max(float(found @ found), np.finfo(np.float64).tiny)
+    return float(np.linalg.norm(factor * found - true)) / length
+
+
+def _similarity(
+    x: Float64[np.ndarray, "*space"], y: Float64[np.ndarray, "*space"], data_range: float
+) -> tuple[Float64[np.ndarray, "*inner"], Float64[np.ndarray, "*inner"]]:
+    """Return the terms of luminance and of contrast and structure, where the window lies inside the image."""
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
     covariance = _blur(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    similarity /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
-    inside = (slice(SSIM_RADIUS, -SSIM_RADIUS),) * truth.ndim
-    counts = similarity[inside] if mask is None else similarity[inside][mask[inside]]
-    if not counts.size:
-        raise InputError("mask for SSIM", f"a voxel {SSIM_RADIUS} or more from the image's edge", "none")
-    return float(counts.mean())
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    contrast = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    inside = _inner(x.ndim)
+    return luminance[inside], contrast[inside]
+
+
+def _inner(ndim: int) -> tuple[slice, ...]:
+    return (slice(SSIM_RADIUS, -SSIM_RADIUS),) * ndim
+
+
+def _halve(image: Float64[np.ndarray, "*space"]) -> Float64[np.ndarray, "*half"]:
+    """Return means of 2 x 2 (x 2) voxels; a last odd plane is left out."""
+    for axis, length in enumerate(image.shape):
+        even = np.take(image, range(0, length // 2 * 2, 2), axis)
+        image = (even + np.take(image, range(1, length // 2 * 2, 2), axis)) / 2
+    return image
 
 
 def _blur(image: Float64[np.ndarray, "*space"]) -> Float64[np.ndarray, "*space"]:

@@ -193,3 +193,43 @@ def test_unusable_images_are_refused():
         im.psnr(truth, truth, 0.0)
     with pytest.raises(InputError, match="2 positive voxel sizes"):
         im.surface_distances(truth > 0, truth > 0, (1.0, 1.0, 1.0))
+
+
+def windowed(x, y, data_range):
+    """Return the terms of luminance, and of contrast and structure, by an explicit window."""
+    taps = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = np.multiply.outer(taps, taps) / taps.sum() ** 2
+    views = [np.lib.stride_tricks.sliding_window_view(image, window.shape) for image in (x, y)]
+    means = [(view * window).sum((2, 3)) for view in views]
+    centred = [view - mean[..., None, None] for view, mean in zip(views, means, strict=True)]
+    xx, yy, xy = ((centred[a] * centred[b] * window).sum((2, 3)) for a, b in ((0, 0), (1, 1), (0, 1)))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    luminance = (2 * means[0] * means[1] + c1) / (means[0] ** 2 + means[1] ** 2 + c1)
+    return luminance, (2 * xy + c2) / (xx + yy + c2)
+
+
+def test_similarity_of_scales_is_the_product_of_the_formula():
+    rng = np.random.default_rng(3)
+    truth = rng.random((23, 26))
+    estimate = truth + 0.2 * rng.random(truth.shape)
+    fine = windowed(truth, estimate, 1.0)[1].mean()
+    half = [image[:22, :26].reshape(11, 2, 13, 2).mean((1, 3)) for image in (truth, estimate)]
+    luminance, contrast = windowed(*half, 1.0)
+    weights = np.array([0.0448, 0.2856]) / (0.0448 + 0.2856)
+    expected = fine ** weights[0] * (luminance * contrast).mean() ** weights[1]
+    assert im.ms_ssim(truth, estimate, 1.0) == pytest.approx(expected)
+    assert im.ms_ssim(truth, truth, 1.0) == pytest.approx(1.0)
+    small = truth[:15, :14], estimate[:15, :14]  # of one scale
+    assert im.ms_ssim(*small, 1.0) == pytest.approx(im.ssim(*small, 1.0))
+
+
+def test_a_field_is_compared_up_to_its_scale():
+    rng = np.random.default_rng(4)
+    truth = np.exp(rng.normal(size=(4, 5)))
+    assert im.field_error(truth, 7 * truth) == pytest.approx(0, abs=1e-12)
+    estimate = np.exp(rng.normal(size=(4, 5)))
+    factors = np.linspace(0, 3, 3001)
+    least = min(np.linalg.norm(f * estimate - truth) for f in factors) / np.linalg.norm(truth)
+    assert im.field_error(truth, estimate) == pytest.approx(least, abs=1e-5)
+    with pytest.raises(InputError, match="true field: expected values other than 0"):
+        im.field_error(0 * truth, estimate)
