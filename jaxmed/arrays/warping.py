@@ -6,6 +6,7 @@ the axes. Images end in a channel axis, and all channels of a corner are fetched
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
@@ -49,10 +50,28 @@ def sample(
         index = sum(jnp.round(place).astype(jnp.int32) * stride for place, stride in zip(places, strides, strict=True))
         found = voxels[index]
     else:
-        found = _linear(voxels, places, sizes, strides)
+        (found,) = _linear([voxels], places, sizes, strides)
     if fill is None:
         return found
     return jnp.where(is_inside(coordinates, sizes, includes_first)[..., None], found, jnp.asarray(fill, found.dtype))
+
+
+def sample_stacks(
+    stacks: Sequence[Shaped[Array, "*space _"]], coordinates: Float[Array, "*new axis"]
+) -> tuple[Float[Array, "*new _"], ...]:
+    """Interpolate several images of one grid linearly, the corners of each place found once; outer voxels repeat.
+
+    Every stack keeps its type in memory and becomes floating after its corners are fetched, so that volumes stored in
+    one or two bytes are never written out as four.
+
+    Args:
+        stacks: Images on one grid, with any number of channels and of any real type.
+        coordinates: Where.
+    """
+    sizes = stacks[0].shape[:-1]
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    places = [jnp.clip(coordinates[..., axis], 0, size - 1) for axis, size in enumerate(sizes)]
+    return tuple(_linear([stack.reshape(-1, stack.shape[-1]) for stack in stacks], places, sizes, strides))
 
 
 def is_inside(
@@ -95,18 +114,18 @@ def jacobian_determinant(displacement: Float[Array, "*space axis"]) -> Float[Arr
     return jnp.linalg.det(jnp.stack(columns, -1) + jnp.eye(ndim))
 
 
-def _linear(voxels, places, sizes, strides):
-    """Blend the corners of each place's cell."""
+def _linear(stacks, places, sizes, strides):
+    """Blend the corners of each place's cell, of every stack."""
     lows = [
         jnp.clip(jnp.floor(place), 0, max(size - 2, 0)).astype(jnp.int32)
         for place, size in zip(places, sizes, strict=True)
     ]
     shares = [place - low for place, low in zip(places, lows, strict=True)]
-    total = jnp.zeros((), voxels.dtype)
+    totals = [jnp.zeros((), jnp.promote_types(stack.dtype, jnp.float32)) for stack in stacks]
     for corner in itertools.product((0, 1), repeat=len(places)):
         index, weight = 0, jnp.ones(())
         for step, low, share, size, stride in zip(corner, lows, shares, sizes, strides, strict=True):
             index = index + jnp.minimum(low + step, size - 1) * stride
             weight = weight * (share if step else 1 - share)
-        total = total + weight[..., None] * voxels[index]
-    return total
+        totals = [total + weight[..., None] * stack[index] for total, stack in zip(totals, stacks, strict=True)]
+    return totals

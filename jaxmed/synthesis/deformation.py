@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Integer, Key
 
 from jaxmed.arrays.warping import compose, identity_grid
 from jaxmed.config import Decay, FractionRange, NonNegative, Size, checked
@@ -60,8 +60,12 @@ class Affine(NamedTuple):
     shift: Float[Array, " axis"]
 
 
+NativeShape = tuple[int, ...] | Integer[Array, " axis"]
+"""Voxels of a volume; an array where volumes of different sizes are padded to one grid."""
+
+
 def draw_affine(
-    key: Key[Array, ""], native_shape: tuple[int, ...], shape: tuple[int, ...], config: DeformationConfig
+    key: Key[Array, ""], native_shape: NativeShape, shape: tuple[int, ...], config: DeformationConfig
 ) -> Affine:
     """Draw rotation, shear, scaling and shift.
 
@@ -84,7 +88,7 @@ def draw_affine(
     angles = jnp.deg2rad(config.rotation * symmetric(rotation_key, 3 if ndim == 3 else 1))
     shears = config.shear * symmetric(shear_key, ndim)
     scalings = 1 + config.scaling * symmetric(scaling_key, ndim)
-    room = jnp.maximum((jnp.array(native_shape) - jnp.array(shape)) / 2, 0.0)
+    room = jnp.maximum((jnp.asarray(native_shape) - jnp.array(shape)) / 2, 0.0)
     shift = symmetric(shift_key, ndim) * room if config.random_shift else jnp.zeros(ndim)
     matrix = scalings[:, None] * (_shear(shears) @ _rotation(angles))
     return Affine(matrix, jnp.prod(scalings) ** (1 / ndim), shift)
@@ -120,10 +124,10 @@ def integrate(velocity: Float[Array, "*space axis"], num_steps: int = 8) -> Floa
     return jax.lax.fori_loop(0, num_steps, lambda _, phi: compose(phi, phi), start)
 
 
-def sampling_coordinates(
-    native_shape: tuple[int, ...], affine: Affine, displacement: Float[Array, "*space axis"]
+def native_coordinates(
+    native_shape: NativeShape, affine: Affine, displacement: Float[Array, "*space axis"]
 ) -> Float[Array, "*space axis"]:
-    """Return where each output voxel is sampled in the native volume, clamped to its voxels.
+    """Return where each output voxel lies in the native volume, or beyond it.
 
     Args:
         native_shape: Shape of the volume to be sampled.
@@ -131,11 +135,20 @@ def sampling_coordinates(
         displacement: Nonlinear part, on the output grid.
     """
     shape = displacement.shape[:-1]
-    center, native_center = (jnp.array([(size - 1) / 2 for size in sizes]) for sizes in (shape, native_shape))
+    center = jnp.array([(size - 1) / 2 for size in shape])
+    native_center = (jnp.asarray(native_shape) - 1) / 2
     moved = identity_grid(shape) - center + displacement
     # Full precision: 200 voxels in bfloat16 would be off by one.
     places = jnp.einsum("ij,...j->...i", affine.matrix, moved, precision=jax.lax.Precision.HIGHEST)
-    return jnp.clip(places + native_center + affine.shift, 0.0, jnp.array(native_shape) - 1.0)
+    return places + native_center + affine.shift
+
+
+def sampling_coordinates(
+    native_shape: NativeShape, affine: Affine, displacement: Float[Array, "*space axis"]
+) -> Float[Array, "*space axis"]:
+    """Return where each output voxel is sampled in the native volume: `native_coordinates`, clamped to its voxels."""
+    places = native_coordinates(native_shape, affine, displacement)
+    return jnp.clip(places, 0.0, jnp.asarray(native_shape) - 1.0)
 
 
 def draw_deformation(

@@ -116,6 +116,7 @@ def lower_resolution(
     config: ResolutionConfig = ResolutionConfig(),
     *,
     max_thickness: float = 8.5,
+    noise_std: Float[Array, ""] | None = None,
 ) -> LowResolution:
     """Blur by the slice profile, sample, add noise, cut off negative values.
 
@@ -125,6 +126,7 @@ def lower_resolution(
         acquisition: From `draw_acquisition`; a resolution below 1 mm counts as 1 mm.
         config: Noise and border.
         max_thickness: Largest thickness there can be, in mm; bounds the length of the blur.
+        noise_std: Standard deviation of the noise; None draws it from the configuration's range.
     """
     width_key, std_key, noise_key = jax.random.split(key, 3)
     width = 0.85 + 0.3 * jax.random.uniform(width_key)
@@ -138,8 +140,9 @@ def lower_resolution(
         is_filled = jnp.arange(full) < size
         mask = mask & is_filled.reshape([-1 if a == axis else 1 for a in range(image.ndim)])
         sizes.append(size)
-    std = jax.random.uniform(std_key, (), minval=config.noise_std[0], maxval=config.noise_std[1])
-    noisy = jnp.maximum(image + std * jax.random.normal(noise_key, image.shape), 0.0)
+    if noise_std is None:
+        noise_std = jax.random.uniform(std_key, (), minval=config.noise_std[0], maxval=config.noise_std[1])
+    noisy = jnp.maximum(image + noise_std * jax.random.normal(noise_key, image.shape), 0.0)
     return LowResolution(jnp.where(mask, noisy, 0.0), jnp.stack(sizes))
 
 
