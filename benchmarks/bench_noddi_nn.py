@@ -209,7 +209,9 @@ def run_files(network: Network, files: DiffusionFiles, out: Path) -> np.ndarray:
     about = network.description
     scan, signals = read_signals(files.dwi, files.bvals, files.bvecs, files.mask, about.table)
     values = predict(network, signals)
-    write_maps(out, make_maps(values, scan, about.outputs), about.outputs, about.constants, files.dwi)
+    maps = make_maps(values, scan, about.outputs)
+    said = {one.name: (maps[one.name].array, one.definition, one.unit) for one in about.outputs}
+    write_maps(out, said, scan, about.constants)
     return values
 
 

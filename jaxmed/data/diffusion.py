@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from jaxmed.arrays.foreground import find_foreground
 from jaxmed.errors import InputError
 from jaxmed.files import require_given
 from jaxmed.io import masks, nifti
 from jaxmed.io.dicom_diffusion import read_diffusion
-from jaxmed.io.gradients import GradientTable, read_gradients
+from jaxmed.io.gradients import GradientTable, Numbers, as_numbers, read_gradients
 from jaxmed.io.scans import kind_of
 from jaxmed.volume import Volume, require_same_grid
 
@@ -45,6 +45,54 @@ class DiffusionScan(NamedTuple):
     def reference(self) -> Path | None:
         """The file whose header maps take, where it is NIfTI."""
         return self.path if kind_of(self.path) == "nifti" else None
+
+
+class Voxels(NamedTuple):
+    """Data of some voxels, voxel first, as scans are stored.
+
+    Attributes:
+        signals: Magnitudes.
+        sigma: Noise of each channel, in the same unit; 0 where not known.
+        gradient_map: Matrix that a voxel's gradients are multiplied by; None where all have the table's.
+    """
+
+    signals: Float[Array | np.ndarray, "voxel measurement"]
+    sigma: Float[Array | np.ndarray, " voxel"]
+    gradient_map: Float[Array | np.ndarray, "voxel 3 3"] | None
+
+
+def gather_voxels(
+    signals: Float[np.ndarray, "*voxel image"],
+    mask: Numbers | None,
+    sigma: Numbers | None,
+    gradient_map: Numbers | None,
+) -> tuple[Voxels, Bool[np.ndarray, "*voxel"]]:
+    """Check what comes beside magnitudes, and take the voxels inside the mask; return them, and where they are.
+
+    Raises:
+        InputError: An argument is not what it should be, by its name.
+    """
+    shape = signals.shape[:-1]
+    inside = np.ones(shape, bool) if mask is None else as_numbers(mask, "mask", np.float32) != 0
+    if inside.shape != shape:
+        raise InputError("mask", f"the shape of the voxels, {shape}", f"{inside.shape}")
+    if not inside.any():
+        raise InputError("mask", "at least one voxel inside", "none")
+    level = as_numbers(0.0 if sigma is None else sigma, "sigma", np.float32)
+    if level.ndim and level.shape != shape:
+        raise InputError("sigma", f"one number, or the shape of the voxels, {shape}", f"{level.shape}")
+    level = np.broadcast_to(level, shape)[inside]
+    wrong = level[~((level > 0) & np.isfinite(level))]
+    if sigma is not None and len(wrong):
+        raise InputError("sigma", "noise levels above 0 in the unit of the signals", f"{wrong[0]:g}")
+    matrices = None if gradient_map is None else as_numbers(gradient_map, "gradient_map", np.float32)
+    if matrices is not None:
+        if matrices.shape != (*shape, 3, 3):
+            raise InputError("gradient_map", f"a 3 x 3 matrix per voxel, {(*shape, 3, 3)}", f"{matrices.shape}")
+        matrices = matrices[inside]
+        if not np.isfinite(matrices).all():
+            raise InputError("gradient_map", "finite numbers inside the mask", "NaN or Inf")
+    return Voxels(signals[inside], level, matrices), inside
 
 
 def read_scan(

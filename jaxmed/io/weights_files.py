@@ -104,7 +104,7 @@ def load_exported(
     """
     places = [place for place in (path / "outputs" / name, path) if (place / "record.json").exists()]
     if not places:
-        raise InputError(path, expected, "nothing of the kind" if path.exists() else "nothing", advice)
+        raise InputError(path, expected, "no record.json there" if path.exists() else "nothing", advice)
     params, record = load_parameters(places[0])
     if record.get("family") != family:
         raise InputError(path, expected, f"weights of {record.get('family')}", advice)

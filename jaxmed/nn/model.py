@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import numpy as np
 
 from jaxmed.arrays.types import KeyArray, Params, PartitionRules
+from jaxmed.errors import InputError
 
 
 class Model(NamedTuple):
@@ -73,3 +76,21 @@ def _make_model(module: nn.Module) -> Model:
         return module.apply({"params": params}, *inputs, **random, **options)
 
     return Model(init, apply)
+
+
+def require_shapes(params: Params, model: Model, *inputs: Any, where: object) -> None:
+    """Check that parameters are a model's.
+
+    Args:
+        params: As they were read.
+        model: The model that they are said to be of.
+        *inputs: Arrays of the shapes that it takes.
+        where: Where they were read from, for the message.
+
+    Raises:
+        InputError: Names or shapes differ.
+    """
+    expected = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    found, wanted = jax.tree.map(np.shape, params), jax.tree.map(np.shape, expected)
+    if found != wanted:
+        raise InputError(where, f"parameters of shapes {wanted}", f"{found}", "the files belong to two networks")

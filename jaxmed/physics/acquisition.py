@@ -402,6 +402,26 @@ def attenuation_notes(
     return notes
 
 
+@dataclasses.dataclass(frozen=True)
+class ShellSignal:
+    """A shell: mean b-value in s/mm^2, number of images, and mean signal relative to the unweighted one."""
+
+    bval: float
+    images: int
+    signal: float
+
+
+def shell_signals(
+    signals: Float[np.ndarray, "voxel measurement"],
+    s0: Float[np.ndarray, " voxel"],
+    bvals: Float[np.ndarray, " measurement"],
+    b0_threshold: float,
+) -> tuple[ShellSignal, ...]:
+    """Return what is left of the signal in every shell."""
+    shells = find_shells(bvals, b0_threshold)
+    return tuple(ShellSignal(s.bval, len(s.rows), mean_attenuation(signals, s0, s.rows)) for s in shells)
+
+
 def mean_attenuation(signals: np.ndarray, s0: np.ndarray, rows: tuple[int, ...]) -> float:
     """Return the mean over voxels of the mean signal of some images relative to the unweighted signal."""
     return float(np.mean(signals[:, list(rows)].mean(axis=1) / s0))

@@ -3,22 +3,31 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
+import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float, Float32
 
 from jaxmed.config import Positive, Seed, Size, checked
 from jaxmed.data.diffusion import DiffusionScan, check_voxels, read_scan
 from jaxmed.files import require_given
 from jaxmed.io.gradient_match import Table, match_table
-from jaxmed.io.gradients import GradientTable, read_gradients
+from jaxmed.io.gradients import GradientTable, read_gradients, to_world
 from jaxmed.io.maps import Quantity, write_map
 from jaxmed.io.masks import fill_mask
 from jaxmed.physics.acquisition import check_table
+from jaxmed.physics.microstructure import MicrostructureModel
+from jaxmed.physics.posterior import Posterior, PosteriorConfig, sample_posterior
 from jaxmed.synthesis.phantoms.write import check_shape, write_diffusion_slab
+from jaxmed.train.announce import announce
+from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder, start
 from jaxmed.volume import Volume
+
+MapsByName: TypeAlias = Mapping[str, tuple[np.ndarray, str, str]]
+"""Array, definition and unit of every map by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +116,36 @@ def make_maps(
 
 def write_maps(
     folder: Path,
-    maps: Mapping[str, Volume],
-    outputs: Sequence[Quantity],
+    maps: MapsByName,
+    scan: DiffusionScan,
     constants: Mapping[str, Any],
-    reference: Path | None,
+    further: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
-    """Write maps as NIfTI on the grid of the scan, each with a sidecar."""
-    for output in outputs:
-        said = output.definition, output.unit, constants
-        write_map(folder, output.name, maps[output.name], *said, reference=reference)
+    """Write maps as NIfTI on the grid of the scan, each with a sidecar; `further` are lines of single sidecars."""
+    for name, (array, *said) in maps.items():
+        array = to_world(array, scan.dwi.affine) if name == "direction" else array
+        array = array if array.dtype == np.uint8 else array.astype(np.float32)
+        volume = Volume.make(array, scan.dwi.affine)
+        write_map(folder, name, volume, *said, constants, reference=scan.reference, **further.get(name, {}))
+
+
+def sample_scan(
+    scan: DiffusionScan,
+    model: MicrostructureModel,
+    inside: Bool[np.ndarray, "x y z"],
+    values: Float[np.ndarray, "x y z parameter"],
+    direction: Float[np.ndarray, "x y z 3"],
+    steps: int,
+    seed: int,
+    b0_threshold: float,
+    log: Log,
+) -> Posterior:
+    """Sample the posterior of a scan's fitted voxels by chains that start at the fit and keep so many steps."""
+    assert scan.sigma is not None
+    warmup, count = max(50, steps // 2), int(inside.sum())
+    announce(log, f"Sampling the posterior by chains of {warmup + steps:,} steps", count=count, unit="voxels")
+    return sample_posterior(
+        jax.random.key(seed), model, scan.dwi.array[inside], scan.gradients.bvals, scan.gradients.bvecs, scan.sigma,
+        values[inside], direction[inside], b0_threshold=b0_threshold,
+        config=PosteriorConfig(num_warmup=warmup, num_samples=steps),
+    )  # fmt: skip

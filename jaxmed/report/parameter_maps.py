@@ -11,7 +11,7 @@ from jaxmed.arrays.grid import reorient
 from jaxmed.io import nifti
 from jaxmed.physics.noddi import WET, WHERE_TISSUE
 from jaxmed.report.figures import MapStyle, agreement, histograms, map_comparison, slice_maps
-from jaxmed.report.page import Note, Section, Table, Text
+from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.volume import Volume
 
 
@@ -76,6 +76,53 @@ def estimate_sections(
         ]
         sections.append(Section("Against the truth", blocks))
     return sections
+
+
+def median_tiles(units: Mapping[str, str], medians: Mapping[str, float]) -> list[Tile]:
+    """Return the median of each parameter that has one, and of its standard error where NAME_error has one."""
+    tiles: list[Tile] = []
+    for name in (name for name in units if name in medians):
+        said = "median" if units[name] == "1" else f"median, {units[name]}"
+        if f"{name}_error" in medians:
+            said += f", where FWF < {WET:g}" if name in WHERE_TISSUE else ""
+            said += f"; standard error {medians[f'{name}_error']:.3f}"
+        tiles.append((map_label(name), round(medians[name], 3), said))
+    return tiles
+
+
+def errors_section(
+    folder: Path,
+    units: Mapping[str, str],
+    mask: Bool[np.ndarray, "x y z"],
+    known: str,
+    flagged: Sequence[tuple[str, int]],
+) -> Section:
+    """Show standard errors of a fit of parameters and a direction.
+
+    Args:
+        folder: Holds NAME_error.nii.gz of each, and of the direction.
+        units: Unit of each parameter by name, "1" for a fraction.
+        mask: Voxels to show, in RAS+.
+        known: What the noise is known from, in words.
+        flagged: Definition of each flag, and in how many voxels it is set.
+    """
+    errors = {map_label(name): read_map(folder / f"{name}_error.nii.gz") for name in [*units, "direction"]}
+    styles = {map_label(n): MapStyle(unit="" if unit == "1" else unit, colormap="magma") for n, unit in units.items()}
+    styles["Direction"] = MapStyle(colormap="magma", unit="degrees", limits=(0.0, 60.0))
+    text = (
+        f"Standard errors from the curvature of the likelihood at its maximum and {known}: how far another "
+        "scan of the same voxel would move each value. Where one is as wide as the range, the data say "
+        "nothing about it."
+    )
+    figure = slice_maps(
+        {label: volume.array for label, volume in errors.items()},
+        errors["Direction"].spacing,
+        caption="Standard error of each parameter, and of the direction as the angle of its cone of uncertainty.",
+        styles=styles,
+        mask=mask,
+    )
+    table = Table(("Flag", "Voxels"), flagged, "Bits of map 'flags' that are set somewhere in the mask.")
+    return Section("How sure the maps are", [Text([text]), figure, *([table] if flagged else [])])
 
 
 def error_table(

@@ -241,7 +241,7 @@ def edit(folder, change):
 
 DAMAGE = {
     "no folder": (lambda folder: (folder / "record.json").unlink(), "found no record.json there"),
-    "another family": (lambda folder: edit(folder, lambda r: r.update(family="retfound")), "found family retfound"),
+    "another family": (lambda folder: edit(folder, lambda r: r.update(family="retfound")), "found weights of retfound"),
     "a changed table": (
         lambda folder: edit(folder, lambda r: r["config"]["table"]["bvals"].reverse()),
         "the table that its hash names",

@@ -300,7 +300,7 @@ def test_thinking_only_ever_raises_the_score(compared):
         ),
         (
             ("think", "--input", "TEST", "--weights", "WEIGHTS", "--policy-weights", "WEIGHTS"),
-            "expected a run of train-policy, found nothing of the kind",
+            "expected a run of train-policy, found no record.json there",
         ),
         (("train-policy", "--data.manifest", "MANIFEST"), "weights: expected a run of meta-train, found nothing"),
         (("train-policy", "--think.mode", "grad"), "expected 'learn' in 1 round, found 'grad'"),

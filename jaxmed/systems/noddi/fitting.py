@@ -6,13 +6,13 @@ Fits go chunk by chunk without waiting for stragglers, see `solvers/ascents.py`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxmed.arrays.tracing import require_values
+from jaxmed.data.diffusion import gather_voxels
 from jaxmed.errors import InputError
 from jaxmed.io.gradients import GradientTable, Numbers, as_numbers, check_gradients
 from jaxmed.io.masks import fill_mask
@@ -21,9 +21,10 @@ from jaxmed.physics.acquisition import attenuation_notes, check_protocol, has_tw
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.physics.noddi import WHERE_TISSUE, Tissue
 from jaxmed.physics.posterior import Posterior
+from jaxmed.recipes.diffusion_scan import MapsByName
 from jaxmed.solvers.ascents import Programs, ascend_blocks
 from jaxmed.systems.noddi.protocol import FitConfig, prepare
-from jaxmed.systems.noddi.voxel_fit import FLAGS, Estimates, Maps, Voxels, advance, begin, finish, name_maps
+from jaxmed.systems.noddi.voxel_fit import FLAGS, Estimates, Maps, advance, begin, finish, name_maps
 
 DEFINITIONS = {
     "direction": ("mean fibre direction, unit vector in RAS+ world axes, sign arbitrary", "1"),
@@ -34,8 +35,6 @@ DEFINITIONS = {
     "fractional_anisotropy": ("fractional anisotropy of the tensor that starts the fit", "1"),
     "flags": ("sum of bits, 0 where nothing is to be said; see bits", "1"),
 }
-MapsByName: TypeAlias = dict[str, tuple[np.ndarray, str, str]]
-"""Array, definition and unit of every map by name."""
 # Flags that are said where more than 0.5 % of the voxels have them.
 SAID = {
     "ndi_undefined": "ndi means nothing (nearly pure free water, or a standard error as wide as not knowing it)",
@@ -124,7 +123,9 @@ def estimate(
     Raises:
         InputError: An argument is not what it should be, by its name.
     """
-    voxels, inside = _gather(signals, mask, sigma, gradient_map, config)
+    if gradient_map is not None and config.model != "noddi":
+        raise InputError("gradient_map", "the model noddi", config.model)
+    voxels, inside = gather_voxels(signals, mask, sigma, gradient_map)
     noise: Noise = "gaussian" if sigma is None else "rician"
     programs = make_programs(gradients.bvals, gradients.bvecs, noise, config, gradient_map is not None)
     count = len(voxels.signals)
@@ -139,33 +140,6 @@ def estimate(
         if on_block is not None:
             on_block(done, count, parts[0])
     return Estimates(*(fill_mask(np.asarray(row), inside) for row in parts[0]))
-
-
-def _gather(signals, mask, sigma, gradient_map, config: FitConfig) -> tuple[Voxels, np.ndarray]:
-    """Check what comes beside the table, and take the voxels inside the mask."""
-    shape = signals.shape[:-1]
-    if gradient_map is not None and config.model != "noddi":
-        raise InputError("gradient_map", "the model noddi", config.model)
-    inside = np.ones(shape, bool) if mask is None else as_numbers(mask, "mask", np.float32) != 0
-    if inside.shape != shape:
-        raise InputError("mask", f"the shape of the voxels, {shape}", f"{inside.shape}")
-    if not inside.any():
-        raise InputError("mask", "at least one voxel inside", "none")
-    level = as_numbers(0.0 if sigma is None else sigma, "sigma", np.float32)
-    if level.ndim and level.shape != shape:
-        raise InputError("sigma", f"one number, or the shape of the voxels, {shape}", f"{level.shape}")
-    level = np.broadcast_to(level, shape)[inside]
-    wrong = level[~((level > 0) & np.isfinite(level))]
-    if sigma is not None and len(wrong):
-        raise InputError("sigma", "noise levels above 0 in the unit of the signals", f"{wrong[0]:g}")
-    matrices = None if gradient_map is None else as_numbers(gradient_map, "gradient_map", np.float32)
-    if matrices is not None:
-        if matrices.shape != (*shape, 3, 3):
-            raise InputError("gradient_map", f"a 3 x 3 matrix per voxel, {(*shape, 3, 3)}", f"{matrices.shape}")
-        matrices = matrices[inside]
-        if not np.isfinite(matrices).all():
-            raise InputError("gradient_map", "finite numbers inside the mask", "NaN or Inf")
-    return Voxels(signals[inside], level, matrices), inside
 
 
 def collect_maps(

@@ -17,9 +17,9 @@ from jaxmed.errors import InputError
 from jaxmed.io import onnx
 from jaxmed.io.gradient_match import Table
 from jaxmed.io.maps import Quantity
-from jaxmed.io.weights_files import load_parameters
+from jaxmed.io.weights_files import load_exported
 from jaxmed.models.mlp import Mlp, MlpConfig, layers, to_unit
-from jaxmed.nn.model import make_model
+from jaxmed.nn.model import make_model, require_shapes
 from jaxmed.physics.microstructure import MicrostructureModel, Parameter, ball_and_stick_model, noddi_model
 from jaxmed.physics.noddi import Tissue, order_for
 from jaxmed.train.checkpoint import export_parameters
@@ -180,31 +180,16 @@ def load(path: Path) -> Network:
     Raises:
         InputError: There is none, or it was changed.
     """
-    run = path / "outputs" / "model"
-    folder = run if run.is_dir() else path
-    if not (folder / "record.json").exists():
-        raise InputError(path, "a network of jaxmed noddi train", "no record.json there", "name its run folder")
-    params, record = load_parameters(folder)
-    if (record.get("family"), record.get("kind")) != ("noddi", "mlp"):
-        found = f"family {record.get('family')}, kind {record.get('kind')}"
-        raise InputError(folder, "a network of jaxmed noddi train", found)
-    description = from_record(Description, record.get("config"), str(folder / "record.json"))
+    expected = "a network of jaxmed noddi train"
+    params, record, where = load_exported(path, "model", "noddi", expected, "name its run folder")
+    if record.get("kind") != "mlp":
+        raise InputError(where, expected, f"kind {record.get('kind')}")
+    description = from_record(Description, record.get("config"), where)
     if description.table.hash != record.get("protocol"):
-        raise InputError(folder / "record.json", "the table that its hash names", "another", "export the network again")
-    _check_shapes(folder, params, description)
+        raise InputError(where, "the table that its hash names", "another", "export the network again")
+    row = jnp.zeros((1, int((~description.table.is_b0).sum())))
+    require_shapes(params, make_model(Mlp(description.shape, len(description.outputs))), row, where=where)
     return Network(params, description)
-
-
-def _check_shapes(folder: Path, params: Params, description: Description) -> None:
-    expected = jax.eval_shape(
-        make_model(Mlp(description.shape, len(description.outputs))).init,
-        jax.random.key(0),
-        jnp.zeros((1, int((~description.table.is_b0).sum()))),
-    )
-    found = jax.tree.map(np.shape, params)
-    wanted = jax.tree.map(np.shape, expected)
-    if found != wanted:
-        raise InputError(folder, f"parameters of shapes {wanted}", f"{found}", "the files belong to two networks")
 
 
 def export_onnx(path: Path, network: Network) -> None:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from jaxmed.data.diffusion import Voxels
 from jaxmed.objectives.gradient_signals import Forward, Noise, Point, describe_optimum, make_surface
 from jaxmed.physics.microstructure import MicrostructureModel, turn
 from jaxmed.physics.noddi import WET, kappa_to_odi
@@ -132,20 +133,6 @@ class Maps(NamedTuple):
     converged: Bool[np.ndarray | Array, "*voxel"]
     fitted: Bool[np.ndarray | Array, "*voxel"]
     notes: tuple[str, ...]
-
-
-class Voxels(NamedTuple):
-    """Data of some voxels, voxel first, as scans are stored.
-
-    Attributes:
-        signals: Magnitudes.
-        sigma: Noise of each channel, in the same unit; 0 where not known.
-        gradient_map: Matrix that a voxel's gradients are multiplied by; None where all have the table's.
-    """
-
-    signals: Float[Array | np.ndarray, "voxel measurement"]
-    sigma: Float[Array | np.ndarray, " voxel"]
-    gradient_map: Float[Array | np.ndarray, "voxel 3 3"] | None
 
 
 def fit_voxels(

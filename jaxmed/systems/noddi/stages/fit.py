@@ -5,36 +5,26 @@ import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import numpy as np
 
 from jaxmed.config import Number, Positive, checked
 from jaxmed.data import diffusion
 from jaxmed.data.diffusion import DiffusionScan
 from jaxmed.errors import InputError
-from jaxmed.io.gradients import to_world
-from jaxmed.io.maps import write_map
-from jaxmed.physics.acquisition import (
-    check_series,
-    check_table,
-    choose_sigma,
-    find_shells,
-    mean_attenuation,
-)
+from jaxmed.physics.acquisition import ShellSignal, check_series, check_table, choose_sigma, shell_signals
 from jaxmed.physics.microstructure import MicrostructureModel
 from jaxmed.physics.noddi import WET, WHERE_TISSUE
-from jaxmed.physics.posterior import Posterior, PosteriorConfig, require_blackjax, sample_posterior
-from jaxmed.recipes.diffusion_scan import ScanConfig
+from jaxmed.physics.posterior import require_blackjax
+from jaxmed.recipes.diffusion_scan import MapsByName, ScanConfig, sample_scan, write_maps
 from jaxmed.recipes.kept_rows import run_in_folder
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.training import NO_PREFIX
-from jaxmed.report.figures import MapStyle, slice_maps
+from jaxmed.report.figures import MapStyle
 from jaxmed.report.page import Note, Section, Table, Text
-from jaxmed.report.parameter_maps import estimate_sections, map_label, read_map
-from jaxmed.systems.noddi.fitting import MapsByName, collect_maps, describe_maps, estimate
+from jaxmed.report.parameter_maps import errors_section, estimate_sections, median_tiles, read_map
+from jaxmed.systems.noddi.fitting import collect_maps, describe_maps, estimate
 from jaxmed.systems.noddi.protocol import FitConfig
 from jaxmed.systems.noddi.voxel_fit import FLAG_DEFINITIONS, FLAGS, Estimates
-from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
@@ -92,15 +82,6 @@ def laptop() -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shell:
-    """A shell: mean b-value in s/mm^2, number of images, and mean signal relative to the unweighted one."""
-
-    bval: float
-    images: int
-    signal: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Summary:
     """What a fit found.
 
@@ -123,7 +104,7 @@ class Summary:
     likelihood: str
     sigma: float | None
     medians: dict[str, float]
-    shells: tuple[Shell, ...]
+    shells: tuple[ShellSignal, ...]
     notes: tuple[str, ...]
     truth: str | None
 
@@ -142,9 +123,13 @@ def run(config: Config, folder: RunFolder) -> None:
     notes = describe_maps(rows, scan.dwi.array, scan.gradients, scan.mask, config.fit)
     for note in notes:
         log.say(f"Note: {note}")
-    posterior = _sample(config, scan, model, rows, log)
+    posterior = None
+    if config.posterior_samples:
+        chains = config.posterior_samples, files.seed, config.fit.b0_threshold
+        posterior = sample_scan(scan, model, rows.fitted, rows.values, rows.direction, *chains, log)
     maps = collect_maps(rows, model, config.modulated, posterior)
-    write_maps(folder.outputs, maps, scan, constants(model, scan, config.fit))
+    bits = {str(bit): f"{flag}: {FLAG_DEFINITIONS[flag]}" for flag, bit in FLAGS.items()}
+    write_maps(folder.outputs, maps, scan, constants(model, scan, config.fit), {"flags": {"bits": bits}})
     summary = summarise(rows, maps, model, scan, config, (*scan.notes, *notes), truth)
     log.metrics(summary.voxels, summary.medians | {"converged": summary.converged})
     clock.lap("sample and write" if posterior else "write")
@@ -198,41 +183,6 @@ def _fit(config: Config, scan: DiffusionScan, folder: RunFolder, log: Log) -> Es
     return run_in_folder(fit, Estimates, scan.dwi.array[scan.mask], folder, log, said)
 
 
-def _sample(
-    config: Config, scan: DiffusionScan, model: MicrostructureModel, rows: Estimates, log: Log
-) -> Posterior | None:
-    """Sample the posterior of fitted voxels, where it was asked for."""
-    if not config.posterior_samples:
-        return None
-    assert scan.sigma is not None  # read_scan refuses
-    fitted, warmup = rows.fitted, max(50, config.posterior_samples // 2)
-    steps = warmup + config.posterior_samples
-    announce(log, f"Sampling the posterior by chains of {steps:,} steps", count=int(fitted.sum()), unit="voxels")
-    return sample_posterior(
-        jax.random.key(config.scan.seed),
-        model,
-        scan.dwi.array[fitted],
-        scan.gradients.bvals,
-        scan.gradients.bvecs,
-        scan.sigma,
-        rows.values[fitted],
-        rows.direction[fitted],
-        b0_threshold=config.fit.b0_threshold,
-        config=PosteriorConfig(num_warmup=warmup, num_samples=config.posterior_samples),
-    )
-
-
-def write_maps(folder: Path, maps: MapsByName, scan: DiffusionScan, constants: dict) -> None:
-    """Write every map on the grid of the scan, with its sidecar."""
-    bits = {str(bit): f"{flag}: {FLAG_DEFINITIONS[flag]}" for flag, bit in FLAGS.items()}
-    for name, (array, definition, unit) in maps.items():
-        array = to_world(array, scan.dwi.affine) if name == "direction" else array
-        array = array if array.dtype == np.uint8 else array.astype(np.float32)
-        further = {"bits": bits} if name == "flags" else {}
-        volume = Volume.make(array, scan.dwi.affine)
-        write_map(folder, name, volume, definition, unit, constants, reference=scan.reference, **further)
-
-
 def constants(model: MicrostructureModel, scan: DiffusionScan, fit: FitConfig) -> dict[str, Any]:
     """Return what the maps rest on."""
     found: dict[str, Any] = {"model": model.name, "likelihood": "gaussian" if scan.sigma is None else "rician"}
@@ -254,8 +204,6 @@ def summarise(
         values = maps[name][0][tissue if name.removesuffix("_error") in WHERE_TISSUE else fitted]
         if values.size:
             medians[name] = float(np.median(values))
-    signals, s0 = scan.dwi.array[fitted], rows.s0[fitted]
-    shells = find_shells(scan.gradients.bvals, config.fit.b0_threshold)
     return Summary(
         model=config.fit.model,
         parameters={parameter.name: parameter.unit for parameter in model.parameters},
@@ -266,7 +214,7 @@ def summarise(
         likelihood="Gaussian" if scan.sigma is None else "Rician",
         sigma=scan.sigma,
         medians=medians,
-        shells=tuple(Shell(s.bval, len(s.rows), mean_attenuation(signals, s0, s.rows)) for s in shells),
+        shells=shell_signals(scan.dwi.array[fitted], rows.s0[fitted], scan.gradients.bvals, config.fit.b0_threshold),
         notes=notes,
         truth=truth,
     )
@@ -287,51 +235,28 @@ def page(run: Finished[Config, Summary]) -> Page:
     data = Section("Data", [Table(("b (s/mm^2)", "Images", "Mean signal / S0"), shells, caption)])
     source = "a synthetic brain slab with known truth" if dwi is None else dwi.name
     how = f"by {summary.likelihood} likelihood, sigma {summary.sigma:.3g}" if summary.sigma else "by least squares"
+    known = "the given or estimated noise" if summary.sigma else "the residuals"
+    flagged = [(FLAG_DEFINITIONS[name], count) for name, count in summary.flags.items() if count]
     return Page(
         "NODDI maps" if is_noddi else "Ball and stick maps",
         f"{summary.images} diffusion images of {source}, fitted in {summary.voxels:,} voxels {how}",
-        _tiles(summary),
-        [*sections, _errors_section(run, mask), data, _reading_section(is_noddi)],
+        [
+            ("Voxels", summary.voxels, f"{summary.converged:.1%} converged"),
+            *median_tiles(summary.parameters, summary.medians),
+            ("Residual", round(summary.medians["residual"], 3), "median NRMSE, relative to S0"),
+        ],
+        [
+            *sections,
+            errors_section(outputs, summary.parameters, mask, known, flagged),
+            data,
+            _reading_section(is_noddi),
+        ],
     )
 
 
 def _kind(note: str) -> Literal["info", "warning"]:
     is_warning = any(word in note for word in ("cannot", "more than diffusion allows", "negative"))
     return "warning" if is_warning else "info"
-
-
-def _tiles(summary: Summary) -> list[tuple[str, object, str]]:
-    tiles: list[tuple[str, object, str]] = [("Voxels", summary.voxels, f"{summary.converged:.1%} converged")]
-    for name, unit in summary.parameters.items():
-        if name in summary.medians:
-            said = "median" if unit == "1" else f"median, {unit}"
-            said += ", where FWF < 0.9" if name in WHERE_TISSUE else ""
-            error = summary.medians[f"{name}_error"]
-            tiles.append((map_label(name), round(summary.medians[name], 3), f"{said}; standard error {error:.3f}"))
-    return [*tiles, ("Residual", round(summary.medians["residual"], 3), "median NRMSE, relative to S0")]
-
-
-def _errors_section(run: Finished[Config, Summary], mask: np.ndarray) -> Section:
-    units = run.summary.parameters
-    errors = {map_label(name): read_map(run.outputs / f"{name}_error.nii.gz") for name in [*units, "direction"]}
-    styles = {map_label(n): MapStyle(unit="" if unit == "1" else unit, colormap="magma") for n, unit in units.items()}
-    styles["Direction"] = MapStyle(colormap="magma", unit="degrees", limits=(0.0, 60.0))
-    known = "the given or estimated noise" if run.summary.sigma else "the residuals"
-    text = (
-        f"Standard errors from the curvature of the likelihood at its maximum and {known}: how far another "
-        "scan of the same voxel would move each value. Where one is as wide as the range, the data say "
-        "nothing about it."
-    )
-    figure = slice_maps(
-        {label: volume.array for label, volume in errors.items()},
-        errors["Direction"].spacing,
-        caption="Standard error of each parameter, and of the direction as the angle of its cone of uncertainty.",
-        styles=styles,
-        mask=mask,
-    )
-    flagged = [(FLAG_DEFINITIONS[name], count) for name, count in run.summary.flags.items() if count]
-    table = Table(("Flag", "Voxels"), flagged, "Bits of map 'flags' that are set somewhere in the mask.")
-    return Section("How sure the maps are", [Text([text]), figure, *([table] if flagged else [])])
 
 
 def _reading_section(is_noddi: bool) -> Section:

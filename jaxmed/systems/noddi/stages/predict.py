@@ -20,7 +20,7 @@ from jaxmed.recipes.diffusion_scan import ScanConfig, make_maps, read_signals, r
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.page import Note, Section, Text
-from jaxmed.report.parameter_maps import estimate_sections, map_label, read_map
+from jaxmed.report.parameter_maps import estimate_sections, median_tiles, read_map
 from jaxmed.systems.noddi.network import Description, export_onnx, load, predict
 from jaxmed.systems.noddi.training import TINY
 from jaxmed.train.log import Log
@@ -114,10 +114,11 @@ def run(config: Config, folder: RunFolder) -> None:
     values = estimate(signals)
     clock.lap("estimate, compilation included")
     maps = make_maps(values, scan, about.outputs)
-    write_maps(folder.outputs, maps, about.outputs, about.constants, scan.reference)
+    said = {one.name: (maps[one.name].array, one.definition, one.unit) for one in about.outputs}
+    write_maps(folder.outputs, said, scan, about.constants)
     inside = Volume.make(scan.mask, scan.dwi.affine)
-    said = "1 where a network's estimate was made"
-    write_map(folder.outputs, "mask", inside, said, "1", {}, reference=scan.reference)
+    where = "1 where a network's estimate was made"
+    write_map(folder.outputs, "mask", inside, where, "1", {}, reference=scan.reference)
     if stack is not None:
         place = folder.outputs / "dicom"
         written = [write_dicom_map(place, maps[one.name], stack, one, config.dicom) for one in about.outputs]
@@ -210,12 +211,10 @@ def page(run: Finished[Config, Summary]) -> Page:
     tiles: list[tuple[str, object, str]] = [
         ("Voxels", summary.voxels, f"in {sum(run.seconds.values()):.1f} s, reading and writing included")
     ]
-    for output in outputs:
-        said = "median" if output.unit == "1" else f"median, {output.unit}"
-        tiles.append((map_label(output.name), round(summary.medians[output.name], 3), said))
+    units = {output.name: output.unit for output in outputs}
     return Page(
         "Maps by a network",
         f"{summary.images} diffusion images of {data}, estimated in {summary.voxels:,} voxels by {summary.runtime}",
-        tiles,
+        [*tiles, *median_tiles(units, summary.medians)],
         [*sections, Section("How to read this", [reading])],
     )
