@@ -104,6 +104,14 @@ def label_fractions(
     return chosen
 
 
+def draw_folds(count: int, folds: int, seed: int) -> Int[np.ndarray, " subject"]:
+    """Assign subjects to folds of nearly equal size, by number."""
+    order = np.random.default_rng(seed).permutation(count)
+    found = np.empty(count, int)
+    found[order] = np.arange(count) % folds
+    return found
+
+
 def quality_mixture(
     is_high: Sequence[bool] | Bool[np.ndarray, " record"],
     high_fraction: float,

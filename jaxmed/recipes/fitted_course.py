@@ -14,7 +14,7 @@ from jaxmed.data.visits import VisitTable, read_visits
 from jaxmed.errors import InputError
 from jaxmed.files import read_record, require_file, write_json
 from jaxmed.io.numpy_files import restore_npz, write_npz
-from jaxmed.io.tables import write_columns
+from jaxmed.io.tables import write_columns, write_table
 from jaxmed.metrics.regional import NOTHING, Scores, score_regions
 from jaxmed.recipes.regional import RegionalCohort, in_role
 from jaxmed.recipes.training import NO_PREFIX
@@ -164,6 +164,28 @@ def predict(
     """
     at = np.minimum(np.asarray(onsets)[:, None] + gaps, float(trajectory.times[-1]))
     return np.asarray(interpolate(trajectory, jnp.asarray(at, jnp.float32)))
+
+
+def write_forecasts(
+    path: Path,
+    fitted: FittedTrajectory,
+    cohort: VisitTable,
+    onsets: Float[np.ndarray, " subject"],
+    gaps: Float[np.ndarray, "subject horizon"],
+    horizons: Float[np.ndarray, " horizon"],
+    beyond: Bool[np.ndarray, "subject horizon"],
+) -> None:
+    """Write a row per subject and horizon (years after the last visit): values in the unit of the table."""
+    low, high = fitted.scale
+    values = low + (high - low) * predict(fitted.trajectory, onsets, gaps)
+    rows = [
+        {"subject": name, "age": float(cohort.ages[i] + gaps[i, j]), "years_ahead": float(horizons[j])}
+        | {"beyond_course": int(beyond[i, j])}
+        | {region: float(value) for region, value in zip(fitted.regions, values[i, j], strict=True)}
+        for i, name in enumerate(cohort.subjects)
+        for j in range(len(horizons))
+    ]
+    write_table(path, ("subject", "age", "years_ahead", "beyond_course", *fitted.regions), rows)
 
 
 def score(

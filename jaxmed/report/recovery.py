@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.io.maps import Quantity
+from jaxmed.io.tables import read_table
 from jaxmed.metrics.recovery import BOUND, DEFINED, Scores, bias_curve
 from jaxmed.report.figures import agreement, curves
 from jaxmed.report.page import Figure, Section, Table
@@ -115,3 +116,28 @@ def validation_section(path: Path, outputs: Sequence[Quantity], snr: float) -> S
             error_table(truths, estimates, said, first="Parameter", has_slope=True),
         ],
     )  # fmt: skip
+
+
+def stage_recovery_section(file: Path, cohorts: int, equation: str) -> Section:
+    """Show how well planted stages are recovered, from a table of visits, irregularity and what came of it."""
+    table = read_table(file)
+    rows = np.array([table.floats(name) for name in ("visits", "irregularity", "spearman", "lowest", "years")]).T
+
+    def by_kind(column: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        # One visit has no gaps, and begins every line.
+        lines = {kind: rows[(rows[:, 1] == kind) | (rows[:, 0] == 1)] for kind in np.unique(rows[:, 1])}
+        return {f"irregularity {kind:g}": (line[:, 0], line[:, column]) for kind, line in lines.items()}
+
+    caption = (
+        f"Spearman's correlation of estimated with planted stages, mean of {cohorts} cohorts of this size, "
+        f"fitted by {equation}; gaps between visits are uniform on their mean times 1 plus or "
+        "minus the irregularity."
+    )
+    figures = [
+        curves(by_kind(2), xlabel="visits per patient", ylabel="Spearman's correlation", caption=caption),
+        curves(by_kind(4), xlabel="visits per patient", ylabel="error of a stage, years",
+               caption="Mean absolute error of the stage at the first visit."),
+    ]  # fmt: skip
+    cells = [(int(visits), *others) for visits, *others in rows.tolist()]
+    columns = ("Visits", "Irregularity", "Spearman", "Lowest cohort", "Error, years")
+    return Section("How well stages are recovered", [*figures, Table(columns, cells, "The same in numbers.")])

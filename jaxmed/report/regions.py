@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Canvas
 from jaxmed.errors import side_of
 from jaxmed.io.tables import read_table
 from jaxmed.report.drawing import FULL_WIDTH, both_themes, short_label
-from jaxmed.report.figures import curves
+from jaxmed.report.figures import Band, curves
 from jaxmed.report.page import Figure
 from jaxmed.report.themes import Theme
 
@@ -101,6 +101,26 @@ def course_figures(course: Path, *, ylabel: str, caption: str) -> list[Figure]:
         curves(lines, xlabel="stage (years)", ylabel=ylabel, caption=f"{caption}, in regions from early to late ones."),
         glass_brain(maps, names, centroids, caption=f"{caption}, at three stages.{told}"),
     ]
+
+
+def stage_curves(path: Path, columns: Mapping[str, str] | None, ylabel: str, caption: str, *, every: int = 1) -> Figure:
+    """Draw columns of a table over its stage, in years, with bands where NAME_median, NAME_low and NAME_high stand.
+
+    Args:
+        path: The table.
+        columns: Name of each column by its label; None for all.
+        ylabel: What the values are, and their unit.
+        caption: Text under the figure.
+        every: One point of so many is drawn.
+    """
+    table, lines = read_table(path), {}
+    named = {name.replace("_", " "): name for name in table.columns if name != "stage"} if columns is None else columns
+    for label, name in named.items():
+        drawn = [f"{name}_{part}" for part in ("median", "low", "high")]
+        has_band = drawn[0] in table.columns
+        line = [np.array(table.floats(column))[::every] for column in ("stage", *(drawn if has_band else [name]))]
+        lines[label] = Band(*line) if has_band else tuple(line)
+    return curves(lines, xlabel="stage (years)", ylabel=ylabel, caption=caption)
 
 
 def _ring(names: Sequence[str]) -> np.ndarray:

@@ -6,28 +6,24 @@ import numpy as np
 import pytest
 
 from jaxmed.arrays.visits import Visits, mark_missing
+from jaxmed.data.splits import draw_folds
+from jaxmed.metrics.bands import bands, draw_weights
 from jaxmed.metrics.regional import row_correlations
 from jaxmed.metrics.statistics import information_criteria
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.recipes.fitted_course import score
+from jaxmed.recipes.regional_study import choose
 from jaxmed.solvers.fixed_grid import Trajectory
-from jaxmed.systems.igndmoe.comparing import (
-    ablations,
-    bands,
-    choose,
-    contributions,
-    draw_weights,
-    make_folds,
-)
+from jaxmed.systems.igndmoe.comparing import ORDER, ablations, contributions
 from jaxmed.systems.igndmoe.fitting import Fit
 
 pytestmark = pytest.mark.core
 
 
 def test_folds_share_subjects_evenly():
-    folds = make_folds(23, 5, 0)
+    folds = draw_folds(23, 5, 0)
     assert sorted(np.bincount(folds)) == [4, 4, 5, 5, 5]
-    assert (folds != make_folds(23, 5, 1)).any()
+    assert (folds != draw_folds(23, 5, 1)).any()
 
 
 def test_the_simplest_model_within_one_standard_error_is_chosen():
@@ -39,7 +35,7 @@ def test_the_simplest_model_within_one_standard_error_is_chosen():
     def chosen(**changed):
         rows = models | changed
         errors = {name: best + distance * error for name, (_, distance) in rows.items()}
-        return choose(errors, {name: parameters for name, (parameters, _) in rows.items()})[1]
+        return choose(errors, {name: parameters for name, (parameters, _) in rows.items()}, ORDER)[1]
 
     assert chosen() == "grand"
     assert chosen(fkpp=(4, 0.99)) == "fkpp" and chosen(grand=(20, 1.01)) == "igndmoe"
@@ -99,8 +95,8 @@ def test_contributions_are_weight_times_size_and_bands_are_percentiles():
     weights = np.array([[[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]])
     fit = Fit({}, None, experts, weights, *[None] * 5)  # pyright: ignore[reportArgumentType]
     np.testing.assert_allclose(contributions(fit), [[[0.5, 0.5, 0], [0.2, 0.8, 0]]])
-    found = bands(np.arange(101.0)[:, None, None] * np.ones((1, 2, 3)))
-    assert found.low[0, 0] == 5 and found.middle[0, 0] == 50 and found.high[0, 0] == 95
+    middle, low, high = bands(np.arange(101.0)[:, None, None] * np.ones((1, 2, 3)))
+    assert low[0, 0] == 5 and middle[0, 0] == 50 and high[0, 0] == 95
 
 
 def test_every_ablation_leaves_out_one_part():

@@ -11,11 +11,11 @@ import scipy.stats
 from jaxmed.arrays.graphs import make_graph
 from jaxmed.arrays.visits import take_subjects
 from jaxmed.errors import InputError
+from jaxmed.metrics.bands import bootstrap_weights
 from jaxmed.models.graph_diffusion import ProgressionConfig
 from jaxmed.solvers.ode import GRID
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.systems import igndmoe
-from jaxmed.systems.igndmoe.comparing import bootstrap_weights
 from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.systems.igndmoe.fitting import fit_runs, make_problem, programs
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from jaxmed.arrays.visits import count_values
+from jaxmed.recipes.regional_study import choose
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome
-from jaxmed.systems.igndmoe.comparing import ATTRIBUTION, choose, plant_on, stage_correlations, stage_curve
+from jaxmed.systems.igndmoe.comparing import ATTRIBUTION, ORDER, plant_on, stage_correlations, stage_curve
 from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.systems.igndmoe.fitting import fit_problems
 
@@ -35,7 +36,7 @@ def choices(planted, recipes):
         errors[equation] = np.asarray(fitted.errors, float)[:, planted.held_out]
         parameters[equation] = sum(leaf[0].size for leaf in jax.tree.leaves(fitted.params))
     chosen = [
-        choose({name: found[row] / counts[row] for name, found in errors.items()}, parameters)[1]
+        choose({name: found[row] / counts[row] for name, found in errors.items()}, parameters, ORDER)[1]
         for row in range(len(planted.cohorts))
     ]
     return chosen, {name: found.sum(axis=1) for name, found in errors.items()}

@@ -1,12 +1,8 @@
-"""Which model, which mechanism, how sure.
-
-Every model on the same folds and seeds, and the simplest that is good enough; weights of mechanisms with bands over
-draws of subjects, and what is left when one is taken out; planted cohorts, to see what would be found.
-"""
+"""Which model, which mechanism: models on the same folds, what each mechanism moves, and planted cohorts."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,12 +12,11 @@ import scipy.stats
 from jaxtyping import Float
 
 from jaxmed.arrays.graphs import GraphsTuple, LaplacianKind, make_graph
-from jaxmed.arrays.types import KeyArray
 from jaxmed.arrays.visits import Visits, count_values
+from jaxmed.data.splits import draw_folds
 from jaxmed.models.graph_diffusion import Equation, ProgressionConfig
 from jaxmed.recipes.fitted_course import score
-from jaxmed.recipes.study import Outcome, Result
-from jaxmed.recipes.study_tables import Difference, Mean, collect, compare, summarise
+from jaxmed.recipes.study import Outcome
 from jaxmed.solvers.fixed_grid import Trajectory
 from jaxmed.synthesis.phantoms.connectome import Cohort, CohortConfig, simulate_cohort
 from jaxmed.systems.igndmoe.dual import FitConfig, Problem
@@ -31,16 +26,6 @@ ORDER: tuple[Equation, ...] = (
     "ndm", "fkpp", "weighted_fkpp", "grand", "ndcn", "neural_ode_local", "neural_ode_cross_node", "igndmoe"
 )  # fmt: skip
 """As tables list them, from what is understood to what is only fitted."""
-MEASURES = ("sse", "r", "mse", "r2")
-"""Of a run; see `metrics.regional.score_regions`."""
-
-
-def make_folds(count: int, folds: int, seed: int) -> np.ndarray:
-    """Assign subjects to folds of nearly equal size."""
-    order = np.random.default_rng(seed).permutation(count)
-    found = np.empty(count, int)
-    found[order] = np.arange(count) % folds
-    return found
 
 
 def hold_out(
@@ -69,7 +54,7 @@ def hold_out(
         By fold and start: the measures of the run, what is not defined left out; and the mean squared error of every
         subject.
     """
-    fold_of = make_folds(len(subjects), folds, config.seed)
+    fold_of = draw_folds(len(subjects), folds, config.seed)
     runs = [(fold, start) for fold in range(folds) for start in range(starts)]
     train = np.stack([(fold_of != fold).astype(np.float32) for fold, _ in runs])
     validation = np.zeros_like(train)
@@ -93,46 +78,6 @@ def hold_out(
     return found
 
 
-def tabulate(results: Sequence[Result], subjects: int, seed: int) -> tuple[list[Mean], tuple[Difference, ...], str]:
-    """Return means of the runs' measures, tests of every model against the best, and the model to choose.
-
-    Args:
-        results: Of `hold_out`, by model, fold and start; models that have a run that is not finite are not tested.
-        subjects: How many there are.
-        seed: Seed for resampling them.
-    """
-    measures = [name for name in ("parameters", *MEASURES) if any(name in result.metrics for result in results)]
-    means = [row for name in measures for row in summarise(results, ("model",), name)]
-    parameters = {str(row.group[0][1]): round(row.mean) for row in means if row.measure == "parameters"}
-    errors = {}
-    for model in parameters:
-        own = [result for result in results if result.cell["model"] == model]
-        if all(result.metrics["finite"] for result in own):
-            (found,) = collect(own, (), "error", is_per_subject=True).values()
-            errors |= {model: np.array([*found.values()])} if len(found) == subjects else {}
-    best, chosen = choose(errors, parameters)
-    finite = [result for result in results if result.cell["model"] in errors]
-    return means, compare(finite, (), best, "error", arm="model", seed=seed, test="wilcoxon"), chosen
-
-
-def choose(errors: Mapping[str, Float[np.ndarray, " subject"]], parameters: Mapping[str, int]) -> tuple[str, str]:
-    """Return the model of the lowest held-out error, and the simplest within one standard error of it.
-
-    The simplest has the fewest parameters; the standard error is that of the best model's mean over subjects.
-
-    Args:
-        errors: Mean squared error of every subject when held out, by model; one that is not finite is not chosen.
-        parameters: Of each model.
-
-    Source: the rule of Breiman et al. 1984, section 3.4.3.
-    """
-    means = {model: found.mean() for model, found in errors.items() if np.isfinite(found).all()}
-    best = min(means, key=lambda model: means[model])
-    limit = means[best] + errors[best].std(ddof=1) / np.sqrt(len(errors[best]))
-    good = [model for model, mean in means.items() if mean <= limit]
-    return best, min(good, key=lambda model: (parameters[model], [*ORDER].index(model)))
-
-
 # --- Mechanisms ---------------------------------------------------------------------------------
 
 IDENTIFIABLE = ProgressionConfig(structure="incidence", local="per_region", clock=False, width=8, latent=4)
@@ -153,37 +98,6 @@ ATTRIBUTION = FitConfig(
 with this and not with the paper's experts, which fit as well whatever the weights: one that sees all regions and the
 time can be any function along a single course. The overlap is not penalised, because mechanisms in nature may look
 alike (logistic growth and a local reaction do), and every round is done, because weights settle after the error."""
-LOW, HIGH = 5.0, 95.0
-"""Percentiles of the bands."""
-
-
-class Bands(NamedTuple):
-    """Percentiles over bootstrap draws.
-
-    Attributes:
-        middle: Median.
-        low: 5th percentile.
-        high: 95th percentile.
-    """
-
-    middle: Float[np.ndarray, "*row column"]
-    low: Float[np.ndarray, "*row column"]
-    high: Float[np.ndarray, "*row column"]
-
-
-def draw_weights(key: KeyArray, train: Float[np.ndarray, " subject"], draws: int) -> Float[np.ndarray, "run subject"]:
-    """Return weights of runs: the cohort itself, then draws of its training subjects with replacement."""
-    inside = np.flatnonzero(train > 0)
-    weights = np.zeros((draws + 1, len(train)), np.float32)
-    weights[0] = train
-    weights[1:, inside] = bootstrap_weights(key, len(inside), draws)
-    return weights
-
-
-def bands(values: Float[np.ndarray, "draw *row column"]) -> Bands:
-    """Return the median and the ends of the 90% band over draws."""
-    low, middle, high = np.percentile(values, [LOW, 50.0, HIGH], axis=0)
-    return Bands(middle, low, high)
 
 
 def contributions(fit: Fit) -> Float[np.ndarray, "run time expert"]:
@@ -208,12 +122,6 @@ def ablations(model: ProgressionConfig) -> dict[str, ProgressionConfig]:
         found["without graph diffusion"] = change(model, structure="none")
         found["without local reaction"] = change(model, local="none")
     return found
-
-
-def bootstrap_weights(key: KeyArray, count: int, draws: int) -> Float[np.ndarray, "draw subject"]:
-    """Draw subjects with replacement; return how often each is drawn."""
-    chosen = jax.random.randint(key, (draws, count), 0, count)
-    return np.asarray(jax.vmap(lambda row: jnp.bincount(row, length=count))(chosen), np.float32)
 
 
 # --- Planted cohorts ----------------------------------------------------------------------------

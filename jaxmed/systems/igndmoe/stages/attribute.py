@@ -10,15 +10,17 @@ import numpy as np
 from jaxmed.config import Bounds, checked
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, write_columns
+from jaxmed.metrics.bands import bands, draw_weights
 from jaxmed.metrics.regional import Scores
 from jaxmed.models.graph_diffusion import EXPERTS
 from jaxmed.recipes.fitted_course import score
 from jaxmed.recipes.regional import CohortSource, RegionalCohort, SourceFlags, in_role, role_weights, synthetic
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.figures import Band, curves, histograms
-from jaxmed.report.page import Figure, Note, Section, Table, Text
+from jaxmed.report.figures import histograms
+from jaxmed.report.page import Note, Section, Table, Text
+from jaxmed.report.regions import stage_curves
 from jaxmed.systems.igndmoe.cohort_fit import fit_in_folder, read_inputs
-from jaxmed.systems.igndmoe.comparing import ATTRIBUTION, ablations, bands, contributions, draw_weights
+from jaxmed.systems.igndmoe.comparing import ATTRIBUTION, ablations, contributions
 from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.systems.igndmoe.fitting import Fit
 from jaxmed.train.run_folder import RunFolder
@@ -120,14 +122,14 @@ def _held_out(inputs: RegionalCohort, fitted: Fit) -> Scores:
 
 def _write_bands(outputs: Path, inputs: RegionalCohort, fitted: Fit) -> None:
     for name, values in (("weights", np.asarray(fitted.weights, float)), ("contributions", contributions(fitted))):
-        found, columns = bands(values[1:]), {"stage": np.asarray(fitted.trajectory.times)[0]}
+        (middle, low, high), columns = bands(values[1:]), {"stage": np.asarray(fitted.trajectory.times)[0]}
         for i, key in enumerate(KEYS):
-            columns |= {key: values[0, :, i], f"{key}_median": found.middle[:, i]}
-            columns |= {f"{key}_low": found.low[:, i], f"{key}_high": found.high[:, i]}
+            columns |= {key: values[0, :, i], f"{key}_median": middle[:, i]}
+            columns |= {f"{key}_low": low[:, i], f"{key}_high": high[:, i]}
         write_columns(outputs / f"{name}.csv", columns)
     onsets = np.asarray(fitted.onsets, float)
-    found = bands(onsets[1:])
-    columns = {"subject": inputs.cohort.subjects, "stage": onsets[0], "low": found.low, "high": found.high}
+    _, low, high = bands(onsets[1:])
+    columns = {"subject": inputs.cohort.subjects, "stage": onsets[0], "low": low, "high": high}
     write_columns(outputs / "stages.csv", columns)
 
 
@@ -143,9 +145,14 @@ def page(run: Finished[Config, Summary]) -> Page:
         caption="How far a subject's stage moves over draws of the cohort.",
         bins=20,
     )
+    bands = "Lines are medians over draws, bands 90%."
+    words = {
+        "contributions": ("share of the change", f"What moves an average region: weight x size. {bands}"),
+        "weights": ("weight", f"Weights alone. {bands}"),
+    }
     curves = [
-        _figure(outputs / "contributions.csv", "share of the change", "What moves an average region: weight x size."),
-        _figure(outputs / "weights.csv", "weight", "Weights alone."),
+        stage_curves(outputs / f"{file}.csv", dict(zip(EXPERTS, KEYS, strict=True)), *told, every=FEWER)
+        for file, told in words.items()
     ]
     rows = [(name, s["sse"], s["mse"], s["r"], s["visits"]) for name, s in summary.ablations.items()]
     table = Table(("Model", "SSE", "MSE", "R over regions", "Visits"), rows, "Held-out subjects, values on [0, 1].")
@@ -165,13 +172,3 @@ def page(run: Finished[Config, Summary]) -> Page:
     ]
     subtitle = f"{summary.subjects} subjects, {summary.draws} bootstrap draws"
     return Page("Mechanisms over stage", subtitle, tiles, sections)
-
-
-def _figure(path: Path, ylabel: str, caption: str) -> Figure:
-    table = read_table(path)
-    stage, found = np.array(table.floats("stage"))[::FEWER], {}
-    for name, key in zip(EXPERTS, KEYS, strict=True):
-        columns = (np.array(table.floats(f"{key}_{part}"))[::FEWER] for part in ("median", "low", "high"))
-        found[name] = Band(stage, *columns)
-    told = f"{caption} Lines are medians over draws, bands 90%."
-    return curves(found, xlabel="stage (years)", ylabel=ylabel, caption=told)

@@ -23,7 +23,7 @@ from jaxmed.recipes.regional import CohortSource, RegionalCohort, SourceFlags, r
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves, histograms
 from jaxmed.report.page import Note, Section, Text, Tile
-from jaxmed.report.regions import course_figures
+from jaxmed.report.regions import course_figures, stage_curves
 from jaxmed.systems.igndmoe.cohort_fit import fit_in_folder, read_inputs
 from jaxmed.systems.igndmoe.dual import FitConfig
 from jaxmed.systems.igndmoe.fitting import Fit
@@ -220,23 +220,18 @@ def page(run: Finished[Config, Summary]) -> Page:
 
 
 def _weights_section(outputs: Path) -> Section:
-    table = read_table(outputs / "weights.csv")
-
-    def over_stage(ending: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        stage = np.array(table.floats("stage"))
-        return {name: (stage, np.array(table.floats(name.replace(" ", "_") + ending))) for name in EXPERTS}
-
-    weights = curves(
-        over_stage(""),
-        xlabel="stage (years)",
-        ylabel="weight",
-        caption="Weights of the mechanisms over stage. They sum to 1; a weight times its mechanism's own size counts.",
+    columns = {ending: {name: name.replace(" ", "_") + ending for name in EXPERTS} for ending in ("", "_rate")}
+    weights = stage_curves(
+        outputs / "weights.csv",
+        columns[""],
+        "weight",
+        "Weights of the mechanisms over stage. They sum to 1; a weight times its mechanism's own size counts.",
     )
-    rates = curves(
-        over_stage("_rate"),
-        xlabel="stage (years)",
-        ylabel="root mean square over regions of weight x mechanism, per year",
-        caption="What each mechanism adds to the change of an average region.",
+    rates = stage_curves(
+        outputs / "weights.csv",
+        columns["_rate"],
+        "root mean square over regions of weight x mechanism, per year",
+        "What each mechanism adds to the change of an average region.",
     )
     note = Note(
         "Experts are not identifiable from one fit: a weight can shrink while its network grows. jaxmed igndmoe "

@@ -7,9 +7,15 @@ import numpy as np
 from jaxmed.arrays.visits import first_visits, later_visits, measured_values
 from jaxmed.config import NonNegative, checked
 from jaxmed.io.numpy_files import write_npz
-from jaxmed.io.tables import write_table
 from jaxmed.metrics.regional import Scores
-from jaxmed.recipes.fitted_course import SubjectFlags, SubjectSource, predict, score, score_unchanged
+from jaxmed.recipes.fitted_course import (
+    SubjectFlags,
+    SubjectSource,
+    predict,
+    score,
+    score_unchanged,
+    write_forecasts,
+)
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import agreement
 from jaxmed.report.page import Block, Note, Section, Table, Text
@@ -79,17 +85,7 @@ def run(config: Config, folder: RunFolder) -> None:
     if not several.any():
         notes.append("Nobody was seen twice: how good forecasts are cannot be told from this table.")
     log = begin(folder, notes)
-    low, high = fitted.scale
-    values = low + (high - low) * predict(fitted.trajectory, onsets, gaps)
-    rows = [
-        {"subject": name, "age": float(cohort.ages[i] + gaps[i, j]), "years_ahead": float(horizons[j])}
-        | {"beyond_course": int(beyond[i, j])}
-        | {region: float(value) for region, value in zip(fitted.regions, values[i, j], strict=True)}
-        for i, name in enumerate(cohort.subjects)
-        for j in range(len(horizons))
-    ]
-    columns = ("subject", "age", "years_ahead", "beyond_course", *fitted.regions)
-    write_table(folder.outputs / "forecasts.csv", columns, rows)
+    write_forecasts(folder.outputs / "forecasts.csv", fitted, cohort, onsets, gaps, horizons, beyond)
     baseline = np.asarray(stage_subjects(fitted.trajectory, first_visits(visits), fitted.stages).onsets)
     # A baseline stage may leave less room than the subject was followed: such visits count at the course's end.
     scores = {

@@ -12,9 +12,10 @@ from jaxmed.config import Bounds, Decay, Seed, Size, checked, to_record
 from jaxmed.data.connectomes import Connectome, ConnectomeDataConfig, find_regions, read_connectome
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.figures import curves, histograms
-from jaxmed.report.page import Note, Section, Table, Text
-from jaxmed.report.regions import course_figures
+from jaxmed.report.figures import histograms
+from jaxmed.report.page import Note, Section, Text
+from jaxmed.report.recovery import stage_recovery_section
+from jaxmed.report.regions import course_figures, stage_curves
 from jaxmed.synthesis.phantoms.connectome import CohortConfig, random_connectome, simulate_cohort
 from jaxmed.synthesis.phantoms.write_connectome import region_names, write_cohort
 from jaxmed.systems.igndmoe.comparing import ATTRIBUTION, plant_on, stage_curve
@@ -152,19 +153,15 @@ def page(run: Finished[Config, Summary]) -> Page:
     words = {"ylabel": "true regional amount, 0 to 1", "caption": "The planted course"}
     sections = [Section("Course", course_figures(truth / "course.csv", **words))]
     if run.config.cohort.mechanism == "moe":
-        weights = read_table(truth / "weights.csv")
-        columns = {name.replace("_", " "): np.array(weights.floats(name)) for name in weights.columns}
-        times = columns.pop("stage")
-        planted = {name: (times, column) for name, column in columns.items()}
-        caption = "Planted weights of the mechanisms."
-        sections.append(
-            Section("Mechanisms", [curves(planted, xlabel="stage (years)", ylabel="weight", caption=caption)])
-        )
+        figure = stage_curves(truth / "weights.csv", None, "weight", "Planted weights of the mechanisms.")
+        sections.append(Section("Mechanisms", [figure]))
     stages = {"stage": np.array(read_table(truth / "stages.csv").floats("stage"))}
     people = histograms(stages, units={"stage": "years"}, caption="True stages at the first visit.")
     sections.append(Section("Patients", [people]))
     if (run.outputs / "stage_recovery.csv").exists():
-        sections.append(_recovery_section(run.outputs / "stage_recovery.csv", run.config.recovery))
+        study = run.config.recovery
+        file, equation = run.outputs / "stage_recovery.csv", study.fit.model.equation
+        sections.append(stage_recovery_section(file, study.cohorts, equation))
     text = Text([
         "RUN/outputs holds connectome.csv and visits.csv as jaxmed igndmoe fit takes them, and truth/ with stages, "
         "course and weights.",
@@ -182,27 +179,3 @@ def page(run: Finished[Config, Summary]) -> Page:
         ],
         sections,
     )
-
-
-def _recovery_section(file: Path, study: RecoveryConfig) -> Section:
-    table = read_table(file)
-    rows = np.array([table.floats(name) for name in ("visits", "irregularity", "spearman", "lowest", "years")]).T
-
-    def by_kind(column: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        # One visit has no gaps, and begins every line.
-        lines = {kind: rows[(rows[:, 1] == kind) | (rows[:, 0] == 1)] for kind in np.unique(rows[:, 1])}
-        return {f"irregularity {kind:g}": (line[:, 0], line[:, column]) for kind, line in lines.items()}
-
-    caption = (
-        f"Spearman's correlation of estimated with planted stages, mean of {study.cohorts} cohorts of this size, "
-        f"fitted by {study.fit.model.equation}; gaps between visits are uniform on their mean times 1 plus or "
-        "minus the irregularity."
-    )
-    figures = [
-        curves(by_kind(2), xlabel="visits per patient", ylabel="Spearman's correlation", caption=caption),
-        curves(by_kind(4), xlabel="visits per patient", ylabel="error of a stage, years",
-               caption="Mean absolute error of the stage at the first visit."),
-    ]  # fmt: skip
-    cells = [(int(visits), *others) for visits, *others in rows.tolist()]
-    columns = ("Visits", "Irregularity", "Spearman", "Lowest cohort", "Error, years")
-    return Section("How well stages are recovered", [*figures, Table(columns, cells, "The same in numbers.")])
