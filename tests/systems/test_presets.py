@@ -25,6 +25,7 @@ FILES = {
     "noddi predict": (["--dwi", "--bvals", "--bvecs"],),
     "noddi export": (["--weights"],),
     "noddi evaluate": (["--weights"], ["--bvals", "--bvecs"]),
+    "brainfm generate": (["--input"], ["--data.manifest"]),
     "dynamicdps train-prior": (["--input"], ["--data.manifest"], ["--data.labels"]),
     "dynamicdps train-initial": (["--input"], ["--data.manifest"], ["--data.labels"]),
     "dynamicdps calibrate": (["--input"],),

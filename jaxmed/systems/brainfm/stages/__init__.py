@@ -1,0 +1,1 @@
+"""Stages of the RETFound study: one file per command."""

@@ -1,0 +1,87 @@
+"""Stage generate: a store and a gallery from phantom heads, from files, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxmed.cli import main
+from jaxmed.data.subject_store import open_store
+from jaxmed.io import nifti
+from jaxmed.volume import Volume
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A smoke run on phantom heads."""
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    assert main(["brainfm", "generate", "--preset", "smoke", "--out", str(folder), "--quiet"]) == 0
+    return folder
+
+
+def test_a_smoke_run_leaves_a_store_images_targets_and_a_page(run):
+    store = open_store(run / "outputs" / "store")
+    assert len(store) == 3 and store.channels == 1 and len(store.table.classes) == 35
+    subject = store[0]
+    assert {"labels", "segmentation", "distances", "coordinates", "images"} <= set(subject)
+    summary = json.loads((run / "outputs" / "summary.json").read_text())
+    assert summary["modalities"] == ["T1"] and len(summary["images"]) == 3
+    assert all(overlap > 0.6 for overlap in summary["overlaps"].values())
+    name = summary["images"][0]["name"]
+    image = nifti.read(run / "outputs" / "images" / f"{name}_image.nii.gz").array
+    assert image.shape == (40, 48, 40) and image.max() == 1
+    assert nifti.read(run / "outputs" / "images" / f"{name}_distance.nii.gz").array.shape == (40, 48, 40, 4)
+    assert json.loads((run / "outputs" / "images" / f"{name}_distance.json").read_text())["unit"] == "mm"
+    page = (run / "report.html").read_text()
+    assert all(word in page for word in ("Contrasts", "Severities", "Targets", "Subjects"))
+
+
+def test_coordinates_are_in_millimetres_of_the_template(run):
+    """The middle of a head is near the middle of the ellipsoids, and x grows to the right."""
+    subject = open_store(run / "outputs" / "store")[0]
+    size = subject["size"]
+    place = subject["coordinates"] / 100
+    brain = subject["segmentation"][: size[0], : size[1], : size[2]] > 0
+    middle = place[: size[0], : size[1], : size[2]][brain].mean(0)
+    assert np.abs(middle - [0, -16, 4]).max() < 25
+    steps = np.diff(place[:, size[1] // 2, size[2] // 2, 0])[: size[0] - 1]
+    assert (steps > 2).all()  # voxels of 1 mm of a head that is a quarter as large
+
+
+def test_a_store_is_an_input_and_bad_subjects_do_not_stop_the_others(tmp_path, run, capsys):
+    heads = run / "inputs" / "heads" / "labels"
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    good = nifti.read(sorted(heads.iterdir())[0], dtype=np.int32)
+    nifti.write(folder / "good.nii.gz", Volume.make(good.array.astype(np.int16), good.affine))
+    nifti.write(
+        folder / "odd.nii.gz", Volume.make((good.array + 2000 * (good.array > 0)).astype(np.int16), good.affine)
+    )
+    (folder / "cut.nii.gz").write_bytes((folder / "good.nii.gz").read_bytes()[:500])
+    words = ["--preset", "smoke", "--input", str(folder), "--store", "--out", str(tmp_path / "store"), "--quiet"]
+    assert main(["brainfm", "generate", *words]) == 1
+    failed = (tmp_path / "store" / "outputs" / "failed.csv").read_text()
+    assert "labels of the table freesurfer" in failed and "cut.nii.gz" in failed
+    assert open_store(tmp_path / "store" / "outputs" / "store").names == ("good",)
+    assert not (tmp_path / "store" / "outputs" / "images").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--input", "{absent}"], "expected a label map, or a folder of them, found no such file"),
+        (["--table", "{absent}"], "absent"),
+        (["--generator.mild-samples", "3"], "mild_samples: expected at most samples, found 3 of 1"),
+        (["--template", "{absent}"], "template: expected two files: grey and white matter, found 1"),
+        ([], "data.manifest, input: expected one of them, found neither"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(tmp_path, capsys, words, message):
+    options = [word.format(absent=tmp_path / "absent") for word in words]
+    preset = ["--preset", "smoke"] if words else []
+    assert main(["brainfm", "generate", *preset, *options, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
