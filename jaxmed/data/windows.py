@@ -6,7 +6,7 @@ was cut gives the image back.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,6 +144,29 @@ def paste(
     result = np.array(background, np.float32)
     np.divide(total, weight, out=total, where=weight > 0)
     return np.where(weight > 0, total, result).astype(np.float32)
+
+
+def blend(
+    results: Iterable[Float32[np.ndarray, "..."]], windows: Sequence[Window], lengths: Sequence[int]
+) -> Float32[np.ndarray, "x y z channel"]:
+    """Average maps of windows of one volume, taken one by one, by the weights of `paste`; 0 where there is no window.
+
+    Args:
+        results: [x, y, z, channel] of each window.
+        windows: Where each stands.
+        lengths: Voxels of the volume.
+    """
+    total, weight = None, np.zeros(tuple(lengths), np.float32)
+    for values, window in zip(results, windows, strict=True):
+        size = values.shape[:3]
+        table = _triangle(size).astype(np.float32)
+        inside, source = _overlap(lengths, window.starts, size)
+        total = np.zeros((*lengths, values.shape[3]), np.float32) if total is None else total
+        total[source] += (table[..., None] * values)[inside]
+        weight[source] += table[inside]
+    if total is None:
+        raise ValueError("results: expected one or more, got none")
+    return np.divide(total, weight[..., None], out=total, where=weight[..., None] > 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,8 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.types import Scalar
 from jaxmed.config import NonNegative, Positive, checked
 from jaxmed.models.unet_brain import BrainUnetConfig
+from jaxmed.synthesis.brain_draws import MODALITIES
 
-MODALITIES = ("T1", "T2", "FLAIR", "CT")
-"""Order of `present`."""
 LEAST = 1e-5  # of a probability in the cross-entropy, and of the voxels of a class in Dice
 
 
@@ -74,7 +73,7 @@ def brain_loss(
         settings: What counts how much.
         maps: What the network gives for the volume, by task.
         targets: The tasks' own by the same names, as `synthesis.brain.generate` returns them: images [x, y, z, 1] with
-            "present" of MODALITIES, "segmentation" the numbers of classes [x, y, z], and so on; "weights" [x, y, z, 1]
+            "present" of MODALITIES, "segmentation" the numbers of classes [x, y, z], and so on; "weights" [x, y, z]
             of the images' voxels, "background" [x, y, z] where there is no head.
     """
     losses: dict[str, Scalar] = {}
@@ -93,7 +92,7 @@ def brain_loss(
             case "T1" | "T2" | "FLAIR" | "CT":
                 is_present = targets["present"][MODALITIES.index(task)]
                 # A placeholder stands where a modality is missing, and whatever it holds costs nothing.
-                target, weight = jnp.where(is_present, target, found), targets["weights"]
+                target, weight = jnp.where(is_present, target, found), targets["weights"][..., None]
                 whole = _error(config, found, target, scale, weight) + gradient_error(found, target, weight)
                 losses[task] = jnp.where(is_present, whole, 0)
             case "segmentation":

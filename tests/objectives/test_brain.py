@@ -9,7 +9,6 @@ import pytest
 
 from jaxmed.models.unet_brain import BrainUnetConfig
 from jaxmed.objectives.brain import (
-    MODALITIES,
     BrainLossConfig,
     brain_loss,
     contrastive_loss,
@@ -17,6 +16,7 @@ from jaxmed.objectives.brain import (
     label_losses,
     lesion_loss,
 )
+from jaxmed.synthesis.brain_draws import MODALITIES
 
 pytestmark = pytest.mark.core
 
@@ -38,7 +38,7 @@ def example():
     maps["distance"] = 3 * maps["distance"]
     targets["pathology"] = (targets["pathology"] > 1).astype(np.float32)
     targets["present"] = np.ones(4, np.float32)
-    targets["weights"] = (rng.random((*SPACE, 1)) > 0.3).astype(np.float32)
+    targets["weights"] = (rng.random(SPACE) > 0.3).astype(np.float32)
     targets["background"] = (targets["segmentation"] == 0).astype(np.float32)
     return {name: jnp.asarray(value) for name, value in maps.items()}, jax.tree.map(jnp.asarray, targets)
 
@@ -62,7 +62,7 @@ def numpy_gradient(error, weight):
 def test_losses_are_those_of_the_released_code_in_numpy(example, losses):
     maps, targets = example
     total, found = losses(maps, targets)
-    weight, inside = targets["weights"], 1 - targets["background"][..., None]
+    weight, inside = targets["weights"][..., None], 1 - targets["background"][..., None]
     for task in (*MODALITIES, "registration", "high_res_residual"):
         error, factor = maps[task] - targets[task], weight if task in MODALITIES else np.ones_like(weight)
         expected = np.mean(factor * np.abs(error)) + numpy_gradient(error, factor)
