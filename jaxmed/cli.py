@@ -42,6 +42,8 @@ STAGES = {
     "noddi export": "a trained network as ONNX, for a scanner",
     "noddi evaluate": "bias, spread and error of networks and fits against the Cramer-Rao bound",
     "brainfm generate": "a store of subjects from label maps and scans, and images drawn from it in any contrast",
+    "brainfm train": "train one network for every task of brain scans, on images drawn from label maps and scans",
+    "brainfm predict": "images, structures, distances, bias and MNI coordinates of scans of any modality",
     "dynamicdps train-prior": "train a diffusion prior on slices or volumes, contrasts drawn from label maps too",
     "dynamicdps train-initial": "train a conditional enhancer on pairs made by the low-field simulator",
     "dynamicdps calibrate": "the bank that chooses starts, its compression, and the acquisition, for one prior",

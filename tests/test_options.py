@@ -183,6 +183,8 @@ TWO_NAMES = {
     ("retfound", "OptimizerConfig"): "either method of pre-training has its own",
     ("noddi", "ForwardConfig"): "evaluate has no training settings to hold it",
     ("noddi", "Tissue"): "part of a fit and of a forward model",
+    ("brainfm", "Severity"): "images are mild or severe",
+    ("brainfm", "BiasFieldConfig"): "as above",
     ("igndmoe", "FitConfig"): "simulate fits within its recovery study",
     ("igndmoe", "ProgressionConfig"): "as above",
     ("igndmoe", "ConnectomeConfig"): "of a cohort and of a connectome alone; the command names it --data.graph in both",

@@ -26,6 +26,8 @@ FILES = {
     "noddi export": (["--weights"],),
     "noddi evaluate": (["--weights"], ["--bvals", "--bvecs"]),
     "brainfm generate": (["--input"], ["--data.manifest"]),
+    "brainfm train": (["--input"], ["--data.manifest"], ["--data.store"]),
+    "brainfm predict": (["--input"],),
     "dynamicdps train-prior": (["--input"], ["--data.manifest"], ["--data.labels"]),
     "dynamicdps train-initial": (["--input"], ["--data.manifest"], ["--data.labels"]),
     "dynamicdps calibrate": (["--input"],),

@@ -1,0 +1,432 @@
+"""BrainFM predict: every map of every scan, at the network's voxel size and on the grid of the scan."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from jaxmed.arrays.grid import resample_to
+from jaxmed.config import Decay, Number, Seed, Size, checked
+from jaxmed.errors import InputError
+from jaxmed.files import write_json
+from jaxmed.io import nifti
+from jaxmed.io.maps import write_map
+from jaxmed.io.numpy_files import write_npz
+from jaxmed.io.tables import read_table, write_table
+from jaxmed.metrics.imaging import dice
+from jaxmed.models.published.brainfm import make_unet
+from jaxmed.models.published.load import Published, load_published
+from jaxmed.models.unet_brain import VOLUME_SHARDING, BrainUnetConfig, largest_activation
+from jaxmed.recipes.map_files import Tell
+from jaxmed.recipes.map_images import Inputs, list_inputs, map_images
+from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
+from jaxmed.report.page import Note, Section, Table, Text
+from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
+from jaxmed.systems.brainfm.evaluation import robustness
+from jaxmed.systems.brainfm.pages import robustness_sections, scan_section
+from jaxmed.systems.brainfm.prediction import (
+    MAPS,
+    Modality,
+    Prediction,
+    affine_to_atlas,
+    on_input_grid,
+    predict,
+    read_scan,
+    warp_atlas,
+    warp_other,
+)
+from jaxmed.train.announce import announce, require_memory
+from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings
+from jaxmed.train.run_folder import RunFolder
+from jaxmed.volume import Volume
+
+TRIES_FAILED_AGAIN = True
+NATIVE = "native"  # in the names of maps on the grid of the scan
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class Config:
+    """Maps of scans.
+
+    Attributes:
+        input: A scan (NIfTI, DICOM), or a folder of scans.
+        series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
+        weights: A run of train, or published weights.
+        modality: "CT" cuts intensities to 0 to 80 HU; "auto" takes scans with values below -500 for CT.
+        tiling: The whole volume at once, or windows, whose maps are averaged: for volumes that do not fit into memory.
+        window: Voxels of a window along each axis.
+        overlap: Share of a window that its neighbour has too.
+        labels: Label map of the scan in the network's labels, or a folder of them by the same file names: Dice.
+        atlas: Image in MNI space that is warped onto every scan.
+        reference: Scan that is brought onto every other by the coordinates of both.
+        robustness: Ask the network about worse versions of every scan too: thick slices, bias, another contrast,
+            deformation, ghosts, motion.
+        structures: CSV with label and name, for tables.
+        native: Write maps on the grid of the scan too.
+        feature: Write the feature of every voxel too, as NPZ.
+        synthetic: Predict so many phantom brains where no scans are given, by a tiny network where none is given.
+        mesh: The devices; mesh.model splits a large volume along x.
+        dtype: Type of the network's products.
+        fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
+        seed: Seed of the phantoms, and of worse versions.
+    """
+
+    input: Path | None = None
+    series: str = ""
+    weights: Path | None = None
+    modality: Modality = "auto"
+    tiling: Literal["whole", "windows"] = "whole"
+    window: tuple[Size, Size, Size] = (160, 160, 160)
+    overlap: Decay = 0.5
+    labels: Path | None = None
+    atlas: Path | None = None
+    reference: Path | None = None
+    robustness: bool = False
+    structures: Path | None = None
+    native: bool = True
+    feature: bool = False
+    synthetic: Number = 0
+    mesh: MeshConfig = MeshConfig(data=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    fill: float | None = None
+    seed: Seed = 0
+
+
+def paper() -> Config:
+    """The whole volume at once, as the authors' code: an accelerator, or 20 GB and minutes for each scan."""
+    return Config()
+
+
+def laptop() -> Config:
+    """Windows of 96 voxels, which take 2 GB with the released network."""
+    return Config(tiling="windows", window=(96, 96, 96))
+
+
+def smoke() -> Config:
+    """Two phantom brains and a tiny network made on the spot, in seconds."""
+    return Config(synthetic=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """What became of a scan; outputs/NAME.json.
+
+    Attributes:
+        name: Name of its results.
+        path: The scan.
+        notes: What is unexpected about it.
+        shape: Voxels of the network's input.
+        spacing_mm: Their size.
+        is_ct: Whether it was read as CT.
+        maps: What was written.
+        volumes_ml: Volume of each label, by the sum of its probabilities.
+        dice: Of each label of its label map.
+        to_mni: Affine map from the world of the scan to MNI space, in mm, by rows; empty without coordinates.
+        residual_mm: Median distance between the coordinates and that map.
+        age: In years, where the network tells it.
+        robustness: By condition, what changes; see `evaluation.robustness`.
+    """
+
+    name: str
+    path: str
+    notes: tuple[str, ...]
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    is_ct: bool
+    maps: tuple[str, ...]
+    volumes_ml: dict[str, float]
+    dice: dict[str, float]
+    to_mni: tuple[tuple[float, ...], ...] = ()
+    residual_mm: float | None = None
+    age: float | None = None
+    robustness: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Scans, how many failed, and the network."""
+
+    scans: tuple[Scan, ...]
+    failed: int
+    tasks: tuple[str, ...]
+    parameters: int
+    notes: tuple[str, ...]
+
+
+class Plan(NamedTuple):
+    """What stays the same from scan to scan."""
+
+    published: Published
+    run: Callable[..., Prediction]
+    names: Mapping[int, str]
+    atlas: Volume | None
+    reference: Prediction | None
+    config: Config
+    outputs: Path
+
+
+def run(config: Config, folder: RunFolder) -> int:
+    """Read and check, run the network on every scan, write maps, tables and the page. Returns 1 when scans failed."""
+    clock, asked = Clock(), config
+    if config.synthetic and (config.input is None or config.weights is None):
+        config = synthetic_inputs(config, folder)
+    if config.input is None or config.weights is None:
+        missing = "input" if config.input is None else "weights"
+        raise InputError(missing, "scans and a network", "nothing", f"give --{missing}, or try --preset smoke")
+    published = read_network(config)
+    atlas = None if config.atlas is None else nifti.read(config.atlas, dimensions=(3,))
+    names = read_names(config)
+    inputs, passed = list_scans(config)
+    first = read_scan(published, inputs[0].scan, config.modality, config.fill) if len(inputs) == 1 else None
+    log = begin(folder, (*published.report.lines, *passed))
+    size = config.window if config.tiling == "windows" else (160, 160, 160)
+    size = size if first is None or config.tiling == "windows" else first.volume.array.shape
+    require_memory(6 * largest_activation(published.config, size), "--tiling windows with a smaller --window")
+    image = jax.ShapeDtypeStruct((1, *size, 1), jnp.float32)
+    announce(
+        log, "Predicting", params=published.params, batch=image, count=len(inputs), unit="scans",
+        program=jax.make_jaxpr(published.model.apply)(published.params, image), smaller=folder.smaller,
+    )  # fmt: skip
+    call = partial(
+        predict, published, modality=config.modality, feature=config.feature, fill=config.fill,
+        window=config.window if config.tiling == "windows" else None, overlap=config.overlap,
+        place=placement(config),
+    )  # fmt: skip
+    reference = None if config.reference is None else call(config.reference)
+    plan = Plan(published, call, names, atlas, reference, config, folder.outputs)
+    clock.lap("read and check")
+    scans, failed = map_images(
+        inputs, lambda number, one, tell: process_scan(plan, one, tell), Scan, folder.outputs, log, "Predicting",
+        lambda row: {"brain_ml": sum(row.volumes_ml.values())} | ({"dice": mean_dice(row)} if row.dice else {}),
+    )  # fmt: skip
+    clock.lap("predict, compilation included")
+    write_tables(folder.outputs, scans, names)
+    size = sum(leaf.size for leaf in jax.tree.leaves(published.params))
+    summary = Summary(scans, failed, published.config.tasks, size, (*published.report.lines, *passed))
+    finish(folder, asked, summary, clock, page)
+    return 1 if failed else 0
+
+
+def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
+    """Write phantom brains where no scans are given, and train a tiny network where none is given."""
+    if config.input is not None:
+        list_scans(config)  # a mistake there costs no training
+    log = begin(folder)
+    if config.input is None:
+        place = folder.path / "inputs" / "phantoms"
+        write_brain_cohort(place, config.seed + 1, config.synthetic, (36, 32, 40))
+        config = dataclasses.replace(config, input=place / "scans")
+    if config.weights is None:
+        changes = {"train.seed": config.seed}
+        nested = nested_run(folder, "brainfm train", changes, log, "No network is given: a tiny one is trained.")
+        config = dataclasses.replace(config, weights=nested.outputs / "model")
+    return config
+
+
+def list_scans(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
+    """Find the scans, and the label map of each by its name; return them, and notes on what was passed over.
+
+    Raises:
+        InputError: There are none, or one has no partner.
+    """
+    assert config.input is not None
+    return list_inputs(config.input, {"labels": config.labels}, (*MAPS, NATIVE), config.series, config.fill)
+
+
+def read_network(config: Config) -> Published:
+    """Read the weights, and put them onto the devices.
+
+    Raises:
+        InputError: They are of another kind of network.
+    """
+    assert config.weights is not None
+    published = load_published(config.weights)
+    if not isinstance(published.config, BrainUnetConfig):
+        raise InputError(config.weights, "a multi-task network of brains", f"a {published.report.kind}")
+    sizes = dataclasses.replace(published.config, dtype=config.dtype, remat=False)
+    mesh = make_mesh(config.mesh)
+    params = jax.device_put(published.params, param_shardings(published.params, mesh, ((r".", PartitionSpec()),)))
+    return dataclasses.replace(published, params=params, config=sizes, model=make_unet(sizes, published.params))
+
+
+def placement(config: Config) -> Callable[[Any], Any]:
+    """Return what puts a volume onto the devices: split along x, background added where they do not divide it."""
+    mesh = make_mesh(config.mesh)
+    count = mesh.shape["model"]
+
+    def place(image: np.ndarray) -> Any:
+        wider = np.pad(image, [(0, 0), (0, -image.shape[1] % count), *[(0, 0)] * 3])
+        return jax.device_put(wider, NamedSharding(mesh, VOLUME_SHARDING if count > 1 else PartitionSpec()))
+
+    return place
+
+
+def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:
+    """Run the network on a scan, and write its maps.
+
+    Raises:
+        InputError: For whatever is wrong with the scan or what belongs to it.
+    """
+    config = plan.config
+    tell(f"{one.name}: network")
+    found = plan.run(one.scan)
+    truth = read_truth(found, one.beside["labels"])
+    worse = {}
+    if config.robustness:
+        tell(f"{one.name}: worse versions")
+        worse = robustness(plan.published, found, truth, jax.random.key(config.seed))
+    tell(f"{one.name}: writing")
+    maps, notes = dict(found.maps), [*found.scan.notes]
+    to_mni, residual = (), None
+    if "coordinates" in maps:
+        try:
+            fit = affine_to_atlas(found)
+            to_mni, residual = tuple(map(tuple, fit.matrix.tolist())), fit.residual
+        except InputError as error:
+            notes.append(f"no affine map to MNI space: {error}")
+    if plan.atlas is not None:
+        maps["atlas"] = warp_atlas(found, plan.atlas)
+    if plan.reference is not None:
+        maps["reference"] = warp_other(found, plan.reference)
+    volume = found.scan.volume
+    constants = {"weights": str(config.weights), "licence": plan.published.report.licence, "tiling": config.tiling}
+    labels = {"labels": [*plan.published.config.labels]} if "segmentation" in maps else {}
+    native = on_input_grid(found, maps) if config.native else {}
+    for name, values in {"input": volume.array, **maps}.items():
+        definition, unit = MAPS.get(name, ("the scan as the network saw it, between 0 and 1", "1"))
+        further = constants | (labels if name == "segmentation" else {})
+        write_map(plan.outputs, f"{one.name}_{name}", Volume.make(values, volume.affine), definition, unit, further)
+        if name in native:
+            stem = f"{one.name}_{name}_{NATIVE}"
+            write_map(plan.outputs, stem, native[name], definition, unit, further, reference=one.path)
+    if found.feature is not None:
+        write_npz(plan.outputs / f"{one.name}_feature.npz", {"feature": found.feature, "affine": volume.affine})
+    if to_mni:
+        write_json(plan.outputs / f"{one.name}_affine.json", {"scan_to_mni_mm": to_mni, "residual_mm": residual})
+    millilitres = float(np.prod(volume.spacing)) / 1000
+    return Scan(
+        name=one.name, path=str(one.path), notes=tuple(notes), shape=volume.array.shape, spacing_mm=volume.spacing,
+        is_ct=found.scan.intensity.kind == "window", maps=tuple(maps),
+        volumes_ml={str(label): count * millilitres for label, count in found.voxels.items() if label},
+        dice=compare_labels(found, truth), to_mni=to_mni, residual_mm=residual, age=found.age, robustness=worse,
+    )  # fmt: skip
+
+
+def read_truth(found: Prediction, path: Path | None) -> Int[np.ndarray, "x y z"] | None:
+    """Read the label map of a scan onto the grid of its maps.
+
+    Raises:
+        InputError: The map is none of the network's labels, or cannot be read.
+    """
+    if path is None:
+        return None
+    if "segmentation" not in found.maps:
+        raise InputError(path, "a network that segments, to compare with", "none", "leave --labels out")
+    truth = nifti.read(path, dimensions=(3,), dtype=np.int32, allow_constant=False)
+    moved = resample_to(truth, found.scan.volume.grid, order=0).array
+    if not any(label and (moved == label).any() for label in found.voxels):
+        expected = f"labels of the network, such as {[*found.voxels][1:4]}"
+        raise InputError(path, expected, f"{np.unique(moved)[:6].tolist()}", "give a map in the network's labels")
+    return moved
+
+
+def compare_labels(found: Prediction, truth: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
+    """Return Dice of every label of the network that a label map holds, at the network's voxel size."""
+    if truth is None:
+        return {}
+    known = [label for label in found.voxels if label and (truth == label).any()]
+    return {str(label): dice(truth == label, found.maps["segmentation"] == label) for label in known}
+
+
+def mean_dice(scan: Scan) -> float:
+    """Return the mean Dice over the labels of a scan's label map."""
+    return float(np.mean([*scan.dice.values()]))
+
+
+def read_names(config: Config) -> dict[int, str]:
+    """Read the names of labels: as they are given, or as a run of train has left them beside its network.
+
+    Raises:
+        InputError: The table lacks a column, or a label is no whole number.
+    """
+    path, weights = config.structures, config.weights
+    if path is None and weights is not None:
+        places = [folder / "structures.csv" for folder in (weights / "outputs", weights.parent)]
+        path = next((one for one in places if one.exists()), None)
+    if path is None:
+        return {}
+    table = read_table(path, ("label", "name"))
+    return dict(zip(table.integers("label"), table.column("name"), strict=True))
+
+
+def write_tables(outputs: Path, scans: tuple[Scan, ...], names: Mapping[int, str]) -> None:
+    """Write volumes.csv, a row for every label of every scan, and scans.csv."""
+    rows = [
+        {"id": scan.name, "label": label, "name": names.get(int(label), ""), "volume_ml": f"{value:.6g}",
+         "dice": f"{scan.dice[label]:.4f}" if label in scan.dice else ""}
+        for scan in scans for label, value in scan.volumes_ml.items()
+    ]  # fmt: skip
+    if rows:
+        write_table(outputs / "volumes.csv", tuple(rows[0]), rows)
+    worse = [(scan.name, name, values) for scan in scans for name, values in scan.robustness.items()]
+    if worse:
+        rows = [
+            {"id": one, "condition": name} | {k: f"{v:.6g}" for k, v in values.items()} for one, name, values in worse
+        ]
+        write_table(outputs / "robustness.csv", tuple(rows[0]), rows)
+    rows = [
+        {"id": scan.name, "path": scan.path, "is_ct": int(scan.is_ct),
+         "residual_mm": "" if scan.residual_mm is None else f"{scan.residual_mm:.4g}",
+         "age": "" if scan.age is None else f"{scan.age:.4g}", "dice": f"{mean_dice(scan):.4f}" if scan.dice else ""}
+        for scan in scans
+    ]  # fmt: skip
+    if rows:
+        write_table(outputs / "scans.csv", tuple(rows[0]), rows)
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+MOST_PICTURES = 8
+READING = (
+    "Synthesized images are what the network expects of a contrast, not measurements. Distances, coordinates and the "
+    "bias field mean something inside of the head alone.",
+    "Of maps with several channels the first is shown: the left pial surface, and the coordinate from left to right.",
+    "The norms of the network depend on the field of view: windows are close to the whole volume, not equal to it.",
+)
+
+
+def page(run: Finished[Config, Summary]) -> Page:
+    """Show each scan and its maps, volumes, and Dice where there is truth."""
+    summary, scans = run.summary, run.summary.scans
+    sections = [Section("Notes", [Note(text) for text in summary.notes])]
+    if summary.failed:
+        text = f"{summary.failed} scans failed: see outputs/failed.csv for the reasons."
+        sections.insert(0, Section("Failed scans", [Note(text, "warning")]))
+    sections += [scan_section(run.outputs, scan.name, scan.maps) for scan in scans[:MOST_PICTURES]]
+    rows = [
+        (scan.name, " x ".join(map(str, scan.shape)), "CT" if scan.is_ct else "any", sum(scan.volumes_ml.values()),
+         scan.residual_mm, mean_dice(scan) if scan.dice else None)
+        for scan in scans
+    ]  # fmt: skip
+    columns = ("scan", "voxels", "read as", "labelled (ml)", "residual of the affine map (mm)", "mean Dice")
+    caption = "outputs/volumes.csv holds every label; volumes are sums of probabilities."
+    sections.append(Section("Scans", [Table(columns, rows, caption)]))
+    sections += robustness_sections([scan.robustness for scan in scans if scan.robustness])
+    sections.append(Section("How to read this", [Text(READING)]))
+    tiles: list[tuple[str, object, str]] = [
+        ("Scans", len(scans), f"{summary.failed} failed"),
+        ("Tasks", len(summary.tasks), ", ".join(summary.tasks)),
+        ("Parameters", f"{summary.parameters:,}", "of the network"),
+    ]
+    if any(scan.dice for scan in scans):
+        value = float(np.mean([mean_dice(scan) for scan in scans if scan.dice]))
+        tiles.append(("Dice", f"{value:.3f}", "mean over labels and scans"))
+    return Page("Maps of brain scans", f"BrainFM on {len(scans)} scans", tiles, sections)

@@ -1,0 +1,117 @@
+"""The stages of BrainFM end to end at smoke size, and what a user can have wrong in them."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxmed.cli import main
+from jaxmed.io import nifti
+from jaxmed.models.published.load import load_published
+from jaxmed.systems.brainfm.prediction import MAPS
+from jaxmed.volume import Volume
+
+
+def run(*words):
+    return main(["brainfm", *map(str, words), "--quiet"])
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory):
+    """Predict at smoke size: makes heads, a store of them, a network and phantom scans by itself."""
+    place = tmp_path_factory.mktemp("brainfm") / "run"
+    assert run("predict", "--preset", "smoke", "--out", place) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(predicted):
+    return predicted / "inputs" / "train"
+
+
+def test_training_leaves_a_network_that_learnt(trained):
+    published = load_published(trained)
+    summary = json.loads((trained / "outputs" / "summary.json").read_text())
+    assert published.report.family == "brainfm" and published.config.tasks == tuple(summary["tasks"])
+    assert {"segmentation", "distance", "registration", "bias_field_log", "T1"} == set(summary["tasks"])
+    assert published.preprocess.spacing == (2.0,)
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert summary["subjects"] == {"train": 2, "held out": 1} and summary["scores"]["coordinate_mm"] > 0
+    with open(trained / "outputs" / "structures.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["label"]) for row in rows] == list(published.config.labels)
+    page = (trained / "report.html").read_text()
+    assert "An image, its targets and its maps" in page and "Cerebral" in page.replace("cerebral", "Cerebral")
+
+
+def test_every_map_of_every_scan_is_written_on_both_grids(predicted, trained):
+    outputs, config = predicted / "outputs", load_published(trained).config
+    scans = sorted((predicted / "inputs" / "phantoms" / "scans").iterdir())
+    record = json.loads((outputs / "brain_0000.json").read_text())
+    assert set(record["maps"]) == {"T1", "segmentation", "distance", "cortex", "bias_field", "coordinates"}
+    for name in record["maps"]:
+        fine = nifti.read(outputs / f"brain_0000_{name}.nii.gz")
+        native = nifti.read(outputs / f"brain_0000_{name}_native.nii.gz")
+        assert list(fine.array.shape[:3]) == record["shape"] and np.isfinite(native.array).all()
+        scan = nifti.read(scans[0])
+        assert native.array.shape[:3] == scan.array.shape
+        np.testing.assert_allclose(native.affine, scan.affine, atol=1e-4)
+        sidecar = json.loads((outputs / f"brain_0000_{name}.json").read_text())
+        assert sidecar["definition"] == MAPS[name][0] and sidecar["unit"] == MAPS[name][1]
+    assert set(np.unique(nifti.read(outputs / "brain_0000_segmentation_native.nii.gz").array)) <= set(config.labels)
+    with open(outputs / "volumes.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (len(config.labels) - 1) and rows[0]["name"]
+    total = sum(float(row["volume_ml"]) for row in rows if row["id"] == "brain_0000")
+    assert total == pytest.approx(sum(record["volumes_ml"].values()), rel=1e-3)
+    assert "BrainFM on 2 scans" in (predicted / "report.html").read_text()
+
+
+def test_a_folder_with_a_broken_scan_is_done_but_for_it(predicted, trained, tmp_path, capsys):
+    """And an atlas, a reference and label maps find their places; windows in place of the whole."""
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    source = nifti.read(predicted / "inputs" / "phantoms" / "scans" / "brain_0000.nii.gz")
+    nifti.write(scans / "good.nii.gz", source)
+    nifti.write(scans / "blank.nii.gz", Volume.make(np.zeros((20, 20, 20), np.float32), np.eye(4)))
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    truth = nifti.read(predicted / "outputs" / "brain_0000_segmentation.nii.gz", dtype=np.int32)
+    for name in ("good", "blank"):
+        nifti.write(labels / f"{name}.nii.gz", dataclasses.replace(truth, array=truth.array.astype(np.int16)))
+    nifti.write(tmp_path / "atlas.nii.gz", Volume.make(np.ones((30, 30, 30), np.float32), np.diag([8.0, 8, 8, 1])))
+    code = run(
+        "predict", "--input", scans, "--weights", trained, "--labels", labels, "--atlas", tmp_path / "atlas.nii.gz",
+        "--reference", scans / "good.nii.gz", "--no-native", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 1
+    with open(tmp_path / "out" / "outputs" / "failed.csv") as file:
+        (failed,) = csv.DictReader(file)
+    assert failed["id"] == "blank" and "contrast" in failed["reason"]
+    record = json.loads((tmp_path / "out" / "outputs" / "good.json").read_text())
+    assert {"atlas", "reference"} <= set(record["maps"]) and set(record["dice"].values()) == {1.0}
+    assert not list((tmp_path / "out" / "outputs").glob("*native*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "input: expected label maps, or a store of subjects, found nothing"),
+        (["train", "--input", "nowhere"], "nowhere"),
+        (["train", "--data.store", "."], "a store of subjects (with store.json)"),
+        (["train", "--preset", "smoke", "--generator.shape", "1", "16", "16"], "size: expected at least 2 voxels"),
+        (["train", "--loss.contrastive", "1"], "generator.samples: expected 2 or more for --loss.contrastive"),
+        (["train", "--variant", "heart"], "--variant"),
+        (["predict"], "input: expected scans and a network, found nothing"),
+        (["predict", "--input", "x.nii.gz", "--weights", "nothing.pth"], "nothing.pth"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*words, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error

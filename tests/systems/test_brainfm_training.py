@@ -1,0 +1,266 @@
+"""The multi-task network on drawn images: the grid of subjects, variants, the step, and what is learnt."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmed.config import to_record
+from jaxmed.errors import InputError
+from jaxmed.metrics.imaging import dice
+from jaxmed.models.unet_brain import BRAINFM, LABELS, BrainUnetConfig, brain_unet
+from jaxmed.objectives.brain import BrainLossConfig
+from jaxmed.recipes.training import TrainConfig
+from jaxmed.synthesis import brain_draws
+from jaxmed.synthesis.bias_field import BiasFieldConfig
+from jaxmed.synthesis.brain_draws import GeneratorConfig, Severity
+from jaxmed.synthesis.deformation import DeformationConfig
+from jaxmed.synthesis.resolution import Acquisition, ResolutionConfig
+from jaxmed.systems.brainfm.training import (
+    VARIANTS,
+    Grid,
+    apply_variant,
+    class_dice,
+    draw,
+    fitting,
+    make_loss,
+    measures,
+    teachable,
+)
+
+EDGE = 24
+GENERATOR = GeneratorConfig(
+    (16, 16, 16), (0.0, 0.0, 0.0, 0.0),
+    deformation=DeformationConfig(rotation=10.0, shear=0.05, scaling=0.1, control_scale=(0.15, 0.2), amplitude=0.5),
+    resolution=ResolutionConfig(photo_probability=0.0),
+    severe=Severity(BiasFieldConfig((0.1, 0.2), (0.1, 0.4)), noise=(1.0, 6.0)),
+)  # fmt: skip
+TASKS = ("segmentation", "distance", "bias_field_log", "registration", "T1")
+LABELLED = (0, 1, 2, 3, 4, 5)  # skull, then inner and outer of the left, and of the right
+MODEL = BrainUnetConfig(width=8, levels=2, tasks=TASKS, labels=LABELLED)
+
+
+def head(seed, edge=EDGE):
+    """Return a subject: nested ellipsoids of two sides in a skull, with distances, coordinates and a T1 image."""
+    rng = np.random.default_rng(seed)
+    axes = np.linspace(-1, 1, edge)
+    x, y, z = np.meshgrid(axes, axes, axes, indexing="ij")
+    squeeze = rng.uniform(0.9, 1.1, 3)
+    radius = np.sqrt((x / squeeze[0]) ** 2 + (y / squeeze[1]) ** 2 + (z / squeeze[2]) ** 2)
+    inner, outer = rng.uniform(0.35, 0.45), rng.uniform(0.6, 0.7)
+    side = np.where(x < 0, 0, 2)
+    index = np.where(radius < 0.85, 1, 0)
+    index = np.where(radius < outer, 3 + side, index)
+    index = np.where(radius < inner, 2 + side, index)
+    # Classes: background, skull, left inner, left outer, right inner, right outer.
+    mm = [(radius - surface) * edge / 2 for surface in (outer, inner)]
+    surfaces = np.stack([np.where(side == which, value, 20) for which in (0, 2) for value in mm], -1)
+    table = np.array([0.0, 60, 200, 120, 200, 120])
+    generation = np.array([0, 30, 2, 3, 2, 3])
+    places = 100 * (np.stack([x, y, z], -1) * 80)
+    return {
+        "labels": generation[index].astype(np.uint8),
+        "segmentation": index.astype(np.uint8),
+        "distances": np.clip(np.rint(20 * surfaces + 128), 0, 255).astype(np.uint8),
+        "coordinates": np.rint(places).astype(np.int16),
+        "images": np.rint(table[index] + 4 * rng.normal(size=index.shape)).astype(np.int16)[..., None],
+        "image_scale": np.ones(1, np.float32),
+        "present": np.ones(1, bool),
+        "defaced": np.zeros(index.shape, np.uint8),
+        "size": np.full(3, edge, np.int32),
+        "mirror": np.array([0, 1, 4, 5, 2, 3], np.uint8),
+        "read": np.full(4, -1.0, np.float32),
+    }
+
+
+def batch_of(*seeds):
+    subjects = [head(seed) for seed in seeds]
+    return {name: np.stack([one[name] for one in subjects]) for name in subjects[0]}
+
+
+@pytest.fixture(scope="module")
+def network():
+    return brain_unet(MODEL, GENERATOR.shape)
+
+
+@functools.cache
+def trainer(model, generator, settings=BrainLossConfig(clamp_distance=False), rate=5e-3):
+    """Return parameters and a compiled step of training on one subject."""
+    network = brain_unet(model, generator.shape)
+    loss = make_loss(network.apply, model, generator, settings, range(6))
+    optimizer = optax.adam(rate)
+
+    @jax.jit
+    def step(params, moments, key, batch):
+        (_, tasks), gradient = jax.value_and_grad(loss, has_aux=True)(params, key[None], batch)
+        updates, moments = optimizer.update(gradient, moments)
+        return optax.apply_updates(params, updates), moments, tasks
+
+    params = network.init(jax.random.key(0))
+    return params, optimizer.init(params), step
+
+
+def train(model, generator, steps, subjects, **options):
+    """Return the parameters after some steps, and the losses of each."""
+    params, moments, step = trainer(model, generator, **options)
+    batches, found = [batch_of(seed) for seed in subjects], []
+    for number in range(steps):
+        key = jax.random.fold_in(jax.random.key(1), number)
+        params, moments, tasks = step(params, moments, key, batches[number % len(batches)])
+        found.append(tasks)
+    return params, jax.tree.map(lambda *values: np.array(values), *found)
+
+
+def scores(params, model, generator, subject, draws=6):
+    network, subject = brain_unet(model, generator.shape), jax.tree.map(jnp.asarray, subject)
+
+    @jax.jit
+    def score(params, key):
+        images, targets = draw(key, subject, generator, range(6))
+        maps = {name: value[0] for name, value in network.apply(params, images[:1]).items()}
+        targets |= {name: targets[name][0] for name in ("bias_field_log", "high_res_residual")}
+        inside = 1.0 - targets["background"]
+        zero = jnp.sum(jnp.abs(targets["bias_field_log"])[..., 0] * inside) / inside.sum()
+        middle = (targets["registration"] * inside[..., None]).sum((0, 1, 2)) / inside.sum()
+        constant = jnp.sum(100 * jnp.linalg.norm(targets["registration"] - middle, axis=-1) * inside) / inside.sum()
+        return measures(model, maps, targets) | {"bias_of_0": zero, "coordinate_of_mean": constant}
+
+    found = [score(params, jax.random.fold_in(jax.random.key(99), number)) for number in range(draws)]
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def test_a_few_steps_lower_every_loss_without_collapse():
+    _, losses = train(MODEL, GENERATOR, 24, (0, 1))
+    for task in TASKS:
+        first, last = losses[task][:4].mean(), losses[task][-4:].mean()
+        assert last < first and np.isfinite(losses[task]).all(), (task, first, last)
+
+
+@pytest.mark.slow
+def test_what_is_learnt_on_nested_ellipsoids():
+    """Section (i) 11: random contrasts generalise and one does not; every head beats the constant; none collapses."""
+    generator = dataclasses.replace(GENERATOR, shape=(32, 32, 32))
+    model = dataclasses.replace(MODEL, levels=3)
+    params, losses = train(model, generator, 400, range(4), rate=2e-3)
+    for task in ("segmentation", "distance", "bias_field_log", "registration"):
+        assert losses[task][-40:].mean() < 0.5 * losses[task][:10].mean(), task
+    found = scores(params, model, generator, head(11))
+    assert found["bias_error"] < found["bias_of_0"]
+    assert found["coordinate_mm"] < 0.5 * found["coordinate_of_mean"]
+    fixed = dataclasses.replace(generator, read=(1.0, 0.0, 0.0, 0.0))
+    alone, _ = train(model, fixed, 400, range(4), rate=2e-3)
+    other = scores(alone, model, generator, head(11))
+    assert found["dice"] > other["dice"] + 0.05
+
+
+@pytest.mark.slow
+def test_random_resolution_makes_predictions_stable(monkeypatch):
+    """Section (i) 12: a coarser image changes the model of all resolutions less than the one of 1 mm."""
+
+    def only(millimetres):
+        sizes = jnp.full(3, float(millimetres))
+        monkeypatch.setattr(brain_draws, "draw_acquisition", lambda *_: Acquisition(sizes, sizes))
+
+    trained = {"random": train(MODEL, GENERATOR, 300, range(4))[0]}
+    only(1)
+    trainer.cache_clear()
+    trained["fine"] = train(MODEL, GENERATOR, 300, range(4))[0]
+    apply, keys = jax.jit(brain_unet(MODEL, GENERATOR.shape).apply), jax.random.split(jax.random.key(5), 6)
+    images = {}
+    for millimetres in (1, 3):
+        only(millimetres)
+        images[millimetres] = [draw(key, jax.tree.map(jnp.asarray, head(11)), GENERATOR, range(6))[0] for key in keys]
+
+    def change(params):
+        pairs = zip(images[1], images[3], strict=True)
+        soft = [[jax.nn.softmax(apply(params, image)["segmentation"]) for image in pair] for pair in pairs]
+        return np.mean([jnp.abs(one - other).mean() for one, other in soft])
+
+    trainer.cache_clear()
+    assert change(trained["random"]) < change(trained["fine"])
+
+
+def test_several_images_share_their_targets_and_features_agree():
+    generator = dataclasses.replace(GENERATOR, samples=2, mild_samples=1)
+    settings = BrainLossConfig(contrastive=0.5)
+    network = brain_unet(MODEL, generator.shape)
+    loss = make_loss(network.apply, MODEL, generator, settings, range(6))
+    params = network.init(jax.random.key(0))
+    total, tasks = jax.jit(loss)(params, jax.random.key(3)[None], batch_of(0))
+    expected = sum(float(tasks[task]) for task in TASKS) + 0.5 * float(tasks["contrastive"])
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+def test_classes_of_the_store_become_those_of_the_network():
+    images, targets = jax.jit(lambda key: draw(key, jax.tree.map(jnp.asarray, head(0)), GENERATOR, (0, 0, 1, 2, 0, 0)))(
+        jax.random.key(0)
+    )
+    assert images.shape == (1, 16, 16, 16, 1) and set(np.unique(targets["segmentation"])) == {0, 1, 2}
+    assert targets["bias_field_log"].shape == (1, 16, 16, 16, 1)
+
+
+def test_the_grid_takes_every_second_voxel_about_the_brain():
+    fields = head(0, 25)
+    fields["segmentation"][:] = 0
+    fields["segmentation"][12:18, 4:8, 10] = 3
+    found = Grid(2)(fields, np.random.default_rng(0))
+    np.testing.assert_array_equal(found["distances"], fields["distances"][::2, ::2, ::2])
+    assert found["size"].tolist() == [13, 13, 13] and found["mirror"].shape == (6,)
+    cut = Grid(2, 8)(fields, np.random.default_rng(0))
+    places = np.argwhere(cut["segmentation"])
+    assert cut["labels"].shape == (8, 8, 8) and cut["size"].tolist() == [8, 8, 8]
+    assert np.abs(places.mean(0) - 3.5).max() <= 1
+    assert cut["distances"][0, 0, 0, 0] == 255 or cut["distances"].shape == (8, 8, 8, 4)
+
+
+def test_variants_have_their_tasks_and_the_released_schedule():
+    train = TrainConfig(epochs=5000)
+    expected = {
+        "joint": (5000, 2500), "segmentation": (2000, 1200), "synthesis": (2000, 800), "distance": (2000, 1200),
+        "registration": (1600, 1200), "bias-field": (1600, 1200), "super-resolution": (1600, 1600),
+        "low-resolution": (5000, 2500), "shift": (5000, 3000), "hemisphere": (5000, 2000),
+    }  # fmt: skip
+    assert set(expected) == set(VARIANTS)
+    for name, (epochs, drop) in expected.items():
+        model, generator, found = apply_variant(name, BRAINFM, GeneratorConfig(), train)
+        assert (found.epochs, found.epochs * found.optimizer.drop_at) == pytest.approx((epochs, drop)), name
+        assert model.tasks == (VARIANTS[name].tasks or model.tasks)
+        assert generator.resolution.low_only == (name in ("low-resolution", "super-resolution"))
+        assert generator.deformation.random_shift == (name == "shift")
+    model, generator, _ = apply_variant("hemisphere", BRAINFM, GeneratorConfig(), TrainConfig(epochs=0))
+    assert generator.hemisphere and model.surfaces == 2 and "CT" not in model.tasks
+
+
+def test_tasks_that_nothing_teaches_are_left_out():
+    model, notes = teachable(BRAINFM, GENERATOR, head(0), 1)
+    assert model.tasks == ("T1", "segmentation", "distance", "bias_field_log", "registration")
+    assert notes == ("Not learnt, because the subjects lack it: T2, FLAIR, CT.",)
+    bare = {name: value for name, value in head(0).items() if name in ("labels", "segmentation")}
+    assert teachable(BRAINFM, GENERATOR, bare, 0)[0].tasks == ("segmentation", "bias_field_log")
+    with pytest.raises(InputError, match="store: expected something to teach CT, found nothing of it"):
+        teachable(dataclasses.replace(BRAINFM, tasks=("CT",)), GENERATOR, bare, 0)
+
+
+def test_weights_of_other_heads_keep_their_backbone(network):
+    joint = network.init(jax.random.key(1))
+    other = brain_unet(dataclasses.replace(MODEL, labels=(0, 1), surfaces=2), GENERATOR.shape)
+    fits, rest = fitting(joint, jax.eval_shape(other.init, jax.random.key(0)))
+    assert {name.split("/")[1] for name in rest} == {"segmentation", "distance"} and len(rest) == 4
+    assert all(name in fits for name in ("backbone/encoder_0/conv_0/kernel", "heads/T1/kernel"))
+
+
+def test_dice_of_classes_is_that_of_masks():
+    rng = np.random.default_rng(0)
+    truth, found = rng.integers(0, 4, (2, 5, 6, 7))
+    values, counts = class_dice(jnp.asarray(found), jnp.asarray(truth), 6)
+    for label in range(6):
+        assert float(values[label]) == pytest.approx(dice(truth == label, found == label))
+        assert int(counts[label]) == (truth == label).sum()
+
+
+def test_labels_of_the_paper_survive_a_record():
+    assert to_record(BRAINFM)["labels"] == list(LABELS)
