@@ -69,8 +69,8 @@ class LabelledData:
             see them; they are scored as a baseline, and beside the model's output.
         cache: Folder in which prepared scans of the manifest are kept (float16, 34 MB each at 256^3). Empty prepares
             them anew in every epoch.
-        check: Training and validation scans that are read from end to end before the run, evenly spread; of the
-            others only the headers are.
+        check: Training and validation scans (of a study all, since every cell scores all) that are read from end to
+            end before the run, evenly spread; of the others only the headers are.
         synthetic: Generate this many scans, and a set of another scanner, where no manifest is given.
     """
 

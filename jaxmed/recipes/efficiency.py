@@ -1,7 +1,7 @@
 """A study of label and training efficiency: pre-trained against from scratch, by share of labels and seed."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxmed.arrays.task import Task, predict_values, standardise
 from jaxmed.config import Count, Fraction, checked, to_record
 from jaxmed.data.cohort import LabelledSets
-from jaxmed.data.inputs import PreparedField
+from jaxmed.data.inputs import PreparedField, check_scans
 from jaxmed.data.records import SubsetSource
 from jaxmed.data.splits import label_fractions
 from jaxmed.errors import InputError
@@ -145,11 +145,12 @@ def run_efficiency(
     rows = {split: cohort.rows(split) for split in ("train", "validation", "test")}
     if not len(rows["test"]):
         raise InputError(sets.table.path, "scans with split 'test', on which every cell is scored", "none")
+    unexpected = check_all(labelled, sets, [first])
     train = labelled.adapt.train
     seeds = tuple(range(train.seed, train.seed + study.seeds))
     draws = draw_fractions(sets, rows["train"], study.fractions, seeds)
     start(folder, is_shared=study.processes > 1)
-    told = [*notes, *sets.notes, *first.notes]
+    told = [*notes, *sets.notes, *first.notes, *unexpected]
     log = begin(folder, told)
     cells = make_cells({"arm": ARMS, "fraction": study.fractions, "seed": seeds})
     cache = labelled.data.cache or folder.path / "inputs" / "volumes"
@@ -251,6 +252,19 @@ def write_results(
     if enough is not None:
         words.append(f"Pre-trained with {enough:.0%} of the labels is as good as from scratch with all.")
     return enough, words
+
+
+def check_all(labelled: LabelledConfig, sets: LabelledSets, firsts: Collection[Start]) -> list[str]:
+    """Look at the scans of a study before it starts, external ones too; return what is unexpected about them.
+
+    Raises:
+        InputError: One is broken.
+    """
+    scans = [scan for cohort in (sets.cohort, *(other for *_, other in sets.externals)) for scan in cohort.scans]
+    threads = labelled.adapt.train.loader.num_threads
+    ways = dict.fromkeys(first.preprocess for first in firsts)
+    notes = (check_scans(scans, preprocess, labelled.data.check, threads) for preprocess in ways)
+    return list(dict.fromkeys(note for found in notes for note in found))
 
 
 def draw_fractions(

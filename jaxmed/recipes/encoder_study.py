@@ -28,7 +28,7 @@ from jaxmed.metrics.cohort import HEADLINE, error_statistics, spell
 from jaxmed.recipes.adapt import FITTED, Mode, adapt, check_run, score
 from jaxmed.recipes.adapt_program import Augment
 from jaxmed.recipes.adapt_stage import LabelledConfig, Start, balanced, check_heads, labelled_sources, read_sets
-from jaxmed.recipes.efficiency import StudyConfig, draw_fractions, recipe_of, refuse_covariates
+from jaxmed.recipes.efficiency import StudyConfig, check_all, draw_fractions, recipe_of, refuse_covariates
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_study, run_study
 from jaxmed.recipes.study_sections import difference_table, failed_cells, mean_curves, mean_table
@@ -171,12 +171,13 @@ def run_encoder_study(
         recipe = dataclasses.replace(labelled.adapt, mode=mode)
         check_run(recipe, first.encoder, first.head, task)
         check_heads(recipe, first)
+    unexpected = check_all(labelled, sets, firsts.values())
     train = labelled.adapt.train
     seeds = tuple(range(train.seed, train.seed + study.seeds))
     draws = draw_fractions(sets, rows["train"], study.fractions, seeds)
     start(folder, is_shared=study.processes > 1)
     told = [*notes, *sets.notes, *unscored, *(f"{name}: {note}" for (name, mode), first in firsts.items()
-                                   if mode == encoders.modes[0] for note in first.notes)]  # fmt: skip
+                                   if mode == encoders.modes[0] for note in first.notes), *unexpected]  # fmt: skip
     log = begin(folder, told)
     cells = make_cells(
         {"mode": encoders.modes, "arm": tuple(encoders.places), "fraction": study.fractions, "seed": seeds}
