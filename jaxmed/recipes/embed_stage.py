@@ -1,31 +1,28 @@
-"""Features of every scan as CSV and NPZ, their neighbours and their plane: what an embed stage does.
-
-Features are the class token after the last block ("class"), the mean of the patch tokens ("pooled"), one after the
-other ("concat"), and what enters the head after its layer norm ("pre_logits").
-"""
+"""Features of every scan as CSV and NPZ, their neighbours and their plane: what an embed stage does."""
 
 import csv
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Float, Float32
 
-from jaxmed.arrays.types import Params
-from jaxmed.config import checked, to_record
+from jaxmed.config import Size, checked, to_record
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.data.scans import Record
+from jaxmed.data.stored import as_pixels
 from jaxmed.files import atomic_path, write_json
+from jaxmed.io.images import read_image, write_png
 from jaxmed.io.numpy_files import write_npz
+from jaxmed.io.scans import kind_of
 from jaxmed.io.tables import Table as Rows
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.feature_space import DUPLICATE, find_neighbours, principal_plane
-from jaxmed.models.encoder import Encoder
-from jaxmed.models.heads import Head, HeadConfig, pool_tokens
 from jaxmed.models.published.load import Published
-from jaxmed.nn.model import make_model
+from jaxmed.recipes.encoder_features import ATTENTION_DEFINITION, DEFINITIONS, LAYERS, Kind, features, require_kinds
 from jaxmed.recipes.map_files import Arrays, Input, Outcome, clear_batches, map_batches, write_failed
 from jaxmed.recipes.scan_job import (
     SHOWN,
@@ -38,19 +35,16 @@ from jaxmed.recipes.scan_job import (
     trouble_sections,
 )
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.token_maps import write_map
 from jaxmed.recipes.training import NO_PREFIX
+from jaxmed.report.masks import Panel, mask_panels
+from jaxmed.report.overlay import LARGEST, blend, heat_of, picture_slice
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.report.scatter import scatter
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.versions import software_versions
 
-Kind: TypeAlias = Literal["class", "pooled", "concat", "pre_logits"]
-DEFINITIONS = {
-    "class": "the class token after the last block, before any final norm",
-    "pooled": "the mean of the patch tokens after the last block, before any final norm",
-    "concat": "class and pooled, one after the other",
-    "pre_logits": "what enters the head: concat (or what the head pools) after its layer norm",
-}
+MOST_SHOWN = 4  # pictures with what the class token looks at
 MOST_GROUPS = 12
 MOST_NAMES = 16  # written beside the points of the picture
 
@@ -62,11 +56,17 @@ class EmbedConfig:
 
     Attributes:
         scans: The scans, and how they go through the model.
-        kinds: class and pooled (as many numbers as the tokens are wide), concat and pre_logits (twice as many).
+        kinds: class and pooled (as many numbers as the tokens are wide), concat and pre_logits (twice as many),
+            registers (of encoders that have them) and layers.
+        layers: Last blocks whose class tokens the kind layers holds.
+        attention: Write what the class token looks at in the last block: a map on the grid of each scan, and on
+            pictures as colours (outputs/attention).
     """
 
     scans: ScansFlags = ScansConfig()
     kinds: tuple[Kind, ...] = ("concat",)
+    layers: Size = LAYERS
+    attention: bool = False
 
     def __post_init__(self) -> None:
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
@@ -90,6 +90,7 @@ class Summary:
         agreement: How often the nearest other scan has the same label ("nearest"), and how often any other has ("any").
         notes: What a user should know.
         warnings: A scan and what is unexpected about it.
+        shown: Pictures in outputs/attention for the page, without suffix.
     """
 
     scans: int
@@ -100,27 +101,7 @@ class Summary:
     agreement: dict[str, float] | None
     notes: tuple[str, ...]
     warnings: tuple[tuple[str, str], ...]
-
-
-# One compiled program per model and batch size, whoever calls: a loop over scans in a notebook must not trace each.
-@partial(jax.jit, static_argnums=(0, 1))
-def features(
-    encoder: Encoder, head: HeadConfig, params: Params, images: Float[Any, "batch ..."]
-) -> dict[str, Float[Array, "batch feature"]]:
-    """Return every kind of features, by one pass through the encoder.
-
-    Args:
-        encoder: The encoder; static.
-        head: The head, for "pre_logits"; static.
-        params: {"encoder": ..., "head": ...}.
-        images: Prepared scans.
-    """
-    tokens = encoder.apply(params["encoder"], images)
-    pooled = pool_tokens(tokens, encoder.prefix)
-    normed = encoder.norm(params["encoder"], tokens)
-    joined = normed if head.layers == 1 else encoder.tokens(params["encoder"], images, head.layers)
-    last = make_model(Head(head, encoder.prefix)).apply(params["head"], joined, method="features")
-    return {"class": pooled.class_token, "pooled": pooled.pooled, "concat": pooled.concat, "pre_logits": last}
+    shown: tuple[str, ...] = ()
 
 
 def run_embed(
@@ -149,11 +130,16 @@ def run_embed(
     """
     clock = Clock()
     job = open_job(scans, load, notes)
+    model = view(job.published, scans.dtype)
+    require_kinds(model.encoder, embed.kinds, embed.layers, attention=embed.attention)
     told = [*job.notes, *describe(job.published, embed.kinds)]
     log = begin(folder, told)
-    model = view(job.published, scans.dtype)
     clock.lap("read and check")
-    batches = job.batch_model(partial(features, model.encoder, model.head), partial(_keep, embed.kinds), model)
+    compute = partial(
+        features, model.encoder, model.head, kinds=embed.kinds, layers=embed.layers, attention=embed.attention
+    )
+    keep = partial(_keep, embed, folder.outputs, job.preprocess)
+    batches = job.batch_model(compute, keep, model)
     done, failed, warnings = map_batches(
         job.records, batches, model.params, scans.batch, job.mesh, folder, log, "Embedding"
     )
@@ -167,15 +153,35 @@ def run_embed(
     lengths = {kind: int(done[0].arrays[kind].shape[0]) for kind in embed.kinds} if done else {}
     summary = Summary(
         len(done), len(failed), lengths, main_kind(embed.kinds), space.get("explained"), space.get("agreement"),
-        tuple(told), tuple(warnings),
+        tuple(told), tuple(warnings), tuple(_pictures(done) if embed.attention else ()),
     )  # fmt: skip
     clear_batches(folder, failed)
     finish(folder, config, summary, clock, page)
     return 1 if failed else 0
 
 
-def _keep(kinds: tuple[Kind, ...], file: Any, scan: Input, arrays: Arrays) -> tuple[Arrays, tuple[str, ...]]:
-    return {kind: arrays[kind] for kind in kinds}, ()
+def _keep(
+    embed: EmbedConfig, outputs: Path, preprocess: Preprocess, record: Record, scan: Input, arrays: Arrays
+) -> tuple[Arrays, tuple[str, ...]]:
+    if embed.attention:
+        write_attention(outputs, preprocess, record, scan, arrays["attention"])
+    return {kind: arrays[kind] for kind in embed.kinds}, ()
+
+
+def write_attention(
+    outputs: Path, preprocess: Preprocess, record: Record, scan: Input, weights: Float[np.ndarray, "*grid"]
+) -> None:
+    """Write what the class token looks at on the grid of its scan; of a picture also its colours under that map."""
+    stem = outputs / "attention" / record.name
+    told = {"definition": ATTENTION_DEFINITION, "unit": "1", "sum": float(weights.sum())}
+    volume = write_map(stem, weights, preprocess, record, scan, told)
+    if kind_of(record.path) == "picture":
+        slices = picture_slice(read_image(record.path, fill=record.scan.fill), as_pixels(volume)[0], largest=None)
+        write_png(stem.with_name(f"{stem.name}_overlay.png"), blend(slices.image[0], heat_of(slices)[0]))
+
+
+def _pictures(done: list[Outcome]) -> list[str]:
+    return [outcome.file.name for outcome in done if kind_of(outcome.file.path) == "picture"][:MOST_SHOWN]
 
 
 def write_embeddings(folder: Path, done: list[Outcome], kinds: tuple[Kind, ...], published: Published) -> None:
@@ -270,6 +276,8 @@ def embed_page(run: Finished[Any, Summary], title: str, source: str) -> Page:
     if summary.explained:
         sections.append(_plane_section(read_table(run.outputs / "plane.csv"), summary, summary.explained))
         sections.append(_neighbours_section(read_table(run.outputs / "neighbours.csv"), summary))
+    if summary.shown:
+        sections.append(_attention_section(run.outputs / "attention", summary.shown))
     sections += [*trouble_sections(run.outputs, summary.warnings, summary.failed), _reading_section(source)]
     shown = ", ".join(summary.lengths) or "nothing, all failed"
     return Page(title, f"What the encoder says of {count_scans(summary.scans)}: {shown}", _tiles(summary), sections)
@@ -349,6 +357,20 @@ def _neighbours_section(table: Rows, summary: Summary) -> Section:
     )
     blocks.append(Table(columns, [row[: len(columns)] for row in rows[:SHOWN]], caption))
     return Section("Nearest scans", blocks)
+
+
+def _attention_section(folder: Path, names: Sequence[str]) -> Section:
+    panels = []
+    for name in names:
+        image = read_image(folder / f"{name}_overlay.png")
+        step = -(-max(image.shape) // LARGEST)
+        panels.append(Panel(image[::step, ::step], name))
+    caption = (
+        "How much the class token attends to each patch in the last block, mean of the heads: clear where it does not, "
+        "bright where most. outputs/attention has every picture, and its map as NIfTI."
+    )
+    alt = f"{len(panels)} pictures under maps of attention."
+    return Section("What it looks at", [mask_panels(panels, columns=4, caption=caption, alt=alt)])
 
 
 def _reading_section(source: str) -> Section:

@@ -23,9 +23,10 @@ from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import Published
 from jaxmed.models.vit import vit_encoder
-from jaxmed.recipes.embed_stage import Kind, features
-from jaxmed.recipes.predict_stage import Maps, explain, spread, to_grid
+from jaxmed.recipes.encoder_features import LAYERS, Kind, features, require_kinds
+from jaxmed.recipes.predict_stage import Maps, explain
 from jaxmed.recipes.scan_job import Model
+from jaxmed.recipes.token_maps import spread, to_grid
 from jaxmed.volume import Grid, Volume
 
 
@@ -62,7 +63,11 @@ class Prediction(NamedTuple):
 
 
 def embed(
-    published: Published, image: Volume | str | Path | Shaped[Any, "..."], kind: Kind, called: tuple[str, str]
+    published: Published,
+    image: Volume | str | Path | Shaped[Any, "..."],
+    kind: Kind,
+    called: tuple[str, str],
+    layers: int = LAYERS,
 ) -> Float[Array, "*batch feature"]:
     """Return the features of one scan or picture, or of a batch of prepared inputs.
 
@@ -72,18 +77,19 @@ def embed(
             last, one or a batch.
         kind: Which features (`recipes.embed_stage`).
         called: The function that a user has called, and its core for traced arrays, for messages.
+        layers: Blocks of the kind "layers".
 
     Raises:
         InputError: It cannot be read or used; what is merely unexpected about it is a warning.
     """
     require_values(*called, image=image, params=published.params)
     given = prepare(published.preprocess, image)
-    found = embed_prepared(published, given.images, kind)
+    found = embed_prepared(published, given.images, kind, layers)
     return found[0] if given.is_single else found
 
 
 def embed_prepared(
-    published: Published, images: Float[Any, "batch *size channel"], kind: Kind = "concat"
+    published: Published, images: Float[Any, "batch *size channel"], kind: Kind = "concat", layers: int = LAYERS
 ) -> Float[Array, "batch feature"]:
     """Return the features of prepared inputs; jit, vmap and grad go through, nothing on the host looks at a value.
 
@@ -91,9 +97,14 @@ def embed_prepared(
         published: As of `embed`; a pytree, so that parameters may be traced, mapped over and differentiated.
         images: As `published.preprocess` returns them, one or more; values are not checked.
         kind: As of `embed`.
+        layers: As of `embed`.
+
+    Raises:
+        InputError: The encoder does not have what the kind asks for.
     """
     model = view(published)
-    return features(model.encoder, model.head, model.params, images)[kind]
+    require_kinds(model.encoder, (kind,), layers)
+    return features(model.encoder, model.head, model.params, images, kinds=(kind,), layers=layers)[kind]
 
 
 def predict(published: Published, image: Volume | str | Path | Shaped[Any, "..."], maps: Maps = "top") -> Prediction:

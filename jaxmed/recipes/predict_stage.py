@@ -14,20 +14,19 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
-from jaxmed.arrays.grid import resize
 from jaxmed.arrays.task import Task, predict_values
 from jaxmed.arrays.types import Params
-from jaxmed.config import Probability, Whole, checked, to_record
+from jaxmed.config import Probability, Whole, checked
 from jaxmed.data.intensity import unscale
 from jaxmed.data.labels import read_known_targets
 from jaxmed.data.preprocess import WARMEST_AIR, Preprocess
 from jaxmed.data.scans import Record
 from jaxmed.data.stored import as_pixels
-from jaxmed.files import unique_names, write_json
+from jaxmed.files import unique_names
 from jaxmed.io import nifti
-from jaxmed.io.images import read_image, write_png
+from jaxmed.io.images import read_image
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.scans import ScanFiles, kind_of, read_volume
 from jaxmed.io.tables import Table as Rows
@@ -50,14 +49,15 @@ from jaxmed.recipes.scan_job import (
     trouble_sections,
 )
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.token_maps import write_map
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.figures import histograms
-from jaxmed.report.overlay import Slices, cut_slices, overlay_slices, picture_slice
-from jaxmed.report.page import Note, Section, Table, Text, Tile
+from jaxmed.report.masks import Panel, mask_panels
+from jaxmed.report.overlay import PICTURE, Slices, cut_slices, heat_of, overlay_slices, picture_slice
+from jaxmed.report.page import Figure, Note, Section, Table, Text, Tile
 from jaxmed.report.slices import display_range
 from jaxmed.train.run_folder import RunFolder
-from jaxmed.versions import software_versions
-from jaxmed.volume import Grid, Volume
+from jaxmed.volume import Volume
 
 Maps: TypeAlias = Literal["top", "all", "none"]
 MAP_DEFINITION = (
@@ -246,31 +246,6 @@ def explain(
     return Explained(predict_values(logits, task), mapped.T, jnp.moveaxis(grids, 0, 1))
 
 
-def spread(places: Float[np.ndarray, "*grid"], size: tuple[int, ...]) -> Float32[np.ndarray, "*size"]:
-    """Interpolate a map on the grid of the tokens to the image, linearly between the centres of the patches."""
-    flat = (1,) * (3 - len(size))
-    x, y, z = (*size, *flat)
-    volume = Volume.make(places.reshape(*places.shape, *flat).astype(np.float32), np.eye(4))
-    return resize(volume, (x, y, z), order=1).array.reshape(size).astype(np.float32)
-
-
-def to_grid(
-    places: Float[np.ndarray, "*grid"], preprocess: Preprocess, grid: Grid | None, cropped: Grid | None = None
-) -> Volume:
-    """Put a map on the grid of the tokens onto that of its scan; onto the model's input where the scan has none.
-
-    Args:
-        places: The map.
-        preprocess: How the scan became the model's input.
-        grid: Of the scan, or of the pixels of a picture.
-        cropped: Of the square that a picture was cut to, where it was.
-    """
-    image = spread(places, preprocess.size)
-    if grid is None:
-        return Volume.make(image.reshape(*image.shape, *(1,) * (3 - image.ndim)), np.eye(4))
-    return preprocess.inverse(image, grid, cropped)
-
-
 def run_predict(
     config: Any,
     predict: PredictConfig,
@@ -332,34 +307,20 @@ def _compute(encoder: Encoder, head: HeadConfig, task: Task, maps: Maps, params:
 def write_maps(
     outputs: Path, task: Task, preprocess: Preprocess, record: Record, scan: Input, arrays: Arrays
 ) -> tuple[Arrays, tuple[str, ...]]:
-    """Write the maps of one scan on its own grid, each with a sidecar; return its values and what was mapped.
-
-    The map of a picture is there as a picture of the same pixels too, from 0 (black) to the largest value (white).
-    """
+    """Write the maps of one scan on its own grid, each with a sidecar; return its values and what was mapped."""
     warnings = []
-    reference = record.path if record.path.name.lower().endswith(nifti.SUFFIXES) else None
-    for output, patches in zip(arrays["mapped"].tolist(), arrays["maps"], strict=True):
+    for output, places in zip(arrays["mapped"].tolist(), arrays["maps"], strict=True):
         name = task.names[output]
-        volume = to_grid(patches, preprocess, *scan.place)
-        stem = outputs / "maps" / map_stem(record.name, task, output)
-        nifti.write(stem.with_name(stem.name + ".nii.gz"), volume, reference=reference)
-        if kind_of(record.path) == "picture":
-            shown = as_pixels(volume)[0]
-            write_png(stem.with_name(stem.name + ".png"), np.clip(shown / (shown.max() or 1.0), 0, 1))
-        if not patches.any():
-            warnings.append(f"the map of '{name}' is 0 everywhere: no patch raises it")
-        sidecar = {
+        told = {
             "definition": MAP_DEFINITION,
             "unit": f"{'standard deviations' if task.kind == 'regression' else 'logits'} a patch, first order",
             "output": name,
             "value": float(arrays["values"][output]),
-            "largest": float(volume.array.max()),
-            "input": str(record.path),
-            "frame": "the model's own axes (slice, row, column)" if scan.place[0] is None else "the scan's own grid",
-            "constants": {"preprocess": to_record(preprocess), "patch_grid": list(patches.shape)},
-            "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
         }
-        write_json(stem.with_name(stem.name + ".json"), sidecar)
+        stem = outputs / "maps" / map_stem(record.name, task, output)
+        write_map(stem, places, preprocess, record, scan, told)
+        if not places.any():
+            warnings.append(f"the map of '{name}' is 0 everywhere: no patch raises it")
     return {"values": arrays["values"], "mapped": arrays["mapped"]}, tuple(warnings)
 
 
@@ -532,7 +493,7 @@ def _scores_section(summary: Summary) -> Section:
 
 def _maps_section(outputs: Path, task: Task, summary: Summary) -> list[Section]:
     blocks: list[Any] = []
-    low, high = summary.limits
+    panels: list[Panel] = []
     unit = "probability" if task.kind != "regression" else "value"
     for preview in summary.previews:
         name = task.names[preview.output]
@@ -541,23 +502,35 @@ def _maps_section(outputs: Path, task: Task, summary: Summary) -> list[Section]:
                 stored["image"], stored["overlay"], tuple(stored["index"].tolist()), tuple(stored["spacing"].tolist()),
                 int(stored["axis"]), float(stored["largest"]),
             )  # fmt: skip
-        caption = f"{preview.id}: {name}, {unit} {preview.values[preview.output]:.3g}."
-        if not slices.largest:
-            caption += " The map is 0 everywhere: no patch raises this output."
-        # What is no CT in HU, and was warned of, would be all white in the window of the model.
-        is_hu = float(slices.image.min()) < WARMEST_AIR
-        limits = (low, high) if is_hu else display_range(slices.image.reshape(-1).astype(np.float64))
-        unit_shown = "HU" if is_hu else "as stored"
-        blocks.append(
-            overlay_slices(slices, caption=caption, limits=limits, names=("Scan", "With map"), unit=unit_shown)
+        said = f"{name}, {unit} {preview.values[preview.output]:.3g}"
+        if slices.axis == PICTURE:
+            panels += [Panel(slices.image[0], preview.id), Panel(slices.image[0], said, heat=heat_of(slices)[0])]
+        else:
+            blocks.append(_slices_figure(slices, f"{preview.id}: {said}.", summary.limits))
+    if panels:
+        caption = (
+            "Pictures, and below what is told above each the map of it: clear where it is 0, opaque at its largest."
         )
+        alt = f"{len(panels) // 2} pictures, each also under its map."
+        blocks.append(mask_panels(panels, columns=4, caption=caption, alt=alt))
     if not blocks:
         return []
     text = (
-        "Bright where the image raised the output named below (Grad-CAM on the last block's patch tokens). Among the "
-        "slices is the one with the map's largest value. Whole maps, on the grid of each scan, are in outputs/maps."
+        "Bright where the image raised the output named (Grad-CAM on the last block's patch tokens). Among the slices "
+        "of a volume is the one with the map's largest value. Whole maps, on the grid of each scan, are in "
+        "outputs/maps."
     )
     return [Section("What moved them", [Text([text]), *blocks])]
+
+
+def _slices_figure(slices: Slices, caption: str, limits: tuple[float, float]) -> Figure:
+    if not slices.largest:
+        caption += " The map is 0 everywhere: no patch raises this output."
+    # What is no CT in HU, and was warned of, would be all white in the window of the model.
+    is_hu = float(slices.image.min()) < WARMEST_AIR
+    limits = limits if is_hu else display_range(slices.image.reshape(-1).astype(np.float64))
+    unit = "HU" if is_hu else "as stored"
+    return overlay_slices(slices, caption=caption, limits=limits, names=("Scan", "With map"), unit=unit)
 
 
 def _reading_section(task: Task, source: str) -> Section:

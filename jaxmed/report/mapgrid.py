@@ -83,19 +83,19 @@ class MapGrid(NamedTuple):
         height = min(self.cell[1] * 0.8, 1.4)
         return canvas.add_axes(self.box(left, self.top(row) + (self.cell[1] - height) / 2, 0.075, height))
 
-    def canvas(self, theme: Theme, headings: Sequence[str], axis: int | None) -> Canvas:
+    def canvas(self, theme: Theme, headings: Sequence[str], axis: int) -> Canvas:
         """Return the figure: what each column shows, and which sides of the patient are at the edges of the first.
 
         Args:
             theme: Its colours.
             headings: One per column.
-            axis: That slices are cut across; None for pictures, which have no such sides.
+            axis: That slices are cut across.
         """
         canvas, y = Canvas(figsize=(self.width, self.height)), 1 - 0.22 / self.height
         for column, heading in enumerate(headings):
             left = self.left(column) / self.width
             right = left + self.cell[0] / self.width
-            edges = EDGES[axis] if column == 0 and axis is not None else ("", "")
+            edges = EDGES[axis] if column == 0 else ("", "")
             canvas.text((left + right) / 2, y, heading, ha="center", color=theme.muted, size=8)
             canvas.text(left, y, edges[0], ha="left", color=theme.text, size=8)
             canvas.text(right, y, edges[1], ha="right", color=theme.text, size=8)

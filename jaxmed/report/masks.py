@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from matplotlib.figure import Figure as Canvas
@@ -11,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from jaxmed.report.drawing import FULL_WIDTH, both_themes, short_label
-from jaxmed.report.overlay import HEAT
+from jaxmed.report.overlay import heat_colors
 from jaxmed.report.page import Figure
 from jaxmed.report.themes import Theme
 
@@ -60,9 +59,7 @@ def mask_panels(
             ax = canvas.add_subplot(rows, columns, number + 1)
             ax.imshow(panel.image, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")
             if panel.heat is not None:
-                layer = matplotlib.colormaps[HEAT](np.clip(panel.heat, 0, 1))
-                layer[..., 3] = 0.75 * np.clip(panel.heat, 0, 1) ** 0.75
-                ax.imshow(layer, interpolation="bilinear")
+                ax.imshow(heat_colors(panel.heat), interpolation="bilinear")
             for name, mask in panel.fills.items():
                 color = np.array([int(colors[name][place : place + 2], 16) / 255 for place in (1, 3, 5)])
                 layer = np.zeros((*mask.shape, 4))

@@ -16,12 +16,12 @@ from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.vit import Vit, VitConfig
 from jaxmed.nn.model import make_model
-from jaxmed.recipes.embed_stage import DEFINITIONS, features
 from jaxmed.recipes.encoder_calls import view
+from jaxmed.recipes.encoder_features import BASIC, features
 from jaxmed.systems import tangerine
 from jaxmed.volume import Volume
 
-KINDS = tuple(DEFINITIONS)
+KINDS = BASIC
 REFERENCES = Path(__file__).resolve().parents[1] / "references"
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 

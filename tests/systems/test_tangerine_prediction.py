@@ -12,7 +12,8 @@ from jaxmed.errors import InputError
 from jaxmed.models.vit import Vit
 from jaxmed.nn.model import make_model
 from jaxmed.recipes.encoder_calls import view
-from jaxmed.recipes.predict_stage import explain, spread
+from jaxmed.recipes.predict_stage import explain
+from jaxmed.recipes.token_maps import spread
 from jaxmed.systems import tangerine
 from jaxmed.volume import Volume
 

@@ -16,7 +16,7 @@ Stages:
   2. jaxmed retfound adapt --data.manifest images.csv --weights FILE --out runs/task
      fine-tune (--mode full) or probe; scores here and on --data.external sets.
   3. jaxmed retfound embed --input FOLDER --weights FILE --out runs/features
-     features of every image as CSV and NPZ.
+     features of every image as CSV and NPZ; --attention writes what the class token looks at, on the picture.
   4. jaxmed retfound predict --input FOLDER --weights runs/task/outputs/model --out runs/prediction
      probabilities, and a map of what moved them.
   5. jaxmed retfound compare --data.manifest images.csv --encoders retfound=A.pth dinov2=B.pth --out runs/study

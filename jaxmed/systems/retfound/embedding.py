@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxmed.models.published.load import Published
 from jaxmed.recipes import encoder_calls
-from jaxmed.recipes.embed_stage import Kind
+from jaxmed.recipes.encoder_features import LAYERS, Kind
 
 
 def embed(
-    published: Published, images: str | Path | Shaped[Any, "..."], kind: Kind | None = None
+    published: Published, images: str | Path | Shaped[Any, "..."], kind: Kind | None = None, layers: int = LAYERS
 ) -> Float[Array, "*batch feature"]:
     """Return the features of one image or of a batch of prepared ones; the driver on the host, which looks at values.
 
@@ -28,16 +28,18 @@ def embed(
             `published.preprocess` says. Or prepared images, float: [row, column, 3], or a batch of them.
         kind: Which features (`recipes.embed_stage`); by default what the weights' authors use: the mean of the patch
             tokens of a masked autoencoder, the normalised class token of other encoders.
+        layers: Last blocks of the kind "layers".
 
     Raises:
-        InputError: An image cannot be read or used; what is merely unexpected about it is a warning.
+        InputError: An image cannot be read or used, or the encoder has no such features; what is merely unexpected
+            about an image is a warning.
     """
     called = ("retfound.embed", "retfound.embed_prepared")
-    return encoder_calls.embed(published, images, kind or usual(published), called)
+    return encoder_calls.embed(published, images, kind or usual(published), called, layers)
 
 
 def embed_prepared(
-    published: Published, images: Float[Any, "batch row column colour"], kind: Kind | None = None
+    published: Published, images: Float[Any, "batch row column colour"], kind: Kind | None = None, layers: int = LAYERS
 ) -> Float[Array, "batch feature"]:
     """Return the features of prepared images; the core of `embed`, which jit, vmap and grad go through.
 
@@ -45,8 +47,9 @@ def embed_prepared(
         published: As of `embed`; a pytree, so that parameters may be traced, mapped over and differentiated.
         images: As `published.preprocess` returns them, one or more; values are not checked.
         kind: As of `embed`.
+        layers: As of `embed`.
     """
-    return encoder_calls.embed_prepared(published, images, kind or usual(published))
+    return encoder_calls.embed_prepared(published, images, kind or usual(published), layers)
 
 
 def usual(published: Published) -> Kind:

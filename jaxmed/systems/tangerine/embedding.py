@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxmed.models.published.load import Published
 from jaxmed.recipes import encoder_calls
-from jaxmed.recipes.embed_stage import Kind
+from jaxmed.recipes.encoder_features import Kind
 from jaxmed.volume import Volume
 
 

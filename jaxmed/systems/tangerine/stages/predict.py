@@ -17,8 +17,8 @@ from jaxmed.models.published.load import load_published
 from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import VitConfig, vit_encoder
 from jaxmed.nn.model import make_model
-from jaxmed.recipes.embed_stage import features
 from jaxmed.recipes.encoder_calls import view_classifier
+from jaxmed.recipes.encoder_features import features
 from jaxmed.recipes.map_files import BatchConfig
 from jaxmed.recipes.predict_stage import PredictConfig, PredictFlags, Summary, predict_page, run_predict
 from jaxmed.recipes.probe import fit_probe
