@@ -4,6 +4,8 @@ The functions that jax goes through are compared with finite differences where t
 below says where.
 """
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_dino import write_dino
 
 from jaxmed.arrays.graphs import make_graph
 from jaxmed.arrays.visits import Visits
@@ -19,7 +22,7 @@ from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.published.load import load_published
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.systems import dynamicdps, igndmoe, noddi, selfplay, tangerine
+from jaxmed.systems import dynamicdps, igndmoe, noddi, retfound, selfplay, tangerine
 from jaxmed.systems.selfplay import system_one
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +42,16 @@ class Driver(NamedTuple):
 
 def embed(values):
     return tangerine.embed(load_published(REFERENCES / "tangerine_linear.safetensors", heads=2), values)
+
+
+@functools.cache
+def tiny_dino():
+    with tempfile.TemporaryDirectory() as folder:
+        return load_published(write_dino(Path(folder) / "dino.safetensors"))
+
+
+def embed_image(values):
+    return retfound.embed(tiny_dino(), values)
 
 
 def fit_course(values):
@@ -70,6 +83,9 @@ DRIVERS = {
     "tangerine.embed": Driver(
         tangerine.embed, embed, np.zeros((24, 24, 24), np.float32), "tangerine.embed_cubes", "driver on the host",
     ),
+    "retfound.embed": Driver(
+        retfound.embed, embed_image, np.zeros((28, 28, 3), np.float32), "retfound.embed_prepared", "driver on the host",
+    ),
     "selfplay.think": Driver(
         selfplay.think, think, np.zeros((8, 8), np.float32), "rl.selfplay.iterate", "driver on the host",
     ),
@@ -95,6 +111,10 @@ TRACEABLE = {
     tangerine.embed_cubes: (
         "systems/test_tangerine_embedding.py",
         "test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_cubes",
+    ),
+    retfound.embed_prepared: (
+        "systems/test_retfound_inputs.py",
+        "test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_images",
     ),
     dynamicdps.enhance: ("systems/test_dynamicdps_enhancement.py", "test_the_call_composes_with_jit_vmap_and_grad"),
     sample: ("diffusion/test_samplers.py", "test_the_call_composes_with_jit_vmap_and_grad"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from drawn_weights import draw
 from scan_files import only_line
+from tiny_dino import TINY_DINO, write_dino
 
 from jaxmed.arrays.task import Task
 from jaxmed.cli import main
@@ -17,17 +18,13 @@ from jaxmed.io.images import read_image
 from jaxmed.models.published import dino
 from jaxmed.models.published.dino import picture_preprocess
 from jaxmed.models.published.load import export_published, load_published
-from jaxmed.models.vit import VitConfig
+from jaxmed.recipes import study as recipe
 from jaxmed.synthesis.phantoms.retina import OTHER_CAMERA
 from jaxmed.synthesis.phantoms.write_retina import write_retina_cohort
 from jaxmed.systems import retfound
 from jaxmed.systems.retfound.adaptation import PAPER, AdaptationConfig, PictureInput, WeightsInput, find_start
 
 EDGE = 64
-# What shapes do not tell of a width that was not published.
-TINY_DINO = VitConfig(
-    (28, 28), (14, 14), 3, 384, 1, 6, 64, positions="learned", mask_token=True, layer_scale=1.0
-)  # fmt: skip
 
 
 def rows_of(path):
@@ -146,20 +143,16 @@ def test_features_are_those_of_the_python_call(student, eyes, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def study(eyes, elsewhere, mae, student, tmp_path_factory):
-    out = tmp_path_factory.mktemp("study") / "run"
+def compared(eyes, elsewhere, mae, student):
     encoders = [f"mae={mae / 'outputs' / 'model'}", f"dino={student / 'outputs' / 'model'}", "random=random"]
-    words = [
-        "--data.manifest",
-        eyes,
-        "--data.external",
-        f"elsewhere={elsewhere}",
-        "--encoders",
-        *encoders,
-        "--modes",
-        "logistic",
-    ]
-    assert run("compare", out, *words, "--average", "subject", "--balance") == 0
+    words = ["--data.manifest", eyes, "--data.external", f"elsewhere={elsewhere}", "--encoders", *encoders]
+    return [*words, "--modes", "logistic", "--average", "subject", "--balance"]
+
+
+@pytest.fixture(scope="module")
+def study(compared, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "run"
+    assert run("compare", out, *compared) == 0
     return out
 
 
@@ -180,24 +173,26 @@ def test_every_encoder_is_scored_on_the_same_images(study):
         assert words in page
 
 
-def test_an_interrupted_comparison_runs_only_what_is_missing(study):
-    stored = sorted((study / "outputs" / "cells").glob("*.json"))
-    before = {path.name: path.read_bytes() for path in stored}
-    table = (study / "outputs" / "cells.csv").read_text()
-    times = {path.name: path.stat().st_mtime_ns for path in stored}
-    stored[3].unlink()
-    (study / "report.html").unlink()
-    assert main(["retfound", "compare", "--config", str(study / "config.json"), "--out", str(study), "--quiet"]) == 0
-    again = {path.name: path.stat().st_mtime_ns for path in sorted((study / "outputs" / "cells").glob("*.json"))}
-    assert [name for name in again if again[name] != times[name]] == [stored[3].name]
+def test_a_comparison_killed_in_the_middle_ends_with_the_same_table(study, compared, tmp_path, monkeypatch):
+    store, stored, out = recipe._store, [], tmp_path / "run"
 
-    def without_time(text):
-        return [
-            {k: v for k, v in row.items() if not k.startswith("seconds")} for row in csv.DictReader(text.splitlines())
-        ]
+    def store_and_die(folder, cell, digest, outcome):
+        store(folder, cell, digest, outcome)
+        stored.append(cell.slug)
+        if len(stored) == 5:
+            raise KeyboardInterrupt
 
-    assert without_time((study / "outputs" / "cells.csv").read_text()) == without_time(table)
-    assert set(before) == set(again)
+    monkeypatch.setattr(recipe, "_store", store_and_die)
+    assert run("compare", out, *compared) == 130
+    assert not (out / "report.html").exists() and len(list((out / "outputs" / "cells").glob("*.json"))) == 5
+    assert main(["retfound", "compare", "--config", str(out / "config.json"), "--out", str(out), "--quiet"]) == 0
+    assert len(stored) == len(set(stored)) == 12
+
+    def without_time(path):
+        return [{name: cell for name, cell in row.items() if not name.startswith("seconds")} for row in rows_of(path)]
+
+    for table in ("cells.csv", "subjects.csv", "means.csv", "differences.csv"):
+        assert without_time(out / "outputs" / table) == without_time(study / "outputs" / table)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +219,7 @@ def test_mistakes_are_one_line(stage, words, message, eyes, tmp_path, capsys):
         "dino": tmp_path / "dino.safetensors", "missing": tmp_path / "none.pth",
     }  # fmt: skip
     safetensors.write(places["unet"], {"down.0.weight": np.ones((4, 1, 3, 3), np.float32)})
-    bare = {entry.name: draw(entry.name, entry.shape) for entry in dino.entries("dinov2", TINY_DINO)}
-    safetensors.write(places["dino"], bare)
+    write_dino(places["dino"])
     tuned = dino.entries("dinov2", dataclasses.replace(TINY_DINO, final_norm=False))
     tensors = {entry.name: draw(entry.name, entry.shape) for entry in tuned}
     tensors["fc_norm.weight"], tensors["fc_norm.bias"] = np.ones(384, np.float32), np.zeros(384, np.float32)
