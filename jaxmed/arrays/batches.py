@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Float32, Int
 
 
 class Rows(NamedTuple):
@@ -66,3 +66,10 @@ def map_rows(
         if progress is not None:
             progress(int(rows.index[0]) + rows.count)
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def apply_in_batches(
+    function: Callable[..., Array], size: int, *arrays: Float32[np.ndarray, "image ..."]
+) -> Float32[np.ndarray, "image ..."]:
+    """Apply a compiled function to a batch of images at a time."""
+    return map_rows(lambda rows: function(*(array[rows] for array in arrays)), len(arrays[0]), size)

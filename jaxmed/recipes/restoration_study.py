@@ -3,9 +3,14 @@
 Methods that start from an estimate are run for every one; the others once per condition, at `NOISE`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
+from jaxtyping import Float32, Shaped
+
+from jaxmed.data.subject_images import SubjectImages
 from jaxmed.metrics.restoration import MEASURES
 from jaxmed.recipes.study import Cell, Result
 from jaxmed.recipes.study_sections import mean_bars, show_examples, side_by_side
@@ -16,6 +21,8 @@ from jaxmed.report.page import Section
 AXES = ("condition", "initial", "arm")
 NOISE = "noise"
 """Where methods begin that take no estimate: their value on the axis "initial"."""
+Scorer: TypeAlias = Callable[..., dict[str, float]]
+"""(truth, estimate, brain, lesions) -> scores."""
 SHOWN = ("psnr", "residual", "volume_error", "false_lesions")
 """Drawn as bars."""
 # Headings of the tables; what is not among them is in outputs/means.csv and differences.csv.
@@ -31,6 +38,22 @@ TOLD = (
     "Perceptual: hallucination score. Evaluations are passes of the network, forward and backward counted together, "
     "steps those of the chain that were walked, seconds per image without compilation."
 )
+
+
+def score_subjects(
+    scorer: Scorer,
+    subjects: Sequence[SubjectImages],
+    estimate: Float32[np.ndarray, "image ..."],
+    further: Mapping[str, Shaped[np.ndarray, " image"]],
+) -> list[dict[str, Any]]:
+    """Return a row per subject: scores of its images, and means of what else is known of them."""
+    rows, first = [], 0
+    for subject in subjects:
+        own = slice(first, first := first + len(subject.images))
+        scores = scorer(subject.images, estimate[own], subject.brain, subject.lesions)
+        found = scores | {name: float(values[own].mean()) for name, values in further.items()}
+        rows.append({"subject": subject.subject} | {name: found[name] for name in (*MEASURES, *found)})
+    return rows
 
 
 def tabulate(results: Sequence[Result], baseline: str, seed: int) -> tuple[list[Mean], list[Difference]]:

@@ -23,14 +23,14 @@ from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField, make_operator
 from jaxmed.recipes.image_network import write_network
-from jaxmed.recipes.restoration_study import NOISE
+from jaxmed.recipes.posterior_samples import draw_samples, make_program
+from jaxmed.recipes.restoration_study import NOISE, score_subjects
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.mixture import make_isotropic
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import residuals_of
-from jaxmed.systems.dynamicdps.enhancement import draw_samples, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, expected_passes, length_of, make_solver
-from jaxmed.systems.dynamicdps.stages.compare import Config, make_scorer, plan_cells, score_subject
+from jaxmed.systems.dynamicdps.stages.compare import Config, make_scorer, plan_cells
 
 
 def sized(size, **changes):
@@ -258,12 +258,12 @@ def test_the_truth_has_perfect_scores_and_an_invented_lesion_is_counted():
         return {"residual": residual, "evaluations": np.full(2, evaluations)}
 
     slightly = image + 1e-4
-    perfect = score_subject(scorer, subject, slightly, known(slightly, 0.0))
+    (perfect,) = score_subjects(scorer, [subject], slightly, known(slightly, 0.0))
     assert perfect["psnr"] > 80 and perfect["ssim"] > 0.999 and perfect["residual"] < 0.01
     assert perfect["volume_error"] < 0.01 and perfect["false_lesions"] == 0 and perfect["contradicted"] < 1e-3
     invented = image.copy()
     invented[0, 20:26, 20:26] = 0.3
-    found = score_subject(scorer, subject, invented, known(invented, 5.0))
+    (found,) = score_subjects(scorer, [subject], invented, known(invented, 5.0))
     assert found["false_lesions"] == 0.5 and found["evaluations"] == 5
     # White matter that looks like fluid: the estimator sees it.
     assert found["volume_error_csf"] > 0.05 and found["volume_error_white"] > 0.02

@@ -23,9 +23,9 @@ from jaxmed.models.unet_guided import GuidedUnet, GuidedUnetConfig
 from jaxmed.nn.model import make_model
 from jaxmed.physics.lowfield import LowField
 from jaxmed.recipes.image_network import write_network
+from jaxmed.recipes.refinement import Refinement
 from jaxmed.systems.dynamicdps.calibration import Calibrated, digest_of, read_calibration
 from jaxmed.systems.dynamicdps.methods import ARMS, MethodConfig
-from jaxmed.systems.dynamicdps.scans import Refinement
 from jaxmed.systems.dynamicdps.stages import compare as compare_stage
 from jaxmed.systems.dynamicdps.stages import enhance as stage
 from jaxmed.train import log

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.arrays.batches import apply_in_batches
 from jaxmed.data.windows import TilingConfig, tile_head
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.posterior.ccdf import Ccdf
@@ -24,11 +25,12 @@ from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.physics.lowfield import FitConfig, LowField
 from jaxmed.physics.operators import blur
+from jaxmed.recipes.posterior_samples import draw_samples, make_program
 from jaxmed.solvers.line_search import Wolfe
 from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic
 from jaxmed.systems import dynamicdps
 from jaxmed.systems.dynamicdps.calibration import digest_of, fit_acquisition, make_start, measure, record_bank
-from jaxmed.systems.dynamicdps.enhancement import apply_in_batches, draw_samples, enhance, make_program
+from jaxmed.systems.dynamicdps.enhancement import enhance
 
 pytestmark = pytest.mark.core
 
@@ -107,9 +109,16 @@ def test_the_call_composes_with_jit_vmap_and_grad(key):
             jax.grad(lambda y: jnp.sum(refine(key, params, y, initial, searched)[0]))(y)
 
 
+def program_of(operator, config):
+    def solve(key, denoiser, y, initial, indices):
+        return enhance(key, denoiser, y, operator, initial, config, indices)
+
+    return make_program(prior, operator, solve, batch_size=4)
+
+
 @pytest.fixture(scope="module")
 def program():
-    return make_program(prior, measured, CONFIG, batch_size=4)
+    return program_of(measured, CONFIG)
 
 
 def test_samples_do_not_depend_on_the_batches_they_come_in(program, key):
@@ -138,7 +147,7 @@ def test_a_volume_is_refined_slice_by_slice_and_blended(program, key):
     head = np.zeros(shape, bool)
     head[4:16, 1:4, 2:9] = True
     volume = np.where(head, RNG.uniform(0.5, 1.5, shape), 0.0).astype(np.float32)
-    doubled = make_program(prior, lambda x: 0.5 * x, dataclasses.replace(CONFIG, first_step=0.5), 4)
+    doubled = program_of(lambda x: 0.5 * x, dataclasses.replace(CONFIG, first_step=0.5))
     tiles = tile_head(head, 1, SIZE, TilingConfig())
     initial = tiles.cut(volume)
     assert initial.shape[1:] == (*SIZE, 1) and 0 < tiles.kept.sum() < len(tiles.kept)

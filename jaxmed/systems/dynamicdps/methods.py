@@ -38,9 +38,10 @@ from jaxmed.diffusion.samplers import Ancestral, Ddim
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError, nearest
 from jaxmed.physics.lowfield import LowField, axis_matrices, linear_part, make_operator
+from jaxmed.recipes.posterior_samples import Solve
 from jaxmed.solvers.line_search import Wolfe
 from jaxmed.systems.dynamicdps.calibration import Calibrated
-from jaxmed.systems.dynamicdps.enhancement import Method, Solve, enhance
+from jaxmed.systems.dynamicdps.enhancement import Method, enhance
 
 AUTHORS = "DynamicDPS as in the authors' code of {}: its rule of starts, data term and line search"
 PRESETS = {

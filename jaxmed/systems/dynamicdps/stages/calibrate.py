@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.arrays.batches import apply_in_batches
 from jaxmed.config import Length, Number, Positive, Seed, Size, checked, to_record
 from jaxmed.data.scans import ANY_KIND, find_scans
 from jaxmed.data.subject_images import PairedImages, read_pairs
@@ -36,7 +37,6 @@ from jaxmed.systems.dynamicdps.calibration import (
     record_bank,
     residuals_of,
 )
-from jaxmed.systems.dynamicdps.enhancement import apply_in_batches
 from jaxmed.systems.dynamicdps.networks import (
     announce_passes,
     apply_initial,

@@ -1,15 +1,16 @@
 """DynamicDPS compare: conditional models alone, and every solver, on the same scans, conditions and prior."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32
 
+from jaxmed.arrays.batches import apply_in_batches
 from jaxmed.config import NonNegative, Number, Seed, Size, Whole, checked
 from jaxmed.data.images import MAX_INTENSITY
 from jaxmed.data.subject_images import SubjectImages, list_subjects, read_subjects
@@ -18,7 +19,8 @@ from jaxmed.metrics.restoration import MEASURES, ScoreConfig, make_split, score_
 from jaxmed.models.published.load import Published
 from jaxmed.physics.lowfield import LowField, contrast, linear_part, make_operator
 from jaxmed.recipes.image_network import STYLE
-from jaxmed.recipes.restoration_study import AXES, NOISE, method_sections, tabulate
+from jaxmed.recipes.posterior_samples import Program, draw_samples, make_program
+from jaxmed.recipes.restoration_study import AXES, NOISE, Scorer, method_sections, score_subjects, tabulate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import Cell, Outcome, read_study, run_study
 from jaxmed.recipes.study_sections import failed_cells, keep_examples
@@ -27,7 +29,6 @@ from jaxmed.report.page import Note, Section, Text
 from jaxmed.synthesis.phantoms.brain import BrainConfig
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import measure, read_calibration
-from jaxmed.systems.dynamicdps.enhancement import Program, apply_in_batches, draw_samples, make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, MethodConfig, expected_passes, make_solver
 from jaxmed.systems.dynamicdps.networks import (
     announce_passes,
@@ -42,8 +43,6 @@ from jaxmed.train.run_folder import RunFolder
 BASELINE = ("conditional", "the conditional model alone")
 IN_DISTRIBUTION, OTHER_CONTRAST = "in-distribution", "other contrast"
 TRIES_FAILED_AGAIN = True
-Scorer: TypeAlias = Callable[..., dict[str, float]]
-"""(truth, estimate, brain, lesions) -> scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,12 +229,7 @@ def _run_cell(cell: Cell, study: Study, program: Program, scorer: Scorer, seed: 
         raise InputError(str(cell), "finite images", "NaN or Inf", "give a smaller --budget.scale")
     steps = np.minimum(found.start_time[:, 0] + 1, len(found.curve))
     further = {"residual": found.residual, "evaluations": found.evaluations[:, 0], "steps": steps}
-    rows, first = [], 0
-    for subject in study.subjects:
-        own = slice(first, first + len(subject.images))
-        known = {name: values[own] for name, values in further.items()}
-        rows.append(score_subject(scorer, subject, image[own, ..., 0], known))
-        first = own.stop
+    rows = score_subjects(scorer, study.subjects, image[..., 0], further)
     keep_examples(folder.outputs, cell.slug, image[..., 0])
     means = {name: float(np.mean([row[name] for row in rows])) for name in (*MEASURES, "evaluations")}
     return Outcome(means | {"seconds": found.seconds, "steps": float(steps.mean())}, rows)
@@ -248,18 +242,6 @@ def make_scorer(size: tuple[int, ...], acquisition: LowField, config: ScoreConfi
     before = partial(contrast, gamma=acquisition.gamma, floor=acquisition.floor)
     split = make_split(linear.apply, linear.pseudo_inverse, before)
     return partial(score_images, split=split, data_range=MAX_INTENSITY, config=config)
-
-
-def score_subject(
-    scorer: Scorer,
-    subject: SubjectImages,
-    estimate: Float32[np.ndarray, "image ..."],
-    further: Mapping[str, Shaped[np.ndarray, " image"]],
-) -> dict[str, Any]:
-    """Return a subject's row: its scores, and means of what else is known of its images."""
-    scores = scorer(subject.images, estimate, subject.brain, subject.lesions)
-    found = scores | {name: float(values.mean()) for name, values in further.items()}
-    return {"subject": subject.subject} | {name: found[name] for name in (*MEASURES, *found)}
 
 
 # Reading ------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,11 @@
 """DynamicDPS enhance: refine scans, slice by slice or in 3D, with uncertainty, residuals and tissue volumes."""
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import jax
-import numpy as np
 
 from jaxmed.config import Number, Seed, Size, checked, to_record
 from jaxmed.data.scans import find_scans
@@ -15,18 +13,17 @@ from jaxmed.data.windows import TilingConfig
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.io.tables import write_table
 from jaxmed.models.published.load import Published
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
 from jaxmed.recipes.map_files import Tell
 from jaxmed.recipes.map_images import Inputs, list_inputs, map_images
-from jaxmed.recipes.restoration import Volumes, read_case, restored_figure, volume_sections, write_volumes
+from jaxmed.recipes.posterior_samples import make_program
+from jaxmed.recipes.refinement import MAPS, Plan, Refinement, process, refinement_sections, write_tables
+from jaxmed.recipes.restoration import read_case
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.figures import curves
-from jaxmed.report.page import Note, Section, Table, Text
+from jaxmed.report.page import Note, Section, Text
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.dynamicdps.calibration import Calibrated, measure, read_calibration
-from jaxmed.systems.dynamicdps.enhancement import make_program
 from jaxmed.systems.dynamicdps.methods import ARMS, ArmConfig, MethodConfig, expected_passes, make_solver
 from jaxmed.systems.dynamicdps.networks import (
     SOURCE,
@@ -37,7 +34,6 @@ from jaxmed.systems.dynamicdps.networks import (
     make_prior,
     tiny_network,
 )
-from jaxmed.systems.dynamicdps.scans import MAPS, Plan, Refinement, process
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
@@ -261,26 +257,8 @@ def make_notes(config: Config, prior: Published, calibrated: Calibrated | None) 
     return notes
 
 
-def write_tables(folder: Path, scans: Sequence[Refinement]) -> None:
-    """Write scans.csv, and volumes.csv where tissue was measured."""
-    columns = ("id", "images", "initial_residual", "residual", "improved", "start", "evaluations")
-    table = [
-        (scan.name, scan.images, *(f"{scan.residual[name]:.6g}" for name in ("initial", "enhanced")),
-         f"{scan.improved:.6g}", scan.start["median"], f"{scan.evaluations:.6g}")
-        for scan in scans
-    ]  # fmt: skip
-    write_table(folder / "scans.csv", columns, [dict(zip(columns, row, strict=True)) for row in table])
-    write_volumes(folder, volumes_of(scans))
-
-
-def volumes_of(scans: Sequence[Refinement]) -> list[Volumes]:
-    """Return what was measured of tissue in each scan."""
-    return [(scan.name, scan.volumes_ml, scan.labels_ml) for scan in scans]
-
-
 # The page -----------------------------------------------------------------------------------------------------------
 
-MOST_PICTURES = 8
 READING = (
     "A lower residual says that the image explains the measurement better, not that it is true: what the scanner "
     "cannot see comes from the prior. The uncertainty map shows where samples disagree; what all samples invent alike "
@@ -293,61 +271,11 @@ READING = (
 def page(run: Finished[Config, Summary]) -> Page:
     """Show scans and maps, residuals, line searches and tissue volumes."""
     summary, scans = run.summary, run.summary.scans
-    sections = [Section("Notes", [Note(text) for text in summary.notes])]
-    tiles: list[tuple[str, object, str]] = [("Scans", len(scans), f"{summary.failed} failed")]
-    sections += [_scan(run.outputs, scan) for scan in scans[:MOST_PICTURES]]
-    if scans:
-        before, after = (np.median([scan.residual[name] for scan in scans]) for name in ("initial", "enhanced"))
-        start = int(np.median([scan.start["median"] for scan in scans]))
-        evaluations = float(np.mean([scan.evaluations for scan in scans]))
-        tiles += [
-            ("Residual", round(float(after), 3), f"median |y - A(x)|; {before:.3g} before"),
-            ("Steps", start + 1, f"median, of {summary.chain}"),
-            ("Evaluations", round(evaluations, 1), "forward and backward passes per sample"),
-        ]
-        sections += [_residuals(scans, summary.chain), _searches(scans), *volume_sections(volumes_of(scans))]
+    tiles, shown = refinement_sections(run.outputs, scans, summary.chain)
+    sections = [Section("Notes", [Note(text) for text in summary.notes]), *shown]
     if summary.failed:
         text = f"{summary.failed} scans failed: see outputs/failed.csv for the reasons."
         sections.insert(0, Section("Failed scans", [Note(text, "warning")]))
     sections.append(Section("How to read this", [Text(READING)]))
-    return Page("Enhanced scans", f"DynamicDPS on {len(scans)} scans", tiles, sections)
-
-
-def _scan(outputs: Path, scan: Refinement) -> Section:
-    figure = restored_figure(outputs, scan.name, tuple(MAPS), scan.samples)
-    if figure is None:
-        return Section(scan.name, [Note("The maps are no longer in this folder.", "warning")])
-    lowest, last = scan.start["lowest"], scan.start["highest"]
-    samples = "1 sample" if scan.samples == 1 else f"{scan.samples} samples"
-    text = (
-        f"{scan.images} images, {samples} each. Median residual {scan.residual['initial']:.3g} before and "
-        f"{scan.residual['enhanced']:.3g} after; lower in {scan.improved:.0%} of the images. Started with "
-        f"{lowest if lowest == last else f'{lowest} to {last}'} steps left."
-    )
-    return Section(scan.name, [Text([text]), figure])
-
-
-def _residuals(scans: Sequence[Refinement], chain: int) -> Section:
-    series = {scan.name: (np.array(scan.steps, float), np.array(scan.curve)) for scan in scans[:MOST_PICTURES]}
-    rows = [
-        (scan.name, scan.images, scan.residual["initial"], scan.residual["enhanced"], f"{scan.improved:.0%}",
-         scan.start["median"], scan.evaluations)
-        for scan in scans
-    ]  # fmt: skip
-    columns = ("scan", "images", "residual before", "residual after", "lower in", "start", "evaluations")
-    figure = curves(
-        series, xlabel="steps left", ylabel="residual |y - A(x)|",
-        caption="Residual of the denoised image on the way down to 0 steps left, mean over images and samples.",
-    )  # fmt: skip
-    text = f"The chain has {chain} steps; a start with n steps left takes n + 1 of them."
-    return Section("Residuals", [figure, Table(columns, rows, text)])
-
-
-def _searches(scans: Sequence[Refinement]) -> Section:
-    total = {name: sum(scan.flags[name] for scan in scans) for name in scans[0].flags}
-    series = {scan.name: (np.array(scan.steps, float), np.array(scan.step_sizes)) for scan in scans[:MOST_PICTURES]}
-    caption = "Step sizes that the line searches found, mean over images and samples."
-    figure = curves(series, xlabel="steps left", ylabel="step size", caption=caption)
-    rows = [(name, count, count / max(sum(total.values()), 1)) for name, count in total.items()]
-    table = Table(("verdict", "steps", "share"), rows, "Steps without a search count as converged.")
-    return Section("Line searches", [figure, table])
+    first = ("Scans", len(scans), f"{summary.failed} failed")
+    return Page("Enhanced scans", f"DynamicDPS on {len(scans)} scans", [first, *tiles], sections)

@@ -1,26 +1,39 @@
-"""One scan from file to refined file: read, estimate, refine, measure tissue, write maps with their sidecars.
+"""Scans refined by posterior samples: one from file to file, tables of all, and how a page shows them.
 
-Images larger than the prior's, and volumes, are cut into tiles of its size, refined, and blended back.
+A scan is read, estimated, refined and written as maps with their sidecars, and its tissue is measured. Images larger
+than the prior's, and volumes, are cut into tiles of its size, refined, and blended back.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array
 
+from jaxmed.arrays.batches import apply_in_batches
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.windows import TilingConfig, tile_head
 from jaxmed.errors import InputError
+from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import tissue_volumes
 from jaxmed.recipes.map_files import Tell
 from jaxmed.recipes.map_images import Inputs, tell_left
-from jaxmed.recipes.restoration import read_case, write_restored
-from jaxmed.systems.dynamicdps.enhancement import STATUS, Program, apply_in_batches, draw_samples
+from jaxmed.recipes.posterior_samples import STATUS, Program, draw_samples
+from jaxmed.recipes.restoration import (
+    Volumes,
+    read_case,
+    restored_figure,
+    volume_sections,
+    write_restored,
+    write_volumes,
+)
+from jaxmed.report.figures import curves
+from jaxmed.report.page import Note, Section, Table, Text, Tile
 
+MOST_PICTURES = 8
 MAPS = {
     "enhanced": "image refined by the prior and the measurement: mean of the posterior samples",
     "uncertainty": "standard deviation of the posterior samples; 0 where there is one",
@@ -148,3 +161,80 @@ def process(plan: Plan, one: Inputs, key: KeyArray, folder: Path, tell: Tell = l
         volumes_ml=volumes,
         labels_ml=labels_ml,
     )
+
+
+def write_tables(folder: Path, scans: Sequence[Refinement]) -> None:
+    """Write scans.csv, and volumes.csv where tissue was measured."""
+    columns = ("id", "images", "initial_residual", "residual", "improved", "start", "evaluations")
+    table = [
+        (scan.name, scan.images, *(f"{scan.residual[name]:.6g}" for name in ("initial", "enhanced")),
+         f"{scan.improved:.6g}", scan.start["median"], f"{scan.evaluations:.6g}")
+        for scan in scans
+    ]  # fmt: skip
+    write_table(folder / "scans.csv", columns, [dict(zip(columns, row, strict=True)) for row in table])
+    write_volumes(folder, volumes_of(scans))
+
+
+def volumes_of(scans: Sequence[Refinement]) -> list[Volumes]:
+    """Return what was measured of tissue in each scan."""
+    return [(scan.name, scan.volumes_ml, scan.labels_ml) for scan in scans]
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+def refinement_sections(outputs: Path, scans: Sequence[Refinement], chain: int) -> tuple[list[Tile], list[Section]]:
+    """Show scans and maps, residuals, line searches and tissue volumes, of a chain of so many steps."""
+    tiles: list[Tile] = []
+    sections = [_scan(outputs, scan) for scan in scans[:MOST_PICTURES]]
+    if scans:
+        before, after = (np.median([scan.residual[name] for scan in scans]) for name in ("initial", "enhanced"))
+        start = int(np.median([scan.start["median"] for scan in scans]))
+        evaluations = float(np.mean([scan.evaluations for scan in scans]))
+        tiles += [
+            ("Residual", round(float(after), 3), f"median |y - A(x)|; {before:.3g} before"),
+            ("Steps", start + 1, f"median, of {chain}"),
+            ("Evaluations", round(evaluations, 1), "forward and backward passes per sample"),
+        ]
+        sections += [_residuals(scans, chain), _searches(scans), *volume_sections(volumes_of(scans))]
+    return tiles, sections
+
+
+def _scan(outputs: Path, scan: Refinement) -> Section:
+    figure = restored_figure(outputs, scan.name, tuple(MAPS), scan.samples)
+    if figure is None:
+        return Section(scan.name, [Note("The maps are no longer in this folder.", "warning")])
+    lowest, last = scan.start["lowest"], scan.start["highest"]
+    samples = "1 sample" if scan.samples == 1 else f"{scan.samples} samples"
+    text = (
+        f"{scan.images} images, {samples} each. Median residual {scan.residual['initial']:.3g} before and "
+        f"{scan.residual['enhanced']:.3g} after; lower in {scan.improved:.0%} of the images. Started with "
+        f"{lowest if lowest == last else f'{lowest} to {last}'} steps left."
+    )
+    return Section(scan.name, [Text([text]), figure])
+
+
+def _residuals(scans: Sequence[Refinement], chain: int) -> Section:
+    series = {scan.name: (np.array(scan.steps, float), np.array(scan.curve)) for scan in scans[:MOST_PICTURES]}
+    rows = [
+        (scan.name, scan.images, scan.residual["initial"], scan.residual["enhanced"], f"{scan.improved:.0%}",
+         scan.start["median"], scan.evaluations)
+        for scan in scans
+    ]  # fmt: skip
+    columns = ("scan", "images", "residual before", "residual after", "lower in", "start", "evaluations")
+    figure = curves(
+        series, xlabel="steps left", ylabel="residual |y - A(x)|",
+        caption="Residual of the denoised image on the way down to 0 steps left, mean over images and samples.",
+    )  # fmt: skip
+    text = f"The chain has {chain} steps; a start with n steps left takes n + 1 of them."
+    return Section("Residuals", [figure, Table(columns, rows, text)])
+
+
+def _searches(scans: Sequence[Refinement]) -> Section:
+    total = {name: sum(scan.flags[name] for scan in scans) for name in scans[0].flags}
+    series = {scan.name: (np.array(scan.steps, float), np.array(scan.step_sizes)) for scan in scans[:MOST_PICTURES]}
+    caption = "Step sizes that the line searches found, mean over images and samples."
+    figure = curves(series, xlabel="steps left", ylabel="step size", caption=caption)
+    rows = [(name, count, count / max(sum(total.values()), 1)) for name, count in total.items()]
+    table = Table(("verdict", "steps", "share"), rows, "Steps without a search count as converged.")
+    return Section("Line searches", [figure, table])
