@@ -5,7 +5,7 @@ the splits train and validation, new ones support (the few labelled images, or s
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -311,6 +311,16 @@ def draw_shots(cases: Cases, count: int, seed: int) -> Cases:
     return cases.select(np.sort(np.random.default_rng(seed).choice(len(cases.images), count, replace=False)))
 
 
+def task_batches(
+    cases: Cases, shape: tuple[int, ...], seed: int, last: int, first: int
+) -> Iterator[dict[str, Shaped[np.ndarray, "..."]]]:
+    """Yield "image" and "mask" [*shape *size] of one task each; batch n, first to last, depends on seed and n alone."""
+    for number in range(first, last):
+        generator = np.random.default_rng((seed, 7, number))
+        chosen = generator.choice(cases.draw_task(generator), shape)
+        yield {"image": cases.images[chosen], "mask": cases.masks[chosen].astype(np.float32)}
+
+
 def draw_episode(
     cases: Cases, of_task: Int[np.ndarray, " case"], shots: int, images: int, generator: np.random.Generator
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -339,3 +349,12 @@ def draw_episode(
         "shot": cases.images[first], "shot_mask": cases.masks[first],
         "image": cases.images[second], "mask": cases.masks[second],
     }  # fmt: skip
+
+
+def task_episodes(
+    cases: Cases, shots: int, images: int, seed: int, last: int, first: int
+) -> Iterator[dict[str, Shaped[np.ndarray, "..."]]]:
+    """Yield episodes of one task each; episode n, first to last, depends on seed and n alone."""
+    for number in range(first, last):
+        generator = np.random.default_rng((seed, 11, number))
+        yield draw_episode(cases, cases.draw_task(generator), shots, images, generator)

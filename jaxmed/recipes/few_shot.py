@@ -154,6 +154,15 @@ def fit_maml(
     return params
 
 
+@partial(jax.jit, static_argnums=0)
+def reptile(epsilon: float, old: Params, new: Params) -> Params:
+    """Move parameters a share of the way to where the steps on a task led: old + epsilon (new - old).
+
+    Source: arXiv:1803.02999, equation 1.
+    """
+    return jax.tree.map(lambda old, new: old + epsilon * (new - old), old, new)
+
+
 def adapt_maml(
     config: GeneratorConfig,
     maml: MamlConfig,

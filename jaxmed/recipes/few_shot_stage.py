@@ -8,14 +8,14 @@ from typing import Annotated, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxmed.config import Seed, checked
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.tasks import Cases, TaskData, choose_task, read_manifest, read_splits
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.metrics.imaging import dice
-from jaxmed.recipes.stage import begin
+from jaxmed.recipes.stage import begin, nested_run
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.masks import Panel, mask_panels, plane
 from jaxmed.report.page import Figure
@@ -91,6 +91,38 @@ def read_new_task(
     return NewTask(name, support, test, cases.get("train"), failed)
 
 
+def synthetic_inputs(
+    inputs: TaskInputs,
+    folder: RunFolder,
+    train: str,
+    why: str,
+    tiny: Preprocess,
+    preprocess_of: Callable[[Path], Preprocess],
+) -> TaskInputs:
+    """Write puzzles where there is no manifest, and train networks on puzzles where there are no weights.
+
+    Args:
+        inputs: What there is; nothing is made where it asks for nothing synthetic.
+        folder: Of the run, which is begun here when something is made.
+        train: System and stage that trains the networks.
+        why: The line that says so.
+        tiny: The images of puzzles where neither weights nor settings tell.
+        preprocess_of: Reads those of weights.
+    """
+    data, preprocess, weights = inputs.data, inputs.preprocess, inputs.weights
+    if not data.synthetic or (data.manifest is not None and weights is not None):
+        return inputs
+    if data.manifest is None:
+        preprocess = preprocess or (tiny if weights is None else preprocess_of(weights))
+        data = puzzles = write_puzzles(data, preprocess, inputs.seed, folder)
+    else:
+        read_manifest(data, inputs.seed)  # a mistake there costs no training
+        puzzles = TaskData(synthetic=data.synthetic)
+    if weights is None:
+        weights = nested_run(folder, train, {"data": puzzles, "seed": inputs.seed}, begin(folder), why).path
+    return dataclasses.replace(inputs, data=data, preprocess=preprocess, weights=weights)
+
+
 def write_puzzles(data: TaskData, preprocess: Preprocess, seed: int, folder: RunFolder) -> TaskData:
     """Write the puzzles of a run that has no manifest, begin it, and return the settings that read them."""
     if not data.synthetic or data.manifest is not None:
@@ -117,6 +149,26 @@ def copy_test_files(data: TaskData, task: str, count: int, seed: int, folder: Pa
             place.mkdir(parents=True, exist_ok=True)
             (place / row.path.name).write_bytes(source.read_bytes())
     return places
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseScore:
+    """A test image: Dice before adaptation and after it, and what the method says of its own mask."""
+
+    case: str
+    subject: str
+    dice_before: float
+    dice: float
+    score: float
+
+
+def score_cases(
+    cases: Cases, before: Float[Array, " case"], after: Float[Array, " case"], score: Float[Array, " case"]
+) -> tuple[CaseScore, ...]:
+    """Return what is known of each case, in the order of `CaseScore`, to six digits."""
+    numbers = np.round(np.asarray((before, after, score), float).T, 6).tolist()
+    named = zip(cases.names, cases.subjects, numbers, strict=True)
+    return tuple(CaseScore(case, subject, *row) for case, subject, row in named)
 
 
 def write_examples(path: Path, cases: Cases, segment: Callable[[Array], Array]) -> None:

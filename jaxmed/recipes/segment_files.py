@@ -20,11 +20,13 @@ from jaxmed.errors import InputError
 from jaxmed.io.maps import write_sidecar
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import write_table
+from jaxmed.metrics.imaging import dice
 from jaxmed.recipes.map_files import TABLES, Tell, map_files, write_failed
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.figures import curves
 from jaxmed.report.masks import Panel, mask_panels, plane
 from jaxmed.report.page import Block, Figure, Table, Tile
+from jaxmed.rl.driver import Trace
 from jaxmed.train.log import Log
 
 MOST_CURVES = 8
@@ -125,6 +127,18 @@ class ScanSummary:
             "first_score": curve.score[0], "score": curve.score[-1], "voxels": self.voxels,
         }  # fmt: skip
         return row | ({"first_dice": curve.dice[0], "dice": curve.dice[-1]} if curve.dice else {})
+
+
+def summarise(job: Job, trace: Trace, stop: str, truth: Bool[np.ndarray, "item *size"] | None) -> ScanSummary:
+    """Return what came of a file, whose answer is where its course ends; Dice where the true mask is known."""
+    trajectory = None
+    if truth is not None:
+        pairs = [list(zip(truth, masks, strict=True)) for masks in trace.masks]
+        trajectory = tuple(float(np.mean([dice(*pair) for pair in point])) for point in pairs)
+    columns = trace.steps, trace.seconds, trace.values.mean(axis=1), trace.values[-1]
+    steps, seconds, scores, last = (tuple(values.tolist()) for values in columns)
+    curve, voxels = Curve(steps, seconds, scores, trajectory), int(trace.masks[-1].sum())
+    return ScanSummary(job.name, len(last), stop, last, voxels, curve, str(job.path))
 
 
 def segment_files(

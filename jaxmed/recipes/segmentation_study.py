@@ -5,7 +5,7 @@ have the budget 0.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from jaxmed.metrics.statistics import spearman
 from jaxmed.recipes.study import Result, read_study
 from jaxmed.recipes.study_sections import mean_bars, mean_curves
 from jaxmed.recipes.study_tables import Difference, Mean, collect, compare, summarise
-from jaxmed.report.page import Figure, Table, Tile
+from jaxmed.report.page import Figure, Section, Table, Tile
+from jaxmed.report.scatter import scatter
 
 MEASURES = ("dice", "iou", "hausdorff_95", "region_f1", "score")
 """Dice and intersection over union; 95th percentile of the distance of the surfaces, in mm, or in pixels where images
@@ -65,6 +66,15 @@ def score_masks(
         row = {"arm": arm, "budget": budget, "case": case, "subject": subject}
         rows.append(row | dict(zip(MEASURES, values, strict=True)))
     return rows
+
+
+def end_dices(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean Dice of each arm at its largest budget, of rows of `score_masks` with budgets in order."""
+    ends = {row["arm"]: row["budget"] for row in rows}
+    return {
+        arm: float(np.mean([row["dice"] for row in rows if (row["arm"], row["budget"]) == (arm, end)]))
+        for arm, end in ends.items()
+    }
 
 
 def read_runs(runs: Sequence[Path]) -> list[Result]:
@@ -188,6 +198,20 @@ def gain_tiles(found: Comparison, shots: int) -> list[Tile]:
         if gain is not None and gain.difference is not None:
             tiles.append((title, f"{100 * gain.difference:+.1f}", f"points of Dice, {_span(gain)}"))
     return tiles
+
+
+def comparison_sections(found: Comparison, unit: str) -> list[Section]:
+    """Show thinking curves, where each method ends, and whether its score knows; `unit` is that of distances."""
+    points = scatter(
+        {"answers": np.array(found.points, float)}, xlabel="Dice with the true mask", ylabel="verifier's score",
+        caption="Every answer of every arm: the verifier's score against Dice. Thinking can be trusted as far as one "
+        "rises with the other.",
+    )  # fmt: skip
+    return [
+        Section("Thinking curves", [budget_curves(found)]),
+        Section("Where each method ends", [end_bars(found), arm_table(found, unit)]),
+        Section("Does the verifier know?", [points]),
+    ]
 
 
 def budget_curves(found: Comparison) -> Figure:

@@ -12,16 +12,18 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import NonNegative, Whole, checked
+from jaxmed.errors import InputError
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
 from jaxmed.rl import ascent, patch_play, search, selfplay
-from jaxmed.rl.patch_play import PatchPlayConfig
+from jaxmed.rl.patch_game import PatchGame
+from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem
 from jaxmed.rl.policies import make_policy
 from jaxmed.rl.search import SearchConfig
-from jaxmed.rl.selfplay import SelfPlayConfig, Verify
+from jaxmed.rl.selfplay import Problem, SelfPlayConfig, Verify
 
 Mode = Literal["learn", "propose", "grad", "mcts"]
 Game = Literal["pixel", "patch"]
@@ -54,6 +56,22 @@ class Point(NamedTuple):
     masks: Bool[np.ndarray, "image *space"]
 
 
+class Trace(NamedTuple):
+    """The course of thinking, one entry before it and one after every iteration.
+
+    Attributes:
+        steps: Steps of the game so far.
+        seconds: So far, without compilation.
+        values: Score of the best mask of each image so far.
+        masks: Those masks.
+    """
+
+    steps: Int[np.ndarray, " point"]
+    seconds: Float[np.ndarray, " point"]
+    values: Float32[np.ndarray, "point image"]
+    masks: Bool[np.ndarray, "point image *space"]
+
+
 class Way(NamedTuple):
     """A way to play.
 
@@ -66,6 +84,33 @@ class Way(NamedTuple):
     size: int
     begin: Any
     advance: Any
+
+
+def check_game(game: Game, mode: Mode, patches: int, shape: tuple[int, ...]) -> None:
+    """Refuse what the patch game cannot do.
+
+    Raises:
+        InputError: Nobody is to learn, or images of this shape are not so many patches wide.
+    """
+    if game == "patch" and mode != "learn":
+        raise InputError("think.mode", "learn for the patch game", mode, "or choose --game pixel")
+    if game == "patch" and any(length % patches for length in shape):
+        raise InputError("think.patch.game.patches", f"a number that divides {shape}", patches)
+
+
+def make_problem(
+    game: Game,
+    rules: PatchGame,
+    verify: Verify,
+    judge: Any,
+    images: Float[Array, "image *space"],
+    start: Bool[Array, "image *space"],
+    probability: Float[Array, "image *space"],
+) -> Problem | PatchProblem:
+    """Return the images as a game has them: with the masks it begins from, or in patches, scored by a probability."""
+    if game == "patch":
+        return patch_play.make_patch_problem(rules, verify, judge, images, probability)
+    return selfplay.make_problem(verify, judge, images, start)
 
 
 @lru_cache(maxsize=32)

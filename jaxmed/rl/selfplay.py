@@ -31,7 +31,7 @@ from jaxmed.rl import opponents, pixel_game, ppo
 from jaxmed.rl.opponents import OpponentConfig, Pool
 from jaxmed.rl.pixel_game import Best, Cases, PixelGame
 from jaxmed.rl.policies import Policy
-from jaxmed.rl.ppo import Batch, PpoConfig
+from jaxmed.rl.ppo import SB3, Batch, PpoConfig
 
 Verify = Callable[[Any, Int[Array, " game"], Float[Array, "game *shape"]], Float[Array, " game"]]
 """(parameters and embeddings of images, number of the image, mask) -> value of each game's mask."""
@@ -79,6 +79,22 @@ class SelfPlayConfig:
     def for_images(self, count: int) -> "SelfPlayConfig":
         """Return the settings with as many games on every one of so many images."""
         return dataclasses.replace(self, games=-(-self.games // count) * count)
+
+
+RELEASED = SelfPlayConfig(
+    game=PixelGame(rule="fair"),
+    ppo=SB3,
+    opponents=OpponentConfig(schedule="latest", live=0.0, pool=1, every=2, groups=1),
+    games=1,
+    steps=4096,
+    symmetric=False,
+    scale_rewards=False,
+)
+"""The released players: stable-baselines3's PPO, one game an image, a rival renewed every 8,192 steps.
+
+Deviation: both players flip 1 % of the pixels, where the release's rival flips about half of the image and ties flip
+    together; rule "repo" is the release's. The rival is a snapshot, not the learner itself.
+"""
 
 
 class Problem(NamedTuple):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.data.tasks import Cases, draw_episode
+from jaxmed.data.tasks import Cases, draw_episode, task_episodes
 from jaxmed.errors import InputError
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
@@ -46,7 +46,7 @@ def owners(cases, images):
 def test_no_subject_is_labelled_and_thought_about():
     cases = make_cases([f"s{number // 3}" for number in range(18)], [0] * 9 + [1] * 9)
     for number in range(20):
-        visit = next(policy_training.visits(VISIT, cases, 3, number, 20))
+        visit = next(task_episodes(cases, VISIT.shots, VISIT.images, 3, 20, number))
         shots, images = owners(cases, visit["shot"]), owners(cases, visit["image"])
         assert not {cases.subjects[case] for case in shots} & {cases.subjects[case] for case in images}
         assert len({int(cases.tasks[case]) for case in shots + images}) == 1
@@ -63,8 +63,8 @@ def test_images_of_one_subject_are_halved():
 
 def test_a_visit_depends_on_its_number_alone():
     cases = make_cases([f"s{number}" for number in range(12)], [0] * 6 + [1] * 6)
-    whole = list(policy_training.visits(VISIT, cases, 0, 0, 5))
-    rest = list(policy_training.visits(VISIT, cases, 0, 3, 5))
+    whole = list(task_episodes(cases, VISIT.shots, VISIT.images, 0, 5, 0))
+    rest = list(task_episodes(cases, VISIT.shots, VISIT.images, 0, 5, 3))
     assert len(whole) == 5 and len(rest) == 2
     for first, second in zip(whole[3:], rest, strict=True):
         assert all(np.array_equal(first[name], second[name]) for name in first)
@@ -73,7 +73,7 @@ def test_a_visit_depends_on_its_number_alone():
 
 def test_a_visit_teaches_the_policy_and_hands_on_nothing_else(system):
     cases = make_cases([f"s{number}" for number in range(12)], [0] * 12)
-    visit = next(policy_training.visits(VISIT, cases, 0, 0, 1))
+    visit = next(task_episodes(cases, VISIT.shots, VISIT.images, 0, 1, 0))
     params = make_policy(THINK.policy, PLAY.game, SIZE).init(jax.random.key(1))
     state = PolicyState(jnp.int32(0), params, jax.random.key(2))
     before = jax.tree.map(np.array, system.params)
@@ -90,7 +90,7 @@ def test_a_verifier_without_an_opinion_teaches_nothing(system):
     verifier = jax.tree.map(jnp.zeros_like, system.params["verifier"])
     blind = system._replace(params=system.params | {"verifier": verifier})
     cases = make_cases([f"s{number}" for number in range(12)], [0] * 12)
-    visit = next(policy_training.visits(VISIT, cases, 0, 0, 1))
+    visit = next(task_episodes(cases, VISIT.shots, VISIT.images, 0, 1, 0))
     state = PolicyState(
         jnp.int32(0), make_policy(THINK.policy, PLAY.game, SIZE).init(jax.random.key(1)), jax.random.key(2)
     )

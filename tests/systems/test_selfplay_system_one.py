@@ -10,6 +10,7 @@ import pytest
 from jaxmed.metrics.imaging import dice
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
+from jaxmed.recipes.few_shot import reptile
 from jaxmed.synthesis.corruption import KINDS, corrupt
 from jaxmed.systems.selfplay import system_one
 from jaxmed.systems.selfplay.system_one import AdaptConfig, MetaConfig, SystemOne, SystemOneConfig
@@ -75,7 +76,7 @@ def test_on_quadratic_tasks_reptile_ends_at_the_mean_of_their_optima():
         inner = place
         for _ in range(4):
             inner = inner - 0.1 * (inner - optima[number % 3])
-        return system_one.reptile(0.02, {"place": place}, {"place": inner})["place"], place
+        return reptile(0.02, {"place": place}, {"place": inner})["place"], place
 
     _, path = jax.lax.scan(step, jnp.float32(10.0), jnp.arange(3000))
     assert np.mean(path[-300:]) == pytest.approx(1.0, abs=0.02)

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 from jaxmed.arrays.types import Params
 from jaxmed.config import from_record, to_record
 from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.tasks import TaskData, read_manifest
 from jaxmed.errors import InputError
-from jaxmed.io.weights_files import load_exported, load_parameters
-from jaxmed.recipes.few_shot_stage import TaskInputs, write_puzzles
-from jaxmed.recipes.stage import begin, nested_run
+from jaxmed.io.weights_files import load_exported
+from jaxmed.recipes.few_shot_stage import TaskInputs, synthetic_inputs
 from jaxmed.systems.selfplay.system_one import SystemOne, SystemOneConfig
 from jaxmed.systems.selfplay.thinking import ThinkConfig
 from jaxmed.train.checkpoint import export_parameters
@@ -19,7 +17,6 @@ from jaxmed.train.run_folder import RunFolder
 
 FAMILY = "selfplay"
 POLICY = "selfplay-policy"
-SNAPSHOT = "visit_"
 TINY = Preprocess((16, 16))
 """The images of smoke runs."""
 TASK, SHOTS = "star", 4
@@ -27,23 +24,11 @@ TASK, SHOTS = "star", 4
 
 
 def make_inputs(inputs: TaskInputs, folder: RunFolder) -> TaskInputs:
-    """Write puzzles where there is no manifest, and meta-train a tiny System I on puzzles where there are no weights.
-
-    The run is begun here when something is made.
-    """
-    data, preprocess, weights = inputs.data, inputs.preprocess, inputs.weights
-    if not data.synthetic or (data.manifest is not None and weights is not None):
-        return inputs
-    if data.manifest is None:
-        preprocess = preprocess or (TINY if weights is None else load_system_one(weights).preprocess)
-        data = puzzles = write_puzzles(data, preprocess, inputs.seed, folder)
-    else:
-        read_manifest(data, inputs.seed)  # a mistake there costs no training
-        puzzles = TaskData(synthetic=data.synthetic)
-    if weights is None:
-        why, changes = "Meta-training a tiny System I on puzzles.", {"data": puzzles, "seed": inputs.seed}
-        weights = nested_run(folder, "selfplay meta-train", changes, begin(folder), why).path
-    return dataclasses.replace(inputs, data=data, preprocess=preprocess, weights=weights)
+    """Write puzzles where there is no manifest, and meta-train a tiny System I where there are no weights."""
+    why = "Meta-training a tiny System I on puzzles."
+    return synthetic_inputs(
+        inputs, folder, "selfplay meta-train", why, TINY, lambda path: load_system_one(path).preprocess
+    )
 
 
 def open_inputs(inputs: TaskInputs, folder: RunFolder) -> tuple[TaskInputs, "Trained", Preprocess]:
@@ -100,13 +85,6 @@ def load_system_one(path: Path) -> Trained:
 def write_policy(folder: Path, params: Params, config: ThinkConfig, size: tuple[int, ...]) -> None:
     """Write a policy for think and compare, as outputs/policy of a run."""
     export_parameters(folder, params, {"family": POLICY, "think": to_record(config), "size": list(size)})
-
-
-def read_snapshots(folder: Path, last: int) -> tuple[tuple[int, ...], list[Params]]:
-    """Read the policies that a run kept on its way: after how many visits, and their parameters."""
-    found = {int(place.name.removeprefix(SNAPSHOT)): place for place in folder.glob(f"{SNAPSHOT}*")}
-    numbers = tuple(sorted(number for number in found if number <= last))
-    return numbers, [load_parameters(found[number])[0] for number in numbers]
 
 
 def load_policy(path: Path, config: ThinkConfig, size: tuple[int, ...]) -> tuple[ThinkConfig, Params]:

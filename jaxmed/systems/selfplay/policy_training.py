@@ -9,7 +9,6 @@ Source: arXiv:2506.22075 (comments of the reference implementation: the policy i
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -52,13 +51,6 @@ class PolicyState(NamedTuple):
     step: Int[Array, ""]
     params: Params
     key: KeyArray
-
-
-def visits(config: VisitConfig, cases: Cases, seed: int, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield labelled images and images to think about, of one task each; visit n's depend on the seed and n alone."""
-    for number in range(first, last):
-        generator = np.random.default_rng((seed, 11, number))
-        yield draw_episode(cases, cases.draw_task(generator), config.shots, config.images, generator)
 
 
 def adapt_to_task(key: KeyArray, system: SystemOne, visit: dict[str, Any], config: AdaptConfig) -> SystemOne:

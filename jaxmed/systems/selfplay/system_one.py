@@ -26,6 +26,8 @@ from jaxmed.config import Length, NonNegative, Positive, Share, Size, checked
 from jaxmed.data.augment import AS_THEY_ARE, AugmentConfig, make_variants
 from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, Verifier, VerifierConfig, make_verifier
+from jaxmed.objectives.supervised import overlap
+from jaxmed.recipes.few_shot import reptile
 from jaxmed.synthesis.corruption import corrupt
 
 LABEL_NOISE = 0.05
@@ -188,15 +190,6 @@ def meta_step(
     return new, jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *found)
 
 
-@partial(jax.jit, static_argnums=0)
-def reptile(epsilon: float, old: Params, new: Params) -> Params:
-    """Move parameters a share of the way to where the steps on a task led: old + epsilon (new - old).
-
-    Source: arXiv:1803.02999, equation 1.
-    """
-    return jax.tree.map(lambda old, new: old + epsilon * (new - old), old, new)
-
-
 def handed_on(meta: MetaConfig, state: MetaState) -> Params:
     """Return the parameters that adaptation starts from."""
     return state.params | {"verifier": state.inner} if meta.match_release else state.params
@@ -321,13 +314,6 @@ def _generator_loss(
         loss += config.pixel_weight * _weighted(errors, weights)
     metrics["overlap"] = overlap(masks, (soft > config.threshold).astype(jnp.float32)).mean()
     return loss, metrics
-
-
-def overlap(truth: Float[Array, "image *space"], estimate: Float[Array, "image *space"]) -> Float[Array, " image"]:
-    """Return the Dice coefficient, 2 sum(t e) / (sum t + sum e); of two empty masks 1."""
-    axes = tuple(range(1, truth.ndim))
-    total = truth.sum(axes) + estimate.sum(axes)
-    return jnp.where(total > 0, 2 * (truth * estimate).sum(axes) / jnp.maximum(total, 1e-6), 1.0)
 
 
 def _weighted(values: Array, weights: Array) -> Scalar:

@@ -21,27 +21,24 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32
 
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import NonNegative, Share, Size, checked
-from jaxmed.errors import InputError
 from jaxmed.models.policy import GaussianMlpConfig, TopkUnetConfig
-from jaxmed.rl import patch_play, pixel_game, selfplay, tournament
-from jaxmed.rl.driver import Budget, Game, Mode, Point, make_way, play_for
-from jaxmed.rl.opponents import OpponentConfig
+from jaxmed.rl import pixel_game, tournament
+from jaxmed.rl.driver import Budget, Game, Mode, Point, Trace, check_game, make_problem, make_way, play_for
 from jaxmed.rl.patch_game import PatchGame
 from jaxmed.rl.patch_play import PatchPlayConfig, PatchProblem
 from jaxmed.rl.pixel_game import PixelGame
 from jaxmed.rl.policies import make_policy
-from jaxmed.rl.ppo import SB3, PpoConfig
+from jaxmed.rl.ppo import PpoConfig
 from jaxmed.rl.search import SearchConfig
-from jaxmed.rl.selfplay import Problem, SelfPlayConfig
+from jaxmed.rl.selfplay import RELEASED, SelfPlayConfig
 from jaxmed.rl.tournament import Debate
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate_jit
 from jaxmed.systems.selfplay.verifier import (
-    Judge,
     choose_level,
     is_constant,
     judge_masks_jit,
@@ -111,39 +108,11 @@ SMOKE = ThinkConfig(
 """In seconds."""
 
 PAPER = ThinkConfig(
-    play=SelfPlayConfig(
-        game=PixelGame(rule="fair"),
-        ppo=SB3,
-        opponents=OpponentConfig(schedule="latest", live=0.0, pool=1, every=2, groups=1),
-        games=1,
-        steps=4096,
-        symmetric=False,
-        scale_rewards=False,
-    ),
+    play=RELEASED,
     policy=GaussianMlpConfig(),
     prior_weight=0.0,
 )
-"""The released players: stable-baselines3's perceptron and PPO, one game an image, a rival renewed every 8,192 steps.
-
-Deviation: both players flip 1 % of the pixels, where the release's rival flips about half of the image and ties flip
-    together; `--think.play.game.rule repo` has the release's rule. The rival is a snapshot, not the learner itself.
-"""
-
-
-class Trace(NamedTuple):
-    """The course of thinking, one entry before it and one after every iteration.
-
-    Attributes:
-        steps: Steps of the game so far.
-        seconds: So far, without compilation.
-        values: Score of the best mask of each image so far: D, or with a prior what `ThinkConfig` says.
-        masks: Those masks.
-    """
-
-    steps: Int[np.ndarray, " point"]
-    seconds: Float[np.ndarray, " point"]
-    values: Float32[np.ndarray, "point image"]
-    masks: Bool[np.ndarray, "point image *space"]
+"""The released players: stable-baselines3's perceptron beside `rl.selfplay.RELEASED`."""
 
 
 class Thought(NamedTuple):
@@ -207,13 +176,13 @@ def think(
         The answer; the axis of images is there for a single one too.
 
     Raises:
-        InputError: An argument is traced by jax, or nothing but learning is asked of the patch game.
+        InputError: An argument is traced by jax, or the patch game is asked for what it cannot do.
     """
     require_values("selfplay.think", "rl.selfplay.iterate", key=key, image=image, params=system.params)
     budget = Budget(budget) if isinstance(budget, int) else budget
     images = jnp.asarray(image, jnp.float32)
     images = images[None] if images.ndim == system.config.generator.dimensions else images
-    check_game(game, config, images.shape[1:])
+    check_game(game, config.mode, config.patch.game.patches, images.shape[1:])
     share = dataclasses.replace(budget, steps=budget.steps // config.rounds, seconds=budget.seconds / config.rounds)
     total = None
     for number in range(config.rounds):
@@ -225,18 +194,6 @@ def think(
         system, policy = _readapt(adapt_key, system, config, images, found.masks, support), found.policy
     assert total is not None
     return total._replace(system=system)
-
-
-def check_game(game: Game, config: ThinkConfig, shape: tuple[int, ...]) -> None:
-    """Refuse what the patch game cannot do.
-
-    Raises:
-        InputError: Nobody is to learn, or images of this shape are not so many patches wide.
-    """
-    if game == "patch" and config.mode != "learn":
-        raise InputError("think.mode", "learn for the patch game", config.mode, "or choose --game pixel")
-    if game == "patch" and any(length % config.patch.game.patches for length in shape):
-        raise InputError("think.patch.game.patches", f"a number that divides {shape}", config.patch.game.patches)
 
 
 def _think_once(
@@ -275,7 +232,7 @@ def _think_once(
             game, config.mode, verify_by(system.config), images.shape, config.play, config.patch, config.search,
             config.policy,
         )  # fmt: skip
-        problem = make_problem(system, config, game, judge, images, start)
+        problem = make_problem(game, config.patch.game, verify_by(system.config), judge, images, start, probability)
         state, stop = play_for(budget, way, play_key, problem, policy, points, watch)
         if config.mode != "grad":
             agreement = pixel_game.agreement(state.game, len(images))
@@ -286,22 +243,6 @@ def _think_once(
         trace.masks[-1], trace.values[-1], np.asarray(agreement), np.asarray(first), np.asarray(start),
         np.asarray(level), np.asarray(probability), trace, stop, policy, system,
     )  # fmt: skip
-
-
-def make_problem(
-    system: SystemOne,
-    config: ThinkConfig,
-    game: Game,
-    judge: Judge,
-    images: Float[Array, "image *space"],
-    start: Bool[Array, "image *space"],
-) -> Problem | PatchProblem:
-    """Return the images as a game has them: with the masks it begins from, or cut into patches that System I scores."""
-    verify = verify_by(system.config)
-    if game == "patch":
-        probability = generate_jit(system.config, system.params, images)
-        return patch_play.make_patch_problem(config.patch.game, verify, judge, images, probability)
-    return selfplay.make_problem(verify, judge, images, start)
 
 
 def _readapt(
@@ -342,7 +283,8 @@ def debate(
     """
     images, verify = image[None], verify_by(system.config)
     judge = make_judge(system, images, config.prior_weight, level)
-    problem = make_problem(system, config, game, judge, images, mask[None])
+    probability = generate_jit(system.config, system.params, images) if game == "patch" else images
+    problem = make_problem(game, config.patch.game, verify, judge, images, mask[None], probability)
     if isinstance(problem, PatchProblem):
         return tournament.debate_patches(key, config.patch, verify, problem, policy, steps)
     player = make_policy(config.policy, config.play.game, image.shape)

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-import scipy.stats
 from jaxtyping import Array, Bool, Float, Float64, Int
 
 from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.metrics.statistics import spearman
 from jaxmed.models.mask_verifier import make_verifier
 from jaxmed.rl.pixel_game import expand_like
 from jaxmed.rl.selfplay import Verify
@@ -179,10 +179,6 @@ def calibrate(
     logits = scipy.special.logit(np.clip(scores, 1e-7, 1 - 1e-7))
     errors = [np.mean((scipy.special.expit(logits / t) - overlaps) ** 2) for t in TEMPERATURES]
     temperature = 1.0 if is_constant else float(TEMPERATURES[int(np.argmin(errors))])
-    ranks = [
-        float(scipy.stats.spearmanr(score, dice)[0])  # pyright: ignore[reportArgumentType]
-        for score, dice in zip(scores, overlaps, strict=True)
-        if np.ptp(score) > 0 and np.ptp(dice) > 0
-    ]
+    ranks = [rank for pair in zip(scores, overlaps, strict=True) if (rank := spearman(*pair)) is not None]
     rank = float(np.mean(ranks)) if ranks else float("nan")
     return Calibration(temperature, rank, is_constant, overlaps, scipy.special.expit(logits / temperature))

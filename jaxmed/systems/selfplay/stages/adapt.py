@@ -11,7 +11,15 @@ from jaxmed.config import Length, checked, to_record
 from jaxmed.data.augment import AS_THEY_ARE
 from jaxmed.data.tasks import Cases, TaskData, draw_shots
 from jaxmed.io.tables import write_table
-from jaxmed.recipes.few_shot_stage import TaskFlags, TaskInputs, example_figure, read_new_task, write_examples
+from jaxmed.recipes.few_shot_stage import (
+    CaseScore,
+    TaskFlags,
+    TaskInputs,
+    example_figure,
+    read_new_task,
+    score_cases,
+    write_examples,
+)
 from jaxmed.recipes.map_files import write_failed
 from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
@@ -62,17 +70,6 @@ def smoke() -> Config:
     return Config(
         inputs=TaskInputs(TaskData(synthetic=24)), task=TASK, shots=SHOTS, adapt=AdaptConfig(steps=8, rate=1e-3)
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class CaseScore:
-    """A test image: Dice of the generator before adaptation and after it, and what the verifier says."""
-
-    case: str
-    subject: str
-    dice_before: float
-    dice: float
-    score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +149,8 @@ def score(before: Trained, after: SystemOne, cases: Cases) -> tuple[CaseScore, .
         return (generate(system.config, system.params, images) > system.config.threshold).astype(jnp.float32)
 
     last = segment(after)
-    columns = overlap(masks, segment(before.system)), overlap(masks, last), judge_masks(after, images, last)
-    numbers = np.round(np.asarray(columns, float).T, 6).tolist()
-    return tuple(
-        CaseScore(case, subject, *row) for case, subject, row in zip(cases.names, cases.subjects, numbers, strict=True)
-    )
+    dices = overlap(masks, segment(before.system)), overlap(masks, last)
+    return score_cases(cases, *dices, judge_masks(after, images, last))
 
 
 def page(run: Finished[Config, Summary]) -> Page:

@@ -20,9 +20,8 @@ from jaxmed.recipes.map_files import write_failed
 from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.segmentation_study import (
     Arms,
-    arm_table,
-    budget_curves,
-    end_bars,
+    comparison_sections,
+    end_dices,
     gain_tiles,
     score_masks,
     tabulate,
@@ -32,10 +31,10 @@ from jaxmed.recipes.study import Cell, Outcome, make_cells, read_study, run_stud
 from jaxmed.recipes.study_sections import failed_cells
 from jaxmed.recipes.study_tables import write_tables
 from jaxmed.report.page import Note, Section, Text
-from jaxmed.report.scatter import scatter
+from jaxmed.rl.driver import check_game
 from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_policy, open_inputs
 from jaxmed.systems.selfplay.system_one import AdaptConfig, SystemOne, adapt, generate
-from jaxmed.systems.selfplay.thinking import LAPTOP, SMOKE, Budget, ThinkConfig, check_game, think
+from jaxmed.systems.selfplay.thinking import LAPTOP, SMOKE, Budget, ThinkConfig, think
 from jaxmed.systems.selfplay.verifier import calibrate, choose_level, judge_masks
 from jaxmed.train.announce import announce
 from jaxmed.train.run_folder import RunFolder
@@ -151,7 +150,8 @@ def run(config: Config, folder: RunFolder) -> int:
         thinking, taught = load_policy(config.policy_weights, config.think, trained.preprocess.size)
         # Every arm has its network, so that they differ in nothing else.
         config = dataclasses.replace(config, think=thinking)
-    check_game("patch" if config.patch_game else "pixel", config.think, preprocess.size)
+    game, patches = "patch" if config.patch_game else "pixel", config.think.patch.game.patches
+    check_game(game, config.think.mode, patches, preprocess.size)
     task = read_new_task(inputs, preprocess, config.task, ("support", "test"), ("train",))
     draw_shots(task.support, config.shots, inputs.seed)  # too few are a mistake, not a seed that failed
     assert task.test is not None
@@ -166,11 +166,7 @@ def run(config: Config, folder: RunFolder) -> int:
 
     def run_cell(cell: Cell) -> Outcome:
         rows = answer(config, trained, taught, task, test, int(cell["seed"]))
-        ends = {row["arm"]: row["budget"] for row in rows}
-        dices = {
-            arm: float(np.mean([row["dice"] for row in rows if (row["arm"], row["budget"]) == (arm, end)]))
-            for arm, end in ends.items()
-        }
+        dices = end_dices(rows)
         for arm, value in dices.items():
             log.say(f"{cell}, {arm}: Dice {100 * value:.1f} %")
         return Outcome(dices, rows)
@@ -270,11 +266,6 @@ def page(run: Finished[Config, Summary]) -> Page:
     tiles = gain_tiles(found, summary.shots)
     if summary.score_and_dice is not None:
         tiles.append(("Verifier", f"{summary.score_and_dice:.2f}", "Spearman of score and Dice, all answers"))
-    points = scatter(
-        {"answers": np.array(found.points, float)}, xlabel="Dice with the true mask", ylabel="verifier's score",
-        caption="Every answer of every arm: the verifier's score against Dice. Thinking can be trusted as far as one "
-        "rises with the other.",
-    )  # fmt: skip
     return Page(
         "Thinking, compared",
         f"Self-play reasoning on '{summary.task}', {summary.cases} images, {summary.seeds} seeds",
@@ -283,9 +274,7 @@ def page(run: Finished[Config, Summary]) -> Page:
             *trouble_sections(run.outputs, (), summary.failed),
             *failed_cells(study.failures),
             *([Section("Notes", [Note(text) for text in summary.notes])] if summary.notes else []),
-            Section("Thinking curves", [budget_curves(found)]),
-            Section("Where each method ends", [end_bars(found), arm_table(found, summary.unit)]),
-            Section("Does the verifier know?", [points]),
+            *comparison_sections(found, summary.unit),
             Section("How to read this", [Text([
                 "All arms answer for the same test images. Thinking uses those images, but no label of them; budgets "
                 f"are of {run.config.together} images that are thought about together. Every seed draws its own "

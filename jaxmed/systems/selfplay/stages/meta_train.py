@@ -1,7 +1,6 @@
 """Self-play meta-train: train generator and verifier on familiar tasks, so that a few labels suffice for a new one."""
 
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxmed.config import Seed, Size, checked
 from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.tasks import Cases, TaskData, read_splits
+from jaxmed.data.tasks import Cases, TaskData, read_splits, task_batches
 from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.recipes.few_shot_stage import example_figure, write_examples, write_puzzles
@@ -142,7 +141,7 @@ def run(config: Config, folder: RunFolder) -> int:
         config.loop,
         state,
         partial(meta_step, config.system, config.meta),
-        partial(batches, config, training),
+        partial(task_batches, training, (config.batch_size, config.meta.inner_steps), config.seed, config.loop.steps),
         mesh=make_mesh(config.mesh),
         folder=folder,
         log=log,
@@ -158,14 +157,6 @@ def run(config: Config, folder: RunFolder) -> int:
     summary = Summary(counts, held_out.task_names if has_held_out else (), len(failed), sizes)
     finish(folder, config, summary, clock, page)
     return 1 if failed else 0
-
-
-def batches(config: Config, cases: Cases, first: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches [batch step *size] of one task each; step n's depends on the seed and n alone."""
-    for number in range(first, config.loop.steps):
-        generator = np.random.default_rng((config.seed, 7, number))
-        chosen = generator.choice(cases.draw_task(generator), (config.batch_size, config.meta.inner_steps))
-        yield {"image": cases.images[chosen], "mask": cases.masks[chosen].astype(np.float32)}
 
 
 def make_evaluation(config: Config, held_out: Cases) -> Any:

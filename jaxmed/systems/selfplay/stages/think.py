@@ -13,12 +13,11 @@ from jaxmed.config import Seed, checked
 from jaxmed.data.tasks import TaskData
 from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import restore_npz, write_npz
-from jaxmed.metrics.imaging import dice
 from jaxmed.recipes.few_shot_stage import TaskInputs, copy_test_files
 from jaxmed.recipes.map_files import Tell
+from jaxmed.recipes.policy_sections import GAMES, STOPS, debate_panels
 from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.segment_files import (
-    Curve,
     FilesConfig,
     FilesFlags,
     Job,
@@ -29,13 +28,13 @@ from jaxmed.recipes.segment_files import (
     score_curves,
     score_tiles,
     segment_files,
+    summarise,
     write_maps,
 )
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
-from jaxmed.report.masks import proposal_panels
 from jaxmed.report.page import Block, Note, Section, Text
+from jaxmed.rl.driver import check_game
 from jaxmed.rl.search import require_mctx
-from jaxmed.rl.tournament import Debate
 from jaxmed.systems.selfplay.inputs import SHOTS, TASK, Trained, load_policy, load_system_one, make_inputs
 from jaxmed.systems.selfplay.thinking import (
     LAPTOP,
@@ -44,7 +43,6 @@ from jaxmed.systems.selfplay.thinking import (
     Budget,
     Game,
     ThinkConfig,
-    check_game,
     debate,
     think,
 )
@@ -58,27 +56,6 @@ TRIES_FAILED_AGAIN = True
 ENDINGS = ("mask", "agreement", "thought")
 """Of the results of a file."""
 MOST_FILES = 6
-DEBATES = {
-    "pixel": "A debate of the trained policy with itself, from where the game began. In every step both players name "
-    "voxels to flip; the titles give the scores of both results. The better one becomes the next mask, unless both are "
-    "worse than what there is and the rules keep it.",
-    "patch": "A patch game of the trained policy with itself, until it was stopped or the figure ends. In every turn "
-    "both players name a patch, the second when the first one's is gone; the titles give System I's mean probability "
-    "in both. The mask is what has been named so far.",
-}
-GAMES = {
-    "pixel": "The pixel game: two players propose flips of the mask, the verifier judges, the better proposal stays.",
-    "patch": "The patch game (RLSP): two players name patches of the image in turn, the one whose patch shows more of "
-    "the object wins, and either may end the game. The patches that a game has named are a mask; the verifier judges "
-    "it after every move. So the answer is made of whole patches (think.patch.game.patches); System I's mask is where "
-    "the curve begins, and no candidate.",
-}
-STOPS = {
-    "budget": "the budget was used up",
-    "time": "the time was up",
-    "plateau": "no better mask was found any more",
-    "constant verifier": "the verifier gives every mask the same score: this is System I's answer",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +130,7 @@ def run(config: Config, folder: RunFolder) -> int:
     if config.policy_weights is not None:
         thinking, policy = load_policy(config.policy_weights, config.think, trained.preprocess.size)
         config = dataclasses.replace(config, think=thinking)
-    check_game(config.game, config.think, trained.preprocess.size)
+    check_game(config.game, config.think.mode, config.think.patch.game.patches, trained.preprocess.size)
     jobs, passed = list_jobs(config.files, ENDINGS)
     if len(jobs) == 1:  # a single broken file is a mistake
         read_job(config.files, trained.preprocess, jobs[0]._replace(mask=None))
@@ -238,19 +215,9 @@ def process(
         )  # fmt: skip
         arrays |= {f"debate_{name}": value for name, value in game._asdict().items()}
         arrays["debate_image"] = scan.images[largest]
-    trajectory = None
-    if truth is not None:
-        arrays["truth"] = truth
-        pairs = [list(zip(truth, masks, strict=True)) for masks in trace.masks]
-        trajectory = tuple(float(np.mean([dice(*pair) for pair in point])) for point in pairs)
+    arrays |= {} if truth is None else {"truth": truth}
     write_npz(outputs / f"{job.name}_thought.npz", arrays, is_compressed=True)
-    steps, seconds, scores, last = (
-        tuple(values.tolist()) for values in (trace.steps, trace.seconds, trace.values.mean(axis=1), found.values)
-    )
-    curve = Curve(steps, seconds, scores, trajectory)
-    return ScanSummary(
-        job.name, len(scan.images), found.stop, last, int(found.masks.sum()), curve, str(job.path)
-    )  # fmt: skip
+    return summarise(job, trace, found.stop, truth)
 
 
 def page(run: Finished[Config, Summary]) -> Page:
@@ -279,10 +246,4 @@ def _pictures(outputs: Path, scan: ScanSummary, game: Game) -> list[Block]:
     if arrays is None:
         return [Note("The masks are no longer in this folder.", "warning")]
     blocks: list[Block] = [answer_panels(arrays, scan, "System I", STOPS[scan.stop])]
-    if "debate_masks" in arrays:
-        told = Debate(*(arrays[f"debate_{name}"] for name in Debate._fields))
-        scores = enumerate(zip(told.values, told.is_won, told.rival_values, strict=True), 1)
-        titles = [f"{step}: {own:.3f} {'>' if won else '<'} {rival:.3f}" for step, (own, won, rival) in scores]
-        flips = {"first player": told.flips, "second player": told.rival_flips}
-        blocks.append(proposal_panels(arrays["debate_image"], told.masks, flips, titles, DEBATES[game]))
-    return blocks
+    return blocks + ([debate_panels(arrays, game)] if "debate_masks" in arrays else [])

@@ -8,15 +8,21 @@ import jax.numpy as jnp
 
 from jaxmed.config import checked
 from jaxmed.data.augment import AS_THEY_ARE
-from jaxmed.data.tasks import TaskData
+from jaxmed.data.tasks import TaskData, task_episodes
 from jaxmed.recipes.few_shot_stage import TaskFlags, TaskInputs
 from jaxmed.recipes.map_files import write_failed
-from jaxmed.recipes.policy_sections import SnapshotMatch, gain_curves, keep_match, rating_blocks
+from jaxmed.recipes.policy_sections import (
+    SNAPSHOT,
+    SnapshotMatch,
+    keep_match,
+    learning_sections,
+    read_snapshots,
+)
 from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.page import Section, Text
 from jaxmed.rl.policies import make_policy
-from jaxmed.systems.selfplay.inputs import SNAPSHOT, open_inputs, read_snapshots, write_policy
+from jaxmed.systems.selfplay.inputs import open_inputs, write_policy
 from jaxmed.systems.selfplay.policy_training import (
     PolicyState,
     VisitConfig,
@@ -24,7 +30,6 @@ from jaxmed.systems.selfplay.policy_training import (
     make_eval_cases,
     match_snapshots,
     policy_step,
-    visits,
 )
 from jaxmed.systems.selfplay.system_one import AdaptConfig
 from jaxmed.systems.selfplay.thinking import LAPTOP, PAPER, SMOKE, ThinkConfig
@@ -122,7 +127,7 @@ def run(config: Config, folder: RunFolder) -> int:
         config.loop,
         start,
         partial(policy_step, trained.system, config.adapt, config.think, config.visit.iterations),
-        lambda first: visits(config.visit, training, inputs.seed, first, config.loop.steps),
+        partial(task_episodes, training, config.visit.shots, config.visit.images, inputs.seed, config.loop.steps),
         mesh=make_mesh(MeshConfig(data=1)),
         folder=folder,
         log=log,
@@ -166,11 +171,7 @@ def page(run: Finished[Config, Summary]) -> Page:
         ],
         [
             *trouble_sections(run.outputs, (), summary.failed),
-            Section("Learning to think", [
-                gain_curves(lines, fresh, "score_gain", "the verifier's score", 1.0),
-                gain_curves(lines, fresh, "overlap_gain", "Dice, in points", 100.0),
-            ]),
-            Section("Snapshots against each other", rating_blocks(summary.match)),
+            *learning_sections(lines, fresh, summary.match),
             Section("How to read this", [Text([
                 f"A visit adapts System I to a familiar task and thinks about other images of it for "
                 f"{summary.steps_of_visit:,} steps of the game. What it gains in them should grow from visit to visit, "
