@@ -10,17 +10,14 @@ Conventions, for all functions here:
   width at half maximum of sqrt(new^2 - old^2) in mm, so that a box-like response of width `old`
   becomes one of width `new`: sigma = sqrt(new^2 - old^2) / sqrt(8 ln 2). Not for order 0.
 - Results are float32 (float64 stays, and order 0 keeps the type).
-
-`sample_linear` at the end runs on the device.
 """
 
 import math
 from collections.abc import Callable
 
-import jax
 import numpy as np
 import scipy.ndimage
-from jaxtyping import Array, Float, Float64, Shaped
+from jaxtyping import Float, Float64, Shaped
 
 from jaxmed.errors import InputError
 from jaxmed.volume import Grid, Volume, affine_spacing, check_affine
@@ -205,17 +202,6 @@ def restore(volume: Volume, grid: Grid, *, order: int = 1, fill: float = 0.0) ->
     turned = _turn(volume, permutation, is_flipped)
     start = np.rint(np.linalg.solve(turned.affine, grid.affine)[:3, 3]).astype(int)
     return Volume.make(_window(turned.array, start.tolist(), [*grid.shape], fill), grid.affine)
-
-
-def sample_linear(array: Float[Array, "x y z"], coordinates: Float[Array, "*batch 3"]) -> Float[Array, "*batch"]:
-    """Interpolate linearly at voxel coordinates, on the device; edge voxels are repeated outwards.
-
-    Args:
-        array: A volume.
-        coordinates: Positions in voxel indices; differentiable.
-    """
-    places = [coordinates[..., axis] for axis in range(3)]
-    return jax.scipy.ndimage.map_coordinates(array, places, order=1, mode="nearest")
 
 
 def _directions(codes: str) -> list[tuple[int, int]]:

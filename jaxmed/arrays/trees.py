@@ -23,19 +23,6 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def select(tree: Any, patterns: Sequence[str]) -> Any:
-    """Mark the leaves whose name holds one of the regular expressions.
-
-    Args:
-        tree: Parameters.
-        patterns: Regular expressions, searched for anywhere in a name.
-
-    Returns:
-        The same tree with a bool in place of each leaf.
-    """
-    return map_named(lambda name, _: matches(name, patterns), tree)
-
-
 def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     """Return the tree with some leaves exchanged.
 

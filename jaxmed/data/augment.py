@@ -355,30 +355,6 @@ def warp(
     return sample(work, places, order=order).astype(image.dtype)
 
 
-def random_crop(key: Key[Array, ""], image: T, size: tuple[int, ...]) -> T:
-    """Cut a random window out of an array, or the same one out of every array of a tree.
-
-    Args:
-        key: Consumed.
-        image: Array, or tuple or dict of arrays with equal spatial axes first.
-        size: Static, at most the image's.
-    """
-    ndim = len(size)
-    leaves = jax.tree.leaves(image)
-    spatial = leaves[0].shape[:ndim]
-    if any(leaf.shape[:ndim] != spatial for leaf in leaves) or any(n > m for n, m in zip(size, spatial, strict=True)):
-        shapes = [leaf.shape for leaf in leaves]
-        raise ValueError(f"size: expected at most the common spatial shape, found {size} for {shapes}")
-    spare = jnp.array(spatial) - jnp.array(size)
-    start = jax.random.randint(key, (ndim,), 0, spare + 1)
-
-    def cut(array: Array) -> Array:
-        rest = array.shape[ndim:]
-        return jax.lax.dynamic_slice(array, [*start, *[0] * len(rest)], (*size, *rest))
-
-    return jax.tree.map(cut, image)
-
-
 def random_resized_crop(
     key: Key[Array, ""],
     image: Float[Array, "*spatial channel"],

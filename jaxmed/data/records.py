@@ -107,15 +107,6 @@ def read_file(path: Path) -> Volume | Shaped[np.ndarray, "..."]:
     return read_image(path)
 
 
-def read_labels(path: Path) -> Volume:
-    """Read a NIfTI file of whole numbers as int32.
-
-    Raises:
-        InputError: For whatever is wrong with the file.
-    """
-    return nifti.read(path, dtype=np.int32)
-
-
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class FileSource:
     """Records whose fields are files, beside plain values.

@@ -20,13 +20,11 @@ from jaxtyping import Float64, Int, Real, Shaped
 from jaxmed.errors import InputError
 from jaxmed.metrics import weighted
 from jaxmed.metrics.statistics import (
-    Difference,
     Interval,
     IntervalMethod,
     Seed,
     Statistics,
     bootstrap_all,
-    bootstrap_differences,
 )
 
 Task = Literal["binary", "multiclass", "multilabel"]
@@ -76,7 +74,7 @@ def score(
         probabilities: Those of class 1, or one column per class (rows adding up to 1) or label.
         task: What the labels are.
         threshold: Probability from which a row is positive, for "binary", or for all labels or each of "multilabel";
-            choose it on validation data (`youden_threshold`).
+            choose it on validation data.
         names: Names of the labels of "multilabel", for the keys; empty for their numbers.
 
     Returns:
@@ -136,28 +134,6 @@ def intervals(
     return bootstrap_all(statistics, subjects, seed=seed, num_resamples=num_resamples, level=level, method=method)
 
 
-def differences(
-    labels: Shaped[np.ndarray, "row ..."],
-    first: Real[np.ndarray, "row ..."],
-    second: Real[np.ndarray, "row ..."],
-    task: Task,
-    subjects: Shaped[np.ndarray, " row"],
-    *,
-    seed: Seed,
-    threshold: float | Sequence[float] = 0.5,
-    names: Sequence[str] = (),
-    num_resamples: int = 2000,
-    level: float = 0.95,
-    method: IntervalMethod = "percentile",
-) -> dict[str, Difference]:
-    """Compare two models on the same rows: first minus second in every measure; arguments as for `intervals`."""
-    _check_subjects(subjects, len(labels))
-    ours, theirs = (_statistics(labels, scores, task, threshold, names) for scores in (first, second))
-    return bootstrap_differences(
-        ours, theirs, subjects, seed=seed, num_resamples=num_resamples, level=level, method=method
-    )
-
-
 def confusion_matrix(
     labels: Shaped[np.ndarray, " row"], predictions: Shaped[np.ndarray, " row"], num_classes: int
 ) -> Int[np.ndarray, "truth prediction"]:
@@ -177,15 +153,6 @@ def auroc(labels: Shaped[np.ndarray, " row"], scores: Real[np.ndarray, " row"]) 
     return float(weighted.auroc(_checked_positives(labels, scores), scores, np.ones((1, len(labels))))[0])
 
 
-def average_precision(labels: Shaped[np.ndarray, " row"], scores: Real[np.ndarray, " row"]) -> float:
-    """Return the area under the precision-recall curve, as the sum of recall steps times precision (AUPR).
-
-    Raises:
-        InputError: A class has no row, or a score is not finite.
-    """
-    return float(weighted.average_precision(_checked_positives(labels, scores), scores, np.ones((1, len(labels))))[0])
-
-
 def operating_curve(labels: Shaped[np.ndarray, " row"], scores: Real[np.ndarray, " row"]) -> OperatingCurve:
     """Return sensitivity and specificity at every threshold that changes a prediction.
 
@@ -196,30 +163,6 @@ def operating_curve(labels: Shaped[np.ndarray, " row"], scores: Real[np.ndarray,
     sensitivity, false_alarms = weighted.rates(is_positive, scores, np.ones((1, len(labels))))
     thresholds = np.concatenate([[np.inf], np.unique(scores.astype(np.float64))[::-1]])
     return OperatingCurve(thresholds, sensitivity[0], 1 - false_alarms[0])
-
-
-def youden_threshold(
-    validation_labels: Shaped[np.ndarray, " row"], validation_scores: Real[np.ndarray, " row"]
-) -> float:
-    """Choose the threshold with the largest sensitivity + specificity - 1; the highest among equals.
-
-    On validation data only: chosen on the test rows it would flatter them.
-
-    Returns:
-        A score of the data, at and above which rows are positive.
-
-    Raises:
-        InputError: A class has no row, a score is not finite, or no threshold is better than chance.
-
-    Source: Youden, Cancer 3 (1950), 32.
-    """
-    curve = operating_curve(validation_labels, validation_scores)
-    index = curve.sensitivity + curve.specificity - 1
-    best = int(np.argmax(index))
-    if best == 0:
-        found = "none: all scores are equal, or low where the label is 1"
-        raise InputError("validation scores", "a threshold that is better than chance", found)
-    return float(curve.thresholds[best])
 
 
 def reliability_curve(

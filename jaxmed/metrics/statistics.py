@@ -44,24 +44,6 @@ class Interval(NamedTuple):
     num_undefined: int = 0
 
 
-class Difference(NamedTuple):
-    """First minus second, bootstrapped on the same subjects.
-
-    Attributes:
-        difference: On all rows.
-        low: Lower end of the interval.
-        high: Upper end.
-        p_value: Two-sided: twice the share of resamples on the other side of zero, (k + 1) / (n + 1), at most 1.
-        num_undefined: Resamples left out because one of the two was not defined on them.
-    """
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    num_undefined: int = 0
-
-
 class PairedTest(NamedTuple):
     """A test of paired values, first minus second.
 
@@ -145,35 +127,6 @@ def bootstrap_all(
     for name, draws in drawn.items():
         low, high = _ends(draws, level, method)
         found[name] = Interval(draws.estimate, low, high, draws.num_undefined)
-    return found
-
-
-def bootstrap_differences(
-    first: Statistics,
-    second: Statistics,
-    subjects: Shaped[np.ndarray, " row"],
-    *,
-    seed: Seed,
-    num_resamples: int = 2000,
-    level: float = 0.95,
-    method: IntervalMethod = "percentile",
-) -> dict[str, Difference]:
-    """Bootstrap the differences between two models that saw the same subjects; arguments as in `bootstrap_all`."""
-    _check_level(level)
-
-    def differences(weights: Float64[np.ndarray, "resample row"]) -> dict[str, Float64[np.ndarray, " resample"]]:
-        ours, theirs = first(weights), second(weights)
-        if set(ours) != set(theirs):
-            raise ValueError(f"the two models have different measures: {sorted(set(ours) ^ set(theirs))}")
-        return {name: ours[name] - theirs[name] for name in ours}
-
-    found = {}
-    for name, draws in _draw(differences, subjects, seed, num_resamples, needs_jackknife=method == "bca").items():
-        low, high = _ends(draws, level, method)
-        number = len(draws.resamples)
-        sides = min((draws.resamples <= 0).sum(), (draws.resamples >= 0).sum())
-        p_value = min(1.0, 2 * float(sides + 1) / (number + 1))
-        found[name] = Difference(draws.estimate, low, high, p_value, draws.num_undefined)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Linear measurements of one image: blur, resizing, mask, any linear function.
+"""Linear measurements of one image: filters and resizing, axis by axis.
 
 Each is made for one shape of image, (*space, channel), and comes with its adjoint and, where there is an exact one,
 its pseudo-inverse. Methods map it over a batch. Filters along the axes are one small matrix per axis: a chain of them
@@ -9,12 +9,11 @@ products beat a convolution by far.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Float, Num
 
-from jaxmed.arrays.filters import Mode, along, blur_matrix
+from jaxmed.arrays.filters import along
 
 Map: TypeAlias = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 Matrix: TypeAlias = Num[np.ndarray, "_ _"] | Float[Array, "_ _"]
@@ -36,22 +35,6 @@ class LinearOperator(NamedTuple):
     def __call__(self, image: Float[Array, "..."]) -> Float[Array, "..."]:
         """Measure an image."""
         return self.apply(image)
-
-
-def from_function(apply: Map, shape: tuple[int, ...], pseudo_inverse: Map | None = None) -> LinearOperator:
-    """Make an operator of any linear function; its adjoint is its transpose by JAX.
-
-    Args:
-        apply: Linear in the image, real in and out.
-        shape: Shape of the image.
-        pseudo_inverse: That of the function, if known.
-    """
-
-    def adjoint(measurement: Float[Array, "..."]) -> Float[Array, "..."]:
-        (image,) = jax.linear_transpose(apply, jax.ShapeDtypeStruct(shape, measurement.dtype))(measurement)
-        return image
-
-    return LinearOperator(apply, adjoint, pseudo_inverse)
 
 
 def separable(matrices: Sequence[Matrix | None], relative_cutoff: float = 1e-6) -> LinearOperator:
@@ -79,30 +62,6 @@ def separable(matrices: Sequence[Matrix | None], relative_cutoff: float = 1e-6) 
     )
 
 
-def blur(
-    shape: tuple[int, ...],
-    sigma: float | Sequence[float],
-    radius: int | None = None,
-    mode: Mode = "reflect",
-    relative_cutoff: float = 1e-3,
-) -> LinearOperator:
-    """Blur by a Gaussian.
-
-    Args:
-        shape: Axes of space.
-        sigma: Standard deviation in voxels, for all axes or one per axis; 0 leaves an axis alone.
-        radius: Last tap to either side; 4 sigma by default.
-        mode: What lies outside the image.
-        relative_cutoff: See `separable`: the least contrast of a wave that the pseudo-inverse brings back.
-    """
-    sigmas = per_axis(sigma, len(shape), "sigma")
-    matrices = []
-    for size, width in zip(shape, sigmas, strict=True):
-        reach = int(np.ceil(4 * width)) if radius is None else radius
-        matrices.append(blur_matrix(size, width, reach, mode) if width > 0 else None)
-    return separable(matrices, relative_cutoff)
-
-
 def resize_matrix(old: int, new: int, antialias: bool) -> Float[np.ndarray, "new old"]:
     """Return the matrix that resizes an axis linearly over the same field of view.
 
@@ -118,21 +77,6 @@ def resize_matrix(old: int, new: int, antialias: bool) -> Float[np.ndarray, "new
         centres = np.clip(centres, 0, old - 1)
     weights = np.maximum(1 - np.abs(centres[:, None] - np.arange(old)) / scale, 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
-
-
-def mask(keep: Bool[Array, "..."] | Bool[np.ndarray, "..."]) -> LinearOperator:
-    """Measure some voxels; the others read 0.
-
-    Args:
-        keep: True where measured; it is broadcast to the image.
-    """
-    keep = jnp.asarray(keep)
-
-    def apply(image: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.where(keep, image, 0.0)
-
-    # A projection is its own adjoint and pseudo-inverse.
-    return LinearOperator(apply, apply, apply)
 
 
 def per_axis(value: float | Sequence[float], num_axes: int, name: str) -> list[float]:

@@ -2,8 +2,6 @@
 
 import itertools
 
-import jax
-import jax.numpy as jnp
 import nibabel as nib
 import nibabel.processing
 import numpy as np
@@ -18,7 +16,6 @@ from jaxmed.arrays.grid import (
     resample_to,
     resize,
     restore,
-    sample_linear,
 )
 from jaxmed.errors import InputError
 from jaxmed.volume import Grid, Volume
@@ -260,15 +257,3 @@ def test_wrong_arguments_are_told():
     ):
         with pytest.raises(InputError):
             call()
-
-
-def test_device_sampling_agrees_with_scipy_and_is_differentiable():
-    rng = np.random.default_rng(0)
-    array = rng.normal(size=(5, 6, 7)).astype(np.float32)
-    points = rng.uniform(-1, 7, (50, 3)).astype(np.float32)
-    expected = scipy.ndimage.map_coordinates(array, points.T, order=1, mode="nearest")
-    result = sample_linear(jnp.asarray(array), jnp.asarray(points))
-    np.testing.assert_allclose(result, expected, atol=1e-5)
-    ramp = jnp.asarray(np.indices((5, 6, 7))[1], jnp.float32)
-    gradient = jax.grad(lambda p: sample_linear(ramp, p))(jnp.array([1.5, 2.5, 3.5]))
-    np.testing.assert_allclose(gradient, [0, 1, 0], atol=1e-6)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.arrays.trees import exponential_average, map_named, named_leaves, replace, select
+from jaxmed.arrays.trees import exponential_average, map_named, named_leaves, replace
 
 pytestmark = pytest.mark.core
 TREE = {"encoder": {"block_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}, "head": {"kernel": jnp.ones(3)}}
@@ -14,13 +14,6 @@ def test_names_are_paths():
     assert list(named_leaves(TREE)) == ["encoder/block_0/bias", "encoder/block_0/kernel", "head/kernel"]
     assert named_leaves((TREE["head"], None, [jnp.ones(1)])).keys() == {"0/kernel", "2/0"}
     assert map_named(lambda name, leaf: (name, leaf.ndim), TREE)["head"]["kernel"] == ("head/kernel", 1)
-
-
-def test_select_searches_anywhere_in_a_name():
-    assert select(TREE, ("^head", "bias$")) == {
-        "encoder": {"block_0": {"kernel": False, "bias": True}},
-        "head": {"kernel": True},
-    }
 
 
 def test_replace_exchanges_named_leaves_only():

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -6,7 +8,6 @@ from jaxmed.data.records import (
     FileSource,
     SubsetSource,
     epoch_order,
-    read_labels,
     record_at,
     record_seed,
 )
@@ -52,7 +53,9 @@ def test_a_manifest_becomes_records(tmp_path):
     write_table(tmp_path / "m.csv", ("path", "mask", "age"), rows)
     table = read_table(tmp_path / "m.csv")
     files = {"image": tuple(resolve_paths(table, "path")), "label": tuple(resolve_paths(table, "mask"))}
-    source = FileSource(files, {"age": np.array(table.floats("age"), np.float32)}, {"label": read_labels})
+    source = FileSource(
+        files, {"age": np.array(table.floats("age"), np.float32)}, {"label": partial(nifti.read, dtype=np.int32)}
+    )
     record = source[2]
     assert (len(source), record["age"], source.name(2)) == (3, 62, str(tmp_path / "2.nii.gz"))
     assert record["image"].array.dtype == np.float32 and record["label"].array.dtype == np.int32

@@ -4,13 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import mixtures as closed
 import numpy as np
 import pytest
 from priors import oracle, random_mixture, times
 
 from jaxmed.diffusion.denoiser import denoising_loss, epsilon, make_denoiser, precondition, score, velocity
 from jaxmed.diffusion.schedule import Edm, Ve, VpContinuous, VpDiscrete, expand_like
-from jaxmed.synthesis.phantoms import mixture as closed
 
 pytestmark = pytest.mark.core
 SCHEDULES = {"cosine": VpDiscrete(), "continuous": VpContinuous(), "ve": Ve(), "edm": Edm()}

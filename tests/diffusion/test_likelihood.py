@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mixtures import draw, log_density
 from priors import oracle, random_mixture
 
 from jaxmed.diffusion.likelihood import LikelihoodConfig, log_likelihood
 from jaxmed.diffusion.schedule import Edm, VpDiscrete
 from jaxmed.solvers.ode import OdeConfig
-from jaxmed.synthesis.phantoms.mixture import draw, log_density, make_isotropic
+from jaxmed.synthesis.phantoms.mixture import make_isotropic
 
 pytestmark = pytest.mark.core
 S, DIM = 0.8, 4

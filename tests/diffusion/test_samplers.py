@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from mixtures import covariance_matrices
 from priors import oracle, random_mixture
 
 from jaxmed import diffusion
@@ -24,7 +25,6 @@ from jaxmed.diffusion.samplers import (
     step,
 )
 from jaxmed.diffusion.schedule import Edm, VpContinuous, VpDiscrete
-from jaxmed.synthesis.phantoms.mixture import covariance_matrices
 
 pytestmark = pytest.mark.core
 CHAIN = VpDiscrete(200)

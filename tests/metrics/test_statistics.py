@@ -177,21 +177,6 @@ def test_undefined_resamples_are_counted_or_refused():
         st.bootstrap(rare, np.zeros(10, int), seed=0)
 
 
-def test_paired_bootstrap_cancels_what_two_models_share(rng):
-    hard = rng.normal(0, 5, size=50)
-    first, second = hard + 0.5 + rng.normal(0, 0.2, 50), hard + rng.normal(0, 0.2, 50)
-
-    def model(values):
-        return lambda weights: {"mean": st.weighted_mean(values)(weights)}
-
-    found = st.bootstrap_differences(model(first), model(second), np.arange(50), seed=0, num_resamples=999)["mean"]
-    assert 0.3 < found.low < found.difference < found.high < 0.7
-    assert found.p_value == pytest.approx(2 / 1000)
-    assert found.difference == pytest.approx(first.mean() - second.mean())
-    same = st.bootstrap_differences(model(first), model(first), np.arange(50), seed=0, num_resamples=99)["mean"]
-    assert (same.difference, same.p_value) == (0.0, 1.0)
-
-
 def coverage(num_trials, num_subjects, method, seed):
     """Share of intervals that hold the true mean, for three correlated scans of each subject."""
     rng = np.random.default_rng(seed)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_operators import blur, from_function, mask
 
-from jaxmed.physics.operators import blur, from_function, mask, resize_matrix, separable
+from jaxmed.physics.operators import resize_matrix, separable
 
 pytestmark = pytest.mark.core
 

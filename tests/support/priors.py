@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mixtures import covariance_matrices, make_mixture
 
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.schedule import Schedule
-from jaxmed.synthesis.phantoms.mixture import Mixture, covariance_matrices, denoise, make_mixture
+from jaxmed.synthesis.phantoms.mixture import Mixture, denoise
 
 
 def random_mixture(seed: int, modes: int, dim: int, spread: float = 1.0) -> Mixture:

@@ -16,9 +16,11 @@ from jaxmed.diffusion.denoiser import Denoiser, denoising_loss, make_denoiser
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.models.unet_guided import GuidedUnetConfig, guided_unet
 from jaxmed.nn.model import Network
+from jaxmed.physics.lowfield import simulate
 from jaxmed.recipes.denoiser import train_denoiser
 from jaxmed.recipes.training import TrainConfig, TrainData
-from jaxmed.synthesis.phantoms.shortcut import ShortcutConfig, draw_pair, draw_prior_image
+from jaxmed.synthesis.phantoms.brain import draw_brain, make_brain
+from jaxmed.synthesis.phantoms.shortcut import Case, ShortcutConfig, make_case
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
@@ -27,6 +29,32 @@ from jaxmed.train.run_folder import RunFolder
 
 RECORDS = 4096
 """Length of an epoch; images are drawn anew whenever a record comes, so it only paces the loop."""
+
+
+def draw_prior_image(key: KeyArray, config: ShortcutConfig) -> Float[Array, "x y 1"]:
+    """Draw an image of the diverse set: lesions and cues, independent of each other."""
+    return draw_brain(key, config.size, config.brain).image[..., None]
+
+
+def draw_pair(key: KeyArray, config: ShortcutConfig) -> tuple[Float[Array, "x y 1"], Float[Array, "x y 1"]]:
+    """Draw image and measurement of the conditional model's set: half with cue and lesion, half with neither.
+
+    The measurement does not show the lesion, as where the contrast of a low field hides it: the cue is all that there
+    is to learn it from.
+    """
+    flag_key, image_key, noise_key = jax.random.split(key, 3)
+    is_ill = jax.random.bernoulli(flag_key)
+    image, hidden = (
+        make_brain(image_key, lesion, is_ill, config.size, config.brain).image[..., None] for lesion in (is_ill, False)
+    )
+    return image, simulate(noise_key, hidden, config.size, config.acquisition)
+
+
+def draw_case(key: KeyArray, config: ShortcutConfig) -> Case:
+    """Draw a test case."""
+    image_key, noise_key = jax.random.split(key)
+    brain = make_brain(image_key, False, True, config.size, config.brain)
+    return make_case(noise_key, brain, brain.image, config)
 
 
 def train_prior(config: ShortcutConfig, recipe: TrainConfig, folder: RunFolder, log: Log) -> tuple[Denoiser, Params]:

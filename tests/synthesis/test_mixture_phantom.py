@@ -4,20 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mixtures import covariance_matrices, draw, log_density, make_mixture, posterior, score
 from priors import random_mixture
 from scipy.stats import multivariate_normal
 
-from jaxmed.synthesis.phantoms.mixture import (
-    covariance_matrices,
-    denoise,
-    draw,
-    log_density,
-    make_isotropic,
-    make_mixture,
-    posterior,
-    responsibilities,
-    score,
-)
+from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic, responsibilities
 
 pytestmark = pytest.mark.core
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_operators import blur
 
 from jaxmed.arrays.batches import apply_in_batches
 from jaxmed.data.windows import TilingConfig, tile_head
@@ -24,7 +25,6 @@ from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.physics.lowfield import FitConfig, LowField
-from jaxmed.physics.operators import blur
 from jaxmed.recipes.posterior_samples import draw_samples, make_program
 from jaxmed.solvers.line_search import Wolfe
 from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from priors import oracle
-from shortcut_models import fit_linear, small_recipe, train_conditional, train_prior
+from shortcut_models import (
+    draw_case,
+    draw_pair,
+    draw_prior_image,
+    fit_linear,
+    small_recipe,
+    train_conditional,
+    train_prior,
+)
 
 from jaxmed.diffusion.posterior.dps import Dps, dps
 from jaxmed.diffusion.posterior.dynamicdps import STRICT, dynamicdps
@@ -21,9 +29,6 @@ from jaxmed.synthesis.phantoms.mixture import make_isotropic
 from jaxmed.synthesis.phantoms.shortcut import (
     SMALL,
     ShortcutConfig,
-    draw_case,
-    draw_pair,
-    draw_prior_image,
     lesion_error,
     make_case,
 )

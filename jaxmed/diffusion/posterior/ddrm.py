@@ -13,7 +13,6 @@ from jaxmed.arrays.filters import along
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import NonNegative, Share, Size, checked
 from jaxmed.diffusion.denoiser import Denoiser
-from jaxmed.diffusion.posterior.fidelity import Operator
 from jaxmed.diffusion.posterior.frame import Info, norms, root_keys, walk
 from jaxmed.diffusion.samplers import Ddim, draw_noise, grid
 
@@ -76,32 +75,6 @@ def separable_spectrum(
         to_image=lambda coefficients: multiply([None if r is None else r.T for r in rights], coefficients),
         to_measured=lambda measurement: multiply(lefts, measurement),
         singular=jnp.asarray(singular),
-    )
-
-
-def dense_spectrum(operator: Operator, shape: tuple[int, ...], relative_cutoff: float = 1e-6) -> Spectrum:
-    """Decompose any linear operator by its matrix: for images of up to a few thousand voxels.
-
-    Args:
-        operator: Linear, of one image.
-        shape: Shape of the image.
-        relative_cutoff: Singular values below this fraction of the largest count as 0.
-    """
-    matrix = np.asarray(jax.jacfwd(lambda image: operator(image).ravel())(jnp.zeros(shape)), np.float64)
-    size = int(np.prod(shape))
-    flat = separable_spectrum([matrix.reshape(len(matrix), size)], (size,), relative_cutoff)
-    return Spectrum(
-        to_coefficients=lambda image: flat.to_coefficients(image.ravel()).reshape(shape),
-        to_image=lambda coefficients: flat.to_image(coefficients.ravel()).reshape(shape),
-        to_measured=lambda measurement: flat.to_measured(measurement.ravel()).reshape(shape),
-        singular=flat.singular.reshape(shape),
-    )
-
-
-def mask_spectrum(keep: Array | np.ndarray) -> Spectrum:
-    """Return the spectrum of an operator that keeps some voxels and sets the others to 0."""
-    return Spectrum(
-        lambda image: image, lambda image: image, lambda y: jnp.where(keep, y, 0.0), jnp.where(keep, 1.0, 0.0)
     )
 
 

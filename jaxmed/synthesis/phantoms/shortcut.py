@@ -12,14 +12,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.arrays.types import KeyArray, Scalar
 from jaxmed.metrics.hallucination import lesion_contrast
 from jaxmed.physics.lowfield import LowField, make_operator, simulate
-from jaxmed.synthesis.phantoms.brain import TISSUES, BrainConfig, BrainPhantom, draw_brain, make_brain
+from jaxmed.synthesis.phantoms.brain import TISSUES, BrainConfig, BrainPhantom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,32 +72,6 @@ class Case(NamedTuple):
     brain: Bool[Array, "*batch x y"]
     lesion: Bool[Array, "*batch x y"]
     around: Bool[Array, "*batch x y"]
-
-
-def draw_prior_image(key: KeyArray, config: ShortcutConfig) -> Float[Array, "x y 1"]:
-    """Draw an image of the diverse set: lesions and cues, independent of each other."""
-    return draw_brain(key, config.size, config.brain).image[..., None]
-
-
-def draw_pair(key: KeyArray, config: ShortcutConfig) -> tuple[Float[Array, "x y 1"], Float[Array, "x y 1"]]:
-    """Draw image and measurement of the conditional model's set: half with cue and lesion, half with neither.
-
-    The measurement does not show the lesion, as where the contrast of a low field hides it: the cue is all that there
-    is to learn it from.
-    """
-    flag_key, image_key, noise_key = jax.random.split(key, 3)
-    is_ill = jax.random.bernoulli(flag_key)
-    image, hidden = (
-        make_brain(image_key, lesion, is_ill, config.size, config.brain).image[..., None] for lesion in (is_ill, False)
-    )
-    return image, simulate(noise_key, hidden, config.size, config.acquisition)
-
-
-def draw_case(key: KeyArray, config: ShortcutConfig) -> Case:
-    """Draw a test case."""
-    image_key, noise_key = jax.random.split(key)
-    brain = make_brain(image_key, False, True, config.size, config.brain)
-    return make_case(noise_key, brain, brain.image, config)
 
 
 def make_case(key: KeyArray, brain: BrainPhantom, image: Float[Array, "x y"], config: ShortcutConfig) -> Case:

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_operators import mask
 from priors import MATRIX, MEASUREMENT, gaussian_mean, oracle, random_mixture
 
 from jaxmed import diffusion
 from jaxmed.diffusion.posterior.ddnm import Ddnm, ddnm
 from jaxmed.diffusion.samplers import Ancestral, Ddim, draw_noise, sample_keys
 from jaxmed.diffusion.schedule import VpDiscrete
-from jaxmed.physics.operators import LinearOperator, mask
+from jaxmed.physics.operators import LinearOperator
 from jaxmed.synthesis.phantoms.mixture import make_isotropic
 
 pytestmark = pytest.mark.core

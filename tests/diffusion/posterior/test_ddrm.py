@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_operators import dense_spectrum, mask_spectrum
 from priors import MATRIX, MEASUREMENT, gaussian_mean, oracle, random_mixture
 
-from jaxmed.diffusion.posterior.ddrm import Ddrm, ddrm, dense_spectrum, mask_spectrum, separable_spectrum
+from jaxmed.diffusion.posterior.ddrm import Ddrm, ddrm, separable_spectrum
 from jaxmed.diffusion.samplers import draw_noise, sample_keys
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.physics.operators import resize_matrix, separable

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_operators import from_function, mask
+from mixtures import posterior
 from priors import oracle, random_mixture
 
 import jaxmed.diffusion.posterior.ccdf
@@ -12,8 +14,7 @@ from jaxmed.diffusion.posterior.ccdf import Ccdf
 from jaxmed.diffusion.posterior.dps import Dps
 from jaxmed.diffusion.samplers import Ddim, draw_noise, sample_keys
 from jaxmed.diffusion.schedule import VpDiscrete
-from jaxmed.physics.operators import LinearOperator, from_function, mask
-from jaxmed.synthesis.phantoms.mixture import posterior
+from jaxmed.physics.operators import LinearOperator
 
 pytestmark = pytest.mark.core
 

@@ -5,18 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact_guidance import Exact, exact, guided_mean
+from mixtures import covariance_matrices, make_mixture, posterior
 from priors import MATRIX, MEASUREMENT, oracle, random_mixture
 
 from jaxmed.diffusion.samplers import Ddim, Heun
 from jaxmed.diffusion.schedule import Edm, VpDiscrete
-from jaxmed.synthesis.phantoms.mixture import (
-    Mixture,
-    covariance_matrices,
-    denoise,
-    make_mixture,
-    posterior,
-    responsibilities,
-)
+from jaxmed.synthesis.phantoms.mixture import Mixture, denoise, responsibilities
 
 pytestmark = pytest.mark.core
 NOISE = 0.3

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mixtures import covariance_matrices, posterior
 from priors import MATRIX, MEASUREMENT, oracle
 
 from jaxmed.diffusion.posterior.pigdm import Pigdm, guided_mean, pigdm
 from jaxmed.diffusion.samplers import Heun
 from jaxmed.diffusion.schedule import Edm, VpDiscrete
-from jaxmed.synthesis.phantoms.mixture import covariance_matrices, denoise, make_isotropic, posterior
+from jaxmed.synthesis.phantoms.mixture import denoise, make_isotropic
 
 pytestmark = pytest.mark.core
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mixtures import covariance_matrices
 from priors import MATRIX, MEASUREMENT, gaussian_mean, oracle, random_mixture
 
 from jaxmed.diffusion.posterior.pnp_dpir import PnpDpir, pnp_dpir
 from jaxmed.diffusion.schedule import VpDiscrete
-from jaxmed.synthesis.phantoms.mixture import covariance_matrices
 
 pytestmark = pytest.mark.core
 CHAIN = VpDiscrete(1000)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mixtures import covariance_matrices
 from priors import MATRIX, MEASUREMENT, gaussian_mean, oracle, random_mixture
 
 from jaxmed.diffusion.posterior.reddiff import Reddiff, reddiff
 from jaxmed.diffusion.samplers import draw_noise, sample_keys
 from jaxmed.diffusion.schedule import VpDiscrete
-from jaxmed.synthesis.phantoms.mixture import covariance_matrices
 
 pytestmark = pytest.mark.core
 CHAIN = VpDiscrete(200)
