@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmed.io.tables import read_table, write_table
-from jaxmed.synthesis.phantoms.write_connectome import write_connectome_matrix
+from jaxmed.io.tables import read_table, write_columns, write_table
 
 SIZE = 1000.0
 """Voxels of every region."""
@@ -35,7 +34,8 @@ def main() -> None:
     cortical = [i for i, name in enumerate(names) if name.startswith("ctx-")]
     regions = tuple(names[i].replace("ctx-lh-", "L_").replace("ctx-rh-", "R_") for i in cortical)
     square = np.ix_(cortical, cortical)
-    write_connectome_matrix(out / "connectome.csv", (counts + counts.T)[square] / 2, regions)
+    matrix = (counts + counts.T)[square] / 2
+    write_columns(out / "connectome.csv", dict(zip(regions, matrix.T, strict=True)))
     np.savetxt(out / "lengths.csv", ((lengths + lengths.T) / 2)[square], delimiter=",", fmt="%.6g")
     strength = functional_strength(functional)
     rows = [

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmed.io.tables import write_table
-from jaxmed.synthesis.phantoms.write_connectome import write_connectome_matrix
+from jaxmed.io.tables import write_columns, write_table
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
         size, snca, gba = (data[name].ravel().astype(float) for name in ("ROIsize", "SNCA", "GBA"))
         atrophy = data["real_atrophy"].ravel().astype(float)
     regions = tuple(f"region{index + 1:02d}" for index in range(len(density)))
-    write_connectome_matrix(out / "connectome.csv", density, regions)
+    write_columns(out / "connectome.csv", dict(zip(regions, density.T, strict=True)))
     out.mkdir(parents=True, exist_ok=True)
     np.savetxt(out / "lengths.csv", length, delimiter=",", fmt="%.6g")
     unit = (snca - snca.min()) / (snca.max() - snca.min())
