@@ -133,4 +133,4 @@ def test_a_system_is_read_in_one_sitting(system):
     lines = sum(len(path.read_text().splitlines()) for path in files)
     assert len([path for path in files if path.name != "__init__.py"]) <= 12
     # About 2,200 is the aim; noddi fits voxels, trains networks and compares the two.
-    assert lines <= (3200 if system == "noddi" else 2250)
+    assert lines <= (3100 if system == "noddi" else 2250)

@@ -8,41 +8,29 @@ Source: the sister study on training labels (a 10 x 10 x 10 grid, 500 repetition
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import NonNegative, Positive, Seed, Size, checked
 from jaxmed.errors import InputError
-from jaxmed.files import make_folder
 from jaxmed.io import amico
 from jaxmed.io.gradient_match import Table as Protocol
 from jaxmed.io.gradient_match import match_table
-from jaxmed.io.numpy_files import write_npz
-from jaxmed.io.tables import write_table
-from jaxmed.metrics.recovery import BOUND, Scores, correlation, make_grid, score, tabulate
+from jaxmed.metrics.recovery import make_grid
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.physics.monte_carlo import Estimator, average_bound, estimate
+from jaxmed.physics.monte_carlo import Estimator
 from jaxmed.recipes.diffusion_scan import read_table
+from jaxmed.recipes.recovery_study import recovery_sections, score_levels
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.recipes.study import Cell, Outcome, StudyRun, make_cells, read_study, run_study
-from jaxmed.recipes.study_sections import failed_cells
+from jaxmed.recipes.study import read_study
 from jaxmed.report.page import Section, Text
-from jaxmed.report.parameter_maps import map_label
-from jaxmed.report.recovery import noise_section, scores_section, truth_section
 from jaxmed.systems.noddi.network import ForwardConfig, Network, load, predict
 from jaxmed.systems.noddi.training import TINY, LabelStart, fit_labels, train
-from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
-
-SHOWN_SNR = 20.0
-"""Noise level of the curves over the truth; the nearest one there is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +127,6 @@ def run(config: Config, folder: RunFolder) -> int:
     for name, one, path in zip(names_of(networks), networks, paths, strict=True):
         estimators[name] = network_estimator(one, table, path)
     grid = make_grid([parameter.draw for parameter in model.parameters], config.points)
-    weight = np.asarray(model.relevance(jnp.asarray(grid, jnp.float32)))
-    noise_key, direction_key = jax.random.split(jax.random.key(config.seed))
-    each = len(grid) * config.repeats
     with contextlib.ExitStack() as kept:
         if config.amico and forward.kind == "noddi":
             if amico.is_installed():
@@ -151,37 +136,9 @@ def run(config: Config, folder: RunFolder) -> int:
                 estimators["AMICO"] = lambda voxels: by_amico(np.asarray(voxels.signals))
             else:
                 log.say("AMICO is not installed (pip install dmri-amico): it is not among the estimators.")
-        levels = f"{len(config.snr)} levels of noise"
-        announce(log, f"Scoring {', '.join(estimators)} at {levels}", count=each * len(config.snr), unit="voxels")
-        update = kept.enter_context(log.progress("Scoring", each * len(config.snr), "voxels"))
-
-        def run_cell(cell: Cell) -> Outcome:
-            snr, number = float(cell["snr"]), config.snr.index(float(cell["snr"]))
-            key = jax.random.fold_in(noise_key, number)
-            found = estimate(
-                key, model, table, estimators, grid, config.repeats, snr, lambda done: update(number * each + done)
-            )
-            bound = average_bound(direction_key, model, table, grid, snr)
-            scores = {name: score(one, grid) for name, one in found.items()}
-            stacked = {name: np.stack([getattr(one, name) for one in scores.values()]) for name in Scores._fields}
-            place = make_folder(folder.outputs / "points") / f"{cell.slug}.npz"
-            write_npz(place, {"grid": grid, "weight": weight, "bound": bound, **stacked})
-            rows = tabulate(model.names, scores | {BOUND: Scores(np.zeros_like(grid), bound, bound)}, grid, weight)
-            agreement = {name: correlation(one, found["MLE"], weight) for name, one in found.items() if config.fit}
-            for row in rows:
-                values = agreement.get(row["estimator"], [math.nan] * len(model.names))
-                value = values[model.names.index(row["parameter"])]
-                row["correlation"] = value if math.isfinite(value) else None
-            shown = [row for row in rows if row["estimator"] != BOUND]
-            metrics = {f"{row['estimator']}/{row['parameter']}/rmse": row["rmse"] for row in shown}
-            log.metrics(number, {"snr": snr} | metrics)
-            return Outcome(metrics, rows)
-
-        done = run_study(make_cells({"snr": config.snr}), run_cell, folder.path, config)
-    for failure in done.failures:
-        log.say(f"Failed: {failure.cell}: {failure.reason}")
-    rows = scored_rows(done)
-    write_table(folder.outputs / "scores.csv", tuple(rows[0]), rows)
+        done = score_levels(
+            model, table, estimators, grid, config.snr, config.repeats, config.seed, folder, config, log
+        )  # fmt: skip
     clock.lap("in all, compilation included")
     summary = Summary(
         estimators=tuple(estimators),
@@ -255,34 +212,10 @@ def names_of(networks: Sequence[Network]) -> list[str]:
     ]
 
 
-def scored_rows(study: StudyRun) -> list[dict[str, Any]]:
-    """Return the rows of `tabulate` of every noise level, under snr.
-
-    Raises:
-        InputError: No noise level could be finished.
-    """
-    rows = [{**dict(result.cell.key), **row} for result in study.results for row in result.subjects]
-    if not rows:
-        raise InputError("snr", "a noise level that could be scored", "none", "see outputs/failed.csv for the reasons")
-    return rows
-
-
-# The page ------------------------------------------------------------------------------------------------------------
-
-
 def page(run: Finished[Config, Summary]) -> Page:
     """Show scores over the noise and over the truth, and all of them in a table."""
     summary, study = run.summary, read_study(run.path)
-    rows = scored_rows(study)
-    snr = min((row["snr"] for row in rows), key=lambda snr: abs(snr - SHOWN_SNR))
-    tiles: list[tuple[str, object, str]] = []
-    for parameter in summary.parameters:
-        found = [
-            row for row in rows if (row["snr"], row["parameter"]) == (snr, parameter) and row["estimator"] != BOUND
-        ]
-        best = min(found, key=lambda row: row["rmse"])
-        said = f"{best['estimator']}, the lowest at SNR {snr:g}"
-        tiles.append((f"{map_label(parameter)} RMSE", float(f"{best['rmse']:.3g}"), said))
+    tiles, sections = recovery_sections(run.outputs, study, summary.parameters, summary.estimators)
     reading = Text(
         [
             "All estimators saw the same simulated voxels. MLE is the maximum-likelihood fit, told the true "
@@ -293,17 +226,10 @@ def page(run: Finished[Config, Summary]) -> Page:
             "After arXiv:2507.12632. For research only, not for diagnosis.",
         ]
     )
-    (shown,) = (result.cell for result in study.results if result.cell["snr"] == snr)
     return Page(
         "Networks and fits on known parameters",
         f"{', '.join(summary.estimators)}: {summary.points:,} points of the parameter range x "
         f"{run.config.repeats} repetitions x {len(run.config.snr)} noise levels, {summary.images} images",
         tiles,
-        [
-            noise_section(rows, summary.parameters, summary.estimators),
-            truth_section(run.outputs / "points" / f"{shown.slug}.npz", snr, summary.parameters, summary.estimators),
-            scores_section(rows),
-            *failed_cells(study.failures),
-            Section("How to read this", [reading]),
-        ],
+        [*sections, Section("How to read this", [reading])],
     )
