@@ -122,11 +122,11 @@ def write_maps(
     further: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
     """Write maps as NIfTI on the grid of the scan, each with a sidecar; `further` are lines of single sidecars."""
-    for name, (array, *said) in maps.items():
+    for name, (array, definition, unit) in maps.items():
         array = to_world(array, scan.dwi.affine) if name == "direction" else array
         array = array if array.dtype == np.uint8 else array.astype(np.float32)
         volume = Volume.make(array, scan.dwi.affine)
-        write_map(folder, name, volume, *said, constants, reference=scan.reference, **further.get(name, {}))
+        write_map(folder, name, volume, definition, unit, constants, reference=scan.reference, **further.get(name, {}))
 
 
 def sample_scan(
