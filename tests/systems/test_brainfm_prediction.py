@@ -14,6 +14,7 @@ from jaxmed.models.published.brainfm import NAME, PREPROCESS, make_unet
 from jaxmed.models.published.load import ImportReport, Published
 from jaxmed.models.unet_brain import BrainUnetConfig, brain_unet
 from jaxmed.systems import brainfm
+from jaxmed.systems.brainfm.evaluation import CONDITIONS, compare, robustness
 from jaxmed.systems.brainfm.prediction import (
     Prediction,
     affine_to_atlas,
@@ -182,3 +183,32 @@ def test_a_file_is_read_as_its_volume(published, scan, found, tmp_path):
     nifti.write(tmp_path / "scan.nii.gz", scan)
     again = brainfm.predict(published, tmp_path / "scan.nii.gz")
     np.testing.assert_array_equal(again.maps["segmentation"], found.maps["segmentation"])
+
+
+# Worse versions -------------------------------------------------------------------------------------------------------
+
+
+def test_worse_versions_change_the_maps_and_the_scan_itself_does_not(published, found):
+    rows = robustness(published, found, None, jax.random.key(0))
+    assert list(rows) == ["as it is", *CONDITIONS]
+    same = rows.pop("as it is")
+    assert same["dice"] == 1 and same["coordinate_mm"] == same["distance_mm"] == same["T1_error"] == 0
+    assert same["T1_ssim"] == pytest.approx(1) and same["bias_error"] == pytest.approx(0, abs=1e-6)
+    for name, row in rows.items():
+        assert row["dice"] < 1 and row["T1_error"] > 0 and np.isfinite([*row.values()]).all(), name
+
+
+def test_truth_decides_dice_where_there_is_one(found):
+    truth = np.where(np.arange(SPACE[0])[:, None, None] < 7, 2, 41) * np.ones(SPACE, int)
+    after = found.maps | {"segmentation": np.where(truth == 2, 2, 0)}
+    assert compare(found.maps, after, truth, found)["dice"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_worse_versions_are_inputs_of_the_network(name):
+    whole = np.random.default_rng(5).random((56, 52, 60)).astype(np.float32)
+    worse = CONDITIONS[name](jax.random.key(1), Volume.make(whole, np.eye(4)))
+    image = worse.image
+    assert image.shape == whole.shape and image.dtype == np.float32 and 0 <= image.min() and image.max() <= 1 + 1e-6
+    assert np.abs(image - whole).max() > 0.05
+    assert (worse.places is not None) == (name == "deformation")

@@ -51,8 +51,9 @@ def thicken(key: KeyArray, volume: Volume) -> Degraded:
 
 
 def bias(key: KeyArray, volume: Volume) -> Degraded:
-    """Multiply by a bias field of the release's severe range."""
-    field = draw_log_bias(key, volume.array.shape, BiasFieldConfig())
+    """Multiply by a bias field of the release's severe range, of 3 to 6 control points whatever the voxel size."""
+    longest = max(volume.array.shape)
+    field = draw_log_bias(key, volume.array.shape, BiasFieldConfig((min(3 / longest, 1.0), min(6 / longest, 1.0))))
     return Degraded(_unit(volume.array * np.exp(np.asarray(field))))
 
 

@@ -24,6 +24,7 @@ STYLES = {
 }
 SIGNED = ("distance", "registration", "bias_field_log", "high_res_residual")
 """Targets about zero."""
+SHORT = {"segmentation": "class", "registration": "MNI x", "bias_field_log": "bias", "high_res_residual": "detail"}
 
 
 def scan_section(outputs: Path, name: str, maps: Sequence[str]) -> Section:
@@ -61,7 +62,7 @@ def example_figure(path: Path) -> Figure | Note:
     arrays = restore_npz(path)
     if arrays is None:
         return Note("The example is no longer in this folder.", "warning")
-    styles = {}
+    styles: dict[str, MapStyle] = {}
     for name, array in arrays.items():
         if name.partition("/")[0] in SIGNED:
             largest = float(np.abs(arrays.get(name.replace("found", "truth"), array)).max()) or 1.0
@@ -70,6 +71,13 @@ def example_figure(path: Path) -> Figure | Note:
             styles[name] = MapStyle(limits=(0.0, max(1.0, float(arrays["segmentation/truth"].max()))))
         else:
             styles[name] = MapStyle(colormap="gray")
+    # Names that fit beside a row: "MNI x, true".
+    shown = {}
+    for name in arrays:
+        task, _, which = name.partition("/")
+        shown[name] = task if not which else f"{SHORT.get(task, task)}, {'true' if which == 'truth' else which}"
     caption = "An image that was not trained on; truth and what the network finds, of several channels the first."
     mask = np.ones(arrays["image"].shape, bool)
-    return slice_maps(arrays, (1.0, 1.0, 1.0), caption=caption, styles=styles, mask=mask, num_slices=4)
+    maps = {shown[name]: array for name, array in arrays.items()}
+    styles = {shown[name]: style for name, style in styles.items()}
+    return slice_maps(maps, (1.0, 1.0, 1.0), caption=caption, styles=styles, mask=mask, num_slices=4)
