@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
@@ -48,7 +49,7 @@ def sample(
     places = [jnp.clip(coordinates[..., axis], 0, size - 1) for axis, size in enumerate(sizes)]
     if order == 0:
         index = sum(jnp.round(place).astype(jnp.int32) * stride for place, stride in zip(places, strides, strict=True))
-        found = voxels[index]
+        found = voxels.at[index].get(mode="promise_in_bounds")
     else:
         (found,) = _linear([voxels], places, sizes, strides)
     if fill is None:
@@ -107,6 +108,31 @@ def compose(first: Float[Array, "*space axis"], second: Float[Array, "*space axi
     return first + warp(second, first)
 
 
+def compose_with_itself(displacement: Float[Array, "axis *space"]) -> Float[Array, "axis *space"]:
+    """Return the displacement of x -> x + d(x) taken twice, where no component is larger than one voxel.
+
+    Equal to `compose` there, and on a CPU twice as fast: every place lies between a voxel and its neighbours, so whole
+    arrays are blended and nothing is looked up. Components stand first.
+
+    Args:
+        displacement: In voxels, each component of at most 1.
+    """
+    ndim = displacement.ndim - 1
+    padded = jax.lax.optimization_barrier(jnp.pad(displacement, [(0, 0), *[(1, 1)] * ndim], mode="edge"))
+    size = jnp.abs(displacement)
+
+    def blend(part: Array, axis: int) -> Array:
+        if axis == ndim:
+            return part
+        length = displacement.shape[axis + 1]
+        before, here, after = (
+            blend(jax.lax.slice_in_dim(part, start, start + length, axis=axis), axis + 1) for start in range(3)
+        )
+        return here + size[axis] * (jnp.where(displacement[axis] > 0, after, before) - here)
+
+    return displacement + jnp.stack([blend(padded[axis], 0) for axis in range(ndim)])
+
+
 def jacobian_determinant(displacement: Float[Array, "*space axis"]) -> Float[Array, "*space"]:
     """Return the local change of volume of x -> x + displacement(x), by central differences."""
     ndim = displacement.shape[-1]
@@ -121,11 +147,15 @@ def _linear(stacks, places, sizes, strides):
         for place, size in zip(places, sizes, strict=True)
     ]
     shares = [place - low for place, low in zip(places, lows, strict=True)]
+    first = sum(low * stride for low, stride in zip(lows, strides, strict=True))
     totals = [jnp.zeros((), jnp.promote_types(stack.dtype, jnp.float32)) for stack in stacks]
     for corner in itertools.product((0, 1), repeat=len(places)):
-        index, weight = 0, jnp.ones(())
-        for step, low, share, size, stride in zip(corner, lows, shares, sizes, strides, strict=True):
-            index = index + jnp.minimum(low + step, size - 1) * stride
+        # An axis of one voxel has no second corner, and its share is 0.
+        offset = sum(step * stride for step, stride, size in zip(corner, strides, sizes, strict=True) if size > 1)
+        weight = jnp.ones(())
+        for step, share in zip(corner, shares, strict=True):
             weight = weight * (share if step else 1 - share)
-        totals = [total + weight[..., None] * stack[index] for total, stack in zip(totals, stacks, strict=True)]
+        # Places were clamped: checks of the index would take a third of the time.
+        found = [stack.at[first + offset].get(mode="promise_in_bounds") for stack in stacks]
+        totals = [total + weight[..., None] * values for total, values in zip(totals, found, strict=True)]
     return totals

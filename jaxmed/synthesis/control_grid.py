@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxmed.arrays.filters import along, linear_matrix, zoom_positions
+from jaxmed.arrays.filters import along_all, linear_matrix, zoom_positions
 from jaxmed.config import Range
 
 PHOTO_AXIS = 1
@@ -58,7 +58,8 @@ def draw_field(
         counts.append(jnp.minimum(count, buffer))
         buffers.append(buffer)
     field = amplitude * jax.random.normal(value_key, (*buffers, num_channels))
-    for axis, size in enumerate(shape):
-        positions = zoom_positions(size, size / counts[axis])
-        field = along(linear_matrix(positions, counts[axis], buffers[axis]), field, axis)
-    return field
+    matrices = [
+        linear_matrix(zoom_positions(size, size / count), count, buffer)
+        for size, count, buffer in zip(shape, counts, buffers, strict=True)
+    ]
+    return along_all(matrices, field)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Key
 
-from jaxmed.arrays.warping import compose, identity_grid
+from jaxmed.arrays.warping import compose, compose_with_itself, identity_grid
 from jaxmed.config import Decay, FractionRange, NonNegative, Size, checked
 from jaxmed.synthesis.control_grid import PHOTO_AXIS, Photo, draw_field
 
@@ -120,8 +120,18 @@ def integrate(velocity: Float[Array, "*space axis"], num_steps: int = 8) -> Floa
     Deviation: beyond the grid the outer vectors continue, so that a constant field is a translation; the source puts
     zeros there.
     """
-    start = velocity / 2**num_steps
-    return jax.lax.fori_loop(0, num_steps, lambda _, phi: compose(phi, phi), start)
+    # Components first: whole arrays are blended while displacements are small, which most squarings are.
+    start = jnp.moveaxis(velocity, -1, 0) / 2**num_steps
+
+    def square(_: Array, phi: Array) -> Array:
+        return jax.lax.cond(jnp.abs(phi).max() <= 1, compose_with_itself, _compose_far, phi)
+
+    return jnp.moveaxis(jax.lax.fori_loop(0, num_steps, square, start), 0, -1)
+
+
+def _compose_far(phi: Float[Array, "axis *space"]) -> Float[Array, "axis *space"]:
+    field = jnp.moveaxis(phi, 0, -1)
+    return jnp.moveaxis(compose(field, field), -1, 0)
 
 
 def native_coordinates(
@@ -138,9 +148,9 @@ def native_coordinates(
     center = jnp.array([(size - 1) / 2 for size in shape])
     native_center = (jnp.asarray(native_shape) - 1) / 2
     moved = identity_grid(shape) - center + displacement
-    # Full precision: 200 voxels in bfloat16 would be off by one.
-    places = jnp.einsum("ij,...j->...i", affine.matrix, moved, precision=jax.lax.Precision.HIGHEST)
-    return places + native_center + affine.shift
+    # Sums, not a matrix product: three numbers are too few for one, and bfloat16 would be off by a voxel.
+    parts = [moved[..., axis, None] * affine.matrix[:, axis] for axis in range(len(shape))]
+    return sum(parts, native_center + affine.shift)
 
 
 def sampling_coordinates(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxmed.arrays.filters import along, blur_matrix, linear_matrix, zoom_positions
+from jaxmed.arrays.filters import along_all, blur_matrix, linear_matrix, zoom_positions
 from jaxmed.config import Range, Share, checked
 from jaxmed.synthesis.control_grid import LEAST_PHOTO_SPACING, PHOTO_AXIS, Photo
 
@@ -132,27 +132,28 @@ def lower_resolution(
     width = 0.85 + 0.3 * jax.random.uniform(width_key)
     sigma = jnp.where(acquisition.thickness > 1, width * SIGMA_PER_THICKNESS * acquisition.thickness, 0.0)
     radius = math.ceil(3 * 1.15 * SIGMA_PER_THICKNESS * max_thickness)
-    sizes, mask = [], jnp.ones((), bool)
+    sizes, matrices, mask = [], [], jnp.ones((), bool)
     for axis, full in enumerate(image.shape):
         # A hair more than the quotient, so that 160 / 1.0 is not 159 after rounding.
         size = jnp.clip(jnp.floor(full / acquisition.resolution[axis] + 1e-4), 1, full)
-        image = along(_sampling_matrix(full, sigma[axis], radius, size, config.border), image, axis)
+        matrices.append(_sampling_matrix(full, sigma[axis], radius, size, config.border))
         is_filled = jnp.arange(full) < size
         mask = mask & is_filled.reshape([-1 if a == axis else 1 for a in range(image.ndim)])
         sizes.append(size)
     if noise_std is None:
         noise_std = jax.random.uniform(std_key, (), minval=config.noise_std[0], maxval=config.noise_std[1])
+    image = along_all(matrices, image)
     noisy = jnp.maximum(image + noise_std * jax.random.normal(noise_key, image.shape), 0.0)
     return LowResolution(jnp.where(mask, noisy, 0.0), jnp.stack(sizes))
 
 
 def restore_grid(low: LowResolution) -> Float[Array, "*space"]:
     """Zoom a low-resolution image back to 1 mm, linearly; not yet divided by its maximum."""
-    image = low.image
-    for axis, full in enumerate(image.shape):
+    matrices = []
+    for axis, full in enumerate(low.image.shape):
         positions = zoom_positions(full, full / low.size[axis])
-        image = along(linear_matrix(positions, low.size[axis], full), image, axis)
-    return image
+        matrices.append(linear_matrix(positions, low.size[axis], full))
+    return along_all(matrices, low.image)
 
 
 def _sampling_matrix(full: int, sigma: Array, radius: int, size: Array, border: Border) -> Float[Array, "full full"]:

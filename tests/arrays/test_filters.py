@@ -125,3 +125,13 @@ def test_filters_refuse_what_they_cannot_do():
         filters.gaussian_blur(jnp.asarray(VOLUME), 3.0, 9, axes=(2,), mode="reflect")
     with pytest.raises(ValueError, match="expected an odd number of taps, found 4"):
         filters.correlate(jnp.asarray(IMAGE), jnp.ones(4), 0)
+
+
+def test_matrices_along_all_axes_are_those_along_each():
+    rng = np.random.default_rng(5)
+    image = jnp.asarray(rng.normal(size=(5, 6, 4, 2)), jnp.float32)
+    matrices = [jnp.asarray(rng.normal(size=(new, old)), jnp.float32) for new, old in ((3, 5), (7, 6), (4, 4))]
+    expected = image
+    for axis, matrix in enumerate(matrices):
+        expected = filters.along(matrix, expected, axis)
+    np.testing.assert_allclose(jax.jit(filters.along_all)(matrices, image), expected, atol=1e-4)

@@ -72,3 +72,10 @@ def test_unfit_arguments_are_refused():
         sample(IMAGE, jnp.zeros((4, 3)))
     with pytest.raises(ValueError, match="order: expected 0 or 1, found 3"):
         sample(IMAGE, jnp.zeros((4, 2)), order=3)
+
+
+@pytest.mark.parametrize("shape", [(9, 8, 7), (11, 6)])
+def test_a_small_displacement_composes_with_itself_as_by_looking_up(shape):
+    field = jnp.asarray(np.random.default_rng(3).uniform(-1, 1, (*shape, len(shape))), jnp.float32)
+    found = jax.jit(warping.compose_with_itself)(jnp.moveaxis(field, -1, 0))
+    np.testing.assert_allclose(jnp.moveaxis(found, 0, -1), jax.jit(warping.compose)(field, field), atol=1e-5)
