@@ -2,7 +2,7 @@
 
 A store is a folder with `store.json` (label table, subjects) and one folder per subject, of `.npy` arrays and a
 `subject.json`. Every subject is written under a temporary name and renamed; `store.json` comes last. Volumes are at
-1 mm, in RAS+ order, cut to the head; reading pads them to one grid. The arrays are those of
+1 mm, in RAS+ order, cut about the brain; reading pads them to one grid. The arrays are those of
 `synthesis.brain_targets`.
 
 What the files do not hold is computed: distances to the cortex from the labels, generation labels from the table, and
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Shaped
 
-from jaxmed.arrays.grid import reorient, resample
+from jaxmed.arrays.grid import crop_or_pad, reorient, resample
 from jaxmed.data.label_table import LabelRow, LabelTable
 from jaxmed.data.subject_files import COORDINATES, DISTANCES, IMAGES, SubjectFiles, modalities_of, thresholds_of
 from jaxmed.data.surface_distances import surface_distances
@@ -30,8 +30,10 @@ from jaxmed.io.numpy_files import map_array
 from jaxmed.volume import Volume, require_same_grid
 
 VERSION = 1
-MARGIN = 8
-"""Voxels of background that are kept around the head."""
+MARGIN = 24
+"""Voxels that are kept around the brain on every side, so that it is in the middle of its volume."""
+BRAIN = (2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 26, 28, 77)
+"""Generation labels of the brain; fluid may reach down to the neck."""
 MULTIPLE = 8
 """Of voxels, to which the common grid is rounded up."""
 LARGEST_STORED = 32_767
@@ -213,17 +215,27 @@ def open_store(path: Path) -> SubjectStore:
     return SubjectStore(path, names, splits, table, (x, y, z), record["channels"], record["has_age"])
 
 
-def _cut_labels(stored: Volume, path: Path, table: LabelTable) -> tuple[Volume, tuple[slice, slice, slice]]:
-    """Return the label map at 1 mm, cut to what is not background, and where it was cut."""
+class Box(NamedTuple):
+    """Voxels that are kept: the first ones, which may lie before the file's, and how many."""
+
+    start: tuple[int, int, int]
+    shape: tuple[int, int, int]
+
+
+def _cut_labels(stored: Volume, path: Path, table: LabelTable) -> tuple[Volume, Box]:
+    """Return the label map at 1 mm, cut about the brain, and where it was cut."""
     table.require_known(stored.array, path)
     labels = _upright(stored, 0)
-    is_head = labels.array > 0
-    box = []
+    is_brain = np.isin(table.generation(labels.array), BRAIN)
+    if not is_brain.any():
+        is_brain = labels.array > 0
+    start, shape = [], []
     for axis in range(3):
-        places = np.flatnonzero(is_head.any(tuple(other for other in range(3) if other != axis)))
-        box.append(slice(max(int(places[0]) - MARGIN, 0), int(places[-1]) + 1 + MARGIN))
-    x, y, z = box
-    return _cut(labels, (x, y, z)), (x, y, z)
+        places = np.flatnonzero(is_brain.any(tuple(other for other in range(3) if other != axis)))
+        start.append(int(places[0]) - MARGIN)
+        shape.append(int(places[-1]) + 1 - int(places[0]) + 2 * MARGIN)
+    box = Box((start[0], start[1], start[2]), (shape[0], shape[1], shape[2]))
+    return _cut(labels, box), box
 
 
 def _arrays(files, grid, labels, box, table, locate):
@@ -286,10 +298,9 @@ def _upright(volume: Volume, order: int) -> Volume:
     return resample(volume, 1.0, order=order)
 
 
-def _cut(volume: Volume, box: tuple[slice, slice, slice]) -> Volume:
-    affine = volume.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ np.array([part.start for part in box], float)
-    return Volume.make(np.ascontiguousarray(volume.array[box]), affine)
+def _cut(volume: Volume, box: Box) -> Volume:
+    x, y, z = (start + size // 2 for start, size in zip(box.start, box.shape, strict=True))
+    return crop_or_pad(volume, box.shape, center=(x, y, z))
 
 
 def _whole(values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

@@ -44,17 +44,25 @@ def stored(folder, labels_path, locate=None, table=TABLE, **others):
     return open_store(folder)
 
 
+def about_brain(store, array, affine=None):
+    """Cut or pad an array as the store has done it, by its affine."""
+    start = np.rint(np.linalg.solve(np.eye(4) if affine is None else affine, store.affine(0))[:3, 3]).astype(int)
+    size = store[0]["size"]
+    padded = np.zeros((*(np.array(SHAPE) + 100), *array.shape[3:]), array.dtype)
+    padded[tuple(slice(50, 50 + n) for n in SHAPE)] = array
+    return padded[tuple(slice(50 + low, 50 + low + n) for low, n in zip(start, size, strict=True))]
+
+
 def test_a_label_map_becomes_labels_classes_and_distances(tmp_path):
     store = stored(tmp_path / "store", write(tmp_path / "a.nii.gz", head()))
     subject = store[0]
-    # Cut to the head with 8 voxels around it where there are so many, padded to a multiple of 8.
+    # The brain with 24 voxels on every side, padded behind to a multiple of 8.
     size = subject["size"]
-    assert store.shape == tuple(-(-n // 8) * 8 for n in size) and subject["labels"].shape == store.shape
-    first = [max(int(np.flatnonzero((head() > 0).any(axis))[0]) - 8, 0) for axis in ((1, 2), (0, 2), (0, 1))]
+    np.testing.assert_array_equal(size, [22 + 2 * 24] * 3)
+    assert store.shape == (72, 72, 72) and subject["labels"].shape == store.shape
     inner = tuple(slice(n) for n in size)
-    cut = tuple(slice(low, low + n) for low, n in zip(first, size, strict=True))
-    np.testing.assert_array_equal(subject["labels"][inner], TABLE.generation(head()[cut]))
-    np.testing.assert_array_equal(subject["segmentation"][inner], TABLE.index(head()[cut], ""))
+    np.testing.assert_array_equal(subject["labels"][inner], TABLE.generation(about_brain(store, head())))
+    np.testing.assert_array_equal(subject["segmentation"][inner], TABLE.index(about_brain(store, head()), ""))
     assert set(subject) == {"labels", "segmentation", "distances", "defaced", "size", "mirror", "read"}
     assert (subject["read"] == -1).all() and (subject["mirror"] == TABLE.mirror).all()
     assert (subject["distances"][size[0] :] == 255).all()
@@ -72,11 +80,9 @@ def test_distances_are_those_of_analytic_surfaces(tmp_path):
     )
     store = stored(tmp_path / "store", write(tmp_path / "a.nii.gz", head()))
     distances = store[0]["distances"]
-    first = [max(int(np.flatnonzero((head() > 0).any(axis))[0]) - 8, 0) for axis in ((1, 2), (0, 2), (0, 1))]
     # Along the ray that leaves the left half at its side: the pial surface 11 voxels from the centre, the white at 7.
-    middle = [21 - first[1], 17 - first[2]]
-    ray = distances[:, middle[0], middle[1], :].astype(float)
-    place = np.arange(len(ray)) + first[0] - 19.5
+    ray = distances[:70, 35, 35, :].astype(float)
+    place = np.arange(70) - 34.5
     outside = (place < -8) & (place > -14)
     np.testing.assert_allclose((ray[outside, 0] - 128) / 20, -place[outside] - 11, atol=0.55)
     np.testing.assert_allclose(
@@ -107,17 +113,20 @@ def test_scans_coordinates_and_masks_come_along_in_two_bytes(tmp_path):
         return Location(matrix, 0.9)
 
     store = stored(tmp_path / "store", write(tmp_path / "a.nii.gz", head(), oblique), locate, **files)
-    subject, first = store[0], np.array([max(5 - 8 + 1, 0)] * 3)
+    subject = store[0]
     inner = tuple(slice(n) for n in subject["size"])
-    first = np.rint(np.linalg.solve(oblique, store.affine(0))[:3, 3]).astype(int)
-    cut = tuple(slice(low, low + n) for low, n in zip(first, subject["size"], strict=True))
     assert subject["images"].shape == (*store.shape, 4) and subject["images"].dtype == np.int16
     np.testing.assert_array_equal(subject["present"], [True, False, False, True])
-    np.testing.assert_allclose(subject["images"][inner][..., 0] * subject["image_scale"][0], t1[cut], atol=0.02)
-    np.testing.assert_array_equal(subject["images"][inner][..., 3] * subject["image_scale"][3], ct[cut])
-    np.testing.assert_array_equal(subject["defaced"][inner], GRID[cut][..., 1] > 30)
+    np.testing.assert_allclose(
+        subject["images"][inner][..., 0] * subject["image_scale"][0], about_brain(store, t1, oblique), atol=0.02
+    )
+    np.testing.assert_array_equal(
+        subject["images"][inner][..., 3] * subject["image_scale"][3], about_brain(store, ct, oblique)
+    )
+    np.testing.assert_array_equal(subject["defaced"][inner], about_brain(store, GRID[..., 1] > 30, oblique))
     # Coordinates are those of the world behind the oblique affine, whatever was cut.
-    world = GRID[cut] @ oblique[:3, :3].T + oblique[:3, 3]
+    voxels = np.stack(np.meshgrid(*map(np.arange, subject["size"]), indexing="ij"), -1)
+    world = voxels @ store.affine(0)[:3, :3].T + store.affine(0)[:3, 3]
     expected = world @ matrix[:3, :3].T + matrix[:3, 3]
     np.testing.assert_allclose(subject["coordinates"][inner] / 100, expected, atol=0.006)
     assert len(seen) == 1 and seen[0].array.dtype == np.uint8

@@ -1,6 +1,7 @@
 """Stage `jaxmed brainfm generate`: a store of subjects from label maps and scans, and images drawn from it."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,12 @@ SHOWN_SLICES = 4
 # Name of a target and its channel, unit and range on the page.
 TARGETS: tuple[tuple[str, str, int | None, MapStyle], ...] = (
     ("segmentation", "class", None, MapStyle(colormap="viridis")),
-    ("distance", "left pial distance", 0, MapStyle("mm", (-3, 3), "RdBu_r")),
-    ("distance", "right white distance", 3, MapStyle("mm", (-3, 3), "RdBu_r")),
+    ("distance", "left pial", 0, MapStyle("mm", (-3, 3), "RdBu_r")),
+    ("distance", "right white", 3, MapStyle("mm", (-3, 3), "RdBu_r")),
     ("registration", "MNI x", 0, MapStyle("mm / 100", (-1, 1), "RdBu_r")),
     ("registration", "MNI z", 2, MapStyle("mm / 100", (-1, 1), "RdBu_r")),
     ("T1", "T1", 0, MapStyle(colormap="gray")),
-    ("bias_field_log", "log bias field", 0, MapStyle(limits=(-1, 1), colormap="RdBu_r")),
+    ("bias_field_log", "log bias", 0, MapStyle(limits=(-1, 1), colormap="RdBu_r")),
     ("high_res_residual", "lost detail", 0, MapStyle(limits=(-0.3, 0.3), colormap="RdBu_r")),
     ("pathology", "lesion", 0, MapStyle(limits=(0, 1))),
 )
@@ -281,7 +282,7 @@ def page(run: Finished[Config, Summary]) -> Page:
         sections.append(_images_section(place, [one for one in summary.images if one.subject == subject]))
     if summary.images:
         sections.insert(1, _severity_section(place, summary.images[0].name))
-        sections.insert(2, _targets_section(place, summary.images[0].name))
+        sections.insert(2, _targets_section(run, place, summary.images[0].name))
     sections.append(_store_section(run))
     tiles = [
         ("Subjects", summary.subjects, f"{summary.sizes:.0f} MB in the store"),
@@ -293,15 +294,16 @@ def page(run: Finished[Config, Summary]) -> Page:
 
 
 def _images_section(place: Path, images: list[DrawnImage]) -> Section:
-    caption = "Each row is an image of this subject, with the spacing in mm at which it was taken."
-    shown = _gallery({_title(one): place / f"{one.name}_image.nii.gz" for one in images}, caption)
-    return Section(f"Contrasts: {images[0].subject}", [shown])
+    caption = "Images of this subject, drawn from its labels or scans, and the spacing in mm at which each was taken."
+    files = {_title(one): place / f"{one.name}_image.nii.gz" for one in images}
+    units = ["x".join(f"{step:.2g}" for step in one.resolution) for one in images]
+    return Section(f"Contrasts: {images[0].subject}", [_gallery(files, caption, units)])
 
 
 def _title(one: DrawnImage) -> str:
     number = one.name.rsplit("_", 1)[1]
-    spacing = " x ".join(f"{step:.1f}" for step in one.resolution)
-    return f"{number}: {one.source}, {'slabs ' if one.is_photo else ''}{spacing}"
+    kind = "drawn" if one.source == "synthetic" else one.source
+    return f"{number}: {'slabs' if one.is_photo else kind}"
 
 
 def _severity_section(place: Path, name: str) -> Section:
@@ -310,9 +312,10 @@ def _severity_section(place: Path, name: str) -> Section:
     return Section("Severities", [_gallery(files, caption)])
 
 
-def _gallery(files: dict[str, Path], caption: str) -> Figure:
+def _gallery(files: dict[str, Path], caption: str, units: Sequence[str] = ()) -> Figure:
     maps = {title: read_map(path).array for title, path in files.items()}
-    return _show(maps, dict.fromkeys(maps, MapStyle(limits=(0, 1), colormap="gray")), caption)
+    styles = [MapStyle(unit, (0, 1), "gray") for unit in units or [""] * len(maps)]
+    return _show(maps, dict(zip(maps, styles, strict=True)), caption)
 
 
 def _show(maps: dict[str, np.ndarray], styles: dict[str, MapStyle], caption: str) -> Figure:
@@ -321,11 +324,12 @@ def _show(maps: dict[str, np.ndarray], styles: dict[str, MapStyle], caption: str
     return slice_maps(maps, spacing, caption=caption, styles=styles, mask=everywhere, num_slices=SHOWN_SLICES)
 
 
-def _targets_section(place: Path, name: str) -> Section:
+def _targets_section(run: Finished[Config, Summary], place: Path, name: str) -> Section:
     maps, styles = {}, {}
+    is_empty = {"T1": "T1" not in run.summary.modalities, "pathology": not run.config.generator.pathology.probability}
     for kind, title, channel, style in TARGETS:
         path = place / f"{name}_{kind}.nii.gz"
-        if not path.exists():
+        if is_empty.get(kind, False) or not path.exists():
             continue
         array = read_map(path).array
         if array.ndim == 4 and (channel is None or channel >= array.shape[-1]):
