@@ -38,7 +38,7 @@ from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.token_maps import write_map
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.masks import Panel, mask_panels
-from jaxmed.report.overlay import LARGEST, blend, heat_of, picture_slice
+from jaxmed.report.overlay import LARGEST, blend, picture_slice
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.report.scatter import scatter
 from jaxmed.train.run_folder import RunFolder
@@ -171,13 +171,18 @@ def _keep(
 def write_attention(
     outputs: Path, preprocess: Preprocess, record: Record, scan: Input, weights: Float[np.ndarray, "*grid"]
 ) -> None:
-    """Write what the class token looks at on the grid of its scan; of a picture also its colours under that map."""
+    """Write what the class token looks at on the grid of its scan; of a picture also its colours under that map.
+
+    There it is drawn from the least weight, clear, to the largest: no patch is left out altogether.
+    """
     stem = outputs / "attention" / record.name
     told = {"definition": ATTENTION_DEFINITION, "unit": "1", "sum": float(weights.sum())}
     volume = write_map(stem, weights, preprocess, record, scan, told)
     if kind_of(record.path) == "picture":
-        slices = picture_slice(read_image(record.path, fill=record.scan.fill), as_pixels(volume)[0], largest=None)
-        write_png(stem.with_name(f"{stem.name}_overlay.png"), blend(slices.image[0], heat_of(slices)[0]))
+        low, high = float(weights.min()), float(weights.max())
+        heat = np.clip((as_pixels(volume)[0] - low) / ((high - low) or 1.0), 0, 1)
+        shown = picture_slice(read_image(record.path, fill=record.scan.fill), heat, largest=None)
+        write_png(stem.with_name(f"{stem.name}_overlay.png"), blend(shown.image[0], shown.overlay[0]))
 
 
 def _pictures(done: list[Outcome]) -> list[str]:
@@ -366,8 +371,8 @@ def _attention_section(folder: Path, names: Sequence[str]) -> Section:
         step = -(-max(image.shape) // LARGEST)
         panels.append(Panel(image[::step, ::step], name))
     caption = (
-        "How much the class token attends to each patch in the last block, mean of the heads: clear where it does not, "
-        "bright where most. outputs/attention has every picture, and its map as NIfTI."
+        "How much the class token attends to each patch in the last block, mean of the heads: clear where it does "
+        "least, bright where most. outputs/attention has every picture, and its map as NIfTI."
     )
     alt = f"{len(panels)} pictures under maps of attention."
     return Section("What it looks at", [mask_panels(panels, columns=4, caption=caption, alt=alt)])

@@ -504,6 +504,7 @@ def _maps_section(outputs: Path, task: Task, summary: Summary) -> list[Section]:
             )  # fmt: skip
         said = f"{name}, {unit} {preview.values[preview.output]:.3g}"
         if slices.axis == PICTURE:
+            said += "" if slices.largest else ", map 0"
             panels += [Panel(slices.image[0], preview.id), Panel(slices.image[0], said, heat=heat_of(slices)[0])]
         else:
             blocks.append(_slices_figure(slices, f"{preview.id}: {said}.", summary.limits))
