@@ -91,10 +91,22 @@ def test_a_sentence_holds_where_the_interval_over_seeds_lies_above_zero(reproduc
 def test_intervals_over_pictures_are_of_the_mean_difference(reproduce):
     results = make_results(reproduce, 0.5)
     arms = "specialist-dinov2", "generalist-dinov2"
-    found = reproduce.over_pictures(results, *arms, "full", 1.0)
+    (row,) = compare(results, ("mode", "fraction"), arms[1], "auroc_macro")
+    found = reproduce.over_pictures(results, row)
     means = [np.mean([one.metrics["auroc_macro"] for one in results if one.cell["arm"] == arm]) for arm in arms]
     assert found.estimate == pytest.approx(means[0] - means[1], abs=1e-12)
     assert found.low < found.estimate < found.high < 0.5
+
+
+def test_where_seeds_change_nothing_the_interval_over_pictures_decides(reproduce):
+    results = make_results(reproduce, 0.5)
+    same = [one._replace(cell=Cell((*one.cell.key[:3], ("seed", seed)))) for one in results[::5] for seed in range(3)]
+    (row,) = compare(same, ("mode", "fraction"), "generalist-dinov2", "auroc_macro")
+    assert row.p_value is None and reproduce.judge([row])[1].endswith("no interval")
+    found = reproduce.with_interval(row, same)
+    assert found.low < row.difference < found.high
+    verdict, told = reproduce.judge([found])
+    assert told.endswith("over pictures") and verdict == ("holds" if found.low > 0 else "does not hold")
 
 
 def test_encoders_that_are_the_same_do_not_differ(reproduce, pictures, tmp_path):
@@ -107,6 +119,7 @@ def test_encoders_that_are_the_same_do_not_differ(reproduce, pictures, tmp_path)
     assert {row.difference for rows in contrasts.values() for row in rows} == {0.0}
     page = reproduce.render(contrasts, results, pictures.counts, "--size smoke", 60.0, 0.0)
     assert page.count("| does not hold |") == 7 and page.count("| cannot be tested here |") == 4
+    assert "probed, 100%: +0.000 [+0.000, +0.000]" in page
     assert "| random | probed | 100% |" in page and "49 eyes to learn from" in page
     assert all(line.count("|") == page.splitlines()[n + 1].count("|") for n, line in enumerate(page.splitlines())
                if line.startswith(("| sentence", "| contrast", "| encoder")))  # fmt: skip
