@@ -119,12 +119,6 @@ class SubjectStore:
         """Return where a subject's voxels are, in mm of its files."""
         return np.array(read_record(self.path / self.names[index] / "subject.json")["affine"])
 
-    def subset(self, split: str) -> "SubjectStore":
-        """Return the subjects of a split, on the same grid."""
-        rows = [row for row, one in enumerate(self.splits) if one == split]
-        names, splits = (tuple(column[row] for row in rows) for column in (self.names, self.splits))
-        return dataclasses.replace(self, names=names, splits=splits)
-
 
 def write_subject(store: Path, files: SubjectFiles, table: LabelTable, locate: Locate | None) -> dict[str, Any]:
     """Read a subject's files, compute what is missing, and write it; a subject that is there already stays.

@@ -5,6 +5,10 @@ made it, together with what a network is to say of it: other contrasts, classes,
 space, bias field, lost detail and lesions. Nothing is read and all shapes are fixed, so that it runs inside a training
 step: `jax.vmap(generate, (0, 0, None))` over keys and subjects.
 
+    store = open_store(Path("runs/images/outputs/store"))  # of `jaxmed brainfm generate`
+    draw = jax.jit(functools.partial(generate, config=GeneratorConfig((128, 128, 128))))
+    image, targets = draw(jax.random.key(0), store[0])
+
 Coordinates are computed once. The image comes from noise at the native resolution, one gather, and small matrices along
 each axis; label maps stay whole numbers.
 

@@ -58,9 +58,6 @@ class PathologyConfig:
     solver: OdeConfig = OdeConfig("dopri5", rtol=1e-3, atol=1e-4)
 
 
-UNA = PathologyConfig(0.5, "lesion", percentile=(90.0, 99.6), threshold=0.2, strength=(1.0, 2.0), flow="advection")
-
-
 class Pathology(NamedTuple):
     """A lesion.
 

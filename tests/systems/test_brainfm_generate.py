@@ -1,13 +1,18 @@
 """Stage generate: a store and a gallery from phantom heads, from files, and what is refused."""
 
+import dataclasses
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from jaxmed.cli import main
 from jaxmed.data.subject_store import open_store
 from jaxmed.io import nifti
+from jaxmed.synthesis.brain import generate
+from jaxmed.systems.brainfm.stages.generate import smoke
 from jaxmed.volume import Volume
 
 pytestmark = pytest.mark.core
@@ -48,6 +53,18 @@ def test_coordinates_are_in_millimetres_of_the_template(run):
     assert np.abs(middle - [0, -16, 4]).max() < 25
     steps = np.diff(place[:, size[1] // 2, size[2] // 2, 0])[: size[0] - 1]
     assert (steps > 2).all()  # voxels of 1 mm of a head that is a quarter as large
+
+
+def test_the_python_call_draws_what_the_stage_wrote(run):
+    store = open_store(run / "outputs" / "store")
+    config = dataclasses.replace(smoke().generator, samples=2, mild_samples=1)
+    draw = jax.jit(functools.partial(generate, config=config))
+    image, targets = draw(jax.random.fold_in(jax.random.key(0), 0), store[0])
+    place = run / "outputs" / "images"
+    np.testing.assert_array_equal(image[1, ..., 0], nifti.read(place / f"{store.names[0]}_0_image.nii.gz").array)
+    np.testing.assert_array_equal(
+        targets["segmentation"], nifti.read(place / f"{store.names[0]}_0_segmentation.nii.gz", dtype=np.int32).array
+    )
 
 
 def test_a_store_is_an_input_and_bad_subjects_do_not_stop_the_others(tmp_path, run, capsys):
