@@ -286,3 +286,16 @@ def test_features_that_an_encoder_does_not_have_are_refused(words, message, weig
     assert message in only_line(capsys) and not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=message.partition(":")[0]):
         retfound.embed(load_published(weights), COLOUR, words[1])
+
+
+def test_a_photograph_of_1411_pixels_is_cropped_cut_and_looked_at(shared_data, weights, tmp_path):
+    """A real photograph, at another size than the weights' and one that is not square."""
+    path = shared_data / "fundus_photo" / "retina.jpg"
+    words = ["--input", path, "--weights", weights, "--picture.crop", "disc", "--image-size", 84, 56, "--attention"]
+    assert run("embed", tmp_path / "run", *words) == 0
+    place = tmp_path / "run" / "outputs" / "attention"
+    assert nifti.read(place / "retina.nii.gz").array.shape == (1411, 1411, 1)
+    assert read_image(place / "retina_overlay.png").shape == (1411, 1411, 3)
+    told = json.loads((place / "retina.json").read_text())
+    assert told["constants"]["patch_grid"] == [6, 4] and told["constants"]["preprocess"]["crop"] == "disc"
+    assert features_of(tmp_path / "run", "pooled")["retina"].shape == (384,)
