@@ -73,7 +73,7 @@ def main() -> None:
 def settings(work: Workload, num_steps: int = STEPS) -> GeneratorConfig:
     """Return the configuration of a size."""
     deformation = DeformationConfig(integrate_svf=True, svf_steps=num_steps)
-    return GeneratorConfig((work.edge,) * 3, deformation=deformation)
+    return GeneratorConfig((work.edge, work.edge, work.edge), deformation=deformation)
 
 
 def make_labels(edge: int) -> np.ndarray:
@@ -95,13 +95,11 @@ def measure(work: Workload, with_peer: bool, repeats: int, conditions: Condition
     draw = partial(generate, config=config)
 
     def several(keys: Any, subject: Any) -> Any:
-        # One after the other on a CPU: volumes of a batch would not fit its caches.
-        one = (lambda key: draw(key, subject)) if work.batch == 1 else None
-        return one(keys[0]) if one else jax.vmap(draw, (0, None))(keys, subject)
+        return draw(keys[0], subject) if work.batch == 1 else jax.vmap(draw, (0, None))(keys, subject)
 
     compiled = compile_apart(several, keys, subject)
     functions: dict[str, Callable[[], Any]] = {"jaxmed": partial(compiled.call, keys, subject)}
-    field = jax.jit(lambda key: draw_displacement(key, config.shape, dataclasses.replace(config.deformation)))
+    field = jax.jit(lambda key: draw_displacement(key, config.shape, config.deformation))
     accuracy = {"folds": float((jax.jit(jacobian_determinant)(field(keys[0])) <= 0).mean())}
     torch_draw = make_torch(labels, len(conditions.cores)) if with_peer else None
     if torch_draw is not None:
@@ -134,7 +132,7 @@ def measure_targets(work: Workload, repeats: int, conditions: Conditions, peak: 
         "present": jnp.array([True, True]),
         "size": jnp.array([edge - 4] * 3, jnp.int32),
     }
-    draw = partial(generate, config=GeneratorConfig((work.edge,) * 3))
+    draw = partial(generate, config=GeneratorConfig((work.edge, work.edge, work.edge)))
     keys = jax.random.split(jax.random.key(0), work.batch)
 
     def several(keys: Any, subject: Any) -> Any:
@@ -227,9 +225,9 @@ def make_torch(labels: np.ndarray, threads: int) -> TorchDraw:
         return near @ (kernel / kernel.sum(1, keepdim=True))
 
     def apply(matrices: list[Any], image: Any) -> Any:
-        image = torch.tensordot(matrices[0], image, ([1], [0]))
-        image = torch.tensordot(matrices[1], image, ([1], [1])).transpose(0, 1)
-        return torch.tensordot(image, matrices[2], ([2], [1]))
+        image = torch.einsum("ax,xyz->ayz", matrices[0], image)
+        image = torch.einsum("by,ayz->abz", matrices[1], image)
+        return torch.einsum("cz,abz->abc", matrices[2], image)
 
     @torch.inference_mode()
     def sample() -> Any:

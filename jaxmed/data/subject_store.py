@@ -190,15 +190,22 @@ def close_store(store: Path, subjects: Sequence[SubjectFiles], table: LabelTable
     write_json(store / "store.json", content)
 
 
+def find_store(path: Path) -> Path | None:
+    """Return the store that a folder is, or that the run in it has made; None where there is none."""
+    return next((place for place in (path, path / "outputs" / "store") if (place / "store.json").exists()), None)
+
+
 def open_store(path: Path) -> SubjectStore:
-    """Open a store.
+    """Open a store, or that of a run.
 
     Raises:
         InputError: The folder is none, or one of another version.
     """
-    if not (path / "store.json").exists():
+    found = find_store(path)
+    if found is None:
         advice = "make one with jaxmed brainfm generate --store"
         raise InputError(path, "a store of subjects (with store.json)", "none", advice)
+    path = found
     record = read_record(path / "store.json")
     if record.get("version") != VERSION:
         raise InputError(path / "store.json", f"a store of version {VERSION}", record.get("version"), "make it again")

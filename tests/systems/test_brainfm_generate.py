@@ -56,7 +56,7 @@ def test_coordinates_are_in_millimetres_of_the_template(run):
 
 
 def test_the_python_call_draws_what_the_stage_wrote(run):
-    store = open_store(run / "outputs" / "store")
+    store = open_store(run)
     config = dataclasses.replace(smoke().generator, samples=2, mild_samples=1)
     draw = jax.jit(functools.partial(generate, config=config))
     image, targets = draw(jax.random.fold_in(jax.random.key(0), 0), store[0])

@@ -12,7 +12,7 @@ import numpy as np
 from jaxmed.config import Count, Number, Seed, checked
 from jaxmed.data.label_table import LabelTable, find_table
 from jaxmed.data.subject_files import SubjectFiles, list_subjects
-from jaxmed.data.subject_store import SubjectStore, close_store, open_store, write_subject
+from jaxmed.data.subject_store import SubjectStore, close_store, find_store, open_store, write_subject
 from jaxmed.io.maps import write_map
 from jaxmed.recipes.map_files import Tell, map_files, write_failed
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
@@ -80,7 +80,7 @@ class Config:
 
     Attributes:
         data: A table of subjects.
-        input: A label map, a folder of them (also with the paper's file names), or a store, instead of a table.
+        input: A label map, a folder of them (also with the paper's file names), or a store or run, instead of a table.
         table: What the labels mean: freesurfer, brainfm, brainfm-hemisphere, or a CSV with the columns label, name,
             side, class, generation and surface.
         template: Maps of grey and of white matter in MNI space, for coordinates where there are no maps of them.
@@ -163,7 +163,7 @@ def run(config: Config, folder: RunFolder) -> int:
     """Make the store, or open it, and draw images."""
     clock = Clock()
     is_given = config.input is not None or config.data.manifest is not None
-    is_store = config.input is not None and (config.input / "store.json").exists()
+    is_store = config.input is not None and find_store(config.input) is not None
     store, files, table = None, None, None
     if is_store and config.input is not None:
         store = open_store(config.input)
