@@ -117,7 +117,7 @@ def test_encoders_that_are_the_same_do_not_differ(reproduce, pictures, tmp_path)
     assert len(results) == 6 * 2
     contrasts = reproduce.compare_all(results)
     assert {row.difference for rows in contrasts.values() for row in rows} == {0.0}
-    page = reproduce.render(contrasts, results, pictures.counts, "--size smoke", 60.0, 0.0)
+    page = reproduce.render(contrasts, results, pictures.counts, "smoke", 60.0, 0.0)
     assert page.count("| does not hold |") == 7 and page.count("| cannot be tested here |") == 4
     assert "probed, 100%: +0.000 [+0.000, +0.000]" in page
     assert "| random | probed | 100% |" in page and "49 eyes to learn from" in page
@@ -135,4 +135,5 @@ def test_the_smoke_size_runs_and_goes_on_where_it_was(reproduce, data, tmp_path,
     reproduce.main("smoke", tmp_path / "second", tmp_path / "work")
     assert capsys.readouterr().out.count("Complete already") == 6
     again = (tmp_path / "second" / "reproduce_retfound.md").read_text()
+    assert "With all labels fine-tuning ends at 0." in page
     assert again.splitlines()[4:] == page.splitlines()[4:]
