@@ -11,6 +11,7 @@ from jaxmed.cli import main
 from jaxmed.io import nifti
 from jaxmed.models.published.load import load_published
 from jaxmed.systems.brainfm.prediction import MAPS
+from jaxmed.systems.brainfm.stages import predict
 from jaxmed.volume import Volume
 
 
@@ -95,6 +96,15 @@ def test_a_folder_with_a_broken_scan_is_done_but_for_it(predicted, trained, tmp_
     record = json.loads((tmp_path / "out" / "outputs" / "good.json").read_text())
     assert {"atlas", "reference"} <= set(record["maps"]) and set(record["dice"].values()) == {1.0}
     assert not list((tmp_path / "out" / "outputs").glob("*native*"))
+
+
+def test_a_volume_that_does_not_fit_into_memory_is_refused_before_it_is_run(
+    predicted, trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(predict, "machine_memory", lambda: 1e6)
+    scans = predicted / "inputs" / "phantoms" / "scans"
+    assert run("predict", "--input", scans, "--weights", trained, "--out", tmp_path / "run") == 2
+    assert "set --tiling windows, or a smaller --window" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
