@@ -34,7 +34,7 @@ from jaxmed.synthesis.brain_draws import (
     draw_sample,
     draw_shared,
 )
-from jaxmed.synthesis.brain_targets import ZERO, Places, find_places, make_targets, native_image, present_of
+from jaxmed.synthesis.brain_targets import ZERO, Places, find_places, make_targets, native_image, present_of, written
 from jaxmed.synthesis.contrast import apply_gamma, render
 from jaxmed.synthesis.pathology import Pathology, draw_pathology, encode
 from jaxmed.synthesis.resolution import lower_resolution, restore_grid
@@ -65,7 +65,7 @@ def generate(
     """
     _, place_key, lesion_key, sample_key = jax.random.split(key, 4)
     drawn = draw_of(key, subject, config)
-    places = find_places(place_key, _size(subject), drawn, config)
+    places = written(lambda: find_places(place_key, _size(subject), drawn, config), drawn)
     targets, mixable = make_targets(subject, places, drawn, config)
     lesion = None
     if config.pathology.probability:
@@ -109,7 +109,7 @@ def _draw_image(
     draw_key, native_key, lesion_key, gamma_key, bias_key, low_key = jax.random.split(key, 6)
     severity = config.severity(number)
     own = draw_sample(draw_key, present_of(subject), drawn, severity, config)
-    native = _native(native_key, subject, drawn.source, own, config)
+    native = _native(native_key, subject, drawn, own, config)
     if lesion is not None:
         native = encode(lesion_key, native, lesion, _is_bright(drawn.source, own), config.pathology)
     (found,) = sample_stacks([native[..., None]], places.coordinates)
@@ -131,22 +131,18 @@ def _draw_image(
 def _native(
     key: Key[Array, ""],
     subject: Mapping[str, Array],
-    source: Int[Array, ""],
+    drawn: SubjectDraw,
     own: SampleDraw,
     config: GeneratorConfig,
 ) -> Float[Array, "x y z"]:
     """Return the image before it is deformed: drawn from labels, or a scan."""
-    # Under a condition the image is written to memory. Left to itself XLA draws a voxel's noise anew for each of the
-    # eight places that look it up, which is a third of the generator's time on a CPU.
-    is_drawn = (source == SYNTHETIC) & (own.noise_std >= 0)
     labels = subject["labels"]
     if "images" not in subject:
-        rest = jnp.zeros(labels.shape)
-        return jax.lax.cond(is_drawn, lambda: render(key, labels, own.contrast), lambda: rest)
+        return written(lambda: render(key, labels, own.contrast), drawn)
     return jax.lax.cond(
-        is_drawn,
+        drawn.source == SYNTHETIC,
         lambda: render(key, labels, own.contrast),
-        lambda: native_image(subject, source, config.match_release),
+        lambda: native_image(subject, drawn.source, config.match_release),
     )
 
 
