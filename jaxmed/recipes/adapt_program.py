@@ -122,7 +122,7 @@ def make_program(compiled: CompileKey, mesh: Mesh) -> Program:
     inner = make_optimizer(settings, 1, encoder.layers)
     if compiled.grid is not None:
         inner = optax.chain(inner, rate_factors(compiled.grid))
-    optimizer = optax.chain(inner, _scale_by_schedule(compiled.optimizer.decay))
+    optimizer = optax.chain(inner, _scale_by_schedule(compiled.optimizer))
 
     def build(key: KeyArray, start: Params, schedule: ScheduleState) -> TrainState:
         init_key, root_key = jax.random.split(key)
@@ -145,7 +145,7 @@ def make_program(compiled: CompileKey, mesh: Mesh) -> Program:
     )
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        rate = _rate(state.opt_state[1], compiled.optimizer.decay)
+        rate = _rate(state.opt_state[1], compiled.optimizer)
         state, metrics = update(state, batch)
         moments = {name: metrics.pop(f"moments/{name}") for name in ("mean", "var") if f"moments/{name}" in metrics}
         if moments:
@@ -168,13 +168,14 @@ def frozen_names(compiled: CompileKey) -> tuple[str, ...]:
     return (*frozen, *ENCODER) if compiled.parts == "head" else frozen
 
 
-def _rate(schedule: ScheduleState, decay: Literal["cosine", "constant"]) -> Array:
-    return rate_at(schedule.step, schedule.peak, schedule.end, schedule.warmup, schedule.length, decay)
+def _rate(schedule: ScheduleState, settings: OptimizerConfig) -> Array:
+    numbers = schedule.step, schedule.peak, schedule.end, schedule.warmup, schedule.length
+    return rate_at(*numbers, settings.decay, settings.drop_at)
 
 
-def _scale_by_schedule(decay: Literal["cosine", "constant"]) -> optax.GradientTransformation:
+def _scale_by_schedule(settings: OptimizerConfig) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        rate = _rate(state, decay)
+        rate = _rate(state, settings)
         return jax.tree.map(lambda leaf: (rate * leaf).astype(leaf.dtype), updates), state._replace(step=state.step + 1)
 
     return optax.GradientTransformation(lambda params: make_schedule(0.0, 0.0, 0, 0), update)
