@@ -318,8 +318,11 @@ def test_recipe_of_the_paper():
     )
     from jaxmed.recipes.adapt_program import _rate
 
-    rates = [float(_rate(span._replace(step=step), "cosine")) for step in (0, 250, 500, 20000)]
+    rates = [float(_rate(span._replace(step=step), config.train.optimizer)) for step in (0, 250, 500, 20000)]
     np.testing.assert_allclose(rates, [0, 5e-5, 1e-4, 1e-6], rtol=1e-5)
+    falling = dataclasses.replace(config.train.optimizer, decay="step", drop_at=0.25)
+    rates = [float(_rate(span._replace(step=step), falling)) for step in (250, 5499, 5500)]
+    np.testing.assert_allclose(rates, [5e-5, 1e-4, 1e-6], rtol=1e-5)
     assert (config.train.loop.best, config.train.loop.best_is) == ("loss", "smallest")
 
 
