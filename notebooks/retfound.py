@@ -16,7 +16,7 @@
 #
 # Generalist encoders have seen everything, specialists only eyes. Which one needs fewer labels? Published studies
 # answer with large models. This notebook pre-trains a small one on phantom eyes and gives it the rival that is easily
-# left out: the same encoder with random weights. Here the rival wins, and two figures show why.
+# left out: the same encoder with random weights. Here the rival wins, and two figures hint at why.
 
 # %%
 import dataclasses
@@ -148,7 +148,7 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# ## Why: what the neighbours do not tell
+# ## A likely reason: what the neighbours do not tell
 #
 # An eye of the test set, what the encoder sees of it, and what it fills in. Light, rim and optic disc come back, for
 # their surroundings tell them. Dots lie anywhere: no neighbour predicts them, so no loss asks the encoder to keep them,
