@@ -52,7 +52,8 @@ class GeneratorConfig:
     """How images of a subject are drawn; the defaults are BrainFM's training configurations.
 
     Attributes:
-        shape: Voxels of 1 mm along x, y and z.
+        shape: Voxels along x, y and z, of 1 mm unless `resolution.voxel` is another size; the deformation's lengths are
+            in voxels.
         read: Cumulative probabilities that T1, T2, FLAIR or CT are taken as they are, where there are such and the
             subject's data set states none; otherwise an image is drawn from the labels.
         flip: Probability that left and right are exchanged. The specification gives none; half is ours.

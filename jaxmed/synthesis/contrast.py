@@ -6,16 +6,17 @@ Source: BrainFM's generator, steps 8 and 12, in its authors' public code.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Key
 
-from jaxmed.config import Range, Share, checked
+from jaxmed.config import Bounds, NonNegative, Range, Share, checked
 
 NUM_LABELS = 256
+Label = Annotated[int, Bounds(0, NUM_LABELS - 1)]
 LESION, WHITE_MATTER = 77, 2
 # Labels that share one mean in an image like CT, with the base and width of its range.
 CT_GROUPS: tuple[tuple[tuple[int, ...], float, float], ...] = (
@@ -38,6 +39,7 @@ class ContrastConfig:
         ct_probability: That the labels of CT_GROUPS share their means, as in CT.
         partial_volume: Whether labels 100 to 250 are mixtures of the classes 1 (lesion), 2 (white matter), 3 (grey
             matter) and 4 (CSF), in steps of 2 %.
+        means: Labels whose mean is not drawn, and that mean: one contrast for all images, such as that of T1w.
     """
 
     mean: Range = (25.0, 225.0)
@@ -45,6 +47,12 @@ class ContrastConfig:
     background_probability: Share = 0.5
     ct_probability: Share = 0.0
     partial_volume: bool = True
+    means: tuple[tuple[Label, NonNegative], ...] = ()
+
+    def __post_init__(self) -> None:
+        labels = [label for label, _ in self.means]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"means: expected each label once, found {labels}")
 
 
 class Contrast(NamedTuple):
@@ -74,6 +82,9 @@ def draw_contrast(
     mean = jnp.where(jax.random.bernoulli(ct_key, config.ct_probability), tied, mean)
     is_dark = jax.random.bernoulli(background_key, config.background_probability) | is_photo
     mean = mean.at[0].set(jnp.where(is_dark, 0.0, mean[0]))
+    if config.means:
+        labels, values = zip(*config.means, strict=True)
+        mean = mean.at[jnp.array(labels)].set(jnp.array(values, mean.dtype))
     if config.partial_volume:
         # Mixtures in the mean and in the variance.
         shares = jnp.asarray(partial_volume_shares(), mean.dtype)

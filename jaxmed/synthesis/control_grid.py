@@ -22,7 +22,7 @@ LEAST_PHOTO_SPACING = 2.5
 
 
 class Photo(NamedTuple):
-    """Whether an image stands for a stack of slab photographs, and the slabs' spacing in mm."""
+    """Whether an image stands for a stack of slab photographs, and the slabs' spacing in voxels."""
 
     is_on: Bool[Array, ""]
     spacing: Float[Array, ""]

@@ -1,8 +1,8 @@
 """Random resolution: slice thickness and spacing, the low-resolution image with its noise, and the way back.
 
-Voxels are 1 mm, so lengths in mm are voxels of the output grid. The low-resolution image lives in a buffer of the
-output's shape; how much of it is filled is drawn, so shapes stay fixed. Blur and sampling are one matrix per axis, the
-way back is another, and only the noise stands between.
+Acquisitions are drawn in mm and told in voxels of the output grid, which are 1 mm unless stated. The low-resolution
+image lives in a buffer of the output's shape; how much of it is filled is drawn, so shapes stay fixed. Blur and
+sampling are one matrix per axis, the way back is another, and only the noise stands between.
 
 Source: BrainFM's generator, steps 2, 3, 12 and 13, in its authors' public code.
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.filters import along_all, blur_matrix, linear_matrix, zoom_positions
-from jaxmed.config import Range, Share, checked
+from jaxmed.config import Positive, Range, Share, checked
 from jaxmed.synthesis.control_grid import LEAST_PHOTO_SPACING, PHOTO_AXIS, Photo
 
 # Standard deviation of the slice profile per mm of thickness, the source's constant: at the Nyquist rate of samples one
@@ -34,6 +34,8 @@ class ResolutionConfig:
         photo_probability: Probability of photo mode.
         photo_spacing: Range of the slabs' spacing in mm.
         low_only: Whether acquisitions of 1 mm, and of one thick axis, are left out (for super-resolution).
+        fine_only: Whether every acquisition is of 1 mm, photographs apart.
+        voxel: Size of the output grid's voxels in mm; what is finer than they are is as fine as they.
         noise_std: Range of the noise's standard deviation, at low resolution; 5 to 15 suits synthetic intensities of
             0 to 255, 0 to 0.02 real ones in [0, 1].
         border: What low-resolution samples beyond the outer voxels hold: those voxels, or ("released") zeros, which
@@ -43,6 +45,8 @@ class ResolutionConfig:
     photo_probability: Share = 0.2
     photo_spacing: Range = (2.5, 12.5)
     low_only: bool = False
+    fine_only: bool = False
+    voxel: Positive = 1.0
     noise_std: Range = (5.0, 15.0)
     border: Border = "repeat"
 
@@ -50,10 +54,12 @@ class ResolutionConfig:
         if self.photo_spacing[0] < LEAST_PHOTO_SPACING:
             found = self.photo_spacing
             raise ValueError(f"photo_spacing: expected a range from {LEAST_PHOTO_SPACING} mm on, found {found}")
+        if self.low_only and self.fine_only:
+            raise ValueError("fine_only: expected one of low_only and fine_only at most, found both")
 
 
 class Acquisition(NamedTuple):
-    """Spacing of the samples and thickness of what each averages, along each axis, in mm."""
+    """Spacing of the samples and thickness of what each averages, along each axis, in voxels of the output grid."""
 
     resolution: Float[Array, " axis"]
     thickness: Float[Array, " axis"]
@@ -75,7 +81,7 @@ def draw_photo(key: Key[Array, ""], config: ResolutionConfig) -> Photo:
     """Draw whether an image is a stack of slab photographs, and the slabs' spacing; never where `low_only`."""
     on_key, spacing_key = jax.random.split(key)
     probability = 0.0 if config.low_only else config.photo_probability
-    low, high = config.photo_spacing
+    low, high = (length / config.voxel for length in config.photo_spacing)
     return Photo(jax.random.bernoulli(on_key, probability), jax.random.uniform(spacing_key, minval=low, maxval=high))
 
 
@@ -87,11 +93,12 @@ def draw_acquisition(
     Args:
         key: Consumed.
         ndim: Spatial axes; in 2D the first axis of each recipe is left out.
-        config: Whether the first two recipes are left out.
+        config: Whether the first two recipes are left out, or all but the first.
         photo: In photo mode slabs along axis 1 of thickness 0.1 mm, whatever was drawn.
     """
     class_key, axis_key, thick_key, thin_key, stack_key, iso_key = jax.random.split(key, 6)
-    recipe = jax.random.uniform(class_key, minval=0.5 if config.low_only else 0.0)
+    low, high = 0.5 if config.low_only else 0.0, 0.25 if config.fine_only else 1.0
+    recipe = jax.random.uniform(class_key, minval=low, maxval=high)
     ones = jnp.ones(ndim)
     thick = 2.5 + 6 * jax.random.uniform(thick_key)
     slab = jnp.minimum(thick, 4 + 2 * jax.random.uniform(thin_key))
@@ -102,6 +109,7 @@ def draw_acquisition(
     cases = [recipe < 0.25, recipe < 0.5, recipe < 0.75]
     resolution = jnp.select(cases, [ones, jnp.where(is_thick, thick, 1.0), stack], everywhere)
     thickness = jnp.select(cases, [ones, jnp.where(is_thick, slab, 1.0), stack], everywhere)
+    resolution, thickness = jnp.maximum(resolution / config.voxel, 1.0), thickness / config.voxel
     if photo is not None:
         is_slab = jnp.arange(ndim) == PHOTO_AXIS
         resolution = jnp.where(photo.is_on, jnp.where(is_slab, photo.spacing, 1.0), resolution)
@@ -122,10 +130,10 @@ def lower_resolution(
 
     Args:
         key: Consumed; draws the width of the blur, the noise's standard deviation and the noise.
-        image: At 1 mm, negative values gone.
-        acquisition: From `draw_acquisition`; a resolution below 1 mm counts as 1 mm.
+        image: On the output grid, negative values gone.
+        acquisition: From `draw_acquisition`; a resolution below one voxel counts as one.
         config: Noise and border.
-        max_thickness: Largest thickness there can be, in mm; bounds the length of the blur.
+        max_thickness: Largest thickness there can be, in voxels; bounds the length of the blur.
         noise_std: Standard deviation of the noise; None draws it from the configuration's range.
     """
     width_key, std_key, noise_key = jax.random.split(key, 3)
@@ -148,7 +156,7 @@ def lower_resolution(
 
 
 def restore_grid(low: LowResolution) -> Float[Array, "*space"]:
-    """Zoom a low-resolution image back to 1 mm, linearly; not yet divided by its maximum."""
+    """Zoom a low-resolution image back to the output grid, linearly; not yet divided by its maximum."""
     matrices = []
     for axis, full in enumerate(low.image.shape):
         positions = zoom_positions(full, full / low.size[axis])

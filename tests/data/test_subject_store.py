@@ -53,6 +53,16 @@ def about_brain(store, array, affine=None):
     return padded[tuple(slice(50 + low, 50 + low + n) for low, n in zip(start, size, strict=True))]
 
 
+def test_a_coarser_grid_is_every_second_voxel(tmp_path):
+    store = stored(tmp_path / "store", write(tmp_path / "a.nii.gz", head()))
+    fine, coarse = store[0], dataclasses.replace(store, step=2)[0]
+    assert coarse.keys() == fine.keys()
+    for name in ("labels", "segmentation", "distances", "defaced"):
+        np.testing.assert_array_equal(coarse[name], fine[name][::2, ::2, ::2])
+    np.testing.assert_array_equal(coarse["size"], -(-fine["size"] // 2))
+    assert repr(dataclasses.replace(store, step=2)) != repr(store)
+
+
 def test_a_label_map_becomes_labels_classes_and_distances(tmp_path):
     store = stored(tmp_path / "store", write(tmp_path / "a.nii.gz", head()))
     subject = store[0]

@@ -56,6 +56,15 @@ def test_mixtures_have_mean_and_variance_of_their_classes():
     np.testing.assert_array_equal(shares[:100], np.eye(256)[:100])
 
 
+def test_stated_means_are_those_of_every_image():
+    mean, std = tables(ContrastConfig(means=((0, 10.0), (1, 40.0), (2, 200.0))))
+    for label, value in ((0, 10.0), (1, 40.0), (2, 200.0), (125, 120.0)):
+        np.testing.assert_allclose(mean[:, label], value, rtol=1e-5)
+    assert np.ptp(mean[:, 3]) > 190 and np.ptp(std[:, 2]) > 19
+    with pytest.raises(ValueError, match="means: expected each label once"):
+        ContrastConfig(means=((2, 10.0), (2, 20.0)))
+
+
 def test_ct_ties_the_labels_of_a_group():
     mean, _ = tables(ContrastConfig(ct_probability=1.0))
     for labels, base, width in CT_GROUPS:

@@ -59,6 +59,23 @@ def test_low_resolution_only_leaves_out_the_fine_recipes():
     assert (counts[:2] == 0).all() and scipy.stats.chisquare(counts[2:]).pvalue > 1e-3
 
 
+def test_fine_acquisitions_are_all_of_1_mm():
+    resolution, thickness = acquisitions(ResolutionConfig(fine_only=True))
+    assert (np.asarray(resolution) == 1).all() and (np.asarray(thickness) == 1).all()
+    with pytest.raises(ValueError, match="fine_only: expected one of low_only and fine_only"):
+        ResolutionConfig(low_only=True, fine_only=True)
+
+
+def test_acquisitions_are_the_same_millimetres_on_a_coarser_grid():
+    resolution, thickness = map(np.asarray, acquisitions())
+    coarse, thin = map(np.asarray, acquisitions(ResolutionConfig(voxel=2.0)))
+    np.testing.assert_allclose(coarse, np.maximum(resolution / 2, 1), rtol=1e-6)
+    np.testing.assert_allclose(2 * thin, thickness, rtol=1e-6)
+    config = ResolutionConfig(voxel=2.0)
+    photos = jax.jit(jax.vmap(lambda key: draw_photo(key, config)))(KEYS)
+    assert scipy.stats.kstest(np.asarray(photos.spacing), "uniform", (1.25, 5)).pvalue > 1e-3
+
+
 def test_photographs_are_thin_slabs_far_apart():
     config = ResolutionConfig()
     photos = jax.jit(jax.vmap(lambda key: draw_photo(key, config)))(KEYS)

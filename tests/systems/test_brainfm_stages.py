@@ -115,6 +115,7 @@ def test_a_volume_that_does_not_fit_into_memory_is_refused_before_it_is_run(
         (["train", "--data.store", "."], "a store of subjects (with store.json)"),
         (["train", "--preset", "smoke", "--generator.shape", "1", "16", "16"], "size: expected at least 2 voxels"),
         (["train", "--loss.contrastive", "1"], "generator.samples: expected 2 or more for --loss.contrastive"),
+        (["train", "--grid.step", "2"], "generator.resolution.voxel: expected 2, as --grid.step, found 1"),
         (["train", "--variant", "heart"], "--variant"),
         (["predict"], "input: expected scans and a network, found nothing"),
         (["predict", "--input", "x.nii.gz", "--weights", "nothing.pth"], "nothing.pth"),

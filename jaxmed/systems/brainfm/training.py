@@ -108,10 +108,10 @@ def apply_variant(
 @dataclasses.dataclass(frozen=True)
 @checked
 class Grid:
-    """How a subject's arrays reach the device; called as a record's transform.
+    """How a subject's arrays reach the device; called as a record's transform, which cuts the window.
 
     Attributes:
-        step: Every so many voxels of the store along each axis are taken: 2 trains at 2 mm.
+        step: Every so many voxels along each axis are read of the store: 2 trains at 2 mm.
         window: Voxels along each axis, then, of a window about the middle of what has a class; 0 takes the whole head.
     """
 
@@ -119,15 +119,12 @@ class Grid:
     window: Length = 0
 
     def __call__(self, fields: Mapping[str, Any], generator: np.random.Generator) -> dict[str, Any]:
-        """Return the arrays on the coarser grid, and their new size."""
+        """Return the arrays within the window, and their new size."""
         del generator
         found = {name: np.asarray(value) for name, value in fields.items()}
-        volumes = [name for name, value in found.items() if value.ndim >= 3]
-        found |= {name: found[name][:: self.step, :: self.step, :: self.step] for name in volumes}
-        found["size"] = -(-found["size"] // self.step)
         if not self.window:
             return found
-        size = (self.window,) * 3
+        volumes, size = [name for name, value in found.items() if value.ndim >= 3], (self.window,) * 3
         starts = [place - self.window // 2 for place in middle_of(found["segmentation"] > 0)]
         found |= {name: cut_window(found[name], starts, size, PADDING.get(name, 0)) for name in volumes}
         return found | {"size": np.full(3, self.window, found["size"].dtype)}

@@ -252,7 +252,8 @@ def _draw_images(config: Config, folder: RunFolder, store: SubjectStore, log: Lo
                 _write(folder.outputs / "images", name, affine, maps)
                 drawn = describe(key, subject)
                 source = int(drawn.source)
-                x, y, z = np.round(np.asarray(drawn.acquisition.resolution, float), 2).tolist()
+                spacing = np.asarray(drawn.acquisition.resolution, float) * generator.resolution.voxel
+                x, y, z = np.round(spacing, 2).tolist()
                 yield DrawnImage(
                     name=name,
                     subject=store.names[row],
