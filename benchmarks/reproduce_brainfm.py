@@ -20,9 +20,10 @@ the runs are kept, and one that was killed goes on; --store takes a store of the
 """
 
 import dataclasses
+import functools
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,13 +40,15 @@ from jaxmed.io.tables import write_table
 from jaxmed.metrics.imaging import dice
 from jaxmed.metrics.statistics import mean_interval
 from jaxmed.models.published.load import load_published
+from jaxmed.models.unet_brain import BrainUnet, BrainUnetConfig
+from jaxmed.nn.model import make_model
 from jaxmed.synthesis.bias_field import BiasFieldConfig
 from jaxmed.synthesis.brain_draws import GeneratorConfig, Severity
 from jaxmed.synthesis.contrast import ContrastConfig
 from jaxmed.synthesis.deformation import DeformationConfig
 from jaxmed.synthesis.resolution import ResolutionConfig
 from jaxmed.systems.brainfm.stages import train
-from jaxmed.systems.brainfm.training import Grid, draw, measures
+from jaxmed.systems.brainfm.training import OF_SAMPLE, Grid, draw, measures
 from jaxmed.versions import software_versions
 from jaxmed.volume import Volume
 
@@ -115,7 +118,7 @@ class Size:
     edge: int = 32
 
 
-SIZES = {"smoke": Size("smoke", 4, 2, 3, 2, 2, 16), "cpu": Size("laptop", 1000, 24, 300, 3, 16)}
+SIZES = {"smoke": Size("smoke", 4, 2, 3, 2, 2, 16), "cpu": Size("laptop", 600, 24, 300, 3, 16)}
 ARMS = {
     "mild to severe": {"severe alone": (2, 0, 0.2), "mild to severe": (2, 1, 0.2)},
     "mix-up": {"no mix-up": (1, 0, 0.0), "mix-up": (1, 0, 0.2)},
@@ -243,7 +246,8 @@ def laptop(size: Size, heads: Path, scans: Path, place: Path) -> list[Row]:
     fixed = [word for pair in T1.means for word in pair]
     for arm, words in {"random": [], "one contrast": ["--generator.contrast.means", *fixed]}.items():
         place_of = place / f"laptop-{arm.replace(' ', '-')}"
-        run("train", place_of, ["--preset", size.preset, *of(heads, left_out), "--loop.steps", size.steps, *words])
+        words = ["--loop.steps", size.steps, "--loop.evaluate-every", 0, "--draws", 1, *words]
+        run("train", place_of, ["--preset", size.preset, *of(heads, left_out), *words])
         config = train.laptop() if size.preset == "laptop" else train.smoke()
         for name, kind in CONTRASTS.items():
             generator = dataclasses.replace(config.generator, contrast=kind)
@@ -341,27 +345,44 @@ def score(
         count: How many.
     """
     published = load_published(place)
-    config, own = published.config, [row.label for row in store.table.classes]
+    config, own = published.config, tuple(row.label for row in store.table.classes)
     subject = dataclasses.replace(store, step=grid.step)[store.names.index(head)]
     fields = grid(subject, np.random.default_rng(0))
-    is_same = own == list(config.labels)
-
-    @jax.jit
-    def one(params: Any, key: jax.Array, fields: Mapping[str, jax.Array]) -> Any:
-        images, targets = draw(key, fields, generator, range(len(own)))
-        maps = {name: value[0] for name, value in published.model.apply(params, images[:1]).items()}
-        targets |= {name: targets[name][0] for name in ("bias_field_log", "high_res_residual")}
-        values = {**measures(config, maps, targets), **constants(targets)} if is_same else {}
-        return values, maps["segmentation"].argmax(-1), targets["segmentation"]
-
     rows = []
     for number in range(count):
         key = jax.random.fold_in(jax.random.key(DRAWS), number)
-        values, found, truth = jax.device_get(one(published.params, key, fields))
-        labels = np.array(config.labels)[found], np.array(own)[truth]
+        image, targets = drawer(generator, len(own))(key, fields)
+        values, found = jax.device_get(measurer(config, own == config.labels)(published.params, image, targets))
+        labels = np.array(config.labels)[found], np.array(own)[targets["segmentation"]]
         values = {name: float(value) for name, value in values.items()}
-        rows.append(values | (scores_of(*labels) if is_same else tissue_scores(*labels)))
+        rows.append(values | (scores_of(*labels) if own == config.labels else tissue_scores(*labels)))
     return rows
+
+
+@functools.cache
+def drawer(generator: GeneratorConfig, classes: int) -> Callable[..., Any]:
+    """Return the compiled generator of one image and its targets: images are the same for every network."""
+
+    @jax.jit
+    def one(key: jax.Array, fields: Mapping[str, jax.Array]) -> Any:
+        images, targets = draw(key, fields, generator, range(classes))
+        return images[0], targets | {name: targets[name][0] for name in OF_SAMPLE}
+
+    return one
+
+
+@functools.cache
+def measurer(config: BrainUnetConfig, is_same: bool) -> Callable[..., Any]:
+    """Return the compiled function from a network's parameters, an image and targets to measures and its classes."""
+    network = make_model(BrainUnet(config))
+
+    @jax.jit
+    def one(params: Any, image: jax.Array, targets: Mapping[str, jax.Array]) -> Any:
+        maps = {name: value[0] for name, value in network.apply(params, image[None]).items()}
+        values = {**measures(config, maps, targets), **constants(targets)} if is_same else {}
+        return values, maps["segmentation"].argmax(-1)
+
+    return one
 
 
 def constants(targets: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
