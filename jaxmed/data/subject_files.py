@@ -6,13 +6,15 @@ paper's, for how often its images are taken as they are), `generation` (the map 
 paper stores them, 20 mm + 128 and 100 mm), `defaced` (1 where a face was removed) and `lesion` (shares from 0 to 1).
 
 In a folder, files of the paper's names (`STEM.brainseg_with_extracerebral.nii`, `STEM.T1w.nii`, `STEM.lp_dist_map.nii`)
-are brought together by their stems; any other NIfTI file is a label map, and a subject of its own.
+are brought together by their stems, and its lists are read where they lie beside: `train.txt` and `test.txt` with a
+file of each subject in a line, `participants_age.txt` with a stem and an age. Any other NIfTI file is a label map, and
+a subject of its own.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jaxmed.data.cohort import require_files_apart, stated_splits, subjects_of
@@ -26,7 +28,7 @@ DISTANCES = ("lp", "lw", "rp", "rw")
 COORDINATES = ("mni_x", "mni_y", "mni_z")
 COLUMNS = ("generation", *IMAGES, *DISTANCES, *COORDINATES, "defaced", "lesion")
 SPLITS = ("train", "validation", "test")
-# The paper's endings, and what they are called here; "path" is the label map.
+# The paper's endings, and what they are called here; "path" is the label map. Of two for one thing the first is taken.
 ENDINGS = {
     "brainseg_with_extracerebral": "path",
     "brainseg": "path",
@@ -37,6 +39,7 @@ ENDINGS = {
     "CT": "CT",
     **{f"{name}_dist_map": name for name in DISTANCES},
     **{f"mni_reg.{axis}": f"mni_{axis}" for axis in "xyz"},
+    **{f"{name}.defacingmask": "defaced" for name in ("T1w", "T2w", "FLAIR", "CT")},
 }
 CUMULATIVE = {
     "ADHD200": (0.5, 0.0, 0.0, 0.0),
@@ -128,11 +131,12 @@ def _from_folder(place: Path) -> list[SubjectFiles]:
     files = [path for path in walk_files(place) if path.name.lower().endswith(nifti.SUFFIXES)]
     matches = [(path, _NAME.fullmatch(path.name)) for path in files]
     groups: dict[Path, dict[str, Path]] = {}
-    for path, match in matches:
-        if match is not None:
-            known = groups.setdefault(path.parent / match["stem"], {})
-            # The map with extra-cerebral labels comes first where there are both.
-            known.setdefault(ENDINGS[match["ending"]], path)
+    order = [*ENDINGS]
+    named = [(path, match) for path, match in matches if match is not None]
+    for path, match in sorted(named, key=lambda pair: order.index(pair[1]["ending"])):
+        groups.setdefault(path.parent / match["stem"], {}).setdefault(ENDINGS[match["ending"]], path)
+    groups = dict(sorted(groups.items()))
+    splits, ages = _lists(place, groups) if groups else ({}, {})
     if not groups:
         groups = {path: {"path": path} for path, _ in matches}
     if not groups:
@@ -144,9 +148,48 @@ def _from_folder(place: Path) -> list[SubjectFiles]:
     stems = [stem.relative_to(place) for stem in groups]
     names = unique_names([str(stem) for stem in stems], nifti.SUFFIXES)
     return [
-        SubjectFiles(name, str(stem), known.pop("path"), known, dataset=stem.name.split(".")[0])
+        SubjectFiles(
+            name, str(stem), known.pop("path"), known, splits.get(place / stem, ""), stem.name.split(".")[0],
+            ages.get(place / stem),
+        )
         for name, stem, known in zip(names, stems, groups.values(), strict=True)
-    ]
+    ]  # fmt: skip
+
+
+def _lists(place: Path, stems: Iterable[Path]) -> tuple[dict[Path, str], dict[Path, float]]:
+    """Return the splits and the ages that the paper's lists in a folder state, by stem.
+
+    Raises:
+        InputError: A list names none of the subjects, a subject is in two splits, or an age is no number.
+    """
+    known = {stem.name: stem for stem in stems}
+    splits: dict[Path, str] = {}
+    ages: dict[Path, float] = {}
+    for name in (*SPLITS, "participants_age"):
+        path = place / f"{name}.txt"
+        if not path.is_file():
+            continue
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [(known[stem], words) for words in lines if (stem := _stem_of(words[0], known)) is not None]
+        if not found:
+            raise InputError(path, f"files or names of subjects of {place}", f"{len(lines)} lines without any")
+        for stem, words in found:
+            if name == "participants_age":
+                try:
+                    ages[stem] = float(words[1])
+                except (IndexError, ValueError) as error:
+                    raise InputError(path, "a name and an age in years in every line", " ".join(words)) from error
+            elif splits.setdefault(stem, name) != name:
+                raise InputError(path, "every subject in one split", f"{stem.name} in {splits[stem]} too")
+    return splits, ages
+
+
+def _stem_of(word: str, known: Mapping[str, Path]) -> str | None:
+    """Return the stem that a path of one of the paper's names, or the name of a subject, stands for."""
+    name = Path(word).name
+    match = _NAME.fullmatch(name)
+    stem = name if match is None else match["stem"]
+    return stem if stem in known else None
 
 
 def modalities_of(subjects: Sequence[SubjectFiles]) -> int:

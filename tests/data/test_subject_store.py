@@ -206,6 +206,31 @@ def test_the_papers_file_names_are_brought_together(tmp_path):
         list_subjects(None, folder)
 
 
+def test_the_papers_lists_state_splits_and_ages_and_its_masks_are_found(tmp_path):
+    folder = tmp_path / "Gen"
+    for stem in ("ADNI.one", "HCP.two"):
+        for ending in ("brainseg", "brainseg_with_extracerebral", "T1w", "T1w.defacingmask"):
+            write(folder / f"{stem}.{ending}.nii", head())
+    (folder / "train.txt").write_text("/elsewhere/HCP.two.T1w.nii\nmissing.three.T1w.nii\n")
+    (folder / "test.txt").write_text("ADNI.one.T1w.nii\n")
+    (folder / "participants_age.txt").write_text("HCP.two 31.5\n\n")
+    one, two = list_subjects(None, folder)
+    assert (one.split, one.age, two.split, two.age) == ("test", None, "train", 31.5)
+    # The map with extra-cerebral labels, whatever the order of the names.
+    assert one.path.name == "ADNI.one.brainseg_with_extracerebral.nii"
+    assert one.others["defaced"].name == "ADNI.one.T1w.defacingmask.nii" and one.images == ("T1",)
+    for name, text, message in (
+        ("test.txt", "HCP.two.T1w.nii", "every subject in one split, found HCP.two in train too"),
+        ("participants_age.txt", "HCP.two young", "a name and an age in years in every line, found HCP.two young"),
+        ("train.txt", "nobody.T1w.nii", "files or names of subjects"),
+    ):
+        (folder / "test.txt").write_text("ADNI.one\n")
+        (folder / name).write_text(text)
+        with pytest.raises(InputError, match=message):
+            list_subjects(None, folder)
+        (folder / "participants_age.txt").unlink(missing_ok=True)
+
+
 def test_what_is_wrong_with_files_is_told(tmp_path):
     labels = head()
     labels[20, 20, 20] = 999

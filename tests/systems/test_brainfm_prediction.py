@@ -14,17 +14,19 @@ from jaxmed.models.published.brainfm import NAME, PREPROCESS, make_unet
 from jaxmed.models.published.load import ImportReport, Published
 from jaxmed.models.unet_brain import BrainUnetConfig, brain_unet
 from jaxmed.systems import brainfm
-from jaxmed.systems.brainfm.evaluation import CONDITIONS, compare, robustness
-from jaxmed.systems.brainfm.prediction import (
-    Prediction,
+from jaxmed.systems.brainfm.coordinates import (
     affine_to_atlas,
-    cortex_image,
-    on_input_grid,
+    brain_coordinates,
+    bring,
+    find_in,
+    pair_error,
     register_pair,
     to_world,
-    warp_atlas,
-    warp_other,
+    warped_label_scores,
 )
+from jaxmed.systems.brainfm.evaluation import CONDITIONS, compare, robustness, to_unit_range
+from jaxmed.systems.brainfm.prediction import MAPS, Prediction, cortex_image, on_input_grid, predict_input
+from jaxmed.systems.brainfm.truth import read_truth, score_maps
 from jaxmed.volume import Volume
 
 CONFIG = BrainUnetConfig(width=8, levels=2, labels=(0, 2, 41))
@@ -110,6 +112,59 @@ def test_ct_is_cut_to_its_window(published):
         np.testing.assert_allclose(found.scan.volume.array, image, atol=1e-5)
 
 
+def brain_in(unit):
+    """Return a head without air of its own: soft tissue of 20 to 45 HU in bone, through a function of HU."""
+    rng = np.random.default_rng(3)
+    hu = np.full(SPACE, 900.0)
+    hu[2:-2, 2:-2, 2:-2] = rng.uniform(20, 45, tuple(n - 4 for n in SPACE))
+    hu[0] = np.nan
+    return Volume.make(np.nan_to_num(unit(hu)).astype(np.float32), np.eye(4))
+
+
+def test_ct_in_another_unit_is_told_by_its_values(published):
+    """Cut to 0 to 80 HU, a template in Cormack's unit is white all over; CT above its HU has no contrast left."""
+    cormack = brain_in(lambda hu: hu + 1024 + 10 * np.clip(hu + 124, 0, 200))
+    shifted = brain_in(lambda hu: hu + 1024)
+    with pytest.raises(
+        InputError, match="expected HU, so soft tissue of -100 to 150 in the middle, found no air below -500"
+    ):
+        brainfm.predict(published, cormack, modality="CT")
+    np.testing.assert_allclose(
+        brainfm.predict(published, cormack).scan.volume.array, to_unit_range(np.asarray(cormack.array)), atol=1e-6
+    )
+    for modality in ("auto", "CT"):
+        with pytest.raises(InputError, match="1,05"):
+            brainfm.predict(published, shifted, modality=modality)
+    assert brainfm.predict(published, shifted, modality="other").scan.intensity.kind == "minmax"
+    stripped = brain_in(lambda hu: hu)
+    found = brainfm.predict(published, stripped, modality="CT").scan
+    np.testing.assert_allclose(found.volume.array, np.clip(np.asarray(stripped.array), 0, 80) / 80, atol=1e-6)
+
+
+def test_scales_of_distributions_are_maps_of_their_own(published, scan):
+    config = BrainUnetConfig(
+        width=8, levels=1, tasks=("T1", "CT", "bias_field_log", "registration"), uncertainty="laplace"
+    )
+    params = map_named(
+        lambda name, leaf: draw(name, leaf.shape), jax.eval_shape(brain_unet(config, SPACE).init, jax.random.key(0))
+    )
+    told = dataclasses.replace(published, config=config, params=params, model=make_unet(config, params))
+    found = brainfm.predict(told, scan)
+    raw = jax.jit(told.model.apply)(params, found.scan.volume.array[None, ..., None])
+    names = {
+        "T1": ("T1", 1),
+        "CT": ("CT", 1000),
+        "bias_field": ("bias_field_log", 1),
+        "coordinates": ("registration", 100),
+    }
+    assert set(found.maps) == {*names, *(f"{name}_scale" for name in names)} <= set(MAPS)
+    for name, (task, unit) in names.items():
+        expected = unit * np.exp(np.asarray(raw[f"{task}_log_scale"])[0])
+        scale = found.maps[f"{name}_scale"]
+        expected = expected[..., 0] if scale.ndim == 3 else expected
+        np.testing.assert_allclose(scale[found.inside], expected[found.inside], rtol=1e-4)
+
+
 def test_other_weights_and_several_channels_are_refused(published):
     four = Volume.make(np.random.default_rng(0).random((6, 6, 6, 2)).astype(np.float32), np.eye(4))
     with pytest.raises(InputError):
@@ -161,7 +216,7 @@ def test_an_atlas_comes_onto_the_scan(found):
     atlas = Volume.make(to_world(affine, places)[:, 0].reshape(40, 40, 40).astype(np.float32), affine)
     prediction = with_coordinates(found, np.diag([0.5, 0.5, 0.5, 1.0]))
     inside = prediction.brain
-    warped = warp_atlas(prediction, atlas)
+    warped = bring(prediction, brain_coordinates(prediction), atlas)
     np.testing.assert_allclose(warped[inside], prediction.maps["coordinates"][inside][:, 0], atol=1e-4)
     assert not warped[~inside].any()
 
@@ -175,8 +230,41 @@ def test_two_scans_of_one_head_find_one_another(found):
     moved = shift @ here.scan.volume.affine
     there = with_coordinates(found, TO_MNI @ np.linalg.inv(shift), image, moved)
     world = to_world(here.scan.volume.affine, np.argwhere(here.brain))
-    np.testing.assert_allclose(register_pair(here, there), world + shift[:3, 3], atol=0.01)
-    np.testing.assert_allclose(warp_other(here, there), image, atol=0.02)
+    pair = register_pair(here, there)
+    np.testing.assert_allclose(pair, world + shift[:3, 3], atol=0.01)
+    np.testing.assert_allclose(bring(here, pair, there.scan.volume), image, atol=0.02)
+
+
+def test_the_error_of_a_pair_is_that_of_its_coordinates(found):
+    """Coordinates that are 3 mm off to the front find every voxel 3 mm off; and a scan finds itself where it is."""
+    image = np.ones(SPACE, np.float32)
+    here = with_coordinates(found, np.eye(4), image)
+    ahead = np.eye(4)
+    ahead[1, 3] = 3.0
+    # Two voxels are within the other scan's field of view all the same.
+    inner = np.zeros(SPACE, np.float32)
+    inner[4:10, 4:8, 4:10] = 1
+    off = with_coordinates(found, ahead, inner)
+
+    def truth(places):
+        return to_world(here.scan.volume.affine, places)
+
+    find = find_in(here)
+    assert pair_error(here, find, truth) < 0.01
+    assert pair_error(off, find, truth) == pytest.approx(3.0, abs=0.01)
+
+
+def test_labels_that_are_brought_are_compared_by_dice_and_centres(found):
+    """Two boxes, and the same boxes a voxel to the right in the other map: overlap and centres by hand."""
+    here = with_coordinates(found, np.eye(4), np.ones(SPACE, np.float32))
+    truth = np.zeros(SPACE, np.int32)
+    truth[2:6, 2:6, 2:6], truth[8:12, 2:6, 2:6] = 2, 41
+    labels = Volume.make(np.roll(truth, 1, 0), here.scan.volume.affine)
+    scores = warped_label_scores(here, truth, brain_coordinates(here), labels)
+    assert scores["dice"] == pytest.approx(3 / 4) and scores["center_mm"] == pytest.approx(1.0)
+    same = warped_label_scores(here, truth, brain_coordinates(here), Volume.make(truth, here.scan.volume.affine))
+    assert same == {"dice": 1.0, "center_mm": pytest.approx(0, abs=1e-6)}
+    assert warped_label_scores(here, np.where(truth, 7, 0), brain_coordinates(here), labels) == {}
 
 
 def test_a_file_is_read_as_its_volume(published, scan, found, tmp_path):
@@ -189,19 +277,83 @@ def test_a_file_is_read_as_its_volume(published, scan, found, tmp_path):
 
 
 def test_worse_versions_change_the_maps_and_the_scan_itself_does_not(published, found):
-    rows = robustness(published, found, None, jax.random.key(0))
+    rows = robustness(found, None, lambda image: predict_input(published, found.scan, image), jax.random.key(0))
     assert list(rows) == ["as it is", *CONDITIONS]
     same = rows.pop("as it is")
-    assert same["dice"] == 1 and same["coordinate_mm"] == same["distance_mm"] == same["T1_error"] == 0
-    assert same["T1_ssim"] == pytest.approx(1) and same["bias_error"] == pytest.approx(0, abs=1e-6)
+    assert same["dice"] == same["dice_with_background"] == 1
+    assert same["coordinate_mm"] == same["distance_mm"] == same["T1_error"] == same["corrected_error"] == 0
+    assert same["T1_ssim"] == pytest.approx(1) and same["CT_ms_ssim"] == pytest.approx(1)
+    assert same["bias_error"] == pytest.approx(0, abs=1e-6) and same["pair_mm"] < min(
+        r["pair_mm"] for r in rows.values()
+    )
     for name, row in rows.items():
         assert row["dice"] < 1 and row["T1_error"] > 0 and np.isfinite([*row.values()]).all(), name
+
+
+def test_registering_a_deformed_scan_is_scored_by_where_its_voxels_were(published, found):
+    """Of coordinates that move along with the deformation the pair is exact to a part of a voxel."""
+    still = with_coordinates(found, np.eye(4), np.ones(SPACE, np.float32))
+    seen = []
+
+    def again(image):
+        seen.append(image)
+        places = CONDITIONS["deformation"](jax.random.fold_in(jax.random.key(0), 4), still.scan.volume).places
+        moved = to_world(still.scan.volume.affine, np.asarray(places).reshape(-1, 3)).reshape(*SPACE, 3)
+        return still._replace(maps={"coordinates": moved.astype(np.float32)})
+
+    rows = robustness(still, None, again, jax.random.key(0))
+    assert rows["deformation"]["pair_mm"] < 0.25 < 0.3 < rows["bias"]["pair_mm"] and len(seen) == len(CONDITIONS)
 
 
 def test_truth_decides_dice_where_there_is_one(found):
     truth = np.where(np.arange(SPACE[0])[:, None, None] < 7, 2, 41) * np.ones(SPACE, int)
     after = found.maps | {"segmentation": np.where(truth == 2, 2, 0)}
-    assert compare(found.maps, after, truth, found)["dice"] == pytest.approx(0.5)
+    scores = compare(found.maps, after, truth, found)
+    assert scores["dice"] == pytest.approx(0.5)
+    truth[:, :3] = 0
+    after["segmentation"] = truth
+    assert compare(found.maps, after, truth, found)["dice_with_background"] == 1
+
+
+def test_true_maps_are_read_onto_the_grid_and_scored_by_hand(found, tmp_path):
+    rng, affine, brain = np.random.default_rng(4), found.scan.volume.affine, found.brain
+    true = {
+        "T1": 300 * found.maps["T1"] + 40,
+        "CT": found.maps["CT"] - 25,
+        "distance": found.maps["distance"] + 0.5,
+        "coordinates": found.maps["coordinates"] + np.array([2.0, 0.0, 0.0], np.float32),
+        "bias_field": 3 * np.exp(0.2 * rng.normal(size=SPACE)),
+    }
+    files = {}
+    for name, values in true.items():
+        files[name] = tmp_path / f"{name}.nii.gz"
+        nifti.write(files[name], Volume.make(values.astype(np.float32), affine))
+    read = read_truth(found, files)
+    np.testing.assert_allclose(read["T1"], to_unit_range(found.maps["T1"]), atol=1e-5)
+    scores = score_maps(found, None, read)
+    assert scores["CT_error"] == pytest.approx(25, rel=1e-5) and scores["distance_mm"] == pytest.approx(0.5, rel=1e-5)
+    assert scores["coordinate_mm"] == pytest.approx(2, rel=1e-5) and "dice" not in scores
+    peak, error = true["CT"].max(), 25.0
+    assert scores["CT_psnr"] == pytest.approx(20 * np.log10(max(peak, 1e-6) / error), rel=1e-4)
+    assert scores["T1_ssim"] == pytest.approx(1, abs=1e-4) and scores["T1_ms_ssim"] == pytest.approx(1, abs=1e-4)
+    ours, theirs = found.maps["bias_field"][brain], true["bias_field"][brain]
+    factor = ours @ theirs / (ours @ ours)
+    assert scores["bias_error"] == pytest.approx(
+        np.linalg.norm(factor * ours - theirs) / np.linalg.norm(theirs), rel=1e-4
+    )
+    image = found.scan.volume.array[brain]
+    one, two = image / theirs, image / ours
+    assert scores["corrected_error"] == pytest.approx(np.abs(one / one.mean() - two / two.mean()).mean(), rel=1e-4)
+
+
+def test_true_maps_that_do_not_fit_are_refused(found, tmp_path):
+    nifti.write(
+        tmp_path / "a.nii.gz", Volume.make(np.random.default_rng(0).random((*SPACE, 3)).astype(np.float32), np.eye(4))
+    )
+    with pytest.raises(InputError, match="4 channels, as of distance"):
+        read_truth(found, {"distance": tmp_path / "a.nii.gz"})
+    with pytest.raises(InputError, match="a network that tells pathology, to compare with"):
+        read_truth(found, {"pathology": tmp_path / "a.nii.gz"})
 
 
 @pytest.mark.parametrize("name", CONDITIONS)

@@ -41,20 +41,74 @@ def scan_section(outputs: Path, name: str, maps: Sequence[str]) -> Section:
     return Section(name, [figure])
 
 
+SCORES = {
+    "dice": "mean over labels",
+    "coordinate_mm": "mean error in the brain, mm",
+    "pair_mm": "mean error of the place of a voxel in another scan, mm",
+    "distance_mm": "mean absolute error in the brain, mm",
+    "bias_error": "length of the difference of gains in lengths of the true one, at the best factor",
+    "corrected_error": "mean absolute difference of the corrected scans, in their means",
+    "CT_error": "mean absolute error, HU",
+    "center_mm": "distance of the centres of structures, mm",
+}
+DETAILS = ("_psnr", "_ssim", "_background", "corrected_error")
+"""Ends of scores that stand in the tables of outputs/ alone where there are many columns."""
+
+
+def truth_sections(found: Mapping[str, Mapping[str, float]]) -> list[Section]:
+    """Tabulate what maps score against the truth, by scan; nothing where none is known."""
+    if not found:
+        return []
+    names = [*dict.fromkeys(name for scores in found.values() for name in scores)]
+    known = {name: [scores[name] for scores in found.values() if name in scores] for name in names}
+    rows = [
+        (name, float(np.mean(values)), len(values), SCORES.get(name, _unit_of(name))) for name, values in known.items()
+    ]
+    caption = "Means over the scans whose truth is known; outputs/scans.csv holds every scan."
+    return [Section("Against the truth", [Table(("score", "mean", "scans", "what"), rows, caption)])]
+
+
+def registration_sections(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Section]:
+    """Tabulate how label maps that are brought onto scans agree with theirs; nothing where there are none."""
+    rows = [
+        (name, what, scores.get("dice"), scores.get("center_mm"))
+        for name, brought in found.items()
+        for what, scores in brought.items()
+    ]
+    if not rows:
+        return []
+    caption = (
+        "Label maps of the atlas, or of the reference, brought onto each scan by its coordinates: Dice with the scan's "
+        "own, and how far from the centre of a structure that of the scan is found; means over structures."
+    )
+    return [Section("Registration", [Table(("scan", "brought", "Dice", "centres (mm)"), rows, caption)])]
+
+
 def robustness_sections(found: Sequence[Mapping[str, Mapping[str, float]]]) -> list[Section]:
     """Tabulate what worse versions of scans change; nothing where none were asked about."""
     if not found:
         return []
-    names = list(found[0]["as it is"])
+    names = [name for name in found[0]["as it is"] if not name.endswith(DETAILS)]
     rows = [
-        (condition, *(float(np.mean([one[condition].get(name, np.nan) for one in found])) for name in names))
+        (condition, *(_mean_of([one[condition].get(name) for one in found]) for name in names))
         for condition in found[0]
     ]
     caption = (
         "Means over scans. Dice is that with the label map where there is one, else with the maps of the scan as it "
-        "is; all else are changes against those. outputs/robustness.csv holds every scan."
+        "is; pair_mm is the error of registering the worse scan with the scan as it is, whose voxels are known; all "
+        "else are changes against the maps of the scan as it is. outputs/robustness.csv holds every scan and score."
     )
     return [Section("Worse versions of the scans", [Table(("condition", *names), rows, caption)])]
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _unit_of(name: str) -> str:
+    ends = {"_psnr": "dB", "_ssim": "between the extremes of both, at most 1", "_background": "with the background"}
+    return next((text for end, text in ends.items() if name.endswith(end)), "mean absolute error, image in [0, 1]")
 
 
 def example_figure(path: Path) -> Figure | Note:

@@ -1,4 +1,4 @@
-"""One scan of any modality to its maps at the network's voxel size: whole, or in windows; and what follows from them.
+"""One scan of any modality to its maps at the network's voxel size: whole, or in windows.
 
 The network sees the whole volume by default, because its norms depend on the field of view. Windows of one size stand
 on a regular lattice; probabilities and regressed values are averaged where they overlap, and classes chosen after that.
@@ -16,8 +16,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Float32
-from scipy import ndimage
-from scipy.spatial import KDTree
 
 from jaxmed.arrays.grid import restore
 from jaxmed.arrays.types import Params
@@ -29,13 +27,14 @@ from jaxmed.models.published.brainfm import of_modality
 from jaxmed.models.published.load import Published
 from jaxmed.models.unet_brain import BrainUnetConfig, process
 from jaxmed.nn.model import Model
-from jaxmed.solvers.affine_fit import AffineFit, fit_affine
 from jaxmed.volume import Volume
 
 Modality: TypeAlias = Literal["auto", "CT", "other"]
 LARGEST_AIR = -500.0  # HU: a scan that goes below is CT
+SOFT_HU = (-100.0, 150.0)  # what the median of the middle of a head is within
+# CT that is stored 1024 above its HU: the median of the middle, the spread of its middle half, the largest value.
+STORED_SOFT, STORED_SPREAD, STORED_LARGEST = (924.0, 1174.0), 120.0, (1800.0, 4200.0)
 MM, HU = 100.0, 1000.0  # of coordinates and CT in the network's unit
-POINTS = 100_000  # voxels of which an affine map is fitted
 MAPS = {
     "T1": ("T1-weighted image, synthesized; lowest intensity 0, highest 1", "1"),
     "T2": ("T2-weighted image, synthesized; lowest intensity 0, highest 1", "1"),
@@ -51,7 +50,11 @@ MAPS = {
     "atlas": ("atlas, warped onto the scan by the coordinates", "that of the atlas"),
     "reference": ("reference scan, brought onto this one by the coordinates of both", "that of the reference"),
 }
-"""Definition and unit of each map."""
+MAPS |= {
+    f"{name}_scale": (f"scale of the distribution that {name} is told with", MAPS[name][1])
+    for name in ("T1", "T2", "FLAIR", "CT", "distance", "bias_field", "coordinates", "high_res_residual")
+}
+"""Definition and unit of each map; that of the bias field has a scale of its logarithm."""
 
 
 class Prediction(NamedTuple):
@@ -147,11 +150,36 @@ def read_scan(
     volume = Path(volume) if isinstance(volume, str) else volume
     preprocess = of_modality(published.preprocess, modality == "CT")
     scan = load(volume, preprocess, fill)
-    if modality == "auto" and scan.extent[0] < LARGEST_AIR:
-        scan = load(volume, of_modality(published.preprocess, True), fill)
     if scan.volume.array.ndim != 3:
         raise InputError(scan.path, "a volume of one channel", f"shape {scan.volume.array.shape}")
+    if scan.extent[0] < LARGEST_AIR:
+        return scan if modality != "auto" else load(volume, of_modality(published.preprocess, True), fill)
+    _require_unit(scan, modality)
     return scan
+
+
+def _require_unit(scan: Loaded, modality: Modality) -> None:
+    """Refuse CT in another unit than HU, of a scan without air: cut to 0 to 80 it would be white all over.
+
+    Raises:
+        InputError: It was called CT and the middle of it is no soft tissue, or it looks like CT above its HU.
+    """
+    array = scan.stored.volumes[0].array
+    middle = array[tuple(slice(size // 4, size - size // 4) for size in array.shape)]
+    middle = middle[middle != 0]
+    if not middle.size or modality == "other":
+        return
+    low, median, high = (float(value) for value in np.percentile(middle, (25, 50, 75)))
+    found = f"no air below {LARGEST_AIR:g} and a median of {median:,.0f} in the middle, up to {scan.extent[1]:,.0f}"
+    if modality == "CT" and not SOFT_HU[0] <= median <= SOFT_HU[1]:
+        expected = f"HU, so soft tissue of {SOFT_HU[0]:g} to {SOFT_HU[1]:g} in the middle"
+        raise InputError(scan.path, expected, found, "give it in HU, or leave --modality out to go by its extremes")
+    is_stored = STORED_SOFT[0] <= median <= STORED_SOFT[1] and high - low <= STORED_SPREAD
+    if modality == "auto" and is_stored and STORED_LARGEST[0] <= scan.extent[1] <= STORED_LARGEST[1]:
+        advice = "subtract 1024 where it is CT, else set --modality other"
+        raise InputError(
+            scan.path, "CT in HU, or another scan", f"values like those of CT stored 1024 above HU: {found}", advice
+        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -206,6 +234,7 @@ def _finished(
     feature, age = found.pop("feature", None), found.pop("age", None)
     maps: dict[str, np.ndarray] = {}
     voxels: dict[int, float] = {}
+    scales = {name: np.exp(found.pop(name)) for name in [*found] if name.endswith("_log_scale")}
     for name, value in found.items():
         match name:
             case "segmentation":
@@ -221,6 +250,11 @@ def _finished(
                 maps[name], maps["cortex"] = value, cortex_image(value)
             case _:
                 maps[name] = value[..., 0] if value.shape[-1] == 1 else value
+    for name, value in scales.items():
+        task = name.removesuffix("_log_scale")
+        named = {"registration": "coordinates", "bias_field_log": "bias_field"}.get(task, task)
+        scale = {"registration": MM, "CT": HU}.get(task, 1.0) * value
+        maps[f"{named}_scale"] = scale[..., 0] if scale.shape[-1] == 1 else scale
     for name, value in maps.items():
         mask = inside if value.ndim == 3 else inside[..., None]
         maps[name] = np.where(mask, value, 0).astype(value.dtype)
@@ -238,59 +272,6 @@ def cortex_image(distance: Float[np.ndarray, "x y z surface"]) -> Float32[np.nda
     return np.asarray(total, np.float32)
 
 
-def affine_to_atlas(prediction: Prediction, *, is_robust: bool = True) -> AffineFit:
-    """Fit the affine map from the world of the scan to MNI space, both in mm, to the coordinates of brain voxels.
-
-    Raises:
-        InputError: There are no coordinates, or too few voxels of brain.
-    """
-    coordinates = _coordinates(prediction)
-    places = np.argwhere(prediction.brain)
-    places = places[:: max(1, len(places) // POINTS)]
-    world = to_world(prediction.scan.volume.affine, places)
-    return fit_affine(world, coordinates[tuple(places.T)], is_robust=is_robust)
-
-
-def warp_atlas(prediction: Prediction, atlas: Volume) -> Float32[np.ndarray, "x y z"]:
-    """Bring an atlas in MNI space onto the input, by the coordinates of its brain voxels; 0 elsewhere."""
-    coordinates = _coordinates(prediction)
-    return _sampled(prediction.brain, coordinates[prediction.brain], atlas)
-
-
-def register_pair(prediction: Prediction, other: Prediction, *, neighbours: int = 4) -> Float32[np.ndarray, "point 3"]:
-    """Return where, in the world of another scan and in mm, the brain voxels of this one are.
-
-    Both maps lead to MNI space. The other's is inverted by the voxels whose coordinates are nearest, their places
-    weighted by the inverse of the distance.
-
-    Args:
-        prediction: Of this scan.
-        other: Of the other.
-        neighbours: Voxels that are averaged.
-
-    Raises:
-        InputError: One has no coordinates, or no brain.
-    """
-    wanted, known = (_coordinates(one)[one.brain] for one in (prediction, other))
-    if len(known) < neighbours or not len(wanted):
-        raise InputError(other.scan.path, "a brain to register", f"{len(known)} voxels of one")
-    distance, index = KDTree(known).query(wanted, k=neighbours, workers=-1)
-    world = to_world(other.scan.volume.affine, np.argwhere(other.brain))
-    weight = 1 / np.maximum(distance.reshape(len(wanted), -1), 1e-3)
-    weight /= weight.sum(1, keepdims=True)
-    return np.einsum("pk,pkc->pc", weight, world[index.reshape(len(wanted), -1)]).astype(np.float32)
-
-
-def warp_other(prediction: Prediction, other: Prediction) -> Float32[np.ndarray, "x y z"]:
-    """Bring another scan, as its network saw it, onto the input of this one."""
-    return _sampled(prediction.brain, register_pair(prediction, other), other.scan.volume)
-
-
-def to_world(affine: Float[np.ndarray, "4 4"], places: np.ndarray) -> Float[np.ndarray, "point 3"]:
-    """Return the place in mm of voxels."""
-    return places @ affine[:3, :3].T + affine[:3, 3]
-
-
 def on_input_grid(prediction: Prediction, maps: Mapping[str, np.ndarray]) -> dict[str, Volume]:
     """Bring maps back onto the grid of the file: labels by the nearest voxel, all else linearly."""
     affine, grid = prediction.scan.volume.affine, prediction.scan.grid
@@ -298,19 +279,3 @@ def on_input_grid(prediction: Prediction, maps: Mapping[str, np.ndarray]) -> dic
         name: restore(Volume.make(value, affine), grid, order=0 if value.dtype.kind in "iu" else 1)
         for name, value in maps.items()
     }
-
-
-def _sampled(
-    brain: Bool[np.ndarray, "x y z"], world: Float[np.ndarray, "point 3"], volume: Volume
-) -> Float32[np.ndarray, "x y z"]:
-    back = np.linalg.inv(volume.affine)
-    places = to_world(back, world).T
-    result = np.zeros(brain.shape, np.float32)
-    result[brain] = ndimage.map_coordinates(np.asarray(volume.array, np.float32), places, order=1, cval=0.0)
-    return result
-
-
-def _coordinates(prediction: Prediction) -> Float32[np.ndarray, "x y z 3"]:
-    if "coordinates" not in prediction.maps:
-        raise InputError(prediction.scan.path, "a network with the task registration", "none", "take other weights")
-    return prediction.maps["coordinates"]

@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Int
 
-from jaxmed.arrays.grid import resample_to
 from jaxmed.config import Decay, Number, Seed, Size, checked
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
@@ -20,7 +18,6 @@ from jaxmed.io import nifti
 from jaxmed.io.maps import write_map
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import read_table, write_table
-from jaxmed.metrics.imaging import dice
 from jaxmed.models.published.brainfm import make_unet
 from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.unet_brain import VOLUME_SHARDING, BrainUnetConfig, largest_activation
@@ -29,19 +26,11 @@ from jaxmed.recipes.map_images import Inputs, list_inputs, map_images
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
+from jaxmed.systems.brainfm.coordinates import affine_to_atlas, brain_coordinates, bring, find_in, warped_label_scores
 from jaxmed.systems.brainfm.evaluation import robustness
-from jaxmed.systems.brainfm.pages import robustness_sections, scan_section
-from jaxmed.systems.brainfm.prediction import (
-    MAPS,
-    Modality,
-    Prediction,
-    affine_to_atlas,
-    on_input_grid,
-    predict,
-    read_scan,
-    warp_atlas,
-    warp_other,
-)
+from jaxmed.systems.brainfm.pages import registration_sections, robustness_sections, scan_section, truth_sections
+from jaxmed.systems.brainfm.prediction import MAPS, Modality, on_input_grid, predict, predict_input, read_scan
+from jaxmed.systems.brainfm.truth import Truth, dice_by_label, read_labels, read_truth, score_maps
 from jaxmed.train.announce import announce, machine_memory
 from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings
 from jaxmed.train.run_folder import RunFolder
@@ -65,8 +54,12 @@ class Config:
         window: Voxels of a window along each axis.
         overlap: Share of a window that its neighbour has too.
         labels: Label map of the scan in the network's labels, or a folder of them by the same file names: Dice.
+        truth: Further true maps: errors of images, distances, the bias field and coordinates.
         atlas: Image in MNI space that is warped onto every scan.
+        atlas_labels: Its label map in the network's labels: Dice with --labels where it is warped.
         reference: Scan that is brought onto every other by the coordinates of both.
+        reference_labels: Its label map in the network's labels: Dice with --labels where it is brought, and in mm how
+            far from the centres of its structures those of the scan are found.
         robustness: Ask the network about worse versions of every scan too: thick slices, bias, another contrast,
             deformation, ghosts, motion.
         structures: CSV with label and name, for tables.
@@ -87,8 +80,11 @@ class Config:
     window: tuple[Size, Size, Size] = (160, 160, 160)
     overlap: Decay = 0.5
     labels: Path | None = None
+    truth: Truth = Truth()
     atlas: Path | None = None
+    atlas_labels: Path | None = None
     reference: Path | None = None
+    reference_labels: Path | None = None
     robustness: bool = False
     structures: Path | None = None
     native: bool = True
@@ -129,6 +125,9 @@ class Scan:
         maps: What was written.
         volumes_ml: Volume of each label, by the sum of its probabilities.
         dice: Of each label of its label map.
+        scores: Against the truth, as far as it is known; see `evaluation.compare`.
+        registration: Of label maps that are brought onto it, "atlas" or "reference"; see
+            `coordinates.warped_label_scores`.
         to_mni: Affine map from the world of the scan to MNI space, in mm, by rows; empty without coordinates.
         residual_mm: Median distance between the coordinates and that map.
         age: In years, where the network tells it.
@@ -144,6 +143,8 @@ class Scan:
     maps: tuple[str, ...]
     volumes_ml: dict[str, float]
     dice: dict[str, float]
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    registration: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     to_mni: tuple[tuple[float, ...], ...] = ()
     residual_mm: float | None = None
     age: float | None = None
@@ -161,14 +162,20 @@ class Summary:
     notes: tuple[str, ...]
 
 
+class Bringing(NamedTuple):
+    """What is brought onto every scan: an image, where a scan's brain voxels are in its world, and its labels."""
+
+    image: Volume | None
+    find: Callable[[np.ndarray], np.ndarray]
+    labels: Volume | None
+
+
 class Plan(NamedTuple):
     """What stays the same from scan to scan."""
 
     published: Published
-    run: Callable[..., Prediction]
-    names: Mapping[int, str]
-    atlas: Volume | None
-    reference: Prediction | None
+    tiling: dict[str, Any]
+    brought: Mapping[str, Bringing]
     config: Config
     outputs: Path
 
@@ -182,7 +189,7 @@ def run(config: Config, folder: RunFolder) -> int:
         missing = "input" if config.input is None else "weights"
         raise InputError(missing, "scans and a network", "nothing", f"give --{missing}, or try --preset smoke")
     published = read_network(config)
-    atlas = None if config.atlas is None else nifti.read(config.atlas, dimensions=(3,))
+    volumes = read_volumes(config)
     names = read_names(config)
     inputs, passed = list_scans(config)
     first = read_scan(published, inputs[0].scan, config.modality, config.fill) if len(inputs) == 1 else None
@@ -195,17 +202,13 @@ def run(config: Config, folder: RunFolder) -> int:
         log, "Predicting", params=published.params, batch=image, count=len(inputs), unit="scans",
         program=jax.make_jaxpr(published.model.apply)(published.params, image), smaller=folder.smaller,
     )  # fmt: skip
-    call = partial(
-        predict, published, modality=config.modality, feature=config.feature, fill=config.fill,
-        window=config.window if config.tiling == "windows" else None, overlap=config.overlap,
-        place=placement(config),
-    )  # fmt: skip
-    reference = None if config.reference is None else call(config.reference)
-    plan = Plan(published, call, names, atlas, reference, config, folder.outputs)
+    window = config.window if config.tiling == "windows" else None
+    tiling = {"window": window, "overlap": config.overlap, "place": placement(config)}
+    plan = Plan(published, tiling, prepare_brought(config, published, volumes, tiling), config, folder.outputs)
     clock.lap("read and check")
     scans, failed = map_images(
         inputs, lambda number, one, tell: process_scan(plan, one, tell), Scan, folder.outputs, log, "Predicting",
-        lambda row: {"brain_ml": sum(row.volumes_ml.values())} | ({"dice": mean_dice(row)} if row.dice else {}),
+        lambda row: {"brain_ml": sum(row.volumes_ml.values())} | row.scores,
     )  # fmt: skip
     clock.lap("predict, compilation included")
     write_tables(folder.outputs, scans, names)
@@ -238,7 +241,42 @@ def list_scans(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
         InputError: There are none, or one has no partner.
     """
     assert config.input is not None
-    return list_inputs(config.input, {"labels": config.labels}, (*MAPS, NATIVE), config.series, config.fill)
+    beside = {"labels": config.labels} | config.truth.places
+    return list_inputs(config.input, beside, (*MAPS, NATIVE), config.series, config.fill)
+
+
+def read_volumes(config: Config) -> dict[str, Volume]:
+    """Read the atlas, and the label maps of atlas and reference.
+
+    Raises:
+        InputError: One cannot be read, or there is nothing to compare it with.
+    """
+    found = {} if config.atlas is None else {"atlas": nifti.read(config.atlas, dimensions=(3,))}
+    for name, path in (("atlas", config.atlas_labels), ("reference", config.reference_labels)):
+        if path is None:
+            continue
+        if config.labels is None or (name == "reference" and config.reference is None):
+            wanted = "--labels" if config.labels is None else "--reference"
+            raise InputError(f"{name}-labels", f"{wanted} beside it, to compare with", "none", f"give {wanted}")
+        found[f"{name}_labels"] = nifti.read(path, dimensions=(3,), dtype=np.int32, allow_constant=False)
+    return found
+
+
+def prepare_brought(
+    config: Config, published: Published, volumes: Mapping[str, Volume], tiling: dict[str, Any]
+) -> dict[str, Bringing]:
+    """Run the network on the reference, and return what is brought onto every scan, by name.
+
+    Raises:
+        InputError: The reference is no scan, or the network tells no coordinates.
+    """
+    found = {}
+    if "atlas" in volumes or "atlas_labels" in volumes:
+        found["atlas"] = Bringing(volumes.get("atlas"), lambda places: places, volumes.get("atlas_labels"))
+    if config.reference is not None:
+        other = predict(published, config.reference, modality=config.modality, fill=config.fill, **tiling)
+        found["reference"] = Bringing(other.scan.volume, find_in(other), volumes.get("reference_labels"))
+    return found
 
 
 def read_network(config: Config) -> Published:
@@ -287,14 +325,18 @@ def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:
     Raises:
         InputError: For whatever is wrong with the scan or what belongs to it.
     """
-    config = plan.config
+    config, published = plan.config, plan.published
     tell(f"{one.name}: network")
-    found = plan.run(one.scan)
-    truth = read_truth(found, one.beside["labels"])
+    found = predict(
+        published, one.scan, modality=config.modality, feature=config.feature, fill=config.fill, **plan.tiling
+    )
+    labels = read_labels(found, one.beside["labels"])
+    truth = read_truth(found, {name: one.beside[name] for name in config.truth.places})
     worse = {}
     if config.robustness:
         tell(f"{one.name}: worse versions")
-        worse = robustness(plan.published, found, truth, jax.random.key(config.seed))
+        again = partial(predict_input, published, found.scan, **plan.tiling)
+        worse = robustness(found, labels, again, jax.random.key(config.seed))
     tell(f"{one.name}: writing")
     maps, notes = dict(found.maps), [*found.scan.notes]
     to_mni, residual = (), None
@@ -304,16 +346,19 @@ def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:
             to_mni, residual = tuple(map(tuple, fit.matrix.tolist())), fit.residual
         except InputError as error:
             notes.append(f"no affine map to MNI space: {error}")
-    if plan.atlas is not None:
-        maps["atlas"] = warp_atlas(found, plan.atlas)
-    if plan.reference is not None:
-        maps["reference"] = warp_other(found, plan.reference)
+    registration = {}
+    for name, brought in plan.brought.items():
+        world = brought.find(brain_coordinates(found))
+        if brought.image is not None:
+            maps[name] = bring(found, world, brought.image)
+        if brought.labels is not None and labels is not None:
+            registration[name] = warped_label_scores(found, labels, world, brought.labels)
     volume = found.scan.volume
-    constants = {"weights": str(config.weights), "licence": plan.published.report.licence, "tiling": config.tiling}
-    labels = {"labels": [*plan.published.config.labels]} if "segmentation" in maps else {}
+    constants = {"weights": str(config.weights), "licence": published.report.licence, "tiling": config.tiling}
+    labels = {"labels": [*published.config.labels]} if "segmentation" in maps else {}
     native = on_input_grid(found, maps) if config.native else {}
     for name, values in {"input": volume.array, **maps}.items():
-        definition, unit = MAPS.get(name, ("the scan as the network saw it, between 0 and 1", "1"))
+        definition, unit = ("the scan as the network saw it, between 0 and 1", "1") if name == "input" else MAPS[name]
         further = constants | (labels if name == "segmentation" else {})
         write_map(plan.outputs, f"{one.name}_{name}", Volume.make(values, volume.affine), definition, unit, further)
         if name in native:
@@ -328,39 +373,9 @@ def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:
         name=one.name, path=str(one.path), notes=tuple(notes), shape=volume.array.shape, spacing_mm=volume.spacing,
         is_ct=found.scan.intensity.kind == "window", maps=tuple(maps),
         volumes_ml={str(label): count * millilitres for label, count in found.voxels.items() if label},
-        dice=compare_labels(found, truth), to_mni=to_mni, residual_mm=residual, age=found.age, robustness=worse,
+        dice=dice_by_label(found, labels), scores=score_maps(found, labels, truth), registration=registration,
+        to_mni=to_mni, residual_mm=residual, age=found.age, robustness=worse,
     )  # fmt: skip
-
-
-def read_truth(found: Prediction, path: Path | None) -> Int[np.ndarray, "x y z"] | None:
-    """Read the label map of a scan onto the grid of its maps.
-
-    Raises:
-        InputError: The map is none of the network's labels, or cannot be read.
-    """
-    if path is None:
-        return None
-    if "segmentation" not in found.maps:
-        raise InputError(path, "a network that segments, to compare with", "none", "leave --labels out")
-    truth = nifti.read(path, dimensions=(3,), dtype=np.int32, allow_constant=False)
-    moved = resample_to(truth, found.scan.volume.grid, order=0).array
-    if not any(label and (moved == label).any() for label in found.voxels):
-        expected = f"labels of the network, such as {[*found.voxels][1:4]}"
-        raise InputError(path, expected, f"{np.unique(moved)[:6].tolist()}", "give a map in the network's labels")
-    return moved
-
-
-def compare_labels(found: Prediction, truth: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
-    """Return Dice of every label of the network that a label map holds, at the network's voxel size."""
-    if truth is None:
-        return {}
-    known = [label for label in found.voxels if label and (truth == label).any()]
-    return {str(label): dice(truth == label, found.maps["segmentation"] == label) for label in known}
-
-
-def mean_dice(scan: Scan) -> float:
-    """Return the mean Dice over the labels of a scan's label map."""
-    return float(np.mean([*scan.dice.values()]))
 
 
 def read_names(config: Config) -> dict[int, str]:
@@ -380,28 +395,36 @@ def read_names(config: Config) -> dict[int, str]:
 
 
 def write_tables(outputs: Path, scans: tuple[Scan, ...], names: Mapping[int, str]) -> None:
-    """Write volumes.csv, a row for every label of every scan, and scans.csv."""
-    rows = [
-        {"id": scan.name, "label": label, "name": names.get(int(label), ""), "volume_ml": f"{value:.6g}",
-         "dice": f"{scan.dice[label]:.4f}" if label in scan.dice else ""}
-        for scan in scans for label, value in scan.volumes_ml.items()
-    ]  # fmt: skip
-    if rows:
-        write_table(outputs / "volumes.csv", tuple(rows[0]), rows)
-    worse = [(scan.name, name, values) for scan in scans for name, values in scan.robustness.items()]
-    if worse:
-        rows = [
-            {"id": one, "condition": name} | {k: f"{v:.6g}" for k, v in values.items()} for one, name, values in worse
-        ]
-        write_table(outputs / "robustness.csv", tuple(rows[0]), rows)
-    rows = [
-        {"id": scan.name, "path": scan.path, "is_ct": int(scan.is_ct),
-         "residual_mm": "" if scan.residual_mm is None else f"{scan.residual_mm:.4g}",
-         "age": "" if scan.age is None else f"{scan.age:.4g}", "dice": f"{mean_dice(scan):.4f}" if scan.dice else ""}
+    """Write scans.csv, volumes.csv with a row for every label of every scan, and robustness.csv."""
+    figures = [
+        {"residual_mm": scan.residual_mm, "age": scan.age} | scan.scores
+        | {f"{name}_{score}": value for name, scores in scan.registration.items() for score, value in scores.items()}
         for scan in scans
     ]  # fmt: skip
-    if rows:
-        write_table(outputs / "scans.csv", tuple(rows[0]), rows)
+    tables: dict[str, list[dict[str, Any]]] = {
+        "scans": [
+            {"id": scan.name, "path": scan.path, "is_ct": int(scan.is_ct)} | told(row)
+            for scan, row in zip(scans, figures, strict=True)
+        ],
+        "volumes": [
+            {"id": scan.name, "label": label, "name": names.get(int(label), ""), "volume_ml": f"{value:.6g}"}
+            | told({"dice": scan.dice.get(label)})
+            for scan in scans for label, value in scan.volumes_ml.items()
+        ],
+        "robustness": [
+            {"id": scan.name, "condition": condition} | told(values)
+            for scan in scans for condition, values in scan.robustness.items()
+        ],
+    }  # fmt: skip
+    for table, rows in tables.items():
+        columns = tuple(dict.fromkeys(name for row in rows for name in row))
+        if rows:
+            write_table(outputs / f"{table}.csv", columns, rows)
+
+
+def told(figures: Mapping[str, float | None]) -> dict[str, str]:
+    """Return figures as they stand in a table; nothing for None."""
+    return {name: "" if value is None else f"{value:.6g}" for name, value in figures.items()}
 
 
 # The page -----------------------------------------------------------------------------------------------------------
@@ -425,12 +448,14 @@ def page(run: Finished[Config, Summary]) -> Page:
     sections += [scan_section(run.outputs, scan.name, scan.maps) for scan in scans[:MOST_PICTURES]]
     rows = [
         (scan.name, " x ".join(map(str, scan.shape)), "CT" if scan.is_ct else "any", sum(scan.volumes_ml.values()),
-         scan.residual_mm, mean_dice(scan) if scan.dice else None)
+         scan.residual_mm, scan.scores.get("dice"))
         for scan in scans
     ]  # fmt: skip
     columns = ("scan", "voxels", "read as", "labelled (ml)", "residual of the affine map (mm)", "mean Dice")
     caption = "outputs/volumes.csv holds every label; volumes are sums of probabilities."
     sections.append(Section("Scans", [Table(columns, rows, caption)]))
+    sections += truth_sections({scan.name: scan.scores for scan in scans if scan.scores})
+    sections += registration_sections({scan.name: scan.registration for scan in scans if scan.registration})
     sections += robustness_sections([scan.robustness for scan in scans if scan.robustness])
     sections.append(Section("How to read this", [Text(READING)]))
     tiles: list[tuple[str, object, str]] = [
@@ -438,7 +463,6 @@ def page(run: Finished[Config, Summary]) -> Page:
         ("Tasks", len(summary.tasks), ", ".join(summary.tasks)),
         ("Parameters", f"{summary.parameters:,}", "of the network"),
     ]
-    if any(scan.dice for scan in scans):
-        value = float(np.mean([mean_dice(scan) for scan in scans if scan.dice]))
-        tiles.append(("Dice", f"{value:.3f}", "mean over labels and scans"))
+    if known := [scan.scores["dice"] for scan in scans if "dice" in scan.scores]:
+        tiles.append(("Dice", f"{float(np.mean(known)):.3f}", "mean over labels and scans"))
     return Page("Maps of brain scans", f"BrainFM on {len(scans)} scans", tiles, sections)
