@@ -82,7 +82,12 @@ class LabelTable:
         left, right = self._classes("left"), self._classes("right")
         if len(left) != len(right):
             found = f"{len(left)} left and {len(right)} right"
-            raise InputError(self.name, "as many left as right classes", found, "the k-th of both make a pair")
+            raise InputError(
+                self.name,
+                "as many left as right classes",
+                found,
+                "the k-th of both make a pair; a class without a partner has no side",
+            )
         for one, two in zip(left, right, strict=True):
             if _without_side(one.name) != _without_side(two.name):
                 found = f"'{one.name}' and '{two.name}'"

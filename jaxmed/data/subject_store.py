@@ -142,8 +142,8 @@ def write_subject(store: Path, files: SubjectFiles, table: LabelTable, locate: L
     folder = store / files.name
     if (folder / "subject.json").exists():
         return read_record(folder / "subject.json")
-    stored = nifti.read(files.path, dimensions=(3,), dtype=np.int32, allow_constant=False)
-    labels, box = _cut_labels(stored, files.path, table)
+    stored = read_labels(files.path, table)
+    labels, box = _cut_labels(stored, table)
     arrays, scale, overlap = _arrays(files, stored.grid, labels, box, table, locate)
     record = {
         "subject": files.subject,
@@ -169,6 +169,17 @@ def write_subject(store: Path, files: SubjectFiles, table: LabelTable, locate: L
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_record(folder / "subject.json")
+
+
+def read_labels(path: Path, table: LabelTable) -> Volume:
+    """Read a label map.
+
+    Raises:
+        InputError: It cannot be read, or holds labels that the table does not know.
+    """
+    stored = nifti.read(path, dimensions=(3,), dtype=np.int32, allow_constant=False)
+    table.require_known(stored.array, path)
+    return stored
 
 
 def close_store(store: Path, subjects: Sequence[SubjectFiles], table: LabelTable) -> None:
@@ -227,9 +238,8 @@ class Box(NamedTuple):
     shape: tuple[int, int, int]
 
 
-def _cut_labels(stored: Volume, path: Path, table: LabelTable) -> tuple[Volume, Box]:
+def _cut_labels(stored: Volume, table: LabelTable) -> tuple[Volume, Box]:
     """Return the label map at 1 mm, cut about the brain, and where it was cut."""
-    table.require_known(stored.array, path)
     labels = _upright(stored, 0)
     is_brain = np.isin(table.generation(labels.array), BRAIN)
     if not is_brain.any():

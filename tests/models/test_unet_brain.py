@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn_weights import draw
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmed.arrays.trees import map_named
 from jaxmed.errors import InputError
@@ -27,6 +28,7 @@ from jaxmed.models.unet_brain import (
     largest_of_cubes,
     process,
 )
+from jaxmed.nn import convolution
 from jaxmed.nn.model import make_model
 from jaxmed.train.mesh import MeshConfig, make_mesh
 
@@ -162,6 +164,31 @@ def test_a_volume_split_over_devices_has_the_maps_of_one(params):
     found, expected = compiled()(params, split), compiled()(params, IMAGE)
     for task, value in expected.items():
         np.testing.assert_allclose(found[task], value, atol=1e-5)
+
+
+def test_the_compiler_exchanges_the_borders_of_a_volume_split_over_devices(params, monkeypatch):
+    """As on accelerators, by XLA's own convolution: neighbours send planes, and no device sees the whole volume.
+
+    The volume does not divide by the devices, and neither do its halves.
+    """
+    monkeypatch.setattr(convolution, "_partitioned_call", lambda: None)
+    image = jax.random.uniform(jax.random.key(4), (1, 26, 8, 9, 1))
+    mesh = make_mesh(MeshConfig(data=1, model=4))
+    split, whole = NamedSharding(mesh, VOLUME_SHARDING), NamedSharding(mesh, PartitionSpec())
+    apply = make_model(BrainUnet(CONFIG)).apply
+    expected = jax.jit(apply)(params, image)
+    run = jax.jit(
+        lambda params, x: apply(params, jax.lax.with_sharding_constraint(x, split)), in_shardings=whole,
+        out_shardings=whole,
+    )  # fmt: skip
+    program = run.lower(params, image).compile()
+    text = program.as_text()
+    assert "collective-permute" in text
+    # Every convolution is of a quarter of the planes, and of those of its neighbours that its window reaches.
+    planes = [int(found) for found in re.findall(r"= f32\[1,(\d+),\d+,\d+,\d+\]\S* convolution\(", text)]
+    assert planes and max(planes) <= 26 // 4 + 1
+    for task, value in program(params, image).items():
+        np.testing.assert_allclose(value, expected[task], atol=1e-5)
 
 
 @pytest.mark.parametrize(

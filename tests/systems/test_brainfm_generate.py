@@ -77,11 +77,24 @@ def test_a_store_is_an_input_and_bad_subjects_do_not_stop_the_others(tmp_path, r
         folder / "odd.nii.gz", Volume.make((good.array + 2000 * (good.array > 0)).astype(np.int16), good.affine)
     )
     (folder / "cut.nii.gz").write_bytes((folder / "good.nii.gz").read_bytes()[:500])
+    turn = np.deg2rad(15.0)
+    oblique = np.eye(4)
+    oblique[:2, :2], oblique[:3, 3] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], (20.0, -8.0, 5.0)
+    nifti.write(folder / "oblique.nii.gz", Volume.make(good.array.astype(np.int16), oblique @ good.affine))
     words = ["--preset", "smoke", "--input", str(folder), "--store", "--out", str(tmp_path / "store"), "--quiet"]
     assert main(["brainfm", "generate", *words]) == 1
     failed = (tmp_path / "store" / "outputs" / "failed.csv").read_text()
     assert "labels of the table freesurfer" in failed and "cut.nii.gz" in failed
-    assert open_store(tmp_path / "store" / "outputs" / "store").names == ("good",)
+    store = open_store(tmp_path / "store" / "outputs" / "store")
+    assert store.names == ("good", "oblique")
+    # One head, once turned in the scanner: the same voxels, and the same places in MNI space but for the alignment.
+    upright, turned = store[0], store[1]
+    np.testing.assert_array_equal(turned["segmentation"], upright["segmentation"])
+    np.testing.assert_array_equal(turned["distances"], upright["distances"])
+    np.testing.assert_allclose(store.affine(1), oblique @ store.affine(0), atol=1e-4)
+    brain = upright["segmentation"] > 0
+    error = np.linalg.norm((turned["coordinates"] - upright["coordinates"])[brain] / 100, axis=-1)
+    assert np.median(error) < 10
     assert not (tmp_path / "store" / "outputs" / "images").exists()
 
 
@@ -92,11 +105,18 @@ def test_a_store_is_an_input_and_bad_subjects_do_not_stop_the_others(tmp_path, r
         (["--table", "{absent}"], "absent"),
         (["--generator.mild-samples", "3"], "mild_samples: expected at most samples, found 3 of 1"),
         (["--template", "{absent}"], "template: expected two files: grey and white matter, found 1"),
+        (["--table", "{uneven}"], "uneven.csv: expected as many left as right classes, found 2 left and 1 right"),
+        (["--input", "{odd}"], "odd.nii.gz: expected labels of the table freesurfer, found 2002"),
         ([], "data.manifest, input: expected one of them, found neither"),
     ],
 )
 def test_mistakes_are_told_before_any_work(tmp_path, capsys, words, message):
-    options = [word.format(absent=tmp_path / "absent") for word in words]
+    labels = np.zeros((8, 9, 10), np.int16)
+    labels[2:6, 2:6, 2:6] = 2002
+    nifti.write(tmp_path / "odd.nii.gz", Volume.make(labels, np.eye(4)))
+    (tmp_path / "uneven.csv").write_text("label,name,side\n0,none,\n1,left a,left\n2,left b,left\n3,right a,right\n")
+    files = {"absent": tmp_path / "absent", "odd": tmp_path / "odd.nii.gz", "uneven": tmp_path / "uneven.csv"}
+    options = [word.format(**files) for word in words]
     preset = ["--preset", "smoke"] if words else []
     assert main(["brainfm", "generate", *preset, *options, "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err

@@ -72,30 +72,80 @@ def test_every_map_of_every_scan_is_written_on_both_grids(predicted, trained):
     assert "BrainFM on 2 scans" in (predicted / "report.html").read_text()
 
 
-def test_a_folder_with_a_broken_scan_is_done_but_for_it(predicted, trained, tmp_path, capsys):
-    """And an atlas, a reference and label maps find their places; windows in place of the whole."""
-    scans = tmp_path / "scans"
-    scans.mkdir()
+TURN = np.deg2rad(20.0)
+OBLIQUE = np.array(
+    [[np.cos(TURN), -np.sin(TURN), 0, 30], [np.sin(TURN), np.cos(TURN), 0, -12], [0, 0, 1, 7], [0, 0, 0, 1]]
+)
+
+
+def turned(volume):
+    """Return the same voxels in a head that lies turned and elsewhere in the scanner."""
+    return dataclasses.replace(volume, affine=OBLIQUE @ volume.affine)
+
+
+def test_a_folder_with_a_broken_scan_is_done_but_for_it(predicted, trained, tmp_path):
+    """And an atlas, a reference, label maps and true images find their places, of a head that lies turned too."""
+    outputs, scans = predicted / "outputs", tmp_path / "scans"
     source = nifti.read(predicted / "inputs" / "phantoms" / "scans" / "brain_0000.nii.gz")
-    nifti.write(scans / "good.nii.gz", source)
+    labels = nifti.read(outputs / "brain_0000_segmentation.nii.gz", dtype=np.int32)
+    labels = dataclasses.replace(labels, array=labels.array.astype(np.int16))
+    image = nifti.read(outputs / "brain_0000_T1.nii.gz")
+    for folder, volume in (("scans", source), ("labels", labels), ("T1", image)):
+        (tmp_path / folder).mkdir()
+        nifti.write(tmp_path / folder / "good.nii.gz", volume)
+        nifti.write(tmp_path / folder / "oblique.nii.gz", turned(volume))
     nifti.write(scans / "blank.nii.gz", Volume.make(np.zeros((20, 20, 20), np.float32), np.eye(4)))
-    labels = tmp_path / "labels"
-    labels.mkdir()
-    truth = nifti.read(predicted / "outputs" / "brain_0000_segmentation.nii.gz", dtype=np.int32)
-    for name in ("good", "blank"):
-        nifti.write(labels / f"{name}.nii.gz", dataclasses.replace(truth, array=truth.array.astype(np.int16)))
+    for folder in ("labels", "T1"):
+        nifti.write(tmp_path / folder / "blank.nii.gz", labels)
     nifti.write(tmp_path / "atlas.nii.gz", Volume.make(np.ones((30, 30, 30), np.float32), np.diag([8.0, 8, 8, 1])))
     code = run(
-        "predict", "--input", scans, "--weights", trained, "--labels", labels, "--atlas", tmp_path / "atlas.nii.gz",
-        "--reference", scans / "good.nii.gz", "--no-native", "--out", tmp_path / "out",
+        "predict", "--input", scans, "--weights", trained, "--labels", tmp_path / "labels",
+        "--truth.T1", tmp_path / "T1", "--atlas", tmp_path / "atlas.nii.gz", "--reference", scans / "good.nii.gz",
+        "--reference-labels", tmp_path / "labels" / "good.nii.gz", "--no-native", "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 1
-    with open(tmp_path / "out" / "outputs" / "failed.csv") as file:
+    outputs = tmp_path / "out" / "outputs"
+    with open(outputs / "failed.csv") as file:
         (failed,) = csv.DictReader(file)
     assert failed["id"] == "blank" and "contrast" in failed["reason"]
-    record = json.loads((tmp_path / "out" / "outputs" / "good.json").read_text())
-    assert {"atlas", "reference"} <= set(record["maps"]) and set(record["dice"].values()) == {1.0}
-    assert not list((tmp_path / "out" / "outputs").glob("*native*"))
+    for name in ("good", "oblique"):
+        record = json.loads((outputs / f"{name}.json").read_text())
+        assert {"atlas", "reference"} <= set(record["maps"]) and set(record["dice"].values()) == {1.0}
+        assert record["scores"]["dice"] == 1 and record["scores"]["T1_error"] < 1e-5
+        # Both are one head: every voxel of one is found in the other, near its like.
+        pair = record["registration"]["reference"]
+        assert pair["dice"] > 0.9 and pair["center_mm"] < 2
+    one, two = (nifti.read(outputs / f"{name}_coordinates.nii.gz") for name in ("good", "oblique"))
+    np.testing.assert_allclose(two.array, one.array, atol=1e-3)
+    np.testing.assert_allclose(two.affine, OBLIQUE @ one.affine, atol=1e-4)
+    to_mni = [
+        json.loads((outputs / f"{name}_affine.json").read_text())["scan_to_mni_mm"] for name in ("good", "oblique")
+    ]
+    np.testing.assert_allclose(np.array(to_mni[1]) @ OBLIQUE, to_mni[0], atol=0.05)
+    assert not list(outputs.glob("*native*"))
+    with open(outputs / "scans.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == ["good", "oblique"] and float(rows[0]["reference_dice"]) > 0.9
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Against the truth" in page and "Registration" in page
+
+
+def test_a_scan_split_over_devices_has_the_maps_of_one(predicted, trained, tmp_path):
+    """Four devices for 90 voxels: what is left over is the compiler's business."""
+    scan = predicted / "inputs" / "phantoms" / "scans" / "brain_0000.nii.gz"
+    words = ["--input", scan, "--weights", trained, "--no-native", "--mesh.model", 4]
+    assert run("predict", *words, "--out", tmp_path / "out") == 0
+    record = json.loads((predicted / "outputs" / "brain_0000.json").read_text())
+    assert record["shape"][0] % 4
+    for name in record["maps"]:
+        found, expected = (
+            np.asarray(nifti.read(place / "outputs" / f"brain_0000_{name}.nii.gz").array)
+            for place in (tmp_path / "out", predicted)
+        )
+        if name == "segmentation":
+            assert np.mean(found != expected) < 1e-4
+        else:
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_volume_that_does_not_fit_into_memory_is_refused_before_it_is_run(
@@ -119,10 +169,20 @@ def test_a_volume_that_does_not_fit_into_memory_is_refused_before_it_is_run(
         (["train", "--variant", "heart"], "--variant"),
         (["predict"], "input: expected scans and a network, found nothing"),
         (["predict", "--input", "x.nii.gz", "--weights", "nothing.pth"], "nothing.pth"),
+        (["train", "--input", "{odd}"], "labels of the table freesurfer, found 2002"),
+        (
+            ["train", "--input", "{odd}", "--data.table", "{uneven}"],
+            "as many left as right classes, found 2 left and 1",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    labels = np.zeros((8, 9, 10), np.int16)
+    labels[2:6, 2:6, 2:6] = 2002
+    nifti.write(tmp_path / "odd.nii.gz", Volume.make(labels, np.eye(4)))
+    (tmp_path / "uneven.csv").write_text("label,name,side\n0,none,\n1,left a,left\n2,left b,left\n3,right a,right\n")
+    words = [word.format(odd="odd.nii.gz", uneven="uneven.csv") for word in words]
     assert run(*words, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Float32
 
 from jaxmed.arrays.grid import restore
@@ -95,7 +96,7 @@ def predict(
     overlap: float = 0.5,
     feature: bool = False,
     fill: float | None = None,
-    place: Callable[[Any], Any] = lambda array: array,
+    sharding: NamedSharding | None = None,
 ) -> Prediction:
     """Run every head on a scan.
 
@@ -107,7 +108,7 @@ def predict(
         overlap: Share of a window that its neighbour has too.
         feature: Return features too: 64 numbers per voxel of the released network.
         fill: Intensity of voxels that have none; None refuses them.
-        place: Puts an array onto the devices, such as split along x.
+        sharding: Of the volume over the devices, such as split along x; any size will do. None takes one device.
 
     Raises:
         InputError: For whatever is wrong with the scan or the weights.
@@ -116,7 +117,7 @@ def predict(
         raise InputError("weights", "a multi-task network of brains", f"a {published.report.kind}")
     scan = read_scan(published, volume, modality, fill)
     image = np.asarray(scan.volume.array, np.float32)
-    return predict_input(published, scan, image, window=window, overlap=overlap, feature=feature, place=place)
+    return predict_input(published, scan, image, window=window, overlap=overlap, feature=feature, sharding=sharding)
 
 
 def predict_input(
@@ -127,11 +128,11 @@ def predict_input(
     window: tuple[int, int, int] | None = None,
     overlap: float = 0.5,
     feature: bool = False,
-    place: Callable[[Any], Any] = lambda array: array,
+    sharding: NamedSharding | None = None,
 ) -> Prediction:
     """Run every head on an image of a scan's grid, the scan itself or a worse version of it; as `predict` otherwise."""
     config = published.config
-    run = functools.partial(_run, published.model, config, feature, published.params, place)
+    run = functools.partial(_run, published.model, config, feature, sharding, published.params)
     found = run(image) if window is None else _in_windows(run, image, window, overlap)
     return _finished(config, scan, image != 0, found)
 
@@ -183,22 +184,29 @@ def _require_unit(scan: Loaded, modality: Modality) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _program(model: Model, config: BrainUnetConfig, feature: bool) -> Callable[..., dict[str, jax.Array]]:
-    return jax.jit(lambda params, x: process(config, model.apply(params, x, feature=feature)))
+def _program(
+    model: Model, config: BrainUnetConfig, feature: bool, sharding: NamedSharding | None
+) -> Callable[..., dict[str, jax.Array]]:
+    def run(params: Params, x: jax.Array) -> dict[str, jax.Array]:
+        # Inside of the program a split need not divide the volume: the compiler sees to what is left over.
+        x = x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+        return process(config, model.apply(params, x, feature=feature))
+
+    return jax.jit(run, out_shardings=None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _run(
     model: Model,
     config: BrainUnetConfig,
     feature: bool,
+    sharding: NamedSharding | None,
     params: Params,
-    place: Callable[[Any], Any],
     image: Float32[np.ndarray, "x y z"],
 ) -> dict[str, np.ndarray]:
     """Run the network on one image; what is too small to be halved often enough is extended by background."""
     least = 2 ** (config.levels - 1)
     wider = np.pad(image, [(0, max(least - length, 0)) for length in image.shape])
-    maps = jax.device_get(_program(model, config, feature)(params, place(wider[None, ..., None])))
+    maps = jax.device_get(_program(model, config, feature, sharding)(params, wider[None, ..., None]))
     x, y, z = image.shape
     found = {name: value[0] if name == "age" else value[0, :x, :y, :z] for name, value in maps.items()}
     for name, value in found.items():

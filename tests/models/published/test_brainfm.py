@@ -50,6 +50,7 @@ def test_maps_equal_the_stored_ones_of_pytorch_at_even_and_odd_sizes(tmp_path):
 @pytest.mark.peers
 @pytest.mark.parametrize("size", [(32, 32, 32), (37, 41, 33)])
 def test_maps_equal_pytorchs(size, tmp_path):
+    """In every voxel, against PyTorch in float64; and no further from it than PyTorch's own float32 by much."""
     import torch
     from torch_brain import BrainNet, run
 
@@ -57,7 +58,8 @@ def test_maps_equal_pytorchs(size, tmp_path):
     torch.save({"model": peer.state_dict()}, tmp_path / "a.pth")
     published = load_published(tmp_path / "a.pth")
     image = draw_volume(size)
-    maps, features = run(peer, image)
+    single = run(peer, image)
+    maps, features = run(peer.double(), image.astype(np.float64))
     bare = make_unet(dataclasses.replace(published.config, unit_features=False), published.params)
 
     @jax.jit
@@ -67,12 +69,15 @@ def test_maps_equal_pytorchs(size, tmp_path):
 
     raw, found = both(published.params, image[None, ..., None])
     np.testing.assert_allclose(raw[0], features[-2], atol=1e-4, rtol=0)
-    # Where every channel is negative a slope of .01 leaves a short feature, and a length of 1 makes its rounding large.
-    length = np.linalg.norm(features[-2], axis=-1)
-    is_long = length > 0.05 * length.mean()
-    assert is_long.mean() > 0.95
+    # Where every channel is negative a slope of .01 leaves a short feature, and dividing by its length multiplies its
+    # rounding by the inverse: below a twentieth of the mean length, so much more is allowed.
+    length = np.linalg.norm(features[-2], axis=-1, keepdims=True)
+    stretch = np.maximum(1, 0.05 * length.mean() / length)
     for name, value in (maps | {"feature": features[-1]}).items():
-        np.testing.assert_allclose(np.asarray(found[name])[0][is_long], value[is_long], atol=1e-4, rtol=0)
+        error = np.abs(np.asarray(found[name])[0] - value)
+        assert (error / stretch).max() < 1e-4, name
+        theirs = np.abs((single[0] | {"feature": single[1][-1]})[name] - value)
+        assert error.max() < 4 * theirs.max(), name
 
 
 @pytest.mark.peers

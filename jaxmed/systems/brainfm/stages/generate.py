@@ -12,7 +12,7 @@ import numpy as np
 from jaxmed.config import Count, Number, Seed, checked
 from jaxmed.data.label_table import LabelTable, find_table
 from jaxmed.data.subject_files import SubjectFiles, list_subjects
-from jaxmed.data.subject_store import SubjectStore, close_store, find_store, open_store, write_subject
+from jaxmed.data.subject_store import SubjectStore, close_store, find_store, open_store, read_labels, write_subject
 from jaxmed.io.maps import write_map
 from jaxmed.recipes.map_files import Tell, map_files, write_failed
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
@@ -171,6 +171,8 @@ def run(config: Config, folder: RunFolder) -> int:
         table = find_table(config.table)
         if is_given or not config.data.synthetic:
             files = list_subjects(config.data.manifest, config.input)
+            if len(files) == 1:
+                read_labels(files[0].path, table)  # a mistake there leaves nothing behind
     locate = None if is_store else make_locate(config.template, config.registration)
     log = begin(folder)
     overlaps: dict[str, float] = {}

@@ -203,7 +203,7 @@ def run(config: Config, folder: RunFolder) -> int:
         program=jax.make_jaxpr(published.model.apply)(published.params, image), smaller=folder.smaller,
     )  # fmt: skip
     window = config.window if config.tiling == "windows" else None
-    tiling = {"window": window, "overlap": config.overlap, "place": placement(config)}
+    tiling = {"window": window, "overlap": config.overlap, "sharding": split_volume(config)}
     plan = Plan(published, tiling, prepare_brought(config, published, volumes, tiling), config, folder.outputs)
     clock.lap("read and check")
     scans, failed = map_images(
@@ -307,16 +307,10 @@ def require_room(needed: float, size: tuple[int, ...]) -> None:
         raise InputError("memory", expected, found, "set --tiling windows, or a smaller --window")
 
 
-def placement(config: Config) -> Callable[[Any], Any]:
-    """Return what puts a volume onto the devices: split along x, background added where they do not divide it."""
+def split_volume(config: Config) -> NamedSharding | None:
+    """Return how a volume is split over the devices of mesh.model; None where there is one."""
     mesh = make_mesh(config.mesh)
-    count = mesh.shape["model"]
-
-    def place(image: np.ndarray) -> Any:
-        wider = np.pad(image, [(0, 0), (0, -image.shape[1] % count), *[(0, 0)] * 3])
-        return jax.device_put(wider, NamedSharding(mesh, VOLUME_SHARDING if count > 1 else PartitionSpec()))
-
-    return place
+    return NamedSharding(mesh, VOLUME_SHARDING) if mesh.shape["model"] > 1 else None
 
 
 def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:
