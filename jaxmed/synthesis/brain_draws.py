@@ -71,6 +71,8 @@ class GeneratorConfig:
             configurations, 0 in the default file.
         pathology: Lesions; none in BrainFM, on in UNA.
         hemisphere: Whether images are of a left hemisphere: photographs always, never flipped, two distances, no CT.
+        smooth_labels: Whether a voxel's class is that of the largest share of linear interpolation, which smooths
+            borders, in place of the nearest voxel's; the release can take the shares themselves for targets.
         max_distance: Distances are cut off beyond this, in mm.
         match_release: Whether defects of the released code are kept: flips with a probability of .69, noise without
             regard to severity, mixtures in which synthetic images outweigh real ones 255 times and are flipped back,
@@ -91,6 +93,7 @@ class GeneratorConfig:
     mix: Share = 0.2
     pathology: PathologyConfig = PathologyConfig()
     hemisphere: bool = False
+    smooth_labels: bool = False
     max_distance: Positive = 3.0
     match_release: bool = False
 

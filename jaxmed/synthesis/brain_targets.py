@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from jaxmed.arrays.warping import sample, sample_stacks
@@ -157,7 +158,10 @@ def native_image(subject: Mapping[str, Array], source: Int[Array, ""], match_rel
 
 def _labels(subject, places, drawn, config):
     """Sample what is not interpolated: classes, and where a face was removed."""
-    index = sample(subject["segmentation"][..., None], places.coordinates, order=0)[..., 0]
+    if config.smooth_labels:
+        index = likeliest(subject["segmentation"], places.coordinates)
+    else:
+        index = sample(subject["segmentation"][..., None], places.coordinates, order=0)[..., 0]
     index = jnp.where(places.is_outside, 0, index).astype(jnp.int32)
     mirror = subject["mirror"] if "mirror" in subject else paper_mirror()
     index = jnp.where(drawn.is_flipped, mirror.astype(jnp.int32)[index], index)
@@ -168,6 +172,25 @@ def _labels(subject, places, drawn, config):
         if config.match_release:
             weights = jnp.where(drawn.is_flipped, jnp.flip(weights, 0), weights)
     return {"segmentation": index, "background": index == 0, "weights": weights}
+
+
+def likeliest(labels: Integer[Array, "x y z"], places: Float[Array, "*place 3"]) -> Integer[Array, "*place"]:
+    """Return the label whose one-hot map, interpolated linearly, is largest; the first corner's where two are equal.
+
+    Of eight corners, so that no map of any label is made.
+
+    Args:
+        labels: Of voxels.
+        places: Within the volume.
+    """
+    low = jnp.floor(places)
+    rest = places - low
+    corners = jnp.array(list(np.ndindex(2, 2, 2)), jnp.float32)
+    found = [sample(labels[..., None], low + corner, order=0)[..., 0] for corner in corners]
+    weights = [jnp.prod(jnp.where(corner > 0, rest, 1 - rest), -1) for corner in corners]
+    shares = [sum(jnp.where(other == one, w, 0.0) for other, w in zip(found, weights, strict=True)) for one in found]
+    best = jnp.argmax(jnp.stack(shares), 0)
+    return jnp.take_along_axis(jnp.stack(found), best[None], 0)[0]
 
 
 def paper_mirror() -> Int[Array, "56"]:

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.ndimage import map_coordinates
 
 from jaxmed.arrays.warping import identity_grid, sample, sample_stacks
 from jaxmed.data.label_table import TABLES
 from jaxmed.data.surface_distances import encode
 from jaxmed.synthesis.brain import draw_of, generate, mix_with_scans
 from jaxmed.synthesis.brain_draws import GeneratorConfig, draw_shared
-from jaxmed.synthesis.brain_targets import Places, find_places, make_targets, paper_mirror
+from jaxmed.synthesis.brain_targets import Places, find_places, likeliest, make_targets, paper_mirror
 from jaxmed.synthesis.contrast import ContrastConfig
 from jaxmed.synthesis.deformation import Affine, DeformationConfig, sampling_coordinates
 from jaxmed.synthesis.pathology import PathologyConfig
@@ -135,6 +136,20 @@ def test_images_span_the_unit_interval_and_missing_ones_are_marked(key):
     assert {int(value) for value in np.unique(targets["segmentation"])} == {0, 20, 38}
     np.testing.assert_array_equal(targets["background"], np.asarray(targets["segmentation"]) == 0)
     assert set(np.unique(targets["weights"])) == {0.0, 1.0}
+
+
+def test_smooth_labels_are_those_of_interpolated_one_hots(key):
+    """Against SciPy, class by class; and such classes are targets where they are asked for."""
+    labels = RNG.integers(0, 4, (6, 5, 7))
+    places = RNG.uniform(0, np.array(labels.shape) - 1, (300, 3)).astype(np.float32)
+    shares = np.stack([map_coordinates((labels == one).astype(float), places.T, order=1) for one in range(4)])
+    found = np.asarray(jax.jit(likeliest)(jnp.asarray(labels, jnp.uint8), jnp.asarray(places)))
+    top = np.sort(shares, 0)
+    clear = top[-1] - top[-2] > 1e-5
+    np.testing.assert_array_equal(found[clear], shares.argmax(0)[clear])
+    smooth, nearest = placed(dataclasses.replace(CONFIG, smooth_labels=True))(key)[1], placed()(key)[1]
+    differs = np.asarray(smooth["segmentation"]) != nearest["segmentation"]
+    assert 0 < differs.mean() < 0.1 and set(np.unique(smooth["segmentation"])) == {0, 20, 38}
 
 
 def test_the_release_loses_first_planes_and_keeps_masks_unflipped(key):
