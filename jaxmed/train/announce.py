@@ -79,18 +79,27 @@ def announce(
     return flops
 
 
-def require_memory(needed: float, smaller: str) -> None:
+def require_memory(
+    needed: float,
+    smaller: str,
+    work: str = "a step",
+    advice: str = "take a smaller batch, or more --accumulation",
+) -> None:
     """Refuse work that does not fit into this machine's memory; devices of their own tell it themselves.
+
+    Args:
+        needed: Bytes.
+        smaller: Presets that fit a machine; may be empty.
+        work: What it is.
+        advice: What to do about it.
 
     Raises:
         InputError: It does not.
     """
     if jax.default_backend() == "cpu" and needed > machine_memory():
         fits = f"; {smaller} fits" if smaller else ""
-        raise InputError(
-            "memory", f"a step that fits into the {machine_memory() / 1e9:,.1f} GB of this machine",
-            f"one of {needed / 1e9:,.1f} GB", f"take a smaller batch, or more --accumulation{fits}",
-        )  # fmt: skip
+        expected = f"{work} that fits into the {machine_memory() / 1e9:,.1f} GB of this machine"
+        raise InputError("memory", expected, f"one of {needed / 1e9:,.1f} GB", f"{advice}{fits}")
 
 
 def count_operations(program: core.Jaxpr) -> float:

@@ -11,7 +11,7 @@ from jaxmed.cli import main
 from jaxmed.io import nifti
 from jaxmed.models.published.load import load_published
 from jaxmed.systems.brainfm.prediction import MAPS
-from jaxmed.systems.brainfm.stages import predict
+from jaxmed.train import announce
 from jaxmed.volume import Volume
 
 
@@ -151,7 +151,7 @@ def test_a_scan_split_over_devices_has_the_maps_of_one(predicted, trained, tmp_p
 def test_a_volume_that_does_not_fit_into_memory_is_refused_before_it_is_run(
     predicted, trained, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(predict, "machine_memory", lambda: 1e6)
+    monkeypatch.setattr(announce, "machine_memory", lambda: 1e6)
     scans = predicted / "inputs" / "phantoms" / "scans"
     assert run("predict", "--input", scans, "--weights", trained, "--out", tmp_path / "run") == 2
     assert "set --tiling windows, or a smaller --window" in capsys.readouterr().err and not (tmp_path / "run").exists()

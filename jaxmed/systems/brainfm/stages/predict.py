@@ -31,7 +31,7 @@ from jaxmed.systems.brainfm.evaluation import robustness
 from jaxmed.systems.brainfm.pages import registration_sections, robustness_sections, scan_section, truth_sections
 from jaxmed.systems.brainfm.prediction import MAPS, Modality, on_input_grid, predict, predict_input, read_scan
 from jaxmed.systems.brainfm.truth import Truth, dice_by_label, read_labels, read_truth, score_maps
-from jaxmed.train.announce import announce, machine_memory
+from jaxmed.train.announce import announce, require_memory
 from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
@@ -195,7 +195,10 @@ def run(config: Config, folder: RunFolder) -> int:
     first = read_scan(published, inputs[0].scan, config.modality, config.fill) if len(inputs) == 1 else None
     size = config.window if config.tiling == "windows" else (160, 160, 160)
     size = size if first is None or config.tiling == "windows" else first.volume.array.shape
-    require_room(6 * largest_activation(published.config, size), size)
+    require_memory(
+        6 * largest_activation(published.config, size), "", f"a pass over {' x '.join(map(str, size))} voxels",
+        "set --tiling windows, or a smaller --window",
+    )  # fmt: skip
     log = begin(folder, (*published.report.lines, *passed))
     image = jax.ShapeDtypeStruct((1, *size, 1), jnp.float32)
     announce(
@@ -293,18 +296,6 @@ def read_network(config: Config) -> Published:
     mesh = make_mesh(config.mesh)
     params = jax.device_put(published.params, param_shardings(published.params, mesh, ((r".", PartitionSpec()),)))
     return dataclasses.replace(published, params=params, config=sizes, model=make_unet(sizes, published.params))
-
-
-def require_room(needed: float, size: tuple[int, ...]) -> None:
-    """Refuse a pass that does not fit into this machine's memory; devices of their own tell it themselves.
-
-    Raises:
-        InputError: It does not.
-    """
-    if jax.default_backend() == "cpu" and needed > machine_memory():
-        expected = f"a pass that fits into the {machine_memory() / 1e9:,.1f} GB of this machine"
-        found = f"one of {needed / 1e9:,.1f} GB for {' x '.join(map(str, size))} voxels"
-        raise InputError("memory", expected, found, "set --tiling windows, or a smaller --window")
 
 
 def split_volume(config: Config) -> NamedSharding | None:
