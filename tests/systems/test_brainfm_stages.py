@@ -160,6 +160,25 @@ def test_a_volume_that_does_not_fit_into_memory_is_refused_before_it_is_run(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--truth.CT", "{scans}"], "--truth.CT: expected a network with the task CT, found one with"),
+        (["--truth.T1", "nowhere"], "nowhere"),
+        (["--atlas-labels", "{scan}"], "atlas-labels: expected --labels beside it, to compare with, found none"),
+        (["--mesh.model", "9"], "mesh: expected axes that fill 8 device(s)"),
+    ],
+)
+def test_what_does_not_fit_together_is_told_before_any_work(predicted, trained, tmp_path, capsys, words, message):
+    phantoms = predicted / "inputs" / "phantoms"
+    files = {"scans": phantoms / "scans", "scan": phantoms / "scans" / "brain_0000.nii.gz"}
+    words = [word.format(**files) for word in words]
+    assert run("predict", "--input", files["scan"], "--weights", trained, *words, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["train"], "input: expected label maps, or a store of subjects, found nothing"),
         (["train", "--input", "nowhere"], "nowhere"),
         (["train", "--data.store", "."], "a store of subjects (with store.json)"),

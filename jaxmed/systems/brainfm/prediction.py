@@ -23,6 +23,7 @@ from jaxmed.arrays.types import Params
 from jaxmed.data.preprocess import Loaded, load
 from jaxmed.data.windows import Window, blend, cut_window, tile
 from jaxmed.errors import InputError
+from jaxmed.io import nifti
 from jaxmed.io.scans import ScanFiles
 from jaxmed.models.published.brainfm import of_modality
 from jaxmed.models.published.load import Published
@@ -96,6 +97,8 @@ def predict(
     overlap: float = 0.5,
     feature: bool = False,
     fill: float | None = None,
+    average: bool = False,
+    crop: bool = False,
     sharding: NamedSharding | None = None,
 ) -> Prediction:
     """Run every head on a scan.
@@ -108,6 +111,8 @@ def predict(
         overlap: Share of a window that its neighbour has too.
         feature: Return features too: 64 numbers per voxel of the released network.
         fill: Intensity of voxels that have none; None refuses them.
+        average: Whether the last of four axes, of colours or echoes, is averaged; such scans are refused otherwise.
+        crop: Whether what is 0 around the head is cut off before the network sees it; its norms depend on that.
         sharding: Of the volume over the devices, such as split along x; any size will do. None takes one device.
 
     Raises:
@@ -115,7 +120,7 @@ def predict(
     """
     if not isinstance(published.config, BrainUnetConfig):
         raise InputError("weights", "a multi-task network of brains", f"a {published.report.kind}")
-    scan = read_scan(published, volume, modality, fill)
+    scan = read_scan(published, volume, modality, fill, average=average, crop=crop)
     image = np.asarray(scan.volume.array, np.float32)
     return predict_input(published, scan, image, window=window, overlap=overlap, feature=feature, sharding=sharding)
 
@@ -142,21 +147,46 @@ def read_scan(
     volume: Volume | ScanFiles | Path | str | np.ndarray,
     modality: Modality = "auto",
     fill: float | None = None,
+    *,
+    average: bool = False,
+    crop: bool = False,
 ) -> Loaded:
-    """Read a scan as the network sees it.
+    """Read a scan as the network sees it; arguments as of `predict`.
 
     Raises:
         InputError: For whatever is wrong with it.
     """
     volume = Path(volume) if isinstance(volume, str) else volume
-    preprocess = of_modality(published.preprocess, modality == "CT")
-    scan = load(volume, preprocess, fill)
+    volume = _averaged(volume, fill) if average else volume
+    scan = load(volume, of_modality(published.preprocess, modality == "CT"), fill)
     if scan.volume.array.ndim != 3:
         raise InputError(scan.path, "a volume of one channel", f"shape {scan.volume.array.shape}")
-    if scan.extent[0] < LARGEST_AIR:
-        return scan if modality != "auto" else load(volume, of_modality(published.preprocess, True), fill)
-    _require_unit(scan, modality)
-    return scan
+    if scan.extent[0] >= LARGEST_AIR:
+        _require_unit(scan, modality)
+    elif modality == "auto":
+        scan = load(volume, of_modality(published.preprocess, True), fill)
+    return scan._replace(volumes=(_cropped(scan.volume),)) if crop else scan
+
+
+def _averaged(
+    volume: Volume | ScanFiles | Path | np.ndarray, fill: float | None
+) -> Volume | ScanFiles | Path | np.ndarray:
+    """Return a volume of four axes without the last; anything else as it is."""
+    path = volume.path if isinstance(volume, ScanFiles) else volume
+    if isinstance(path, Path) and path.name.lower().endswith(nifti.SUFFIXES):
+        read = nifti.read(path, fill=fill)
+        volume = read if read.array.ndim == 4 else volume
+    if isinstance(volume, Volume) and volume.array.ndim == 4:
+        return Volume.make(volume.array.mean(-1, dtype=np.float32), volume.affine)
+    return volume
+
+
+def _cropped(volume: Volume) -> Volume:
+    """Cut a volume to the box of what is not 0."""
+    low, high = (edge(np.argwhere(volume.array), 0) for edge in (np.min, np.max))
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ low
+    return Volume.make(volume.array[tuple(map(slice, low, high + 1))], affine)
 
 
 def _require_unit(scan: Loaded, modality: Modality) -> None:

@@ -55,8 +55,6 @@ def read_labels(found: Prediction, path: Path | None) -> Int[np.ndarray, "x y z"
     """
     if path is None:
         return None
-    if "segmentation" not in found.maps:
-        raise InputError(path, "a network that segments, to compare with", "none", "leave --labels out")
     truth = nifti.read(path, dimensions=(3,), dtype=np.int32, allow_constant=False)
     moved = resample_to(truth, found.scan.volume.grid, order=0).array
     if not any(label and (moved == label).any() for label in found.voxels):
@@ -69,18 +67,16 @@ def read_truth(found: Prediction, files: Mapping[str, Path | None]) -> dict[str,
     """Read true maps of a scan onto the grid of its maps.
 
     Args:
-        found: Of the scan.
+        found: Of the scan, with every map that there is a file of.
         files: By the name of the map; those that are None are left out.
 
     Raises:
-        InputError: A file cannot be read, has other channels, or the network tells no such map.
+        InputError: A file cannot be read, or has other channels.
     """
     result = {}
     for name, path in files.items():
         if path is None:
             continue
-        if name not in found.maps:
-            raise InputError(path, f"a network that tells {name}, to compare with", "none", "leave it out")
         channels = found.maps[name].shape[3:]
         volume = nifti.read(path, dimensions=(3 + len(channels),), dtype=np.float32)
         if volume.array.shape[3:] != channels:

@@ -1,7 +1,7 @@
 """BrainFM predict: every map of every scan, at the network's voxel size and on the grid of the scan."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmed.config import Decay, Number, Seed, Size, checked
+from jaxmed.data.preprocess import Loaded
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
@@ -29,7 +30,7 @@ from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.brainfm.coordinates import affine_to_atlas, brain_coordinates, bring, find_in, warped_label_scores
 from jaxmed.systems.brainfm.evaluation import robustness
 from jaxmed.systems.brainfm.pages import registration_sections, robustness_sections, scan_section, truth_sections
-from jaxmed.systems.brainfm.prediction import MAPS, Modality, on_input_grid, predict, predict_input, read_scan
+from jaxmed.systems.brainfm.prediction import MAPS, Modality, Prediction, on_input_grid, predict_input, read_scan
 from jaxmed.systems.brainfm.truth import Truth, dice_by_label, read_labels, read_truth, score_maps
 from jaxmed.train.announce import announce, require_memory
 from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings
@@ -37,7 +38,22 @@ from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
 TRIES_FAILED_AGAIN = True
+HEAD = 160.0  # mm along each axis that a scan is taken to have before it is read
 NATIVE = "native"  # in the names of maps on the grid of the scan
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class Reading:
+    """How scans are read.
+
+    Attributes:
+        average: Whether the last of four axes, of colours or echoes, is averaged; such scans are refused otherwise.
+        crop: Whether what is 0 around the head is cut off before the network sees it; its norms depend on that.
+    """
+
+    average: bool = False
+    crop: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Config:
         series: SeriesInstanceUID or SeriesDescription to read from DICOM folders that hold several series.
         weights: A run of train, or published weights.
         modality: "CT" cuts intensities to 0 to 80 HU; "auto" takes scans with values below -500 for CT.
+        reading: How scans are read.
         tiling: The whole volume at once, or windows, whose maps are averaged: for volumes that do not fit into memory.
         window: Voxels of a window along each axis.
         overlap: Share of a window that its neighbour has too.
@@ -76,6 +93,7 @@ class Config:
     series: str = ""
     weights: Path | None = None
     modality: Modality = "auto"
+    reading: Reading = Reading()
     tiling: Literal["whole", "windows"] = "whole"
     window: tuple[Size, Size, Size] = (160, 160, 160)
     overlap: Decay = 0.5
@@ -174,7 +192,8 @@ class Plan(NamedTuple):
     """What stays the same from scan to scan."""
 
     published: Published
-    tiling: dict[str, Any]
+    read: Callable[..., Loaded]
+    run: Callable[..., Prediction]
     brought: Mapping[str, Bringing]
     config: Config
     outputs: Path
@@ -189,11 +208,17 @@ def run(config: Config, folder: RunFolder) -> int:
         missing = "input" if config.input is None else "weights"
         raise InputError(missing, "scans and a network", "nothing", f"give --{missing}, or try --preset smoke")
     published = read_network(config)
+    require_tasks(config, published.config.tasks)
     volumes = read_volumes(config)
     names = read_names(config)
     inputs, passed = list_scans(config)
-    first = read_scan(published, inputs[0].scan, config.modality, config.fill) if len(inputs) == 1 else None
-    size = config.window if config.tiling == "windows" else (160, 160, 160)
+    read = partial(
+        read_scan, published, modality=config.modality, fill=config.fill, average=config.reading.average,
+        crop=config.reading.crop,
+    )  # fmt: skip
+    first = read(inputs[0].scan) if len(inputs) == 1 else None
+    other = None if config.reference is None else read(config.reference)
+    size = config.window if config.tiling == "windows" else (round(HEAD / published.preprocess.spacing[0]),) * 3
     size = size if first is None or config.tiling == "windows" else first.volume.array.shape
     require_memory(
         6 * largest_activation(published.config, size), "", f"a pass over {' x '.join(map(str, size))} voxels",
@@ -205,9 +230,12 @@ def run(config: Config, folder: RunFolder) -> int:
         log, "Predicting", params=published.params, batch=image, count=len(inputs), unit="scans",
         program=jax.make_jaxpr(published.model.apply)(published.params, image), smaller=folder.smaller,
     )  # fmt: skip
-    window = config.window if config.tiling == "windows" else None
-    tiling = {"window": window, "overlap": config.overlap, "sharding": split_volume(config)}
-    plan = Plan(published, tiling, prepare_brought(config, published, volumes, tiling), config, folder.outputs)
+    predict = partial(
+        predict_input, published, window=config.window if config.tiling == "windows" else None, overlap=config.overlap,
+        feature=config.feature, sharding=split_volume(config),
+    )  # fmt: skip
+    reference = None if other is None else predict(other, other.volume.array)
+    plan = Plan(published, read, predict, list_brought(volumes, reference), config, folder.outputs)
     clock.lap("read and check")
     scans, failed = map_images(
         inputs, lambda number, one, tell: process_scan(plan, one, tell), Scan, folder.outputs, log, "Predicting",
@@ -248,6 +276,24 @@ def list_scans(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
     return list_inputs(config.input, beside, (*MAPS, NATIVE), config.series, config.fill)
 
 
+def require_tasks(config: Config, tasks: Sequence[str]) -> None:
+    """Refuse what needs a map that the network does not tell.
+
+    Raises:
+        InputError: Something does.
+    """
+    asked = {"labels": ("segmentation", config.labels), "atlas": ("registration", config.atlas)}
+    asked |= {"reference": ("registration", config.reference)}
+    named = {"bias_field": "bias_field_log", "coordinates": "registration"}
+    asked |= {f"truth.{name}": (named.get(name, name), path) for name, path in config.truth.places.items()}
+    for name, (task, path) in asked.items():
+        if path is not None and task not in tasks:
+            found = f"one with {', '.join(tasks)}"
+            raise InputError(
+                f"--{name}", f"a network with the task {task}", found, "leave it out, or take other --weights"
+            )
+
+
 def read_volumes(config: Config) -> dict[str, Volume]:
     """Read the atlas, and the label maps of atlas and reference.
 
@@ -265,20 +311,18 @@ def read_volumes(config: Config) -> dict[str, Volume]:
     return found
 
 
-def prepare_brought(
-    config: Config, published: Published, volumes: Mapping[str, Volume], tiling: dict[str, Any]
-) -> dict[str, Bringing]:
-    """Run the network on the reference, and return what is brought onto every scan, by name.
+def list_brought(volumes: Mapping[str, Volume], reference: Prediction | None) -> dict[str, Bringing]:
+    """Return what is brought onto every scan, by name.
 
     Raises:
-        InputError: The reference is no scan, or the network tells no coordinates.
+        InputError: The network tells no coordinates of the reference, or finds no brain in it.
     """
     found = {}
     if "atlas" in volumes or "atlas_labels" in volumes:
         found["atlas"] = Bringing(volumes.get("atlas"), lambda places: places, volumes.get("atlas_labels"))
-    if config.reference is not None:
-        other = predict(published, config.reference, modality=config.modality, fill=config.fill, **tiling)
-        found["reference"] = Bringing(other.scan.volume, find_in(other), volumes.get("reference_labels"))
+    if reference is not None:
+        image, labels = reference.scan.volume, volumes.get("reference_labels")
+        found["reference"] = Bringing(image, find_in(reference), labels)
     return found
 
 
@@ -312,16 +356,14 @@ def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:
     """
     config, published = plan.config, plan.published
     tell(f"{one.name}: network")
-    found = predict(
-        published, one.scan, modality=config.modality, feature=config.feature, fill=config.fill, **plan.tiling
-    )
+    scan = plan.read(one.scan)
+    found = plan.run(scan, scan.volume.array)
     labels = read_labels(found, one.beside["labels"])
     truth = read_truth(found, {name: one.beside[name] for name in config.truth.places})
     worse = {}
     if config.robustness:
         tell(f"{one.name}: worse versions")
-        again = partial(predict_input, published, found.scan, **plan.tiling)
-        worse = robustness(found, labels, again, jax.random.key(config.seed))
+        worse = robustness(found, labels, partial(plan.run, scan), jax.random.key(config.seed))
     tell(f"{one.name}: writing")
     maps, notes = dict(found.maps), [*found.scan.notes]
     to_mni, residual = (), None
