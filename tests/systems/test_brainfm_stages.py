@@ -51,23 +51,23 @@ def test_training_leaves_a_network_that_learnt(trained):
 
 def test_every_map_of_every_scan_is_written_on_both_grids(predicted, trained):
     outputs, config = predicted / "outputs", load_published(trained).config
-    scans = sorted((predicted / "inputs" / "phantoms" / "scans").iterdir())
-    record = json.loads((outputs / "brain_0000.json").read_text())
+    scans = sorted((predicted / "inputs" / "heads" / "scans").iterdir())
+    record = json.loads((outputs / "head_0000.json").read_text())
     assert set(record["maps"]) == {"T1", "segmentation", "distance", "cortex", "bias_field", "coordinates"}
     for name in record["maps"]:
-        fine = nifti.read(outputs / f"brain_0000_{name}.nii.gz")
-        native = nifti.read(outputs / f"brain_0000_{name}_native.nii.gz")
+        fine = nifti.read(outputs / f"head_0000_{name}.nii.gz")
+        native = nifti.read(outputs / f"head_0000_{name}_native.nii.gz")
         assert list(fine.array.shape[:3]) == record["shape"] and np.isfinite(native.array).all()
         scan = nifti.read(scans[0])
         assert native.array.shape[:3] == scan.array.shape
         np.testing.assert_allclose(native.affine, scan.affine, atol=1e-4)
-        sidecar = json.loads((outputs / f"brain_0000_{name}.json").read_text())
+        sidecar = json.loads((outputs / f"head_0000_{name}.json").read_text())
         assert sidecar["definition"] == MAPS[name][0] and sidecar["unit"] == MAPS[name][1]
-    assert set(np.unique(nifti.read(outputs / "brain_0000_segmentation_native.nii.gz").array)) <= set(config.labels)
+    assert set(np.unique(nifti.read(outputs / "head_0000_segmentation_native.nii.gz").array)) <= set(config.labels)
     with open(outputs / "volumes.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (len(config.labels) - 1) and rows[0]["name"]
-    total = sum(float(row["volume_ml"]) for row in rows if row["id"] == "brain_0000")
+    total = sum(float(row["volume_ml"]) for row in rows if row["id"] == "head_0000")
     assert total == pytest.approx(sum(record["volumes_ml"].values()), rel=1e-3)
     assert "BrainFM on 2 scans" in (predicted / "report.html").read_text()
 
@@ -86,10 +86,10 @@ def turned(volume):
 def test_a_folder_with_a_broken_scan_is_done_but_for_it(predicted, trained, tmp_path):
     """And an atlas, a reference, label maps and true images find their places, of a head that lies turned too."""
     outputs, scans = predicted / "outputs", tmp_path / "scans"
-    source = nifti.read(predicted / "inputs" / "phantoms" / "scans" / "brain_0000.nii.gz")
-    labels = nifti.read(outputs / "brain_0000_segmentation.nii.gz", dtype=np.int32)
+    source = nifti.read(predicted / "inputs" / "heads" / "scans" / "head_0000.nii.gz")
+    labels = nifti.read(outputs / "head_0000_segmentation.nii.gz", dtype=np.int32)
     labels = dataclasses.replace(labels, array=labels.array.astype(np.int16))
-    image = nifti.read(outputs / "brain_0000_T1.nii.gz")
+    image = nifti.read(outputs / "head_0000_T1.nii.gz")
     for folder, volume in (("scans", source), ("labels", labels), ("T1", image)):
         (tmp_path / folder).mkdir()
         nifti.write(tmp_path / folder / "good.nii.gz", volume)
@@ -131,15 +131,15 @@ def test_a_folder_with_a_broken_scan_is_done_but_for_it(predicted, trained, tmp_
 
 
 def test_a_scan_split_over_devices_has_the_maps_of_one(predicted, trained, tmp_path):
-    """Four devices for 90 voxels: what is left over is the compiler's business."""
-    scan = predicted / "inputs" / "phantoms" / "scans" / "brain_0000.nii.gz"
-    words = ["--input", scan, "--weights", trained, "--no-native", "--mesh.model", 4]
+    """Five devices for 24 voxels: what is left over is the compiler's business."""
+    scan = predicted / "inputs" / "heads" / "scans" / "head_0000.nii.gz"
+    words = ["--input", scan, "--weights", trained, "--no-native", "--mesh.model", 5]
     assert run("predict", *words, "--out", tmp_path / "out") == 0
-    record = json.loads((predicted / "outputs" / "brain_0000.json").read_text())
-    assert record["shape"][0] % 4
+    record = json.loads((predicted / "outputs" / "head_0000.json").read_text())
+    assert record["shape"][0] % 5
     for name in record["maps"]:
         found, expected = (
-            np.asarray(nifti.read(place / "outputs" / f"brain_0000_{name}.nii.gz").array)
+            np.asarray(nifti.read(place / "outputs" / f"head_0000_{name}.nii.gz").array)
             for place in (tmp_path / "out", predicted)
         )
         if name == "segmentation":
@@ -152,7 +152,7 @@ def test_a_volume_that_does_not_fit_into_memory_is_refused_before_it_is_run(
     predicted, trained, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(announce, "machine_memory", lambda: 1e6)
-    scans = predicted / "inputs" / "phantoms" / "scans"
+    scans = predicted / "inputs" / "heads" / "scans"
     assert run("predict", "--input", scans, "--weights", trained, "--out", tmp_path / "run") == 2
     assert "set --tiling windows, or a smaller --window" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -167,8 +167,8 @@ def test_a_volume_that_does_not_fit_into_memory_is_refused_before_it_is_run(
     ],
 )
 def test_what_does_not_fit_together_is_told_before_any_work(predicted, trained, tmp_path, capsys, words, message):
-    phantoms = predicted / "inputs" / "phantoms"
-    files = {"scans": phantoms / "scans", "scan": phantoms / "scans" / "brain_0000.nii.gz"}
+    heads = predicted / "inputs" / "heads"
+    files = {"scans": heads / "scans", "scan": heads / "scans" / "head_0000.nii.gz"}
     words = [word.format(**files) for word in words]
     assert run("predict", "--input", files["scan"], "--weights", trained, *words, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err

@@ -24,14 +24,12 @@ from jaxmed.synthesis.brain import draw_of, generate
 from jaxmed.synthesis.brain_draws import MODALITIES, SYNTHETIC, GeneratorConfig
 from jaxmed.synthesis.deformation import DeformationConfig
 from jaxmed.synthesis.phantoms.cohort import centred_affine
-from jaxmed.synthesis.phantoms.write_heads import write_heads
+from jaxmed.synthesis.phantoms.write_heads import write_small_heads
 from jaxmed.systems.brainfm.atlas import POOR, make_locate
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
-HEAD_SHAPE, HEAD_SPACING = (48, 56, 48), 4.0
-"""Of synthetic heads, whose files claim voxels of 1 mm."""
 SHOWN_SLICES = 4
 # Name of a target and its channel, unit and range on the page.
 TARGETS: tuple[tuple[str, str, int | None, MapStyle], ...] = (
@@ -180,7 +178,7 @@ def run(config: Config, folder: RunFolder) -> int:
     if store is None and table is not None:
         if files is None:
             log.say(f"Drawing {config.data.synthetic} phantom heads.")
-            files = list_subjects(_draw_heads(folder, config.data.synthetic), None)
+            files = list_subjects(write_small_heads(folder.path / "inputs" / "heads", 0, config.data.synthetic), None)
         if not config.template:
             log.say("Note: no --template: coordinates are those of an ellipsoid of a head's size, good to about 1 cm.")
         store, overlaps, failed = _make_store(folder, files, table, locate, log)
@@ -201,11 +199,6 @@ def run(config: Config, folder: RunFolder) -> int:
     )
     finish(folder, config, summary, clock, page)
     return int(failed > 0)
-
-
-def _draw_heads(folder: RunFolder, number: int) -> Path:
-    place = folder.path / "inputs" / "heads"
-    return write_heads(place, 0, number, HEAD_SHAPE, HEAD_SPACING, (0.7, 0.3, 0.0), stored_spacing=1.0)
 
 
 def _make_store(

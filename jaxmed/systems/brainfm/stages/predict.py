@@ -26,7 +26,7 @@ from jaxmed.recipes.map_files import Tell
 from jaxmed.recipes.map_images import Inputs, list_inputs, map_images
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.report.page import Note, Section, Table, Text
-from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
+from jaxmed.synthesis.phantoms.write_heads import write_small_heads
 from jaxmed.systems.brainfm.coordinates import affine_to_atlas, brain_coordinates, bring, find_in, warped_label_scores
 from jaxmed.systems.brainfm.evaluation import robustness
 from jaxmed.systems.brainfm.pages import registration_sections, robustness_sections, scan_section, truth_sections
@@ -82,7 +82,7 @@ class Config:
         structures: CSV with label and name, for tables.
         native: Write maps on the grid of the scan too.
         feature: Write the feature of every voxel too, as NPZ.
-        synthetic: Predict so many phantom brains where no scans are given, by a tiny network where none is given.
+        synthetic: Predict so many phantom heads where no scans are given, by a tiny network where none is given.
         mesh: The devices; mesh.model splits a large volume along x.
         dtype: Type of the network's products.
         fill: Intensity of voxels that have none (NaN, Inf, fill values such as -3.4e38); without it they are refused.
@@ -125,7 +125,7 @@ def laptop() -> Config:
 
 
 def smoke() -> Config:
-    """Two phantom brains and a tiny network made on the spot, in seconds."""
+    """Two phantom heads and a tiny network made on the spot, in seconds."""
     return Config(synthetic=2)
 
 
@@ -250,14 +250,15 @@ def run(config: Config, folder: RunFolder) -> int:
 
 
 def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
-    """Write phantom brains where no scans are given, and train a tiny network where none is given."""
+    """Write phantom heads where no scans are given, and train a tiny network where none is given."""
     if config.input is not None:
         list_scans(config)  # a mistake there costs no training
     log = begin(folder)
     if config.input is None:
-        place = folder.path / "inputs" / "phantoms"
-        write_brain_cohort(place, config.seed + 1, config.synthetic, (36, 32, 40))
-        config = dataclasses.replace(config, input=place / "scans")
+        place = folder.path / "inputs" / "heads"
+        write_small_heads(place, config.seed + 1, config.synthetic)
+        labels = place / "labels" if config.weights is None else config.labels
+        config = dataclasses.replace(config, input=place / "scans", labels=labels)
     if config.weights is None:
         changes = {"train.seed": config.seed}
         nested = nested_run(folder, "brainfm train", changes, log, "No network is given: a tiny one is trained.")
