@@ -9,7 +9,7 @@ from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.numpy_files import restore_npz
 from jaxmed.report.figures import MapStyle, slice_maps
-from jaxmed.report.page import Figure, Note, Section, Table
+from jaxmed.report.page import Block, Figure, Note, Section, Table
 
 STYLES = {
     "input": MapStyle(limits=(0.0, 1.0), colormap="gray"),
@@ -84,10 +84,11 @@ def registration_sections(found: Mapping[str, Mapping[str, Mapping[str, float]]]
     return [Section("Registration", [Table(("scan", "brought", "Dice", "centres (mm)"), rows, caption)])]
 
 
-def robustness_sections(found: Sequence[Mapping[str, Mapping[str, float]]]) -> list[Section]:
-    """Tabulate what worse versions of scans change; nothing where none were asked about."""
-    if not found:
+def robustness_sections(by_scan: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Section]:
+    """Tabulate what worse versions of scans change, by condition and by scan; nothing where none were asked about."""
+    if not by_scan:
         return []
+    found = [*by_scan.values()]
     names = [name for name in found[0]["as it is"] if not name.endswith(DETAILS)]
     rows = [
         (condition, *(_mean_of([one[condition].get(name) for one in found]) for name in names))
@@ -98,7 +99,12 @@ def robustness_sections(found: Sequence[Mapping[str, Mapping[str, float]]]) -> l
         "is; pair_mm is the error of registering the worse scan with the scan as it is, whose voxels are known; all "
         "else are changes against the maps of the scan as it is. outputs/robustness.csv holds every scan and score."
     )
-    return [Section("Worse versions of the scans", [Table(("condition", *names), rows, caption)])]
+    blocks: list[Block] = [Table(("condition", *names), rows, caption)]
+    if len(by_scan) > 1 and names:
+        first = names[0]
+        each = [(name, *(one[condition].get(first) for condition in one)) for name, one in by_scan.items()]
+        blocks.append(Table(("scan", *found[0]), each, f"The score {first} of every scan, and so of every modality."))
+    return [Section("Worse versions of the scans", blocks)]
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:

@@ -484,7 +484,7 @@ def page(run: Finished[Config, Summary]) -> Page:
     sections.append(Section("Scans", [Table(columns, rows, caption)]))
     sections += truth_sections({scan.name: scan.scores for scan in scans if scan.scores})
     sections += registration_sections({scan.name: scan.registration for scan in scans if scan.registration})
-    sections += robustness_sections([scan.robustness for scan in scans if scan.robustness])
+    sections += robustness_sections({scan.name: scan.robustness for scan in scans if scan.robustness})
     sections.append(Section("How to read this", [Text(READING)]))
     tiles: list[tuple[str, object, str]] = [
         ("Scans", len(scans), f"{summary.failed} failed"),
