@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxmed.arrays.warping import sample, sample_stacks
+from jaxmed.arrays.warping import jacobian_determinant, sample, sample_stacks
 from jaxmed.synthesis.bias_field import draw_log_bias
 from jaxmed.synthesis.brain_draws import (
     CT,
@@ -36,6 +36,7 @@ from jaxmed.synthesis.brain_draws import (
 )
 from jaxmed.synthesis.brain_targets import ZERO, Places, find_places, make_targets, native_image, present_of, written
 from jaxmed.synthesis.contrast import apply_gamma, render
+from jaxmed.synthesis.deformation import draw_displacement
 from jaxmed.synthesis.pathology import Pathology, draw_pathology, encode
 from jaxmed.synthesis.resolution import lower_resolution, restore_grid
 
@@ -89,6 +90,17 @@ def draw_of(key: Key[Array, ""], subject: Mapping[str, Array], config: Generator
     shared_key = jax.random.split(key, 4)[0]
     read = subject.get("read", -jnp.ones(len(config.read)))
     return draw_shared(shared_key, present_of(subject), _size(subject), read, config)
+
+
+def folded_share(key: Key[Array, ""], subject: Mapping[str, Array], config: GeneratorConfig) -> Float[Array, ""]:
+    """Return the share of voxels at which the deformation of `generate` with this key turns space inside out.
+
+    A displacement that is drawn as such may fold; one that is integrated from a velocity does not.
+    """
+    field = draw_displacement(
+        jax.random.split(key, 4)[1], config.shape, config.deformation, draw_of(key, subject, config).photo
+    )
+    return (jacobian_determinant(field) <= 0).mean()
 
 
 def _size(subject: Mapping[str, Array]) -> Int[Array, "3"]:

@@ -12,11 +12,11 @@ from scipy.ndimage import map_coordinates
 from jaxmed.arrays.warping import identity_grid, sample, sample_stacks
 from jaxmed.data.label_table import TABLES
 from jaxmed.data.surface_distances import encode
-from jaxmed.synthesis.brain import draw_of, generate, mix_with_scans
+from jaxmed.synthesis.brain import draw_of, folded_share, generate, mix_with_scans
 from jaxmed.synthesis.brain_draws import GeneratorConfig, draw_shared
 from jaxmed.synthesis.brain_targets import Places, find_places, likeliest, make_targets, paper_mirror
 from jaxmed.synthesis.contrast import ContrastConfig
-from jaxmed.synthesis.deformation import Affine, DeformationConfig, sampling_coordinates
+from jaxmed.synthesis.deformation import Affine, DeformationConfig, draw_displacement, sampling_coordinates
 from jaxmed.synthesis.pathology import PathologyConfig
 from jaxmed.synthesis.resolution import ResolutionConfig
 
@@ -285,6 +285,22 @@ def test_without_images_or_distances_there_are_fewer_targets(key):
     image, targets = jax.eval_shape(functools.partial(generate, config=CONFIG), key, fields)
     assert image.shape == (*SHAPE, 1) and "distance" not in targets and "registration" not in targets
     assert targets["T1"].shape == (*SHAPE, 1) and targets["present"].shape == (4,)
+
+
+def test_the_share_of_folds_is_that_of_the_field_and_none_of_an_integrated_one(key):
+    wild = dataclasses.replace(CONFIG, deformation=DeformationConfig(control_scale=(0.2, 0.3), amplitude=9.0))
+    raw, flow = (
+        float(jax.jit(functools.partial(folded_share, config=one))(key, subject()))
+        for one in (
+            wild,
+            dataclasses.replace(wild, deformation=dataclasses.replace(wild.deformation, integrate_svf=True)),
+        )
+    )
+    drawn = draw_of(key, subject(), wild)
+    field = np.asarray(draw_displacement(jax.random.split(key, 4)[1], SHAPE, wild.deformation, drawn.photo))
+    slopes = np.stack([np.stack(np.gradient(field[..., axis]), -1) for axis in range(3)], -2) + np.eye(3)
+    assert raw == pytest.approx((np.linalg.det(slopes) <= 0).mean(), abs=0.002) and raw > 0.005
+    assert flow < raw / 5
 
 
 def test_hemispheres_have_two_distances(key):

@@ -20,7 +20,7 @@ from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Block, Figure, Note, Section, Table, Text
 from jaxmed.report.parameter_maps import read_map
 from jaxmed.solvers.registration import RegistrationConfig
-from jaxmed.synthesis.brain import draw_of, generate
+from jaxmed.synthesis.brain import draw_of, folded_share, generate
 from jaxmed.synthesis.brain_draws import MODALITIES, SYNTHETIC, GeneratorConfig
 from jaxmed.synthesis.deformation import DeformationConfig
 from jaxmed.synthesis.phantoms.cohort import centred_affine
@@ -122,7 +122,10 @@ def smoke() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class DrawnImage:
-    """How an image was drawn: its file, where it comes from, and the spacing of its slices in mm."""
+    """How an image was drawn: its file, where it comes from, and the spacing of its slices in mm.
+
+    `folded` is the share of voxels at which the deformation turns space inside out.
+    """
 
     name: str
     subject: str
@@ -130,6 +133,7 @@ class DrawnImage:
     resolution: tuple[float, float, float]
     is_photo: bool
     is_flipped: bool
+    folded: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +233,8 @@ def _draw_images(config: Config, folder: RunFolder, store: SubjectStore, log: Lo
     generator = config.generator
     if generator.samples == 1:
         generator = dataclasses.replace(generator, samples=2, mild_samples=1)  # one program for both severities
-    draw, describe = (jax.jit(partial(function, config=generator)) for function in (generate, draw_of))
+    draw = jax.jit(partial(generate, config=generator))
+    describe = jax.jit(lambda key, subject: (draw_of(key, subject, generator), folded_share(key, subject, generator)))
     log.say(f"Compiling the generator for {' x '.join(map(str, shape))} voxels.")
     affine = centred_affine(shape, [1.0] * 3)
     total = min(config.subjects, len(store))
@@ -245,7 +250,7 @@ def _draw_images(config: Config, folder: RunFolder, store: SubjectStore, log: Lo
                     own = {kind: targets[kind][-1] for kind in ("bias_field_log", "high_res_residual")}
                     maps |= {"mild_image": images[0], **targets, **own}
                 _write(folder.outputs / "images", name, affine, maps)
-                drawn = describe(key, subject)
+                drawn, folded = describe(key, subject)
                 source = int(drawn.source)
                 spacing = np.asarray(drawn.acquisition.resolution, float) * generator.resolution.voxel
                 x, y, z = np.round(spacing, 2).tolist()
@@ -256,6 +261,7 @@ def _draw_images(config: Config, folder: RunFolder, store: SubjectStore, log: Lo
                     resolution=(x, y, z),
                     is_photo=bool(drawn.photo.is_on),
                     is_flipped=bool(drawn.is_flipped),
+                    folded=float(folded),
                 )
                 update(row * config.images + number + 1)
 
@@ -293,7 +299,14 @@ def _images_section(place: Path, images: list[DrawnImage]) -> Section:
     caption = "Images of this subject, drawn from its labels or scans, and the spacing in mm at which each was taken."
     files = {_title(one): place / f"{one.name}_image.nii.gz" for one in images}
     units = ["x".join(f"{step:.2g}" for step in one.resolution) for one in images]
-    return Section(f"Contrasts: {images[0].subject}", [_gallery(files, caption, units)])
+    rows = [
+        (_title(one), unit, "yes" if one.is_flipped else "no", f"{one.folded:.2%}")
+        for one, unit in zip(images, units, strict=True)
+    ]
+    columns = ("image", "spacing (mm)", "left and right exchanged", "folded")
+    told = "Folded is the share of voxels at which the deformation turns space inside out."
+    blocks = [_gallery(files, caption, units), Table(columns, rows, told)]
+    return Section(f"Contrasts: {images[0].subject}", blocks)
 
 
 def _title(one: DrawnImage) -> str:
