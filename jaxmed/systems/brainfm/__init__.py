@@ -20,7 +20,9 @@ Stages:
      all tasks, or one (--variant segmentation), or one hemisphere; the generator runs inside the step, on the device.
      Presets: paper (1 mm, 160^3, 264 million parameters), laptop (2 mm, 64^3, an hour on two cores), smoke (seconds).
   3. jaxmed brainfm predict --input SCANS --weights runs/train/outputs/model --out runs/maps
-     every map of every scan. --labels compares with label maps; --robustness asks what degraded scans change.
+     every map of every scan. --labels and --truth.T1 (and so on) compare with what is known, --atlas-labels and
+     --reference-labels score registration; --robustness asks what worse versions of the scans change. CT is told by
+     its air (below -500 HU); scans in other units go by their extremes.
 
 Published weights (brainfm_pretrained.pth) are read as they are: jaxmed weights list says where they are had.
 Try it without data:  jaxmed brainfm predict --preset smoke --out runs/brainfm
