@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn_weights import draw
@@ -72,6 +73,36 @@ def test_maps_have_their_units_and_lie_on_the_turned_grid(published, scan, found
         assert not value[~inside].any() and value.shape[:3] == SPACE, name
     assert sum(found.voxels.values()) == pytest.approx(inside.sum(), rel=1e-4)
     np.testing.assert_allclose(np.linalg.norm(found.feature, axis=-1), 1, atol=1e-4)
+
+
+def test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_images(published, found):
+    """Gradients against finite differences, by the weights as a pytree and by the image."""
+    image = jnp.asarray(found.scan.volume.array)[None, ..., None]
+    rng, step = np.random.default_rng(0), 1e-2
+    along = rng.normal(size=3).astype(np.float32)
+
+    @jax.jit
+    def loss(published, images):
+        return (brainfm.predict_maps(published, images)["registration"] @ along).mean()
+
+    by_weights, by_image = jax.jit(jax.grad(loss, argnums=(0, 1)))(published, image)
+    ways = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32) / leaf.size**0.5, published)
+    push = rng.standard_normal(image.shape).astype(np.float32) / image.size**0.5
+    push /= float(jnp.abs(jnp.vdot(by_image, push)))  # so that rounding does not drown it
+
+    def difference(at):
+        return float(at(step) - at(-step)) / (2 * step)
+
+    slope = difference(lambda h: loss(jax.tree.map(lambda leaf, way: leaf + h * way, published, ways), image))
+    products = jax.tree.map(lambda gradient, way: float(jnp.vdot(gradient, way)), by_weights, ways)
+    assert sum(jax.tree.leaves(products)) == pytest.approx(slope, rel=2e-2, abs=1e-4)
+    assert float(jnp.vdot(by_image, push)) == pytest.approx(
+        difference(lambda h: loss(published, image + h * push)), rel=5e-2
+    )
+    mapped = jax.jit(jax.vmap(lambda one: brainfm.predict_maps(published, one[None])["T1"][0]))(
+        jnp.stack([image[0]] * 2)
+    )
+    np.testing.assert_allclose(np.asarray(mapped)[1, ..., 0][found.inside], found.maps["T1"][found.inside], atol=1e-4)
 
 
 def test_results_come_back_onto_the_voxels_of_the_file(scan, found):

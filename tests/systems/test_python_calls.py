@@ -22,7 +22,7 @@ from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.published.load import load_published
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.systems import dynamicdps, igndmoe, noddi, retfound, selfplay, tangerine
+from jaxmed.systems import brainfm, dynamicdps, igndmoe, noddi, retfound, selfplay, tangerine
 from jaxmed.systems.selfplay import system_one
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +52,10 @@ def tiny_dino():
 
 def embed_image(values):
     return retfound.embed(tiny_dino(), values)
+
+
+def predict_brain(values):
+    return brainfm.predict(load_published(REFERENCES / "brainfm.pth"), values).maps["T1"]
 
 
 def fit_course(values):
@@ -86,6 +90,9 @@ DRIVERS = {
     "retfound.embed": Driver(
         retfound.embed, embed_image, np.zeros((28, 28, 3), np.float32), "retfound.embed_prepared", "driver on the host",
     ),
+    "brainfm.predict": Driver(
+        brainfm.predict, predict_brain, np.zeros((8, 8, 8), np.float32), "brainfm.predict_maps", "driver on the host",
+    ),
     "selfplay.think": Driver(
         selfplay.think, think, np.zeros((8, 8), np.float32), "rl.selfplay.iterate", "driver on the host",
     ),
@@ -115,6 +122,9 @@ TRACEABLE = {
     retfound.embed_prepared: (
         "systems/test_retfound_inputs.py",
         "test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_images",
+    ),
+    brainfm.predict_maps: (
+        "systems/test_brainfm_prediction.py", "test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_images",
     ),
     dynamicdps.enhance: ("systems/test_dynamicdps_enhancement.py", "test_the_call_composes_with_jit_vmap_and_grad"),
     sample: ("diffusion/test_samplers.py", "test_the_call_composes_with_jit_vmap_and_grad"),

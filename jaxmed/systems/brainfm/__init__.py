@@ -28,6 +28,7 @@ Published weights (brainfm_pretrained.pth) are read as they are: jaxmed weights 
 Try it without data:  jaxmed brainfm predict --preset smoke --out runs/brainfm
 From Python:          from jaxmed.systems import brainfm
                       prediction = brainfm.predict(published, volume)   # prediction.maps["segmentation"]
+                      brainfm.predict_maps(published, images) inside jit, vmap and grad
 
 Deviations from the released code: what it does wrongly is left out (mixtures 255 times too dark and flipped twice,
 defacing masks that are not flipped, borders cut on one side, label numbers averaged in overlaps, distances and
@@ -40,12 +41,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxmed.systems.brainfm.prediction import predict as predict
+    from jaxmed.systems.brainfm.prediction import predict_maps as predict_maps
 
 
 def __getattr__(name: str) -> object:
     """Import a Python call when it is used: `jaxmed brainfm` must not wait for jax."""
-    if name == "predict":
-        from jaxmed.systems.brainfm.prediction import predict
+    if name in ("predict", "predict_maps"):
+        from jaxmed.systems.brainfm import prediction
 
-        return predict
+        return getattr(prediction, name)
     raise AttributeError(name)

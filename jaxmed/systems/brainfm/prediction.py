@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from jaxmed.arrays.grid import restore
+from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import Params
 from jaxmed.data.preprocess import Loaded, load
 from jaxmed.data.windows import Window, blend, cut_window, tile
@@ -101,7 +102,7 @@ def predict(
     crop: bool = False,
     sharding: NamedSharding | None = None,
 ) -> Prediction:
-    """Run every head on a scan.
+    """Run every head on a scan; a driver on the host, `predict_maps` is what jit, vmap and grad go through.
 
     Args:
         published: From `load_published`.
@@ -120,9 +121,27 @@ def predict(
     """
     if not isinstance(published.config, BrainUnetConfig):
         raise InputError("weights", "a multi-task network of brains", f"a {published.report.kind}")
+    require_values("brainfm.predict", "brainfm.predict_maps", volume=volume, params=published.params)
     scan = read_scan(published, volume, modality, fill, average=average, crop=crop)
     image = np.asarray(scan.volume.array, np.float32)
     return predict_input(published, scan, image, window=window, overlap=overlap, feature=feature, sharding=sharding)
+
+
+def predict_maps(
+    published: Published, images: Float[Any, "batch x y z 1"], *, feature: bool = False
+) -> dict[str, Float[Array, "batch *map"]]:
+    """Return the maps of prepared volumes; jit, vmap and grad go through, nothing on the host looks at a value.
+
+    Args:
+        published: As of `predict`; a pytree, so that parameters may be traced, mapped over and differentiated.
+        images: Volumes as the network sees them, in [0, 1].
+        feature: Return features too.
+
+    Returns:
+        By task, in the network's units (`models.unet_brain.BrainUnet`); classes are probabilities, distances are cut
+        off at their limits.
+    """
+    return process(published.config, published.model.apply(published.params, images, feature=feature))
 
 
 def predict_input(
