@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from bad_files import BAD, write_bad_files
 
 from jaxmed.cli import main
 from jaxmed.data.subject_store import open_store
@@ -77,6 +78,7 @@ def test_a_store_is_an_input_and_bad_subjects_do_not_stop_the_others(tmp_path, r
         folder / "odd.nii.gz", Volume.make((good.array + 2000 * (good.array > 0)).astype(np.int16), good.affine)
     )
     (folder / "cut.nii.gz").write_bytes((folder / "good.nii.gz").read_bytes()[:500])
+    write_bad_files(folder, good.array)
     turn = np.deg2rad(15.0)
     oblique = np.eye(4)
     oblique[:2, :2], oblique[:3, 3] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], (20.0, -8.0, 5.0)
@@ -84,7 +86,9 @@ def test_a_store_is_an_input_and_bad_subjects_do_not_stop_the_others(tmp_path, r
     words = ["--preset", "smoke", "--input", str(folder), "--store", "--out", str(tmp_path / "store"), "--quiet"]
     assert main(["brainfm", "generate", *words]) == 1
     failed = (tmp_path / "store" / "outputs" / "failed.csv").read_text()
-    assert "labels of the table freesurfer" in failed and "cut.nii.gz" in failed
+    for word in ("odd", "cut", *BAD):
+        assert f"{word}.nii.gz" in failed, failed
+    assert "labels of the table freesurfer" in failed and all(reason in failed for reason in BAD.values()), failed
     store = open_store(tmp_path / "store" / "outputs" / "store")
     assert store.names == ("good", "oblique")
     # One head, once turned in the scanner: the same voxels, and the same places in MNI space but for the alignment.
@@ -107,6 +111,9 @@ def test_a_store_is_an_input_and_bad_subjects_do_not_stop_the_others(tmp_path, r
         (["--template", "{absent}"], "template: expected two files: grey and white matter, found 1"),
         (["--table", "{uneven}"], "uneven.csv: expected as many left as right classes, found 2 left and 1 right"),
         (["--input", "{odd}"], "odd.nii.gz: expected labels of the table freesurfer, found 2002"),
+        (["--data.manifest", "{empty}"], "empty.csv"),
+        (["--data.manifest", "{column}"], "column.csv"),
+        (["--data.manifest", "{twice}"], "twice.csv"),
         ([], "data.manifest, input: expected one of them, found neither"),
     ],
 )
@@ -115,7 +122,12 @@ def test_mistakes_are_told_before_any_work(tmp_path, capsys, words, message):
     labels[2:6, 2:6, 2:6] = 2002
     nifti.write(tmp_path / "odd.nii.gz", Volume.make(labels, np.eye(4)))
     (tmp_path / "uneven.csv").write_text("label,name,side\n0,none,\n1,left a,left\n2,left b,left\n3,right a,right\n")
-    files = {"absent": tmp_path / "absent", "odd": tmp_path / "odd.nii.gz", "uneven": tmp_path / "uneven.csv"}
+    (tmp_path / "empty.csv").write_text("path,subject\n")
+    (tmp_path / "column.csv").write_text("file\nodd.nii.gz\n")
+    (tmp_path / "again.nii.gz").write_bytes((tmp_path / "odd.nii.gz").read_bytes())
+    (tmp_path / "twice.csv").write_text("path,subject,split\nodd.nii.gz,one,train\nagain.nii.gz,one,test\n")
+    files = {name: tmp_path / f"{name}.csv" for name in ("uneven", "empty", "column", "twice")}
+    files |= {"absent": tmp_path / "absent", "odd": tmp_path / "odd.nii.gz"}
     options = [word.format(**files) for word in words]
     preset = ["--preset", "smoke"] if words else []
     assert main(["brainfm", "generate", *preset, *options, "--out", str(tmp_path / "run")]) == 2

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from bad_files import BAD, write_bad_files
 
 from jaxmed.cli import main
 from jaxmed.io import nifti
@@ -83,7 +84,7 @@ def turned(volume):
     return dataclasses.replace(volume, affine=OBLIQUE @ volume.affine)
 
 
-def test_a_folder_with_a_broken_scan_is_done_but_for_it(predicted, trained, tmp_path):
+def test_a_folder_with_broken_scans_is_done_but_for_them(predicted, trained, tmp_path):
     """And an atlas, a reference, label maps and true images find their places, of a head that lies turned too."""
     outputs, scans = predicted / "outputs", tmp_path / "scans"
     source = nifti.read(predicted / "inputs" / "heads" / "scans" / "head_0000.nii.gz")
@@ -94,9 +95,10 @@ def test_a_folder_with_a_broken_scan_is_done_but_for_it(predicted, trained, tmp_
         (tmp_path / folder).mkdir()
         nifti.write(tmp_path / folder / "good.nii.gz", volume)
         nifti.write(tmp_path / folder / "oblique.nii.gz", turned(volume))
-    nifti.write(scans / "blank.nii.gz", Volume.make(np.zeros((20, 20, 20), np.float32), np.eye(4)))
+    write_bad_files(scans, source.array)
     for folder in ("labels", "T1"):
-        nifti.write(tmp_path / folder / "blank.nii.gz", labels)
+        for name in BAD:
+            nifti.write(tmp_path / folder / f"{name}.nii.gz", labels)
     nifti.write(tmp_path / "atlas.nii.gz", Volume.make(np.ones((30, 30, 30), np.float32), np.diag([8.0, 8, 8, 1])))
     code = run(
         "predict", "--input", scans, "--weights", trained, "--labels", tmp_path / "labels",
@@ -106,8 +108,8 @@ def test_a_folder_with_a_broken_scan_is_done_but_for_it(predicted, trained, tmp_
     assert code == 1
     outputs = tmp_path / "out" / "outputs"
     with open(outputs / "failed.csv") as file:
-        (failed,) = csv.DictReader(file)
-    assert failed["id"] == "blank" and "contrast" in failed["reason"]
+        failed = {row["id"]: row["reason"] for row in csv.DictReader(file)}
+    assert failed.keys() == BAD.keys() and all(BAD[name] in reason for name, reason in failed.items()), failed
     for name in ("good", "oblique"):
         record = json.loads((outputs / f"{name}.json").read_text())
         assert {"atlas", "reference"} <= set(record["maps"]) and set(record["dice"].values()) == {1.0}
