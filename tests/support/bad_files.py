@@ -7,7 +7,7 @@ BAD = {"nan": "NaN", "four": "3D", "sheared": "sheared", "flat": "contrast"}
 
 
 def write_bad_files(folder, array):
-    """Write a volume with voxels without a value, of four axes, on an oblique grid of no right angles, and of one value."""
+    """Write volumes with a hole, of four axes, on a grid without right angles, and of one value."""
     array = np.asarray(array, np.float32)
     holes = array.copy()
     holes[1, 1, 1] = np.nan

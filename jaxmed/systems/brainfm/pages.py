@@ -34,10 +34,15 @@ def scan_section(outputs: Path, name: str, maps: Sequence[str]) -> Section:
     except (OSError, InputError):
         return Section(name, [Note("The maps are no longer in this folder.", "warning")])
     arrays = {one: np.asarray(v.array if v.array.ndim == 3 else v.array[..., 0]) for one, v in read.items()}
+    styles = {one: STYLES.get(one, MapStyle()) for one in arrays}
+    if "segmentation" in arrays:
+        # Numbers of labels lie far apart: colours go by their order.
+        known, arrays["segmentation"] = np.unique(arrays["segmentation"], return_inverse=True)
+        styles["segmentation"] = MapStyle("label, in order", (0.0, max(len(known) - 1.0, 1.0)))
+    caption = f"{name}: the scan as the network saw it, and its maps."
     figure = slice_maps(
-        arrays, read["input"].spacing, caption=f"{name}: the scan as the network saw it, and its maps.",
-        styles={one: STYLES.get(one, MapStyle()) for one in arrays}, mask=arrays["input"] != 0, num_slices=4,
-    )  # fmt: skip
+        arrays, read["input"].spacing, caption=caption, styles=styles, mask=arrays["input"] != 0, num_slices=4
+    )
     return Section(name, [figure])
 
 
