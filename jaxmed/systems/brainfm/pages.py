@@ -37,7 +37,8 @@ def scan_section(outputs: Path, name: str, maps: Sequence[str]) -> Section:
     styles = {one: STYLES.get(one, MapStyle()) for one in arrays}
     if "segmentation" in arrays:
         # Numbers of labels lie far apart: colours go by their order.
-        known, arrays["segmentation"] = np.unique(arrays["segmentation"], return_inverse=True)
+        known = np.unique(arrays["segmentation"])
+        arrays["segmentation"] = np.searchsorted(known, arrays["segmentation"])
         styles["segmentation"] = MapStyle("label, in order", (0.0, max(len(known) - 1.0, 1.0)))
     caption = f"{name}: the scan as the network saw it, and its maps."
     figure = slice_maps(
