@@ -78,7 +78,7 @@ def test_maps_have_their_units_and_lie_on_the_turned_grid(published, scan, found
 def test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_images(published, found):
     """Gradients against finite differences, by the weights as a pytree and by the image."""
     image = jnp.asarray(found.scan.volume.array)[None, ..., None]
-    rng, step = np.random.default_rng(0), 1e-2
+    rng, step = np.random.default_rng(0), 3e-4  # short: features of length 1 bend fast where they were short
     along = rng.normal(size=3).astype(np.float32)
 
     @jax.jit
@@ -87,8 +87,7 @@ def test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_images(publ
 
     by_weights, by_image = jax.jit(jax.grad(loss, argnums=(0, 1)))(published, image)
     ways = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32) / leaf.size**0.5, published)
-    push = rng.standard_normal(image.shape).astype(np.float32) / image.size**0.5
-    push /= float(jnp.abs(jnp.vdot(by_image, push)))  # so that rounding does not drown it
+    push = by_image / jnp.linalg.norm(by_image)
 
     def difference(at):
         return float(at(step) - at(-step)) / (2 * step)
@@ -97,7 +96,7 @@ def test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_images(publ
     products = jax.tree.map(lambda gradient, way: float(jnp.vdot(gradient, way)), by_weights, ways)
     assert sum(jax.tree.leaves(products)) == pytest.approx(slope, rel=2e-2, abs=1e-4)
     assert float(jnp.vdot(by_image, push)) == pytest.approx(
-        difference(lambda h: loss(published, image + h * push)), rel=5e-2
+        difference(lambda h: loss(published, image + 10 * h * push)) / 10, rel=2e-2
     )
     mapped = jax.jit(jax.vmap(lambda one: brainfm.predict_maps(published, one[None])["T1"][0]))(
         jnp.stack([image[0]] * 2)
@@ -137,7 +136,7 @@ def test_small_volumes_and_other_voxel_sizes(published):
 def test_four_axes_are_averaged_and_empty_borders_cut_where_asked(published, scan, found, tmp_path):
     colours = np.stack([scan.array, scan.array, 4 * scan.array], -1)
     nifti.write(tmp_path / "four.nii.gz", Volume.make(colours, scan.affine))
-    with pytest.raises(InputError, match="four.nii.gz: expected a 3D volume"):
+    with pytest.raises(InputError, match="four.nii.gz: expected 3D data"):
         brainfm.predict(published, tmp_path / "four.nii.gz")
     again = brainfm.predict(published, tmp_path / "four.nii.gz", average=True)
     np.testing.assert_allclose(again.scan.volume.array, found.scan.volume.array, atol=1e-6)

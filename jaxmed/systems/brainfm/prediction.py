@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32
@@ -91,7 +92,7 @@ class Prediction(NamedTuple):
 
 def predict(
     published: Published,
-    volume: Volume | ScanFiles | Path | str | np.ndarray,
+    volume: Volume | ScanFiles | Path | str | np.ndarray | jax.Array,
     *,
     modality: Modality = "auto",
     window: tuple[int, int, int] | None = None,
@@ -141,7 +142,8 @@ def predict_maps(
         By task, in the network's units (`models.unet_brain.BrainUnet`); classes are probabilities, distances are cut
         off at their limits.
     """
-    return process(published.config, published.model.apply(published.params, images, feature=feature))
+    params = jax.tree.map(jnp.asarray, published.params)
+    return process(published.config, published.model.apply(params, images, feature=feature))
 
 
 def predict_input(
@@ -163,7 +165,7 @@ def predict_input(
 
 def read_scan(
     published: Published,
-    volume: Volume | ScanFiles | Path | str | np.ndarray,
+    volume: Volume | ScanFiles | Path | str | np.ndarray | jax.Array,
     modality: Modality = "auto",
     fill: float | None = None,
     *,
@@ -176,6 +178,7 @@ def read_scan(
         InputError: For whatever is wrong with it.
     """
     volume = Path(volume) if isinstance(volume, str) else volume
+    volume = np.asarray(volume) if isinstance(volume, jax.Array) else volume
     volume = _averaged(volume, fill) if average else volume
     scan = load(volume, of_modality(published.preprocess, modality == "CT"), fill)
     if scan.volume.array.ndim != 3:

@@ -383,11 +383,11 @@ def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:
             registration[name] = warped_label_scores(found, labels, world, brought.labels)
     volume = found.scan.volume
     constants = {"weights": str(config.weights), "licence": published.report.licence, "tiling": config.tiling}
-    labels = {"labels": [*published.config.labels]} if "segmentation" in maps else {}
+    classes = {"labels": [*published.config.labels]} if "segmentation" in maps else {}
     native = on_input_grid(found, maps) if config.native else {}
     for name, values in {"input": volume.array, **maps}.items():
         definition, unit = ("the scan as the network saw it, between 0 and 1", "1") if name == "input" else MAPS[name]
-        further = constants | (labels if name == "segmentation" else {})
+        further = constants | (classes if name == "segmentation" else {})
         write_map(plan.outputs, f"{one.name}_{name}", Volume.make(values, volume.affine), definition, unit, further)
         if name in native:
             stem = f"{one.name}_{name}_{NATIVE}"
