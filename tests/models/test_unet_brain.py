@@ -166,13 +166,14 @@ def test_a_volume_split_over_devices_has_the_maps_of_one(params):
         np.testing.assert_allclose(found[task], value, atol=1e-5)
 
 
-def test_the_compiler_exchanges_the_borders_of_a_volume_split_over_devices(params, monkeypatch):
+@pytest.mark.parametrize(("planes", "widest"), [(32, 32 // 4), (26, 26 // 2)])
+def test_the_compiler_exchanges_the_borders_of_a_volume_split_over_devices(params, monkeypatch, planes, widest):
     """As on accelerators, by XLA's own convolution: neighbours send planes, and no device sees the whole volume.
 
-    The volume does not divide by the devices, and neither do its halves.
+    Of a volume that the devices do not divide the finest level is split, and each device computes all of the coarser.
     """
     monkeypatch.setattr(convolution, "_partitioned_call", lambda: None)
-    image = jax.random.uniform(jax.random.key(4), (1, 26, 8, 9, 1))
+    image = jax.random.uniform(jax.random.key(4), (1, planes, 8, 9, 1))
     mesh = make_mesh(MeshConfig(data=1, model=4))
     split, whole = NamedSharding(mesh, VOLUME_SHARDING), NamedSharding(mesh, PartitionSpec())
     apply = make_model(BrainUnet(CONFIG)).apply
@@ -184,11 +185,10 @@ def test_the_compiler_exchanges_the_borders_of_a_volume_split_over_devices(param
     program = run.lower(params, image).compile()
     text = program.as_text()
     assert "collective-permute" in text
-    # Every convolution is of a quarter of the planes, and of those of its neighbours that its window reaches.
-    planes = [int(found) for found in re.findall(r"= f32\[1,(\d+),\d+,\d+,\d+\]\S* convolution\(", text)]
-    assert planes and max(planes) <= 26 // 4 + 1
+    found = [int(length) for length in re.findall(r"= f32\[1,(\d+),\d+,\d+,\d+\]\S* convolution\(", text)]
+    assert found and max(found) <= widest
     for task, value in program(params, image).items():
-        np.testing.assert_allclose(value, expected[task], atol=1e-5)
+        np.testing.assert_allclose(value, expected[task], atol=1e-4)
 
 
 @pytest.mark.parametrize(
