@@ -14,10 +14,8 @@ from jaxmed.io import nifti
 from jaxmed.models.published.brainfm import NAME, PREPROCESS, make_unet
 from jaxmed.models.published.load import ImportReport, Published
 from jaxmed.models.unet_brain import BrainUnetConfig, brain_unet
-from jaxmed.systems import brainfm
-from jaxmed.systems.brainfm.coordinates import (
+from jaxmed.recipes.coordinate_maps import (
     affine_to_atlas,
-    brain_coordinates,
     bring,
     find_in,
     pair_error,
@@ -25,7 +23,9 @@ from jaxmed.systems.brainfm.coordinates import (
     to_world,
     warped_label_scores,
 )
-from jaxmed.systems.brainfm.evaluation import CONDITIONS, compare, robustness, to_unit_range
+from jaxmed.recipes.worse_scans import CONDITIONS, to_unit_range
+from jaxmed.systems import brainfm
+from jaxmed.systems.brainfm.evaluation import compare, robustness
 from jaxmed.systems.brainfm.prediction import MAPS, Prediction, cortex_image, on_input_grid, predict_input
 from jaxmed.systems.brainfm.truth import read_truth, score_maps
 from jaxmed.volume import Volume
@@ -244,11 +244,11 @@ def with_coordinates(found, matrix, image=None, affine=None):
 
 
 def test_the_affine_of_the_coordinates_is_found(found):
-    fit = affine_to_atlas(with_coordinates(found, TO_MNI))
+    fit = affine_to_atlas(with_coordinates(found, TO_MNI).located)
     np.testing.assert_allclose(fit.matrix, TO_MNI, atol=1e-4)
     assert fit.residual < 1e-4
     with pytest.raises(InputError, match="a network with the task registration"):
-        affine_to_atlas(found._replace(maps={}))
+        affine_to_atlas(found._replace(maps={}).located)
 
 
 def test_an_atlas_comes_onto_the_scan(found):
@@ -259,7 +259,7 @@ def test_an_atlas_comes_onto_the_scan(found):
     atlas = Volume.make(to_world(affine, places)[:, 0].reshape(40, 40, 40).astype(np.float32), affine)
     prediction = with_coordinates(found, np.diag([0.5, 0.5, 0.5, 1.0]))
     inside = prediction.brain
-    warped = bring(prediction, brain_coordinates(prediction), atlas)
+    warped = bring(prediction.brain, prediction.located.of_brain, atlas)
     np.testing.assert_allclose(warped[inside], prediction.maps["coordinates"][inside][:, 0], atol=1e-4)
     assert not warped[~inside].any()
 
@@ -273,9 +273,9 @@ def test_two_scans_of_one_head_find_one_another(found):
     moved = shift @ here.scan.volume.affine
     there = with_coordinates(found, TO_MNI @ np.linalg.inv(shift), image, moved)
     world = to_world(here.scan.volume.affine, np.argwhere(here.brain))
-    pair = register_pair(here, there)
+    pair = register_pair(here.located, there.located)
     np.testing.assert_allclose(pair, world + shift[:3, 3], atol=0.01)
-    np.testing.assert_allclose(bring(here, pair, there.scan.volume), image, atol=0.02)
+    np.testing.assert_allclose(bring(here.brain, pair, there.scan.volume), image, atol=0.02)
 
 
 def test_the_error_of_a_pair_is_that_of_its_coordinates(found):
@@ -292,9 +292,9 @@ def test_the_error_of_a_pair_is_that_of_its_coordinates(found):
     def truth(places):
         return to_world(here.scan.volume.affine, places)
 
-    find = find_in(here)
-    assert pair_error(here, find, truth) < 0.01
-    assert pair_error(off, find, truth) == pytest.approx(3.0, abs=0.01)
+    find = find_in(here.located)
+    assert pair_error(here.located, find, truth) < 0.01
+    assert pair_error(off.located, find, truth) == pytest.approx(3.0, abs=0.01)
 
 
 def test_labels_that_are_brought_are_compared_by_dice_and_centres(found):
@@ -303,11 +303,11 @@ def test_labels_that_are_brought_are_compared_by_dice_and_centres(found):
     truth = np.zeros(SPACE, np.int32)
     truth[2:6, 2:6, 2:6], truth[8:12, 2:6, 2:6] = 2, 41
     labels = Volume.make(np.roll(truth, 1, 0), here.scan.volume.affine)
-    scores = warped_label_scores(here, truth, brain_coordinates(here), labels)
+    scores = warped_label_scores(here.brain, truth, here.located.of_brain, labels)
     assert scores["dice"] == pytest.approx(3 / 4) and scores["center_mm"] == pytest.approx(1.0)
-    same = warped_label_scores(here, truth, brain_coordinates(here), Volume.make(truth, here.scan.volume.affine))
+    same = warped_label_scores(here.brain, truth, here.located.of_brain, Volume.make(truth, here.scan.volume.affine))
     assert same == {"dice": 1.0, "center_mm": pytest.approx(0, abs=1e-6)}
-    assert warped_label_scores(here, np.where(truth, 7, 0), brain_coordinates(here), labels) == {}
+    assert warped_label_scores(here.brain, np.where(truth, 7, 0), here.located.of_brain, labels) == {}
 
 
 def test_a_file_is_read_as_its_volume(published, scan, found, tmp_path):

@@ -1,110 +1,25 @@
-"""How much the maps of a scan change when the scan is worse: spacing x bias, contrast, deformation, ghosts and motion.
+"""How good the maps of a scan are, and how much they change when the scan is worse.
 
-Every condition degrades the network's input and asks the network again. Where there is a label map, Dice against it is
-told; without one, against what the network says of the scan as it is, which measures stability and not truth.
+Where there is a label map, Dice against it is told; without one, against what the network says of the scan as it is,
+which measures stability and not truth.
 
-Source: spacing x bias: BrainFM, arXiv:2509.00549, official test code (linear interpolation without blur, back and
-forth; bias of 3 to 6 control points and a deviation of .1 to .6). The others are ours.
+Source: BrainFM, arXiv:2509.00549, official evaluation code. Errors in mm and the means of corrected scans are ours.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float32, Int, Real
+from jaxtyping import Array, Int
 
-from jaxmed.arrays.grid import resample, resample_to
 from jaxmed.arrays.types import KeyArray
-from jaxmed.arrays.warping import sample
 from jaxmed.metrics.imaging import SSIM_RADIUS, dice, field_error, mae, ms_ssim, psnr, ssim
-from jaxmed.synthesis.artifacts import ghost, move
-from jaxmed.synthesis.bias_field import BiasFieldConfig, draw_log_bias
-from jaxmed.synthesis.deformation import DeformationConfig, draw_deformation
-from jaxmed.systems.brainfm.coordinates import find_in, pair_error, to_world
+from jaxmed.recipes.coordinate_maps import find_in, pair_error, to_world
+from jaxmed.recipes.worse_scans import CONDITIONS, pull, to_unit_range
 from jaxmed.systems.brainfm.prediction import Prediction
-from jaxmed.volume import Volume
 
-THICK = (1.5, 1.5, 5.0)  # mm
 LEAST_GAIN = 1e-3  # below it a bias field divides nothing
 LARGEST_PSNR = 100.0  # dB, of equal images
-DEFORMATION = DeformationConfig(rotation=10.0, shear=0.05, scaling=0.1, amplitude=2.0)
-
-
-# Compiled here, once for all scans of a size: operation by operation they take longer to compile than the network.
-_deformation = jax.jit(draw_deformation, static_argnums=(1, 2, 3))
-_log_bias = jax.jit(draw_log_bias, static_argnums=(1, 2))
-_ghost = jax.jit(ghost, static_argnums=(1, 2))
-_move = jax.jit(move)
-_sample = jax.jit(sample, static_argnames="order")
-
-
-class Degraded(NamedTuple):
-    """A worse scan.
-
-    Attributes:
-        image: The network's input.
-        places: Where each of its voxels was before, in voxels; None where nothing moved.
-    """
-
-    image: Float32[np.ndarray, "x y z"]
-    places: Array | None = None
-
-
-def thicken(key: KeyArray, volume: Volume) -> Degraded:
-    """Resample to thick slices and back, linearly and without blur."""
-    del key
-    coarse = resample(volume, THICK, order=1, antialias=False)
-    back = resample_to(coarse, volume.grid, order=1, antialias=False, fill=None)
-    return Degraded(np.asarray(back.array, np.float32))
-
-
-def bias(key: KeyArray, volume: Volume) -> Degraded:
-    """Multiply by a bias field of the release's severe range, of 3 to 6 control points whatever the voxel size."""
-    longest = max(volume.array.shape)
-    field = _log_bias(key, volume.array.shape, BiasFieldConfig((min(3 / longest, 1.0), min(6 / longest, 1.0))))
-    return Degraded(to_unit_range(volume.array * np.exp(np.asarray(field))))
-
-
-def thicken_and_bias(key: KeyArray, volume: Volume) -> Degraded:
-    """Do both."""
-    return thicken(key, Volume.make(bias(key, volume).image, volume.affine))
-
-
-def change_contrast(key: KeyArray, volume: Volume) -> Degraded:
-    """Turn bright into dark within the head: a contrast that no scanner has."""
-    del key
-    image = volume.array
-    return Degraded(np.where(image != 0, 1.0 - 0.8 * image, 0).astype(np.float32))
-
-
-def deform(key: KeyArray, volume: Volume) -> Degraded:
-    """Deform the head; truth is deformed alike."""
-    shape = volume.array.shape
-    places, _ = _deformation(key, shape, shape, DEFORMATION)
-    return Degraded(_pulled(np.asarray(volume.array, np.float32), places), places)
-
-
-def add_ghosts(key: KeyArray, volume: Volume) -> Degraded:
-    """Add ghosts from front to back."""
-    del key
-    return Degraded(to_unit_range(np.asarray(_ghost(volume.array, 1, 2, 0.4))))
-
-
-def shake(key: KeyArray, volume: Volume) -> Degraded:
-    """Move the head during the scan."""
-    return Degraded(to_unit_range(np.asarray(_move(key, volume.array))))
-
-
-CONDITIONS: dict[str, Callable[[KeyArray, Volume], Degraded]] = {
-    "1.5 x 1.5 x 5 mm": thicken,
-    "bias": bias,
-    "1.5 x 1.5 x 5 mm, bias": thicken_and_bias,
-    "inverted contrast": change_contrast,
-    "deformation": deform,
-    "ghosts": add_ghosts,
-    "motion": shake,
-}
 
 
 def robustness(
@@ -126,13 +41,13 @@ def robustness(
         as it is by the coordinates of both; where every voxel really is is known.
     """
     volume = prediction.scan.volume
-    find = find_in(prediction) if "coordinates" in prediction.maps else None
+    find = find_in(prediction.located) if "coordinates" in prediction.maps else None
 
     def score(other: Prediction, moved: Array | None) -> dict[str, float]:
         before, labels = prediction.maps, truth
         if moved is not None:
-            before = {name: _pulled(value, moved) for name, value in before.items()}
-            labels = None if labels is None else _pulled(labels, moved)
+            before = {name: pull(value, moved) for name, value in before.items()}
+            labels = None if labels is None else pull(labels, moved)
         result = compare(before, other.maps, labels, prediction._replace(maps=before))
         if find is None:
             return result
@@ -141,7 +56,7 @@ def robustness(
             were = places if moved is None else np.asarray(moved)[tuple(places.T)]
             return to_world(volume.affine, were)
 
-        return result | {"pair_mm": pair_error(other, find, where)}
+        return result | {"pair_mm": pair_error(other.located, find, where)}
 
     found = {"as it is": score(prediction, None)}
     for number, (name, worsen) in enumerate(CONDITIONS.items()):
@@ -169,8 +84,6 @@ def compare(
         brain; "bias_error", |w b - b*| / |b*| of the bias field, and "corrected_error", the mean absolute difference of
         the scans that are divided by both fields, in their means; of images "T1_error" and so on, mean absolute error
         (in HU for CT), "T1_psnr" in dB, and "T1_ssim" and "T1_ms_ssim" of the images between their extremes.
-
-    Source: BrainFM, arXiv:2509.00549, official evaluation code. Errors in mm and the means of corrected scans are ours.
     """
     result: dict[str, float] = {}
     brain = where.brain
@@ -202,16 +115,3 @@ def compare(
             case _:
                 pass
     return result
-
-
-def _pulled(values: np.ndarray, places: Array) -> np.ndarray:
-    is_class = values.dtype.kind in "iu"
-    wide = values if values.ndim == 4 else values[..., None]
-    found = np.asarray(_sample(wide, places, order=0 if is_class else 1), values.dtype)
-    return found if values.ndim == 4 else found[..., 0]
-
-
-def to_unit_range(image: Real[np.ndarray, "x y z"]) -> Float32[np.ndarray, "x y z"]:
-    """Bring the extremes of an image to 0 and 1."""
-    low, high = float(image.min()), float(image.max())
-    return ((image - low) / max(high - low, 1e-12)).astype(np.float32)

@@ -11,7 +11,7 @@ cuts what is below 0 off every result; none of that here.
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +22,18 @@ from jaxtyping import Array, Bool, Float, Float32
 from jaxmed.arrays.grid import restore
 from jaxmed.arrays.tracing import require_values
 from jaxmed.arrays.types import Params
-from jaxmed.data.preprocess import Loaded, load
+from jaxmed.data.head_scans import Modality, load_head
+from jaxmed.data.preprocess import Loaded
 from jaxmed.data.windows import Window, blend, cut_window, tile
 from jaxmed.errors import InputError
-from jaxmed.io import nifti
 from jaxmed.io.scans import ScanFiles
 from jaxmed.models.published.brainfm import of_modality
 from jaxmed.models.published.load import Published
 from jaxmed.models.unet_brain import BrainUnetConfig, process
 from jaxmed.nn.model import Model
+from jaxmed.recipes.coordinate_maps import CoordinateMap
 from jaxmed.volume import Volume
 
-Modality: TypeAlias = Literal["auto", "CT", "other"]
-LARGEST_AIR = -500.0  # HU: a scan that goes below is CT
-SOFT_HU = (-100.0, 150.0)  # what the median of the middle of a head is within
-# CT that is stored 1024 above its HU: the median of the middle, the spread of its middle half, the largest value.
-STORED_SOFT, STORED_SPREAD, STORED_LARGEST = (924.0, 1174.0), 120.0, (1800.0, 4200.0)
 MM, HU = 100.0, 1000.0  # of coordinates and CT in the network's unit
 MAPS = {
     "T1": ("T1-weighted image, synthesized; lowest intensity 0, highest 1", "1"),
@@ -82,6 +78,17 @@ class Prediction(NamedTuple):
     def inside(self) -> Bool[np.ndarray, "x y z"]:
         """Where the input is not 0."""
         return self.scan.volume.array != 0
+
+    @property
+    def located(self) -> CoordinateMap:
+        """Where the brain is in MNI space.
+
+        Raises:
+            InputError: The network tells no coordinates.
+        """
+        if "coordinates" not in self.maps:
+            raise InputError(self.scan.path, "a network with the task registration", "none", "take other weights")
+        return CoordinateMap(self.maps["coordinates"], self.brain, self.scan.volume.affine, self.scan.path)
 
     @property
     def brain(self) -> Bool[np.ndarray, "x y z"]:
@@ -177,62 +184,8 @@ def read_scan(
     Raises:
         InputError: For whatever is wrong with it.
     """
-    volume = Path(volume) if isinstance(volume, str) else volume
-    volume = np.asarray(volume) if isinstance(volume, jax.Array) else volume
-    volume = _averaged(volume, fill) if average else volume
-    scan = load(volume, of_modality(published.preprocess, modality == "CT"), fill)
-    if scan.volume.array.ndim != 3:
-        raise InputError(scan.path, "a volume of one channel", f"shape {scan.volume.array.shape}")
-    if scan.extent[0] >= LARGEST_AIR:
-        _require_unit(scan, modality)
-    elif modality == "auto":
-        scan = load(volume, of_modality(published.preprocess, True), fill)
-    return scan._replace(volumes=(_cropped(scan.volume),)) if crop else scan
-
-
-def _averaged(
-    volume: Volume | ScanFiles | Path | np.ndarray, fill: float | None
-) -> Volume | ScanFiles | Path | np.ndarray:
-    """Return a volume of four axes without the last; anything else as it is."""
-    path = volume.path if isinstance(volume, ScanFiles) else volume
-    if isinstance(path, Path) and path.name.lower().endswith(nifti.SUFFIXES):
-        read = nifti.read(path, fill=fill)
-        volume = read if read.array.ndim == 4 else volume
-    if isinstance(volume, Volume) and volume.array.ndim == 4:
-        return Volume.make(volume.array.mean(-1, dtype=np.float32), volume.affine)
-    return volume
-
-
-def _cropped(volume: Volume) -> Volume:
-    """Cut a volume to the box of what is not 0."""
-    low, high = (edge(np.argwhere(volume.array), 0) for edge in (np.min, np.max))
-    affine = volume.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ low
-    return Volume.make(volume.array[tuple(map(slice, low, high + 1))], affine)
-
-
-def _require_unit(scan: Loaded, modality: Modality) -> None:
-    """Refuse CT in another unit than HU, of a scan without air: cut to 0 to 80 it would be white all over.
-
-    Raises:
-        InputError: It was called CT and the middle of it is no soft tissue, or it looks like CT above its HU.
-    """
-    array = scan.stored.volumes[0].array
-    middle = array[tuple(slice(size // 4, size - size // 4) for size in array.shape)]
-    middle = middle[middle != 0]
-    if not middle.size or modality == "other":
-        return
-    low, median, high = (float(value) for value in np.percentile(middle, (25, 50, 75)))
-    found = f"no air below {LARGEST_AIR:g} and a median of {median:,.0f} in the middle, up to {scan.extent[1]:,.0f}"
-    if modality == "CT" and not SOFT_HU[0] <= median <= SOFT_HU[1]:
-        expected = f"HU, so soft tissue of {SOFT_HU[0]:g} to {SOFT_HU[1]:g} in the middle"
-        raise InputError(scan.path, expected, found, "give it in HU, or leave --modality out to go by its extremes")
-    is_stored = STORED_SOFT[0] <= median <= STORED_SOFT[1] and high - low <= STORED_SPREAD
-    if modality == "auto" and is_stored and STORED_LARGEST[0] <= scan.extent[1] <= STORED_LARGEST[1]:
-        advice = "subtract 1024 where it is CT, else set --modality other"
-        raise InputError(
-            scan.path, "CT in HU, or another scan", f"values like those of CT stored 1024 above HU: {found}", advice
-        )
+    ct = of_modality(published.preprocess, True)
+    return load_head(volume, published.preprocess, ct, modality, fill, average=average, crop=crop)
 
 
 @functools.lru_cache(maxsize=8)

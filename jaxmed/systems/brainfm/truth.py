@@ -12,7 +12,8 @@ from jaxmed.config import checked
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.metrics.imaging import dice
-from jaxmed.systems.brainfm.evaluation import compare, to_unit_range
+from jaxmed.recipes.worse_scans import to_unit_range
+from jaxmed.systems.brainfm.evaluation import compare
 from jaxmed.systems.brainfm.prediction import Prediction
 
 IN_UNIT_RANGE = ("T1", "T2", "FLAIR")

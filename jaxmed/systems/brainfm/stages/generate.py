@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from jaxmed.config import Count, Number, Seed, checked
-from jaxmed.data.label_table import LabelTable, find_table
-from jaxmed.data.subject_files import SubjectFiles, list_subjects
-from jaxmed.data.subject_store import SubjectStore, close_store, find_store, open_store, read_labels, write_subject
+from jaxmed.data.label_table import find_table
+from jaxmed.data.subject_files import list_subjects
+from jaxmed.data.subject_store import SubjectStore, find_store, open_store, read_labels
 from jaxmed.io.maps import write_map
-from jaxmed.recipes.map_files import Tell, map_files, write_failed
+from jaxmed.recipes.mni_space import make_locate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.subject_stores import make_store
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Block, Figure, Note, Section, Table, Text
 from jaxmed.report.parameter_maps import read_map
@@ -25,7 +26,6 @@ from jaxmed.synthesis.brain_draws import MODALITIES, SYNTHETIC, GeneratorConfig
 from jaxmed.synthesis.deformation import DeformationConfig
 from jaxmed.synthesis.phantoms.cohort import centred_affine
 from jaxmed.synthesis.phantoms.write_heads import write_small_heads
-from jaxmed.systems.brainfm.atlas import POOR, make_locate
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
@@ -185,7 +185,7 @@ def run(config: Config, folder: RunFolder) -> int:
             files = list_subjects(write_small_heads(folder.path / "inputs" / "heads", 0, config.data.synthetic), None)
         if not config.template:
             log.say("Note: no --template: coordinates are those of an ellipsoid of a head's size, good to about 1 cm.")
-        store, overlaps, failed = _make_store(folder, files, table, locate, log)
+        store, overlaps, failed = make_store(folder, files, table, locate, log)
     assert store is not None
     clock.lap("make the store")
     images = () if config.store else tuple(_draw_images(config, folder, store, log))
@@ -203,28 +203,6 @@ def run(config: Config, folder: RunFolder) -> int:
     )
     finish(folder, config, summary, clock, page)
     return int(failed > 0)
-
-
-def _make_store(
-    folder: RunFolder, files: list[SubjectFiles], table: LabelTable, locate: Any, log: Log
-) -> tuple[SubjectStore, dict[str, float], int]:
-    """Write every subject; return the store, overlaps with the template, and how many failed."""
-    place = folder.outputs / "store"
-
-    def work(_: int, one: SubjectFiles, tell: Tell) -> dict[str, Any]:
-        tell(one.name)
-        record = write_subject(place, one, table, locate)
-        return {"name": one.name, "size": record["size"], "overlap": record["overlap"]}
-
-    results = map_files(files, work, folder.outputs / "subjects", log, "Storing", "subjects", lambda row: {})
-    write_failed(folder.outputs, results.failed)
-    done = {row["name"] for row in results.rows}
-    close_store(place, [one for one in files if one.name in done], table)
-    overlaps = {row["name"]: row["overlap"] for row in results.rows if row["overlap"] is not None}
-    for name, overlap in overlaps.items():
-        if overlap < POOR:
-            log.say(f"Note: {name} overlaps the template by {overlap:.0%} only; look at its coordinates.")
-    return open_store(place), overlaps, len(results.failed)
 
 
 def _draw_images(config: Config, folder: RunFolder, store: SubjectStore, log: Log):

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmed.config import Decay, Number, Seed, Size, checked
+from jaxmed.data.head_scans import Modality
 from jaxmed.data.preprocess import Loaded
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
@@ -22,15 +23,15 @@ from jaxmed.io.tables import read_table, write_table
 from jaxmed.models.published.brainfm import make_unet
 from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.unet_brain import VOLUME_SHARDING, BrainUnetConfig, largest_activation
+from jaxmed.recipes.coordinate_maps import affine_to_atlas, bring, find_in, warped_label_scores
 from jaxmed.recipes.map_files import Tell
 from jaxmed.recipes.map_images import Inputs, list_inputs, map_images
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.write_heads import write_small_heads
-from jaxmed.systems.brainfm.coordinates import affine_to_atlas, brain_coordinates, bring, find_in, warped_label_scores
 from jaxmed.systems.brainfm.evaluation import robustness
 from jaxmed.systems.brainfm.pages import registration_sections, robustness_sections, scan_section, truth_sections
-from jaxmed.systems.brainfm.prediction import MAPS, Modality, Prediction, on_input_grid, predict_input, read_scan
+from jaxmed.systems.brainfm.prediction import MAPS, Prediction, on_input_grid, predict_input, read_scan
 from jaxmed.systems.brainfm.truth import Truth, dice_by_label, read_labels, read_truth, score_maps
 from jaxmed.train.announce import announce, require_memory
 from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings
@@ -323,7 +324,7 @@ def list_brought(volumes: Mapping[str, Volume], reference: Prediction | None) ->
         found["atlas"] = Bringing(volumes.get("atlas"), lambda places: places, volumes.get("atlas_labels"))
     if reference is not None:
         image, labels = reference.scan.volume, volumes.get("reference_labels")
-        found["reference"] = Bringing(image, find_in(reference), labels)
+        found["reference"] = Bringing(image, find_in(reference.located), labels)
     return found
 
 
@@ -370,17 +371,17 @@ def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:
     to_mni, residual = (), None
     if "coordinates" in maps:
         try:
-            fit = affine_to_atlas(found)
+            fit = affine_to_atlas(found.located)
             to_mni, residual = tuple(map(tuple, fit.matrix.tolist())), fit.residual
         except InputError as error:
             notes.append(f"no affine map to MNI space: {error}")
     registration = {}
     for name, brought in plan.brought.items():
-        world = brought.find(brain_coordinates(found))
+        world = brought.find(found.located.of_brain)
         if brought.image is not None:
-            maps[name] = bring(found, world, brought.image)
+            maps[name] = bring(found.brain, world, brought.image)
         if brought.labels is not None and labels is not None:
-            registration[name] = warped_label_scores(found, labels, world, brought.labels)
+            registration[name] = warped_label_scores(found.brain, labels, world, brought.labels)
     volume = found.scan.volume
     constants = {"weights": str(config.weights), "licence": published.report.licence, "tiling": config.tiling}
     classes = {"labels": [*published.config.labels]} if "segmentation" in maps else {}
