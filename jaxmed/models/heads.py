@@ -75,7 +75,9 @@ class HeadConfig:
         outputs: Logits or values.
         pool: "concat" (class token and mean of the patch tokens) or "mean", both with a layer norm of their own;
             "class" takes the class token after the encoder's final norm.
-        hidden: Width of a hidden layer with leaky ReLU and BatchNorm; 0 for a linear head.
+        hidden: Width of a hidden layer; 0 for a linear head.
+        hidden_layer: "leaky" is a map, leaky ReLU and BatchNorm, TANGERINE's; "relu" a map, BatchNorm and ReLU,
+            ProFound's.
         norm: Whether "concat" and "mean" have their layer norm; a probe stands on the features as they are.
         second_hidden: Width of a second hidden layer like the first; 0 for none. Such heads are run, not trained.
         norm_repeats: How often that layer norm is applied, with the same parameters. RETFound's code of 2025 applies
@@ -97,8 +99,11 @@ class HeadConfig:
     layers: Size = 1
     standardise: bool = False
     neighbours: Neighbours | None = None
+    hidden_layer: Literal["leaky", "relu"] = "leaky"
 
     def __post_init__(self) -> None:
+        if self.second_hidden and self.hidden_layer == "relu":
+            raise ValueError(f"second_hidden: expected 0 beside hidden_layer relu, found {self.second_hidden}")
         if self.second_hidden and not self.hidden:
             raise ValueError(f"second_hidden: expected 0, or a width beside hidden, found {self.second_hidden}")
         if self.layers > 1 and self.pool == "mean":
@@ -211,8 +216,12 @@ class Head(nn.Module):
         if self.config.neighbours is not None:
             return self.vote(features), moments
         if self.config.hidden:
-            features = nn.leaky_relu(self.hidden(features), 0.01)
-            features, moments = self.batch_norm(features, training)
+            features = self.hidden(features)
+            if self.config.hidden_layer == "relu":
+                features, moments = self.batch_norm(features, training)
+                features = nn.relu(features)
+            else:
+                features, moments = self.batch_norm(nn.leaky_relu(features, 0.01), training)
         if self.config.standardise:
             features, moments = self.batch_norm(features, training)
         if self.config.second_hidden:

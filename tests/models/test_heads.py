@@ -59,17 +59,22 @@ def test_linear_heads(pool, width):
     np.testing.assert_allclose(model.apply(params, TOKENS, method="features"), features, atol=1e-5)
 
 
-def test_published_head_with_a_hidden_layer():
-    model, params = make(HeadConfig(outputs=2, hidden=7))
+@pytest.mark.parametrize("layer", ["leaky", "relu"])
+def test_published_head_with_a_hidden_layer(layer):
+    model, params = make(HeadConfig(outputs=2, hidden=7, hidden_layer=layer))
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x = norm(pool_tokens(TOKENS).concat, p["norm"]) @ p["hidden"]["kernel"] + p["hidden"]["bias"]
-    x = np.where(x > 0, x, 0.01 * x)
+    x = np.where(x > 0, x, 0.01 * x) if layer == "leaky" else x
     batch = p["batch_norm"]
-    stored = (x - batch["mean"]) / np.sqrt(batch["var"] + 1e-5) * batch["scale"] + batch["bias"]
+
+    def last(x):
+        return np.maximum(x, 0) if layer == "relu" else x
+
+    stored = last((x - batch["mean"]) / np.sqrt(batch["var"] + 1e-5) * batch["scale"] + batch["bias"])
     logits, moments = model.apply(params, TOKENS)
     assert moments == {}
     np.testing.assert_allclose(logits, stored @ p["linear"]["kernel"] + p["linear"]["bias"], atol=1e-5)
-    own = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * batch["scale"] + batch["bias"]
+    own = last((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * batch["scale"] + batch["bias"])
     logits, moments = model.apply(params, TOKENS, training=True)
     np.testing.assert_allclose(logits, own @ p["linear"]["kernel"] + p["linear"]["bias"], atol=3e-5)
     np.testing.assert_allclose(moments["mean"], x.mean(0), atol=1e-5)
@@ -205,6 +210,7 @@ def test_outputs_become_probabilities_or_values():
         (lambda: HeadConfig(outputs=0), "outputs"),
         (lambda: HeadConfig(pool="mean", layers=2), "layers"),
         (lambda: HeadConfig(hidden=3, standardise=True), "hidden"),
+        (lambda: HeadConfig(hidden=3, second_hidden=2, hidden_layer="relu"), "second_hidden"),
         (lambda: Neighbours(count=5, records=4), "count"),
         (lambda: ClassifierConfig(VitConfig(final_norm=True)), "head.pool"),
         (lambda: ClassifierConfig(VitConfig(final_norm=False), HeadConfig(pool="class")), "head.pool"),
