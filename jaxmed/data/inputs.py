@@ -14,6 +14,7 @@ from jaxmed.data.pack import PackConfig, PackedSource, pack
 from jaxmed.data.preprocess import RANGE_TOLERANCE, Preprocess
 from jaxmed.data.records import FileSource
 from jaxmed.data.scans import describe
+from jaxmed.data.sequences import find_case, require_sequences
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
 from jaxmed.io.scans import ScanFiles, kind_of
@@ -150,6 +151,14 @@ def _look_at_header(scan: ScanFiles, preprocess: Preprocess) -> tuple[str, ...]:
     if (kind := kind_of(scan.path)) in ("array", "picture"):
         require_file(scan.path, f"a {kind}", kinds=("npy", "zip") if kind == "array" else ("png", "jpeg", "tiff"))
         return ()
+    if preprocess.sequences:
+        case = find_case(scan, preprocess.sequences)
+        if preprocess.missing == "refuse":
+            require_sequences(case, preprocess.sequences)
+        for path in case.paths:
+            if path is not None and path != case.scan.path:
+                describe(path)
+        scan = case.scan
     _, codes = describe(scan)
     return () if codes is None else tuple(preprocess.check_axes(codes))
 

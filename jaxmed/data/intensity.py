@@ -114,7 +114,7 @@ def scale(array: Shaped[np.ndarray, "..."], intensity: Intensity, where: object)
     """
     bare = dataclasses.replace(intensity, mean=(), std=())
     if array.ndim == 4 and intensity.kind not in ("keep", "unit", "window"):
-        found = [scale(array[..., channel], bare, where) for channel in range(array.shape[3])]
+        found = [_scale_channel(array[..., channel], bare, where) for channel in range(array.shape[3])]
         scaled = Scaled(np.stack([one.array for one in found], axis=-1), found[0].low, found[0].high)
     else:
         scaled = _scale_one(array, intensity, where)
@@ -163,6 +163,12 @@ def to_range(
         scaled *= np.float32(top - bottom)
         scaled += np.float32(bottom)
     return np.clip(scaled, bottom, top, out=scaled) if clip else scaled
+
+
+def _scale_channel(array: Shaped[np.ndarray, "x y z"], intensity: Intensity, where: object) -> Scaled:
+    if intensity.inside == "nonzero" and not array.any():  # a sequence that a case lacks
+        return Scaled(np.zeros(array.shape, np.float32), *intensity.range)
+    return scale(array, intensity, where)
 
 
 def _scale_one(array: Shaped[np.ndarray, "..."], intensity: Intensity, where: object) -> Scaled:

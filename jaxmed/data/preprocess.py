@@ -5,11 +5,11 @@ What a `Preprocess` does, in this order: it reads; cuts a fundus photograph to i
 of view (`intensity`; `order` says when); cuts to `size`. Networks of slices, patches or windows stop before the last
 step (`load`) and cut by `data.windows`. The record travels with the weights.
 
-Where further systems find their place: prostate MRI has three voxel sizes in `spacing`, "zscore" over what is
-"nonzero", and gives `prepare` a volume whose channels (T2w, DWI of one b-value, ADC) `arrays.grid.resample_to` has
-brought onto one grid; brain MRI is "RAS" at 1 mm, "minmax", and `order` "scale-first"; PET is at 1.5 mm with a fixed
-`mean` and `std` and `order` "cut-then-scale", so that what was added is scaled too. A crop to what is not 0 would be
-one more word of `crop`; another rule of resampling or rounding is one more word of `interpolation`.
+Where systems find their place: prostate MRI has three voxel sizes in `spacing`, "zscore" over what is "nonzero", and
+`sequences` (T2w, DWI of one b-value, ADC) that `data.sequences` brings onto one grid as channels; brain MRI is "RAS" at
+1 mm, "minmax", and `order` "scale-first"; PET is at 1.5 mm with a fixed `mean` and `std` and `order` "cut-then-scale",
+so that what was added is scaled too. A crop to what is not 0 would be one more word of `crop`; another rule of
+resampling or rounding is one more word of `interpolation`.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from jaxmed.arrays.grid import orientation, reorient, resample, resample_to, res
 from jaxmed.config import Length, Positive, Size, checked
 from jaxmed.data.intensity import Intensity, scale, unscale
 from jaxmed.data.picture_crop import crop_grid, crop_to_disc
+from jaxmed.data.sequences import find_case, read_case, require_sequences
 from jaxmed.data.stored import (
     Form,
     Kind,
@@ -48,6 +49,7 @@ SLICED = {"sagittal": 0, "coronal": 1, "axial": 2}
 ANATOMY = (("superior-inferior", "SI"), ("anterior-posterior", "AP"), ("left-right", "LR"))
 WARMEST_AIR = -200.0  # HU: the lowest value of a chest CT is that of air, about -1000
 RANGE_TOLERANCE = 1e-3  # of prepared inputs; float16 files round by less
+SPACING_TOLERANCE = 0.1
 UNKNOWN_FRAME = "the header states no orientation: whether the axes are as expected cannot be checked"
 
 
@@ -77,6 +79,10 @@ class Preprocess:
         order: Intensities are scaled by statistics of the stored scan ("scale-first"), of the whole field of view at
             the network's voxel size ("scale-then-cut"), or of what is cut and extended ("cut-then-scale").
         padding: Value of added voxels; in the network's unit, but for "cut-then-scale".
+        sequences: Of volumes: a word for each channel, by which the file of the sequence is found beside that of the
+            others (`data.sequences`); several words for one are parted by "|", and a channel without a word is 0.
+            Empty where a file holds all channels.
+        missing: What becomes of a case that lacks a sequence: "refuse", or "zero" for its channel.
     """
 
     size: tuple[Size, ...] = (256, 256)
@@ -92,6 +98,8 @@ class Preprocess:
     intensity: Intensity = Intensity()
     order: Literal["scale-first", "scale-then-cut", "cut-then-scale"] = "scale-then-cut"
     padding: float = 0.0
+    sequences: tuple[str, ...] = ()
+    missing: Literal["refuse", "zero"] = "refuse"
 
     def __post_init__(self) -> None:
         if len(self.size) not in (2, 3) or min(self.size) < 1:
@@ -108,6 +116,9 @@ class Preprocess:
             raise ValueError(f"edge: expected clamp or zero, found '{self.edge}'")
         if self.interpolation == "bspline" and (self.fit != "stretch" or self.is_sliced):
             raise ValueError(f"interpolation: expected linear or bicubic to {self.fit} {self.size}, found bspline")
+        if self.sequences and (self.is_sliced or len(self.sequences) != self.channels or not any(self.sequences)):
+            expected = "none for slices and pictures" if self.is_sliced else f"{self.channels} words, as channels"
+            raise ValueError(f"sequences: expected {expected}, found {self.sequences}")
         if self.interpolation == "bicubic" and not self.is_sliced:
             raise ValueError(f"interpolation: expected linear or bspline for volumes of {self.size}, found bicubic")
 
@@ -243,6 +254,17 @@ class Preprocess:
                     f"expected {name}; use axes='{best}' unless the weights were trained this way"
                 )
         return warnings
+
+    def check_spacing(self, volume: Volume) -> list[str]:
+        """Tell when the voxels of a scan differ from the network's by more than a tenth along an axis."""
+        if not self.spacing:
+            return []
+        own = self.turn(Volume.make(np.broadcast_to(np.int8(0), volume.grid.shape), volume.affine))
+        wanted = self._spacing(own.affine)
+        if np.allclose(own.spacing, wanted, rtol=SPACING_TOLERANCE, atol=0):
+            return []
+        sizes = [" x ".join(f"{length:.3g}" for length in one) for one in (own.spacing, wanted)]
+        return [f"voxels of {sizes[0]} mm were interpolated to {sizes[1]} mm"]
 
     @property
     def is_sliced(self) -> bool:
@@ -493,7 +515,7 @@ def load(
     if not isinstance(image, Volume | np.ndarray):
         scan = image if isinstance(image, ScanFiles) else ScanFiles(image)
         image = scan._replace(fill=scan.fill if fill is None else fill)
-    stored, cropped = read_stored(image, preprocess.form._replace(allow_stack=allow_stack)), None
+    stored, cropped = _read(image, preprocess, allow_stack), None
     extent = float(stored.volumes[0].array.min()), float(stored.volumes[0].array.max())
     volumes = stored.volumes
     if preprocess.crop == "disc" and stored.kind != "volume":
@@ -516,6 +538,16 @@ def load(
             volume = Volume.make(array, volume.affine)
         moved.append(volume)
     return Loaded(tuple(moved), axis, stored, intensity, low, high, extent, cropped)
+
+
+def _read(image: Volume | ScanFiles | np.ndarray, preprocess: Preprocess, allow_stack: bool) -> Stored:
+    if not (preprocess.sequences and isinstance(image, ScanFiles)):
+        return read_stored(image, preprocess.form._replace(allow_stack=allow_stack))
+    case = find_case(image, preprocess.sequences)
+    if preprocess.missing == "refuse":
+        require_sequences(case, preprocess.sequences)
+    stored = read_case(case, preprocess.sequences)
+    return stored._replace(notes=(*stored.notes, *preprocess.check_spacing(stored.volumes[0])))
 
 
 def load_mask(path: Path, loaded: Loaded, preprocess: Preprocess, value: int | None = None) -> tuple[Volume, ...]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxmed.config import Number, Seed, checked
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.scans import ANY_KIND, VOLUMES, Record, find_records
+from jaxmed.data.sequences import gather_cases
 from jaxmed.errors import InputError
 from jaxmed.io.scans import Kind
 from jaxmed.io.tables import read_table
@@ -149,6 +150,10 @@ def open_job(scans: ScansConfig, load: Callable[[Path], Published], notes: Seque
     published = load(scans.weights)
     records, passed = find_records(*given, kinds=ANY_KIND if published.preprocess.is_sliced else VOLUMES)
     preprocess = published.preprocess
+    if scans.input is not None:
+        kept, further = gather_cases([record.scan for record in records], preprocess.sequences)
+        records = [record for record in records if record.scan in kept]
+        passed = (*passed, *further)
     mesh = make_batch_mesh(scans.batch, scans.mesh)
     if len(records) == 1:
         preprocess.prepare(records[0].scan)
