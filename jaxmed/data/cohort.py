@@ -18,6 +18,7 @@ from jaxtyping import Float32, Shaped
 from jaxmed.arrays.task import Task
 from jaxmed.data.class_folders import Subjects, read_class_folders
 from jaxmed.data.covariates import Levels, find_levels, read_covariates
+from jaxmed.data.indicators import find_indicators, with_indicators
 from jaxmed.data.labels import (
     MOST_CLASSES,
     LabelConfig,
@@ -301,6 +302,11 @@ def read_labelled_sets(
     table, found_notes = _read_set(manifest, config, naming, is_whole=True)
     if is_folder:
         config = classes_of_folders(config, table)
+    given, indicators = config, ()
+    if config.kind in ("ordinal", "fields"):
+        indicators = find_indicators(table, config)
+        table = with_indicators(table, indicators)
+        config = dataclasses.replace(config, kind="multilabel", columns=indicators)
     levels = find_levels(table, covariates)
     splits = find_splits(table, config, fractions, seed)
     meaning = find_meaning(table, config, splits)
@@ -315,7 +321,8 @@ def read_labelled_sets(
         notes.append("No scan of the manifest has the split 'test': only external sets tell of new scans.")
     others, learnt = [], [cohort.paths[row] for row in cohort.rows("train", "validation")]
     for external in parsed:
-        other, more = _read_set(external.path, config, naming._replace(table=None), is_whole=False)
+        other, more = _read_set(external.path, given, naming._replace(table=None), is_whole=False)
+        other = with_indicators(other, indicators)
         notes += [f"{external.name}: {note}" for note in more]
         # Files may be missing here: they fail one by one when they are scored.
         paths = [resolve_path(cell, other.path.parent) for cell in other.column("path")]

@@ -29,13 +29,15 @@ class LabelConfig:
     Attributes:
         columns: Columns of the manifest that hold it: one, or several for labels that do not exclude each other.
         kind: "binary", "multiclass" (one column), "multilabel" (0 or 1 per column, empty where not known) or
-            "regression". "auto" looks: several columns of 0 and 1 are "multilabel"; one column of 0 and 1, or of two
+            "regression". "ordinal" learns of numbers in order, such as grades, whether each threshold is reached;
+            "fields" of several columns of classes each class by itself, as multi-label tasks (`data.indicators`).
+            "auto" looks: several columns of 0 and 1 are "multilabel"; one column of 0 and 1, or of two
             words, is "binary"; of more words, or up to 20 whole numbers, "multiclass"; of other numbers "regression".
         positive: Of two words, the one that is predicted; the last in the alphabet where empty.
     """
 
     columns: tuple[str, ...] = ("label",)
-    kind: Literal["auto", "binary", "multiclass", "multilabel", "regression"] = "auto"
+    kind: Literal["auto", "binary", "multiclass", "multilabel", "regression", "ordinal", "fields"] = "auto"
     positive: str = ""
 
     def __post_init__(self) -> None:
@@ -65,13 +67,15 @@ def find_meaning(table: Table, config: LabelConfig, splits: Sequence[str]) -> Me
     """
     columns = config.columns
     training = [row for row, split in zip(table.rows, splits, strict=True) if split == "train"]
-    cells = {name: [_plain(row[name]) for row in training if not is_unlabelled(row[name])] for name in columns}
+    cells = {name: [plain_word(row[name]) for row in training if not is_unlabelled(row[name])] for name in columns}
     for name, values in cells.items():
         if len(set(values)) < 2:
             found = f"only '{values[0]}'" if values else "none"
             raise InputError(table.path, f"two or more classes under '{name}' in the training records", found)
+    if config.kind in ("ordinal", "fields"):
+        raise ValueError(f"kind: expected labels made of {config.kind} classes by `with_indicators`, found the classes")
     kind = config.kind if config.kind != "auto" else _guess(cells)
-    words = sorted(set(cells[columns[0]]), key=_natural)
+    words = sorted(set(cells[columns[0]]), key=word_order)
     zero_one = {"0": 0.0, "1": 1.0}
     match kind:
         case "regression":
@@ -102,7 +106,7 @@ def classes_of_folders(config: LabelConfig, table: Table) -> LabelConfig:
     """
     if config.columns != ("label",):
         raise InputError("label.columns", "label, for a folder of classes", ", ".join(config.columns))
-    if config.kind in ("multilabel", "regression"):
+    if config.kind not in ("auto", "binary", "multiclass"):
         raise InputError("label.kind", "binary or multiclass, for a folder of classes", config.kind, "give a table")
     if config.kind != "auto":
         return config
@@ -119,7 +123,7 @@ def read_targets(table: Table, config: LabelConfig, meaning: Meaning) -> Float32
     def read(cell: str, line: int, column: str) -> float:
         if is_unlabelled(cell):
             return math.nan
-        value = _number(cell) if meaning.words is None else meaning.words.get(_plain(cell))
+        value = as_number(cell) if meaning.words is None else meaning.words.get(plain_word(cell))
         if value is None or not math.isfinite(value):
             words = "a number" if meaning.words is None else f"one of {', '.join(meaning.words)}"
             raise table.wrong(line, f"{words} under '{column}', as in the training records", f"'{cell}'")
@@ -184,11 +188,11 @@ def balanced_weights(targets: Float32[np.ndarray, "record column"], task: Task) 
 def _read_column(cells: list[str], column: str, task: Task, place: int) -> list[float]:
     name = task.names[place]
     # A word that stands for the negative class: what is neither the positive one nor a number.
-    others = {cell for cell in cells if not is_unlabelled(cell) and cell != name and _number(cell) is None}
+    others = {cell for cell in cells if not is_unlabelled(cell) and cell != name and as_number(cell) is None}
     negative = next(iter(others)) if task.kind == "binary" and len(others) == 1 else None
     values = []
     for cell in cells:
-        number, plain = _number(cell), _plain(cell)
+        number, plain = as_number(cell), plain_word(cell)
         if is_unlabelled(cell):
             values.append(math.nan)
         elif task.kind == "multiclass" and (cell in task.names or plain in task.names):
@@ -210,14 +214,15 @@ def _guess(cells: dict[str, list[str]]) -> TaskKind:
         return "multilabel" if values <= {"0", "1"} else "regression"
     if len(values) == 2:
         return "binary"
-    numbers = [_number(value) for value in values]
+    numbers = [as_number(value) for value in values]
     if any(number is None for number in numbers):
         return "multiclass"
     is_whole = all(number == int(number) for number in numbers if number is not None)
     return "multiclass" if is_whole and len(numbers) <= MOST_CLASSES else "regression"
 
 
-def _number(cell: str) -> float | None:
+def as_number(cell: str) -> float | None:
+    """Return a finite number, or None of a word."""
     try:
         value = float(cell)
     except ValueError:
@@ -225,12 +230,13 @@ def _number(cell: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _plain(cell: str) -> str:
+def plain_word(cell: str) -> str:
     """Return 1.0 and 01 as 1, and words as they are."""
-    value = _number(cell)
+    value = as_number(cell)
     return str(int(value)) if value is not None and value == int(value) else cell
 
 
-def _natural(word: str) -> tuple[int, float, str]:
-    value = _number(word)
+def word_order(word: str) -> tuple[int, float, str]:
+    """Return what classes are sorted by: numbers by their size, then words by the alphabet."""
+    value = as_number(word)
     return (1, 0.0, word) if value is None else (0, value, word)
