@@ -196,7 +196,11 @@ def _preprocessing(published: "Published") -> str:
 def _told(name: str, value: Any) -> str:
     if name == "size":
         return " x ".join(map(str, value))
-    return " to ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    if any(isinstance(part, str) for part in value):
+        return ", ".join(map(str, value))
+    return " to ".join(f"{part:g}" for part in value)
 
 
 def _names(names: tuple[str, ...]) -> str:

@@ -50,6 +50,31 @@ def sincos_3d(width: int, grid: tuple[int, int, int], num_prefix: int = 1) -> Fl
     return np.concatenate([np.zeros((num_prefix, width), np.float32), table])
 
 
+def sincos_3d_oblong(
+    width: int, grid: tuple[int, int, int], layout: Literal["clean", "upstream"] = "clean", num_prefix: int = 1
+) -> Float32[np.ndarray, "token width"]:
+    """Return the table of ProFound: thirds of a row are [sin, cos] of three places, angles in float64.
+
+    Args:
+        width: Token width, divisible by 6.
+        grid: Tokens along slices, rows and columns.
+        layout: "clean" gives token (d, h, w) the codes of d, h and w. "upstream" is the released code's: it lays a grid
+            whose first axis is the column over one whose first axis is the slice, so that each token has the place of
+            another; on grids that are cubes rows and slices change places.
+        num_prefix: Rows of zeros before the grid's (class token).
+
+    Source: ProFound, arXiv:2603.03961, official code.
+    """
+    if width % 6:
+        raise ValueError(f"width: expected a multiple of 6, got {width}")
+    d, h, w = (np.arange(length, dtype=np.float64) for length in grid)
+    places = np.meshgrid(d, h, w, indexing="ij") if layout == "clean" else np.meshgrid(d, w, h, indexing="xy")
+    omega = 1.0 / 10000 ** (np.arange(width // 6, dtype=np.float64) / (width // 6))
+    angles = [place.reshape(-1)[:, None] * omega for place in places]
+    table = np.concatenate([function(angle) for angle in angles for function in (np.sin, np.cos)], axis=1)
+    return np.concatenate([np.zeros((num_prefix, width)), table]).astype(np.float32)
+
+
 def sincos_2d(width: int, grid: tuple[int, int], num_prefix: int = 1) -> Float32[np.ndarray, "token width"]:
     """Return the table of MAE: token (y, x) has [code(x), code(y)], angles in float64.
 

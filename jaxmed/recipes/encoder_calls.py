@@ -19,6 +19,8 @@ from jaxmed.arrays.tracing import require_values
 from jaxmed.data.inputs import require_inputs
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
+from jaxmed.models.convnext import ConvNextClassifierConfig, convnext_encoder
+from jaxmed.models.fcmae import FcmaeConfig
 from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import Published
@@ -147,6 +149,8 @@ def view(published: Published, dtype: str | None = None) -> Model:
     changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if isinstance(config, ClassifierConfig):
         return Model(vit_encoder(dataclasses.replace(config.encoder, **changes)), config.head, params)
+    if isinstance(config, ConvNextClassifierConfig):
+        return Model(convnext_encoder(dataclasses.replace(config.encoder, **changes)), config.head, params)
     if not isinstance(config, MaeConfig):
         head = {"encoder": params["encoder"], "head": {}}
         return Model(vit_encoder(dataclasses.replace(config, **changes)), HeadConfig(pool="class"), head)
@@ -170,8 +174,9 @@ def view_classifier(
     Raises:
         InputError: They have none.
     """
-    if not isinstance(published.config, ClassifierConfig):
-        found = "a masked autoencoder" if isinstance(published.config, MaeConfig) else "an encoder"
+    if not isinstance(published.config, ClassifierConfig | ConvNextClassifierConfig):
+        is_masked = isinstance(published.config, MaeConfig | FcmaeConfig)
+        found = "a masked autoencoder" if is_masked else "an encoder"
         advice = f"adapt it on labels first: jaxmed {system} adapt"
         raise InputError(where, "weights of a classifier or regressor", found, advice)
     if published.task is None:

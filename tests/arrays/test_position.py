@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from jaxmed.arrays.position import resize_table, sincos, sincos_1d, sincos_2d, sincos_3d
+from jaxmed.arrays.position import resize_table, sincos, sincos_1d, sincos_2d, sincos_3d, sincos_3d_oblong
 
 pytestmark = pytest.mark.core
 
@@ -155,3 +155,23 @@ def test_resizing_equals_pytorch(new):
     peer = torch.nn.functional.interpolate(grid, size=(new,) * 3, mode="trilinear", align_corners=False)
     expected = peer.permute(0, 2, 3, 4, 1).reshape(-1, 8).numpy()
     np.testing.assert_allclose(resize_table(jnp.asarray(table), (4,) * 3, (new,) * 3)[1:], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [768, 384])
+def test_a_scrambled_table_gives_tokens_the_places_that_the_release_gives_them(width):
+    grid, third = (4, 8, 8), width // 3
+
+    def row(*place):
+        omega = 10000.0 ** (-np.arange(third // 2) / (third // 2))
+        return np.concatenate([np.concatenate([np.sin(p * omega), np.cos(p * omega)]) for p in place])
+
+    clean, upstream = (sincos_3d_oblong(width, grid, layout) for layout in ("clean", "upstream"))
+    assert clean.shape == upstream.shape == (257, width) and not clean[0].any() and not upstream[0].any()
+    np.testing.assert_allclose(clean, sincos_3d(width, grid), rtol=0, atol=3e-6)
+    for token, scrambled in (((0, 1, 0), (1, 0, 0)), ((1, 0, 0), (0, 2, 0)), ((1, 2, 3), (2, 2, 3))):
+        place = 1 + np.ravel_multi_index(token, grid)
+        np.testing.assert_allclose(clean[place], row(*token), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(upstream[place], row(*scrambled), rtol=0, atol=1e-6)
+    assert len(np.unique(upstream[1:].round(5), axis=0)) == 256  # each place once
+    with pytest.raises(ValueError, match="multiple of 6"):
+        sincos_3d_oblong(16, grid)

@@ -1,8 +1,8 @@
 """Tensors of a published file and our parameters: which is which, and how the layout changes between them.
 
 A family is a list of entries. Every layout that occurs (transposed linear kernels, convolutions that become products
-over patches, queries, keys and values in one matrix, axes of length 1) is a transposition followed by a reshape, so the
-way back is exact.
+over patches, queries, keys and values in one matrix, axes of length 1) is a transposition between reshapes, so the way
+back is exact.
 """
 
 import math
@@ -32,6 +32,7 @@ class Entry(NamedTuple):
         target: Shape of the parameter, or of the piece of it that the tensor is.
         piece: Of a tensor that is a piece: the axis of the parameter along which pieces follow one another, where this
             one begins, and the length of the whole. What no tensor fills is 0.
+        view: The tensor's shape once its joined axes are parted, which is what `axes` counts; its own where empty.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Entry(NamedTuple):
     axes: tuple[int, ...]
     target: tuple[int, ...]
     piece: tuple[int, int, int] | None = None
+    view: tuple[int, ...] = ()
 
     @property
     def part(self) -> str:
@@ -196,14 +198,15 @@ def pieces(
 
 def to_parameter(entry: Entry, tensor: Shaped[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
     """Change the layout of a tensor into the parameter's."""
-    moved = np.transpose(tensor, entry.axes).reshape(entry.target)
+    moved = np.transpose(tensor.reshape(entry.view or entry.shape), entry.axes).reshape(entry.target)
     return np.ascontiguousarray(moved, dtype=np.float32)
 
 
 def to_tensor(entry: Entry, parameter: Any) -> Float32[np.ndarray, "..."]:
     """Change the layout of a parameter into the tensor's."""
-    moved = np.asarray(parameter, np.float32)[entry.place].reshape([entry.shape[axis] for axis in entry.axes])
-    return np.ascontiguousarray(np.transpose(moved, np.argsort(entry.axes)))
+    shape = entry.view or entry.shape
+    moved = np.asarray(parameter, np.float32)[entry.place].reshape([shape[axis] for axis in entry.axes])
+    return np.ascontiguousarray(np.transpose(moved, np.argsort(entry.axes)).reshape(entry.shape))
 
 
 def collect(

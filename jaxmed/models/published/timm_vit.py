@@ -8,7 +8,7 @@ Source: MAE, arXiv:2111.06377, and TANGERINE, arXiv:2507.01881, official codes.
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -50,18 +50,22 @@ class Released(NamedTuple):
         axes: Axes of space, 2 or 3.
         heads: Width to heads of the encoders.
         decoder_heads: Width to heads of the decoders.
+        grid: (file, number of patches) -> patches along each axis; a square or cube by default.
     """
 
     name: str
     axes: int
     heads: Mapping[int, int]
     decoder_heads: Mapping[int, int]
+    grid: Callable[[str, int], tuple[int, ...]] | None = None
 
 
-def is_vit(tensors: Mapping[str, Any], axes: int) -> bool:
-    """Tell whether names are those of a transformer on patches of so many axes."""
+def is_vit(tensors: Mapping[str, Any], axes: int, *, is_oblong: bool = False) -> bool:
+    """Tell whether names are those of a transformer on patches of so many axes, of equal edges or not."""
     kernel = tensors.get("patch_embed.proj.weight")
-    return kernel is not None and kernel.ndim == axes + 2 and any(name.startswith("blocks.") for name in tensors)
+    if kernel is None or kernel.ndim != axes + 2 or (len(set(kernel.shape[2:])) > 1) != is_oblong:
+        return False
+    return any(name.startswith("blocks.") for name in tensors)
 
 
 def infer(
@@ -71,7 +75,8 @@ def infer(
     name, axes, settings = released.name, released.axes, hints.settings
     kernel = shape_of(where, name, tensors, "patch_embed.proj.weight", axes + 2)
     rows = shape_of(where, name, tensors, "pos_embed", 3)[1]
-    grid = edge_of(where, "pos_embed", rows - 1, axes)
+    find = released.grid or (lambda where, count: (edge_of(where, "pos_embed", count, axes),) * axes)
+    grid = find(where, rows - 1)
     width, channels, patch = kernel[0], kernel[1], kernel[2:]
     # A stray "head." beside a decoder is not a classifier's.
     is_classifier = "decoder_embed.weight" not in tensors and any(
@@ -83,7 +88,8 @@ def infer(
     with_fc_norm = is_classifier and "fc_norm.weight" in tensors
     try:
         encoder = VitConfig(
-            tuple(edge * grid for edge in patch), patch, channels, width, count_parts(where, tensors, "blocks"),
+            tuple(edge * count for edge, count in zip(patch, grid, strict=True)), patch, channels, width,
+            count_parts(where, tensors, "blocks"),
             _heads(where, width, heads, released.heads, "heads"), _hidden(tensors, "blocks", 4 * width),
             final_norm=not with_fc_norm,
         )  # fmt: skip
