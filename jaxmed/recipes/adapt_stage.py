@@ -156,6 +156,7 @@ class Start(NamedTuple):
         training: A file to what an augmentation takes that crops training images to the encoder's input: larger, and
             with what an evaluation cuts away. None where it takes the input; not used without an augmentation.
         augment: What happens to training images, where that depends on the encoder; in place of the stage's.
+        kind: Of the adapted model, among the family's.
     """
 
     encoder: Encoder
@@ -168,6 +169,7 @@ class Start(NamedTuple):
     notes: list[str]
     training: Preprocess | None = None
     augment: Augment | None = None
+    kind: str = "classifier"
 
 
 class Scored(NamedTuple):
@@ -430,7 +432,7 @@ def write_model(folder: Path, adapted: Adapted, first: Start, task: Task) -> Non
     """Export the adapted model, for `load_published`."""
     record = {
         "family": first.family,
-        "kind": "classifier",
+        "kind": first.kind,
         "config": to_record(first.classifier(adapted.head)),
         "preprocess": to_record(first.preprocess),
         "licence": first.licence,

@@ -19,10 +19,12 @@ from jaxtyping import Array, Float, Int
 from jaxmed.arrays.task import Task, predict_values
 from jaxmed.arrays.types import Params
 from jaxmed.config import Probability, Whole, checked
+from jaxmed.data.indicators import known_rows
 from jaxmed.data.intensity import unscale
 from jaxmed.data.labels import read_known_targets
 from jaxmed.data.preprocess import WARMEST_AIR, Preprocess
 from jaxmed.data.scans import Record
+from jaxmed.data.sequences import find_case
 from jaxmed.data.stored import as_pixels
 from jaxmed.files import unique_names
 from jaxmed.io import nifti
@@ -61,7 +63,7 @@ from jaxmed.volume import Volume
 
 Maps: TypeAlias = Literal["top", "all", "none"]
 MAP_DEFINITION = (
-    "Grad-CAM (arXiv:1610.02391): where the patch tokens, as the last block reads them after its first layer norm, "
+    "Grad-CAM (arXiv:1610.02391): where the patch tokens{as_read} "
     "raise the output; each channel weighted by the mean of the output's gradient over the patches, negative sums 0, "
     "interpolated linearly to the grid of the scan"
 )
@@ -273,11 +275,14 @@ def run_predict(
     model, task = view(job.published, scans.dtype)
     preprocess, outputs, targets = job.preprocess, folder.outputs, None
     if scans.data.manifest is not None:
-        targets = read_known_targets([record.row for record in job.records], task, predict.label.columns)
+        rows = known_rows([record.row for record in job.records], task.names)
+        targets = read_known_targets(rows, task, predict.label.columns)
     log = begin(folder, job.notes)
     clock.lap("read and check")
     compute = partial(_compute, model.encoder, model.head, task, predict.maps)
-    batches = job.batch_model(compute, partial(write_maps, outputs, task, preprocess), model)
+    as_read = ", as the last block reads them after its first layer norm," if model.encoder.before_last else ""
+    definition = MAP_DEFINITION.format(as_read=as_read)
+    batches = job.batch_model(compute, partial(write_maps, outputs, task, preprocess, definition), model)
     done, failed, warnings = map_batches(
         job.records, batches, model.params, scans.batch, job.mesh, folder, log, "Predicting"
     )
@@ -305,14 +310,14 @@ def _compute(encoder: Encoder, head: HeadConfig, task: Task, maps: Maps, params:
 
 
 def write_maps(
-    outputs: Path, task: Task, preprocess: Preprocess, record: Record, scan: Input, arrays: Arrays
+    outputs: Path, task: Task, preprocess: Preprocess, definition: str, record: Record, scan: Input, arrays: Arrays
 ) -> tuple[Arrays, tuple[str, ...]]:
     """Write the maps of one scan on its own grid, each with a sidecar; return its values and what was mapped."""
     warnings = []
     for output, places in zip(arrays["mapped"].tolist(), arrays["maps"], strict=True):
         name = task.names[output]
         told = {
-            "definition": MAP_DEFINITION,
+            "definition": definition,
             "unit": f"{'standard deviations' if task.kind == 'regression' else 'logits'} a patch, first order",
             "output": name,
             "value": float(arrays["values"][output]),
@@ -413,6 +418,8 @@ def read_to_show(scan: ScanFiles, preprocess: Preprocess) -> Volume:
     """Read a scan to look at; prepared inputs in the unit that they stand for."""
     if kind_of(scan.path) == "array":
         return _turned(unscale(preprocess(scan)[..., 0], preprocess.intensity, *preprocess.intensity.window))
+    if preprocess.sequences:
+        scan = find_case(scan, preprocess.sequences).scan
     return read_volume(scan).volume
 
 

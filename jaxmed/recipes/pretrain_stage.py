@@ -18,10 +18,11 @@ from jaxmed.data.inputs import check_scans, input_source
 from jaxmed.data.preprocess import Preprocess, differences
 from jaxmed.data.records import Source
 from jaxmed.data.scans import VOLUMES, find_scans, read_manifest
+from jaxmed.data.sequences import gather_cases
 from jaxmed.errors import InputError
 from jaxmed.io.scans import Kind, ScanFiles
 from jaxmed.io.tables import make_table, resolve_paths
-from jaxmed.models.mae import Mae, MaeConfig
+from jaxmed.models.mae import MaskedModel
 from jaxmed.models.published.load import (
     OWN_LICENCE,
     ImportReport,
@@ -30,7 +31,7 @@ from jaxmed.models.published.load import (
     published_record,
     resize_positions,
 )
-from jaxmed.nn.model import Model, make_model
+from jaxmed.nn.model import Model
 from jaxmed.recipes.stage import first_only
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.report.figures import curves
@@ -120,6 +121,8 @@ def find_unlabelled(
     else:
         assert place is not None
         scans, passed = find_scans(place, kinds, series, fill)
+        scans, further = gather_cases(scans, preprocess.sequences)
+        passed = (*passed, *further)
         # Series of one study show one person.
         rows = [{"path": str(scan.path), "subject": scan.study} for scan in scans]
         table = make_table(place, ("path", "subject"), rows)
@@ -134,26 +137,34 @@ def find_unlabelled(
     return Unlabelled(chosen, len(training), notes)
 
 
-def load_initial_weights(path: Path, family: str, model: MaeConfig) -> Published:
+def load_initial_weights(path: Path, family: str, config: Any, model: MaskedModel) -> Published:
     """Read a masked autoencoder to start from, positions resized to the model's grid.
+
+    Args:
+        path: A file or folder.
+        family: Whose weights are taken.
+        config: Sizes of the model.
+        model: The model.
 
     Raises:
         InputError: They are no masked autoencoder of these sizes.
     """
     published = load_published(path, family)
-    if not isinstance(published.config, MaeConfig) or "decoder" not in published.params:
+    if not isinstance(published.config, type(config)) or "decoder" not in published.params:
         advice = "leave --weights out to start from random ones"
-        raise InputError(path, "a masked autoencoder with its decoder", "an encoder without it", advice)
-    published = resize_positions(published, model.encoder.image_size)
-    image = jax.ShapeDtypeStruct((1, *model.encoder.image_size, model.encoder.channels), np.float32)
-    noise = jax.ShapeDtypeStruct((1, model.encoder.num_tokens), np.float32)
-    expected = jax.eval_shape(make_model(Mae(model)).init, jax.random.key(0), image, noise)
-    compare_arrays(describe(expected), describe(published.params), str(path))
+        found = f"weights of kind {published.report.kind}"
+        if isinstance(published.config, type(config)):
+            found = "an encoder without it"
+        raise InputError(path, "a masked autoencoder with its decoder", found, advice)
+    published = resize_positions(published, model.image_size)
+    expected: Any = jax.eval_shape(model.network.init, jax.random.key(0))
+    found = {name: published.params[name] for name in expected}
+    compare_arrays(describe(expected), describe(found), str(path))
     for name in ("sigmoid", "norm_target"):
-        if getattr(published.config, name) != getattr(model, name):
+        if getattr(published.config, name, None) != getattr(config, name, None):
             found = f"{name} {getattr(published.config, name)}"
-            raise InputError(path, f"weights trained with {name} {getattr(model, name)}", found, f"set --model.{name}")
-    return published
+            raise InputError(path, f"weights trained with {name} {getattr(config, name)}", found, f"set --model.{name}")
+    return dataclasses.replace(published, params={name: published.params[name] for name in expected})
 
 
 def start_notes(published: Published | None, preprocess: Preprocess) -> list[str]:

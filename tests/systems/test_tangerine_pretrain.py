@@ -19,7 +19,7 @@ from jaxmed.data.scans import VOLUMES, find_scans
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.tables import read_table, write_table
-from jaxmed.models.mae import MaeConfig
+from jaxmed.models.mae import MaeConfig, masked_model
 from jaxmed.models.published.load import load_published
 from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.vit import VitConfig
@@ -243,7 +243,7 @@ def test_a_longer_run_beats_the_mean_of_the_training_chests(tmp_path):
 
 def test_weights_of_another_grid_are_resized(tiny):
     larger = dataclasses.replace(MODEL, encoder=dataclasses.replace(MODEL.encoder, image_size=(24, 24, 24)))
-    params = load_initial_weights(tiny, "tangerine", larger).params
+    params = load_initial_weights(tiny, "tangerine", larger, masked_model(larger)).params
     old = load_published(tiny).params
     for part in ("encoder", "decoder"):
         expected = resize_table(jax.numpy.asarray(old[part]["position"]), (2, 2, 2), (3, 3, 3))
@@ -255,8 +255,9 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
         ({"decoder_depth": 2}, "expected a checkpoint of this model, found no decoder/blocks/layer_1"),
         ({"sigmoid": False}, "expected weights trained with sigmoid False, found sigmoid True"),
     ):
+        changed = dataclasses.replace(MODEL, **changes)
         with pytest.raises(InputError, match=message):
-            load_initial_weights(tiny, "tangerine", dataclasses.replace(MODEL, **changes))
+            load_initial_weights(tiny, "tangerine", changed, masked_model(changed))
 
 
 def table(folder, columns, *rows):

@@ -231,7 +231,7 @@ def _find_start(config: Config, encoder: VitConfig) -> tuple[Params | None, Publ
         return None, None
     if config.method == "mae":
         mae = dataclasses.replace(config.mae, encoder=encoder)
-        published = load_initial_weights(config.weights, "retfound", mae)
+        published = load_initial_weights(config.weights, "retfound", mae, masked_model(mae))
         return published.params, published
     published = resize_positions(read_weights(config.weights, FAMILIES, 2), encoder.image_size)
     wanted: Any = jax.eval_shape(vit_encoder(encoder).init, jax.random.key(0))

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Float
 
-from jaxmed.arrays.grid import reorient
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import Share, checked
 from jaxmed.data.augment import draw_flips, flip
@@ -16,15 +15,13 @@ from jaxmed.data.inputs import PreparedField
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import SubsetSource
-from jaxmed.files import write_json
-from jaxmed.io import nifti
-from jaxmed.io.scans import ScanFiles
 from jaxmed.models.mae import MAE_LAPTOP_3D, MAE_SMOKE_3D, MaeConfig, masked_model
 from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.published.timm_vit import entries
 from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
-from jaxmed.recipes.pretrain_mae import Reconstruction, pretrain
+from jaxmed.recipes.pretrain_mae import pretrain
+from jaxmed.recipes.pretrain_pictures import Completed, completed, volume_figure, write_volumes
 from jaxmed.recipes.pretrain_stage import (
     UnlabelledData,
     error_curves,
@@ -37,7 +34,7 @@ from jaxmed.recipes.pretrain_stage import (
 )
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only
 from jaxmed.recipes.training import TrainConfig, TrainData, TrainFlags, check_fit
-from jaxmed.report.figures import MapStyle, slice_maps
+from jaxmed.report.figures import MapStyle
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.chest import ChestConfig
 from jaxmed.synthesis.phantoms.write_chest import write_chest_cohort
@@ -48,13 +45,8 @@ from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, start
-from jaxmed.versions import software_versions
-from jaxmed.volume import Volume
 
 STYLE = MapStyle(colormap="gray", limits=(0.0, 1.0))
-# Axes of the cube where a volume comes without a place in the world: slices from foot to head, rows from front to back,
-# columns from right to left, as axial slices are stored.
-AXIAL = np.array([[0.0, 0.0, -1.0, 0.0], [0.0, -1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +139,6 @@ def smoke() -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Completed:
-    """A held-out volume: mean squared error of its hidden voxels, and their variance."""
-
-    error: float
-    variance: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Summary:
     """What a pre-training ended with.
 
@@ -178,7 +162,9 @@ def run(config: Config, folder: RunFolder) -> None:
     clock, train, preprocess = Clock(), config.train, config.preprocess
     model = dataclasses.replace(config.model, encoder=dataclasses.replace(config.model.encoder, dtype=train.dtype))
     check_fit(train, masked_model(model).network)
-    published = None if config.weights is None else load_initial_weights(config.weights, "tangerine", model)
+    published = None
+    if config.weights is not None:
+        published = load_initial_weights(config.weights, "tangerine", model, masked_model(model))
     warm = None if config.warm_start is None else read_warm_start(config.warm_start, entries(model))
     given = warm or published
     given_data = with_synthetic(config, folder)
@@ -214,10 +200,12 @@ def run(config: Config, folder: RunFolder) -> None:
     )
     if jax.process_index() != 0:
         return
-    write_pictures(folder.outputs, pictures, volumes.scans[volumes.num_training :], preprocess)
+    low, high = preprocess.intensity.window
+    constants = {"HU that is 0": low, "HU that is 1": high}
+    write_volumes(folder.outputs, pictures, volumes.scans[volumes.num_training :], preprocess, ("",), constants)
     summary = Summary(
         counts, sum(leaf.size for leaf in jax.tree.leaves(params)), preprocess.intensity.window,
-        tuple(Completed(float(picture.error), float(picture.variance)) for picture in pictures), tuple(notes),
+        completed(pictures), tuple(notes),
     )  # fmt: skip
     finish(folder, config, summary, clock, page)
 
@@ -240,37 +228,6 @@ def with_synthetic(config: Config, folder: RunFolder) -> Config:
 
     first_only(write, "inputs")
     return dataclasses.replace(config, data=UnlabelledData(place / "scans.csv"))
-
-
-def write_pictures(
-    folder: Path, pictures: list[Reconstruction], scans: tuple[ScanFiles, ...], preprocess: Preprocess
-) -> None:
-    """Write held-out volumes and their completion on the model's grid, in the scan's world, with sidecars."""
-    kinds = {
-        "image": "the model's input",
-        "seen": "the input with hidden patches 0",
-        "completed": "the input with hidden patches as predicted",
-    }
-    for number, (picture, scan) in enumerate(zip(pictures, scans, strict=False)):
-        affine = find_affine(scan, preprocess)
-        for name, definition in kinds.items():
-            stem = f"held_out_{number}_{name}"
-            nifti.write(folder / f"{stem}.nii.gz", Volume.make(getattr(picture, name)[..., 0], affine))
-            sidecar = {
-                "definition": definition,
-                "unit": "1",
-                "constants": dict(zip(("HU that is 0", "HU that is 1"), preprocess.intensity.window, strict=True)),
-                "source": str(scan.path),
-                "axes": "slice, row, column of the model; the affine leads to the scan's world",
-                "software": f"jaxmed {software_versions().get('jaxmed', 'unknown')}",
-            }
-            write_json(folder / f"{stem}.json", sidecar)
-
-
-def find_affine(scan: ScanFiles, preprocess: Preprocess) -> Float64[np.ndarray, "4 4"]:
-    """Return where the voxels of a scan's cube stand."""
-    grid = preprocess.prepare(scan).grid
-    return AXIAL if grid is None else preprocess.input_grid(grid).affine
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -303,19 +260,12 @@ def _pictures_section(outputs: Path, summary: Summary) -> list[Section]:
     scale = summary.window[1] - summary.window[0]
     blocks: list[Any] = []
     for number, found in enumerate(summary.errors):
-        names = {"Input": "image", "Seen": "seen", "Completed": "completed"}
-        volumes = {
-            label: reorient(nifti.read(outputs / f"held_out_{number}_{name}.nii.gz")) for label, name in names.items()
-        }
-        spacing = volumes["Input"].spacing
         caption = (
             f"Held-out volume {number + 1}, on the model's grid: the input, what the encoder sees of it (hidden "
             "patches black), and the input with hidden patches as predicted. Root mean square error "
             f"{scale * found.error**0.5:.0f} HU."
         )
-        arrays = {label: volume.array for label, volume in volumes.items()}
-        x, y, z = map(float, spacing)
-        blocks.append(slice_maps(arrays, (x, y, z), caption=caption, styles=dict.fromkeys(names, STYLE), num_slices=4))
+        blocks.append(volume_figure(outputs, number, "", caption, STYLE))
     rows = [
         (i + 1, e.error, e.variance, 1 - e.error / e.variance, scale * e.error**0.5)
         for i, e in enumerate(summary.errors)
