@@ -304,7 +304,7 @@ def small_words(size: Size) -> list[object]:
     words: list[object] = ["--generator.shape", *(size.edge,) * 3, "--generator.deformation.rotation", 15.0]
     words += ["--generator.deformation.scaling", 0.15, "--generator.resolution.voxel", 4.0]
     words += ["--grid.step", 4, "--grid.window", size.edge + 8, "--model.width", 16, "--model.levels", 3]
-    words += ["--model.no-unit-features", "--loss.segmentation", 10.0, "--loss.distance", 0.2, "--loss.bias-field", 5.0]
+    words += ["--model.no-unit-features", "--loss.cross-entropy", 35.0, "--loss.distance", 0.05]
     return [*words, "--loop.steps", size.small_steps, "--loop.log-every", 10]
 
 

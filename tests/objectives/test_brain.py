@@ -81,6 +81,16 @@ def test_losses_are_those_of_the_released_code_in_numpy(example, losses):
     np.testing.assert_allclose(total, sum(float(found[task]) for task in TASKS), rtol=1e-5)
 
 
+def test_the_cross_entropy_has_a_factor_beside_dice(example):
+    config = dataclasses.replace(CONFIG, tasks=("segmentation",))
+    settings = BrainLossConfig(segmentation=3.0, cross_entropy=float(CLASSES))
+    total, found = brain_loss(config, settings, *example)
+    labels, logits = example[1]["segmentation"], example[0]["segmentation"]
+    usual = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1).mean()
+    np.testing.assert_allclose(found["segmentation"], usual + found["dice"], rtol=1e-5)
+    np.testing.assert_allclose(total, 3.0 * found["segmentation"], rtol=1e-6)
+
+
 def test_a_perfect_prediction_costs_nothing(example, losses):
     _, targets = example
     maps = {task: targets[task] for task in TASKS}

@@ -127,10 +127,10 @@ def laptop() -> Config:
         MeshConfig(data=1),
         ema_decay=0.99,
     )
-    # In so few steps, features of length 1 hold every logit down: heads would have to grow by themselves. And a
-    # segmentation whose cross-entropy is a mean over classes weighs nothing beside distances in mm.
+    # In so few steps features of length 1 hold every logit down: heads would have to grow by themselves. And a
+    # cross-entropy that is a mean over 35 classes weighs nothing beside distances in mm.
     model = dataclasses.replace(BRAINFM, width=16, levels=4, unit_features=False)
-    settings = BrainLossConfig(segmentation=10.0, distance=0.2, bias_field=5.0, clamp_distance=False)
+    settings = BrainLossConfig(cross_entropy=35.0, distance=0.05, registration=0.3, clamp_distance=False)
     return Config(model=model, generator=generator, loss=settings, grid=Grid(2, 80), train=train)
 
 
