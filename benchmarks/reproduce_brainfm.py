@@ -222,9 +222,11 @@ def make_scans(data: Path, place: Path) -> Path:
             scan, grey, white = (nifti.read(path) for path in paths)
             nifti.write(folder / f"{name}.nii.gz", Volume.make(tissues(scan, grey, white), scan.affine))
         rows.append({"path": folder / f"{name}.nii.gz", "subject": name, "T1": paths[0]})
-    write_table(folder / "manifest.csv", ("path", "subject", "T1"), rows)
     names = {0: "background", 2: "white matter", 3: "grey matter", 24: "fluid"}
-    write_table(folder / "table.csv", ("label", "name"), [{"label": key, "name": name} for key, name in names.items()])
+    if not (folder / "table.csv").exists():  # a run that goes on refuses files that are newer than itself
+        write_table(folder / "manifest.csv", ("path", "subject", "T1"), rows)
+        named = [{"label": label, "name": name} for label, name in names.items()]
+        write_table(folder / "table.csv", ("label", "name"), named)
     words = ["--preset", "paper", "--store", "--data.manifest", folder / "manifest.csv"]
     return run("generate", place / "scans", [*words, "--table", folder / "table.csv"])
 
