@@ -98,7 +98,8 @@ class SubjectStore:
         """Return a subject's arrays, padded to the common grid."""
         folder, step = self.path / self.names[index], self.step
         record = read_record(folder / "subject.json")
-        shape = tuple(-(-length // step) for length in self.shape)
+        x, y, z = (-(-length // step) for length in self.shape)
+        shape = (x, y, z)
         found: dict[str, Any] = {
             name: _padded(_mapped(folder / f"{name}.npy")[::step, ::step, ::step], shape, PADDING.get(name, 0))
             for name in record["arrays"]
