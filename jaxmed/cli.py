@@ -35,6 +35,9 @@ STAGES = {
     "retfound embed": "features of every image, as CSV and NPZ",
     "retfound predict": "probabilities of every image, and a map of what moved them",
     "retfound compare": "encoders x ways of adapting x shares of labels x seeds, in one table",
+    "profound pretrain": "train a masked autoencoder on prostate MRI without labels: ConvNeXt V2, or a transformer",
+    "profound adapt": "fine-tune it on labelled cases, or train a head on it; scores with intervals, external sets",
+    "profound predict": "probabilities of every case, and a map of what moved them, on the grid of its T2w scan",
     "noddi simulate": "a diffusion scan with known microstructure, as NIfTI with gradient tables",
     "noddi fit": "NODDI maps (neurite density, dispersion, free water) of a diffusion scan",
     "noddi train": "train a network for one protocol on simulated signals",
@@ -64,6 +67,7 @@ STAGES = {
 SYSTEMS = {
     "tangerine": "a 3D masked autoencoder for chest CT and what grows on it (arXiv:2507.01881)",
     "retfound": "generalist and specialist encoders of retinal images, compared (arXiv:2509.03421)",
+    "profound": "foundation models of prostate MRI, and what image quality does to them (arXiv:2508.11864)",
     "noddi": "tissue microstructure from diffusion MRI (arXiv:2507.12632)",
     "brainfm": "brain maps of a scan of any contrast, learnt from images drawn from labels (arXiv:2509.00549)",
     "dynamicdps": "enhance low-field brain MRI without inventing anatomy (arXiv:2503.01075)",

@@ -1,0 +1,150 @@
+"""`jaxmed profound pretrain`, `adapt` and `predict` on phantoms and real cases, and what a user can do wrong."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxmed.arrays.position import sincos_3d_oblong
+from jaxmed.arrays.task import Task
+from jaxmed.cli import main
+from jaxmed.io import nifti
+from jaxmed.io.tables import read_table
+from jaxmed.models.convnext import ConvNextClassifierConfig
+from jaxmed.models.published.load import load_published
+from jaxmed.synthesis.phantoms.write_prostate import write_prostate_cohort
+from jaxmed.systems.profound.adaptation import AdaptationConfig, find_start, with_probe
+from jaxmed.systems.profound.stages import pretrain
+from jaxmed.train.log import read_metrics
+from jaxmed.volume import Volume
+
+DATA = Path(os.environ.get("JAXMED_DATA", "")) / "prostate_mri"
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A smoke run of adapt, which pre-trains by a smoke run of its own."""
+    out = tmp_path_factory.mktemp("runs") / "adapt"
+    assert main(["profound", "adapt", "--preset", "smoke", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_prostate_cohort(tmp_path_factory.mktemp("cases"), 7, 5, fractions=(0.6, 0.4, 0.0), name="other")
+
+
+def test_pretraining_explains_hidden_voxels_of_cases_that_it_was_not_trained_on(adapted):
+    run = adapted / "inputs" / "pretrain"
+    assert read_metrics(run)[-1]["evaluation/explained"] > 0.05
+    page = (run / "report.html").read_text()
+    assert "What the model completes" in page and "Held-out case 1, adc" in page
+    published = load_published(run)
+    assert published.report.family == "profound" and published.preprocess.spacing == (3.0, 3.0, 3.0)
+    image = nifti.read(run / "outputs" / "held_out_0_t2w_image.nii.gz")
+    assert image.array.shape == (16, 32, 32) and abs(float(image.array.mean())) < 0.3
+
+
+def test_adaptation_finds_lesions_of_cases_that_it_was_not_trained_on(adapted):
+    rows = read_table(adapted / "outputs" / "metrics.csv").rows
+    (auroc,) = [float(row["estimate"]) for row in rows if row["set"] == "test" and row["measure"] == "auroc"]
+    assert auroc > 0.75
+    published = load_published(adapted)
+    assert isinstance(published.config, ConvNextClassifierConfig) and published.config.head.hidden_layer == "relu"
+    assert published.task is not None and published.task.names == ("label",)
+
+
+def test_predictions_stand_on_the_grid_of_each_case_and_one_that_lacks_a_sequence_fails_alone(
+    adapted, cohort, tmp_path
+):
+    place = tmp_path / "cases"
+    shutil.copytree(cohort.parent / "cases", place)
+    (place / "other_0001" / "adc.nii.gz").unlink()
+    command = ["profound", "predict", "--weights", str(adapted), "--quiet", "--batch.size", "4"]
+    assert main([*command, "--input", str(place), "--out", str(tmp_path / "one")]) == 1
+    table = read_table(tmp_path / "one" / "outputs" / "predictions.csv")
+    assert len(table) == 4 and {row["id"] for row in table.rows} == {f"other_000{n}_t2w" for n in (0, 2, 3, 4)}
+    failed = read_table(tmp_path / "one" / "outputs" / "failed.csv")
+    assert len(failed) == 1 and "expected a file named adc beside it" in failed.rows[0]["reason"]
+    found = nifti.read(tmp_path / "one" / "outputs" / "maps" / "other_0000_t2w__label.nii.gz")
+    first = nifti.read(place / "other_0000" / "t2w.nii.gz")
+    assert found.grid.shape == first.grid.shape and np.allclose(found.affine, first.affine)
+    assert "lesion.nii.gz is not named after a sequence" in (tmp_path / "one" / "log.txt").read_text()
+    # The manifest's labels score them; the missing sequence may be zeros.
+    shutil.copy(cohort, tmp_path / "cases.csv")
+    words = ["--data.manifest", str(tmp_path / "cases.csv"), "--preprocess.missing", "zero"]
+    assert main([*command, *words, "--out", str(tmp_path / "two")]) == 0
+    again = read_table(tmp_path / "two" / "outputs" / "predictions.csv")
+    assert len(again) == 5 and again.rows[0]["probability_label"] == table.rows[0]["probability_label"]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="JAXMED_DATA has no prostate_mri")
+def test_real_cases_are_predicted_on_their_own_grid(adapted, tmp_path):
+    command = ["profound", "predict", "--input", str(DATA), "--weights", str(adapted), "--out", str(tmp_path / "run")]
+    assert main([*command, "--quiet"]) == 0
+    outputs = tmp_path / "run" / "outputs"
+    rows = read_table(outputs / "predictions.csv").rows
+    assert [row["id"] for row in rows] == ["ProstateX-0000_t2w", "ProstateX-0001_t2w"]
+    assert all("interpolated to" in row["warnings"] for row in rows)
+    found = nifti.read(outputs / "maps" / "ProstateX-0001_t2w__label.nii.gz")
+    assert found.grid.shape == (288, 288, 19) and np.isfinite(found.array).all()
+
+
+def test_positions_are_laid_out_as_asked():
+    config = pretrain.smoke()
+    for layout, changes in (("clean", {}), ("upstream", {"match_release": True})):
+        made = pretrain.Config(encoder="transformer", transformer=config.transformer, preprocess=config.preprocess,
+                               model=config.model, **changes)  # fmt: skip
+        start = pretrain.first_parameters(made)
+        assert start is not None
+        for name, width in (("encoder", 48), ("decoder", 24)):
+            np.testing.assert_array_equal(start[name]["position"], sincos_3d_oblong(width, (4, 4, 4), layout))
+        assert made.model.encoder.response_scope == ("batch" if changes else "sample")
+    assert pretrain.Config(size="atto").model.encoder.widths == (40, 80, 160, 320)
+    assert pretrain.first_parameters(config) is None
+
+
+def says(capsys, *words):
+    """Run a command that is a mistake, and return its line."""
+    assert main([*words, "--quiet"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_mistakes_end_in_one_line_and_nothing_is_written(cohort, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ("profound", "pretrain", "--preset", "smoke", "--out", str(out))
+    place = tmp_path / "cases"
+    shutil.copytree(cohort.parent / "cases", place)
+    case = place / "other_0002"
+    adc = nifti.read(case / "adc.nii.gz")
+    (case / "adc.nii.gz").unlink()
+    assert "expected a file named adc beside it, found none" in says(capsys, *command, "--input", str(place))
+    moved = adc.affine.copy()
+    moved[2, 3] += 200.0
+    nifti.write(case / "adc.nii.gz", Volume.make(adc.array, moved))
+    line = says(capsys, *command, "--input", str(place))
+    assert "adc.nii.gz: expected a scan of the region of" in line and "0% of it" in line
+    (case / "adc.nii.gz").write_bytes(b"not an image")
+    assert "adc.nii.gz: expected" in says(capsys, *command, "--input", str(place))
+    assert "sequences: expected 3 words" in says(capsys, *command, "--preprocess.sequences", "t2w", "adc")
+    assert "patch_size" in says(capsys, *command, "--model.encoder.image-size", "16", "32", "36")
+    words = ("profound", "adapt", "--preset", "smoke", "--out", str(out), "--data.manifest", str(cohort))
+    assert "pool: expected mean" in says(capsys, *words, "--pool", "class")
+    assert "grade" in says(capsys, *words, "--label.columns", "side", "--label.kind", "ordinal")
+    assert not out.exists()
+
+
+def test_a_run_says_what_its_head_and_its_blur_mean():
+    config = AdaptationConfig(image_size=(16, 32, 32))
+    notes = find_start(config, Task("multiclass", ("2", "3", "4", "5"))).notes
+    assert any("BatchNorm of the head sees 2 cases" in note for note in notes)
+    assert any("blurred with probability 1" in note for note in notes)
+    labelled = dataclasses.replace(config.labelled, adapt=dataclasses.replace(config.labelled.adapt, mode="frozen"))
+    rate = with_probe(labelled).adapt.train.optimizer
+    assert (rate.kind, rate.peak_lr, rate.weight_decay, rate.b1, rate.trust_coefficient) == ("lars", 0.1, 0, 0.9, 1e-3)
+    assert with_probe(config.labelled) == config.labelled
