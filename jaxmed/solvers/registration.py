@@ -13,11 +13,10 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.filters import gaussian_blur
+from jaxmed.arrays.histogram import mutual_information
 from jaxmed.arrays.warping import identity_grid, sample
 from jaxmed.config import Count, NonNegative, Positive, checked
 
-BINS = 24
-"""Of a joint histogram."""
 PULL = 60.0
 """Distance in mm at which a change of the matrix moves a place as far as the same change of the shift."""
 TAPS = 4
@@ -123,21 +122,7 @@ def dissimilarity(
             length = jnp.sqrt((one**2).sum() * (two**2).sum() + 1e-12)
             return 1 - (one * two).sum() / length
         case _:
-            return -_mutual_information(found.reshape(-1), target.reshape(-1))
-
-
-def _mutual_information(one: Float[Array, " voxel"], two: Float[Array, " voxel"]) -> Float[Array, ""]:
-    """Return mutual information in nats, of a joint histogram with soft bins."""
-    soft_one, soft_two = _bins(one), _bins(two)
-    joint = jnp.einsum("vi,vj->ij", soft_one, soft_two, precision=jax.lax.Precision.HIGHEST) / len(one)
-    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    return (joint * jnp.log((joint + 1e-9) / (independent + 1e-9))).sum()
-
-
-def _bins(values: Float[Array, " voxel"]) -> Float[Array, "voxel bin"]:
-    low, high = jax.lax.stop_gradient((values.min(), values.max()))
-    place = (values - low) / jnp.maximum(high - low, 1e-6) * (BINS - 1)
-    return jnp.maximum(1 - jnp.abs(place[:, None] - jnp.arange(BINS)), 0.0)
+            return -mutual_information(found.reshape(-1), target.reshape(-1))
 
 
 def _descend(loss, parameters, config):
