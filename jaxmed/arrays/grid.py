@@ -13,7 +13,7 @@ Conventions, for all functions here:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.ndimage
@@ -46,6 +46,11 @@ def orientation(affine: Float[np.ndarray, "4 4"]) -> str:
         codes[axis] = LETTERS[world][int(rotation[world, axis] > 0)]
         rotation[world] = 0
     return "".join(codes)
+
+
+def thick_axis(spacing: Sequence[float]) -> int:
+    """Return the axis from plane to plane: the one of largest spacing, the last of several."""
+    return max(range(len(spacing)), key=lambda axis: (round(spacing[axis], 3), axis))
 
 
 def reorient(volume: Volume, codes: str = "RAS") -> Volume:

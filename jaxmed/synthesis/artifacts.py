@@ -12,20 +12,20 @@ from jaxmed.arrays.types import KeyArray
 
 
 def ghost(
-    image: Float[Array, "x y z"], axis: int = 1, every: int = 2, strength: Array | float = 0.5
-) -> Float[Array, "x y z"]:
+    image: Float[Array, "*space"], axis: int = 1, every: int = 2, strength: Array | float = 0.5
+) -> Float[Array, "*space"]:
     """Return an image with faint copies along an axis.
 
     Args:
         image: Magnitudes.
         axis: Of the phase encoding.
         every: Lines of k-space from one that is scaled to the next: as many copies, 1 / every of the field apart.
-        strength: Share that such a line loses; 0 changes nothing.
+        strength: Share that such a line loses, one for all or one per line; 0 changes nothing.
     """
     lines = jnp.fft.fft(image, axis=axis)
     number = jnp.arange(image.shape[axis])
     scale = jnp.where((number % every == 0) & (number > 0), 1.0 - strength, 1.0)
-    return jnp.abs(jnp.fft.ifft(lines * _along(scale, axis), axis=axis)).astype(image.dtype)
+    return jnp.abs(jnp.fft.ifft(lines * _along(scale, axis, image.ndim), axis=axis)).astype(image.dtype)
 
 
 def move(
@@ -58,7 +58,7 @@ def move(
     return jnp.abs(jnp.fft.ifftn(space * jnp.exp(-2j * jnp.pi * phase))).astype(image.dtype)
 
 
-def _along(values: Array, axis: int) -> Array:
-    shape = [1, 1, 1]
+def _along(values: Array, axis: int, ndim: int = 3) -> Array:
+    shape = [1] * ndim
     shape[axis] = -1
     return values.reshape(shape)
