@@ -163,6 +163,39 @@ def run_study(
     Raises:
         InputError: The folder holds results of another configuration, or cannot be written.
     """
+    return run_groups(
+        cells, lambda group: [run_cell(cell) for cell in group], folder, config, process_index=process_index,
+        process_count=process_count, log=log,
+    )  # fmt: skip
+
+
+def run_groups(
+    cells: Sequence[Cell],
+    run_group: Callable[[Sequence[Cell]], Sequence[Mapping[str, float] | Outcome]],
+    folder: Path,
+    config: object,
+    *,
+    size: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+    log: Log | None = None,
+) -> StudyRun:
+    """Run the cells that are not finished yet, several in one call: a program that serves many at once.
+
+    Cells of a group are stored one by one as soon as it ends; one that raises fails all of its group. What is else is
+    as for `run_study`.
+
+    Args:
+        cells: The grid.
+        run_group: Computes some cells, and returns what each gives in their order; what a cell gives does not depend on
+            the others.
+        folder: Run folder.
+        config: What all cells share.
+        size: Most cells of a group, which are neighbours in the grid.
+        process_index: Which part is this process's, from 0.
+        process_count: Number of parts.
+        log: Where to say how far it is.
+    """
     if not 0 <= process_index < process_count:
         raise InputError("process_index", f"0 to {process_count - 1}", process_index)
     if len(set(cells)) < len(cells):
@@ -170,21 +203,26 @@ def run_study(
     digest = _open_study(cells, folder, config)
     if process_count == 1:
         remove_leftovers(folder / "outputs")  # of several processes, they may be another's work in progress
-    ours = cells[process_index::process_count]
+    parts = [cells[start : start + size] for start in range(0, len(cells), size)][process_index::process_count]
+    ours = [cell for part in parts for cell in part]
     waiting = [cell for cell in ours if _read_result(folder, cell, digest) is None]
-    num_skipped, num_run = len(ours) - len(waiting), 0
+    num_skipped, num_run, done = len(ours) - len(waiting), 0, len(ours) - len(waiting)
     with _progress(log, len(ours), num_skipped) as update:
-        for index, cell in enumerate(waiting, 1):
+        for start in range(0, len(waiting), size):
+            group = waiting[start : start + size]
             try:
-                outcome = _checked(run_cell(cell))
+                outcomes = [_checked(outcome) for outcome in run_group(group)]
             except Exception as error:
-                reason = _record_failure(folder, cell, digest, error)
-                if log is not None:
-                    log.say(f"failed: {cell}: {reason}")
+                for cell in group:
+                    reason = _record_failure(folder, cell, digest, error)
+                    if log is not None:
+                        log.say(f"failed: {cell}: {reason}")
             else:
-                _store(folder, cell, digest, outcome)
-                num_run += 1
-            update(num_skipped + index, str(cell))
+                for cell, outcome in zip(group, outcomes, strict=True):
+                    _store(folder, cell, digest, outcome)
+                num_run += len(group)
+            done += len(group)
+            update(done, str(group[-1]))
     results, failures = read_results(cells, folder, config), _read_failures(cells, folder)
     _write_failed(cells, failures, folder)
     return StudyRun(results, failures, num_run, num_skipped)
