@@ -38,6 +38,8 @@ STAGES = {
     "profound pretrain": "train a masked autoencoder on prostate MRI without labels: ConvNeXt V2, or a transformer",
     "profound adapt": "fine-tune it on labelled cases, or train a head on it; scores with intervals, external sets",
     "profound predict": "probabilities of every case, and a map of what moved them, on the grid of its T2w scan",
+    "profound quality": "how good scans and pictures are, told without a reference; agreement with given labels",
+    "profound quality-study": "share of good images x labels x pre-trained or not x seed: how many good ones it takes",
     "noddi simulate": "a diffusion scan with known microstructure, as NIfTI with gradient tables",
     "noddi fit": "NODDI maps (neurite density, dispersion, free water) of a diffusion scan",
     "noddi train": "train a network for one protocol on simulated signals",

@@ -181,6 +181,8 @@ TWO_NAMES = {
     ("retfound", "VitConfig"): "either method of pre-training has its encoder, and adaptation from scratch has one",
     ("retfound", "DinoHeadConfig"): "class tokens and hidden patches may have heads of their own",
     ("retfound", "OptimizerConfig"): "either method of pre-training has its own",
+    ("profound", "FitConfig"): "the study pre-trains and fine-tunes",
+    ("profound", "OptimizerConfig"): "as above",
     ("noddi", "ForwardConfig"): "evaluate has no training settings to hold it",
     ("noddi", "Tissue"): "part of a fit and of a forward model",
     ("brainfm", "Severity"): "images are mild or severe",

@@ -23,6 +23,8 @@ FILES = {
     "profound pretrain": (["--input"], ["--data.manifest"]),
     "profound adapt": (["--data.manifest"],),
     "profound predict": (["--input"], ["--data.manifest"]),
+    "profound quality": (["--input"], ["--data.manifest"]),
+    "profound quality-study": (["--data.manifest"],),
     "noddi fit": (["--dwi", "--bvals", "--bvecs"],),
     "noddi train": (["--bvals", "--bvecs"],),
     "noddi predict": (["--dwi", "--bvals", "--bvecs"],),

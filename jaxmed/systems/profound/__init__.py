@@ -6,11 +6,13 @@ of Clinical Image Quality on Efficient Foundation Model Finetuning", arXiv:2508.
 In:  prostate MRI as one file or DICOM folder per sequence: T2w, DWI of a high b-value, ADC. A case is the T2w scan,
      named t2w (CASE_t2w), with hbv or dwi and adc beside it, or the folder of them; --preprocess.sequences names them
      otherwise. A CSV manifest has the column path (the T2w scan or the folder) and for labelled work label, subject and
-     split (train, validation, test). The sequences are brought onto the grid of the first by their affines, then to
-     1 x 0.5 x 0.5 mm (slice, row, column), cut or filled with zeros to 64 x 224 x 224 voxels about the centre; each is
-     standardised over what is not 0. One that is missing is refused, or a channel of zeros (--preprocess.missing zero);
-     one without a name is never looked for (--preprocess.sequences t2w "" "").
-Out: a pre-trained model; classifiers and regressors; probabilities, and maps on the grid of the T2w scan.
+     split (train, validation, test), and quality (PI-QUAL 1 to 5, version 2 of it 1 to 3, or true and false). The
+     sequences are brought onto the grid of the first by their affines, then to 1 x 0.5 x 0.5 mm (slice, row, column),
+     cut or filled with zeros to 64 x 224 x 224 voxels about the centre; each is standardised over what is not 0. One
+     that is missing is refused, or a channel of zeros (--preprocess.missing zero); one without a name is never looked
+     for (--preprocess.sequences t2w "" "").
+Out: a pre-trained model; classifiers and regressors; probabilities, and maps on the grid of the T2w scan; a score of
+     every file; a report of how many good images fine-tuning needs.
 
 Stages:
   1. jaxmed profound pretrain --input FOLDER --out runs/fcmae
@@ -19,6 +21,12 @@ Stages:
      fine-tune on labels (PI-RADS, Gleason, a volume), or train the head alone (--mode frozen).
   3. jaxmed profound predict --input FOLDER --weights runs/task/outputs/model --out runs/prediction
      probabilities, and a map of what moved them.
+  4. jaxmed profound quality --input FOLDER --out runs/quality
+     noise, SNR, CNR, resolution, ghosts, motion and distortion of every file without a reference, and one score; its
+     agreement with given labels.
+  5. jaxmed profound quality-study --data.manifest cases.csv --weights FILE --out runs/study
+     share of high quality in fine-tuning x in testing x labels x pre-trained or from scratch x seed: heat maps, what a
+     mismatch costs, labels saved, from which share of good images pre-training helps, and that in words.
 
 Published weights: jaxmed weights list says where they are; every --weights takes their files, those of sparse
 pre-training included.
@@ -28,5 +36,21 @@ Deviations from the released code: hidden patches are zeros that every operation
 sparse convolutions is needed; scans are resampled here, where the release expects files that are; the cut before
 training is about the centre, not random; classes are balanced by weights of the loss, not by drawing; ConvMAE and the
 decoder in UNETR's manner are not here. --match-release takes the norm of responses over the whole batch, and scrambles
-the positions of a transformer, as the release does.
+the positions of a transformer, as the release does. The quality study's grid and sizes are our own, for its are not
+public; nothing is selected on validation records in it.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxmed.systems.profound.scoring import quality as quality
+
+
+def __getattr__(name: str) -> object:
+    """Import a Python call when it is used: `jaxmed profound` must not wait for jax."""
+    import importlib
+
+    homes = {"quality": "scoring"}
+    if name in homes:
+        return getattr(importlib.import_module(f"{__name__}.{homes[name]}"), name)
+    raise AttributeError(name)

@@ -1,0 +1,379 @@
+"""ProFound quality-study: how many good images fine-tuning needs: quality x labels x arm x seed, with a conclusion."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmed.arrays.types import Params
+from jaxmed.config import Number, Seed, Share, checked, to_record
+from jaxmed.data.cohort import read_labelled_sets
+from jaxmed.data.inputs import check_scans
+from jaxmed.data.intensity import Intensity
+from jaxmed.data.labels import LabelConfig
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.errors import InputError
+from jaxmed.io.tables import read_table, write_table
+from jaxmed.metrics.cohort import spell
+from jaxmed.models.encoder import Encoder
+from jaxmed.models.heads import HeadConfig
+from jaxmed.models.mae import MaeConfig, masked_model
+from jaxmed.models.published.load import load_published
+from jaxmed.models.vit import VitConfig, vit_encoder
+from jaxmed.recipes.adapt import take_encoder
+from jaxmed.recipes.encoder_calls import view
+from jaxmed.recipes.quality_findings import (
+    Findings,
+    as_rows,
+    conclude,
+    deployment_choice,
+    derive,
+    grid_of,
+    mixed_model,
+)
+from jaxmed.recipes.quality_grid import (
+    ARMS,
+    GradedImages,
+    GridConfig,
+    Plan,
+    balance_labels,
+    by_test_set,
+    draw_rows,
+    headline,
+    plan_grid,
+    read_images,
+    run_grid,
+)
+from jaxmed.recipes.quality_records import QualityConfig, read_flags, read_scores
+from jaxmed.recipes.stage import Clock, begin, finish
+from jaxmed.recipes.study import Result
+from jaxmed.recipes.study_sections import keep_examples
+from jaxmed.recipes.study_tables import summarise, write_tables
+from jaxmed.recipes.training import NO_PREFIX
+from jaxmed.recipes.vmapped_fits import FitConfig, pretrain_masked
+from jaxmed.synthesis.phantoms.write_retina import write_retina_cohort
+from jaxmed.systems.profound.study_report import Choice, Summary, compare_arms, page
+from jaxmed.train.announce import announce
+from jaxmed.train.checkpoint import export_parameters
+from jaxmed.train.optimizer import OptimizerConfig
+from jaxmed.train.run_folder import RunFolder, start
+
+TRIES_FAILED_AGAIN = True
+PICTURES = Preprocess(
+    (28, 28), 3, axes="xyz", fit="stretch", intensity=Intensity("unit", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+)
+SMALL = MaeConfig(
+    VitConfig((28, 28), (4, 4), 3, width=64, depth=3, heads=4, hidden=256),
+    decoder_width=32,
+    decoder_depth=1,
+    decoder_heads=2,
+    decoder_hidden=128,
+    mask_ratio=0.6,
+    norm_target=True,
+    sigmoid=False,
+)
+EFFECTS = ("column", "estimate", "low", "high", "p")
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class StudyData:
+    """Which records are learnt from and scored.
+
+    Attributes:
+        manifest: CSV with path, label, subject, split and quality; records of the split validation join those of
+            training. Or a folder of classes.
+        fractions: Shares of subjects in train, validation and test, where there is no column split.
+        synthetic: Phantom subjects to write where no manifest is given.
+        deployment: CSV with the quality of records where the model is to be used: the study says which fine-tuning set
+            suits it, and what that gains.
+    """
+
+    manifest: Path | None = None
+    fractions: tuple[Share, Share, Share] = (0.5, 0.1, 0.4)
+    synthetic: Number = 0
+    deployment: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class Config:
+    """A study of image quality and labels.
+
+    Attributes:
+        data: The records.
+        label: What is learnt.
+        quality: What counts as high quality, or which records are made worse on purpose.
+        weights: Weights of the arm "pretrained", with their sizes and preprocessing; without any the model below is
+            pre-trained on the images of the fine-tuning pool, of both qualities, without labels.
+        preprocess: A file to the network's input, where there are no weights.
+        model: Masked autoencoder that is pre-trained, and whose encoder is fine-tuned, where there are no weights.
+        pretraining: How that goes.
+        fit: How every cell is fine-tuned.
+        study: What is varied.
+        seed: Of the first repetition, of the draws and of the images that are made worse.
+    """
+
+    data: StudyData = StudyData()
+    label: LabelConfig = LabelConfig()
+    quality: QualityConfig = QualityConfig()
+    weights: Path | None = None
+    preprocess: Preprocess = PICTURES
+    model: MaeConfig = SMALL
+    pretraining: FitConfig = FitConfig(1500, 64, OptimizerConfig(peak_lr=1e-3, warmup_steps=100, weight_decay=0.05))
+    fit: FitConfig = FitConfig()
+    study: Annotated[GridConfig, NO_PREFIX] = GridConfig()
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        encoder = self.model.encoder
+        if self.weights is None and (encoder.image_size, encoder.channels) != (
+            self.preprocess.size,
+            self.preprocess.channels,
+        ):
+            found = f"{self.preprocess.size} of {self.preprocess.channels}"
+            wanted = f"{encoder.image_size} of {encoder.channels} channels, as model.encoder has"
+            raise ValueError(f"preprocess.size: expected {wanted}, found {found}")
+
+
+def paper() -> Config:
+    """Every share and number of labels, five seeds, on your manifest and weights: on accelerators."""
+    return Config()
+
+
+def laptop() -> Config:
+    """Small models at 28 pixels, three numbers of labels, five seeds: on your pictures, or on 400 phantom eyes."""
+    return Config(
+        StudyData(synthetic=400), quality=QualityConfig(simulate=0.5), study=GridConfig(labels=(0.1, 0.3, 1.0))
+    )
+
+
+def smoke() -> Config:
+    """Tiny models at 28 pixels, two shares, two numbers of labels, two seeds: on your pictures, or on phantom eyes."""
+    encoder = dataclasses.replace(SMALL.encoder, patch_size=(7, 7), width=32, depth=2, heads=2, hidden=64)
+    short = OptimizerConfig(peak_lr=2e-3, warmup_steps=5, weight_decay=0.05)
+    return Config(
+        StudyData(synthetic=100),
+        quality=QualityConfig(simulate=0.5),
+        model=dataclasses.replace(SMALL, encoder=encoder),
+        pretraining=FitConfig(60, 32, short, 1),
+        fit=FitConfig(40, 16, short, 1),
+        study=GridConfig((0.0, 0.5, 1.0), (0.0, 0.5, 1.0), (0.5, 1.0), 2, together=2),
+    )
+
+
+def run(config: Config, folder: RunFolder) -> int:
+    """Read and check, pre-train, run every cell that is not finished, write tables and report.
+
+    Returns:
+        1 when cells failed.
+    """
+    clock = Clock()
+    manifest = _with_synthetic(config, folder)
+    if manifest is None:
+        raise InputError("data.manifest", "a table of labelled records", "nothing", "or try --preset smoke")
+    sets = read_labelled_sets(manifest, (), config.label, config.data.fractions, config.seed)
+    labels = ["/".join(cells) for cells in sets.cohort.cells]
+    subjects = sets.cohort.subjects.astype(str).tolist()
+    flags, is_to_worsen = read_flags(sets.table, config.quality, subjects, labels, config.seed)
+    deployed = _deployed_share(config)
+    published = None if config.weights is None else load_published(config.weights)
+    preprocess = config.preprocess if published is None else published.preprocess
+    found_notes = check_scans(sets.cohort.scans, preprocess, 0, 2)
+    empty = np.zeros((len(flags), 0), np.float32)
+    plan = plan_grid(config.study, GradedImages(sets, flags, empty, empty), config.seed)  # before anything is read
+    start(folder, is_shared=config.study.processes > 1)
+    size, test_size = plan.size, len(next(iter(plan.tests.values())))
+    made = (
+        [
+            f"{int((~flags).sum())} of {len(flags)} records were made worse on purpose: {config.quality.kind}, "
+            f"strength {config.quality.strength:g}."
+        ]
+        if is_to_worsen
+        else []
+    )
+    notes = [
+        *sets.notes,
+        *found_notes,
+        *made,
+        f"Largest fine-tuning set {size} records, every test set {test_size}; nothing is selected on validation "
+        "records, which join those of training.",
+    ]
+    log = begin(folder, notes)
+    data = read_images(sets, flags, preprocess, config.quality if is_to_worsen else None, config.seed)
+    _write_records(folder.outputs / "records.csv", data)
+    keep_examples(folder.outputs, "high", _grey(data.shown[: len(data.shown) // 2]))
+    keep_examples(folder.outputs, "low", _grey(data.shown[len(data.shown) // 2 :]))
+    clock.lap("read, and make worse")
+    if published is None:
+        encoder, given = _pretrained(config, folder, data, plan)
+    else:
+        model = view(published)
+        encoder = model.encoder
+        given = take_encoder(model.params, encoder, str(config.weights))["encoder"]
+        notes += published.report.lines
+    clock.lap("pre-train")
+    head = HeadConfig(len(sets.meaning.task.names), "mean")
+    count = len(ARMS) * len(config.study.labels) * len(config.study.shares) * config.study.seeds
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0))
+    announce(log, "Fine-tuning", params=shapes, count=count, unit="cells", smaller=folder.smaller)
+    record = to_record(config)
+    record["study"] |= {"processes": None, "process": None, "together": None}
+    done = run_grid(config.study, config.fit, encoder, head, given, data, plan, config.seed, folder.path, record, log)
+    clock.lap("run the cells of this part")
+    if len(done.results) + len(done.failures) < count:
+        log.say("Other parts of this study are not finished yet: the last one to end writes the report.")
+        return done.exit_code
+    metric = headline(data)
+    findings, choice, lines = None, None, []
+    if done.results:
+        results = by_test_set(done.results)
+        findings = derive(results, metric)
+        lines = conclude(findings, spell(metric))
+        _write_study(folder.outputs, results, metric, findings)
+        if deployed is not None:
+            choice = _choose(config, results, metric, data, plan, deployed, folder.outputs)
+            lines.append(_say_choice(choice, spell(metric)))
+        for line in lines:
+            log.say(line)
+    summary = Summary(
+        sets.meaning.task.kind,
+        metric,
+        size,
+        test_size,
+        float(flags.mean()),
+        count,
+        len(done.failures),
+        config.study.seeds,
+        findings,
+        choice,
+        tuple(lines),
+        tuple(notes),
+    )
+    finish(folder, config, summary, clock, page)
+    return done.exit_code
+
+
+def _with_synthetic(config: Config, folder: RunFolder) -> Path | None:
+    """Write phantom eyes where no manifest is given and some are asked for."""
+    if config.data.manifest is not None or not config.data.synthetic:
+        return config.data.manifest
+    start(folder, is_shared=config.study.processes > 1)
+    edge = config.preprocess.size[0]
+    return write_retina_cohort(folder.path / "inputs", config.seed, config.data.synthetic, max(edge, 32))
+
+
+def _deployed_share(config: Config) -> float | None:
+    if config.data.deployment is None:
+        return None
+    table = read_table(config.data.deployment, required=(config.quality.column,))
+    scores = read_scores(table, config.quality.column)
+    threshold = 0.5 if set(np.unique(scores)) <= {0.0, 1.0} else config.quality.threshold
+    return float((scores[np.isfinite(scores)] >= threshold).mean())
+
+
+def _pretrained(config: Config, folder: RunFolder, data: GradedImages, plan: Plan) -> tuple[Encoder, Params]:
+    """Pre-train on the pool without labels, or read what an earlier start has made."""
+    place = folder.outputs / "pretrained"
+    encoder = vit_encoder(dataclasses.replace(config.model.encoder, final_norm=False))
+    if (place / "parameters.safetensors").exists():
+        params: Any = load_published(place).params
+    else:
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        params, losses = pretrain_masked(
+            config.pretraining, masked_model(config.model), jnp.asarray(data.images[plan.pool]), key
+        )
+        export_parameters(
+            place,
+            params,
+            {
+                "family": "retfound" if len(config.preprocess.size) == 2 else "tangerine",
+                "kind": "mae",
+                "config": to_record(config.model),
+                "preprocess": to_record(config.preprocess),
+            },
+        )
+        rows = [{"step": step, "loss": float(loss)} for step, loss in enumerate(losses)]
+        write_table(folder.outputs / "pretraining.csv", ("step", "loss"), rows)
+    return encoder, take_encoder(params, encoder, str(place))["encoder"]
+
+
+def _write_records(path: Path, data: GradedImages) -> None:
+    """Count records by split, label, quality and site, the table in which confounding shows."""
+    table, cohort = data.sets.table, data.sets.cohort
+    sites = table.column("site") if "site" in table.columns else [""] * len(data.is_high)
+    counts: dict[tuple[str, str, str, str], int] = {}
+    for split, label, flag, site in zip(cohort.splits, balance_labels(data), data.is_high, sites, strict=True):
+        key = str(split), str(label), "high" if flag else "low", site
+        counts[key] = counts.get(key, 0) + 1
+    columns = ("split", "label", "quality", "site", "records")
+    write_table(path, columns, [dict(zip(columns, (*key, counts[key]), strict=True)) for key in sorted(counts)])
+
+
+def _grey(images: np.ndarray) -> np.ndarray:
+    grey = images[..., 0] if images.ndim == 5 else images.mean(-1)
+    return grey if grey.ndim == 3 else grey[:, grey.shape[1] // 2]
+
+
+def _write_study(outputs: Path, results: Sequence[Result], metric: str, findings: Findings) -> None:
+    by = ("arm", "labels", "high", "test")
+    tests = compare_arms(results, metric)
+    write_tables(outputs, results, summarise(results, by, metric), tests)
+    columns = ("measure", "of", "mean", "low", "high", "p")
+    rows = [
+        *as_rows(findings.mismatch, "mismatch penalty"),
+        *as_rows(findings.necessity, "slope along high quality"),
+        *as_rows(findings.gains, "pretrained minus scratch"),
+    ]
+    rows += [("labels saved", share, factor, None, None, None) for share, factor in findings.labels_saved.items()]
+    write_table(outputs / "findings.csv", columns, [dict(zip(columns, row, strict=True)) for row in rows])
+    model = mixed_model(results, metric)
+    if model is not None:
+        write_table(
+            outputs / "mixed_model.csv", EFFECTS, [dict(zip(EFFECTS, effect, strict=True)) for effect in model.effects]
+        )
+
+
+def _choose(
+    config: Config,
+    results: Sequence[Result],
+    metric: str,
+    data: GradedImages,
+    plan: Plan,
+    deployed: float,
+    outputs: Path,
+) -> Choice:
+    """Write which records suit a deployment, or how much each counts where all are used."""
+    own = float(data.is_high[plan.pool].mean())
+    arm = ARMS[0] if any(result.cell["arm"] == ARMS[0] for result in results) else ARMS[1]
+    chosen, gain = deployment_choice(grid_of(results, metric, arm, max(config.study.labels)), deployed, own)
+    rows = set(draw_rows(plan, data, chosen, plan.size, config.seed).tolist())
+    ratio = {True: chosen / own if own else 0.0, False: (1 - chosen) / (1 - own) if own < 1 else 0.0}
+    columns = ("path", "subject", "label", "quality", "chosen", "weight")
+    cohort, labels = data.sets.cohort, balance_labels(data)
+    table = [
+        (
+            str(cohort.paths[row]),
+            str(cohort.subjects[row]),
+            str(labels[row]),
+            "high" if data.is_high[row] else "low",
+            int(row in rows),
+            round(ratio[bool(data.is_high[row])], 6),
+        )
+        for row in plan.pool.tolist()
+    ]
+    write_table(outputs / "proposal.csv", columns, [dict(zip(columns, row, strict=True)) for row in table])
+    return Choice(deployed, own, chosen, gain.mean, gain.low, gain.high)
+
+
+def _say_choice(choice: Choice, name: str) -> str:
+    interval = "" if choice.low is None else f" [{choice.low:+.3f}, {choice.high:+.3f}]"
+    gain = "" if choice.gain is None else f": {choice.gain:+.3f}{interval} in {name} over the records' own share"
+    return (
+        f"Where {choice.deployed:.0%} of the images are of high quality, fine-tune with {choice.chosen:.0%} (the "
+        f"records at hand have {choice.own:.0%}){gain}."
+    )
