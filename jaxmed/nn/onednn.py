@@ -164,5 +164,6 @@ def convolve(
         "__onednn$convolution",
         jax.ShapeDtypeStruct((x.shape[0], *lengths, kernel.shape[-1]), x.dtype),
         custom_call_api_version=2,
+        vmap_method="sequential",
         legacy_backend_config=json.dumps({"onednn_conv_config": config}),
     )(x, kernel)

@@ -166,6 +166,18 @@ def test_the_decision_may_fall_while_a_program_is_traced():
     assert roads == [onednn.find_road()]
 
 
+def test_several_calls_may_be_mapped_over():
+    needs_onednn()
+    rng = np.random.default_rng(2)
+    x, kernel = rng.random((3, 2, 5, 6, 4), np.float32), rng.random((3, 3, 3, 4, 8), np.float32)
+
+    def one(x, kernel):
+        return onednn.convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
+    found = jax.jit(jax.vmap(one))(x, kernel)
+    np.testing.assert_array_equal(found, [jax.jit(one)(*pair) for pair in zip(x, kernel, strict=True)])
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel", "strides", "edges", "groups"),
     [
