@@ -15,7 +15,7 @@ import scipy.stats
 
 from jaxmed.errors import InputError, Interrupted
 from jaxmed.metrics.statistics import bootstrap, weighted_mean
-from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_results, read_study, run_study
+from jaxmed.recipes.study import Cell, Outcome, Result, make_cells, read_results, read_study, run_groups, run_study
 from jaxmed.recipes.study_sections import (
     difference_table,
     keep_examples,
@@ -82,6 +82,38 @@ def test_a_second_start_runs_nothing_and_gives_the_same(tmp_path):
     assert first.results[3].metrics == auroc(cells[3])
     assert first.results[3].subjects == [{"subject": "s1", "score": 0.5}]
     assert first.exit_code == 0 and not (tmp_path / "outputs" / "failed.csv").exists()
+
+
+@pytest.mark.core
+def test_neighbours_run_together_and_fail_together(tmp_path):
+    cells, calls = make_cells(AXES), []
+
+    def run_group(group):
+        calls.append(list(group))
+        if any(cell["arm"] == "dino" and cell["fraction"] == 1.0 for cell in group):
+            raise ValueError("no memory")
+        return [auroc(cell) for cell in group]
+
+    first = run_groups(cells, run_group, tmp_path, {"a": 1}, size=4)
+    assert calls == [list(cells[start : start + 4]) for start in range(0, 24, 4)]
+    assert (first.num_run, len(first.failures)) == (20, 4) and {f.cell["arm"] for f in first.failures} == {"dino"}
+    # What is left is asked for again, and nothing else; the results are those of cells alone.
+    second = run_groups(cells, lambda group: [auroc(cell) for cell in group], tmp_path, {"a": 1}, size=4)
+    assert (second.num_run, second.num_skipped) == (4, 20)
+    alone = run_study(cells, auroc, tmp_path / "alone", {"a": 1})
+    assert [r.metrics for r in second.results] == [r.metrics for r in alone.results]
+
+
+@pytest.mark.core
+def test_groups_are_dealt_whole(tmp_path):
+    cells, parts = make_cells(AXES), []
+    for index in range(2):
+        run_groups(
+            cells, lambda group: parts.append((index, list(group))) or [auroc(cell) for cell in group],  # noqa: B023
+            tmp_path, {"a": 1}, size=4, process_index=index, process_count=2,
+        )  # fmt: skip
+    assert [index for index, _ in parts] == [0, 0, 0, 1, 1, 1] and all(len(group) == 4 for _, group in parts)
+    assert {cell for _, group in parts for cell in group} == set(cells)
 
 
 @pytest.mark.core

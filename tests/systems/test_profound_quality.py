@@ -3,18 +3,35 @@
 import csv
 import json
 
+import jax
 import numpy as np
 import pytest
 from scan_files import only_line
 
 from jaxmed.cli import main
+from jaxmed.config import to_record
 from jaxmed.io import nifti
 from jaxmed.io.images import write_png
+from jaxmed.models.convnext import ConvNextConfig
+from jaxmed.models.fcmae import FcmaeConfig, fcmae_model
+from jaxmed.models.mae import MaeConfig
+from jaxmed.models.vit import VitConfig
 from jaxmed.recipes import study as recipe
+from jaxmed.recipes.quality_grid import GridConfig
+from jaxmed.recipes.quality_records import QualityConfig
+from jaxmed.recipes.vmapped_fits import FitConfig
 from jaxmed.synthesis.phantoms.write_retina import write_retina_cohort
 from jaxmed.systems import profound
+from jaxmed.systems.profound.cases import SMALL_INPUT, SMALL_SIZE
 from jaxmed.systems.profound.scoring import agree, cut_like, find_reference
+from jaxmed.systems.profound.stages import quality_study
+from jaxmed.systems.profound.stages.quality_study import StudyData
+from jaxmed.train.checkpoint import export_parameters
+from jaxmed.train.optimizer import OptimizerConfig
+from jaxmed.train.run_folder import RunOptions, open_run
 from jaxmed.volume import Volume
+
+MODEL_3D = MaeConfig(VitConfig(SMALL_SIZE, (8, 16, 16), 3, width=16, depth=1, heads=1, hidden=16), 8, 1, 1, 8)
 
 
 def rows_of(path):
@@ -163,6 +180,25 @@ def test_given_quality_given_weights_and_a_deployment(study, graded, tmp_path):
         "high" if summary["choice"]["chosen"] else "low"
     }
     assert not (outputs / "pretrained").exists() and "fine-tune with" in summary["conclusion"][-1]
+
+
+def test_phantom_prostates_take_the_same_road_in_three_dimensions(tmp_path):
+    """Three sequences as channels, scans made worse, and the encoder of a masked autoencoder of convolutions."""
+    tiny = FcmaeConfig(ConvNextConfig(SMALL_SIZE, 3, (1, 1, 1, 1), (8, 8, 12, 12), stem=4, kernel_size=3), 8)
+    export_parameters(tmp_path / "weights", fcmae_model(tiny).network.init(jax.random.key(0)), {
+        "family": "profound", "kind": "fcmae", "config": to_record(tiny), "preprocess": to_record(SMALL_INPUT),
+    })  # fmt: skip
+    short = FitConfig(3, 4, OptimizerConfig(peak_lr=1e-3), 1)
+    config = quality_study.Config(
+        StudyData(fractions=(0.4, 0.1, 0.5), synthetic=40), quality=QualityConfig(simulate=0.5),
+        weights=tmp_path / "weights", preprocess=SMALL_INPUT, model=MODEL_3D, fit=short,
+        study=GridConfig((0.0, 1.0), (0.0, 1.0), (1.0,), 2, together=4),
+    )  # fmt: skip
+    folder = open_run("profound", "quality-study", config, RunOptions(tmp_path / "run", quiet=True))
+    assert quality_study.run(config, folder) == 0
+    cells = rows_of(tmp_path / "run" / "outputs" / "cells.csv")
+    assert len(cells) == 2 * 2 * 2 * 2 and all(0 <= float(row["auroc"]) <= 1 for row in cells)
+    assert "20 of 40 records were made worse on purpose" in (tmp_path / "run" / "report.html").read_text()
 
 
 def torn(folder):

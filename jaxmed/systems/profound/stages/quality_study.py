@@ -19,7 +19,9 @@ from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.cohort import spell
+from jaxmed.models.convnext import convnext_encoder
 from jaxmed.models.encoder import Encoder
+from jaxmed.models.fcmae import FcmaeConfig
 from jaxmed.models.heads import HeadConfig
 from jaxmed.models.mae import MaeConfig, masked_model
 from jaxmed.models.published.load import load_published
@@ -56,6 +58,7 @@ from jaxmed.recipes.study_tables import summarise, write_tables
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.recipes.vmapped_fits import FitConfig, pretrain_masked
 from jaxmed.synthesis.phantoms.write_retina import write_retina_cohort
+from jaxmed.systems.profound.cases import write_cases
 from jaxmed.systems.profound.study_report import Choice, Summary, compare_arms, page
 from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import export_parameters
@@ -212,9 +215,10 @@ def run(config: Config, folder: RunFolder) -> int:
     if published is None:
         encoder, given = _pretrained(config, folder, data, plan)
     else:
-        model = view(published)
-        encoder = model.encoder
-        given = take_encoder(model.params, encoder, str(config.weights))["encoder"]
+        # A masked autoencoder of convolutions has no head that it could be looked at with.
+        is_fcmae = isinstance(published.config, FcmaeConfig)
+        encoder = convnext_encoder(published.config.encoder) if is_fcmae else view(published).encoder
+        given = take_encoder(dict(published.params), encoder, str(config.weights))["encoder"]
         notes += published.report.lines
     clock.lap("pre-train")
     head = HeadConfig(len(sets.meaning.task.names), "mean")
@@ -259,10 +263,12 @@ def run(config: Config, folder: RunFolder) -> int:
 
 
 def _with_synthetic(config: Config, folder: RunFolder) -> Path | None:
-    """Write phantom eyes where no manifest is given and some are asked for."""
+    """Write phantom eyes, or prostates for a network of volumes, where no manifest is given and some are asked for."""
     if config.data.manifest is not None or not config.data.synthetic:
         return config.data.manifest
     start(folder, is_shared=config.study.processes > 1)
+    if len(config.preprocess.size) == 3:
+        return write_cases(folder, config.seed, config.data.synthetic, fractions=config.data.fractions)
     edge = config.preprocess.size[0]
     return write_retina_cohort(folder.path / "inputs", config.seed, config.data.synthetic, max(edge, 32))
 
@@ -291,7 +297,7 @@ def _pretrained(config: Config, folder: RunFolder, data: GradedImages, plan: Pla
             place,
             params,
             {
-                "family": "retfound" if len(config.preprocess.size) == 2 else "tangerine",
+                "family": "retfound" if len(config.preprocess.size) == 2 else "profound",
                 "kind": "mae",
                 "config": to_record(config.model),
                 "preprocess": to_record(config.preprocess),
