@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmed.arrays.foreground import find_foreground
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.numpy_files import restore_npz
@@ -12,8 +13,7 @@ from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Block, Figure, Note, Section, Table
 
 STYLES = {
-    "input": MapStyle(limits=(0.0, 1.0), colormap="gray"),
-    **{name: MapStyle(limits=(0.0, 1.0), colormap="gray") for name in ("T1", "T2", "FLAIR")},
+    **{name: MapStyle(colormap="gray") for name in ("input", "T1", "T2", "FLAIR", "atlas", "reference")},
     "CT": MapStyle("HU", (0.0, 80.0), "gray"),
     "distance": MapStyle("mm", (-3.0, 3.0), "RdBu_r"),
     "bias_field": MapStyle(limits=(0.5, 1.5)),
@@ -39,10 +39,11 @@ def scan_section(outputs: Path, name: str, maps: Sequence[str]) -> Section:
         # Numbers of labels lie far apart: colours go by their order.
         known = np.unique(arrays["segmentation"])
         arrays["segmentation"] = np.searchsorted(known, arrays["segmentation"])
-        styles["segmentation"] = MapStyle("label, in order", (0.0, max(len(known) - 1.0, 1.0)))
-    caption = f"{name}: the scan as the network saw it, and its maps."
+        styles["segmentation"] = MapStyle("label, in order", (0.0, max(len(known) - 1.0, 1.0)), "turbo")
+    caption = f"{name}: the scan as the network saw it, and its maps, within the head."
+    head = find_foreground(arrays["input"])
     figure = slice_maps(
-        arrays, read["input"].spacing, caption=caption, styles=styles, mask=arrays["input"] != 0, num_slices=4
+        arrays, read["input"].spacing, caption=caption, styles=styles, mask=head if head.any() else None, num_slices=4
     )
     return Section(name, [figure])
 
@@ -95,7 +96,8 @@ def robustness_sections(by_scan: Mapping[str, Mapping[str, Mapping[str, float]]]
     if not by_scan:
         return []
     found = [*by_scan.values()]
-    names = [name for name in found[0]["as it is"] if not name.endswith(DETAILS)]
+    order, present = [*SCORES], [name for name in found[0]["as it is"] if not name.endswith(DETAILS)]
+    names = sorted(present, key=lambda name: order.index(name) if name in order else len(order))
     rows = [
         (condition, *(_mean_of([one[condition].get(name) for one in found]) for name in names))
         for condition in found[0]

@@ -268,10 +268,12 @@ def _finished(
         named = {"registration": "coordinates", "bias_field_log": "bias_field"}.get(task, task)
         scale = {"registration": MM, "CT": HU}.get(task, 1.0) * value
         maps[f"{named}_scale"] = scale[..., 0] if scale.shape[-1] == 1 else scale
-    for name, value in maps.items():
+    ordered: dict[str, np.ndarray] = {}
+    for name in sorted(maps, key=[*MAPS].index):
+        value = maps[name]
         mask = inside if value.ndim == 3 else inside[..., None]
-        maps[name] = np.where(mask, value, 0).astype(value.dtype)
-    return Prediction(scan, maps, voxels, feature, None if age is None else float(age))
+        ordered[name] = np.where(mask, value, 0).astype(value.dtype)
+    return Prediction(scan, ordered, voxels, feature, None if age is None else float(age))
 
 
 def cortex_image(distance: Float[np.ndarray, "x y z surface"]) -> Float32[np.ndarray, "x y z"]:
