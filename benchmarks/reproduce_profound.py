@@ -272,7 +272,7 @@ def render(rows: Sequence[tuple[str, str, str]], tasks: dict[str, Task], size: s
         f"`python benchmarks/reproduce_profound.py --size {size}`, {seconds / 60:.0f} minutes on CPU cores that others "
         f"used too (load {load:.1f} at the start). Photographs of eyes of 28 x 28 pixels instead of prostate MRI, "
         f"half of them made worse on purpose; fine-tuning sets of {sizes}. Comparable with the study in direction "
-        "alone. Figures are AUROC; intervals are Student's 95 % over seeds. The study's own are not public. Test sets of "
+        "alone. Figures are AUROC; intervals are Student's 95 % over seeds. The study's are not public. Test sets of "
         "different shares hold different photographs, which counts in what their share does.", "",
         "| finding | verdict | our figure | published |", "|---|---|---|---|",
         *(f"| {finding} | {verdict} | {figure} | no figure |" for finding, verdict, figure in rows), "",
