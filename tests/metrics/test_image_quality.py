@@ -155,10 +155,13 @@ def worsened(key, image, kind, strength, spacing, is_magnitude):
     return measure_quality(degrade(key, image, kind, strength, spacing, is_magnitude=is_magnitude), spacing).score
 
 
+CASES = [(name, kind) for name in ("T2w", "ADC", "brain") for kind in SCAN if (name, kind) != ("ADC", "blur")]
+CASES += [(name, kind) for name in ("fundus", "eye 0", "eye 1", "eye 2") for kind in ("noise", "blur")]
+QUICK = ("T2w", "eye 0")
+
+
 @pytest.mark.parametrize(
-    "name,kind",
-    [(name, kind) for name in ("T2w", "ADC", "brain") for kind in SCAN if (name, kind) != ("ADC", "blur")]
-    + [(name, kind) for name in ("fundus", "eye 0", "eye 1", "eye 2") for kind in ("noise", "blur")],
+    "name,kind", [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow) for case in CASES]
 )
 def test_the_score_falls_with_every_fault(images, name, kind):
     image, spacing, is_magnitude = images[name]
@@ -170,7 +173,7 @@ def test_the_score_falls_with_every_fault(images, name, kind):
     assert rank is not None and rank < -0.9
 
 
-@pytest.mark.parametrize("patient", ["ProstateX-0000", "ProstateX-0001"])
+@pytest.mark.parametrize("patient", ["ProstateX-0000", pytest.param("ProstateX-0001", marks=pytest.mark.slow)])
 def test_the_score_of_a_diffusion_scan_falls_with_its_distortion(shared_data, patient):
     folder = shared_data / "prostate_mri" / patient
     adc, t2w = (nifti.read(folder / f"{name}.nii.gz") for name in ("adc", "t2w"))
