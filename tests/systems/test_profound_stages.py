@@ -14,6 +14,7 @@ from jaxmed.cli import main
 from jaxmed.io import nifti
 from jaxmed.io.tables import read_table
 from jaxmed.models.convnext import ConvNextClassifierConfig
+from jaxmed.models.heads import ClassifierConfig
 from jaxmed.models.published.load import load_published
 from jaxmed.synthesis.phantoms.write_prostate import write_prostate_cohort
 from jaxmed.systems.profound.adaptation import AdaptationConfig, find_start, with_probe
@@ -91,6 +92,21 @@ def test_real_cases_are_predicted_on_their_own_grid(adapted, tmp_path):
     assert all("interpolated to" in row["warnings"] for row in rows)
     found = nifti.read(outputs / "maps" / "ProstateX-0001_t2w__label.nii.gz")
     assert found.grid.shape == (288, 288, 19) and np.isfinite(found.array).all()
+
+
+def test_a_transformer_is_pretrained_and_a_probe_on_it_learns_ordered_grades(cohort, tmp_path):
+    words = ("--preset", "smoke", "--quiet", "--data.manifest", str(cohort), "--data.check", "1")
+    mae, probe = tmp_path / "mae", tmp_path / "probe"
+    further = ("--encoder", "transformer", "--match-release", "--epochs", "1", "--loader.batch-size", "2")
+    assert main(["profound", "pretrain", *words, *further, "--out", str(mae)]) == 0
+    start = load_published(mae)
+    assert start.report.kind == "mae"
+    np.testing.assert_array_equal(start.params["encoder"]["position"], sincos_3d_oblong(48, (4, 4, 4), "upstream"))
+    label = ("--label.columns", "grade", "--label.kind", "ordinal", "--mode", "logistic", "--hidden", "0")
+    assert main(["profound", "adapt", *words, *label, "--weights", str(mae), "--out", str(probe)]) == 0
+    published = load_published(probe)
+    assert published.report.kind == "transformer-classifier" and isinstance(published.config, ClassifierConfig)
+    assert published.task is not None and published.task.names == ("grade >= 1", "grade >= 2")
 
 
 def test_positions_are_laid_out_as_asked():
