@@ -7,7 +7,8 @@ Source: DINOv2, arXiv:2304.07193, and its official code.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -34,7 +35,7 @@ from jaxmed.recipes.training import (
     run_steps,
 )
 from jaxmed.train.announce import announce
-from jaxmed.train.log import Log, at_work
+from jaxmed.train.log import Log, at_work, series
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import make_mesh, param_shardings, process_slice, shard_batch
 from jaxmed.train.optimizer import OptimizerConfig
@@ -183,6 +184,29 @@ def spread_of_views(tokens: Float[np.ndarray, "image 2 width"]) -> dict[str, flo
         "effective_rank": effective_rank(views),
         "matched": float(np.mean(find_neighbours(views).index == partner)),
     }
+
+
+def collapse_notes(lines: Sequence[Mapping[str, float]], prototypes: int) -> tuple[str, ...]:
+    """Tell whether a run ended with a teacher that says the same of everything.
+
+    Args:
+        lines: Metrics of the run, with "teacher_entropy" in nats.
+        prototypes: Of the head of class tokens; the entropy is at most the logarithm of their number.
+
+    Returns:
+        A warning where the entropy of the last tenth of the lines is within 3 % of that, else nothing.
+    """
+    _, entropy = series(lines, "teacher_entropy")
+    if not len(entropy):
+        return ()
+    last, most = float(entropy[-max(len(entropy) // 10, 1) :].mean()), math.log(prototypes)
+    if last < 0.97 * most:
+        return ()
+    return (
+        f"The teacher's entropy ended at {last:.2f} of at most {most:.2f}: it says nearly the same of every picture, "
+        "so the encoder has learned little. Train longer, keep --dino.teacher-temperature low, let the teacher follow "
+        "more slowly (--dino.teacher-momentum), or change colours less (--dino-crops).",
+    )
 
 
 def _check(config: TrainConfig, dino: DinoConfig) -> None:

@@ -22,6 +22,7 @@ from jaxmed.objectives.block_masks import BlockMaskConfig
 from jaxmed.recipes.dino_loss import DinoConfig, dino_loss, dino_network, encode
 from jaxmed.recipes.dino_step import Settings, adam, make_dino_step, move, settings_at
 from jaxmed.recipes.pretrain_dino import (
+    collapse_notes,
     create_dino_state,
     pretrain_dino,
     released,
@@ -121,6 +122,15 @@ def short(tmp_path_factory):
 def first():
     """The state that every run here begins with."""
     return create_dino_state(CONFIG, DINO, make_mesh(CONFIG.mesh), START)
+
+
+def test_a_teacher_that_says_the_same_of_everything_is_told():
+    steps = range(1, 41)
+    collapsed = [{"step": step, "teacher_entropy": 4.1 + 0.05 * min(step, 36) / 36} for step in steps]
+    (note,) = collapse_notes(collapsed, 64)
+    assert "ended at 4.15 of at most 4.16" in note and "--dino.teacher-temperature" in note
+    recovers = [{"step": step, "teacher_entropy": 4.15 - 0.02 * step} for step in steps]
+    assert collapse_notes(recovers, 64) == () and collapse_notes([{"step": 1, "loss": 1.0}], 64) == ()
 
 
 # Runs --------------------------------------------------------------------------------------------------------------

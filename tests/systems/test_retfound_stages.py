@@ -98,6 +98,18 @@ def test_a_student_of_dinov2_hands_on_its_teacher(student, tmp_path):
     assert "Self-distillation" in (student / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_a_short_run_of_dinov2_does_not_collapse(tmp_path):
+    words = ["--method", "dinov2", "--data.synthetic", "300", "--epochs", "40", "--warmup-epochs", "4"]
+    assert main(["retfound", "pretrain", "--preset", "laptop", "--out", str(tmp_path / "run"), "--quiet", *words]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    entropy = [line["teacher_entropy"] for line in lines if "teacher_entropy" in line]
+    told = [line["ibot"] for line in lines if "ibot" in line]
+    assert np.mean(entropy[-5:]) < 0.9 * np.log(512)
+    assert np.mean(told[-5:]) < max(told)
+    assert "The teacher's entropy ended at" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_an_adapted_model_is_scored_here_and_elsewhere(grader):
     scores = rows_of(grader / "outputs" / "metrics.csv")
     areas = {row["set"]: float(row["estimate"]) for row in scores if row["measure"] == "auroc_macro"}
