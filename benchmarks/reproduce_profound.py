@@ -179,8 +179,8 @@ def study(size: Size, manifest: Path, name: str, out: Path) -> Task:
     words += ["--shares", *size.shares, "--test-shares", *size.shares, "--labels", *size.labels, "--seeds", size.seeds]
     words += ["--together", size.seeds, "--fit.steps", size.steps, "--fit.optimizer.warmup-steps", size.steps // 10]
     words += ["--pretraining.steps", size.pretraining, "--pretraining.optimizer.warmup-steps", size.pretraining // 15]
-    words += ["--model.encoder.patch-size", size.patch, size.patch, "--model.encoder.width", size.width]
-    words += ["--model.encoder.depth", size.depth, "--model.encoder.hidden", 4 * size.width]
+    words += ["--transformer.encoder.patch-size", size.patch, size.patch, "--transformer.encoder.width", size.width]
+    words += ["--transformer.encoder.depth", size.depth, "--transformer.encoder.hidden", 4 * size.width]
     arguments = ["profound", "quality-study", "--preset", "laptop", "--quiet", "--out", str(out), *map(str, words)]
     print(f"jaxmed {' '.join(arguments)}", flush=True)
     if code := jaxmed(arguments):

@@ -66,11 +66,14 @@ def numbers():
                 yield pytest.param(kind, record, name, number, id=f"{stage} {kind.__name__}.{name} {number.__name__}")
 
 
-def put(record, name, value):
-    """Build a record anew with one number changed; the first of several."""
-    old = getattr(record, name)
-    if old is None and (pair := _pair_of(typing.get_type_hints(type(record))[name])):
+def put(record, name, value, number):
+    """Build a record anew with one number changed; the first of several, or of the kind in the first group of some."""
+    old, hint = getattr(record, name), typing.get_type_hints(type(record), include_extras=True)[name]
+    if old is None and (pair := _pair_of(hint)):
         old = (0.0,) * pair
+    group = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    if typing.get_origin(group) is tuple:
+        value = tuple(value if number in kinds_of(part) else 1 for part in typing.get_args(group))
     return dataclasses.replace(record, **{name: (value, *old[1:]) if isinstance(old, tuple) else value})
 
 
@@ -86,7 +89,7 @@ def test_every_number_of_every_stage_is_within_bounds_or_refused_by_name(kind, r
     values += [math.nan, math.inf, -math.inf] if number is float else []
     for value in values:
         try:
-            put(record, name, value)
+            put(record, name, value, number)
         except ValueError as error:
             said = str(error)
             assert name in said and "expected" in said and "found" in said and "\n" not in said and len(said) < 400
@@ -181,6 +184,7 @@ TWO_NAMES = {
     ("retfound", "VitConfig"): "either method of pre-training has its encoder, and adaptation from scratch has one",
     ("retfound", "DinoHeadConfig"): "class tokens and hidden patches may have heads of their own",
     ("retfound", "OptimizerConfig"): "either method of pre-training has its own",
+    ("profound", "ConvNextConfig"): "pretrain trains an autoencoder, of which the encoder is a part",
     ("profound", "FitConfig"): "the study pre-trains and fine-tunes",
     ("profound", "OptimizerConfig"): "as above",
     ("noddi", "ForwardConfig"): "evaluate has no training settings to hold it",

@@ -114,7 +114,7 @@ class Config:
         weights: Weights of the arm "pretrained", with their sizes and preprocessing; without any the model below is
             pre-trained on the images of the fine-tuning pool, of both qualities, without labels.
         preprocess: A file to the network's input, where there are no weights.
-        model: Masked autoencoder that is pre-trained, and whose encoder is fine-tuned, where there are no weights.
+        transformer: Masked autoencoder that is pre-trained, its encoder fine-tuned, where there are no weights.
         pretraining: How that goes.
         fit: How every cell is fine-tuned.
         study: What is varied.
@@ -126,20 +126,20 @@ class Config:
     quality: QualityConfig = QualityConfig()
     weights: Path | None = None
     preprocess: Preprocess = PICTURES
-    model: MaeConfig = SMALL
+    transformer: MaeConfig = SMALL
     pretraining: FitConfig = FitConfig(1500, 64, OptimizerConfig(peak_lr=1e-3, warmup_steps=100, weight_decay=0.05))
     fit: FitConfig = FitConfig()
     study: Annotated[GridConfig, NO_PREFIX] = GridConfig()
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        encoder = self.model.encoder
+        encoder = self.transformer.encoder
         if self.weights is None and (encoder.image_size, encoder.channels) != (
             self.preprocess.size,
             self.preprocess.channels,
         ):
             found = f"{self.preprocess.size} of {self.preprocess.channels}"
-            wanted = f"{encoder.image_size} of {encoder.channels} channels, as model.encoder has"
+            wanted = f"{encoder.image_size} of {encoder.channels} channels, as transformer.encoder has"
             raise ValueError(f"preprocess.size: expected {wanted}, found {found}")
 
 
@@ -162,7 +162,7 @@ def smoke() -> Config:
     return Config(
         StudyData(synthetic=100),
         quality=QualityConfig(simulate=0.5),
-        model=dataclasses.replace(SMALL, encoder=encoder),
+        transformer=dataclasses.replace(SMALL, encoder=encoder),
         pretraining=FitConfig(60, 32, short, 1),
         fit=FitConfig(40, 16, short, 1),
         study=GridConfig((0.0, 0.5, 1.0), (0.0, 0.5, 1.0), (0.5, 1.0), 2, together=2),
@@ -285,13 +285,13 @@ def _deployed_share(config: Config) -> float | None:
 def _pretrained(config: Config, folder: RunFolder, data: GradedImages, plan: Plan) -> tuple[Encoder, Params]:
     """Pre-train on the pool without labels, or read what an earlier start has made."""
     place = folder.outputs / "pretrained"
-    encoder = vit_encoder(dataclasses.replace(config.model.encoder, final_norm=False))
+    encoder = vit_encoder(dataclasses.replace(config.transformer.encoder, final_norm=False))
     if (place / "parameters.safetensors").exists():
         params: Any = load_published(place).params
     else:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         params, losses = pretrain_masked(
-            config.pretraining, masked_model(config.model), jnp.asarray(data.images[plan.pool]), key
+            config.pretraining, masked_model(config.transformer), jnp.asarray(data.images[plan.pool]), key
         )
         export_parameters(
             place,
@@ -299,7 +299,7 @@ def _pretrained(config: Config, folder: RunFolder, data: GradedImages, plan: Pla
             {
                 "family": "retfound" if len(config.preprocess.size) == 2 else "profound",
                 "kind": "mae",
-                "config": to_record(config.model),
+                "config": to_record(config.transformer),
                 "preprocess": to_record(config.preprocess),
             },
         )
