@@ -1,7 +1,7 @@
 """What a quality study found: mismatch penalty, need for good images, labels saved, break-even, and all of it in words.
 
 Results are those of `recipes.quality_grid.by_test_set`: every cell of arm, share of labels, share of high quality in
-fine-tuning ("high") and in the test set ("test"), and seed. Intervals are Student's over seeds.
+fine-tuning ("tuned_high") and in the test set ("tested_high"), and seed. Intervals are Student's over seeds.
 
 Source: section "Quality study" of arXiv:2508.11864's public summary; the measures are our own reading of it.
 """
@@ -123,14 +123,14 @@ def grid_of(results: Sequence[Result], metric: str, arm: str, labels: float) -> 
     if not own:
         raise InputError("measure", f"'{metric}' in the cells of {arm}", "none")
     seeds = sorted({int(r.cell["seed"]) for r in own})
-    shares = tuple(sorted({float(r.cell["high"]) for r in own}))
-    tests = tuple(sorted({float(r.cell["test"]) for r in own}))
+    shares = tuple(sorted({float(r.cell["tuned_high"]) for r in own}))
+    tests = tuple(sorted({float(r.cell["tested_high"]) for r in own}))
     values = np.full((len(seeds), len(shares), len(tests)), np.nan)
     for r in own:
         place = (
             seeds.index(int(r.cell["seed"])),
-            shares.index(float(r.cell["high"])),
-            tests.index(float(r.cell["test"])),
+            shares.index(float(r.cell["tuned_high"])),
+            tests.index(float(r.cell["tested_high"])),
         )
         values[place] = r.metrics[metric]
     return Grid(values, shares, tests)
@@ -207,7 +207,8 @@ def mixed_model(results: Sequence[Result], metric: str) -> MixedModel | None:
     Columns that do not vary are left out; None where there are too few cells, or one seed.
     """
     rows = [result for result in results if metric in result.metrics]
-    high, test, labels = (np.array([float(r.cell[axis]) for r in rows]) for axis in ("high", "test", "labels"))
+    axes = ("tuned_high", "tested_high", "labels")
+    high, test, labels = (np.array([float(r.cell[axis]) for r in rows]) for axis in axes)
     columns = {
         "high quality in fine-tuning": high,
         "high quality in testing": test,

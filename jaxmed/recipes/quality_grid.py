@@ -248,7 +248,7 @@ def run_grid(
     """
     arms = ARMS if given is not None else ARMS[1:]
     cells = make_cells(
-        {"arm": arms, "labels": config.labels, "high": config.shares, "seed": range(seed, seed + config.seeds)}
+        {"arm": arms, "labels": config.labels, "tuned_high": config.shares, "seed": range(seed, seed + config.seeds)}
     )
     task, cohort = data.sets.meaning.task, data.sets.cohort
     test = cohort.rows("test")
@@ -262,7 +262,8 @@ def run_grid(
         padded = [*group, *[group[-1]] * (config.together - len(group))]
         chances = np.zeros((len(padded), len(plan.pool)), np.float32)
         for number, cell in enumerate(padded):
-            rows = draw_rows(plan, data, float(cell["high"]), plan.counts[float(cell["labels"])], int(cell["seed"]))
+            share, size = float(cell["tuned_high"]), plan.counts[float(cell["labels"])]
+            rows = draw_rows(plan, data, share, size, int(cell["seed"]))
             own = [place_in_pool[int(row)] for row in rows]
             chances[number, own] = even_chances(targets[own], task.kind)
         keys = jax.vmap(jax.random.key)(jnp.array([int(cell["seed"]) for cell in padded]))
@@ -297,7 +298,7 @@ def even_chances(targets: Float[np.ndarray, "record column"], kind: str) -> Floa
 
 
 def by_test_set(results: Sequence[Result]) -> tuple[Result, ...]:
-    """Return one result per test set of every cell: its share of high quality is an axis, "test"."""
+    """Return one result per test set of every cell: its share of high quality is an axis, "tested_high"."""
     found = []
     for result in results:
         measures: dict[str, dict[str, float]] = {}
@@ -306,7 +307,7 @@ def by_test_set(results: Sequence[Result]) -> tuple[Result, ...]:
             if mark:
                 measures.setdefault(share, {})[measure] = value
         for share, metrics in measures.items():
-            key = (*result.cell.key, ("test", float(share)))
+            key = (*result.cell.key, ("tested_high", float(share)))
             found.append(Result(Cell(key), {**metrics, "records": result.metrics["records"]}, []))
     return tuple(found)
 

@@ -212,8 +212,14 @@ def write_tables(
 
 
 def as_record(row: Mean | Difference) -> dict[str, object]:
-    """Return a row of a table, its group spread over columns."""
+    """Return a row of a table, its group spread over columns.
+
+    Raises:
+        ValueError: An axis has the name of a column, which would take its place.
+    """
     fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name != "group"}
+    if taken := [axis for axis, _ in row.group if axis in fields]:
+        raise ValueError(f"group: expected axes of other names than the columns, found {', '.join(taken)}")
     return {**dict(row.group), **fields}
 
 

@@ -42,7 +42,7 @@ def test_photographs_are_split_within_every_grade(reproduce, tmp_path):
 
 
 def task(reproduce, metric):
-    cells = make_cells({"arm": ("pretrained", "scratch"), "labels": LABELS, "high": SHARES, "seed": (0, 1, 2)})
+    cells = make_cells({"arm": ("pretrained", "scratch"), "labels": LABELS, "tuned_high": SHARES, "seed": (0, 1, 2)})
     results = by_test_set([
         Result(cell, {"records": 8.0, **{f"auroc at {t:g}": metric(*(value for _, value in cell.key), t)
                                          for t in SHARES}}, [])

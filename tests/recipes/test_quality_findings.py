@@ -25,10 +25,10 @@ SHARES, LABELS = (0.0, 0.5, 1.0), (0.25, 0.5, 1.0)
 
 def study(metric, arms=("pretrained", "scratch"), seeds=(0, 1, 2)):
     """Cells of a formula of arm, labels, both shares and seed."""
-    cells = make_cells({"arm": arms, "labels": LABELS, "high": SHARES, "seed": seeds})
+    cells = make_cells({"arm": arms, "labels": LABELS, "tuned_high": SHARES, "seed": seeds})
     results = []
     for cell in cells:
-        key = cell["arm"], cell["labels"], cell["high"], cell["seed"]
+        key = cell["arm"], cell["labels"], cell["tuned_high"], cell["seed"]
         metrics = {f"auroc at {test:g}": float(metric(*key, test)) for test in SHARES}
         results.append(Result(cell, {"records": 10.0, **metrics}, []))
     return by_test_set(results)
@@ -45,8 +45,9 @@ def test_a_test_set_is_an_axis_of_its_own():
     results = study(formula)
     assert len(results) == 2 * 3 * 3 * 3 * 3
     cell = results[4].cell
-    assert [axis for axis, _ in cell.key] == ["arm", "labels", "high", "seed", "test"]
-    assert results[4].metrics == {"auroc": formula(*(cell[a] for a in ("arm", "labels", "high", "seed", "test"))),
+    axes = ["arm", "labels", "tuned_high", "seed", "tested_high"]
+    assert [axis for axis, _ in cell.key] == axes
+    assert results[4].metrics == {"auroc": formula(*(cell[axis] for axis in axes)),
                                   "records": 10.0}  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def study(eyes, tmp_path_factory):
 
 def test_every_cell_is_scored_on_every_test_set(study):
     cells = rows_of(study / "outputs" / "cells.csv")
-    assert {(row["arm"], row["labels"], row["high"], row["seed"], row["test"]) for row in cells} == {
+    assert {(row["arm"], row["labels"], row["tuned_high"], row["seed"], row["tested_high"]) for row in cells} == {
         (arm, labels, high, seed, test) for arm in ("pretrained", "scratch") for labels in ("0.5", "1.0")
         for high in ("0.0", "0.5", "1.0") for seed in ("0", "1") for test in ("0.0", "0.5", "1.0")
     }  # fmt: skip
@@ -191,7 +191,7 @@ def test_phantom_prostates_take_the_same_road_in_three_dimensions(tmp_path):
     short = FitConfig(3, 4, OptimizerConfig(peak_lr=1e-3), 1)
     config = quality_study.Config(
         StudyData(fractions=(0.4, 0.1, 0.5), synthetic=40), quality=QualityConfig(simulate=0.5),
-        weights=tmp_path / "weights", preprocess=SMALL_INPUT, model=MODEL_3D, fit=short,
+        weights=tmp_path / "weights", preprocess=SMALL_INPUT, transformer=MODEL_3D, fit=short,
         study=GridConfig((0.0, 1.0), (0.0, 1.0), (1.0,), 2, together=4),
     )  # fmt: skip
     folder = open_run("profound", "quality-study", config, RunOptions(tmp_path / "run", quiet=True))

@@ -79,7 +79,7 @@ def compare_arms(results: Sequence[Result], metric: str) -> tuple[Difference, ..
     """Compare the arms cell by cell, over seeds."""
     if len({str(result.cell["arm"]) for result in results}) < 2:
         return ()
-    return compare(results, ("labels", "high", "test"), "scratch", metric, correction="holm")
+    return compare(results, ("labels", "tuned_high", "tested_high"), "scratch", metric, correction="holm")
 
 
 def page(run: Finished[Any, Summary]) -> Page:
@@ -155,10 +155,10 @@ def _maps_section(results: Sequence[Result], metric: str) -> Section:
 
 
 def _labels_section(results: Sequence[Result], metric: str) -> Section:
-    shared = sorted({float(r.cell["high"]) for r in results} & {float(r.cell["test"]) for r in results})
+    shared = sorted({float(r.cell["tuned_high"]) for r in results} & {float(r.cell["tested_high"]) for r in results})
     blocks: list[Any] = []
     for share in dict.fromkeys(shared[:1] + shared[-1:]):
-        own = [r for r in results if float(r.cell["high"]) == share == float(r.cell["test"])]
+        own = [r for r in results if float(r.cell["tuned_high"]) == share == float(r.cell["tested_high"])]
         means = summarise(own, ("arm", "labels"), metric)
         caption = f"{spell(metric)} by labels where {share:.0%} of fine-tuning and test images are of high quality."
         blocks.append(

@@ -326,7 +326,7 @@ def _grey(images: np.ndarray) -> np.ndarray:
 
 
 def _write_study(outputs: Path, results: Sequence[Result], metric: str, findings: Findings) -> None:
-    by = ("arm", "labels", "high", "test")
+    by = ("arm", "labels", "tuned_high", "tested_high")
     tests = compare_arms(results, metric)
     write_tables(outputs, results, summarise(results, by, metric), tests)
     columns = ("measure", "of", "mean", "low", "high", "p")
