@@ -32,6 +32,7 @@ from jaxmed.models.heads import HeadConfig
 from jaxmed.recipes.encoder_study import score_values
 from jaxmed.recipes.quality_records import QualityConfig, draw_mixture, largest_size
 from jaxmed.recipes.study import Cell, Outcome, Result, StudyRun, make_cells, run_groups
+from jaxmed.recipes.study_sections import MOST_EXAMPLES
 from jaxmed.recipes.vmapped_fits import FitConfig, fit_runs, start_runs
 from jaxmed.synthesis.degradation import PICTURE_KINDS, Kind, degrade
 from jaxmed.train.log import Log
@@ -84,7 +85,7 @@ class GradedImages(NamedTuple):
         sets: The manifest, read and checked.
         is_high: Whether each record is of high quality.
         images: As the network takes them.
-        shown: Some as they were before their intensities were standardised, good and bad in turn.
+        shown: Some as they were before their intensities were standardised, the good ones first.
     """
 
     sets: LabelledSets
@@ -151,7 +152,7 @@ def read_images(
             lambda keys, images: jax.lax.map(lambda pair: worsen(pair[0], pair[1], quality.strength), (keys, images))
         )
         images[low] = np.asarray(worse(keys, jnp.asarray(images[low])))
-    few = [np.flatnonzero(is_high == flag)[:4] for flag in (True, False)]
+    few = [np.flatnonzero(is_high == flag)[:MOST_EXAMPLES] for flag in (True, False)]
     shown = images[np.concatenate(few)]
     if quality is not None:
         images = np.stack([_standardised(image, intensity) for image in images])

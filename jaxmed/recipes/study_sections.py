@@ -14,6 +14,7 @@ from jaxmed.files import atomic_path, make_folder
 from jaxmed.recipes.study import Failure
 from jaxmed.recipes.study_tables import Difference, Mean, as_record
 from jaxmed.report.figures import Band, Bar, MapStyle, bars, curves, slice_maps
+from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.page import Figure, Section, Table
 
 Label: TypeAlias = Callable[[Any], str]
@@ -150,6 +151,23 @@ def show_examples(outputs: Path, names: Mapping[str, str], style: MapStyle, capt
             shown[label] = image[0] if image.ndim == 4 else np.moveaxis(image, 0, -1)
     styles = dict.fromkeys(shown, style)
     return slice_maps(shown, (1.0, 1.0, 1.0), caption=caption, styles=styles, num_slices=MOST_EXAMPLES)
+
+
+def show_pictures(outputs: Path, names: Mapping[str, str], limits: tuple[float, float], caption: str) -> Figure:
+    """Show images that were kept with their first row on top, in the order given, each below its label.
+
+    Args:
+        outputs: As for `keep_examples`.
+        names: Name under which each was kept, by the label to show; those that are not there are left out.
+        limits: Values that are black and white.
+        caption: Text under the figure.
+    """
+    panels = []
+    for label, name in names.items():
+        path = outputs / "examples" / f"{name}.npy"
+        kept = np.load(path, allow_pickle=False) if path.exists() else ()
+        panels += [Panel(image, label) for image in kept]
+    return mask_panels(panels, columns=MOST_EXAMPLES, caption=caption, alt=f"{len(panels)} images.", limits=limits)
 
 
 def _cell(row: Mean | Difference | None) -> object:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure as Canvas
 
 from jaxmed.report.drawing import FULL_WIDTH, both_themes
-from jaxmed.report.page import Figure, format_value
+from jaxmed.report.page import Figure
 from jaxmed.report.themes import Theme
 
 
@@ -38,6 +38,8 @@ def heat_maps(
         high = max(abs(low), abs(high)) or 1.0
         low = -high
     high = high if high > low else low + 1e-6
+    largest = max(abs(low), abs(high))
+    decimals = int(np.clip(2 - np.floor(np.log10(largest)), 0, 6))  # three digits of the largest
 
     def draw(theme: Theme) -> Canvas:
         canvas = Canvas(figsize=(FULL_WIDTH, 0.9 + 0.42 * len(rows)), layout="constrained")
@@ -53,7 +55,7 @@ def heat_maps(
             for (row, column), value in np.ndenumerate(table):
                 red, green, blue, _ = image.cmap(image.norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
                 dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-                text = format_value(float(value), 3) if np.isfinite(value) else ""
+                text = f"{value:.{decimals}f}".replace("-", "\N{MINUS SIGN}") if np.isfinite(value) else ""
                 ax.text(column, row, text, ha="center", va="center", size=8, color="white" if dark else "black")
         return canvas
 

@@ -1,6 +1,7 @@
 """Studies: run once, stored at once, resumed, compared; and killed at random ten times."""
 
 import csv
+import io
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from PIL import Image
 
 from jaxmed.errors import InputError, Interrupted
 from jaxmed.metrics.statistics import bootstrap, weighted_mean
@@ -23,6 +25,7 @@ from jaxmed.recipes.study_sections import (
     mean_curves,
     mean_table,
     show_examples,
+    show_pictures,
     side_by_side,
 )
 from jaxmed.recipes.study_tables import compare, summarise, write_tables
@@ -473,3 +476,15 @@ def test_two_processes_at_once_share_a_study(tmp_path):
     assert len(started_cells(log)) == len(set(started_cells(log))) == 40
     assert len(finished_cells(folder)) == 40
     assert (folder / "outputs" / "differences.csv").exists()
+
+
+def test_pictures_are_shown_with_their_first_row_on_top(tmp_path):
+    kept = np.zeros((1, 4, 6), np.float32)
+    kept[0, 0] = 0.5
+    keep_examples(tmp_path, "kept", kept)
+    figure = show_pictures(tmp_path, {"a grey row": "kept", "not kept": "none"}, (0.0, 1.0), "Pictures.")
+    assert figure.alt == "1 images."
+    drawn = np.asarray(Image.open(io.BytesIO(figure.light)).convert("RGB")).astype(int)
+    is_flat = np.ptp(drawn, axis=-1) <= 2
+    grey, black = (np.argwhere(is_flat & (abs(drawn[..., 0] - level) <= 3)) for level in (128, 0))
+    assert len(grey) > 100 and len(black) > 2 * len(grey) and grey[:, 0].mean() < black[:, 0].mean()

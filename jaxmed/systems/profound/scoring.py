@@ -16,6 +16,7 @@ from jaxmed.io.scans import ScanFiles, kind_of, read_volume
 from jaxmed.metrics import weighted
 from jaxmed.metrics.image_quality import Quality, measure_quality
 from jaxmed.metrics.statistics import Interval, bootstrap, bootstrap_all, spearman
+from jaxmed.report.slices import slice_image
 from jaxmed.volume import Volume
 
 T2W = "t2w"
@@ -31,7 +32,7 @@ class Measured(NamedTuple):
 
     Attributes:
         quality: The measures, as numbers.
-        plane: What lies in the middle of it, to look at.
+        plane: What lies in the middle of it, to look at with the first row on top.
         spacing: Voxel size in mm along each axis; empty for a picture.
         notes: What is unexpected about the file.
     """
@@ -86,7 +87,7 @@ def measure_file(scan: ScanFiles, reference: Path | None = None) -> Measured:
     found = jax.device_get(_measure(jnp.asarray(array), spacing, other))
     numbers = {name: float(value) for name, value in found._asdict().items() if np.isfinite(value)}
     thick = int(np.argmax(spacing)) if spacing else 0
-    plane = array if array.ndim == 2 else np.take(array, array.shape[thick] // 2, axis=thick)
+    plane = array if array.ndim == 2 else slice_image(array, thick, array.shape[thick] // 2)
     return Measured(numbers, plane, spacing, notes)
 
 

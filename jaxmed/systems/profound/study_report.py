@@ -12,9 +12,8 @@ from jaxmed.recipes.quality_findings import Findings, as_rows, grid_of, mixed_mo
 from jaxmed.recipes.quality_grid import ARMS, by_test_set
 from jaxmed.recipes.stage import Finished, Page
 from jaxmed.recipes.study import Result, read_study
-from jaxmed.recipes.study_sections import difference_table, failed_cells, mean_curves, show_examples
+from jaxmed.recipes.study_sections import difference_table, failed_cells, mean_curves, show_pictures
 from jaxmed.recipes.study_tables import Difference, compare, summarise
-from jaxmed.report.figures import MapStyle
 from jaxmed.report.heatmap import heat_maps
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 
@@ -99,11 +98,8 @@ def page(run: Finished[Any, Summary]) -> Page:
         if tests:
             caption = "Pre-trained against from scratch: paired two-sided t-tests over seeds, corrected by Holm."
             sections.append(Section("Cell by cell", [difference_table(tests, caption)]))
-    shown = show_examples(
-        outputs,
-        {"high quality": "high", "low quality": "low"},
-        MapStyle(colormap="gray"),
-        "Images of high and of low quality.",
+    shown = show_pictures(
+        outputs, {"high quality": "high", "low quality": "low"}, (0.0, 1.0), "Images of high and of low quality."
     )
     records = read_table(outputs / "records.csv")
     rows = [list(row.values()) for row in records.rows]

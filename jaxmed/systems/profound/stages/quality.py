@@ -19,8 +19,8 @@ from jaxmed.metrics.image_quality import Quality
 from jaxmed.recipes.map_files import map_files, write_failed
 from jaxmed.recipes.quality_records import read_scores
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.recipes.study_sections import keep_examples, show_examples
-from jaxmed.report.figures import MapStyle, histograms
+from jaxmed.recipes.study_sections import keep_examples, show_pictures
+from jaxmed.report.figures import histograms
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 from jaxmed.report.scatter import scatter
 from jaxmed.synthesis.degradation import degrade
@@ -244,7 +244,6 @@ def page(run: Finished[Config, Summary]) -> Page:
     summary, table = run.summary, read_table(run.outputs / "quality.csv")
     rows = sorted(table.rows, key=lambda row: -float(row["score"]))
     numbers = {row["name"]: row["number"] for row in table.rows}
-    style = MapStyle(colormap="gray", limits=(0.0, 1.2))
     few = rows[:SHOWN] + rows[max(len(rows) - SHOWN, SHOWN) :]
     shown = {f"{row['name'][:24]}: {float(row['score']):.1f}": f"plane_{numbers[row['name']]}" for row in few}
     measured = {
@@ -260,8 +259,8 @@ def page(run: Finished[Config, Summary]) -> Page:
         Section(
             "Best and worst",
             [
-                show_examples(
-                    run.outputs, shown, style, "The plane in the middle of the best files, then of the worst."
+                show_pictures(
+                    run.outputs, shown, (0.0, 1.2), "The plane in the middle of the best files, then of the worst."
                 ),
                 Table(("file", "label", *Quality._fields), listing, "Their measures; all files are in quality.csv."),
             ],

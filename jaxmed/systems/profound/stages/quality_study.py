@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import Number, Seed, Share, checked, to_record
@@ -53,7 +54,7 @@ from jaxmed.recipes.quality_grid import (
 from jaxmed.recipes.quality_records import QualityConfig, read_flags, read_scores
 from jaxmed.recipes.stage import Clock, begin, finish
 from jaxmed.recipes.study import Result
-from jaxmed.recipes.study_sections import keep_examples
+from jaxmed.recipes.study_sections import MOST_EXAMPLES, keep_examples
 from jaxmed.recipes.study_tables import summarise, write_tables
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.recipes.vmapped_fits import FitConfig, pretrain_masked
@@ -209,8 +210,9 @@ def run(config: Config, folder: RunFolder) -> int:
     log = begin(folder, notes)
     data = read_images(sets, flags, preprocess, config.quality if is_to_worsen else None, config.seed)
     _write_records(folder.outputs / "records.csv", data)
-    keep_examples(folder.outputs, "high", _grey(data.shown[: len(data.shown) // 2]))
-    keep_examples(folder.outputs, "low", _grey(data.shown[len(data.shown) // 2 :]))
+    shown, good = _to_look_at(data.shown), min(int(flags.sum()), MOST_EXAMPLES)
+    keep_examples(folder.outputs, "high", shown[:good])
+    keep_examples(folder.outputs, "low", shown[good:])
     clock.lap("read, and make worse")
     if published is None:
         encoder, given = _pretrained(config, folder, data, plan)
@@ -320,9 +322,11 @@ def _write_records(path: Path, data: GradedImages) -> None:
     write_table(path, columns, [dict(zip(columns, (*key, counts[key]), strict=True)) for key in sorted(counts)])
 
 
-def _grey(images: np.ndarray) -> np.ndarray:
-    grey = images[..., 0] if images.ndim == 5 else images.mean(-1)
-    return grey if grey.ndim == 3 else grey[:, grey.shape[1] // 2]
+def _to_look_at(images: Float[np.ndarray, "image *size channel"]) -> Float[np.ndarray, "image row column"]:
+    """Return grey pictures, or the middle slice of the first channel the radiological way (axes z, y, x), in [0, 1]."""
+    planes = images.mean(-1) if images.ndim == 4 else images[:, images.shape[1] // 2, ::-1, ::-1, 0]
+    low, high = np.percentile(planes, (0.5, 99.5))
+    return np.clip((planes - low) / max(float(high - low), 1e-6), 0, 1)
 
 
 def _write_study(outputs: Path, results: Sequence[Result], metric: str, findings: Findings) -> None:
