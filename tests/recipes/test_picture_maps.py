@@ -31,7 +31,8 @@ def written(request, tmp_path):
     patches = np.zeros((1, 3, 3), np.float32)
     patches[(0, 2, 1) if request.param == "xyz" else (0, 1, 0)] = 2.0  # row and column, or x and y from below
     arrays = {"values": np.array([0.8], np.float32), "mapped": np.array([0]), "maps": patches}
-    kept, warnings = write_maps(tmp_path, TASK, preprocess, record, read_input(preprocess, record), arrays)
+    scan = read_input(preprocess, record)
+    kept, warnings = write_maps(tmp_path, TASK, preprocess, "gradient times token", record, scan, arrays)
     assert warnings == ()
     return tmp_path, preprocess, Outcome(record, (), "", kept)
 
@@ -48,6 +49,7 @@ def test_a_map_lies_on_the_pixels_of_its_picture(written):
     volume = nifti.read(f"{stem}.nii.gz")
     assert volume.array.shape == ((90, 120, 1) if preprocess.axes == "xyz" else (120, 90, 1))
     sidecar = json.loads((folder / "maps" / "eye__referable.json").read_text())
+    assert sidecar["definition"] == "gradient times token"
     assert sidecar["frame"] == "the scan's own grid" and sidecar["largest"] == pytest.approx(2.0, abs=0.2)
 
 
