@@ -103,10 +103,11 @@ def test_a_short_run_of_dinov2_does_not_collapse(tmp_path):
     words = ["--method", "dinov2", "--data.synthetic", "300", "--epochs", "40", "--warmup-epochs", "4"]
     assert main(["retfound", "pretrain", "--preset", "laptop", "--out", str(tmp_path / "run"), "--quiet", *words]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    entropy = [line["teacher_entropy"] for line in lines if "teacher_entropy" in line]
-    told = [line["ibot"] for line in lines if "ibot" in line]
-    assert np.mean(entropy[-5:]) < 0.9 * np.log(512)
-    assert np.mean(told[-5:]) < max(told)
+    entropy = np.array([line["teacher_entropy"] for line in lines if "teacher_entropy" in line])
+    means = np.convolve(entropy, np.full(5, 0.2), "valid")
+    assert means[-1] < 0.95 * np.log(512) and means[-1] < means.max() - 0.05  # 0.997 where it collapses, and rising
+    matched = [line["evaluation/matched"] for line in lines if "evaluation/matched" in line]
+    assert matched[-1] > 4 / 119  # four times chance, with two crops each of 60 eyes
     assert "The teacher's entropy ended at" not in (tmp_path / "run" / "report.html").read_text()
 
 
