@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from jaxmed.arrays.types import KeyArray
+
 
 class Masking(NamedTuple):
     """A random split of the tokens of each image.
@@ -46,6 +48,27 @@ def random_masking(noise: Float[Array, "batch token"], mask_ratio: float) -> Mas
     order = jnp.argsort(noise, axis=1)
     keep = num_kept(noise.shape[1], mask_ratio)
     return Masking(order[:, :keep], order[:, keep:])
+
+
+def choose_masking(
+    batch: int,
+    num_tokens: int,
+    mask_ratio: float,
+    noise: Float[Array, "batch token"] | None = None,
+    key: KeyArray | None = None,
+) -> Masking:
+    """Return the masking of a model's call: by the noise where it is given, else drawn from the key, else of nothing.
+
+    Args:
+        batch: Number of images.
+        num_tokens: Tokens of an image.
+        mask_ratio: Fraction hidden, in [0, 1).
+        noise: One uniform number per token, of which the smallest are kept, for a masking of the caller's.
+        key: Each image draws from a key split from it.
+    """
+    if noise is None and key is not None:
+        noise = draw_noise(jax.random.split(key, batch), num_tokens)
+    return all_kept(batch, num_tokens) if noise is None else random_masking(noise, mask_ratio)
 
 
 def all_kept(batch: int, num_tokens: int) -> Masking:

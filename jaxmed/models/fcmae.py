@@ -5,11 +5,10 @@ import functools
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmed.arrays.masking import Masking, all_kept, draw_noise, hidden_mask, random_masking, take_tokens
+from jaxmed.arrays.masking import Masking, choose_masking, hidden_mask, take_tokens
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Share, Size, checked
 from jaxmed.models.convnext import INIT, PROFOUND, ConvNext, ConvNextBlock, ConvNextConfig
@@ -62,10 +61,8 @@ class Fcmae(nn.Module):
         all_patches: bool = False,
     ) -> MaeOutput:
         """Return tokens of kept patches, prediction and masking, as `models.mae.Mae` does."""
-        tokens = self.config.encoder.num_tokens
-        if noise is None and key is not None:
-            noise = draw_noise(jax.random.split(key, len(image)), tokens)
-        masking = all_kept(len(image), tokens) if noise is None else random_masking(noise, self.config.mask_ratio)
+        config = self.config
+        masking = choose_masking(len(image), config.encoder.num_tokens, config.mask_ratio, noise, key)
         seen = self.encoder(image, masking.kept)
         return MaeOutput(seen, self.decoder(seen, masking, all_patches), masking)
 

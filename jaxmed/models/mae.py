@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmed.arrays.masking import Masking, all_kept, draw_noise, random_masking
+from jaxmed.arrays.masking import Masking, choose_masking
 from jaxmed.arrays.position import sincos
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Share, Size, checked
@@ -167,10 +167,8 @@ class Mae(nn.Module):
             key: Switches masking on.
             all_patches: Predict kept patches too, to look at.
         """
-        tokens = self.config.encoder.num_tokens
-        if noise is None and key is not None:
-            noise = draw_noise(jax.random.split(key, image.shape[0]), tokens)
-        masking = all_kept(image.shape[0], tokens) if noise is None else random_masking(noise, self.config.mask_ratio)
+        config = self.config
+        masking = choose_masking(image.shape[0], config.encoder.num_tokens, config.mask_ratio, noise, key)
         tokens = self.encoder(image, masking.kept)
         return MaeOutput(tokens, self.decoder(tokens, masking, all_patches), masking)
 

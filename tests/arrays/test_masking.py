@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.arrays.masking import draw_noise, hidden_mask, num_kept, random_masking, restore_order, take_tokens
+from jaxmed.arrays.masking import (
+    choose_masking,
+    draw_noise,
+    hidden_mask,
+    num_kept,
+    random_masking,
+    restore_order,
+    take_tokens,
+)
 
 pytestmark = pytest.mark.core
 
@@ -56,3 +64,15 @@ def test_restore_order_inverts_the_masking():
     shuffled = take_tokens(jnp.asarray(tokens), masking.order)
     np.testing.assert_array_equal(restore_order(shuffled, masking), tokens)
     np.testing.assert_array_equal(shuffled[1, 2], tokens[1, int(masking.kept[1, 2])])
+
+
+def test_noise_goes_before_a_key_and_without_both_nothing_is_hidden():
+    key, noise = jax.random.key(3), jnp.linspace(1.0, 0.0, 20).reshape(2, 10)
+    by_noise = choose_masking(2, 10, 0.6, noise, key)
+    np.testing.assert_array_equal(by_noise.kept, np.tile([9, 8, 7, 6], (2, 1)))
+    by_key = choose_masking(2, 10, 0.6, key=key)
+    expected = random_masking(draw_noise(jax.random.split(key, 2), 10), 0.6)
+    np.testing.assert_array_equal(by_key.order, expected.order)
+    nothing = choose_masking(2, 10, 0.6)
+    np.testing.assert_array_equal(nothing.kept, np.tile(np.arange(10), (2, 1)))
+    assert nothing.hidden.shape == (2, 0)
