@@ -37,21 +37,13 @@ from timing import (
 from jaxmed.io import onnx
 from jaxmed.io.gradient_match import Table
 from jaxmed.models.mlp import Mlp, MlpConfig, layers
+from jaxmed.models.published.signal_network import Description, Network, export_onnx
 from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.physics.microstructure import simulate
+from jaxmed.physics.microstructure import ForwardConfig, simulate
 from jaxmed.recipes.diffusion_scan import make_maps, read_signals, write_maps
 from jaxmed.synthesis.phantoms.write import DiffusionFiles, write_diffusion_slab
-from jaxmed.systems.noddi.network import (
-    CHUNK,
-    Description,
-    ForwardConfig,
-    Network,
-    export_onnx,
-    outputs_of,
-    predict,
-    ranges,
-)
+from jaxmed.systems.noddi.network import CHUNK, outputs_of, predict, ranges
 
 VOXELS = {"smoke": 5_000, "cpu": 250_000, "gpu": 4_000_000}
 # Of the brain in files; the second has 250,000 voxels inside.

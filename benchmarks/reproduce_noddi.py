@@ -38,18 +38,14 @@ from jaxmed.io.parametric_map import new_stack, on_stack, write_dicom_map, write
 from jaxmed.metrics.recovery import DEFINED, make_grid, score
 from jaxmed.metrics.statistics import Interval, bootstrap, mean_interval, weighted_mean
 from jaxmed.models.mlp import MlpConfig
+from jaxmed.models.published.signal_network import Network, export_onnx
 from jaxmed.physics.acquisition import two_shell_protocol
+from jaxmed.physics.microstructure import ForwardConfig
 from jaxmed.physics.monte_carlo import estimate
 from jaxmed.recipes.diffusion_scan import make_maps, read_signals
 from jaxmed.synthesis.phantoms.write import WHITE_MATTER, DiffusionFiles, write_diffusion_slab
 from jaxmed.systems import noddi
-from jaxmed.systems.noddi.network import (
-    ForwardConfig,
-    Network,
-    export_onnx,
-    predict,
-    predict_exactly,
-)
+from jaxmed.systems.noddi.network import predict, predict_exactly
 from jaxmed.systems.noddi.stages.evaluate import fit_estimator, network_estimator
 from jaxmed.systems.noddi.training import TrainConfig
 from jaxmed.versions import software_versions

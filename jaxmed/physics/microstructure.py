@@ -6,9 +6,10 @@ A model maps its parameters and one fibre direction to the signal relative to b 
 Units: b-values in s/mm^2, diffusivities in um^2/ms; directions are unit vectors in the frame of the gradient table.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,29 @@ def ball_and_stick_model() -> MicrostructureModel:
         return fraction * jnp.exp(-attenuation * along**2) + (1 - fraction) * jnp.exp(-attenuation)
 
     return MicrostructureModel("ball_and_stick", (STICK_FRACTION, DIFFUSIVITY), predict, jnp.ones_like)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """Which forward model makes the signals.
+
+    Attributes:
+        kind: NODDI, or one stick in a ball (stick fraction and diffusivity).
+        tissue: Diffusivities that NODDI fixes.
+        extra_cellular: NODDI's space outside neurites, see `jaxmed.physics.noddi.signal`.
+        dot: Add NODDI's compartment of water that does not move, for fixed tissue.
+    """
+
+    kind: Literal["noddi", "ball-and-stick"] = "noddi"
+    tissue: noddi.Tissue = dataclasses.field(default_factory=noddi.Tissue)
+    extra_cellular: Literal["averaged_tensor", "convolved"] = "averaged_tensor"
+    dot: bool = False
+
+    def build(self, bvals: np.ndarray) -> MicrostructureModel:
+        """Return the model, exact enough for these b-values in s/mm^2."""
+        if self.kind == "ball-and-stick":
+            return ball_and_stick_model()
+        return noddi_model(self.tissue, noddi.order_for(bvals), self.extra_cellular, self.dot)
 
 
 def weighted_signal(

@@ -14,19 +14,12 @@ from jaxmed.errors import InputError
 from jaxmed.io import onnx
 from jaxmed.io.gradient_match import Table, match_table
 from jaxmed.models.mlp import Mlp, MlpConfig
+from jaxmed.models.published.signal_network import Description, Network, export_onnx, load_network, network_record
 from jaxmed.nn.model import make_model
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.systems.noddi.network import (
-    Description,
-    ForwardConfig,
-    Network,
-    export_onnx,
-    load,
-    normalise,
-    outputs_of,
-    predict,
-    save,
-)
+from jaxmed.physics.microstructure import ForwardConfig
+from jaxmed.systems.noddi.network import normalise, outputs_of, predict
+from jaxmed.train.checkpoint import export_parameters
 
 BVALS, BVECS = two_shell_protocol(3, ((8, 700.0), (12, 2000.0)))
 TABLE = Table.make(BVALS, BVECS, 50.0)
@@ -69,8 +62,8 @@ def test_a_voxel_does_not_depend_on_its_neighbours(signals):
 @pytest.mark.parametrize("forward", [ForwardConfig(), ForwardConfig("ball-and-stick")], ids=["noddi", "ball-and-stick"])
 def test_a_network_returns_from_disk_exactly(tmp_path, signals, forward):
     network = make_network(forward)
-    save(tmp_path / "net", network)
-    again = load(tmp_path / "net")
+    export_parameters(tmp_path / "net", network.params, network_record(network.description))
+    again = load_network(tmp_path / "net")
     assert again.description == network.description
     np.testing.assert_array_equal(predict(again, signals), predict(network, signals))
 
@@ -263,11 +256,12 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_network_is_refused(tmp_path, damage):
-    save(tmp_path / "net", make_network())
+    network = make_network()
+    export_parameters(tmp_path / "net", network.params, network_record(network.description))
     break_it, message = DAMAGE[damage]
     break_it(tmp_path / "net")
     with pytest.raises(InputError) as error:
-        load(tmp_path / "net")
+        load_network(tmp_path / "net")
     assert message in str(error.value)
 
 

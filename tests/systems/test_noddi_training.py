@@ -12,13 +12,13 @@ from jaxmed.metrics.recovery import correlation, make_grid, score
 from jaxmed.metrics.recovery import shrinkage as slopes
 from jaxmed.models.mlp import MlpConfig
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.physics.microstructure import ball_and_stick_model, noddi_model, simulate
+from jaxmed.physics.microstructure import ForwardConfig, ball_and_stick_model, noddi_model, simulate
 from jaxmed.physics.monte_carlo import average_bound, estimate
 from jaxmed.physics.rician import log_rician
 from jaxmed.recipes.restarts import State, run_epochs
 from jaxmed.systems import noddi
 from jaxmed.systems.noddi import training
-from jaxmed.systems.noddi.network import ForwardConfig, predict
+from jaxmed.systems.noddi.network import predict
 from jaxmed.systems.noddi.protocol import prepare
 from jaxmed.systems.noddi.stages.evaluate import fit_estimator, network_estimator
 from jaxmed.systems.noddi.training import TrainConfig, ascend, fit_config, fit_labels

@@ -27,17 +27,18 @@ from jaxmed.config import Count, NonNegative, Positive, Size, checked
 from jaxmed.io.gradient_match import Table
 from jaxmed.io.gradients import Numbers, check_gradients
 from jaxmed.models.mlp import Mlp, MlpConfig, Spread, measure_spread, on_raw_inputs, to_unit
+from jaxmed.models.published.signal_network import Description, Network
 from jaxmed.nn.model import make_model
 from jaxmed.objectives.gradient_signals import Point, make_surface
 from jaxmed.physics.acquisition import check_protocol
-from jaxmed.physics.microstructure import MicrostructureModel, Simulated, simulate, weighted_signal
+from jaxmed.physics.microstructure import ForwardConfig, MicrostructureModel, Simulated, simulate, weighted_signal
 from jaxmed.physics.rician import SIGMA_FLOOR
 from jaxmed.recipes.restarts import State, Step, newest_losses, run_epoch, run_epochs, start_restarts
 from jaxmed.solvers.diffusion_tensor import fit_tensor
 from jaxmed.solvers.least_squares import LmState, lm_init, lm_run
 from jaxmed.systems.noddi.fitting import estimate
 from jaxmed.systems.noddi.likelihood import model_forward, noddi_forward
-from jaxmed.systems.noddi.network import Description, ForwardConfig, Network, normalise, outputs_of, ranges
+from jaxmed.systems.noddi.network import normalise, outputs_of, ranges
 from jaxmed.systems.noddi.protocol import FitConfig, Protocol, prepare
 from jaxmed.systems.noddi.voxel_fit import search_model
 from jaxmed.train.optimizer import OptimizerConfig

@@ -20,14 +20,16 @@ from jaxmed.io import amico
 from jaxmed.io.gradient_match import Table as Protocol
 from jaxmed.io.gradient_match import match_table
 from jaxmed.metrics.recovery import make_grid
+from jaxmed.models.published.signal_network import Network, load_network
 from jaxmed.physics.acquisition import two_shell_protocol
+from jaxmed.physics.microstructure import ForwardConfig
 from jaxmed.physics.monte_carlo import Estimator
 from jaxmed.recipes.diffusion_scan import read_table
 from jaxmed.recipes.recovery_study import recovery_sections, score_levels
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.study import read_study
 from jaxmed.report.page import Section, Text
-from jaxmed.systems.noddi.network import ForwardConfig, Network, load, predict
+from jaxmed.systems.noddi.network import predict
 from jaxmed.systems.noddi.training import TINY, LabelStart, fit_labels, train
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
@@ -118,7 +120,7 @@ def run(config: Config, folder: RunFolder) -> int:
         networks = train_tiny(config.seed, log)
         table, forward = networks[0].description.table, networks[0].description.forward
     else:
-        networks = [load(path) for path in config.weights]
+        networks = [load_network(path) for path in config.weights]
         table, forward = read_protocol(config, networks)
         log = begin(folder)
     model = forward.build(np.array(table.bvals))

@@ -11,10 +11,11 @@ from jaxmed.errors import InputError
 from jaxmed.files import require_given
 from jaxmed.io import onnx
 from jaxmed.io.maps import Quantity
+from jaxmed.models.published.signal_network import Network, export_onnx, load_network
 from jaxmed.physics.microstructure import simulate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.report.page import Section, Table, Text
-from jaxmed.systems.noddi.network import Network, export_onnx, load, predict, predict_exactly, ranges
+from jaxmed.systems.noddi.network import predict, predict_exactly, ranges
 from jaxmed.train.run_folder import RunFolder
 
 LARGEST_DIFFERENCE = 1e-6
@@ -74,10 +75,11 @@ def run(config: Config, folder: RunFolder) -> None:
     """Read the network, write it, compare the two runtimes, write the report."""
     clock, network = Clock(), None
     if config.weights is not None or not config.synthetic:
-        network = load(require_given(config.weights, "weights"))
+        network = load_network(require_given(config.weights, "weights"))
     log = begin(folder)
     if network is None:
-        network = load(nested_run(folder, "noddi train", {"seed": config.seed}, log, "Training a tiny network.").path)
+        trained = nested_run(folder, "noddi train", {"seed": config.seed}, log, "Training a tiny network.")
+        network = load_network(trained.path)
         clock.lap("train a tiny network")
     path = folder.outputs / "network.onnx"
     export_onnx(path, network)

@@ -16,12 +16,13 @@ from jaxmed.io import onnx
 from jaxmed.io.gradient_match import Table
 from jaxmed.io.maps import Quantity, write_map
 from jaxmed.io.parametric_map import DicomForm, read_source, write_dicom_map
+from jaxmed.models.published.signal_network import Description, export_onnx, load_network
 from jaxmed.recipes.diffusion_scan import ScanConfig, make_maps, read_signals, read_table, write_maps
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.page import Note, Section, Text
 from jaxmed.report.parameter_maps import estimate_sections, median_tiles, read_map
-from jaxmed.systems.noddi.network import Description, export_onnx, load, predict
+from jaxmed.systems.noddi.network import predict
 from jaxmed.systems.noddi.training import TINY
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
@@ -171,7 +172,7 @@ def open_network(path: Path, threads: int) -> Ready:
     if path.suffix == ".onnx":
         session = onnx.load(path, threads)
         return session, session.run
-    network = load(path)
+    network = load_network(path)
     return network.description, partial(predict, network)
 
 
@@ -181,7 +182,7 @@ def train_tiny(config: Config, files: ScanConfig, folder: RunFolder, log: Log) -
     changes = {"bvals": files.bvals, "bvecs": files.bvecs, "seed": files.seed}
     path = nested_run(folder, "noddi train", changes, log, said).path
     if config.runtime == "onnx":
-        network, path = load(path), folder.outputs / "network.onnx"
+        network, path = load_network(path), folder.outputs / "network.onnx"
         export_onnx(path, network)
     return open_network(path, config.threads)
 

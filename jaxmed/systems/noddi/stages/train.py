@@ -12,6 +12,7 @@ from jaxmed.io.gradients import write_gradients
 from jaxmed.io.maps import Quantity
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.models.mlp import MlpConfig
+from jaxmed.models.published.signal_network import Network, network_record
 from jaxmed.physics.acquisition import Shell, find_shells, two_shell_protocol
 from jaxmed.physics.microstructure import simulate
 from jaxmed.recipes.diffusion_scan import read_table
@@ -20,9 +21,10 @@ from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.report.recovery import validation_section
-from jaxmed.systems.noddi.network import Network, predict, save
+from jaxmed.systems.noddi.network import predict
 from jaxmed.systems.noddi.training import TINY, TrainConfig, Trained, train
 from jaxmed.train.announce import announce
+from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log, read_metrics
 from jaxmed.train.run_folder import RunFolder
 
@@ -116,7 +118,7 @@ def run(config: Config, folder: RunFolder) -> None:
     train_key, validation_key = jax.random.split(jax.random.key(config.seed))
     trained = train_in_folder(train_key, bvals, bvecs, config.train, folder, log)
     clock.lap("simulate, label and train, compilation included")
-    save(model, trained.network)
+    export_parameters(model, trained.network.params, network_record(trained.network.description))
     write_validation(folder.outputs / "validation.npz", validation_key, trained.network)
     description, loss = trained.network.description, float(trained.losses[-1, 1, trained.best])
     log.say(f"Restart {trained.best + 1} was best, with a held-out loss of {loss:.5f}.")
