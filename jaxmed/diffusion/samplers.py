@@ -148,6 +148,7 @@ class LinearSteps(NamedTuple):
         recall: Factor of the image expected one step before.
         noise: Standard deviation of fresh noise.
         left: Steps that come after this one; names the random numbers.
+        next_alpha: alpha where the step ends.
     """
 
     time: Any
@@ -156,6 +157,7 @@ class LinearSteps(NamedTuple):
     recall: Any
     noise: Any
     left: Any
+    next_alpha: Any
 
 
 class HeunSteps(NamedTuple):
@@ -246,14 +248,28 @@ def init(keys: Key[Array, " batch"], schedule: Schedule, shape: tuple[int, ...],
 
 
 def run(
-    keys: Key[Array, " batch"], denoiser: Denoiser, state: SamplerState, sampler: Sampler
+    keys: Key[Array, " batch"],
+    denoiser: Denoiser,
+    state: SamplerState,
+    sampler: Sampler,
+    clip: tuple[float, float] | None = None,
 ) -> Float[Array, "batch ..."]:
-    """Take every step of a sampler."""
+    """Take every step of a sampler.
+
+    Args:
+        keys: Root keys of the samples.
+        denoiser: The prior.
+        state: Where the samples are at the sampler's first time.
+        sampler: Method and its settings.
+        clip: As of `step`; of `Ddim` alone.
+    """
+    if clip is not None and not isinstance(sampler, Ddim):
+        raise ValueError(f"clip: expected none for {type(sampler).__name__}, got {clip}; clip the denoiser")
     steps = plan(denoiser.schedule, sampler)
     has_noise = bool(np.any(steps.noise))
 
     def advance(state: SamplerState, row: Any) -> tuple[SamplerState, None]:
-        return step(keys, denoiser, state, row, has_noise), None
+        return step(keys, denoiser, state, row, has_noise, clip), None
 
     rows = jax.tree.map(jnp.asarray, steps)
     return jax.lax.scan(advance, state, rows)[0].x
@@ -265,6 +281,7 @@ def step(
     state: SamplerState,
     row: LinearSteps | HeunSteps,
     has_noise: bool = True,
+    clip: tuple[float, float] | None = None,
 ) -> SamplerState:
     """Take one step.
 
@@ -274,6 +291,8 @@ def step(
         state: Where the samples are.
         row: One row of `plan`.
         has_noise: Whether any row draws noise; drawing costs time even where its factor is 0.
+        clip: Range in which DDIM holds the expected image, while the expected noise stays what it was before: the
+            `clip_sample` of MONAI's and diffusers' schedulers. A denoiser that clips changes both.
     """
     x = state.x
     fresh = draw_noise(keys, row.left, x.shape[1:], x.dtype) if has_noise else jnp.zeros_like(x)
@@ -284,6 +303,8 @@ def step(
         return _heun_step(denoiser, x, row, fresh)
     mean = denoiser.denoise(x, jnp.full(len(x), row.time))
     moved = row.keep * x + row.pull * mean + row.recall * state.recalled + row.noise * fresh
+    if clip is not None:
+        moved = moved + row.next_alpha * (jnp.clip(mean, *clip) - mean)
     return SamplerState(moved.astype(x.dtype), mean.astype(x.dtype))
 
 
@@ -348,7 +369,7 @@ def _plan_chain(sampler: Ancestral | Ddim, ends: _Ends) -> LinearSteps:
         noise = sampler.eta * np.sqrt(posterior)
         keep = np.sqrt(next_sigma**2 - noise**2) / sigma
         pull = next_alpha - keep * alpha
-    return LinearSteps(times, keep, pull, np.zeros_like(keep), noise, left)
+    return LinearSteps(times, keep, pull, np.zeros_like(keep), noise, left, next_alpha)
 
 
 def _plan_multistep(ends: _Ends) -> LinearSteps:
@@ -360,7 +381,8 @@ def _plan_multistep(ends: _Ends) -> LinearSteps:
     share = np.where(np.isfinite(step), 0.5 * step / before, 0.0)  # 1 / (2 r)
     share[0] = 0.0
     pull = -next_alpha * np.expm1(-step)
-    return LinearSteps(times, next_sigma / sigma, pull * (1 + share), -pull * share, np.zeros_like(pull), left)
+    keep, noise = next_sigma / sigma, np.zeros_like(pull)
+    return LinearSteps(times, keep, pull * (1 + share), -pull * share, noise, left, next_alpha)
 
 
 def _plan_heun(schedule: Schedule, sampler: Heun, ends: _Ends) -> HeunSteps:

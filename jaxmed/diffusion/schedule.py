@@ -30,17 +30,24 @@ class VpDiscrete:
     Attributes:
         num_steps: Length of the chain.
         betas: "cosine": beta from a squared cosine of the cumulative product, at most 0.999; "linear": from 1e-4 to
-            0.02 for 1000 steps, scaled for others.
+            0.02 for 1000 steps, scaled for others; "scaled-linear": the square root of beta is linear between those of
+            `ends`, as in latent diffusion.
+        ends: First and last beta of "scaled-linear".
 
-    Source: DDPM, arXiv:2006.11239, section 2; improved DDPM, arXiv:2102.09672, equation 17.
+    Source: DDPM, arXiv:2006.11239, section 2; improved DDPM, arXiv:2102.09672, equation 17; latent diffusion,
+        arXiv:2112.10752, official code, for "scaled-linear"; CoCoLIT, arXiv:2508.01292, official code, for its ends.
     """
 
     num_steps: Annotated[int, Bounds(2, 65_536)] = 1000
-    betas: Literal["cosine", "linear"] = "cosine"
+    betas: Literal["cosine", "linear", "scaled-linear"] = "cosine"
+    ends: tuple[Probability, Probability] = (0.0015, 0.0205)
 
     @property
     def beta_table(self) -> Float[np.ndarray, " time"]:
         """Variance added in each step, float64."""
+        if self.betas == "scaled-linear":
+            first, last = (end**0.5 for end in self.ends)
+            return np.linspace(first, last, self.num_steps) ** 2
         if self.betas == "linear":
             scale = 1000 / self.num_steps
             return np.minimum(np.linspace(scale * 1e-4, scale * 0.02, self.num_steps), 0.999)
@@ -80,6 +87,18 @@ class VpDiscrete:
         if num_steps > self.num_steps:
             raise ValueError(f"num_steps: expected at most the chain's {self.num_steps}, got {num_steps}")
         return np.round(np.linspace(self.num_steps - 1, 0, num_steps))
+
+    def leading_times(self, num_steps: int) -> tuple[float, ...]:
+        """Return the descending multiples of a whole stride that end at 0, for `times` of a sampler.
+
+        50 steps of 1000 are 980, 960, ..., 20, 0: the last stride of the chain is never met.
+
+        Source: "leading" spacing of MONAI's and diffusers' schedulers.
+        """
+        if not 1 <= num_steps <= self.num_steps:
+            raise ValueError(f"num_steps: expected 1 to the chain's {self.num_steps}, got {num_steps}")
+        stride = self.num_steps // num_steps
+        return tuple(float(stride * step) for step in range(num_steps - 1, -1, -1))
 
     def draw_times(self, keys: Key[Array, " batch"]) -> Float[Array, " batch"]:
         """Draw times for training, uniform over the chain."""
