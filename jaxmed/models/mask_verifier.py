@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, PyTree
 from jaxmed.arrays.types import Params
 from jaxmed.config import Size, checked
 from jaxmed.models.mask_generator import GeneratorConfig, unet
-from jaxmed.models.unet_guided import halve
 from jaxmed.nn.convolution import Convolution
 from jaxmed.nn.transformer import Linear
+from jaxmed.nn.unet_blocks import halve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,11 +23,11 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Positive, Size, Whole, checked
 from jaxmed.errors import InputError
-from jaxmed.models.unet_guided import double
 from jaxmed.nn.convolution import Convolution
 from jaxmed.nn.group_norm import GroupNorm
 from jaxmed.nn.model import Network, make_model
 from jaxmed.nn.transformer import Linear
+from jaxmed.nn.unet_blocks import double
 
 Task: TypeAlias = Literal[
     "T1", "T2", "FLAIR", "CT", "segmentation", "distance", "bias_field_log", "registration", "high_res_residual",

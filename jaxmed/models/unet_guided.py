@@ -21,12 +21,12 @@ from jaxtyping import Array, Float, Num
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Decay, Length, Size, checked
 from jaxmed.errors import InputError
-from jaxmed.nn.attention import AttentionKind, self_attention
+from jaxmed.nn.attention import AttentionKind
 from jaxmed.nn.convolution import Convolution
 from jaxmed.nn.group_norm import GroupNorm
 from jaxmed.nn.model import Network, make_model
 from jaxmed.nn.time_embed import TimeEmbed
-from jaxmed.nn.transformer import Linear
+from jaxmed.nn.unet_blocks import BlockConfig, DownLevel, LevelConfig, Middle, UpLevel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,19 @@ class GuidedUnetConfig:
         """Attention heads over so many channels."""
         return width // self.head_channels if self.head_channels else self.heads
 
+    def level(self, level: int, is_resampled: bool) -> LevelConfig:
+        """Return what a level is made of.
+
+        The official code scales queries and keys by depth^(-1/4) each, which is their product by depth^(-1/2).
+        """
+        block = BlockConfig(self.groups, 1e-5, self.dtype, self.scale_shift, self.dropout, self.first_halved)
+        updown = "block" if self.resblock_updown else "convolution"
+        width = self.widths[level]
+        return LevelConfig(
+            block, width, self.blocks, 2**level in self.attention_factors, self.heads_of(width), self.attention,
+            resample=updown if is_resampled else "none",
+        )  # fmt: skip
+
     def skip_widths(self) -> list[int]:
         """Channels of what the encoder hands on, in the order in which it does."""
         skips = [self.widths[0]]
@@ -161,152 +174,16 @@ class GuidedUnet(nn.Module):
         h = Convolution(config.widths[0], dtype=config.dtype, name="stem")(x)
         skips = [h]
         for level in range(len(config.widths)):
-            h, found = down(config, level, name=f"down_{level}")(h, time, keys.pop())
+            is_halved = level + 1 < len(config.widths)
+            h, found = down(config.level(level, is_halved), name=f"down_{level}")(h, time, keys.pop())
             skips += found
-        h = Middle(config, name="middle")(h, time, keys.pop())
+        h = Middle(config.level(-1, False), name="middle")(h, time, keys.pop())
         for level in reversed(range(len(config.widths))):
             taken = [skips.pop() for _ in range(config.blocks + 1)]
-            h = up(config, level, name=f"up_{level}")(h, taken, time, keys.pop())
+            h = up(config.level(level, level > 0), name=f"up_{level}")(h, taken, time, keys.pop())
         h = nn.silu(GroupNorm(config.groups, name="norm")(h))
         outputs = config.outputs * (2 if config.learn_sigma else 1)
         return Convolution(outputs, kernel_init=nn.initializers.zeros, name="head")(h)
-
-
-class DownLevel(nn.Module):
-    """Blocks of an encoder level, each followed by attention where the level has it; halved, but for the last."""
-
-    config: GuidedUnetConfig
-    level: int
-
-    @nn.compact
-    def __call__(self, h: jax.Array, time: jax.Array | None, key: Any = None) -> tuple[jax.Array, list[jax.Array]]:
-        config, width = self.config, self.config.widths[self.level]
-        keys, skips = _split(key, config.blocks + 1), []
-        for number in range(config.blocks):
-            h = ResidualBlock(config, width, name=f"block_{number}")(h, time, keys[number])
-            if 2**self.level in config.attention_factors:
-                h = AttentionBlock(config, name=f"attention_{number}")(h)
-            skips.append(h)
-        if self.level + 1 < len(config.widths):
-            if config.resblock_updown:
-                h = ResidualBlock(config, width, "down", name="resample")(h, time, keys[-1])
-            else:
-                first = config.first_halved
-                h = Convolution(width, stride=2, unstrided=first, dtype=config.dtype, name="resample")(h)
-            skips.append(h)
-        return h, skips
-
-
-class Middle(nn.Module):
-    """Block, attention, block at the coarsest level."""
-
-    config: GuidedUnetConfig
-
-    @nn.compact
-    def __call__(self, h: jax.Array, time: jax.Array | None, key: Any = None) -> jax.Array:
-        width, keys = self.config.widths[-1], _split(key, 2)
-        h = ResidualBlock(self.config, width, name="block_0")(h, time, keys[0])
-        h = AttentionBlock(self.config, name="attention_0")(h)
-        return ResidualBlock(self.config, width, name="block_1")(h, time, keys[1])
-
-
-class UpLevel(nn.Module):
-    """Blocks of a decoder level, each taking a skip; doubled after the last one, but for the finest level."""
-
-    config: GuidedUnetConfig
-    level: int
-
-    @nn.compact
-    def __call__(self, h: jax.Array, skips: list[jax.Array], time: jax.Array | None, key: Any = None) -> jax.Array:
-        config, width = self.config, self.config.widths[self.level]
-        keys = _split(key, len(skips) + 1)
-        for number, skip in enumerate(skips):
-            h = jnp.concatenate([h, skip], axis=-1)
-            h = ResidualBlock(config, width, name=f"block_{number}")(h, time, keys[number])
-            if 2**self.level in config.attention_factors:
-                h = AttentionBlock(config, name=f"attention_{number}")(h)
-        if self.level:
-            if config.resblock_updown:
-                h = ResidualBlock(config, width, "up", name="resample")(h, time, keys[-1])
-            else:
-                h = Convolution(width, dtype=config.dtype, name="resample")(double(h, config.first_halved))
-        return h
-
-
-class ResidualBlock(nn.Module):
-    """x + the branch: norm, SiLU, convolution, time, norm, SiLU, dropout, convolution; x by 1 x 1 where widths differ.
-
-    Attributes:
-        config: The network's.
-        features: Channels of the result.
-        resample: Halve or double x and the branch, the latter before its first convolution.
-    """
-
-    config: GuidedUnetConfig
-    features: int
-    resample: Literal["", "down", "up"] = ""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, time: jax.Array | None, key: Any = None) -> jax.Array:
-        config, features, dtype = self.config, self.features, self.config.dtype
-        first = config.first_halved
-        resize = {"": lambda image: image, "down": lambda image: halve(image, first),
-                  "up": lambda image: double(image, first)}[self.resample]  # fmt: skip
-        h = nn.silu(GroupNorm(config.groups, name="norm1")(x)).astype(dtype)
-        h = Convolution(features, dtype=dtype, name="conv1")(resize(h))
-        x = resize(x)
-        norm = GroupNorm(config.groups, name="norm2")
-        if time is None:
-            h = norm(h)
-        else:
-            columns = 2 * features if config.scale_shift else features
-            embedded = Linear(columns, dtype, name="embed")(time)
-            embedded = embedded.reshape(embedded.shape[0], *(1,) * (x.ndim - 2), columns)
-            if config.scale_shift:
-                scale, shift = jnp.split(embedded, 2, axis=-1)
-                h = norm(h) * (1 + scale) + shift
-            else:
-                h = norm(h + embedded)
-        h = _drop(nn.silu(h).astype(dtype), config.dropout, key)
-        h = Convolution(features, dtype=dtype, kernel_init=nn.initializers.zeros, name="conv2")(h)
-        if x.shape[-1] != features:
-            x = Convolution(features, size=1, dtype=dtype, name="skip")(x)
-        return x + h
-
-
-class AttentionBlock(nn.Module):
-    """x + attention over all voxels; the kernel "qkv" is [width, head, 3, depth]: heads are split before q, k, v.
-
-    Queries and keys are each scaled by depth^(-1/4) in the official code, which is their product by depth^(-1/2).
-    """
-
-    config: GuidedUnetConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        config, width = self.config, x.shape[-1]
-        heads = config.heads_of(width)
-        tokens = GroupNorm(config.groups, name="norm")(x).reshape(x.shape[0], -1, width).astype(config.dtype)
-        qkv = Linear((heads, 3, width // heads), config.dtype, name="qkv")(tokens)
-        qkv = qkv.reshape(*tokens.shape[:2], heads, 3, width // heads).swapaxes(2, 3)
-        mixed = self_attention(qkv, config.attention).reshape(tokens.shape)
-        return x + Linear(width, config.dtype, nn.initializers.zeros, name="out")(mixed).reshape(x.shape)
-
-
-def halve(x: Float[Array, "batch *space channel"], first: int = 0) -> Float[Array, "batch *half channel"]:
-    """Return the mean of every 2 x 2 (x 2) voxels, along the axes of space from `first` on."""
-    kept, lengths = x.shape[1 : 1 + first], [part for length in x.shape[1 + first : -1] for part in (length // 2, 2)]
-    pairs = x.reshape(x.shape[0], *kept, *lengths, x.shape[-1])
-    return pairs.mean(axis=range(2 + first, pairs.ndim - 1, 2))
-
-
-def double(x: Float[Array, "batch *space channel"], first: int = 0) -> Float[Array, "batch *twice channel"]:
-    """Return every voxel twice along the axes of space from `first` on (nearest neighbour)."""
-    kept, lengths = x.shape[1 : 1 + first], x.shape[1 + first : -1]
-    spread = jnp.expand_dims(x, [2 * axis + 2 + first for axis in range(len(lengths))])
-    full = [part for length in lengths for part in (length, 2)]
-    spread = jnp.broadcast_to(spread, (x.shape[0], *kept, *full, x.shape[-1]))
-    return spread.reshape(x.shape[0], *kept, *(2 * length for length in lengths), x.shape[-1])
 
 
 def _check(config: GuidedUnetConfig, x: jax.Array, t: jax.Array | None) -> None:
@@ -317,16 +194,6 @@ def _check(config: GuidedUnetConfig, x: jax.Array, t: jax.Array | None) -> None:
         raise ValueError(f"x: expected multiples of {config.divisor} along {which}, got {x.shape[1:-1]}")
     if (t is None) == config.with_time:
         raise ValueError(f"t: expected {'a time' if config.with_time else 'none'}, as with_time says")
-
-
-def _split(key: Any, count: int) -> list[Any]:
-    return [None] * count if key is None else list(jax.random.split(key, count))
-
-
-def _drop(h: jax.Array, rate: float, key: Any) -> jax.Array:
-    if key is None or not rate:
-        return h
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, h.shape), h / (1 - rate), 0).astype(h.dtype)
 
 
 def guided_unet(config: GuidedUnetConfig, size: tuple[int, ...]) -> Network:

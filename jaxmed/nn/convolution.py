@@ -46,6 +46,7 @@ class Convolution(nn.Module):
         kernel_init: Draws the kernel [*window, channel, feature]; by default uniform with variance 1 / (3 fan-in),
             PyTorch's, from which the published networks were trained. Deviation: biases start at 0.
         use_bias: Whether there is one.
+        edges: Zeros before and after each axis; as the head of this file says where None.
     """
 
     features: int
@@ -56,6 +57,7 @@ class Convolution(nn.Module):
     dtype: str = "float32"
     kernel_init: Any = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     use_bias: bool = True
+    edges: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *space channel"]) -> Float[Array, "batch *space2 feature"]:
@@ -64,8 +66,9 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         stride = (1,) * self.unstrided + (self.stride,) * (space - self.unstrided)
         edge = 0 if self.size == self.stride else self.size // 2
+        edges = self.edges or (edge, edge)
         kernel = jnp.asarray(kernel, self.dtype)
-        y = conv(x.astype(self.dtype), kernel, stride, self.groups, ((edge, edge),) * space)
+        y = conv(x.astype(self.dtype), kernel, stride, self.groups, (edges,) * space)
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)

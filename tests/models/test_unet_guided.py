@@ -14,15 +14,12 @@ from jaxmed.models.unet_guided import (
     DYNAMICDPS_PRIOR,
     ENHANCER,
     SHARDING_RULES,
-    AttentionBlock,
     GuidedUnet,
     GuidedUnetConfig,
-    ResidualBlock,
-    double,
-    halve,
 )
 from jaxmed.nn import convolution
 from jaxmed.nn.model import make_model
+from jaxmed.nn.unet_blocks import AttentionBlock, ResidualBlock
 from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, shard_batch
 
 pytestmark = pytest.mark.core
@@ -75,8 +72,8 @@ def test_an_enhancer_has_no_time():
 
 
 def test_fresh_branches_add_nothing():
-    h, time = jnp.tile(IMAGE, 8), jnp.ones((3, 32))
-    for module, inputs in ((ResidualBlock(CONFIG, 8), (h, time)), (AttentionBlock(CONFIG), (h,))):
+    h, time, block = jnp.tile(IMAGE, 8), jnp.ones((3, 32)), CONFIG.level(0, False).block
+    for module, inputs in ((ResidualBlock(block, 8), (h, time)), (AttentionBlock(block, 2), (h,))):
         model = make_model(module)
         fresh = jax.jit(model.init)(jax.random.key(0), *inputs)
         np.testing.assert_array_equal(model.apply(fresh, *inputs), h)
@@ -167,18 +164,6 @@ def test_split_heads_and_channels_give_the_numbers_of_one_device(params):
     batch = shard_batch({"x": np.asarray(IMAGE), "t": np.asarray(TIME)}, mesh)
     expected = compiled()(params, IMAGE, TIME)
     np.testing.assert_allclose(compiled()(split, batch["x"], batch["t"]), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 4, 2, 6, 3)])
-def test_halving_averages_and_undoes_doubling(shape):
-    x = jax.random.normal(jax.random.key(0), shape)
-    twice = double(x)
-    assert twice.shape == (2, *(2 * length for length in shape[1:-1]), 3)
-    corner = (slice(None), *(slice(1, None, 2),) * (len(shape) - 2))
-    np.testing.assert_array_equal(twice[corner], x)
-    np.testing.assert_allclose(halve(twice), x, rtol=1e-6)
-    first = x[(0, *(slice(0, 2),) * (len(shape) - 2))].reshape(-1, 3).mean(axis=0)
-    np.testing.assert_allclose(halve(x)[(0, *(0,) * (len(shape) - 2))], first, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
