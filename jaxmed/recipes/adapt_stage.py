@@ -35,6 +35,7 @@ from jaxmed.objectives.supervised import task_losses
 from jaxmed.recipes.adapt import FITTED, AdaptConfig, Adapted, AdaptFlags, Mode, adapt, check_run, final_heads, score
 from jaxmed.recipes.adapt_program import Augment
 from jaxmed.recipes.effort import Effort
+from jaxmed.recipes.quality_range import Scorer, write_tuned
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.subject_scores import Predicted, by_subject, merge_images, score_covariates
 from jaxmed.recipes.training import NO_PREFIX, TrainData
@@ -243,6 +244,7 @@ def run_adapt(
     folder: RunFolder,
     notes: Sequence[str] = (),
     augment: Augment | None = None,
+    scorer: tuple[Scorer, int] | None = None,
 ) -> int:
     """Read and check, adapt, score every set, export the model, write the report. Returns 1 when scans failed.
 
@@ -254,6 +256,8 @@ def run_adapt(
         folder: The run.
         notes: What a user should know about the inputs.
         augment: What happens to training images.
+        scorer: Measures the quality of a scan, and of how many training scans: their scores are kept beside the model,
+            see `quality_range`. None leaves that out.
     """
     clock = Clock()
     sets = read_sets(labelled)
@@ -283,6 +287,9 @@ def run_adapt(
     )  # fmt: skip
     clock.lap("adapt, compilation included")
     write_model(folder.outputs / "model", adapted, first, task)
+    if scorer is not None and scorer[1]:
+        told += write_tuned(folder.outputs / "model", sets.cohort, scorer[1], scorer[0], log)
+        clock.lap("measure quality")
     scored = [
         score_cohort(recipe, first, adapted, task, *named, labelled.threshold, log, labelled.average)
         for named in named_sets(labelled.data.group, sets)

@@ -6,7 +6,7 @@ places of the grid, and the map is the weighted sum of the channels where that i
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
@@ -40,6 +40,15 @@ from jaxmed.models.published.load import Published
 from jaxmed.nn.model import make_model
 from jaxmed.recipes.adapt_stage import finite, output_names
 from jaxmed.recipes.map_files import Arrays, Input, Outcome, clear_batches, map_batches, write_failed
+from jaxmed.recipes.quality_range import (
+    Scorer,
+    Tuned,
+    measure_scans,
+    outside,
+    quality_columns,
+    quality_section,
+    read_tuned,
+)
 from jaxmed.recipes.scan_job import (
     SHOWN,
     Model,
@@ -58,6 +67,7 @@ from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.overlay import PICTURE, Slices, cut_slices, heat_of, overlay_slices, picture_slice
 from jaxmed.report.page import Figure, Note, Section, Table, Text, Tile
 from jaxmed.report.slices import display_range
+from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
@@ -175,6 +185,7 @@ class Summary:
         previews: For the pictures.
         notes: What a user should know.
         warnings: A scan and what is unexpected about it.
+        tuned: Scores of quality that the weights were tuned on, by kind of image; empty where none were kept.
     """
 
     scans: int
@@ -187,6 +198,7 @@ class Summary:
     previews: tuple[Preview, ...]
     notes: tuple[str, ...]
     warnings: tuple[tuple[str, str], ...]
+    tuned: dict[str, Tuned] = dataclasses.field(default_factory=dict)
 
 
 class Explained(NamedTuple):
@@ -257,6 +269,7 @@ def run_predict(
     page: Callable[[Finished[Any, Summary]], Page],
     folder: RunFolder,
     notes: Sequence[str] = (),
+    scorer: Scorer | None = None,
 ) -> int:
     """Read and check, predict every scan, write tables, maps and report. Returns 1 when scans failed.
 
@@ -269,6 +282,8 @@ def run_predict(
         page: Of the stage.
         folder: The run.
         notes: What a user should know about the inputs.
+        scorer: Measures the quality of a scan, for a column of its own and a warning where it lies outside what the
+            weights were tuned on. None leaves that out.
     """
     clock = Clock()
     job = open_job(scans, load, notes)
@@ -287,22 +302,46 @@ def run_predict(
         job.records, batches, model.params, scans.batch, job.mesh, folder, log, "Predicting"
     )
     clock.lap("predict and map, compilation included")
-    write_predictions(outputs / "predictions.csv", done, task, predict.threshold)
+    tuned, measured, told = {}, [], []
+    if scorer is not None and scans.weights is not None:
+        tuned = read_tuned(scans.weights)
+        measured, told = measure_scans([outcome.file.scan for outcome in done], scorer, log)
+        done, more = _compare_quality(done, measured, tuned, log)
+        warnings = [*warnings, *more]
+        if not tuned:
+            told.append("The weights do not tell how good the scans were that they were tuned on: nothing is compared.")
+        clock.lap("measure quality")
+    write_predictions(outputs / "predictions.csv", done, task, predict.threshold, quality_columns(measured))
     previews = write_previews(outputs, done[: predict.shown], predict.maps, task, preprocess)
     if targets is not None:
         names = {outcome.file.name for outcome in done}
         targets = targets[[record.name in names for record in job.records]]
     scores, further = score(done, targets, task, predict.threshold, scans.seed)
+    further = [*told, *further]
     for note in further:
         log.say(f"Note: {note}")
     write_failed(outputs, failed)
     summary = Summary(
         len(done), len(failed), task, predict.maps, predict.threshold, preprocess.intensity.window, tuple(scores),
-        tuple(previews), (*job.notes, *further), tuple(warnings),
+        tuple(previews), (*job.notes, *further), tuple(warnings), tuned,
     )  # fmt: skip
     clear_batches(folder, failed)
     finish(folder, config, summary, clock, page)
     return 1 if failed else 0
+
+
+def _compare_quality(
+    done: Sequence[Outcome], measured: Sequence[Mapping[str, float]], tuned: Mapping[str, Tuned], log: Log
+) -> tuple[list[Outcome], list[tuple[str, str]]]:
+    """Warn of every scan whose quality lies outside what the weights were tuned on."""
+    found, warnings = [], []
+    for outcome, scores in zip(done, measured, strict=True):
+        lines = outside(scores, tuned)
+        for line in lines:
+            log.say(f"Warning: {outcome.file.name}: {line}")
+        found.append(outcome._replace(warnings=(*outcome.warnings, *lines)))
+        warnings += [(outcome.file.name, line) for line in lines]
+    return found, warnings
 
 
 def _compute(encoder: Encoder, head: HeadConfig, task: Task, maps: Maps, params: Params, images: Any) -> dict[str, Any]:
@@ -334,20 +373,23 @@ def map_stem(identity: str, task: Task, output: int) -> str:
     return f"{identity}__{unique_names(task.names)[output]}"
 
 
-def write_predictions(path: Path, done: list[Outcome], task: Task, threshold: float) -> None:
-    """Write a row per scan: where it came from, a column per output, and what that predicts."""
-    outputs = output_names(task)
-    further = further_columns([outcome.file for outcome in done], ("predicted", *outputs))
+def write_predictions(
+    path: Path, done: list[Outcome], task: Task, threshold: float, quality: Sequence[Mapping[str, str]] = ()
+) -> None:
+    """Write a row per scan: where it came from, a column per output, what that predicts, and how good the scan is."""
+    outputs, own = output_names(task), list(quality[0]) if quality else []
+    further = further_columns([outcome.file for outcome in done], ("predicted", *outputs, *own))
     rows = []
-    for outcome in done:
+    for number, outcome in enumerate(done):
         values = outcome.arrays["values"]
         row: dict[str, object] = {"path": outcome.file.path, "id": outcome.file.name}
         row |= {name: outcome.file.row.get(name, "") for name in further}
         row |= {name: f"{value:.9g}" for name, value in zip(outputs, values.tolist(), strict=True)}
         row["predicted"] = predicted(values, task, threshold)
+        row |= quality[number] if quality else {}
         row["warnings"] = "; ".join(outcome.warnings)
         rows.append(row)
-    write_table(path, ["path", "id", *further, *outputs, "predicted", "warnings"], rows)
+    write_table(path, ["path", "id", *further, *outputs, "predicted", *own, "warnings"], rows)
 
 
 def predicted(values: np.ndarray, task: Task, threshold: float) -> str:
@@ -442,10 +484,13 @@ def predict_page(run: Finished[Any, Summary], title: str, source: str) -> Page:
     summary, task = run.summary, run.summary.task
     sections = [Section("Weights", [Note(text) for text in summary.notes])]
     if summary.scans:
-        sections.append(_predictions_section(read_table(run.outputs / "predictions.csv"), task, summary))
+        table = read_table(run.outputs / "predictions.csv")
+        sections.append(_predictions_section(table, task, summary))
     if summary.scores:
         sections.append(_scores_section(summary))
     sections += _maps_section(run.outputs, task, summary)
+    if summary.scans and any(table.column("quality") if "quality" in table.columns else ()):
+        sections.append(quality_section(table, summary.tuned))
     sections += [*trouble_sections(run.outputs, summary.warnings, summary.failed), _reading_section(task, source)]
     subtitle = f"{', '.join(task.names)} ({task.kind}), predicted for {count_scans(summary.scans)}"
     return Page(title, subtitle, _tiles(summary, task), sections)

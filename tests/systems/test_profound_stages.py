@@ -64,6 +64,9 @@ def test_predictions_stand_on_the_grid_of_each_case_and_one_that_lacks_a_sequenc
     place = tmp_path / "cases"
     shutil.copytree(cohort.parent / "cases", place)
     (place / "other_0001" / "adc.nii.gz").unlink()
+    scan = nifti.read(place / "other_0002" / "t2w.nii.gz")
+    noise = np.random.default_rng(0).normal(0, 0.5 * scan.array.max(), scan.array.shape)
+    nifti.write(place / "other_0002" / "t2w.nii.gz", Volume.make(np.abs(scan.array + noise), scan.affine))
     command = ["profound", "predict", "--weights", str(adapted), "--quiet", "--batch.size", "4"]
     assert main([*command, "--input", str(place), "--out", str(tmp_path / "one")]) == 1
     table = read_table(tmp_path / "one" / "outputs" / "predictions.csv")
@@ -74,6 +77,17 @@ def test_predictions_stand_on_the_grid_of_each_case_and_one_that_lacks_a_sequenc
     first = nifti.read(place / "other_0000" / "t2w.nii.gz")
     assert found.grid.shape == first.grid.shape and np.allclose(found.affine, first.affine)
     assert "lesion.nii.gz is not named after a sequence" in (tmp_path / "one" / "log.txt").read_text()
+    # The noisy one is worse than all that the model was tuned on: table, log and page say so.
+    kept = read_table(adapted / "outputs" / "model" / "quality.csv")
+    assert len(kept) == 3 * 30 and set(kept.column("kind")) == {"t2w", "hbv", "adc"}
+    noisy, line = next(row for row in table.rows if row["id"] == "other_0002_t2w"), "the quality of t2w, "
+    assert line in noisy["warnings"] and "lies below the" in noisy["warnings"]
+    own = [float(noisy[f"quality_{kind}"]) for kind in ("t2w", "hbv", "adc")]
+    assert float(noisy["quality"]) == pytest.approx(np.mean(own), rel=1e-4)
+    assert own[0] < min(float(row["quality_t2w"]) for row in table.rows if row is not noisy)
+    assert f"Warning: other_0002_t2w: {line}" in (tmp_path / "one" / "log.txt").read_text()
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "Quality of the scans" in page and line in page
     # The manifest's labels score them; the missing sequence may be zeros.
     shutil.copy(cohort, tmp_path / "cases.csv")
     words = ["--data.manifest", str(tmp_path / "cases.csv"), "--preprocess.missing", "zero"]

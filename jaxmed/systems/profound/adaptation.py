@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxmed.arrays.task import Task
-from jaxmed.config import Length, Positive, checked
+from jaxmed.config import Length, Positive, Whole, checked
 from jaxmed.data.augment import AugmentConfig
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.models.convnext import PROFOUND, ConvNextClassifierConfig, ConvNextConfig, convnext_encoder
@@ -83,6 +83,8 @@ class AdaptationConfig:
             taken from here.
         preprocess: How the files of a case are named, where it is not as the weights expect.
         augmentation: What happens to training cases.
+        quality_scans: Training cases whose quality is measured and kept beside the model, so that predict can tell
+            which cases are worse, or better, than any of them; 0 measures none.
     """
 
     labelled: LabelledFlags = PAPER
@@ -91,6 +93,7 @@ class AdaptationConfig:
     encoder: ConvNextConfig = dataclasses.replace(PROFOUND, drop_path_rate=0.1)
     preprocess: CaseFiles = CaseFiles()
     augmentation: AugmentConfig = AUGMENTATION
+    quality_scans: Whole = 200
 
     def __post_init__(self) -> None:
         if any(self.image_size) and not all(self.image_size):

@@ -1,5 +1,6 @@
 """Quality of scans and pictures from their files, and how well a score agrees with what a reader gave."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +11,20 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from jaxmed.arrays.grid import resample_to
+from jaxmed.data.sequences import find_case
 from jaxmed.errors import InputError
 from jaxmed.io.images import read_image
 from jaxmed.io.scans import ScanFiles, kind_of, read_volume
 from jaxmed.metrics import weighted
 from jaxmed.metrics.image_quality import Quality, measure_quality
 from jaxmed.metrics.statistics import Interval, bootstrap, bootstrap_all, spearman
+from jaxmed.models.published.profound import PREPROCESS
 from jaxmed.report.slices import slice_image
 from jaxmed.volume import Volume
 
 T2W = "t2w"
 DIFFUSION = ("adc", "hbv", "dwi")
+CHANNELS = tuple(words.split("|")[0] for words in PREPROCESS.sequences)
 LEAST_AGREEING = 5
 """Records from which an agreement is told."""
 
@@ -89,6 +93,22 @@ def measure_file(scan: ScanFiles, reference: Path | None = None) -> Measured:
     thick = int(np.argmax(spacing)) if spacing else 0
     plane = array if array.ndim == 2 else slice_image(array, thick, array.shape[thick] // 2)
     return Measured(numbers, plane, spacing, notes)
+
+
+def score_case(sequences: Sequence[str], scan: ScanFiles) -> dict[str, float]:
+    """Return the score of every sequence of a case that is there, by the name of its channel.
+
+    Args:
+        sequences: By which the files of the channels are found, see `data.sequences`.
+        scan: One of them, or their folder.
+    """
+    paths = find_case(scan, sequences).paths
+    named = {name: path for name, path in zip(CHANNELS, paths, strict=True) if path is not None}
+    found = {}
+    for name, path in named.items():
+        reference = None if name == T2W else named.get(T2W)
+        found[name] = measure_file(ScanFiles(path, fill=scan.fill), reference).quality["score"]
+    return found
 
 
 def find_reference(path: Path) -> Path | None:

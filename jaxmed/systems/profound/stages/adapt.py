@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 
 from jaxmed.data.loader import LoaderConfig
+from jaxmed.models.published.profound import PREPROCESS
 from jaxmed.recipes.adapt_sections import adapt_page
 from jaxmed.recipes.adapt_stage import Summary, run_adapt
 from jaxmed.recipes.stage import Finished, Page
@@ -11,6 +12,7 @@ from jaxmed.recipes.training import TrainConfig
 from jaxmed.systems.profound import adaptation
 from jaxmed.systems.profound.adaptation import find_start, small, small_optimizer, with_probe, with_synthetic
 from jaxmed.systems.profound.cases import SOURCE
+from jaxmed.systems.profound.scoring import score_case
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.run_folder import RunFolder
 
@@ -39,7 +41,8 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read and check, adapt, score every set, export the model, write the report. Returns 1 when cases failed."""
     made, notes = with_synthetic(config, folder)
     made = dataclasses.replace(made, labelled=with_probe(made.labelled))
-    return run_adapt(config, made.labelled, partial(find_start, made), page, folder, notes, config.augment)
+    scorer = partial(score_case, made.preprocess.apply(PREPROCESS).sequences), made.quality_scans
+    return run_adapt(config, made.labelled, partial(find_start, made), page, folder, notes, config.augment, scorer)
 
 
 def page(run: Finished[Config, Summary]) -> Page:

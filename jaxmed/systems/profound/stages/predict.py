@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 
 from jaxmed.config import checked
+from jaxmed.models.published.profound import PREPROCESS
 from jaxmed.recipes.encoder_calls import view_classifier
 from jaxmed.recipes.map_files import BatchConfig
 from jaxmed.recipes.predict_stage import PredictConfig, PredictFlags, Summary, predict_page, run_predict
@@ -11,6 +12,7 @@ from jaxmed.recipes.scan_job import ScanData, ScansConfig
 from jaxmed.recipes.stage import Finished, Page, nested_run
 from jaxmed.systems.profound.adaptation import load_weights, pretrain_on
 from jaxmed.systems.profound.cases import SOURCE, CaseFiles, write_cases
+from jaxmed.systems.profound.scoring import score_case
 from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.run_folder import RunFolder, start
@@ -43,11 +45,12 @@ def smoke() -> Config:
 
 
 def run(config: Config, folder: RunFolder) -> int:
-    """Read and check, predict every case, write tables, maps and report. Returns 1 when cases failed."""
+    """Read and check, predict and measure every case, write tables, maps and report. Returns 1 when cases failed."""
     scans, notes = with_synthetic(config.predict.scans, folder)
     load = partial(load_weights, config.preprocess, task=config.predict.task.task)
     look = partial(view_classifier, where=scans.weights, system="profound")
-    return run_predict(config, config.predict, scans, load, look, page, folder, notes)
+    scorer = partial(score_case, config.preprocess.apply(PREPROCESS).sequences)
+    return run_predict(config, config.predict, scans, load, look, page, folder, notes, scorer)
 
 
 def with_synthetic(scans: ScansConfig, folder: RunFolder) -> tuple[ScansConfig, list[str]]:
