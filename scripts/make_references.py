@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import torch_brain as brain  # noqa: E402
+import torch_cocolit as cocolit  # noqa: E402
 import torch_guided as guided  # noqa: E402
 import torch_tangerine as tangerine  # noqa: E402
 import torch_vit as vit  # noqa: E402
-from drawn_weights import draw_image, draw_volume  # noqa: E402
+from drawn_weights import draw_image, draw_latent, draw_volume  # noqa: E402
 
 from jaxmed.io import safetensors  # noqa: E402
 
@@ -42,6 +43,7 @@ def main() -> None:
     write_guided("thin", guided.THIN, (3, 4, 2))
     write_vit()
     write_brain()
+    write_cocolit()
 
 
 def write_tangerine_mae(name: str, sizes: tangerine.Sizes, seed: int) -> None:
@@ -123,6 +125,22 @@ def write_brain() -> None:
     saved = {"model": small.state_dict(), "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
     saved |= {"submit_args": argparse.Namespace(port=0), "gen_args": arguments, "train_args": arguments}
     torch.save(saved | {"best_val_stats": {"T1": 0.1}}, FOLDER / "brainfm.pth")
+
+
+def write_cocolit() -> None:
+    """Write what MONAI's autoencoder, and its U-Net with a ControlNet, return; weights are drawn from their names."""
+    image = draw_latent((10, 13, 12), 1)
+    found = {
+        f"autoencoder/{name}": value for name, value in cocolit.run_autoencoder(cocolit.autoencoder(), image).items()
+    }
+    for name, space, changes in (
+        ("volume", (4, 2, 6), {}),
+        ("picture", (6, 4), {"include_fc": True, "use_combined_linear": True, "resblock_updown": False}),
+    ):
+        networks = cocolit.networks(len(space), **changes)
+        outputs = cocolit.run_networks(*networks, draw_latent(space, 3), draw_latent(space, 2, 1))
+        found |= {f"{name}/{part}": value for part, value in outputs.items()}
+    np.savez_compressed(FOLDER / "cocolit.npz", **found)
 
 
 def write_outputs(name: str, **tensors: torch.Tensor) -> None:

@@ -21,3 +21,8 @@ def draw_image(size):
 def draw_volume(size):
     """Return one volume [x, y, z] in [0, 1]."""
     return np.random.default_rng(1).random(size, np.float32)
+
+
+def draw_latent(space, channels, seed=0):
+    """Return two latents [2, *space, channel]."""
+    return np.random.default_rng(seed).standard_normal((2, *space, channels)).astype(np.float32)

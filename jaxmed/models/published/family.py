@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxmed.arrays.position import Interpolation
 from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
@@ -93,6 +95,8 @@ class Family(NamedTuple):
         counters: Regular expressions of small tensors that nothing uses, but that are exported again.
         interpolation: (config, naming) -> how the released code interpolates tables of positions.
         naming: Tensors -> which of several ways of naming them a file follows; "" is the family's own.
+        unapplied: (config, naming) -> what an export adds: tensors that the original code holds and wants, and that
+            nothing applies.
         renames: Names of a file -> those of them that `entries` knows by another name, such as blocks in chunks.
     """
 
@@ -116,6 +120,7 @@ class Family(NamedTuple):
     counters: tuple[str, ...] = ()
     interpolation: Callable[[Any, str], Interpolation] = lambda config, naming: "linear"
     naming: Callable[[Mapping[str, Any]], str] = lambda tensors: ""
+    unapplied: Callable[[Any, str], Mapping[str, np.ndarray]] = lambda config, naming: {}
     renames: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {}
 
     def is_counter(self, name: str) -> bool:

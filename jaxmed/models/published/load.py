@@ -22,14 +22,14 @@ from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError, listed, nearest
 from jaxmed.io import safetensors
 from jaxmed.io.weights_files import RECORD, Source, read_source
-from jaxmed.models.published import brainfm, dinov2, dinov3, guided_diffusion, profound, retfound, tangerine
+from jaxmed.models.published import brainfm, cocolit, dinov2, dinov3, guided_diffusion, profound, retfound, tangerine
 from jaxmed.models.published.family import Family, Hints
 from jaxmed.models.published.names import collect, to_tensor
 from jaxmed.nn.model import Model
 
 _FAMILIES = (
     *(tangerine.FAMILY, retfound.FAMILY, dinov2.FAMILY, dinov3.FAMILY, guided_diffusion.FAMILY),
-    *(brainfm.FAMILY, profound.FAMILY),
+    *(brainfm.FAMILY, profound.FAMILY, cocolit.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 OWN_LICENCE = "made by an own run; where that started from published weights, their licence holds"
@@ -84,7 +84,7 @@ class Published:
 
     Attributes:
         model: `model.apply(params, ...)` runs it: `models.mae.Mae`, or its encoder where the decoder is missing
-            (image to tokens), or `models.heads.Classifier`, or `models.unet_guided.GuidedUnet`.
+            (image to tokens), or `models.heads.Classifier`, or `models.unet_guided.GuidedUnet`, and so on by family.
         params: Its parameters, float32: {"encoder": ..., "decoder": ...}, {"encoder": ...}, {"encoder": ...,
             "head": ...}, or the parts of a U-Net.
         preprocess: A file, volume or array to the model's input.
@@ -199,6 +199,7 @@ def export_published(published: Published, path: str | Path) -> None:
     entries = family.entries(published.config, published.naming)
     entries = [entry for entry in entries if entry.part in published.params]
     tensors: dict[str, Any] = {entry.name: to_tensor(entry, leaves[entry.path]) for entry in entries}
+    tensors |= family.unapplied(published.config, published.naming)
     record = published_record(published)
     metadata = {"format": "pt", "family": family.name, "kind": published.report.kind}
     heads = family.facts(published.config).heads
