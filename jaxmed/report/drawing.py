@@ -93,6 +93,7 @@ def _settings(theme: Theme) -> dict[Any, Any]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
+        "axes.formatter.useoffset": False,  # numbers as they are, and not what is left after "1e-6+3.33e-1"
         "axes.grid": True,
         "axes.grid.axis": "y",
         "axes.prop_cycle": cycler("color", theme.cycle),

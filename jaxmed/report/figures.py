@@ -345,6 +345,8 @@ def curves(
             ax.yaxis.set_major_formatter(FuncFormatter(_power_label))
             ax.yaxis.set_minor_locator(NullLocator())
             _span_a_decade(ax)
+        elif has_points:
+            _span_a_percent(ax)
         if log_x:
             ax.set_xscale("log")
             ax.xaxis.set_minor_locator(NullLocator())
@@ -475,6 +477,14 @@ def _span_a_decade(ax: Axes) -> None:
         min(low, 10.0 ** math.floor(math.log10(low) + 0.999)) if high / low < 10 else low,
         max(high, 10.0 ** math.ceil(math.log10(high) - 0.001)) if high / low < 10 else high,
     )
+
+
+def _span_a_percent(ax: Axes) -> None:
+    # The last digits of what stays as it is would look like a course.
+    low, high = ax.get_ylim()
+    middle = (low + high) / 2
+    reach = max(high - low, 0.02 * abs(middle)) / 2
+    ax.set_ylim(middle - reach, middle + reach)
 
 
 def _thinned(line: Sequence[Real[np.ndarray, " _"]], log: bool) -> list[Float64[np.ndarray, " _"]]:

@@ -1,6 +1,7 @@
 """Figures: oriented, drawn in two themes, and calm about maps with nothing to show."""
 
 import io
+import re
 import xml.etree.ElementTree
 
 import matplotlib
@@ -222,6 +223,18 @@ def test_curves_survive_any_values(y, log):
     figure = curves(series, xlabel="step", ylabel="loss", caption="c", log=log)
     check(figure, "svg")
     assert len(figure.light) < 150_000
+
+
+def test_the_last_digits_of_a_constant_are_not_drawn_as_a_course():
+    def height(y):
+        figure = curves({"a": (np.arange(5), y)}, xlabel="x", ylabel="y", caption="c")
+        paths = xml.etree.ElementTree.fromstring(figure.light).findall(".//{*}path")
+        line = next(path.get("d") for path in paths if LIGHT.cycle[0] in path.get("style", ""))
+        across = np.array([pair.split() for pair in re.findall(r"[ML] ([\d. ]+)", line)], float)
+        return np.ptp(across[:, 1])
+
+    up_and_down = np.array([0, 1, 2, 1, 0.0])
+    assert height(1 / 3 + 1e-6 * up_and_down) < 0.1 < 100 < height(1 / 3 + 0.1 * up_and_down)
 
 
 def test_curves_refuse_unequal_lengths():

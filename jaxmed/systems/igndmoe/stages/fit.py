@@ -230,7 +230,7 @@ def _weights_section(outputs: Path) -> Section:
     rates = stage_curves(
         outputs / "weights.csv",
         columns["_rate"],
-        "root mean square over regions of weight x mechanism, per year",
+        "weight x mechanism per year, RMS over regions",
         "What each mechanism adds to the change of an average region.",
     )
     note = Note(
