@@ -27,7 +27,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import make_folder, read_record, remove_leftovers, write_json
 from jaxmed.io import nifti
 from jaxmed.io.numpy_files import map_array
-from jaxmed.volume import Volume, require_same_grid
+from jaxmed.volume import Grid, Volume, require_same_grid
 
 VERSION = 1
 MARGIN = 24
@@ -183,6 +183,17 @@ def read_labels(path: Path, table: LabelTable) -> Volume:
     return stored
 
 
+def check_subject(files: SubjectFiles, table: LabelTable) -> None:
+    """Read all files of a subject as `write_subject` will, and keep nothing.
+
+    Raises:
+        InputError: For whatever is wrong with one of them.
+    """
+    grid = read_labels(files.path, table).grid
+    for name in files.others:
+        _read_beside(files, name, grid, np.int32 if name == "generation" else np.float32)
+
+
 def close_store(store: Path, subjects: Sequence[SubjectFiles], table: LabelTable) -> None:
     """Write what makes the folder a store, when its subjects are written.
 
@@ -258,17 +269,11 @@ def _arrays(files, grid, labels, box, table, locate):
     """Return all arrays of a subject, the scale of its images, and how well MNI space was found."""
 
     def read(name: str, order: int, dtype: Any = np.float32) -> np.ndarray:
-        path = files.others[name]
-        volume = nifti.read(path, dimensions=(3,), dtype=dtype)
-        require_same_grid(volume.grid, grid, str(path), str(files.path))
-        return _cut(_upright(volume, order), box).array
+        return _cut(_upright(_read_beside(files, name, grid, dtype), order), box).array
 
     generation = table.generation(labels.array)
     if "generation" in files.others:
-        drawn = read("generation", 0, np.int32)
-        if drawn.min() < 0 or drawn.max() > 255:
-            raise InputError(files.others["generation"], "labels from 0 to 255", f"{drawn.min()} to {drawn.max()}")
-        generation = drawn.astype(np.uint8)
+        generation = read("generation", 0, np.int32).astype(np.uint8)
     arrays = {"labels": generation, "segmentation": table.index(labels.array, files.path)}
     if DISTANCES[0] in files.others:
         stored = np.stack([read(name, 1) for name in DISTANCES], -1)
@@ -298,6 +303,16 @@ def _arrays(files, grid, labels, box, table, locate):
     if "lesion" in files.others:
         arrays["lesion"] = np.clip(np.rint(255 * read("lesion", 1)), 0, 255).astype(np.uint8)
     return arrays, scale, overlap
+
+
+def _read_beside(files: SubjectFiles, name: str, grid: Grid, dtype: Any) -> Volume:
+    """Read a further file of a subject, which lies on the grid of its label map."""
+    path = files.others[name]
+    volume = nifti.read(path, dimensions=(3,), dtype=dtype)
+    require_same_grid(volume.grid, grid, str(path), str(files.path))
+    if name == "generation" and (volume.array.min() < 0 or volume.array.max() > 255):
+        raise InputError(path, "labels from 0 to 255", f"{volume.array.min()} to {volume.array.max()}")
+    return volume
 
 
 def _volumes(segmentation: Shaped[np.ndarray, "x y z"], table: LabelTable) -> dict[str, float]:

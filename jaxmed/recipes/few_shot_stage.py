@@ -116,7 +116,8 @@ def synthetic_inputs(
         preprocess = preprocess or (tiny if weights is None else preprocess_of(weights))
         data = puzzles = write_puzzles(data, preprocess, inputs.seed, folder)
     else:
-        read_manifest(data, inputs.seed)  # a mistake there costs no training
+        known = {record.split for record in read_manifest(data, inputs.seed)}
+        inputs.read(preprocess or tiny, (), tuple(known))  # a mistake there costs no training
         puzzles = TaskData(synthetic=data.synthetic)
     if weights is None:
         weights = nested_run(folder, train, {"data": puzzles, "seed": inputs.seed}, begin(folder), why).path

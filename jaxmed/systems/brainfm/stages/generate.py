@@ -12,7 +12,7 @@ import numpy as np
 from jaxmed.config import Count, Number, Seed, checked
 from jaxmed.data.label_table import find_table
 from jaxmed.data.subject_files import list_subjects
-from jaxmed.data.subject_store import SubjectStore, find_store, open_store, read_labels
+from jaxmed.data.subject_store import SubjectStore, check_subject, find_store, open_store
 from jaxmed.io.maps import write_map
 from jaxmed.recipes.mni_space import make_locate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
@@ -174,7 +174,7 @@ def run(config: Config, folder: RunFolder) -> int:
         if is_given or not config.data.synthetic:
             files = list_subjects(config.data.manifest, config.input)
             if len(files) == 1:
-                read_labels(files[0].path, table)  # a mistake there leaves nothing behind
+                check_subject(files[0], table)  # a mistake there leaves nothing behind
     locate = None if is_store else make_locate(config.template, config.registration)
     log = begin(folder)
     overlaps: dict[str, float] = {}

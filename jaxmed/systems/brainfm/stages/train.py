@@ -12,20 +12,21 @@ from jaxtyping import Array, Key
 
 from jaxmed.arrays.types import Params
 from jaxmed.config import Size, checked, to_record
-from jaxmed.data.cohort import hold_out
+from jaxmed.data.label_table import find_table
 from jaxmed.data.loader import LoaderConfig
-from jaxmed.data.records import SubsetSource
 from jaxmed.data.subject_files import list_subjects
 from jaxmed.data.subject_store import SubjectStore, open_store
 from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.models.published.brainfm import KIND, NAME, PREPROCESS
-from jaxmed.models.published.load import load_published
+from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.unet_brain import BRAINFM, BrainUnetConfig, brain_unet, process
 from jaxmed.nn.model import Network
 from jaxmed.objectives.brain import BrainLossConfig
+from jaxmed.recipes.mni_space import make_locate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only, nested_run
+from jaxmed.recipes.subject_stores import check_subjects, require_known, split_store
 from jaxmed.recipes.training import TrainConfig, TrainData, TrainFlags, handed_on, run_training, whole
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Block, Note, Section, Table, Text
@@ -179,13 +180,14 @@ def run(config: Config, folder: RunFolder) -> None:
     """Open or make the store, train, export the network, score it on subjects that were held out."""
     clock = Clock()
     model, generator, train = apply_variant(config.variant, config.model, config.generator, config.train)
-    brain_unet(model, generator.shape)  # sizes that do not fit cost no store
+    brain_unet(model, generator.shape)  # sizes and weights that do not fit cost no store
+    published = read_weights(config.weights)
     store = dataclasses.replace(find_store(config, folder), step=config.grid.step)
     model, classes, names = with_labels(model, store, is_left=config.variant == "hemisphere")
     model, notes = teachable(model, generator, store[0], store.channels)
     network = brain_unet(dataclasses.replace(model, dtype=train.dtype), generator.shape)
-    start, origin, further = read_start(config.weights, network)
-    training, held_out = split(store, config)
+    start, origin, further = fit_start(published, config.weights, network)
+    training, held_out = split_store(store, config.data.held_out, config.data.validation, config.train.seed)
     log = begin(folder, (*notes, *further), tensorboard=train.loop.tensorboard)
     subjects = {"train": len(training), "held out": 0 if held_out is None else len(held_out)}
     log.say(f"{subjects['train']} subjects to train on, {subjects['held out']} held out; {len(classes)} classes.")
@@ -233,8 +235,14 @@ def find_store(config: Config, folder: RunFolder) -> SubjectStore:
     if not given and not data.synthetic:
         advice = "give --input LABELMAPS or --data.store, or try --preset smoke"
         raise InputError("input", "label maps, or a store of subjects", "nothing", advice)
-    if given:
-        list_subjects(data.manifest, config.input)  # a mistake there leaves nothing behind
+    if given:  # a mistake there leaves nothing behind
+        table, files = find_table(data.table), list_subjects(data.manifest, config.input)
+        require_known(data.held_out, [one.name for one in files])
+        place = data.manifest or config.input
+        assert place is not None
+        check_subjects(files, table, place, config.train.loader.num_threads)
+        if data.template:
+            make_locate(data.template)
     changes: dict[str, Any] = {"store": True, "input": config.input, "table": data.table, "template": data.template}
     changes |= {"data.manifest": data.manifest, "data.synthetic": 0 if given else data.synthetic}
     why = "Subjects are made into a store." if given else "No subjects are given: phantom heads are drawn."
@@ -255,17 +263,28 @@ def with_labels(
     return dataclasses.replace(model, labels=labels), classes, {row.label: row.name for row in kept}
 
 
-def read_start(path: Path | None, network: Network) -> tuple[Params | None, dict[str, Any], tuple[str, ...]]:
-    """Read parameters to start from: those that fit, what a record says of them, and notes.
+def read_weights(path: Path | None) -> Published | None:
+    """Read weights to start from, where there are any.
 
     Raises:
-        InputError: They are of another kind of network, or none fits.
+        InputError: They are of another kind of network.
     """
-    if path is None:
-        return None, {}, ()
-    published = load_published(path)
-    if not isinstance(published.config, BrainUnetConfig):
+    published = None if path is None else load_published(path)
+    if published is not None and not isinstance(published.config, BrainUnetConfig):
         raise InputError(path, "a multi-task network of brains", f"a {published.report.kind}")
+    return published
+
+
+def fit_start(
+    published: Published | None, path: Path | None, network: Network
+) -> tuple[Params | None, dict[str, Any], tuple[str, ...]]:
+    """Return the parameters to start from that fit, what a record says of them, and notes.
+
+    Raises:
+        InputError: None fits.
+    """
+    if published is None:
+        return None, {}, ()
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     fits, others = fitting(published.params, shapes)
     if not any(name.startswith("backbone") for name in fits):
@@ -274,22 +293,6 @@ def read_start(path: Path | None, network: Network) -> tuple[Params | None, dict
     if others:
         notes = (*notes, f"{len(others)} tensors do not fit and are drawn: {', '.join(others[:4])}.")
     return fits, {"licence": published.report.licence}, notes
-
-
-def split(store: SubjectStore, config: Config) -> tuple[Any, Any]:
-    """Return subjects to train on and held-out ones, by the store's own splits or by a draw; None for none held out."""
-    splits = [*store.splits]
-    if unknown := set(config.data.held_out) - set(store.names):
-        raise InputError("data.held-out", f"some of {', '.join(store.names[:8])}", ", ".join(sorted(unknown)))
-    if config.data.held_out:
-        splits = ["validation" if name in config.data.held_out else "train" for name in store.names]
-    elif not any(splits):
-        splits = hold_out(store.names, config.data.validation, config.train.seed)
-    rows = {name: np.flatnonzero([one == name for one in splits]) for name in ("train", "validation", "test")}
-    if not len(rows["train"]):
-        raise InputError(store.path, "subjects of split train", "none", "check the column split")
-    held = rows["validation"] if len(rows["validation"]) else rows["test"]
-    return SubsetSource(store, rows["train"]), SubsetSource(store, held) if len(held) else None
 
 
 def write_network(

@@ -67,6 +67,7 @@ from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, start
 
 TRIES_FAILED_AGAIN = True
+CHECKED = 64  # records read from end to end before the run begins, evenly spread; of the others the headers are
 PICTURES = Preprocess(
     (28, 28), 3, axes="xyz", fit="stretch", intensity=Intensity("unit", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 )
@@ -187,7 +188,7 @@ def run(config: Config, folder: RunFolder) -> int:
     deployed = _deployed_share(config)
     published = None if config.weights is None else load_published(config.weights)
     preprocess = config.preprocess if published is None else published.preprocess
-    found_notes = check_scans(sets.cohort.scans, preprocess, 0, 2)
+    found_notes = check_scans(sets.cohort.scans, preprocess, CHECKED, 2)
     empty = np.zeros((len(flags), 0), np.float32)
     plan = plan_grid(config.study, GradedImages(sets, flags, empty, empty), config.seed)  # before anything is read
     start(folder, is_shared=config.study.processes > 1)
