@@ -10,6 +10,10 @@ AttentionKind: TypeAlias = Literal["auto", "products", "blocks", "xla", "cudnn"]
 
 # Below this many tokens the whole map of weights is kept for the backward pass.
 LONG = 1024
+# XLA holds the whole map on accelerators too: 105 MB for each image and head of 5120 tokens.
+LONG_XLA = 4096
+# The largest depth that cuDNN's attention takes, by the first number of the compute capability from which it does.
+DEEPEST = {9: 256, 8: 128}
 BLOCK = 256
 # A CPU works on the images of a batch at once, in this many parts, where all their maps have more entries than these:
 # XLA makes one fused loop of a batch's whole attention, which leaves the caches (DINOv2-S/14, 8 images: 2.5 times).
@@ -26,10 +30,11 @@ def self_attention(
         kind: "products": two batched products over (batch x heads) with a backward pass of its own, the fastest on
             CPU, and it holds every weight; "blocks": queries in blocks of 256, recomputed in the backward pass, for
             long sequences; "xla" and "cudnn": `jax.nn.dot_product_attention`. "auto" takes cudnn for half precision
-            on an NVIDIA GPU, xla on other accelerators, and on CPU products up to 1024 tokens, then blocks.
+            on an NVIDIA GPU that has it for the depth, elsewhere on accelerators xla up to 4096 tokens, and on CPU
+            products up to 1024 tokens; then blocks.
     """
     if kind == "auto":
-        kind = _choose(qkv.shape[1], qkv.dtype)
+        kind = _choose(qkv.shape[1], qkv.dtype, qkv.shape[4])
     if kind == "products":
         return _products(qkv)
     query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -38,11 +43,15 @@ def self_attention(
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if kind == "cudnn" else "xla")
 
 
-def _choose(num_tokens: int, dtype: Any) -> AttentionKind:
+def _choose(num_tokens: int, dtype: Any, depth: int) -> AttentionKind:
     backend = jax.default_backend()
     if backend == "cpu":
         return "products" if num_tokens <= LONG else "blocks"
-    return "cudnn" if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) else "xla"
+    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
+        major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]  # AMD's is no number
+        if major.isdigit() and depth <= max((DEEPEST[first] for first in DEEPEST if int(major) >= first), default=0):
+            return "cudnn"
+    return "xla" if num_tokens <= LONG_XLA else "blocks"
 
 
 def _products(qkv: Float[Array, "batch token 3 head depth"]) -> Float[Array, "batch token head depth"]:

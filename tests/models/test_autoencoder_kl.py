@@ -54,9 +54,9 @@ def test_a_key_draws_the_latent_and_none_takes_the_mean(params, run, decode):
     np.testing.assert_allclose(drawn, decode(params, latent), atol=1e-5)
 
 
-def test_the_variance_is_cut_off(params):
+def test_the_variance_is_cut_off(params, run):
     wild = {**params, "to_log_variance": jax.tree.map(lambda leaf: 1e4 + 0 * leaf, params["to_log_variance"])}
-    deviation = np.asarray(MODEL.encode(wild, IMAGE)[1])
+    deviation = np.asarray(run(wild, IMAGE)[2])
     low, high = np.exp([-15.0, 10.0])
     assert set(np.round(np.log(deviation.ravel()), 3)) <= {-15.0, 10.0}
     assert low * 0.99 < deviation.min() and deviation.max() < high * 1.01
@@ -67,6 +67,24 @@ def test_images_of_a_batch_do_not_see_one_another(params, run):
     other = run(params, IMAGE.at[0].set(0.0))[0]
     np.testing.assert_allclose(other[1], whole[1], atol=1e-5)
     assert float(jnp.abs(other[0] - whole[0]).max()) > 1e-3
+
+
+def test_images_are_volumes_of_one_repeated_plane(params, run):
+    """3D against 2D: taps in one plane of every kernel, the first one where it halves, so that planes do not mix."""
+    deep = autoencoder(dataclasses.replace(CONFIG, dimensions=3))
+    volume = jnp.repeat(IMAGE[:, :, :, None], 2, axis=3)
+    shapes = jax.eval_shape(deep.init, jax.random.key(0), volume)
+
+    def thicken(path, leaf, wanted):
+        if leaf.ndim == wanted.ndim:
+            return leaf
+        tap = 0 if path[1].key.startswith("down_") else wanted.shape[2] // 2
+        return jnp.stack([leaf if number == tap else 0 * leaf for number in range(wanted.shape[2])], axis=2)
+
+    thick = jax.tree.map_with_path(thicken, params, shapes)
+    for found, expected in zip(jax.jit(deep.apply)(thick, volume), run(params, IMAGE), strict=True):
+        for plane in range(found.shape[3]):
+            np.testing.assert_allclose(found[:, :, :, plane], expected, atol=1e-4)
 
 
 def test_recomputed_blocks_give_the_same_gradient(params):

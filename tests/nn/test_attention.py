@@ -1,5 +1,7 @@
 """Attention: every kind is softmax(q k^T / sqrt(depth)) v, in value and in gradient."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,8 +97,29 @@ def test_bfloat16_is_finite_and_close(kind):
 
 @pytest.mark.core
 def test_long_sequences_on_a_cpu_go_block_by_block():
-    assert attention._choose(1024, jnp.float32) == "products"
-    assert attention._choose(1025, jnp.float32) == "blocks"
+    assert attention._choose(1024, jnp.float32, 64) == "products"
+    assert attention._choose(1025, jnp.float32, 64) == "blocks"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("backend", "capability", "tokens", "dtype", "depth", "kind"),
+    [
+        ("gpu", "8.0", 5120, jnp.bfloat16, 64, "cudnn"),
+        ("gpu", "8.0", 5120, jnp.bfloat16, 256, "blocks"),
+        ("gpu", "9.0", 5120, jnp.bfloat16, 256, "cudnn"),
+        ("gpu", "7.0", 640, jnp.float16, 64, "xla"),
+        ("gpu", "gfx942", 640, jnp.bfloat16, 64, "xla"),
+        ("gpu", "9.0", 5120, jnp.float32, 64, "blocks"),
+        ("tpu", None, 640, jnp.bfloat16, 64, "xla"),
+    ],
+)
+def test_an_accelerator_takes_what_it_has_for_depth_and_length(
+    backend, capability, tokens, dtype, depth, kind, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert attention._choose(tokens, dtype, depth) == kind
 
 
 @pytest.mark.accelerator
