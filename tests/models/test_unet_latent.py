@@ -154,3 +154,16 @@ def test_inputs_are_checked(params):
         NET.embed_condition(params[1], Z)
     with pytest.raises(ValueError, match="condition_widths"):
         ControlNetConfig(condition_widths=())
+
+
+def test_bfloat16_is_close_and_the_result_float32(params, run):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    unet, net = latent_unet(config), control_net(dataclasses.replace(CONTROL, unet=config))
+
+    @jax.jit
+    def half(unet_params, control):
+        return unet.apply(unet_params, Z, TIME, net.apply(control, Z, TIME, CONDITION))
+
+    found, expected = half(*params), run(params, Z, TIME, CONDITION)[1]
+    assert found.dtype == jnp.float32
+    assert float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)) < 0.05
