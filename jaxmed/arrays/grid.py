@@ -112,6 +112,20 @@ def spaced(grid: Grid, spacing: float | tuple[float, float, float]) -> Grid:
     return _scaled(grid, (x, y, z), ratio)
 
 
+def spaced_from_first(grid: Grid, spacing: float | tuple[float, float, float]) -> Grid:
+    """Return the grid of another voxel size whose first voxel has the old first one's centre.
+
+    The last centre lies within half a new voxel of the old last one.
+
+    Source: MONAI, `Spacing` (compute_shape_offset without scale_extent).
+    """
+    ratio = np.asarray(spacing, np.float64) / affine_spacing(grid.affine)
+    x, y, z = np.round((np.array(grid.shape) - 1) / ratio + 1).astype(int).tolist()
+    affine = grid.affine.copy()
+    affine[:3, :3] *= ratio
+    return Grid((x, y, z), affine)
+
+
 def stretched(grid: Grid, shape: tuple[int, int, int]) -> Grid:
     """Return the grid of `resize`."""
     if len(shape) != 3 or min(shape) < 1:

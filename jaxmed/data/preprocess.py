@@ -7,9 +7,9 @@ step (`load`) and cut by `data.windows`. The record travels with the weights.
 
 Where systems find their place: prostate MRI has three voxel sizes in `spacing`, "zscore" over what is "nonzero", and
 `sequences` (T2w, DWI of one b-value, ADC) that `data.sequences` brings onto one grid as channels; brain MRI is "RAS" at
-1 mm, "minmax", and `order` "scale-first"; PET is at 1.5 mm with a fixed `mean` and `std` and `order` "cut-then-scale",
-so that what was added is scaled too. A crop to what is not 0 would be one more word of `crop`; another rule of
-resampling or rounding is one more word of `interpolation`.
+1 mm, "minmax", and `order` "scale-first"; PET is at 1.5 mm from the first voxel on, with a fixed `mean` and `std` and
+`order` "cut-then-scale", so that what was added is scaled too. A crop to what is not 0 would be one more word of
+`crop`; another rule of resampling or rounding is one more word of `interpolation`.
 """
 
 import dataclasses
@@ -22,7 +22,16 @@ from jaxtyping import Bool, Float, Float32, Shaped
 from PIL import Image
 
 from jaxmed.arrays.bspline import Edge, resize_bspline
-from jaxmed.arrays.grid import orientation, reorient, resample, resample_to, resize, restore, spaced, stretched
+from jaxmed.arrays.grid import (
+    orientation,
+    reorient,
+    resample_to,
+    resize,
+    restore,
+    spaced,
+    spaced_from_first,
+    stretched,
+)
 from jaxmed.config import Length, Positive, Size, checked
 from jaxmed.data.intensity import Intensity, scale, unscale
 from jaxmed.data.picture_crop import crop_grid, crop_to_disc
@@ -73,7 +82,9 @@ class Preprocess:
             scales until the size is filled; "stretch" resamples the whole field of view, each axis by itself.
         shorter: What the shorter side becomes for "cover", before it is cut; 0 takes the size.
         interpolation: Of "cover" and "stretch": "linear" (`arrays.grid`), "bspline" (`arrays.bspline`, SimpleITK's), or
-            "bicubic", Pillow's of pictures, on 8 bits where they hold such.
+            "bicubic", Pillow's of pictures, on 8 bits where they hold such. Of `spacing`: "linear" keeps the middle of
+            the field of view and blurs where voxels grow; "linear-first" keeps the centre of the first voxel and never
+            blurs, as MONAI does.
         edge: What stands beyond the field of view of "bspline": "clamp" repeats the last voxel, "zero" is 0.
         intensity: What becomes of the stored intensities.
         order: Intensities are scaled by statistics of the stored scan ("scale-first"), of the whole field of view at
@@ -93,7 +104,7 @@ class Preprocess:
     spacing: tuple[Positive, ...] = ()
     fit: Literal["crop", "cover", "stretch"] = "crop"
     shorter: Length = 0
-    interpolation: Literal["linear", "bspline", "bicubic"] = "linear"
+    interpolation: Literal["linear", "linear-first", "bspline", "bicubic"] = "linear"
     edge: Edge = "clamp"
     intensity: Intensity = Intensity()
     order: Literal["scale-first", "scale-then-cut", "cut-then-scale"] = "scale-then-cut"
@@ -114,6 +125,8 @@ class Preprocess:
             raise ValueError(f"crop: expected none for volumes of {self.size}, found {self.crop}")
         if self.edge not in get_args(Edge):
             raise ValueError(f"edge: expected clamp or zero, found '{self.edge}'")
+        if self.interpolation == "linear-first" and (self.fit != "crop" or self.is_sliced or not self.spacing):
+            raise ValueError(f"interpolation: expected linear to {self.fit} {self.size}, found linear-first")
         if self.interpolation == "bspline" and (self.fit != "stretch" or self.is_sliced):
             raise ValueError(f"interpolation: expected linear or bicubic to {self.fit} {self.size}, found bspline")
         if self.sequences and (self.is_sliced or len(self.sequences) != self.channels or not any(self.sequences)):
@@ -200,7 +213,7 @@ class Preprocess:
         # Voxels that take no memory: the grid counts alone.
         turned = self.turn(Volume.make(np.broadcast_to(np.int8(0), grid.shape), grid.affine)).grid
         if self.spacing:
-            turned = spaced(turned, self._spacing(turned.affine))
+            turned = self._spaced(turned)
         if self.fit == "stretch" and self.interpolation == "bspline":
             affine = turned.affine.copy()
             affine[:3, :3] *= np.divide(turned.shape, self.size)
@@ -233,7 +246,8 @@ class Preprocess:
             order: 0 for labels, 1 for intensities.
         """
         if self.spacing and kind == "volume":
-            volume = resample(volume, self._spacing(volume.affine), order=order, antialias=order > 0)
+            blurs = order > 0 and self.interpolation != "linear-first"
+            volume = resample_to(volume, self._spaced(volume.grid), order=order, antialias=blurs, fill=None)
         return volume if self.fit == "crop" else self._stretch(volume, axis)
 
     def check_axes(self, codes: str) -> list[str]:
@@ -303,6 +317,11 @@ class Preprocess:
         x, y, z = (own if axis == self.slice_axis else wanted[axis] for axis, own in enumerate(stored))
         return x, y, z
 
+    def _spaced(self, grid: Grid) -> Grid:
+        """Return the grid of the network's voxel size."""
+        place = spaced_from_first if self.interpolation == "linear-first" else spaced
+        return place(grid, self._spacing(grid.affine))
+
     def _filled(self, shape: tuple[int, ...], axis: int | None) -> tuple[int, int, int]:
         """Return the number of voxels at which the size is filled, those across the slices as they are."""
         inner = [n for index, n in enumerate(shape[:3]) if index != axis]
@@ -322,6 +341,9 @@ class Preprocess:
         """Return the first voxel of the cut about the centre, along each axis."""
         if self.interpolation == "bicubic":  # torchvision's rule
             return tuple(round((old - new) / 2) for old, new in zip(lengths, self.size, strict=True))
+        if self.interpolation == "linear-first":  # MONAI's: of an odd number of added voxels the larger part comes last
+            return tuple((old - new + 1) // 2 if new > old else old // 2 - new // 2
+                         for old, new in zip(lengths, self.size, strict=True))  # fmt: skip
         return tuple(old // 2 - new // 2 for old, new in zip(lengths, self.size, strict=True))
 
     def _cut(self, loaded: "Loaded") -> Float32[np.ndarray, "*size channel"]:
@@ -354,7 +376,7 @@ class Preprocess:
     def _stretch(self, volume: Volume, axis: int | None) -> Volume:
         shape = self._filled(volume.array.shape, axis)
         match self.interpolation:
-            case "linear":
+            case "linear" | "linear-first":
                 return resize(volume, shape, order=1)
             case "bspline":
                 affine = volume.affine.copy()

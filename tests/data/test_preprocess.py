@@ -639,3 +639,49 @@ def test_real_scans_equal_simpleitk_within_one_hounsfield_unit(name, edge, share
     whole = simpleitk_cube(scan.array, scan.affine, (edge,) * 3, sitk.sitkInt16)
     assert np.abs(found - whole).max() < 1.02
     assert np.mean(np.trunc(found) == whole) > 0.999
+
+
+# Fixed voxel size from the first voxel on -----------------------------------------------------------------------------
+
+MNI = np.array([[-1.0, 0, 0, 90], [0, 1, 0, -126], [0, 0, 1, -72], [0, 0, 0, 1]])
+
+
+def from_first(size=(128, 152, 128), spacing=1.5, mean=2.0, std=4.0):
+    intensity = Intensity("keep", mean=(mean,), std=(std,))
+    return Preprocess(size, axes="xyz", spacing=(spacing,), interpolation="linear-first", intensity=intensity,
+                      order="cut-then-scale")  # fmt: skip
+
+
+def test_the_grid_of_mni_space_at_another_voxel_size_is_monais():
+    grid = Volume.make(np.broadcast_to(np.int8(0), (182, 218, 182)), MNI).grid
+    found = from_first((122, 146, 122)).input_grid(grid)
+    assert found.shape == (122, 146, 122)
+    np.testing.assert_allclose(found.affine, MNI @ np.diag([1.5, 1.5, 1.5, 1]), atol=1e-12)
+    padded = from_first().input_grid(grid)
+    np.testing.assert_allclose(padded.affine[:3, 3], [94.5, -130.5, -76.5])
+
+
+def test_voxels_are_interpolated_from_the_first_on_without_blur_and_scaled_after_padding():
+    scan = volume(noise((9, 8, 7)), MNI)
+    found = from_first((8, 8, 8)).prepare(scan)
+    places = [np.minimum(1.5 * np.arange(count), old - 1) for count, old in ((6, 9), (6, 8), (5, 7))]
+    inner = scipy.ndimage.map_coordinates(scan.array.astype(np.float64), np.meshgrid(*places, indexing="ij"), order=1)
+    # 6 voxels of 8 stand in the middle, 5 after the smaller part of 3: MONAI's rule.
+    expected = (np.pad(inner, [(1, 1), (1, 1), (1, 2)]) - 2) / 4
+    np.testing.assert_allclose(found.image[..., 0], expected, rtol=1e-4, atol=1e-4)
+    assert found.image[0, 0, 0, 0] == np.float32(-0.5)
+    with pytest.raises(ValueError, match="linear-first"):
+        Preprocess((8, 8, 8), interpolation="linear-first")
+
+
+@pytest.mark.peers
+def test_monai_spacing_and_padding_are_the_same():
+    transforms = pytest.importorskip("monai.transforms")
+    torch = pytest.importorskip("torch")
+    data = pytest.importorskip("monai.data")
+    scan = volume(noise((13, 12, 9)), MNI @ np.diag([1.1, 1, 1.2, 1]))
+    image = data.MetaTensor(torch.tensor(scan.array[None]), affine=scan.affine)
+    moved = transforms.DivisiblePad(8)(transforms.Spacing(1.5, padding_mode="border")(image))
+    preprocess = from_first(moved.shape[1:], mean=0.0, std=1.0)
+    np.testing.assert_allclose(preprocess.prepare(scan).image[..., 0], moved[0].numpy(), atol=1e-2)
+    np.testing.assert_allclose(preprocess.input_grid(scan.grid).affine, moved.affine.numpy(), atol=1e-6)
