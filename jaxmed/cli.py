@@ -49,6 +49,7 @@ STAGES = {
     "brainfm generate": "a store of subjects from label maps and scans, and images drawn from it in any contrast",
     "brainfm train": "train one network for every task of brain scans, on images drawn from label maps and scans",
     "brainfm predict": "images, structures, distances, bias and MNI coordinates of scans of any modality",
+    "cocolit translate": "a map of amyloid PET from a T1-weighted MRI, and where its samples disagree",
     "dynamicdps train-prior": "train a diffusion prior on slices or volumes, contrasts drawn from label maps too",
     "dynamicdps train-initial": "train a conditional enhancer on pairs made by the low-field simulator",
     "dynamicdps calibrate": "the bank that chooses starts, its compression, and the acquisition, for one prior",
@@ -72,6 +73,7 @@ SYSTEMS = {
     "profound": "foundation models of prostate MRI, and what image quality does to them (arXiv:2508.11864)",
     "noddi": "tissue microstructure from diffusion MRI (arXiv:2507.12632)",
     "brainfm": "brain maps of a scan of any contrast, learnt from images drawn from labels (arXiv:2509.00549)",
+    "cocolit": "amyloid PET from MRI, by latent diffusion with a ControlNet (arXiv:2508.01292)",
     "dynamicdps": "enhance low-field brain MRI without inventing anatomy (arXiv:2503.01075)",
     "igndmoe": "disease progression on the connectome, by mechanisms that change with stage (arXiv:2508.07032)",
     "selfplay": "segmentation by few labels that improves with thinking time (arXiv:2506.22075)",
@@ -201,6 +203,7 @@ def parse_stage(module: ModuleType, program: str, arguments: list[str]) -> tuple
     """
     from jaxmed.train.run_folder import RunOptions
 
+    arguments = getattr(module, "released_words", list)(arguments)
     arguments, preset = _take(arguments, "--preset")
     arguments, stored = _take(arguments, "--config")
     default = _default(module, program, preset, stored)

@@ -1,0 +1,185 @@
+"""The four networks of this system: found, read, checked against one another, or made tiny and random."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmed.config import Seed, checked, to_record
+from jaxmed.data.preprocess import Preprocess
+from jaxmed.errors import InputError
+from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
+from jaxmed.models.published import cocolit
+from jaxmed.models.published.load import Published, load_published
+from jaxmed.models.unet_latent import ControlNetConfig, LatentUnetConfig, control_net, latent_unet
+from jaxmed.systems.cocolit.translation import Models
+from jaxmed.train.checkpoint import export_parameters
+
+RELEASED = {"mri": "src", "pet": "tgt", "unet": "dif", "controlnet": "cnt"}
+"""Names of the released files, without their suffix."""
+SUFFIXES = (".pth", ".pt", ".safetensors", "")
+KINDS = {
+    "mri": ("autoencoder", "the autoencoder of MRI (src.pth)"),
+    "pet": ("autoencoder", "the autoencoder of SUVR maps (tgt.pth)"),
+    "unet": ("latent-denoiser", "the U-Net of latents (dif.pth)"),
+    "controlnet": ("controlnet", "the ControlNet (cnt.pth)"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class WeightsConfig:
+    """Where the networks are.
+
+    Attributes:
+        folder: Folder with all four by their released names: src, tgt, dif and cnt, with or without a suffix.
+        mri: Autoencoder of MRI.
+        pet: Autoencoder of SUVR maps.
+        unet: U-Net of SUVR latents.
+        controlnet: ControlNet.
+    """
+
+    folder: Path | None = None
+    mri: Path | None = None
+    pet: Path | None = None
+    unet: Path | None = None
+    controlnet: Path | None = None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether any place is named."""
+        return any(getattr(self, field.name) is not None for field in dataclasses.fields(self))
+
+    def places(self) -> dict[str, Path]:
+        """Return where each network is.
+
+        Raises:
+            InputError: One is not told, or not in the folder.
+        """
+        return {name: self._place(name) for name in KINDS}
+
+    def _place(self, name: str) -> Path:
+        given, stem = getattr(self, name), RELEASED[name]
+        if given is not None:
+            return given
+        if self.folder is None:
+            advice = f"give --weights.{name}, or --weights.folder, or try --preset smoke"
+            raise InputError(f"weights.{name}", KINDS[name][1], "nothing", advice)
+        found = next((self.folder / (stem + end) for end in SUFFIXES if (self.folder / (stem + end)).exists()), None)
+        if found is None:
+            there = "no such folder" if not self.folder.is_dir() else f"none named {stem}"
+            raise InputError(self.folder, f"{KINDS[name][1]}", there, f"or give --weights.{name}")
+        return found
+
+
+def read_models(weights: WeightsConfig, dtype: Literal["float32", "bfloat16"] = "float32") -> Models:
+    """Read the networks and check that they belong together.
+
+    Raises:
+        InputError: One cannot be read, is of another kind, or does not fit the others.
+    """
+    places = weights.places()
+    found = {name: _read(name, place, dtype) for name, place in places.items()}
+    if found["pet"].preprocess.intensity == found["mri"].preprocess.intensity:
+        # The released files say nothing of their input: two of one kind are told apart by what they are given for.
+        found["pet"] = dataclasses.replace(found["pet"], preprocess=cocolit.SUVR)
+    models = Models(**found)
+    mri, pet, unet, control = (one.config for one in models)
+    needed = (
+        (
+            "unet",
+            "channels in and out, as latents of",
+            "pet",
+            (pet.latent_channels,) * 2,
+            (unet.channels, unet.outputs),
+        ),
+        (
+            "controlnet",
+            "channels of the condition, as latents of",
+            "mri",
+            mri.latent_channels,
+            control.condition_channels,
+        ),
+        ("controlnet", "channels of the skips, as", "unet", unet.skip_widths(), control.unet.skip_widths()),
+        ("pet", "voxels for one of the latent, as", "mri", mri.divisor, pet.divisor),
+    )
+    for name, what, other, expected, actual in needed:
+        if expected != actual:
+            advice = "give networks of one training"
+            raise InputError(places[name], f"{expected} {what} {places[other]}", f"{actual}", advice)
+    return models
+
+
+def _read(name: str, place: Path, dtype: Literal["float32", "bfloat16"]) -> Published:
+    kind, title = KINDS[name]
+    published = load_published(place)
+    if published.report.family != cocolit.NAME or published.report.kind != kind:
+        found = f"a {published.report.kind} of {published.report.family}"
+        raise InputError(place, title, found, f"check --weights.{name}")
+    config = published.config
+    unet = config.unet if isinstance(config, ControlNetConfig) else config
+    if unet.dimensions != 3 or (
+        isinstance(config, AutoencoderKlConfig) and (config.channels, config.outputs) != (1, 1)
+    ):
+        raise InputError(place, f"{title}, of volumes of one channel", f"one of {unet.dimensions} axes of space")
+    if isinstance(config, ControlNetConfig):
+        return dataclasses.replace(published, config=dataclasses.replace(config, unet=_typed(unet, dtype)))
+    return dataclasses.replace(published, config=_typed(config, dtype))
+
+
+def _typed(config: Any, dtype: str) -> Any:
+    return dataclasses.replace(config, dtype=dtype, remat=False)
+
+
+# Random networks -----------------------------------------------------------------------------------------------------
+
+TINY_AUTOENCODER = AutoencoderKlConfig(widths=(4, 8, 8), blocks=(1, 1, 1), groups=4)
+TINY_UNET = LatentUnetConfig(
+    widths=(8, 8, 8), blocks=(1, 1, 1), attention_levels=(False, False, True), head_channels=8, groups=4
+)
+TINY_CONTROLNET = ControlNetConfig(TINY_UNET, condition_widths=(8,))
+ZERO_STARTS = 0.1
+"""Deviation of the maps that start at 0 in training: a network that gives 0 everywhere shows nothing."""
+
+
+def write_tiny_models(folder: Path, seed: Seed, spacing: float) -> Path:
+    """Write four tiny random networks under the released names, as own runs leave them; return the folder.
+
+    Args:
+        folder: Where to.
+        seed: Of the parameters.
+        spacing: Voxel size that they are said to be of, in mm.
+    """
+    image, latent, time = jnp.zeros((1, 16, 16, 16, 1)), jnp.zeros((1, 4, 4, 4, 4)), jnp.zeros(1)
+    # Parameters of random networks say nothing of brains: maps of about the released mean and deviation.
+    mri = dataclasses.replace(cocolit.MRI, spacing=(spacing,))
+    pet = dataclasses.replace(cocolit.SUVR, spacing=(spacing,))
+    keys = dict(zip(RELEASED, jax.random.split(jax.random.key(seed), 4), strict=True))
+    made: dict[str, tuple[Any, Preprocess, Any]] = {
+        "mri": (TINY_AUTOENCODER, mri, autoencoder(TINY_AUTOENCODER).init(keys["mri"], image)),
+        "pet": (TINY_AUTOENCODER, pet, autoencoder(TINY_AUTOENCODER).init(keys["pet"], image)),
+        "unet": (TINY_UNET, mri, latent_unet(TINY_UNET).init(keys["unet"], latent, time)),
+        "controlnet": (
+            TINY_CONTROLNET, mri, control_net(TINY_CONTROLNET).init(keys["controlnet"], latent, time, latent)
+        ),
+    }  # fmt: skip
+    for name, (config, preprocess, params) in made.items():
+        record = {"family": cocolit.NAME, "kind": KINDS[name][0], "config": to_record(config)}
+        record |= {"preprocess": to_record(preprocess), "licence": "random numbers"}
+        export_parameters(folder / RELEASED[name], _without_zeros(params, seed), record)
+    return folder
+
+
+def _without_zeros(params: Any, seed: int) -> Any:
+    """Give kernels that start at 0 random values."""
+    generator = np.random.default_rng(seed)
+
+    def fill(leaf: Any) -> np.ndarray:
+        values = np.asarray(leaf)
+        drawn = ZERO_STARTS * generator.standard_normal(values.shape).astype(np.float32)
+        return values if values.any() or values.ndim < 2 else drawn
+
+    return jax.tree.map(fill, params)

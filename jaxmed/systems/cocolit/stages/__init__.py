@@ -1,0 +1,1 @@
+"""Stages of CoCoLIT: one file per command."""
