@@ -5,6 +5,7 @@ Source: CoCoLIT, arXiv:2508.01292, official code (its sampler, and latent averag
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -85,6 +86,8 @@ class Translation(NamedTuple):
     at_limit: Float[Array, ""]
 
 
+# Compiled here, once for every shape, number of samples and setting: networks run op by op take minutes to compile.
+@partial(jax.jit, static_argnames=("m", "config", "sharding"))
 def translate(
     key: KeyArray,
     models: Models,
@@ -101,8 +104,8 @@ def translate(
         key: Consumed. Sample i has the same noise in any chunk and on any devices.
         models: The networks.
         mri: As the MRI's autoencoder wants it (`preparation.prepare`): padded, then scaled; multiples of its divisor.
-        m: Latents that are averaged; 64 in the paper.
-        config: Static.
+        m: Latents that are averaged; 64 in the paper. Static, as what follows.
+        config: How they are drawn.
         sharding: Of the samples of a chunk over devices; None leaves them where they are.
 
     Source: CoCoLIT, arXiv:2508.01292, official code. With Jacobian and Hessian H of the decoder and covariance S of the

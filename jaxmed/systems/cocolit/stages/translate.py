@@ -296,7 +296,7 @@ def make_plan(config: Config, models: Models, read: Callable[[Inputs], Prepared]
             raise InputError("chunk", expected, size, "change --chunk or --samples, or --mesh.data")
         sharding = NamedSharding(mesh, PartitionSpec("data"))
     models = jax.device_put(models, NamedSharding(mesh, PartitionSpec()))
-    program = jax.jit(partial(translate, m=config.samples, config=config.sampling, sharding=sharding))
+    program = partial(translate, m=config.samples, config=config.sampling, sharding=sharding)
     constants = {
         "samples": config.samples, "sampling": to_record(config.sampling), "seed": config.seed,
         "positive_above": POSITIVE, "licence": models.pet.report.licence,

@@ -1,0 +1,93 @@
+"""Translation on arrays: the call, what steers it, and what is averaged; tiny random networks."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.diffusion.averaging import average_samples
+from jaxmed.diffusion.denoiser import make_denoiser
+from jaxmed.diffusion.samplers import Ddim
+from jaxmed.models.unet_latent import latent_unet
+from jaxmed.systems import cocolit
+from jaxmed.systems.cocolit.networks import WeightsConfig, read_models, write_tiny_models
+from jaxmed.systems.cocolit.translation import CHAIN, CLIP, SamplingConfig, encode, make_decoder
+
+SHAPE = (24, 16, 24)  # a latent of 6 x 4 x 6, which the U-Net pads to 8 x 4 x 8
+MRI = jax.random.normal(jax.random.key(5), SHAPE)
+CONFIG = SamplingConfig(steps=4, chunk=2)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return read_models(WeightsConfig(write_tiny_models(tmp_path_factory.mktemp("tiny"), 0, 9.0)))
+
+
+def translated(models, mri, key):
+    return cocolit.translate(key, models, mri, 3, CONFIG)
+
+
+def silenced(models):
+    """Return networks whose ControlNet is as training begins: all residuals are 0."""
+    params = {
+        name: jax.tree.map(jnp.zeros_like, part) if name.startswith(("skip_", "after_middle")) else part
+        for name, part in models.controlnet.params.items()
+    }
+    return models._replace(controlnet=dataclasses.replace(models.controlnet, params=params))
+
+
+def test_the_call_of_the_docs(models):
+    key, mri, m = jax.random.key(0), MRI, 3
+    found = cocolit.translate(key, models, mri, m, CONFIG)
+    assert found.suvr.shape == mri.shape and found.spread.shape == mri.shape
+    assert bool(jnp.isfinite(found.suvr).all()) and float(found.spread.min()) >= 0
+    assert found.latent.shape == (8, 4, 8, 4) and 0 < float(found.at_limit) < 1
+    decode = jax.jit(lambda latent: make_decoder(models, MRI)(latent))
+    np.testing.assert_allclose(found.suvr, decode(found.latent), rtol=1e-4, atol=1e-5)
+    assert float(jnp.abs(found.suvr - found.mean_map).max()) > 0  # the bias of averaging latents
+
+
+def test_the_mri_counts_only_through_the_controlnet(models, key):
+    other = MRI[::-1]
+    steered = [translated(models, mri, key).latent for mri in (MRI, other)]
+    assert float(jnp.abs(steered[0] - steered[1]).max()) > 1e-3
+    quiet = [translated(silenced(models), mri, key).latent for mri in (MRI, other)]
+    np.testing.assert_allclose(quiet[0], quiet[1], atol=1e-6)
+    unet = latent_unet(models.unet.config)
+    alone = make_denoiser(lambda z, t: unet.apply(models.unet.params, z, t), CHAIN)
+    sampler = Ddim(times=CHAIN.leading_times(CONFIG.steps))
+    draw = jax.jit(lambda key: average_samples(key, alone, (8, 4, 8, 4), sampler, 3, chunk=2, clip=CLIP))
+    np.testing.assert_allclose(quiet[0], draw(key).mean, atol=1e-5)
+
+
+def test_the_latent_of_an_mri_is_the_mean_in_a_border_of_zeros(models):
+    latent = jax.jit(lambda mri: encode(models, mri))(MRI)
+    assert latent.shape == (8, 4, 8, 4)
+    inner = np.asarray(latent)[1:-1, :, 1:-1]
+    assert inner.all() and np.abs(latent).sum() == pytest.approx(np.abs(inner).sum(), rel=1e-5)
+
+
+def test_the_call_composes_with_jit_vmap_and_grad(models, key):
+    """The slope of the whole chain along a direction, against finite differences; clipping would give it kinks."""
+    config = SamplingConfig(steps=2, chunk=2, clip=False, spread=False)
+    direction = jax.random.normal(jax.random.key(6), SHAPE)
+
+    def along(step):
+        found = cocolit.translate(key, models, MRI + step * direction, 2, config)
+        return jnp.mean(found.latent[1:-1, :, 1:-1] ** 2)
+
+    # Mapped over three places, so that one program has both the values and the slope.
+    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(along)))(jnp.array([-0.02, 0.0, 0.02]))
+    np.testing.assert_allclose(slopes[1], (values[2] - values[0]) / 0.04, rtol=0.03)
+
+
+def test_networks_that_do_not_belong_together_are_refused(models, tmp_path):
+    folder = Path(write_tiny_models(tmp_path, 1, 9.0))
+    with pytest.raises(Exception, match="expected the U-Net of latents .dif.pth., found a controlnet of cocolit"):
+        read_models(WeightsConfig(folder, unet=folder / "cnt"))
+    with pytest.raises(Exception, match="none named cnt"):
+        (folder / "cnt").rename(folder / "other")
+        read_models(WeightsConfig(folder))
