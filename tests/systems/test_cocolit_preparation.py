@@ -117,7 +117,7 @@ def test_a_scan_from_elsewhere_is_brought_onto_the_template_and_scaled():
     assert distance.max() < 2.0  # a quarter of a voxel
     assert found.volume.grid.shape == GRID.shape and np.array_equal(found.volume.affine, GRID.affine)
     white = template.array > 100
-    assert abs(float(np.median(found.volume.array[white]))) < 1 and found.volume.array.min() < -5
+    assert abs(float(np.median(found.volume.array[white]))) < 2 and found.volume.array.min() < -20
     assert np.mean(found.mask != head(GRID.affine)[1]) < 0.03
     with pytest.raises(InputError, match="expected a brain without its skull"):
         require_brain(array, "scan.nii.gz")
@@ -125,5 +125,5 @@ def test_a_scan_from_elsewhere_is_brought_onto_the_template_and_scaled():
 
 def test_the_preprocessing_of_small_weights_fits_any_grid():
     bare = Preprocess((8, 8, 8), spacing=(12.0,), intensity=Intensity("keep", mean=(1.0,), std=(2.0,)))
-    found = fit_preprocess(bare, GRID, AutoencoderKlConfig(widths=(32, 32)))
+    found = fit_preprocess(bare, GRID, AutoencoderKlConfig(widths=(32, 32), blocks=(1, 1)))
     assert found.size == (16, 16, 16) and found.intensity == bare.intensity  # of 13.7, 16.3, 13.7 voxels
