@@ -125,7 +125,7 @@ class Preprocess:
             raise ValueError(f"crop: expected none for volumes of {self.size}, found {self.crop}")
         if self.edge not in get_args(Edge):
             raise ValueError(f"edge: expected clamp or zero, found '{self.edge}'")
-        if self.interpolation == "linear-first" and (self.fit != "crop" or self.is_sliced or not self.spacing):
+        if self.interpolation == "linear-first" and (self.fit != "crop" or not self.spacing):
             raise ValueError(f"interpolation: expected linear to {self.fit} {self.size}, found linear-first")
         if self.interpolation == "bspline" and (self.fit != "stretch" or self.is_sliced):
             raise ValueError(f"interpolation: expected linear or bicubic to {self.fit} {self.size}, found bspline")

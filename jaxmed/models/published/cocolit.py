@@ -42,7 +42,7 @@ MORE = ("class_embedding.", "top_region_index_layer.", "bottom_region_index_laye
 
 # Preprocessed scans on the MNI152 template at 1 mm, axes as the template's. Zeros are added before values are scaled.
 MRI = Preprocess(
-    (128, 152, 128), axes="xyz", spacing=(1.5,), order="cut-then-scale",
+    (128, 152, 128), axes="xyz", spacing=(1.5,), interpolation="linear-first", order="cut-then-scale",
     intensity=Intensity("keep", mean=(-49.757356053158766,), std=(24.68868751354585,)),
 )  # fmt: skip
 SUVR = dataclasses.replace(MRI, intensity=Intensity("keep", mean=(0.370730756043226,), std=(0.667580822498126,)))
