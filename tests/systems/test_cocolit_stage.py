@@ -115,6 +115,18 @@ def test_the_released_command_leaves_its_file_and_a_run_beside_it(smoke, given, 
     np.testing.assert_allclose(copied, expected, atol=1e-4)  # a scan's map does not depend on what else is in the run
 
 
+def test_a_manifest_names_scans_and_a_missing_one_fails_alone(smoke, given, tmp_path):
+    scan = scans_of(smoke)[1]
+    (tmp_path / "scans.csv").write_text(f"path,subject\n{scan},a\nabsent.nii.gz,b\n")
+    assert run("--data.manifest", tmp_path / "scans.csv", *given, "--out", tmp_path / "run") == 1
+    name, outputs = scan.name.removesuffix(".nii.gz"), tmp_path / "run" / "outputs"
+    with open(outputs / "failed.csv") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["absent"]
+    assert json.loads((outputs / f"{name}.json").read_text())["mean_suvr"] == pytest.approx(
+        json.loads((smoke / "outputs" / f"{name}.json").read_text())["mean_suvr"], rel=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "words", "message"),
     [
@@ -153,6 +165,8 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
             ["--input", "scan.nii.gz", "--preprocess"],
             "template: expected the MNI152 brain to align with, found nothing",
         ),
+        (["--input", "scan.nii.gz", "--preprocess", "--template", "scan.nii.gz"], "scan.nii.gz"),
+        (["--data.manifest", "m.csv", "--mask", "m.nii.gz", "--preprocess", "--template", "t.nii.gz"], "a column mask"),
         (["--preset", "smoke", "--chunk", "0"], "chunk"),
     ],
 )

@@ -16,7 +16,7 @@ from jaxmed.systems import cocolit
 from jaxmed.systems.cocolit.networks import WeightsConfig, read_models, write_tiny_models
 from jaxmed.systems.cocolit.translation import CHAIN, CLIP, SamplingConfig, encode, make_decoder
 
-SHAPE = (24, 16, 24)  # a latent of 6 x 4 x 6, which the U-Net pads to 8 x 4 x 8
+SHAPE = (24, 24, 24)  # a latent of 6 x 6 x 6, padded to 8 x 8 x 8; the smoke preset's, so that one program serves both
 MRI = jax.random.normal(jax.random.key(5), SHAPE)
 CONFIG = SamplingConfig(steps=4, chunk=2)
 
@@ -44,7 +44,7 @@ def test_the_call_of_the_docs(models):
     found = cocolit.translate(key, models, mri, m, CONFIG)
     assert found.suvr.shape == mri.shape and found.spread.shape == mri.shape
     assert bool(jnp.isfinite(found.suvr).all()) and float(found.spread.min()) >= 0
-    assert found.latent.shape == (8, 4, 8, 4) and 0 < float(found.at_limit) < 1
+    assert found.latent.shape == (8, 8, 8, 4) and 0 < float(found.at_limit) < 1
     decode = jax.jit(lambda latent: make_decoder(models, MRI)(latent))
     np.testing.assert_allclose(found.suvr, decode(found.latent), rtol=1e-4, atol=1e-5)
     assert float(jnp.abs(found.suvr - found.mean_map).max()) > 0  # the bias of averaging latents
@@ -59,14 +59,14 @@ def test_the_mri_counts_only_through_the_controlnet(models, key):
     unet = latent_unet(models.unet.config)
     alone = make_denoiser(lambda z, t: unet.apply(models.unet.params, z, t), CHAIN)
     sampler = Ddim(times=CHAIN.leading_times(CONFIG.steps))
-    draw = jax.jit(lambda key: average_samples(key, alone, (8, 4, 8, 4), sampler, 3, chunk=2, clip=CLIP))
+    draw = jax.jit(lambda key: average_samples(key, alone, (8, 8, 8, 4), sampler, 3, chunk=2, clip=CLIP))
     np.testing.assert_allclose(quiet[0], draw(key).mean, atol=1e-5)
 
 
 def test_the_latent_of_an_mri_is_the_mean_in_a_border_of_zeros(models):
     latent = jax.jit(lambda mri: encode(models, mri))(MRI)
-    assert latent.shape == (8, 4, 8, 4)
-    inner = np.asarray(latent)[1:-1, :, 1:-1]
+    assert latent.shape == (8, 8, 8, 4)
+    inner = np.asarray(latent)[1:-1, 1:-1, 1:-1]
     assert inner.all() and np.abs(latent).sum() == pytest.approx(np.abs(inner).sum(), rel=1e-5)
 
 
@@ -75,7 +75,7 @@ def along(step, models, key):
     config = SamplingConfig(steps=2, chunk=2, clip=False, spread=False)
     direction = jax.random.normal(jax.random.key(6), SHAPE)
     found = cocolit.translate(key, models, MRI + step * direction, 2, config)
-    return jnp.mean(jnp.tanh(found.latent[1:-1, :, 1:-1]))
+    return jnp.mean(jnp.tanh(found.latent[1:-1, 1:-1, 1:-1]))
 
 
 def test_the_call_composes_with_jit_vmap_and_grad(models, key):

@@ -141,8 +141,6 @@ TINY_UNET = LatentUnetConfig(
     widths=(8, 8, 8), blocks=(1, 1, 1), attention_levels=(False, False, True), head_channels=8, groups=4
 )
 TINY_CONTROLNET = ControlNetConfig(TINY_UNET, condition_widths=(8,))
-ZERO_STARTS = 0.1
-"""Deviation of the maps that start at 0 in training: a network that gives 0 everywhere shows nothing."""
 
 
 def write_tiny_models(folder: Path, seed: Seed, spacing: float) -> Path:
@@ -153,33 +151,32 @@ def write_tiny_models(folder: Path, seed: Seed, spacing: float) -> Path:
         seed: Of the parameters.
         spacing: Voxel size that they are said to be of, in mm.
     """
-    image, latent, time = jnp.zeros((1, 16, 16, 16, 1)), jnp.zeros((1, 4, 4, 4, 4)), jnp.zeros(1)
-    # Parameters of random networks say nothing of brains: maps of about the released mean and deviation.
+    latent = (1, 4, 4, 4, 4)
     mri = dataclasses.replace(cocolit.MRI, spacing=(spacing,))
     pet = dataclasses.replace(cocolit.SUVR, spacing=(spacing,))
-    keys = dict(zip(RELEASED, jax.random.split(jax.random.key(seed), 4), strict=True))
-    made: dict[str, tuple[Any, Preprocess, Any]] = {
-        "mri": (TINY_AUTOENCODER, mri, autoencoder(TINY_AUTOENCODER).init(keys["mri"], image)),
-        "pet": (TINY_AUTOENCODER, pet, autoencoder(TINY_AUTOENCODER).init(keys["pet"], image)),
-        "unet": (TINY_UNET, mri, latent_unet(TINY_UNET).init(keys["unet"], latent, time)),
-        "controlnet": (
-            TINY_CONTROLNET, mri, control_net(TINY_CONTROLNET).init(keys["controlnet"], latent, time, latent)
-        ),
-    }  # fmt: skip
-    for name, (config, preprocess, params) in made.items():
+    made: dict[str, tuple[Any, Preprocess, Any, tuple[tuple[int, ...], ...]]] = {
+        "mri": (TINY_AUTOENCODER, mri, autoencoder(TINY_AUTOENCODER).init, ((1, 16, 16, 16, 1),)),
+        "pet": (TINY_AUTOENCODER, pet, autoencoder(TINY_AUTOENCODER).init, ((1, 16, 16, 16, 1),)),
+        "unet": (TINY_UNET, mri, latent_unet(TINY_UNET).init, (latent, (1,))),
+        "controlnet": (TINY_CONTROLNET, mri, control_net(TINY_CONTROLNET).init, (latent, (1,), latent)),
+    }
+    for number, (name, (config, preprocess, init, inputs)) in enumerate(made.items()):
+        # Shapes alone are asked for: to draw a network's own start, all of its operations would be compiled.
+        shapes = jax.eval_shape(init, jax.random.key(0), *(jnp.zeros(shape) for shape in inputs))
         record = {"family": cocolit.NAME, "kind": KINDS[name][0], "config": to_record(config)}
         record |= {"preprocess": to_record(preprocess), "licence": "random numbers"}
-        export_parameters(folder / RELEASED[name], _without_zeros(params, seed), record)
+        export_parameters(folder / RELEASED[name], _draw(shapes, seed + number), record)
     return folder
 
 
-def _without_zeros(params: Any, seed: int) -> Any:
-    """Give kernels that start at 0 random values."""
+def _draw(shapes: Any, seed: int) -> Any:
+    """Return scales of 1, biases of 0, and kernels that keep the variance; none is 0 as in training's start."""
     generator = np.random.default_rng(seed)
 
-    def fill(leaf: Any) -> np.ndarray:
-        values = np.asarray(leaf)
-        drawn = ZERO_STARTS * generator.standard_normal(values.shape).astype(np.float32)
-        return values if values.any() or values.ndim < 2 else drawn
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if len(leaf.shape) < 2:
+            return np.full(leaf.shape, float(path[-1].key == "scale"), np.float32)
+        inputs = np.prod(leaf.shape[:-1]) if len(leaf.shape) == 5 else leaf.shape[0]
+        return (generator.standard_normal(leaf.shape) / np.sqrt(inputs)).astype(np.float32)
 
-    return jax.tree.map(fill, params)
+    return jax.tree_util.tree_map_with_path(draw, shapes)

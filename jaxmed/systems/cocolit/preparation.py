@@ -104,28 +104,26 @@ def read_prepared(scan: ScanFiles, grid: Grid) -> Prepared:
     return Prepared(volume, mask, notes=notes)
 
 
-def read_raw(scan: ScanFiles, mask: Path | None, template: Volume) -> Prepared:
-    """Read any T1-weighted MRI, cut out its brain, align it with the template, and scale it.
+def read_raw(scan: ScanFiles, mask: Path | None) -> tuple[Volume, Bool[np.ndarray, "x y z"], tuple[str, ...]]:
+    """Read any T1-weighted MRI and the mask of its brain, for `prepare`; return notes on the file too.
 
     Args:
         scan: The MRI.
         mask: Of its brain; None where there is nothing else in it.
-        template: A brain in MNI space.
 
     Raises:
         InputError: A file cannot be read, mask and scan are on different grids, or there is no brain.
     """
     volume, _, notes = read_volume(scan)
     if mask is None:
-        inside = require_brain(volume.array, scan.path, "give --mask, a mask of the brain by any tool")
-    else:
-        inside, grid = read_mask(mask, allow_labels=True)
-        if grid is None:
-            raise InputError(mask, "a mask as NIfTI, on the grid of the scan", "a file without a grid")
-        require_same_grid(grid, volume.grid, str(mask), str(scan.path))
+        return volume, require_brain(volume.array, scan.path, "give --mask, a mask of the brain by any tool"), notes
+    inside, grid = read_mask(mask, allow_labels=True)
+    if grid is None:
+        raise InputError(mask, "a mask as NIfTI, on the grid of the scan", "a file without a grid")
+    require_same_grid(grid, volume.grid, str(mask), str(scan.path))
     if not inside.any():
-        raise InputError(mask or scan.path, "a mask with voxels", "none", "check the mask")
-    return prepare(volume, inside, template, notes, scan.path)
+        raise InputError(mask, "a mask with voxels", "none", "check the mask")
+    return volume, inside, notes
 
 
 def prepare(
@@ -136,7 +134,7 @@ def prepare(
     where: object = "volume",
     config: RegistrationConfig = RegistrationConfig("correlation"),
 ) -> Prepared:
-    """Bring the brain of an MRI onto the template's grid and scale it by WhiteStripe; arguments as of `read_raw`.
+    """Bring the brain of an MRI onto the template's grid and scale it by WhiteStripe.
 
     Args:
         volume: The MRI.

@@ -200,11 +200,12 @@ def run(config: Config, folder: RunFolder) -> int:
         raise InputError("input", "scans", "nothing", "give --input or --data.manifest, or try --preset smoke")
     inputs, passed = list_scans(config)
     template = read_template(config)
-    read = make_reader(config, template)
-    if len(inputs) == 1 and not config.preprocess:
-        read(inputs[0])  # a mistake, not a failure among many
+    grid = MNI152 if template is None else template.grid
+    if len(inputs) == 1:  # a mistake, not a failure among many
+        one = inputs[0]
+        read_raw(one.scan, one.beside["mask"]) if config.preprocess else read_prepared(one.scan, grid)
     models = read_models(config.weights, config.dtype)
-    plan = make_plan(config, models, read, MNI152 if template is None else template.grid, folder.outputs)
+    plan = make_plan(config, models, template, grid, folder.outputs)
     notes = (*make_notes(config, models), *passed)
     log = begin(folder, notes)
     image = jax.ShapeDtypeStruct(plan.preprocess.volume_size, jnp.float32)
@@ -241,6 +242,8 @@ def list_scans(config: Config) -> tuple[list[Inputs], tuple[str, ...]]:
         raise InputError("mask", "none without --preprocess", config.mask, "add --preprocess, or leave it out")
     if config.preprocess and config.template is None:
         raise InputError("template", "the MNI152 brain to align with", "nothing", "give --template FILE")
+    if config.data.manifest is not None and config.mask is not None:
+        raise InputError("mask", "a column mask in the manifest", config.mask, "leave --mask out")
     if config.data.manifest is None and config.input is not None:
         found, passed = list_inputs(config.input, {"mask": config.mask}, tuple(MAPS), config.series, config.fill)
     else:
@@ -274,15 +277,7 @@ def read_template(config: Config) -> Volume | None:
     return volume
 
 
-def make_reader(config: Config, template: Volume | None) -> Callable[[Inputs], Prepared]:
-    """Return the function from the files of a scan to its MRI in the template's space."""
-    if config.preprocess and template is not None:
-        return lambda one: read_raw(one.scan, one.beside["mask"], template)
-    grid = MNI152 if template is None else template.grid
-    return lambda one: read_prepared(one.scan, grid)
-
-
-def make_plan(config: Config, models: Models, read: Callable[[Inputs], Prepared], grid: Grid, outputs: Path) -> Plan:
+def make_plan(config: Config, models: Models, template: Volume | None, grid: Grid, outputs: Path) -> Plan:
     """Put the networks onto the devices, and prepare the program.
 
     Raises:
@@ -297,6 +292,13 @@ def make_plan(config: Config, models: Models, read: Callable[[Inputs], Prepared]
         sharding = NamedSharding(mesh, PartitionSpec("data"))
     models = jax.device_put(models, NamedSharding(mesh, PartitionSpec()))
     program = partial(translate, m=config.samples, config=config.sampling, sharding=sharding)
+
+    def read(one: Inputs) -> Prepared:
+        if template is None or not config.preprocess:
+            return read_prepared(one.scan, grid)
+        volume, inside, notes = read_raw(one.scan, one.beside["mask"])
+        return prepare(volume, inside, template, notes, one.path)
+
     constants = {
         "samples": config.samples, "sampling": to_record(config.sampling), "seed": config.seed,
         "positive_above": POSITIVE, "licence": models.pet.report.licence,
