@@ -236,6 +236,7 @@ def test_a_record_has_one_name_in_all_stages_of_a_system(system):
 
 
 GENERAL = {"--preset", "--config", "--help", "--peers", "--slow", "--debug"}
+GENERAL |= {"--ddim-n", "--ddim_n"}  # of the released tool of CoCoLIT, which translate takes too
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
