@@ -23,8 +23,8 @@ MEASURES: dict[TaskKind, tuple[str, ...]] = {
     "binary": ("auroc", "aupr", "accuracy", "f1", "sensitivity", "specificity", "brier", "ece_equal_width", "loss"),
     "multiclass": ("auroc_macro", "auroc", "aupr_macro", "aupr", "accuracy", "balanced_accuracy", "f1_macro", "f1",
                    "brier", "ece_equal_width", "loss"),
-    "multilabel": ("auroc_macro", "auroc", "aupr_macro", "aupr", "accuracy", "f1", "sensitivity", "specificity",
-                   "brier", "ece_equal_width", "loss"),
+    "multilabel": ("auroc_macro", "auroc_micro", "auroc_any", "auroc", "aupr_macro", "aupr", "accuracy", "f1",
+                   "sensitivity", "specificity", "brier", "ece_equal_width", "loss"),
     "regression": ("r2", "correlation", "mae", "bias", "mse", "loss"),
 }  # fmt: skip
 """Measures to show of each task, in this order; a table may hold more."""
@@ -121,7 +121,9 @@ def score_set(
     Returns:
         Scores, and in words what could not be scored; of a single subject there are scores without intervals (NaN).
         binary, and each label of multilabel: those of `metrics.classification.score`. multilabel besides: auroc_macro
-        and aupr_macro. multiclass: those of `score`, and of each class against the rest auroc, aupr and f1.
+        and aupr_macro, and of records with all labels auroc_micro, over all pairs of a record and a label (zones of an
+        organ, say), and auroc_any, of the largest probability for having any label. multiclass: those of `score`, and
+        of each class against the rest auroc, aupr and f1.
         regression: mse, mae, bias, r2 and correlation.
     """
     scores: list[Score] = []
@@ -149,6 +151,9 @@ def score_set(
         return scores, list(dict.fromkeys(notes))
     if task.kind == "multilabel":
         add(ALL, everything, _macro(targets, values))
+        whole = np.asarray(np.isfinite(targets).all(axis=1))
+        if len(set((targets[whole] > 0).any(axis=1).tolist())) == 2:
+            add(ALL, whole, _pooled(targets[whole].astype(np.float64), values[whole]))
     for column, name in enumerate(task.names):
         rows = np.isfinite(targets[:, column])
         truth, estimate = targets[rows, column], values[rows, column]
@@ -196,6 +201,31 @@ def correlation_statistic(truth: Float[np.ndarray, " row"], values: Float[np.nda
         return weighted.divide(covariance(x, y), np.where(varies, np.sqrt(np.abs(one * other)), 0.0))
 
     return correlation
+
+
+def headline_statistic(
+    task: Task, targets: Float[np.ndarray, "record column"], values: Float[np.ndarray, "record output"]
+) -> Statistic:
+    """Return the measure of `HEADLINE` as a function of row weights: NaN where a resample lacks a class.
+
+    Args:
+        task: What the outputs mean.
+        targets: Labels without missing ones; of a regression the first column counts.
+        values: Probabilities, or values in the unit of the labels.
+    """
+    match task.kind:
+        case "regression":
+            return error_statistics(targets[:, 0], values[:, 0])["r2"]
+        case "multiclass":
+            classes = (targets[:, :1] == np.arange(len(task.names))).astype(np.float64)
+        case _:
+            classes = targets.astype(np.float64)
+
+    def areas(weights: np.ndarray) -> np.ndarray:
+        pairs = zip(classes.T, values.T, strict=True)
+        return np.mean([weighted.auroc(truth, estimate, weights) for truth, estimate in pairs], axis=0)
+
+    return areas
 
 
 class Measure(NamedTuple):
@@ -271,3 +301,17 @@ def _macro(targets: np.ndarray, values: np.ndarray) -> Measure:
 
     measures = {"auroc_macro": weighted.auroc, "aupr_macro": weighted.average_precision}
     return _statistics({name: over_labels(measure) for name, measure in measures.items()}, len(targets))
+
+
+def _pooled(targets: Float64[np.ndarray, "record label"], values: Float64[np.ndarray, "record label"]) -> Measure:
+    """Take every label of a record as a record of its own, and the largest as that of the whole."""
+    labels = targets.shape[1]
+    return _statistics(
+        {
+            "auroc_micro": lambda weights: weighted.auroc(
+                targets.reshape(-1), values.reshape(-1), weights.repeat(labels, axis=1)
+            ),
+            "auroc_any": lambda weights: weighted.auroc(targets.max(axis=1), values.max(axis=1), weights),
+        },
+        len(targets),
+    )

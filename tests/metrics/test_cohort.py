@@ -44,6 +44,25 @@ def test_scores_of_several_classes_are_those_of_scikit_learn():
         assert found[name, "auroc"].low < found[name, "auroc"].estimate < found[name, "auroc"].high
 
 
+def test_zones_are_scored_as_records_of_their_own_and_a_patient_by_the_largest():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(4)
+    zones = (rng.random((50, 4)) < 0.2).astype(np.float32)
+    logits = (2 * zones + rng.normal(size=zones.shape)).astype(np.float32)
+    task = Task("multilabel", ("a", "b", "c", "d"))
+    found = {(s.label, s.measure): s for s in score_logits(task, zones, logits, np.arange(50) // 2, seed=0)[0]}
+    assert found["all", "auroc_micro"].interval.estimate == pytest.approx(roc_auc_score(zones.ravel(), logits.ravel()))
+    expected = roc_auc_score(zones.max(1), logits.max(1))
+    assert found["all", "auroc_any"].interval.estimate == pytest.approx(expected)
+    assert found["all", "auroc_any"].interval.low < expected and found["all", "auroc_micro"].subjects == 25
+    # Where every record has some label there is no such measure, and the others stay.
+    zones[:, 0] = 1
+    zones[0, 0] = np.nan
+    names = {s.measure for s in score_logits(task, zones, logits, np.arange(50), seed=0)[0] if s.label == "b"}
+    assert "auroc" in names
+
+
 def test_scores_of_values_and_of_too_few():
     task = Task("regression", ("size",), (10.0,), (2.0,))
     targets = np.array([[8.0], [10.0], [12.0], [14.0], [np.nan]], np.float32)
