@@ -203,7 +203,8 @@ def tune(published: Published, theirs: Any, images: np.ndarray, dtype: str) -> d
         start["head"] = published.params["head"]
     held = [program.create(jax.random.key(0), start, make_schedule(RATE, 0.0, 0, 10_000))]
     fields = {"image": images, "target": labels[:, None].astype(np.float32)}
-    batch = shard_batch(fields | {"weights": np.ones((len(images), 5), np.float32)}, mesh)
+    ones = np.ones((len(images), 5), np.float32)
+    batch = shard_batch(fields | {"weights": ones, "importance": ones[:, 0]}, mesh)
 
     def call() -> Any:
         held[0], metrics = program.step(held[0], batch)

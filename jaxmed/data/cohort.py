@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32, Float64, Shaped
 
 from jaxmed.arrays.task import Task
 from jaxmed.data.class_folders import Subjects, read_class_folders
@@ -183,6 +183,7 @@ class Cohort(NamedTuple):
         targets: Labels as the loss takes them, regression values in their unit; NaN where missing.
         cells: The labels as written in the table.
         covariates: What is known of the subjects beside the scan, as numbers; NaN where missing.
+        importance: How much each counts in training, 1 on average over the split train; None for all alike.
     """
 
     scans: tuple[ScanFiles, ...]
@@ -191,6 +192,7 @@ class Cohort(NamedTuple):
     targets: Float32[np.ndarray, "record column"]
     cells: tuple[tuple[str, ...], ...]
     covariates: Float32[np.ndarray, "record covariate"]
+    importance: Float32[np.ndarray, " record"] | None = None
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -205,7 +207,8 @@ class Cohort(NamedTuple):
         """Return some of the scans."""
         scans, cells = (tuple(values[row] for row in rows) for values in (self.scans, self.cells))
         columns = (self.subjects[rows], self.splits[rows], self.targets[rows])
-        return Cohort(scans, *columns, cells, self.covariates[rows])
+        importance = None if self.importance is None else self.importance[rows]
+        return Cohort(scans, *columns, cells, self.covariates[rows], importance)
 
 
 class LabelledSets(NamedTuple):
@@ -274,6 +277,7 @@ def read_labelled_sets(
     fill: float | None = None,
     naming: Subjects = Subjects(),
     covariates: Sequence[str] = (),
+    weight: str = "",
 ) -> LabelledSets:
     """Read and check a manifest and its external sets.
 
@@ -288,6 +292,7 @@ def read_labelled_sets(
         fill: Intensity of voxels that have none; None refuses them.
         naming: How the subjects of a folder of classes are told; of external folders by the pattern.
         covariates: Columns with what is known of the subjects beside the scan; external sets may lack them.
+        weight: Column with how much each record counts in training; empty for none. Records of 0 are left out.
 
     Raises:
         InputError: For whatever a user can have wrong in them.
@@ -300,6 +305,9 @@ def read_labelled_sets(
         name = "data.subjects" if naming.table is not None else "data.subject_pattern"
         raise InputError(name, "a folder of classes", f"the table {manifest}", "its column subject tells them")
     table, found_notes = _read_set(manifest, config, naming, is_whole=True)
+    if weight:
+        table, further = _without_weight(table, weight)
+        found_notes = [*found_notes, *further]
     if is_folder:
         config = classes_of_folders(config, table)
     given, indicators = config, ()
@@ -313,6 +321,9 @@ def read_labelled_sets(
     task = meaning.task
     cohort = _read_cohort(table, config, meaning, splits, resolve_paths(table), series, fill, levels)
     check_classes(cohort, task, table.path, needs_auroc)
+    if weight:
+        counts = read_weights(table, weight)
+        cohort = cohort._replace(importance=(counts / counts[cohort.rows("train")].mean()).astype(np.float32))
     notes = [f"The labels are {task.kind}: {', '.join(task.names)}."]
     if task.kind == "binary" and task.names != config.columns:
         notes[0] += " --label.positive chooses another positive class."
@@ -339,6 +350,35 @@ def read_labelled_sets(
                 "the same people, its scores are too good."
             )
     return LabelledSets(table, cohort, meaning, others, notes)
+
+
+def read_weights(table: Table, column: str) -> Float64[np.ndarray, " record"]:
+    """Return how much each record counts, 1 where the cell is empty.
+
+    Raises:
+        InputError: A cell is no number, or below 0.
+    """
+    found = np.nan_to_num(np.array(table.floats(column, allow_missing=True), np.float64), nan=1.0)
+    if (found < 0).any():
+        row = int(np.argmax(found < 0))
+        raise table.wrong(table.lines[row], f"a weight of 0 or more under '{column}'", f"{found[row]:g}")
+    return found
+
+
+def _without_weight(table: Table, column: str) -> tuple[Table, list[str]]:
+    """Leave out the records of weight 0, and say how many."""
+    counts = read_weights(table, column)
+    kept = [place for place, value in enumerate(counts) if value > 0]
+    if not kept:
+        raise InputError(table.path, f"weights above 0 under '{column}'", "none")
+    rows, lines = (tuple(values[place] for place in kept) for values in (table.rows, table.lines))
+    note = f"Records count in training by their '{column}', from {counts[kept].min():g} to {counts[kept].max():g}"
+    left = (
+        f"; {len(table) - len(kept):,} of {len(table):,} records, with 0, are left out"
+        if len(kept) < len(table)
+        else ""
+    )
+    return dataclasses.replace(table, rows=rows, lines=lines), [f"{note}{left}."]
 
 
 def _read_set(path: Path, config: LabelConfig, naming: Subjects, *, is_whole: bool) -> tuple[Table, list[str]]:

@@ -224,10 +224,12 @@ class LabelledSource:
     Attributes:
         images: Records with the field "image".
         targets: One row per record.
+        importance: Factor of each record's loss in training; None for ones.
     """
 
     images: Source
     targets: Shaped[np.ndarray, "record column"]
+    importance: Shaped[np.ndarray, " record"] | None = None
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -235,7 +237,8 @@ class LabelledSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read a record."""
-        return {**self.images[index], "target": self.targets[index]}
+        own = {} if self.importance is None else {"importance": self.importance[index]}
+        return {**self.images[index], "target": self.targets[index], **own}
 
     def name(self, index: int) -> str:
         """Return the record's file."""

@@ -321,10 +321,11 @@ class Labelled:
     weights: tuple[float, ...]
 
     def __call__(self, fields: Fields, generator: np.random.Generator) -> Fields:
-        """Return image, target [column] and weights [output], float32."""
+        """Return image, target [column], weights [output] and importance, float32."""
         found = dict(self.transform(fields, generator))
         target = np.atleast_1d(np.asarray(found["target"], np.float32))
-        return {**found, "target": standardise(target, self.task), "weights": np.array(self.weights, np.float32)}
+        own = np.float32(found.get("importance", 1.0)), np.array(self.weights, np.float32)
+        return {**found, "target": standardise(target, self.task), "importance": own[0], "weights": own[1]}
 
 
 def loss_weights(config: AdaptConfig, task: Task) -> tuple[float, ...]:

@@ -206,15 +206,16 @@ def _loss(compiled: CompileKey, params: Params, keys: Key[Array, " batch"], batc
         def losses_of_one(logits: Array) -> Array:
             return task_losses(compiled.kind, logits, batch["target"], batch["weights"], compiled.smoothing)
 
-        return jax.vmap(losses_of_one)(grid_logits(compiled.grid, params["head"], features)).mean(), {}
+        losses = jax.vmap(losses_of_one)(grid_logits(compiled.grid, params["head"], features))
+        return (losses * batch["importance"]).mean(), {}
     logits, moments = head.apply(params["head"], tokens, training=True)
 
-    def losses_of(target: Array, weights: Array) -> Array:
-        return task_losses(compiled.kind, logits, target, weights, compiled.smoothing)
+    def losses_of(target: Array, weights: Array, importance: Array) -> Array:
+        return importance * task_losses(compiled.kind, logits, target, weights, compiled.smoothing)
 
-    losses = losses_of(batch["target"], batch["weights"])
+    losses = losses_of(batch["target"], batch["weights"], batch["importance"])
     if own is not None:
-        other = losses_of(partners(batch["target"]), partners(batch["weights"]))
+        other = losses_of(*(partners(batch[name]) for name in ("target", "weights", "importance")))
         losses = own * losses + (1 - own) * other
     return losses.mean(), {f"moments/{name}": value for name, value in moments.items()}
 

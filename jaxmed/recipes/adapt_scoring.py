@@ -98,13 +98,27 @@ def read_batches(config: TrainConfig, source: Source, transform: Transform, mesh
 
 
 def collect(
-    run: Callable[..., Any], params: Params, batches: Any, count: int, targets: list[np.ndarray] | None = None
+    run: Callable[..., Any],
+    params: Params,
+    batches: Any,
+    count: int,
+    targets: list[np.ndarray] | None = None,
+    importance: Float[np.ndarray, " record"] | None = None,
 ) -> np.ndarray:
-    """Return one row per record of what `run` gives for a batch, and append the records' targets where asked."""
+    """Return one row per record of what `run` gives for a batch.
+
+    Args:
+        run: Params, inputs and what comes along to values and the same.
+        params: Of the model.
+        batches: Of `read_batches`.
+        count: Records.
+        targets: The records' targets are appended to it.
+        importance: The records' own are written into it.
+    """
     rows: np.ndarray | None = None
     wanted: np.ndarray | None = None
     for batch in batches:
-        told = {name: batch[name] for name in ("record", "target") if name in batch}
+        told = {name: batch[name] for name in ("record", "target", "importance") if name in batch}
         values, told = jax.device_get(
             run(params, {name: batch[name] for name in ("image", "tokens") if name in batch}, told)
         )
@@ -112,6 +126,8 @@ def collect(
         if rows is None:
             rows = np.full((count, *values.shape[1:]), np.nan, np.float32)
         rows[told["record"][real]] = values[real]
+        if importance is not None:
+            importance[told["record"][real]] = told["importance"][real]
         if targets is not None:
             wanted = np.full((count, told["target"].shape[1]), np.nan, np.float32) if wanted is None else wanted
             wanted[told["record"][real]] = told["target"][real]

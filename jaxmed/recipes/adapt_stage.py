@@ -68,6 +68,9 @@ class LabelledData:
             tells them, and covariates.
         covariates: Columns with what is known of subjects beside the scan: numbers, or two words. The model does not
             see them; they are scored as a baseline, and beside the model's output.
+        weight: Column with how much each record counts in training, such as "weight" or "chosen" of the proposal of
+            `jaxmed profound quality-study`, which is a manifest. Weights are divided by their mean over the split
+            train; records of 0 are left out, an empty cell is 1. Empty counts all alike.
         cache: Folder in which prepared scans of the manifest are kept (float16, 34 MB each at 256^3). Empty prepares
             them anew in every epoch.
         check: Training and validation scans (of a study all, since every cell scores all) that are read from end to
@@ -82,6 +85,7 @@ class LabelledData:
     subject_pattern: str = ""
     subjects: Path | None = None
     covariates: tuple[str, ...] = ()
+    weight: str = ""
     cache: Path | None = None
     check: Whole = 16
     synthetic: Number = 0
@@ -323,8 +327,10 @@ def read_sets(labelled: LabelledConfig) -> LabelledSets:
     sets = read_labelled_sets(
         data.manifest, data.external, labelled.label, data.fractions, adaptation.train.seed,
         needs_auroc=adaptation.select != "loss", series=labelled.series, fill=labelled.fill,
-        naming=Subjects(data.subject_pattern, data.subjects), covariates=data.covariates,
+        naming=Subjects(data.subject_pattern, data.subjects), covariates=data.covariates, weight=data.weight,
     )  # fmt: skip
+    if data.weight and adaptation.mode == "knn":
+        raise InputError("data.weight", "none, for nearest neighbours", data.weight)
     if data.covariates and sets.meaning.task.kind == "regression":
         raise InputError("data.covariates", "none, for a regression", ", ".join(data.covariates))
     if labelled.average == "subject":
@@ -359,11 +365,12 @@ def labelled_sources(
     cohort: Cohort, first: Start, is_augmented: bool, mode: Mode, cache: Path | None
 ) -> tuple[LabelledSource, LabelledSource]:
     """Return the records of a cohort as training takes them, and as the encoder does, which may be the same."""
-    source = LabelledSource(input_source(cohort.scans, first.preprocess, cache), cohort.targets)
+    source = LabelledSource(input_source(cohort.scans, first.preprocess, cache), cohort.targets, cohort.importance)
     if not is_augmented or first.training is None or mode in FITTED:
         return source, source
     own = None if cache is None else cache / "training"
-    return LabelledSource(input_source(cohort.scans, first.training, own), cohort.targets), source
+    scans = input_source(cohort.scans, first.training, own)
+    return LabelledSource(scans, cohort.targets, cohort.importance), source
 
 
 def training_data(

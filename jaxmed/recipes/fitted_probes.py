@@ -46,7 +46,7 @@ def compute_features(
         layers: Blocks that the head looks at.
         params: Of the encoder.
         source: Records.
-        transform: To "image", "target" and "weights"; the last two come along.
+        transform: To "image", "target", "weights" and "importance"; the last three come along.
 
     Returns:
         Records of "tokens" [layers + 1, width], the class tokens of the last blocks and the mean of the patch tokens
@@ -55,11 +55,13 @@ def compute_features(
     mesh = make_mesh(config.mesh)
     targets: list[np.ndarray] = []
     batches = read_batches(config, source, transform, mesh)
-    tokens = collect(feature_maker(encoder, layers, mesh), params, batches, len(source), targets)
+    importance = np.ones(len(source), np.float32)
+    tokens = collect(feature_maker(encoder, layers, mesh), params, batches, len(source), targets, importance)
     weights = np.asarray(transform(source[0], np.random.default_rng(0))["weights"])
     return ArraySource(
-        {"tokens": tokens, "target": targets[0], "weights": np.repeat(weights[None], len(source), axis=0)}, "features"
-    )
+        {"tokens": tokens, "target": targets[0], "weights": np.repeat(weights[None], len(source), axis=0),
+         "importance": importance}, "features",
+    )  # fmt: skip
 
 
 def identity(fields: Fields, generator: object = None) -> Fields:
@@ -80,7 +82,8 @@ def fit_logistic(prefix: int, head: HeadConfig, task: Task, weights: tuple[float
     training, held_out = _arrays(once)
     features, others = (_pool(head, prefix, arrays["tokens"]) for arrays in (training, held_out))
     wanted = held_out["target"]
-    probe = fit_probe(task.kind, features, training["target"], others, wanted, np.array(weights, np.float32))
+    probe = fit_probe(task.kind, features, training["target"], others, wanted, np.array(weights, np.float32),
+                      training["importance"])  # fmt: skip
     names = ("all classes",) if task.kind == "multiclass" else task.names
     choices = [
         {"label": name, "strength": strength, "validation_loss": float(probe.losses[row, column]),

@@ -45,6 +45,7 @@ def fit_probe(
     validation_features: Float[np.ndarray, "other feature"],
     validation_targets: Float[np.ndarray, "other column"],
     weights: Float[np.ndarray, " output"],
+    importance: Float[np.ndarray, " record"] | None = None,
 ) -> Probe:
     """Fit a probe for every strength and keep the best.
 
@@ -55,6 +56,7 @@ def fit_probe(
         validation_features: Of the records that choose the strength.
         validation_targets: Their targets.
         weights: Of positives or classes.
+        importance: How much each training record counts, about 1; None for all alike.
 
     Source: TANGERINE, arXiv:2507.01881, names no probe; this is the linear-probe protocol of CLIP, arXiv:2103.00020,
         appendix A.3, on standardised features.
@@ -62,6 +64,7 @@ def fit_probe(
     mean, spread = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
     spread = np.where(spread > 0, spread, 1.0)
     inside, outside = ((values - mean) / spread for values in (features, validation_features))
+    each = np.ones(len(features)) if importance is None else importance.astype(np.float64)
     kernels, biases, chosen, table = [], [], [], []
     for column in range(targets.shape[1]):
         known = np.isfinite(targets[:, column])
@@ -69,7 +72,8 @@ def fit_probe(
         # A step of L-BFGS is a few small products: on busy cores BLAS's threads waited for one another ten times as
         # long as one takes alone (142 s and 14 s for 54 fits of 325 coefficients to 960 records).
         with threadpool_limits(1, "blas"):
-            fits = [_fit(kind, inside[known], targets[known, column], here, strength) for strength in STRENGTHS]
+            own = inside[known], targets[known, column], here
+            fits = [_fit(kind, *own, strength, each[known]) for strength in STRENGTHS]
         wanted = jnp.asarray(validation_targets[:, column : column + 1], jnp.float32)
         losses = []
         for kernel, bias in fits:
@@ -88,18 +92,23 @@ def fit_probe(
 
 
 def _fit(
-    kind: TaskKind, features: np.ndarray, targets: np.ndarray, weights: np.ndarray, strength: float
+    kind: TaskKind,
+    features: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    strength: float,
+    importance: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return coefficients [feature, output] and constants of one strength."""
     if kind == "regression":
-        ridge: Any = Ridge(alpha=1 / (2 * strength)).fit(features, targets)
+        ridge: Any = Ridge(alpha=1 / (2 * strength)).fit(features, targets, importance)
         return ridge.coef_[:, None], np.atleast_1d(ridge.intercept_)
     if kind == "multiclass":
         balance = {label: float(weight) for label, weight in enumerate(weights)}
     else:
         balance = {0: 1.0, 1: float(weights[0])}
     model: Any = LogisticRegression(C=strength, class_weight=balance, max_iter=ITERATIONS)
-    model.fit(features, targets.astype(np.int64))
+    model.fit(features, targets.astype(np.int64), importance)
     kernel, bias = model.coef_.T, model.intercept_
     if kind == "multiclass" and kernel.shape[1] == 1:  # of two classes scikit-learn gives the second's log odds alone
         kernel, bias = np.concatenate([-kernel, kernel], axis=1) / 2, np.concatenate([-bias, bias]) / 2

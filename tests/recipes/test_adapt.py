@@ -188,7 +188,8 @@ def plan_for(
 def batch_for(seed, rows=8):
     source = cubes(rows, seed)
     images, labels = source.arrays["image"], source.arrays["label"]
-    return {"image": images, "target": labels, "weights": np.ones((rows, 1), np.float32)}
+    return {"image": images, "target": labels, "weights": np.ones((rows, 1), np.float32),
+            "importance": np.ones(rows, np.float32)}  # fmt: skip
 
 
 def one_step(plan, batch=None, rate=0.1):
@@ -219,6 +220,17 @@ def test_a_batch_in_parts_gives_the_step_of_one_big_batch():
     np.testing.assert_allclose(told["loss"], also["loss"], atol=1e-6)
 
 
+def test_a_record_counts_as_often_as_its_importance_says():
+    batch = batch_for(5)
+    twice, kept = {name: values.copy() for name, values in batch.items()}, np.arange(0, 8, 2).repeat(2)
+    twice["importance"] = np.tile([2.0, 0.0], 4).astype(np.float32)
+    _, weighted, told = one_step(plan_for(), twice)
+    _, repeated, also = one_step(plan_for(), {name: values[kept] for name, values in batch.items()})
+    for name, leaf in named_leaves(weighted.params).items():
+        np.testing.assert_allclose(leaf, named_leaves(repeated.params)[name], atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(told["loss"], also["loss"], atol=1e-6)
+
+
 def test_mixed_images_cost_what_their_mixed_targets_cost():
     plan, batch, mesh = plan_for(mix=MixConfig(mixup=0.8, cutmix=1.0)), batch_for(5), make_mesh(MeshConfig(data=1))
     program, params = make_program(plan, mesh), drawn(MODEL)
@@ -242,7 +254,8 @@ def test_mixed_images_cost_what_their_mixed_targets_cost():
 def test_moments_fold_as_computed_by_hand():
     model = dataclasses.replace(MODEL, head=HeadConfig(1, hidden=3, norm=False))
     tokens = np.random.default_rng(0).normal(size=(8, 2, 12)).astype(np.float32)
-    batch = {"tokens": tokens, "target": np.ones((8, 1), np.float32), "weights": np.ones((8, 1), np.float32)}
+    ones = np.ones((8, 1), np.float32)
+    batch = {"tokens": tokens, "target": ones, "weights": ones, "importance": ones[:, 0]}
     before, after, _ = one_step(plan_for(model, trained="head on pairs", weight_decay=0.5), batch, rate=0.5)
     params = jax.device_get(before.params)["head"]
     hidden = tokens.reshape(8, 24) @ params["hidden"]["kernel"] + params["hidden"]["bias"]

@@ -169,7 +169,12 @@ def test_every_head_of_the_grid_learns_as_if_it_were_alone():
     batches = [generator.standard_normal((8, 3, WIDTH)).astype(np.float32) for _ in range(3)]
     labels = np.arange(8) % 3
     for batch in batches:
-        fields = {"tokens": batch, "target": labels[:, None].astype(np.float32), "weights": np.ones((8, 3), "f")}
+        fields = {
+            "tokens": batch,
+            "target": labels[:, None].astype(np.float32),
+            "weights": np.ones((8, 3), "f"),
+            "importance": np.ones(8, "f"),
+        }
         state, _ = program.step(state, shard_batch(fields, make_mesh(MeshConfig(data=1))))
     after = jax.device_get(state.params["head"])
     assert first["kernel"].shape == (8, 3 * WIDTH, 3) and abs(first["kernel"].std() - 0.01) < 1e-3
@@ -329,7 +334,12 @@ def test_rates_and_weight_decay_of_every_parameter():
         "linear": {"kernel": np.random.default_rng(8).normal(size=(WIDTH, 3)).astype("f"), "bias": np.full(3, 0.5, "f")}
     }
     source = SOURCES[0].arrays
-    batch = {"image": source["image"][:8], "target": source["label"][:8], "weights": np.ones((8, 3), "f")}
+    batch = {
+        "image": source["image"][:8],
+        "target": source["label"][:8],
+        "weights": np.ones((8, 3), "f"),
+        "importance": np.ones(8, "f"),
+    }
     after = []
     for decay in (0.0, DECAY):
         settings = OptimizerConfig("sgd", peak_lr=0.0, b1=0.0, weight_decay=decay, layer_decay=FALL)
