@@ -177,6 +177,7 @@ def study(size: Size, manifest: Path, name: str, out: Path) -> Task:
     """Run one study by the command line, and derive its measures."""
     words: list[object] = ["--data.manifest", manifest, "--label.columns", name, "--quality.simulate", 0.5]
     words += ["--shares", *size.shares, "--test-shares", *size.shares, "--labels", *size.labels, "--seeds", size.seeds]
+    words += ["--fit.evaluations", 0]  # validation records join the small pool, as in the committed figures
     words += ["--together", size.seeds, "--fit.steps", size.steps, "--fit.optimizer.warmup-steps", size.steps // 10]
     words += ["--pretraining.steps", size.pretraining, "--pretraining.optimizer.warmup-steps", size.pretraining // 15]
     words += ["--transformer.encoder.patch-size", size.patch, size.patch, "--transformer.encoder.width", size.width]

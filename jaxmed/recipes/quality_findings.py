@@ -1,25 +1,30 @@
 """What a quality study found: mismatch penalty, need for good images, labels saved, break-even, and all of it in words.
 
 Results are those of `recipes.quality_grid.by_test_set`: every cell of arm, share of labels, share of high quality in
-fine-tuning ("tuned_high") and in the test set ("tested_high"), and seed. Intervals are Student's over seeds.
+fine-tuning ("tuned_high") and in the test set ("tested_high"), and seed. Intervals are Student's over seeds; where the
+metric was computed again on resampled test patients (`recipes.quality_patients`), their variance is added.
 
 Source: section "Quality study" of arXiv:2508.11864's public summary; the measures are our own reading of it.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float
 
 from jaxmed.errors import InputError
 from jaxmed.metrics.mixed_model import MixedModel, fit_random_intercept
 from jaxmed.metrics.statistics import mean_interval, paired_t
 from jaxmed.recipes.quality_grid import ARMS
-from jaxmed.recipes.study import Result
+from jaxmed.recipes.study import Cell, Result
 
+Draws: TypeAlias = Mapping[Cell, Float[np.ndarray, " resample"]]
+"""By cell of `by_test_set`, the metric on resampled test patients."""
 SIGNIFICANT = 0.05
 
 
@@ -29,9 +34,9 @@ class Measured:
 
     Attributes:
         mean: The mean; infinite or undefined (None) where labels saved are.
-        low: Lower end of its 95 % interval; None for a single seed.
+        low: Lower end of its 95 % interval, over seeds and, where they were resampled, test patients; None without one.
         high: Upper end.
-        p_value: Two-sided, of a mean of 0; None where it cannot be tested.
+        p_value: Two-sided, of a mean of 0, over seeds; None where it cannot be tested.
     """
 
     mean: float | None
@@ -57,11 +62,25 @@ class Grid(NamedTuple):
         values: By seed, share of high quality in fine-tuning, and in the test set.
         shares: Of the second axis.
         tests: Of the third.
+        draws: The same on resampled test patients; the same resamples in all grids.
     """
 
     values: Float[np.ndarray, "seed high test"]
     shares: tuple[float, ...]
     tests: tuple[float, ...]
+    draws: Float[np.ndarray, "resample seed high test"] | None = None
+
+    def measure(self, function: "Callable[[Grid], np.ndarray]") -> Measured:
+        """Return the mean of something over seeds, from a grid to one number per seed."""
+        draws = self.draws
+        if draws is not None:
+            draws = np.stack([function(self._replace(values=values, draws=None)) for values in draws])
+        return over_seeds(function(self), draws)
+
+    def minus(self, other: "Grid") -> "Grid":
+        """Return the differences from another grid, seed by seed and resample by resample."""
+        draws = None if self.draws is None or other.draws is None else self.draws - other.draws
+        return self._replace(values=self.values - other.values, draws=draws)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +109,20 @@ class Findings:
     break_even: float | None
 
 
-def derive(results: Sequence[Result], metric: str) -> Findings:
-    """Compute every measure; those of the comparison are empty where there is one arm only."""
+def derive(results: Sequence[Result], metric: str, draws: Draws | None = None) -> Findings:
+    """Compute every measure; those of the comparison are empty where there is one arm only.
+
+    Args:
+        results: Of `by_test_set`.
+        metric: By name.
+        draws: The metric of each of their cells on resampled test patients.
+    """
     arms = list(dict.fromkeys(str(result.cell["arm"]) for result in results))
     labels = sorted({float(result.cell["labels"]) for result in results})
-    grids = {(arm, share): grid_of(results, metric, arm, share) for arm in arms for share in labels}
+    grids = {(arm, share): grid_of(results, metric, arm, share, draws) for arm in arms for share in labels}
     most = labels[-1]
-    mismatch = {arm: over_seeds(mismatch_penalty(grids[arm, most])) for arm in arms}
-    necessity = {arm: over_seeds(slope(grids[arm, most])) for arm in arms}
+    mismatch = {arm: grids[arm, most].measure(mismatch_penalty) for arm in arms}
+    necessity = {arm: grids[arm, most].measure(slope) for arm in arms}
     gains: dict[str, Measured] = {}
     saved: dict[str, float | None] = {}
     never: list[float] = []
@@ -106,8 +131,8 @@ def derive(results: Sequence[Result], metric: str) -> Findings:
         shared = [share for share in grids[arms[0], most].shares if share in grids[arms[0], most].tests]
         for share in shared:
             for number in labels:
-                ours, theirs = (_matched(grids[arm, number], share) for arm in ARMS)
-                gains[f"{share:g} of {number:g}"] = over_seeds(ours - theirs)
+                gain = grids[ARMS[0], number].minus(grids[ARMS[1], number])
+                gains[f"{share:g} of {number:g}"] = gain.measure(partial(_matched, share=share))
             curves = [np.array([np.nanmean(_matched(grids[arm, number], share)) for number in labels]) for arm in ARMS]
             factor = label_saving(np.array(labels), *curves)
             saved[f"{share:g}"] = factor if factor is not None and math.isfinite(factor) else None
@@ -117,7 +142,7 @@ def derive(results: Sequence[Result], metric: str) -> Findings:
     return Findings(mismatch, necessity, gains, saved, tuple(never), break_even)
 
 
-def grid_of(results: Sequence[Result], metric: str, arm: str, labels: float) -> Grid:
+def grid_of(results: Sequence[Result], metric: str, arm: str, labels: float, draws: Draws | None = None) -> Grid:
     """Bring the cells of one arm and share of labels into an array."""
     own = [r for r in results if r.cell["arm"] == arm and float(r.cell["labels"]) == labels and metric in r.metrics]
     if not own:
@@ -126,6 +151,9 @@ def grid_of(results: Sequence[Result], metric: str, arm: str, labels: float) -> 
     shares = tuple(sorted({float(r.cell["tuned_high"]) for r in own}))
     tests = tuple(sorted({float(r.cell["tested_high"]) for r in own}))
     values = np.full((len(seeds), len(shares), len(tests)), np.nan)
+    again = None
+    if draws is not None:
+        again = np.full((len(draws[own[0].cell]), *values.shape), np.nan)
     for r in own:
         place = (
             seeds.index(int(r.cell["seed"])),
@@ -133,7 +161,9 @@ def grid_of(results: Sequence[Result], metric: str, arm: str, labels: float) -> 
             tests.index(float(r.cell["tested_high"])),
         )
         values[place] = r.metrics[metric]
-    return Grid(values, shares, tests)
+        if again is not None and draws is not None:
+            again[(slice(None), *place)] = draws[r.cell]
+    return Grid(values, shares, tests, again)
 
 
 def mismatch_penalty(grid: Grid) -> Float[np.ndarray, " seed"]:
@@ -225,14 +255,33 @@ def mixed_model(results: Sequence[Result], metric: str) -> MixedModel | None:
         return None
 
 
-def over_seeds(values: Float[np.ndarray, " seed"]) -> Measured:
-    """Return mean, interval and test over the seeds that have a value."""
-    known = values[np.isfinite(values)]
+def over_seeds(values: Float[np.ndarray, " seed"], draws: Float[np.ndarray, "resample seed"] | None = None) -> Measured:
+    """Return mean, interval and test over the seeds that have a value.
+
+    The variance of the mean is that over seeds and, where there are draws, that of the mean over resamples of the test
+    patients, whom all seeds share. With one seed the interval is of the patients alone, and normal.
+
+    Args:
+        values: NaN where there is none.
+        draws: The same on resampled test patients; resamples on which a value is not defined are left out.
+    """
+    is_known = np.isfinite(values)
+    known = values[is_known]
     if not len(known):
         return Measured(None)
+    patients = None
+    if draws is not None:
+        means = draws[:, is_known].mean(axis=1)
+        patients = float(np.var(means[np.isfinite(means)], ddof=1))
     if len(known) < 2:
-        return Measured(float(known[0]))
+        half = None if patients is None else 1.959964 * math.sqrt(patients)
+        mean = float(known[0])
+        return Measured(mean) if half is None else Measured(mean, mean - half, mean + half)
     mean, low, high, _ = mean_interval(known)
+    if patients is not None:
+        error = math.sqrt(float(np.var(known, ddof=1)) / len(known) + patients)
+        half = error * float(scipy.stats.t.ppf(0.975, len(known) - 1))
+        low, high = mean - half, mean + half
     try:
         p_value = paired_t(known, np.zeros(len(known))).p_value
     except InputError:  # all are equal
@@ -300,10 +349,17 @@ def deployment_choice(grid: Grid, deployed: float, own: float) -> tuple[float, M
         own: That of the records at hand.
     """
     tests, shares = np.array(grid.tests), np.array(grid.shares)
-    at = np.array([[np.interp(deployed, tests, row) for row in seed] for seed in grid.values])
-    best = int(np.nanargmax(np.nanmean(at, axis=0)))
-    usual = np.array([np.interp(own, shares, row) for row in at])
-    return float(shares[best]), over_seeds(at[:, best] - usual)
+
+    def at(grid: Grid) -> Float[np.ndarray, "seed high"]:
+        return np.array([[np.interp(deployed, tests, row) for row in seed] for seed in grid.values])
+
+    best = int(np.nanargmax(np.nanmean(at(grid), axis=0)))
+
+    def gain(grid: Grid) -> Float[np.ndarray, " seed"]:
+        found = at(grid)
+        return found[:, best] - np.array([np.interp(own, shares, row) for row in found])
+
+    return float(shares[best]), grid.measure(gain)
 
 
 def _matched(grid: Grid, share: float) -> Float[np.ndarray, " seed"]:

@@ -9,9 +9,10 @@ Source: protocol of arXiv:2508.11864, with a grid of our own (its numbers are no
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jaxmed.data.inputs import require_whole, try_each
 from jaxmed.data.intensity import Intensity
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
+from jaxmed.io.numpy_files import write_npz
 from jaxmed.metrics.cohort import HEADLINE
 from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import HeadConfig
@@ -33,7 +35,7 @@ from jaxmed.recipes.encoder_study import score_values
 from jaxmed.recipes.quality_records import QualityConfig, draw_mixture, largest_size
 from jaxmed.recipes.study import Cell, Outcome, Result, StudyRun, make_cells, run_groups
 from jaxmed.recipes.study_sections import MOST_EXAMPLES
-from jaxmed.recipes.vmapped_fits import FitConfig, fit_runs, start_runs
+from jaxmed.recipes.vmapped_fits import FitConfig, HeldOut, fit_runs, start_runs
 from jaxmed.synthesis.degradation import PICTURE_KINDS, Kind, degrade
 from jaxmed.train.log import Log
 
@@ -98,16 +100,40 @@ class Plan(NamedTuple):
     """Which records the cells take.
 
     Attributes:
-        pool: Records of fine-tuning sets.
+        pool: Records of fine-tuning sets; those of validation belong to them where nothing is selected.
         size: Records of the largest fine-tuning set.
         counts: Records by share of labels.
         tests: Records of the test set of each share of high quality.
+        validation: Records by which cells of each share select; empty where nothing is selected.
     """
 
     pool: Int[np.ndarray, " record"]
     size: int
     counts: dict[float, int]
     tests: dict[float, Int[np.ndarray, " record"]]
+    validation: dict[float, Int[np.ndarray, " record"]]
+
+
+class TuningSet(NamedTuple):
+    """What one run is fine-tuned on.
+
+    Attributes:
+        is_pretrained: Whether it starts from given parameters.
+        seed: Of the head, the order and the augmentation.
+        rows: Records.
+        validation: Records that select; empty where nothing is selected.
+        importance: How often each is drawn, beside that classes are even; None for all alike.
+    """
+
+    is_pretrained: bool
+    seed: int
+    rows: Int[np.ndarray, " record"]
+    validation: Int[np.ndarray, " record"]
+    importance: Float[np.ndarray, " record"] | None = None
+
+
+Fitter: TypeAlias = Callable[[Sequence[TuningSet]], Float[np.ndarray, "set test output"]]
+"""From as many sets as one program takes, or fewer, to values of all records of the split test."""
 
 
 def read_images(
@@ -176,34 +202,43 @@ def degrade_channels(
     return jnp.stack(parts, -1)
 
 
-def plan_grid(config: GridConfig, data: GradedImages, seed: int) -> Plan:
+def plan_grid(config: GridConfig, data: GradedImages, seed: int, *, selects: bool = False) -> Plan:
     """Choose sizes and test sets, and check that every set can be drawn.
 
-    Validation records join those of training, since nothing is selected on them.
+    Validation records follow the share of the cell that selects on them, as many as there are, without a balance of
+    labels; where nothing is selected they join those of training.
 
     Raises:
         InputError: There are too few records of a quality or class; the message gives the largest possible.
     """
     cohort, where = data.sets.cohort, data.sets.table.path
-    pool, test = cohort.rows("train", "validation"), cohort.rows("test")
+    pool = cohort.rows("train") if selects else cohort.rows("train", "validation")
+    validation, test = cohort.rows("validation"), cohort.rows("test")
     if not len(test):
         raise InputError(where, "records with split 'test', on which every cell is scored", "none")
     labels = balance_labels(data)
-    sides = []
-    for rows, shares, asked in ((pool, config.shares, config.size), (test, config.test_shares, config.test_size)):
-        flags, subjects, names = data.is_high[rows], cohort.subjects[rows].astype(str).tolist(), labels[rows].tolist()
-        size = asked or largest_size(flags, shares, seed, subjects, names)
-        drawn = {
-            share: rows[draw_mixture(where, flags, share, max(size, 1), seed, subjects, names)] for share in shares
-        }
-        sides.append((size, drawn))
-    (size, _), (_, tests) = sides
+    even = np.full(len(labels), "")
+    sides = [
+        (pool, config.shares, config.size, labels),
+        (test, config.test_shares, config.test_size, labels),
+        *([(validation, config.shares, 0, even)] if selects else []),
+    ]
+    sizes, sets = [], []
+    for rows, shares, asked, names in sides:
+        flags, subjects, those = data.is_high[rows], cohort.subjects[rows].astype(str).tolist(), names[rows].tolist()
+        size = asked or largest_size(flags, shares, seed, subjects, those)
+        if rows is validation and not size:
+            expected = "validation records of high and of low quality, to select on"
+            raise InputError(where, expected, "those of one kind", "or --fit.evaluations 0")
+        sets.append({s: rows[draw_mixture(where, flags, s, max(size, 1), seed, subjects, those)] for s in shares})
+        sizes.append(size)
+    size, (_, tests, *selecting) = sizes[0], sets
     counts = {share: max(int(share * size + 0.5), 1) for share in config.labels}
     least = 1 if data.sets.meaning.task.kind == "regression" else len(set(labels[pool].tolist()))
     if min(counts.values()) < least:
         expected = f"{least / size:.3g} or more, so that a set holds a record of every class"
         raise InputError("study.labels", expected, f"{min(config.labels):g} of {size} records")
-    return Plan(pool, size, counts, tests)
+    return Plan(pool, size, counts, tests, selecting[0] if selecting else {})
 
 
 def balance_labels(data: GradedImages) -> np.ndarray:
@@ -219,7 +254,7 @@ def draw_rows(plan: Plan, data: GradedImages, share: float, count: int, seed: in
     return plan.pool[draw_mixture(data.sets.table.path, data.is_high[plan.pool], share, count, seed, subjects, labels)]
 
 
-def run_grid(
+def make_fitter(
     config: GridConfig,
     fit: FitConfig,
     encoder: Encoder,
@@ -227,19 +262,70 @@ def run_grid(
     given: Params | None,
     data: GradedImages,
     plan: Plan,
+) -> Fitter:
+    """Return what fine-tunes on sets of the plan's pool, several in one program.
+
+    Args:
+        config: How many together.
+        fit: How a run goes.
+        encoder: What is trained.
+        head: What stands on it.
+        given: Pre-trained parameters of the encoder, for sets that start from them.
+        data: The images.
+        plan: Pool and validation records.
+    """
+    task, cohort = data.sets.meaning.task, data.sets.cohort
+    all_targets = standardise(cohort.targets, task).astype(np.float32)
+    targets, images = all_targets[plan.pool], jnp.asarray(data.images[plan.pool])
+    test_images = jnp.asarray(data.images[cohort.rows("test")])
+    others = cohort.rows("validation")
+    places, other_places = ({int(row): place for place, row in enumerate(rows)} for rows in (plan.pool, others))
+    held_out = None
+    if fit.evaluations:
+        held_out = HeldOut(jnp.asarray(data.images[others]), jnp.asarray(all_targets[others]), np.zeros((1, 1)))
+
+    def run(sets: Sequence[TuningSet]) -> Float[np.ndarray, "set test output"]:
+        # A part of a group that is left runs in the program of whole ones, and so gives the same numbers.
+        padded = [*sets, *[sets[-1]] * (config.together - len(sets))]
+        chances = np.zeros((len(padded), len(plan.pool)), np.float32)
+        shares = np.zeros((len(padded), len(others)), np.float32)
+        for number, one in enumerate(padded):
+            own = [places[int(row)] for row in one.rows]
+            chances[number, own] = even_chances(targets[own], task.kind)
+            if one.importance is not None:
+                chances[number, own] *= one.importance
+            shares[number, [other_places[int(row)] for row in one.validation]] = 1
+        keys = jax.vmap(jax.random.key)(jnp.array([one.seed for one in padded]))
+        pairs = jax.vmap(jax.random.split)(keys)
+        starts = start_runs(encoder, head, pairs[:, 0], given, np.array([one.is_pretrained for one in padded]))
+        logits = fit_runs(
+            fit, encoder, head, task.kind, images, targets, chances, starts, pairs[:, 1], test_images,
+            None if held_out is None else held_out._replace(shares=shares),
+        )  # fmt: skip
+        return np.stack([np.asarray(predict_values(jnp.asarray(one), task)) for one in logits[: len(sets)]])
+
+    return run
+
+
+def run_grid(
+    config: GridConfig,
+    fitter: Fitter,
+    arms: Sequence[str],
+    data: GradedImages,
+    plan: Plan,
     seed: int,
-    place: Any,
+    place: Path,
     record: object,
     log: Log | None = None,
 ) -> StudyRun:
     """Run every cell that is not finished, several in one program.
 
+    What a cell predicts for the records of the split test, in their order, is kept in outputs/scores.
+
     Args:
         config: What is varied.
-        fit: How a run goes.
-        encoder: What is trained.
-        head: What stands on it.
-        given: Pre-trained parameters of the encoder; without them there is one arm, from scratch.
+        fitter: Of `make_fitter`.
+        arms: Of `ARMS`, those there are.
         data: The images.
         plan: Which of them the cells take.
         seed: Of the first repetition.
@@ -247,47 +333,52 @@ def run_grid(
         record: What all cells share, as `study.run_groups` keeps it.
         log: Where to say how far it is.
     """
-    arms = ARMS if given is not None else ARMS[1:]
     cells = make_cells(
-        {"arm": arms, "labels": config.labels, "tuned_high": config.shares, "seed": range(seed, seed + config.seeds)}
-    )
-    task, cohort = data.sets.meaning.task, data.sets.cohort
-    test = cohort.rows("test")
-    position = {int(row): number for number, row in enumerate(test)}
-    targets = standardise(cohort.targets, task)[plan.pool].astype(np.float32)
-    images, test_images = jnp.asarray(data.images[plan.pool]), jnp.asarray(data.images[test])
-    place_in_pool = {int(row): number for number, row in enumerate(plan.pool)}
+        {"arm": tuple(arms), "labels": config.labels, "tuned_high": config.shares,
+         "seed": range(seed, seed + config.seeds)}
+    )  # fmt: skip
+    none = np.zeros(0, np.int64)
 
     def run_group(group: Sequence[Cell]) -> list[Outcome]:
-        # A part of a group that is left runs in the program of whole ones, and so gives the same numbers.
-        padded = [*group, *[group[-1]] * (config.together - len(group))]
-        chances = np.zeros((len(padded), len(plan.pool)), np.float32)
-        for number, cell in enumerate(padded):
+        sets = []
+        for cell in group:
             share, size = float(cell["tuned_high"]), plan.counts[float(cell["labels"])]
             rows = draw_rows(plan, data, share, size, int(cell["seed"]))
-            own = [place_in_pool[int(row)] for row in rows]
-            chances[number, own] = even_chances(targets[own], task.kind)
-        keys = jax.vmap(jax.random.key)(jnp.array([int(cell["seed"]) for cell in padded]))
-        pairs = jax.vmap(jax.random.split)(keys)
-        params = start_runs(encoder, head, pairs[:, 0], given, np.array([cell["arm"] == ARMS[0] for cell in padded]))
-        logits = fit_runs(
-            fit, encoder, head, task.kind, images, targets, chances, params, pairs[:, 1], test_images
-        )  # fmt: skip
-        return [score(cell, own) for cell, own in zip(group, logits, strict=False)]
-
-    def score(cell: Cell, logits: Float[np.ndarray, "test output"]) -> Outcome:
-        values = np.asarray(predict_values(jnp.asarray(logits), task))
-        found: dict[str, float] = {"records": plan.counts[float(cell["labels"])]}
-        for share, rows in plan.tests.items():
-            those = values[[position[int(row)] for row in rows]]
-            scores = score_values(task, cohort.take(rows), those)
-            found |= {f"{name}{AT}{share:g}": value for name, value in scores.items()}
-        return Outcome(found)
+            sets.append(
+                TuningSet(cell["arm"] == ARMS[0], int(cell["seed"]), rows, plan.validation.get(share, none))
+            )  # fmt: skip
+        values = fitter(sets)
+        for cell, own in zip(group, values, strict=True):
+            write_npz(scores_of(place, cell), {"values": own})
+        return [
+            Outcome({"records": plan.counts[float(cell["labels"])], **score_tests(data, plan, own)})
+            for cell, own in zip(group, values, strict=True)
+        ]
 
     return run_groups(
         cells, run_group, place, record, size=config.together, process_index=config.process,
         process_count=config.processes, log=log,
     )  # fmt: skip
+
+
+def scores_of(place: Path, cell: Cell) -> Path:
+    """Return the file with what a cell predicts for the records of the split test."""
+    return place / "outputs" / "scores" / f"{cell.slug}.npz"
+
+
+def places_in_test(data: GradedImages, rows: Int[np.ndarray, " record"]) -> Int[np.ndarray, " record"]:
+    """Return where records stand among those of the split test."""
+    position = {int(row): number for number, row in enumerate(data.sets.cohort.rows("test"))}
+    return np.array([position[int(row)] for row in rows], np.int64)
+
+
+def score_tests(data: GradedImages, plan: Plan, values: Float[np.ndarray, "test output"]) -> dict[str, float]:
+    """Return every measure on every test set, named "auroc at 0.5"."""
+    found: dict[str, float] = {}
+    for share, rows in plan.tests.items():
+        scores = score_values(data.sets.meaning.task, data.sets.cohort.take(rows), values[places_in_test(data, rows)])
+        found |= {f"{name}{AT}{share:g}": value for name, value in scores.items()}
+    return found
 
 
 def even_chances(targets: Float[np.ndarray, "record column"], kind: str) -> Float[np.ndarray, " record"]:

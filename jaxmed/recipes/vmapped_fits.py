@@ -5,14 +5,14 @@ are shared by all runs, each of which draws its batches from rows of its own. La
 one, by `recipes.adapt` and `recipes.pretrain_mae`.
 
 Source of the recipe: ProFound's fine-tuning code (class-balanced drawing with replacement, AdamW, warm-up and half a
-cosine to 0). Deviation: nothing is selected on validation records; every run takes its last step, where the rate is 0.
+cosine to 0, the parameters of the lowest validation loss).
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxmed.arrays.task import TaskKind
 from jaxmed.arrays.types import KeyArray, Params
-from jaxmed.config import Count, Length, Size, checked
+from jaxmed.config import Count, Length, Size, Whole, checked
 from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import Head, HeadConfig, init_head
 from jaxmed.models.mae import MaskedModel
@@ -43,12 +43,33 @@ class FitConfig:
         optimizer: How parameters are updated.
         shift: Largest random shift of an image along its last two axes, in voxels; beside it images are flipped along
             the last one, left to right.
+        evaluations: Times, evenly spread and at the last step too, that the loss of validation records is looked at:
+            the parameters of the lowest are kept. 0 takes those of the last step, where the rate is 0.
     """
 
     steps: Count = 400
     batch_size: Size = 32
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=5e-4, warmup_steps=40, weight_decay=0.05)
     shift: Length = 2
+    evaluations: Whole = 0
+
+    def __post_init__(self) -> None:
+        if self.evaluations > self.steps:
+            raise ValueError(f"evaluations: expected at most the {self.steps} steps, found {self.evaluations}")
+
+
+class HeldOut(NamedTuple):
+    """Validation records.
+
+    Attributes:
+        images: All of them.
+        targets: Their labels, as those of training.
+        shares: What each run selects by: 1 for its own records, 0 for others.
+    """
+
+    images: Float[Any, "validation *size channel"]
+    targets: Float[Any, "validation column"]
+    shares: Float[np.ndarray, "run validation"]
 
 
 def fit_runs(
@@ -62,6 +83,7 @@ def fit_runs(
     params: Params,
     keys: Key[Array, " run"],
     test_images: Float[Any, "test *size channel"],
+    held_out: HeldOut | None = None,
 ) -> Float[np.ndarray, "run test output"]:
     """Train an encoder with a head once for every run, and return the outputs for test images.
 
@@ -76,9 +98,13 @@ def fit_runs(
         params: Where each run starts, see `start_runs`: the first axis of every leaf is the run.
         keys: One per run.
         test_images: What is predicted.
+        held_out: What selects, where `config.evaluations` is above 0.
     """
     program = _program(config, encoder, head, kind)
-    found = program(jnp.asarray(images), jnp.asarray(targets), jnp.log(chances), params, keys, jnp.asarray(test_images))
+    given = [jnp.asarray(part) for part in held_out] if config.evaluations and held_out is not None else [None] * 3
+    found = program(
+        jnp.asarray(images), jnp.asarray(targets), jnp.log(chances), params, keys, jnp.asarray(test_images), *given
+    )
     return np.asarray(found)
 
 
@@ -126,7 +152,13 @@ def _program(config: FitConfig, encoder: Encoder, head: HeadConfig, kind: TaskKi
         )  # fmt: skip
         return apply_head(params["head"], encoder.norm(params["encoder"], tokens))[0]
 
-    def run(images: Array, targets: Array, logs: Array, params: Params, key: KeyArray, test_images: Array) -> Array:
+    def run(
+        images: Array, targets: Array, logs: Array, params: Params, key: KeyArray, test_images: Array,
+        others: Array | None, wanted: Array | None, shares: Array | None,
+    ) -> Array:  # fmt: skip
+        def predict_all(params: Params, images: Array) -> Array:
+            return jax.lax.map(lambda image: predict(params, image[None])[0], images, batch_size=64)
+
         def step(carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], None]:
             params, state = carry
             row_key, vary_key, drop_key = jax.random.split(jax.random.fold_in(key, number), 3)
@@ -139,10 +171,27 @@ def _program(config: FitConfig, encoder: Encoder, head: HeadConfig, kind: TaskKi
             update, state = optimizer.update(jax.grad(loss)(params), state, params)
             return (optax.apply_updates(params, update), state), None
 
-        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(config.steps))
-        return jax.lax.map(lambda image: predict(params, image[None])[0], test_images, batch_size=64)
+        numbers = jnp.arange(config.steps)
+        carry = params, optimizer.init(params)
+        if others is None or wanted is None or shares is None:
+            (params, _), _ = jax.lax.scan(step, carry, numbers)
+            return predict_all(params, test_images)
 
-    return jax.jit(jax.vmap(run, in_axes=(None, None, 0, 0, 0, None)))
+        def stretch(carry: tuple[Any, Any, Any], numbers: Array) -> tuple[tuple[Any, Any, Any], None]:
+            now, best, least = carry
+            now, _ = jax.lax.scan(step, now, numbers)
+            losses = task_losses(kind, predict_all(now[0], others), wanted)
+            loss = (shares * losses).sum() / shares.sum()
+            best = jax.tree.map(lambda new, old: jnp.where(loss < least, new, old), now[0], best)
+            return (now, best, jnp.minimum(loss, least)), None
+
+        before, each = divmod(config.steps, config.evaluations)[::-1]
+        carry, _ = jax.lax.scan(step, carry, numbers[:before])
+        parts = numbers[before:].reshape(config.evaluations, each)
+        (_, best, _), _ = jax.lax.scan(stretch, (carry, carry[0], jnp.float32(jnp.inf)), parts)
+        return predict_all(best, test_images)
+
+    return jax.jit(jax.vmap(run, in_axes=(None, None, 0, 0, 0, None, None, None, 0)))
 
 
 def vary(shift: int, key: KeyArray, image: Float[Array, "*size channel"]) -> Float[Array, "*size channel"]:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from jaxmed.recipes.quality_findings import (
     conclude,
@@ -106,6 +107,37 @@ def test_what_suits_a_deployment():
     chosen, gain = deployment_choice(grid_of(peak, "auroc", "scratch", 1.0), 0.45, 0.75)
     assert chosen == 0.5 and gain.mean is not None and gain.mean > 0
     assert over_seeds(np.array([0.1, np.nan])).low is None and over_seeds(np.array([np.nan])).mean is None
+
+
+def test_an_interval_joins_the_variance_of_seeds_and_of_patients():
+    values, draws = np.array([0.7, 0.8, 0.75]), np.array([[0.1, 0.2, 0.3], [0.3, 0.4, 0.2], [0.5, 0.0, 0.1]])
+    patients = np.var([0.2, 0.3, 0.2], ddof=1)  # of the mean over seeds, whose patients are the same
+    half = scipy.stats.t.ppf(0.975, 2) * math.sqrt(np.var(values, ddof=1) / 3 + patients)
+    found, alone = over_seeds(values, draws), over_seeds(values)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.75, 0.75 - half, 0.75 + half))
+    assert found.p_value == alone.p_value and found.high > alone.high
+    one = over_seeds(values[:1], draws[:, :1])
+    assert one.high == pytest.approx(0.7 + 1.959964 * np.std([0.1, 0.3, 0.5], ddof=1))
+    undefined = over_seeds(values, np.concatenate([draws, [[np.nan, 0.1, 0.2]]]))
+    assert undefined == found
+
+
+def test_every_measure_is_computed_again_on_the_same_patients():
+    """A shift of all cells by the same patients leaves every difference as it is."""
+    results = study(formula)
+    shifts = np.random.default_rng(0).normal(size=50)
+    draws = {r.cell: r.metrics["auroc"] + shifts for r in results}
+    plain, found = derive(results, "auroc"), derive(results, "auroc", draws)
+    for name in ("mismatch", "necessity", "gains"):
+        for key, one in getattr(found, name).items():
+            assert one.high == pytest.approx(getattr(plain, name)[key].high, abs=1e-9), (name, key)
+    grid = grid_of(results, "auroc", "scratch", 1.0, draws)
+    assert grid.draws.shape == (50, 3, 3, 3)
+    wide = grid.measure(lambda one: one.values[:, 0, 0])
+    expected = math.sqrt(np.var(grid.values[:, 0, 0], ddof=1) / 3 + np.var(shifts, ddof=1))
+    assert wide.high - wide.mean == pytest.approx(scipy.stats.t.ppf(0.975, 2) * expected)
+    gain, plain = (deployment_choice(one, 0.5, 0.5)[1] for one in (grid, grid._replace(draws=None)))
+    assert (gain.low, gain.high) == pytest.approx((plain.low, plain.high))
 
 
 def test_classes_are_drawn_evenly():

@@ -1,5 +1,7 @@
 """Many fits in one program: each is what it would be alone, learns, and starts where it is told to."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from jaxmed.models.heads import HeadConfig
 from jaxmed.models.mae import MaeConfig, masked_model
 from jaxmed.models.vit import VitConfig, vit_encoder
-from jaxmed.recipes.vmapped_fits import FitConfig, fit_runs, pretrain_masked, start_runs, vary
+from jaxmed.recipes.vmapped_fits import FitConfig, HeldOut, fit_runs, pretrain_masked, start_runs, vary
 from jaxmed.train.optimizer import OptimizerConfig
 
 SIZES = VitConfig((8, 8), (4, 4), 1, width=16, depth=1, heads=2, hidden=32, final_norm=False)
@@ -32,10 +34,10 @@ def fits():
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     targets = labels[:, None].astype(np.float32)
 
-    def go(which):
+    def go(which, config=FIT, held_out=None):
         params = start_runs(ENCODER, HEAD, keys[jnp.array(which)], None, np.zeros(3, bool))
-        return fit_runs(FIT, ENCODER, HEAD, "binary", images, targets, chances[which], params,
-                        keys[jnp.array(which)], test)  # fmt: skip
+        return fit_runs(config, ENCODER, HEAD, "binary", images, targets, chances[which], params,
+                        keys[jnp.array(which)], test, held_out)  # fmt: skip
 
     return go, truth
 
@@ -50,6 +52,25 @@ def test_a_run_learns_and_does_not_depend_on_its_neighbours(fits):
     np.testing.assert_array_equal(again[0], logits[2])
     np.testing.assert_array_equal(again[1], again[2])
     np.testing.assert_array_equal(again[1], logits[0])
+
+
+def test_the_parameters_of_the_lowest_validation_loss_are_kept(fits):
+    go, truth = fits
+    others, labels = bright(3, 20)
+    shares = np.ones((3, 20), np.float32)
+    last = go([0, 1, 2])
+    once = dataclasses.replace(FIT, evaluations=1)
+    held_out = HeldOut(others, labels[:, None].astype(np.float32), shares)
+    np.testing.assert_allclose(go([0, 1, 2], once, held_out), last, rtol=1e-5, atol=1e-5)  # looked at in the end alone
+    # Labels the wrong way round: the less a run has learnt the better. Every run selects by records of its own.
+    often = dataclasses.replace(FIT, evaluations=7)
+    both = HeldOut(np.concatenate([others, others]), np.concatenate([labels, 1 - labels])[:, None].astype(np.float32),
+                   np.kron([[1, 0], [0, 1], [0, 1]], np.ones(20)).astype(np.float32))  # fmt: skip
+    found = go([0, 0, 2], often, both)
+    assert np.abs(found[1]).mean() < 0.5 * np.abs(last[0]).mean() and np.abs(found[2]).mean() < np.abs(last[2]).mean()
+    assert ((found[0, :, 0] > 0) == truth).mean() > 0.8
+    with pytest.raises(ValueError, match="evaluations: expected at most the 60 steps, found 61"):
+        dataclasses.replace(FIT, evaluations=61)
 
 
 def test_runs_start_from_given_parameters_or_random_ones():

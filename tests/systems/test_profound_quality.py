@@ -137,6 +137,8 @@ def test_every_cell_is_scored_on_every_test_set(study):
     assert all(0 <= float(row["auroc_macro"]) <= 1 for row in cells)
     # Sizes are the same for every share.
     assert len({(row["labels"], row["records"]) for row in cells}) == 2
+    intervals = rows_of(study / "outputs" / "intervals.csv")
+    assert len(intervals) == 36 and all(float(row["error_of_patients"]) > 0 for row in intervals)
     measures = {row["measure"] for row in rows_of(study / "outputs" / "findings.csv")}
     assert {"mismatch penalty", "slope along high quality", "pretrained minus scratch", "labels saved"} <= measures
     assert {row["column"] for row in rows_of(study / "outputs" / "mixed_model.csv")} >= {"mismatch", "pre-trained"}
@@ -161,7 +163,15 @@ def test_a_study_killed_in_the_middle_ends_with_the_same_table(study, eyes, tmp_
     assert not (out / "report.html").exists() and len(list((out / "outputs" / "cells").glob("*.json"))) == 9
     assert main(["profound", "quality-study", "--config", str(out / "config.json"), "--out", str(out), "--quiet"]) == 0
     assert len(stored) == len(set(stored)) == 24
-    for table in ("cells.csv", "means.csv", "differences.csv", "findings.csv", "mixed_model.csv", "pretraining.csv"):
+    for table in (
+        "intervals.csv",
+        "cells.csv",
+        "means.csv",
+        "differences.csv",
+        "findings.csv",
+        "mixed_model.csv",
+        "pretraining.csv",
+    ):
         assert rows_of(out / "outputs" / table) == rows_of(study / "outputs" / table)
 
 
@@ -175,10 +185,13 @@ def test_given_quality_given_weights_and_a_deployment(study, graded, tmp_path):
     summary = json.loads((outputs / "summary.json").read_text())
     assert summary["choice"]["deployed"] == pytest.approx(1 / 3) and summary["choice"]["own"] == 0.5
     proposal = rows_of(outputs / "proposal.csv")
-    assert sum(int(row["chosen"]) for row in proposal) == summary["size"]
+    assert sum(row["chosen"] == "1" for row in proposal if row["split"] == "train") == summary["size"]
     assert {row["quality"] for row in proposal if row["chosen"] == "1"} == {
         "high" if summary["choice"]["chosen"] else "low"
     }
+    assert summary["choice"]["effect"].keys() == {"chosen", "weighted"}
+    assert len(list((outputs / "deployment" / "outputs" / "cells").glob("*.json"))) == 6
+    assert "Tried out on test records like that" in summary["conclusion"][-1]
     assert not (outputs / "pretrained").exists() and "fine-tune with" in summary["conclusion"][-1]
 
 

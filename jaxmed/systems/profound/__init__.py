@@ -33,11 +33,11 @@ pre-training included.
 Try it without data:  jaxmed profound pretrain --preset smoke --out runs/profound
 
 Deviations from the released code: hidden patches are zeros that every operation leaves at zero, so that no library for
-sparse convolutions is needed; scans are resampled here, where the release expects files that are; the cut before
-training is about the centre, not random; classes are balanced by weights of the loss, not by drawing; ConvMAE and the
-decoder in UNETR's manner are not here. --match-release takes the norm of responses over the whole batch, and scrambles
-the positions of a transformer, as the release does. The quality study's grid and sizes are our own, for its are not
-public; nothing is selected on validation records in it.
+sparse convolutions is needed; scans are resampled here, where the release expects files that are; in adapt, the cut
+before training is about the centre, not random, and classes are balanced by weights of the loss, not by drawing;
+ConvMAE and the decoder in UNETR's manner are not here. --match-release takes the norm of responses over the whole
+batch, and scrambles the positions of a transformer, as the release does. The quality study's grid and sizes are our
+own, for its are not public.
 """
 
 from typing import TYPE_CHECKING

@@ -75,14 +75,17 @@ class AdaptationConfig:
 
     Attributes:
         labelled: Labelled cases, what is learnt of them and how. --mode frozen trains the head alone, by LARS unless
-            another optimizer is set.
+            another optimizer is set. Labels of zones are columns of 0 and 1 (--label.columns zone_1 zone_2 ...), each
+            with a binary cross-entropy. Deviation: classes are balanced by weights of the loss, where the released
+            code draws records of rare ones more often, with replacement; in expectation a step is the same.
         image_size: Voxels along slices, rows and columns; 0 0 0 takes the weights' (64 x 224 x 224 from scratch, and
             of published files, which do not tell it).
         spacing: Voxel size from scratch, in mm, along slices, rows and columns; of the weights otherwise.
         encoder: Sizes from scratch; of the weights' encoder otherwise, of which only drop_path_rate and remat are
             taken from here.
         preprocess: How the files of a case are named, where it is not as the weights expect.
-        augmentation: What happens to training cases.
+        augmentation: What happens to training cases. Deviation: they are cut about the centre, as all are, where the
+            released code cuts a region of 1.2 times the size at random; translation moves them by as much instead.
         quality_scans: Training cases whose quality is measured and kept beside the model, so that predict can tell
             which cases are worse, or better, than any of them; 0 measures none.
     """

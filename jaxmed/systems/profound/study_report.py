@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxmed.io.tables import read_table
 from jaxmed.metrics.cohort import spell
-from jaxmed.recipes.quality_findings import Findings, as_rows, grid_of, mixed_model
+from jaxmed.recipes.quality_findings import Findings, Measured, as_rows, grid_of, mixed_model
 from jaxmed.recipes.quality_grid import ARMS, by_test_set
 from jaxmed.recipes.stage import Finished, Page
 from jaxmed.recipes.study import Result, read_study
@@ -18,20 +18,31 @@ from jaxmed.report.heatmap import heat_maps
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 
 CAPTION = (
-    "{}; Student's interval and test over seeds, not corrected. Gains are at equal shares in fine-tuning and testing, "
-    "of a share of the labels."
+    "{}; intervals over seeds and over resampled test patients, Student's test over seeds, not corrected. Gains are at "
+    "equal shares in fine-tuning and testing, of a share of the labels."
 )
 READING = (
     "Both arms are the same model with the same recipe, records, order and augmentation; one starts from pre-trained "
     "weights. All sets of one kind have the same size and balance of labels; whole subjects are on one side.",
-    "An interval over seeds tells how much a repetition differs, not how other patients would. Study design: "
+    "Intervals of what follows join the variance over seeds with that over test patients, who are resampled with all "
+    "their records; a test over seeds tells how much a repetition differs, not how other patients would. Study design: "
     "arXiv:2508.11864. For research only, not for diagnosis.",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What suits a deployment: its share of high quality, the records' own, that to take, and what it gains."""
+    """What suits a deployment.
+
+    Attributes:
+        deployed: Its share of high quality.
+        own: That of the records at hand.
+        chosen: That to fine-tune with, of those of the grid.
+        gain: What that gains over the records' own share, read off the grid.
+        low: Lower end of its interval.
+        high: Upper end.
+        effect: What the proposal gained when it was tried: "chosen" and "weighted", see `recipes.quality_deployment`.
+    """
 
     deployed: float
     own: float
@@ -39,6 +50,7 @@ class Choice:
     gain: float | None
     low: float | None
     high: float | None
+    effect: dict[str, Measured] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +106,8 @@ def page(run: Finished[Any, Summary]) -> Page:
             _labels_section(results, summary.metric),
             _derived_section(summary.findings, results, summary.metric),
         ]
+        if summary.choice is not None:
+            sections.append(_deployment_section(summary.choice, summary.metric))
         tests = compare_arms(results, summary.metric)
         if tests:
             caption = "Pre-trained against from scratch: paired two-sided t-tests over seeds, corrected by Holm."
@@ -117,6 +131,16 @@ def page(run: Finished[Any, Summary]) -> Page:
         _tiles(summary),
         [*sections, *failed_cells(study.failures), Section("How to read this", [Text(list(READING))])],
     )
+
+
+def _deployment_section(choice: Choice, metric: str) -> Section:
+    names = {"chosen": "the chosen subset", "weighted": "all, weighted"}
+    rows = [(names[name], gain.mean, gain.low, gain.high, gain.p_value) for name, gain in choice.effect.items()]
+    caption = (
+        f"{spell(metric)} over that of as many records as they come, on test records of which {choice.deployed:.0%} "
+        "are of high quality; Student's interval and test over seeds. outputs/proposal.csv is a manifest with both."
+    )
+    return Section("For the deployment", [Table(("Fine-tuned on", "Gain", "95 % from", "to", "p"), rows, caption)])
 
 
 def _tiles(summary: Summary) -> list[Tile]:

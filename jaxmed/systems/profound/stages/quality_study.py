@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from jaxmed.data.intensity import Intensity
 from jaxmed.data.labels import LabelConfig
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
+from jaxmed.io.numpy_files import restore_npz
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.cohort import spell
 from jaxmed.models.convnext import convnext_encoder
@@ -29,8 +31,11 @@ from jaxmed.models.published.load import load_published
 from jaxmed.models.vit import VitConfig, vit_encoder
 from jaxmed.recipes.adapt import take_encoder
 from jaxmed.recipes.encoder_calls import view
+from jaxmed.recipes.quality_deployment import run_deployment, write_proposal
 from jaxmed.recipes.quality_findings import (
+    Draws,
     Findings,
+    Grid,
     as_rows,
     conclude,
     deployment_choice,
@@ -40,20 +45,23 @@ from jaxmed.recipes.quality_findings import (
 )
 from jaxmed.recipes.quality_grid import (
     ARMS,
+    Fitter,
     GradedImages,
     GridConfig,
     Plan,
     balance_labels,
     by_test_set,
-    draw_rows,
     headline,
+    make_fitter,
     plan_grid,
     read_images,
     run_grid,
+    scores_of,
 )
+from jaxmed.recipes.quality_patients import cell_intervals, resample_cells
 from jaxmed.recipes.quality_records import QualityConfig, read_flags, read_scores
 from jaxmed.recipes.stage import Clock, begin, finish
-from jaxmed.recipes.study import Result
+from jaxmed.recipes.study import Cell, Result
 from jaxmed.recipes.study_sections import MOST_EXAMPLES, keep_examples
 from jaxmed.recipes.study_tables import summarise, write_tables
 from jaxmed.recipes.training import NO_PREFIX
@@ -63,6 +71,7 @@ from jaxmed.systems.profound.cases import write_cases
 from jaxmed.systems.profound.study_report import Choice, Summary, compare_arms, page
 from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import export_parameters
+from jaxmed.train.log import Log
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, start
 
@@ -90,12 +99,12 @@ class StudyData:
     """Which records are learnt from and scored.
 
     Attributes:
-        manifest: CSV with path, label, subject, split and quality; records of the split validation join those of
-            training. Or a folder of classes.
+        manifest: CSV with path, label, subject, split and quality. Or a folder of classes.
         fractions: Shares of subjects in train, validation and test, where there is no column split.
         synthetic: Phantom subjects to write where no manifest is given.
         deployment: CSV with the quality of records where the model is to be used: the study says which fine-tuning set
-            suits it, and what that gains.
+            suits it, tries it out, and writes it as a manifest, outputs/proposal.csv, for adapt: --data.weight chosen
+            takes the subset, --data.weight weight all records with weights.
     """
 
     manifest: Path | None = None
@@ -118,7 +127,10 @@ class Config:
         preprocess: A file to the network's input, where there are no weights.
         transformer: Masked autoencoder that is pre-trained, its encoder fine-tuned, where there are no weights.
         pretraining: How that goes.
-        fit: How every cell is fine-tuned.
+        fit: How every cell is fine-tuned. As in the released code, classes are drawn evenly and the parameters of the
+            lowest validation loss are kept, on validation records of the cell's share of high quality.
+            --fit.evaluations 0 takes the last step and lets validation records join those of training. Deviation:
+            images are flipped and shifted only, not rotated, zoomed or blurred, so that quality stays what it is.
         study: What is varied.
         seed: Of the first repetition, of the draws and of the images that are made worse.
     """
@@ -130,7 +142,7 @@ class Config:
     preprocess: Preprocess = PICTURES
     transformer: MaeConfig = SMALL
     pretraining: FitConfig = FitConfig(1500, 64, OptimizerConfig(peak_lr=1e-3, warmup_steps=100, weight_decay=0.05))
-    fit: FitConfig = FitConfig()
+    fit: FitConfig = FitConfig(evaluations=10)
     study: Annotated[GridConfig, NO_PREFIX] = GridConfig()
     seed: Seed = 0
 
@@ -166,7 +178,7 @@ def smoke() -> Config:
         quality=QualityConfig(simulate=0.5),
         transformer=dataclasses.replace(SMALL, encoder=encoder),
         pretraining=FitConfig(60, 32, short, 1),
-        fit=FitConfig(40, 16, short, 1),
+        fit=FitConfig(40, 16, short, 1, evaluations=2),
         study=GridConfig((0.0, 0.5, 1.0), (0.0, 0.5, 1.0), (0.5, 1.0), 2, together=2),
     )
 
@@ -190,7 +202,8 @@ def run(config: Config, folder: RunFolder) -> int:
     preprocess = config.preprocess if published is None else published.preprocess
     found_notes = check_scans(sets.cohort.scans, preprocess, CHECKED, 2)
     empty = np.zeros((len(flags), 0), np.float32)
-    plan = plan_grid(config.study, GradedImages(sets, flags, empty, empty), config.seed)  # before anything is read
+    selects = config.fit.evaluations > 0
+    plan = plan_grid(config.study, GradedImages(sets, flags, empty, empty), config.seed, selects=selects)
     start(folder, is_shared=config.study.processes > 1)
     size, test_size = plan.size, len(next(iter(plan.tests.values())))
     made = (
@@ -205,8 +218,13 @@ def run(config: Config, folder: RunFolder) -> int:
         *sets.notes,
         *found_notes,
         *made,
-        f"Largest fine-tuning set {size} records, every test set {test_size}; nothing is selected on validation "
-        "records, which join those of training.",
+        f"Largest fine-tuning set {size} records, every test set {test_size}; "
+        + (
+            f"the best of {config.fit.evaluations} evaluations on {len(plan.validation[config.study.shares[0]])} "
+            "validation records of the same share of high quality is kept."
+            if selects
+            else "nothing is selected on validation records, which join those of training."
+        ),
     ]
     log = begin(folder, notes)
     data = read_images(sets, flags, preprocess, config.quality if is_to_worsen else None, config.seed)
@@ -230,7 +248,8 @@ def run(config: Config, folder: RunFolder) -> int:
     announce(log, "Fine-tuning", params=shapes, count=count, unit="cells", smaller=folder.smaller)
     record = to_record(config)
     record["study"] |= {"processes": None, "process": None, "together": None}
-    done = run_grid(config.study, config.fit, encoder, head, given, data, plan, config.seed, folder.path, record, log)
+    fitter = make_fitter(config.study, config.fit, encoder, head, given, data, plan)
+    done = run_grid(config.study, fitter, ARMS, data, plan, config.seed, folder.path, record, log)
     clock.lap("run the cells of this part")
     if len(done.results) + len(done.failures) < count:
         log.say("Other parts of this study are not finished yet: the last one to end writes the report.")
@@ -239,11 +258,18 @@ def run(config: Config, folder: RunFolder) -> int:
     findings, choice, lines = None, None, []
     if done.results:
         results = by_test_set(done.results)
-        findings = derive(results, metric)
+        draws = resample_cells(done.results, partial(_read_values, folder.path), data, plan, config.seed)
+        if draws is None:
+            notes.append("Predictions of some cells are lost: intervals are over seeds alone, not over patients.")
+        findings = derive(results, metric, draws)
         lines = conclude(findings, spell(metric))
-        _write_study(folder.outputs, results, metric, findings)
+        _write_study(folder.outputs, results, metric, findings, draws)
+        clock.lap("resample patients")
         if deployed is not None:
-            choice = _choose(config, results, metric, data, plan, deployed, folder.outputs)
+            arm = ARMS[0] if any(result.cell["arm"] == ARMS[0] for result in results) else ARMS[1]
+            grid = grid_of(results, metric, arm, max(config.study.labels), draws)
+            choice = _choose(config, grid, fitter, arm, data, plan, deployed, folder, record, log)
+            clock.lap("try the proposal")
             lines.append(_say_choice(choice, spell(metric)))
         for line in lines:
             log.say(line)
@@ -330,7 +356,17 @@ def _to_look_at(images: Float[np.ndarray, "image *size channel"]) -> Float[np.nd
     return np.clip((planes - low) / max(float(high - low), 1e-6), 0, 1)
 
 
-def _write_study(outputs: Path, results: Sequence[Result], metric: str, findings: Findings) -> None:
+def _read_values(place: Path, cell: Cell) -> np.ndarray | None:
+    found = restore_npz(scores_of(place, cell))
+    return None if found is None else found.get("values")
+
+
+def _write_study(
+    outputs: Path, results: Sequence[Result], metric: str, findings: Findings, draws: Draws | None
+) -> None:
+    if draws is not None:
+        rows = cell_intervals(results, metric, draws)
+        write_table(outputs / "intervals.csv", list(rows[0]), rows)
     by = ("arm", "labels", "tuned_high", "tested_high")
     tests = compare_arms(results, metric)
     write_tables(outputs, results, summarise(results, by, metric), tests)
@@ -351,34 +387,25 @@ def _write_study(outputs: Path, results: Sequence[Result], metric: str, findings
 
 def _choose(
     config: Config,
-    results: Sequence[Result],
-    metric: str,
+    grid: Grid,
+    fitter: Fitter,
+    arm: str,
     data: GradedImages,
     plan: Plan,
     deployed: float,
-    outputs: Path,
+    folder: RunFolder,
+    record: object,
+    log: Log,
 ) -> Choice:
-    """Write which records suit a deployment, or how much each counts where all are used."""
+    """Write which records suit a deployment, and how much each counts where all are used; measure what either gains."""
     own = float(data.is_high[plan.pool].mean())
-    arm = ARMS[0] if any(result.cell["arm"] == ARMS[0] for result in results) else ARMS[1]
-    chosen, gain = deployment_choice(grid_of(results, metric, arm, max(config.study.labels)), deployed, own)
-    rows = set(draw_rows(plan, data, chosen, plan.size, config.seed).tolist())
-    ratio = {True: chosen / own if own else 0.0, False: (1 - chosen) / (1 - own) if own < 1 else 0.0}
-    columns = ("path", "subject", "label", "quality", "chosen", "weight")
-    cohort, labels = data.sets.cohort, balance_labels(data)
-    table = [
-        (
-            str(cohort.paths[row]),
-            str(cohort.subjects[row]),
-            str(labels[row]),
-            "high" if data.is_high[row] else "low",
-            int(row in rows),
-            round(ratio[bool(data.is_high[row])], 6),
-        )
-        for row in plan.pool.tolist()
-    ]
-    write_table(outputs / "proposal.csv", columns, [dict(zip(columns, row, strict=True)) for row in table])
-    return Choice(deployed, own, chosen, gain.mean, gain.low, gain.high)
+    chosen, gain = deployment_choice(grid, deployed, own)
+    proposal = folder.outputs / "proposal.csv"
+    write_proposal(proposal, config.label.columns, data, plan, chosen, deployed, config.seed)
+    effect = run_deployment(
+        config.study, fitter, arm, data, plan, chosen, deployed, config.seed, folder.outputs / "deployment", record, log
+    )
+    return Choice(deployed, own, chosen, gain.mean, gain.low, gain.high, effect)
 
 
 def _say_choice(choice: Choice, name: str) -> str:
@@ -386,5 +413,15 @@ def _say_choice(choice: Choice, name: str) -> str:
     gain = "" if choice.gain is None else f": {choice.gain:+.3f}{interval} in {name} over the records' own share"
     return (
         f"Where {choice.deployed:.0%} of the images are of high quality, fine-tune with {choice.chosen:.0%} (the "
-        f"records at hand have {choice.own:.0%}){gain}."
+        f"records at hand have {choice.own:.0%}){gain}.{_say_effect(choice, name)}"
     )
+
+
+def _say_effect(choice: Choice, name: str) -> str:
+    words = {"chosen": "fine-tuning on the chosen records", "weighted": "weighting all of them"}
+    told = []
+    for kind, gain in choice.effect.items():
+        if gain.mean is not None:
+            interval = "" if gain.low is None else f" [{gain.low:+.3f}, {gain.high:+.3f}]"
+            told.append(f"{words[kind]} gained {gain.mean:+.3f}{interval}")
+    return f" Tried out on test records like that, {' and '.join(told)} in {name}." if told else ""
