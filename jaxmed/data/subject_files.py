@@ -52,6 +52,7 @@ CUMULATIVE = {
     "ISLES": (0.0, 0.0, 0.5, 0.0),
 }
 """Cumulative probabilities with which a data set's T1, T2, FLAIR and CT are taken as they are, in the paper."""
+_MODALITY = re.compile(r"(?<![A-Za-z0-9])(T1|T2|FLAIR|CT)w?(?![A-Za-z0-9])", re.IGNORECASE)
 _NAME = re.compile(rf"(?P<stem>.+)\.(?P<ending>{'|'.join(map(re.escape, ENDINGS))})\.nii(\.gz)?$")
 
 
@@ -195,6 +196,12 @@ def _stem_of(word: str, known: Mapping[str, Path]) -> str | None:
 def modalities_of(subjects: Sequence[SubjectFiles]) -> int:
     """Return how many of `IMAGES`, from the first on, hold all that any subject has."""
     return max((IMAGES.index(name) + 1 for one in subjects for name in one.images), default=0)
+
+
+def modality_of(name: str) -> str:
+    """Return which of `IMAGES` the name of a file tells, as a word of its own ("sub-1_T1w.nii", "A.1.FLAIR"); or ""."""
+    words = _MODALITY.findall(name)
+    return words[-1].upper() if words else ""
 
 
 def thresholds_of(dataset: str) -> tuple[float, float, float, float] | None:

@@ -9,8 +9,10 @@ import pytest
 from drawn_weights import draw
 
 from jaxmed.arrays.trees import map_named
+from jaxmed.data.subject_files import modality_of
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
+from jaxmed.io.tables import read_table
 from jaxmed.models.published.brainfm import NAME, PREPROCESS, make_unet
 from jaxmed.models.published.load import ImportReport, Published
 from jaxmed.models.unet_brain import BrainUnetConfig, brain_unet
@@ -26,7 +28,9 @@ from jaxmed.recipes.coordinate_maps import (
 from jaxmed.recipes.worse_scans import CONDITIONS, to_unit_range
 from jaxmed.systems import brainfm
 from jaxmed.systems.brainfm.evaluation import compare, robustness
+from jaxmed.systems.brainfm.pages import robustness_sections
 from jaxmed.systems.brainfm.prediction import MAPS, Prediction, cortex_image, on_input_grid, predict_input
+from jaxmed.systems.brainfm.stages.predict import Scan, write_tables
 from jaxmed.systems.brainfm.truth import read_truth, score_maps
 from jaxmed.volume import Volume
 
@@ -346,6 +350,25 @@ def test_registering_a_deformed_scan_is_scored_by_where_its_voxels_were(publishe
 
     rows = robustness(still, None, again, jax.random.key(0))
     assert rows["deformation"]["pair_mm"] < 0.25 < 0.3 < rows["bias"]["pair_mm"] and len(seen) == len(CONDITIONS)
+
+
+def test_worse_versions_are_told_by_modality(tmp_path):
+    dice = (("T1", 0.8, 0.6), ("T1", 0.9, 0.7), ("T2", 0.4, 0.3), ("", 0.5, 0.1))
+    scans = [(name, {"as it is": {"dice": one}, "bias": {"dice": two}}) for name, one, two in dice]
+    (section,) = robustness_sections(scans)
+    by_condition, by_modality = section.blocks
+    assert [row[0] for row in by_condition.rows] == ["as it is", "bias"]
+    assert by_modality.columns == ("modality", "scans", "as it is", "bias")
+    expected = [("not told", 1, 0.5, 0.1), ("T1", 2, 0.85, 0.65), ("T2", 1, 0.4, 0.3)]
+    for row, wanted in zip(by_modality.rows, expected, strict=True):
+        assert row[:2] == wanted[:2] and row[2:] == pytest.approx(wanted[2:])
+    assert robustness_sections([]) == []
+    names = ("sub-1_T1w.nii.gz", "HCP.7.FLAIR.nii", "t2.nii", "ct_head.nii.gz", "T1_in_T2.nii", "actor_T10.nii")
+    assert [modality_of(name) for name in names] == ["T1", "FLAIR", "T2", "CT", "T2", ""]
+    scan = Scan("a", "a_T1w.nii", (), (8, 8, 8), (1.0,) * 3, False, "T1", (), {}, {}, robustness=scans[0][1])
+    write_tables(tmp_path, (scan,), {})
+    rows = read_table(tmp_path / "robustness.csv").rows
+    assert [(row["modality"], row["condition"]) for row in rows] == [("T1", "as it is"), ("T1", "bias")]
 
 
 def test_truth_decides_dice_where_there_is_one(found):

@@ -91,11 +91,15 @@ def registration_sections(found: Mapping[str, Mapping[str, Mapping[str, float]]]
     return [Section("Registration", [Table(("scan", "brought", "Dice", "centres (mm)"), rows, caption)])]
 
 
-def robustness_sections(by_scan: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Section]:
-    """Tabulate what worse versions of scans change, by condition and by scan; nothing where none were asked about."""
-    if not by_scan:
+def robustness_sections(scans: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]) -> list[Section]:
+    """Tabulate what worse versions of scans change, by condition and by modality; nothing where none were asked about.
+
+    Args:
+        scans: Modality of each scan, or "", and its scores by condition.
+    """
+    if not scans:
         return []
-    found = [*by_scan.values()]
+    found = [scores for _, scores in scans]
     order, present = [*SCORES], [name for name in found[0]["as it is"] if not name.endswith(DETAILS)]
     names = sorted(present, key=lambda name: order.index(name) if name in order else len(order))
     rows = [
@@ -108,10 +112,15 @@ def robustness_sections(by_scan: Mapping[str, Mapping[str, Mapping[str, float]]]
         "else are changes against the maps of the scan as it is. outputs/robustness.csv holds every scan and score."
     )
     blocks: list[Block] = [Table(("condition", *names), rows, caption)]
-    if len(by_scan) > 1 and names:
-        first = names[0]
-        each = [(name, *(one[condition].get(first) for condition in one)) for name, one in by_scan.items()]
-        blocks.append(Table(("scan", *found[0]), each, f"The score {first} of every scan, and so of every modality."))
+    modalities = sorted({modality for modality, _ in scans})
+    if len(scans) > 1 and names:
+        groups = [[one for known, one in scans if known == modality] for modality in modalities]
+        each = [
+            (modality or "not told", len(group), *(_mean_of([one[c].get(names[0]) for one in group]) for c in found[0]))
+            for modality, group in zip(modalities, groups, strict=True)
+        ]
+        told = f"The score {names[0]} by the modality of the scans: means over those of one modality."
+        blocks.append(Table(("modality", "scans", *found[0]), each, told))
     return [Section("Worse versions of the scans", blocks)]
 
 

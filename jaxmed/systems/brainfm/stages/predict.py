@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmed.config import Decay, Number, Seed, Size, checked
 from jaxmed.data.head_scans import Modality
 from jaxmed.data.preprocess import Loaded
+from jaxmed.data.subject_files import modality_of
 from jaxmed.errors import InputError
 from jaxmed.files import write_json
 from jaxmed.io import nifti
@@ -79,7 +80,7 @@ class Config:
         reference_labels: Its label map in the network's labels: Dice with --labels where it is brought, and in mm how
             far from the centres of its structures those of the scan are found.
         robustness: Ask the network about worse versions of every scan too: thick slices, bias, another contrast,
-            deformation, ghosts, motion.
+            deformation, ghosts, motion; told by modality, which file names say (sub-1_T1w.nii.gz, A.1.FLAIR.nii).
         structures: CSV with label and name, for tables.
         native: Write maps on the grid of the scan too.
         feature: Write the feature of every voxel too, as NPZ.
@@ -141,6 +142,7 @@ class Scan:
         shape: Voxels of the network's input.
         spacing_mm: Their size.
         is_ct: Whether it was read as CT.
+        modality: T1, T2, FLAIR or CT, by its name or because it was read as CT; empty where neither tells.
         maps: What was written.
         volumes_ml: Volume of each label, by the sum of its probabilities.
         dice: Of each label of its label map.
@@ -159,6 +161,7 @@ class Scan:
     shape: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     is_ct: bool
+    modality: str
     maps: tuple[str, ...]
     volumes_ml: dict[str, float]
     dice: dict[str, float]
@@ -398,9 +401,10 @@ def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:
     if to_mni:
         write_json(plan.outputs / f"{one.name}_affine.json", {"scan_to_mni_mm": to_mni, "residual_mm": residual})
     millilitres = float(np.prod(volume.spacing)) / 1000
+    is_ct = found.scan.intensity.kind == "window"
     return Scan(
         name=one.name, path=str(one.path), notes=tuple(notes), shape=volume.array.shape, spacing_mm=volume.spacing,
-        is_ct=found.scan.intensity.kind == "window", maps=tuple(maps),
+        is_ct=is_ct, modality="CT" if is_ct else modality_of(one.path.name), maps=tuple(maps),
         volumes_ml={str(label): count * millilitres for label, count in found.voxels.items() if label},
         dice=dice_by_label(found, labels), scores=score_maps(found, labels, truth), registration=registration,
         to_mni=to_mni, residual_mm=residual, age=found.age, robustness=worse,
@@ -441,7 +445,7 @@ def write_tables(outputs: Path, scans: tuple[Scan, ...], names: Mapping[int, str
             for scan in scans for label, value in scan.volumes_ml.items()
         ],
         "robustness": [
-            {"id": scan.name, "condition": condition} | told(values)
+            {"id": scan.name, "modality": scan.modality, "condition": condition} | told(values)
             for scan in scans for condition, values in scan.robustness.items()
         ],
     }  # fmt: skip
@@ -485,7 +489,7 @@ def page(run: Finished[Config, Summary]) -> Page:
     sections.append(Section("Scans", [Table(columns, rows, caption)]))
     sections += truth_sections({scan.name: scan.scores for scan in scans if scan.scores})
     sections += registration_sections({scan.name: scan.registration for scan in scans if scan.registration})
-    sections += robustness_sections({scan.name: scan.robustness for scan in scans if scan.robustness})
+    sections += robustness_sections([(scan.modality, scan.robustness) for scan in scans if scan.robustness])
     sections.append(Section("How to read this", [Text(READING)]))
     tiles: list[tuple[str, object, str]] = [
         ("Scans", len(scans), f"{summary.failed} failed"),
