@@ -28,7 +28,17 @@ from jaxmed.models.heads import Classifier, ClassifierConfig, Head, HeadConfig, 
 from jaxmed.models.published.load import export_published, load_published
 from jaxmed.models.vit import Vit, VitConfig, vit_encoder
 from jaxmed.nn.model import make_model
-from jaxmed.recipes.adapt import AdaptConfig, ProbeConfig, adapt, check_run, in_steps, measure, score, take_encoder
+from jaxmed.recipes.adapt import (
+    AdaptConfig,
+    ProbeConfig,
+    adapt,
+    check_run,
+    in_steps,
+    measure,
+    probe_head,
+    score,
+    take_encoder,
+)
 from jaxmed.recipes.adapt_program import CompileKey, make_program, make_schedule
 from jaxmed.recipes.adapt_sections import _probe_section, adapt_page
 from jaxmed.recipes.adapt_stage import LabelledConfig, LabelledData, Start, check_heads, run_adapt, write_model
@@ -151,6 +161,47 @@ def test_recipe_of_maes_probe(runs):
     head = runs["mae-probe"].head
     assert head == HeadConfig(3, "class", norm=False, init_std=0.01)
     assert set(runs["mae-probe"].params["head"]) == {"linear"} and runs["mae-probe"].step in (60, 120, 180, 240)
+
+
+def test_two_steps_of_maes_probe_by_hand():
+    """BatchNorm without factors, a linear head, cross-entropy, LARS: MAE's linear probe (main_linprobe.py) in NumPy."""
+    config = dataclasses.replace(CONFIG, mode="mae-probe", probe=ProbeConfig())
+    settings = in_steps(config, 48).train.optimizer
+    assert settings.peak_lr == 0.1 * TRAIN.loader.batch_size / 256
+    rates = {"peak_lr": 0.0, "end_lr": 0.0, "warmup_steps": 0}
+    mesh, head = make_mesh(MeshConfig(data=1)), probe_head(config, HEAD)
+    compiled = CompileKey(
+        ENCODER, head, "multiclass", dataclasses.replace(settings, **rates), 1, 1.0, 0.0, MixConfig(), None,
+        "head on pairs", None,
+    )  # fmt: skip
+    program = make_program(compiled, mesh)
+    state = program.create(jax.random.key(0), {}, make_schedule(settings.peak_lr, 0.0, 0, 10))
+    first = jax.device_get(state.params["head"])
+    kernel, bias = (first["linear"][name].astype(np.float64) for name in ("kernel", "bias"))
+    assert kernel.shape == (WIDTH, 3) and not bias.any() and kernel.std() == pytest.approx(0.01, rel=0.4)
+    generator, labels = np.random.default_rng(5), np.arange(8) % 3
+    mean, var, speed = np.zeros(WIDTH), np.ones(WIDTH), [0.0, 0.0]
+    for step in range(2):
+        tokens = (3 + 2 * generator.standard_normal((8, 2, WIDTH))).astype(np.float32)
+        fields = {"tokens": tokens, "target": labels[:, None].astype(np.float32), "weights": np.ones((8, 3), "f")}
+        state, metrics = program.step(state, shard_batch(fields, mesh))
+        x = tokens[:, 0].astype(np.float64)  # the class token
+        standard = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
+        mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0, ddof=1)
+        logits = standard @ kernel + bias
+        share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        assert metrics["loss"] == pytest.approx(-np.log(share[np.arange(8), labels]).mean(), rel=1e-5)
+        slope = (share - np.eye(3)[labels]) / 8
+        pull = standard.T @ slope
+        speed[0] = 0.9 * speed[0] + 0.001 * np.linalg.norm(kernel) / np.linalg.norm(pull) * pull
+        speed[1] = 0.9 * speed[1] + slope.sum(0)  # one axis: not adapted
+        rate = settings.peak_lr * 0.5 * (1 + np.cos(np.pi * step / 10))
+        kernel, bias = kernel - rate * speed[0], bias - rate * speed[1]
+    after = jax.device_get(state.params["head"])
+    np.testing.assert_allclose(after["linear"]["kernel"], kernel, atol=1e-7)
+    np.testing.assert_allclose(after["linear"]["bias"], bias, atol=1e-7)
+    np.testing.assert_allclose(after["batch_norm"]["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(after["batch_norm"]["var"], var, rtol=1e-5)
 
 
 # DINOv2's probe -----------------------------------------------------------------------------------------------------
