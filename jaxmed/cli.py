@@ -61,6 +61,9 @@ STAGES = {
     "igndmoe forecast": "regional values at later ages, and how good such forecasts were",
     "igndmoe attribute": "which mechanism drives which stage, with bands, and what leaving one out costs",
     "igndmoe compare": "every model on the same folds of a cohort, or against one regional map",
+    "mupm propagate": "how uncertainty of image and text adds up in a model's answers, from a table of these",
+    "mupm transfer": "whether its coefficients predict other diagnoses, tasks and strengths without a refit",
+    "mupm redundancy": "factors of the input that change neither the uncertainty nor the answers",
     "selfplay meta-train": "train generator and verifier of masks on familiar tasks, so that a few labels suffice",
     "selfplay train-policy": "teach the policy that thinks on familiar tasks, so that a new one needs less thought",
     "selfplay adapt": "adapt both to a new task by a few labelled images, and calibrate the verifier",
@@ -76,6 +79,7 @@ SYSTEMS = {
     "cocolit": "amyloid PET from MRI, by latent diffusion with a ControlNet (arXiv:2508.01292)",
     "dynamicdps": "enhance low-field brain MRI without inventing anatomy (arXiv:2503.01075)",
     "igndmoe": "disease progression on the connectome, by mechanisms that change with stage (arXiv:2508.07032)",
+    "mupm": "what image and text each add to the uncertainty of multimodal models (arXiv:2507.12945)",
     "selfplay": "segmentation by few labels that improves with thinking time (arXiv:2506.22075)",
 }
 COMMANDS = {

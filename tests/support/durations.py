@@ -6,7 +6,7 @@ Seconds of wall time in setup, test and teardown, summed over all workers; compi
 from collections import defaultdict
 from pathlib import PurePosixPath
 
-SYSTEMS = ("tangerine", "retfound", "noddi", "igndmoe", "brainfm", "dynamicdps", "selfplay")
+SYSTEMS = ("tangerine", "retfound", "noddi", "igndmoe", "brainfm", "dynamicdps", "mupm", "selfplay")
 SHOWN = 25
 seconds: dict[str, float] = defaultdict(float)
 

@@ -22,7 +22,7 @@ from jaxmed.models.mask_generator import GeneratorConfig
 from jaxmed.models.mask_verifier import VerifierConfig
 from jaxmed.models.published.load import load_published
 from jaxmed.physics.acquisition import two_shell_protocol
-from jaxmed.systems import brainfm, cocolit, dynamicdps, igndmoe, noddi, retfound, selfplay, tangerine
+from jaxmed.systems import brainfm, cocolit, dynamicdps, igndmoe, mupm, noddi, retfound, selfplay, tangerine
 from jaxmed.systems.selfplay import system_one
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +127,7 @@ TRACEABLE = {
         "systems/test_brainfm_prediction.py", "test_the_core_is_jitted_mapped_and_differentiated_by_weights_and_images",
     ),
     cocolit.translate: ("systems/test_cocolit_translation.py", "test_the_call_composes_with_jit_vmap_and_grad"),
+    mupm.fit: ("systems/test_mupm_regression.py", "test_the_call_composes_with_jit_vmap_and_grad"),
     dynamicdps.enhance: ("systems/test_dynamicdps_enhancement.py", "test_the_call_composes_with_jit_vmap_and_grad"),
     sample: ("diffusion/test_samplers.py", "test_the_call_composes_with_jit_vmap_and_grad"),
 }  # fmt: skip
