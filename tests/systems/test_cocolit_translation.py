@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmed.diffusion.averaging import average_samples
 from jaxmed.diffusion.denoiser import make_denoiser
@@ -15,6 +16,7 @@ from jaxmed.models.unet_latent import latent_unet
 from jaxmed.systems import cocolit
 from jaxmed.systems.cocolit.networks import WeightsConfig, read_models, write_tiny_models
 from jaxmed.systems.cocolit.translation import CHAIN, CLIP, SamplingConfig, encode, make_decoder
+from jaxmed.train.mesh import MeshConfig, make_mesh
 
 SHAPE = (24, 24, 24)  # a latent of 6 x 6 x 6, padded to 8 x 8 x 8; the smoke preset's, so that one program serves both
 MRI = jax.random.normal(jax.random.key(5), SHAPE)
@@ -88,6 +90,16 @@ def test_the_slope_of_the_whole_chain_is_that_of_finite_differences(models, key)
     slope = jax.jit(jax.value_and_grad(along))
     low, middle, high = (slope(step, models, key) for step in (-0.05, 0.0, 0.05))
     np.testing.assert_allclose(middle[1], (high[0] - low[0]) / 0.1, rtol=0.03)
+
+
+@pytest.mark.slow
+def test_samples_spread_over_devices_give_the_same_map(models, key):
+    """Two steps alone: rounding of one device's batch and another's grows with every step."""
+    sharding = NamedSharding(make_mesh(MeshConfig(data=2)), PartitionSpec("data"))
+    config = SamplingConfig(steps=2, chunk=2)
+    one, two = (cocolit.translate(key, models, MRI, 3, config, place) for place in (None, sharding))
+    for name in ("suvr", "spread", "mean_map", "latent"):
+        np.testing.assert_allclose(getattr(two, name), getattr(one, name), atol=1e-3)
 
 
 def test_networks_that_do_not_belong_together_are_refused(models, tmp_path):
