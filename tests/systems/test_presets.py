@@ -44,6 +44,7 @@ FILES = {
     "igndmoe compare": (["--connectome", "--table"], ["--table"]),
     "igndmoe stage": (["--weights", "--table"], ["--table"]),
     "igndmoe forecast": (["--weights", "--table"], ["--table"]),
+    "mupm perturb": (["--data.manifest"],),
     "mupm propagate": (["--table"],),
     "mupm transfer": (["--table"],),
     "mupm redundancy": (["--table"],),

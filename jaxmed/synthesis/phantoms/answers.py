@@ -6,7 +6,7 @@ and text: V_I = a_k^2, V_T = b_k^2, and with correlation rho of the two V = V_I 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +50,7 @@ def write_answers(path: Path, seed: int, config: AnswersConfig) -> Path:
     return path
 
 
-def _answer(rng: np.random.Generator, case: int, config: AnswersConfig) -> Iterator[dict[str, object]]:
+def _answer(rng: np.random.Generator, case: int, config: AnswersConfig) -> Iterator[Mapping[str, object]]:
     """Yield the rows of a case."""
     site, shares = list(SITES)[(case // 2) % len(SITES)], np.array(list(FACTORS.values()))
     base, image, text = _case(rng, SITES[site])

@@ -215,7 +215,8 @@ def noise_of(answers: Answers) -> Float[Array, "case class"]:
 
 def measured_cases(variances: Variances) -> Bool[np.ndarray, " case"]:
     """Say for which cases all three branches give a variance: those that a fit is made of."""
-    return np.isfinite(np.stack([np.asarray(part) for part in variances])).all(axis=(0, 2))
+    is_known = np.isfinite(np.stack([np.asarray(part) for part in variances]))
+    return np.asarray(is_known.all(axis=(0, 2)))
 
 
 def without_factor(answers: Answers, name: str) -> tuple[Block, Bool[np.ndarray, " case"]]:
@@ -301,8 +302,8 @@ def _read_values(
 
 def _read_probabilities(table: Table, columns: list[str], notes: list[str]):
     cells = np.array([table.floats(name, allow_missing=True) for name in columns]).T
-    missing = np.isnan(cells)
-    rows = missing.all(axis=1)
+    missing = np.asarray(np.isnan(cells))
+    rows = np.asarray(missing.all(axis=1))
     for row, line in enumerate(table.lines):
         total = np.nansum(cells[row])
         if missing[row].any() and not rows[row]:

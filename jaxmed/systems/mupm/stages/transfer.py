@@ -203,7 +203,8 @@ def _rows(answers: Answers, is_chosen: np.ndarray, config: Config) -> Rows:
 
 
 def _fit(program, rows: Rows, answers: Answers) -> jax.Array:
-    parts = Variances(*jnp.moveaxis(rows.design, -1, 0), rows.v)
+    image, text, covariance = jnp.moveaxis(rows.design, -1, 0)
+    parts = Variances(image, text, covariance, rows.v)
     found = program(*parts).coefficients
     require_decided(answers, np.asarray(found), parts)
     return found
