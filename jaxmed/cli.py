@@ -49,6 +49,7 @@ STAGES = {
     "brainfm generate": "a store of subjects from label maps and scans, and images drawn from it in any contrast",
     "brainfm train": "train one network for every task of brain scans, on images drawn from label maps and scans",
     "brainfm predict": "images, structures, distances, bias and MNI coordinates of scans of any modality",
+    "cocolit train-autoencoder": "train the autoencoder of MRI, or of SUVR maps, against a discriminator",
     "cocolit translate": "a map of amyloid PET from a T1-weighted MRI, and where its samples disagree",
     "dynamicdps train-prior": "train a diffusion prior on slices or volumes, contrasts drawn from label maps too",
     "dynamicdps train-initial": "train a conditional enhancer on pairs made by the low-field simulator",

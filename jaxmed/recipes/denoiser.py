@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.nn.model import Network
-from jaxmed.recipes.training import TrainConfig, TrainData, handed_on, run_training
+from jaxmed.recipes.training import TrainConfig, TrainData, run_training, selected
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 
@@ -47,7 +47,8 @@ def train_denoiser(
         start: Parameters to start from; what is not among them is drawn.
 
     Returns:
-        The parameters: their moving average where the run keeps one.
+        The parameters: their moving average where the run keeps one, and those of the best evaluation where
+        `loop.best` names what that goes by.
     """
 
     def prepared_loss(params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> Any:
@@ -62,6 +63,5 @@ def train_denoiser(
 
         return jax.vmap(score_one)(keys, batch)
 
-    return handed_on(
-        run_training(config, network, prepared_loss, data, folder=folder, log=log, start=start, score=score)
-    )
+    state = run_training(config, network, prepared_loss, data, folder=folder, log=log, start=start, score=score)
+    return selected(config, data, folder, state)

@@ -32,7 +32,7 @@ from jaxmed.errors import InputError
 from jaxmed.nn.model import LayerRules, Network
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.loop import LoopConfig, fit
+from jaxmed.train.loop import LoopConfig, fit, restore_best
 from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, process_slice, shard_batch
 from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxmed.train.run_folder import RunFolder
@@ -217,6 +217,12 @@ def initialise(network: Network, key: KeyArray, start: Params | None = None) -> 
 def handed_on(state: TrainState) -> Params:
     """Return the parameters that a run is scored by and ends with: their moving average where there is one."""
     return state.params if state.ema_params is None else state.ema_params
+
+
+def selected(config: TrainConfig, data: TrainData, folder: RunFolder, state: TrainState) -> Params:
+    """Return what a run ends with: `handed_on`, of its best state where `loop.best` names what it was scored by."""
+    is_scored = config.loop.best and data.held_out is not None
+    return handed_on(restore_best(folder, state) if is_scored else state)
 
 
 def ramped_decay(decay: float, step: Any) -> Float[Array, ""]:

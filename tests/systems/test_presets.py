@@ -33,6 +33,7 @@ FILES = {
     "brainfm generate": (["--input"], ["--data.manifest"]),
     "brainfm train": (["--input"], ["--data.manifest"], ["--data.store"]),
     "brainfm predict": (["--input"],),
+    "cocolit train-autoencoder": (["--data.manifest"],),
     "cocolit translate": (["--input"], ["--data.manifest"]),
     "dynamicdps train-prior": (["--input"], ["--data.manifest"], ["--data.labels"]),
     "dynamicdps train-initial": (["--input"], ["--data.manifest"], ["--data.labels"]),

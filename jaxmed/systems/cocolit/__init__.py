@@ -13,7 +13,9 @@ In:  translate: a T1-weighted MRI, skull-stripped, in MNI152 space at 1 mm (axes
 Out: a map of SUVR on the grid of that MRI (amyloid counts as positive above 1.326), its spread over samples, a report.
 
 Stages:
-  1. jaxmed cocolit translate --input SCANS --weights.folder WEIGHTS --out runs/pet
+  1. jaxmed cocolit train-autoencoder --data.manifest pairs.csv --modality mri --out runs/mri
+     (and again with --modality suvr). pairs.csv has the released columns scan_path, suvr_path and split.
+  2. jaxmed cocolit translate --input SCANS --weights.folder WEIGHTS --out runs/pet
      WEIGHTS holds the released files src.pth, tgt.pth, dif.pth and cnt.pth; --weights.mri, .pet, .unet and .controlnet
      name them one by one. --samples 64 is the paper's number, 1 the released tool's. The released options work too:
      jaxmed cocolit translate --i t1.nii.gz --o suvr.nii.gz --m 64 --ddim-n 50 --weights.folder WEIGHTS
