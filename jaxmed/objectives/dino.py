@@ -3,7 +3,8 @@
 Targets are distributions over prototypes, rows of sum 1, made of the teacher's scores by a centre or by Sinkhorn-Knopp.
 All sums are over the whole batch, which under `jit` is that of all devices.
 
-Source: DINO, arXiv:2104.14294; iBOT, arXiv:2111.07832; DINOv2, arXiv:2304.07193, and its official code.
+Source: DINO, arXiv:2104.14294; iBOT, arXiv:2111.07832; DINOv2, arXiv:2304.07193, and its official code; DINOv3,
+arXiv:2508.10104 (the similarity of patches).
 Deviation: the official code looks for the nearest neighbour of KoLeo among the images of one device, here among all.
 """
 
@@ -141,6 +142,21 @@ def koleo(tokens: Float[Array, "image width"]) -> Scalar:
     nearest = jnp.argmax(jnp.where(jnp.eye(len(tokens), dtype=bool), -1.0, cosines), axis=1)
     distance = jnp.linalg.norm(directions - directions[nearest] + 1e-8, axis=-1)
     return -jnp.log(distance + 1e-8).mean()
+
+
+def gram_loss(patches: Float[Array, "view patch width"], anchors: Float[Array, "view patch width"]) -> Scalar:
+    """Return how far the cosines between the patches of a view are from those of an anchor's, as a mean square.
+
+    Args:
+        patches: The student's, after its last norm.
+        anchors: Those of a network that stays as it is, of the same views with nothing hidden; held constant.
+
+    Source: DINOv3, arXiv:2508.10104, section 4 (gram anchoring), the cosines of each image by themselves; a mean in
+        place of the sum, as in its official code.
+    """
+    found, wanted = (unit(tokens.astype(jnp.float32), 1e-12) for tokens in (patches, jax.lax.stop_gradient(anchors)))
+    found, wanted = (jnp.einsum("vpw,vqw->vpq", tokens, tokens) for tokens in (found, wanted))
+    return jnp.square(found - wanted).mean()
 
 
 def target_entropy(targets: Float[Array, "token prototype"], weight: Float[Array, " token"]) -> Scalar:

@@ -27,6 +27,7 @@ from jaxmed.objectives.block_masks import BlockMaskConfig, block_masks, most_hid
 from jaxmed.objectives.dino import (
     centred_targets,
     class_token_losses,
+    gram_loss,
     koleo,
     move_centre,
     patch_loss,
@@ -59,6 +60,8 @@ class DinoConfig:
         final_weight_decay: Weight decay at the last step, reached from optimizer.weight_decay as half a cosine.
         koleo_weight: Factor on the loss that spreads class tokens.
         patch_weight: Factor on the loss of hidden patches.
+        gram_weight: Factor on the loss that keeps the similarity of patches to that of an anchor, a network that stays
+            as it is (DINOv3, arXiv:2508.10104; 2 in its paper); 0 does without.
         freeze_epochs: Epochs over which prototypes stay as they are.
         embedding_rate: Factor on the learning rate of the patch embedding, besides that of its layer.
         rope_stretch: Largest factor, and one over it the smallest, on the places of patches in the student's rotations,
@@ -87,6 +90,7 @@ class DinoConfig:
     final_weight_decay: NonNegative = 0.4
     koleo_weight: NonNegative = 0.1
     patch_weight: NonNegative = 1.0
+    gram_weight: NonNegative = 0.0
     freeze_epochs: Epochs = 1
     embedding_rate: NonNegative = 0.2
     rope_stretch: Annotated[float, Bounds(1, 100)] = 1.0
@@ -174,6 +178,7 @@ def dino_loss(
     key: KeyArray,
     crops: Crops,
     temperature: Scalar,
+    anchor: Params | None = None,
 ) -> tuple[Scalar, tuple[Centres, dict[str, Scalar]]]:
     """Return the loss of a batch.
 
@@ -186,6 +191,7 @@ def dino_loss(
         key: Draws masks and stochastic depth.
         crops: The crops of each image.
         temperature: The teacher's temperature.
+        anchor: Parameters of the encoder whose similarity of patches the student keeps to; None where it does not.
 
     Returns:
         The loss, and centres and metrics beside it.
@@ -231,6 +237,9 @@ def dino_loss(
         "patch_entropy": target_entropy(patch_targets, is_hidden),
         "hidden": masks.mean(dtype=jnp.float32),
     }
+    if anchor is not None:
+        metrics["gram"] = gram_loss(patches, encode(config, anchor, crops.globals_)[1])
+        loss = metrics["loss"] = loss + config.gram_weight * metrics["gram"]
     return loss, (centres, metrics)
 
 

@@ -39,6 +39,7 @@ class DinoState(NamedTuple):
         centres: Zeros where Sinkhorn-Knopp takes their place.
         opt_state: Adam's moments.
         key: Root key of the run.
+        anchor: Encoder whose similarity of patches the student keeps to, as it was given; None without it.
     """
 
     step: Int[Array, ""]
@@ -47,6 +48,7 @@ class DinoState(NamedTuple):
     centres: Centres
     opt_state: Any
     key: KeyArray
+    anchor: Params | None = None
 
     @property
     def params(self) -> Params:
@@ -120,13 +122,14 @@ def make_dino_step(
 
         def objective(student: Params) -> Any:
             held = map_named(hold, student)
-            return dino_loss(dino, mesh, held, state.teacher, state.centres, loss_key, crops, at.teacher_temperature)
+            given = mesh, held, state.teacher, state.centres, loss_key, crops, at.teacher_temperature
+            return dino_loss(dino, *given, state.anchor)
 
         gradient, (centres, metrics) = jax.grad(objective, has_aux=True)(state.student)
         student, opt_state, norms = move(config, dino, frozen, at, gradient, state.opt_state, state.student)
         teacher = exponential_average(state.teacher, student, at.teacher_momentum)
         metrics |= norms | {name: value for name, value in at._asdict().items() if name != "is_thawed"}
-        return DinoState(state.step + 1, student, teacher, centres, opt_state, state.key), metrics
+        return DinoState(state.step + 1, student, teacher, centres, opt_state, state.key, state.anchor), metrics
 
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     donated = () if jax.default_backend() == "cpu" else (0,)

@@ -85,6 +85,7 @@ def pretrain_dino(
     folder: RunFolder,
     log: Log,
     start: Params | None = None,
+    anchor: Params | None = None,
 ) -> tuple[Params, DinoState]:
     """Train student and teacher, or continue a run of this folder.
 
@@ -96,6 +97,8 @@ def pretrain_dino(
         folder: The run.
         log: Its log.
         start: Parameters to start from, such as {"encoder": ...}; what is not among them is drawn.
+        anchor: All parameters of the encoder whose similarity of patches the student keeps to, where
+            `dino.gram_weight` is above 0.
 
     Returns:
         The teacher's encoder, as `models.vit.Vit` takes it, and the last state.
@@ -104,10 +107,11 @@ def pretrain_dino(
         InputError: The run asks for what this recipe does not do, or the batch does not divide over the devices.
     """
     _check(config, dino)
+    check_anchor(dino, anchor is not None)
     config = with_scaled_rate(in_steps(config, len(data.training)), dino)
     network, mesh = dino_network(dino), make_mesh(config.mesh)
     announce(log, "Drawing the parameters", params=check_fit(config, network), smaller=folder.smaller)
-    state = create_dino_state(config, dino, mesh, start)
+    state = create_dino_state(config, dino, mesh, start, anchor)
     step = make_dino_step(config, dino, augment, len(data.training) / config.loader.batch_size, mesh, state)
     evaluate = None
     if data.held_out is not None:
@@ -124,22 +128,37 @@ def with_scaled_rate(config: TrainConfig, dino: DinoConfig) -> TrainConfig:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, peak_lr=rate))
 
 
-def create_dino_state(config: TrainConfig, dino: DinoConfig, mesh: Mesh, start: Params | None = None) -> DinoState:
-    """Make the first state in its place; the teacher begins as a copy of the student."""
+def check_anchor(dino: DinoConfig, is_given: bool) -> None:
+    """Check that there is an anchor where its loss counts, and only there.
+
+    Raises:
+        InputError: Only one of the two is there.
+    """
+    if is_given and not dino.gram_weight:
+        raise InputError("dino.gram_weight", "a number above 0 beside an anchor", "0", "the paper has 2")
+    if dino.gram_weight and not is_given:
+        raise InputError("anchor", "weights to keep to, for --dino.gram-weight", "none", "give --anchor")
+
+
+def create_dino_state(
+    config: TrainConfig, dino: DinoConfig, mesh: Mesh, start: Params | None = None, anchor: Params | None = None
+) -> DinoState:
+    """Make the first state in its place; the teacher begins as a copy of the student, and the anchor stays."""
     network = dino_network(dino)
 
-    def create(key: KeyArray, *given: Params) -> DinoState:
+    def create(key: KeyArray, given: Params | None, anchor: Params | None) -> DinoState:
         init_key, root_key = jax.random.split(key)
-        student = initialise(network, init_key, *given)
+        student = initialise(network, init_key, given)
         patch_head = dino.head if dino.shared_head else dino.patch_head
         centres = Centres(jnp.zeros(dino.head.prototypes), jnp.zeros(patch_head.prototypes))
         teacher = jax.tree.map(jnp.copy, student)
-        return DinoState(jnp.zeros((), jnp.int32), student, teacher, centres, adam(config).init(student), root_key)
+        moments = adam(config).init(student)
+        return DinoState(jnp.zeros((), jnp.int32), student, teacher, centres, moments, root_key, anchor)
 
-    key, given = jax.random.key(config.seed), () if start is None else (start,)
-    places = param_shardings(jax.eval_shape(create, key, *given), mesh, network.rules)
+    given = jax.random.key(config.seed), start, anchor
+    places = param_shardings(jax.eval_shape(create, *given), mesh, network.rules)
     with at_work("Drawing the parameters"):
-        return jax.jit(create, out_shardings=places)(key, *given)
+        return jax.jit(create, out_shardings=places)(*given)
 
 
 def make_view_evaluation(

@@ -9,6 +9,7 @@ from scipy.special import log_softmax, softmax
 from jaxmed.objectives.dino import (
     centred_targets,
     class_token_losses,
+    gram_loss,
     koleo,
     move_centre,
     patch_loss,
@@ -124,6 +125,29 @@ def test_loss_of_patches_is_a_mean_over_those_of_each_image():
     weight = np.array([1, 1 / 2, 1 / 2, 0], np.float32)
     found = patch_loss(jnp.asarray(guess), jnp.asarray(targets), jnp.asarray(weight), 6)
     np.testing.assert_allclose(found, (entropy[0] + entropy[1:3].mean()) / 6, rtol=1e-5)
+
+
+def test_gram_loss_by_hand():
+    """Cosines between the patches of each view; lengths do not matter, and turning all patches neither."""
+    generator = np.random.default_rng(6)
+    student, anchor = generator.standard_normal((2, 3, 5, 4)).astype(np.float32)
+    total = 0.0
+    for view in range(3):
+        for one in range(5):
+            for other in range(5):
+                cosines = [
+                    float(x[view, one] @ x[view, other] / np.linalg.norm(x[view, one]) / np.linalg.norm(x[view, other]))
+                    for x in (student, anchor)
+                ]
+                total += (cosines[0] - cosines[1]) ** 2
+    loss = jax.jit(lambda one, other: gram_loss(jnp.asarray(one), jnp.asarray(other)))
+    np.testing.assert_allclose(loss(student, anchor), total / (3 * 5 * 5), rtol=1e-5)
+    turn = np.linalg.qr(generator.standard_normal((4, 4)))[0].astype(np.float32)
+    lengths = generator.uniform(0.5, 2, (3, 5, 1)).astype(np.float32)
+    np.testing.assert_allclose(loss(lengths * anchor @ turn, anchor), 0, atol=1e-12)
+    right = np.eye(2, dtype=np.float32)[None]  # cosine 0, of patches that the anchor has alike, cosine 1
+    assert loss(right, np.ones((1, 2, 2), np.float32)) == pytest.approx(2 / 4)
+    assert not np.any(jax.grad(loss, 1)(student, anchor))
 
 
 def test_koleo_falls_as_points_spread_and_takes_equal_ones():

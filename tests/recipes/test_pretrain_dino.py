@@ -22,6 +22,7 @@ from jaxmed.objectives.block_masks import BlockMaskConfig
 from jaxmed.recipes.dino_loss import DinoConfig, dino_loss, dino_network, encode
 from jaxmed.recipes.dino_step import Settings, adam, make_dino_step, move, settings_at
 from jaxmed.recipes.pretrain_dino import (
+    check_anchor,
     collapse_notes,
     create_dino_state,
     pretrain_dino,
@@ -245,7 +246,7 @@ def test_the_teacher_is_the_average_and_prototypes_wait(first):
 @pytest.fixture(scope="module")
 def derivative(first):
     """Loss, metrics, centres and gradients by student and teacher, of one batch, with a centre."""
-    dino = dataclasses.replace(DINO, centring="centre", shared_head=True)
+    dino = dataclasses.replace(DINO, centring="centre", shared_head=True, gram_weight=2.0)
     student = {name: first.student[name] for name in ("encoder", "dino_head")}
     noise = np.random.default_rng(0)
     teacher = jax.tree.map(lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape).astype(np.float32), student)
@@ -254,7 +255,8 @@ def derivative(first):
     mesh = make_mesh(CONFIG.mesh)
 
     def loss(student, teacher):
-        return dino_loss(dino, mesh, student, teacher, centres, jax.random.key(3), crops, jnp.float32(0.05))
+        given = student, teacher, centres, jax.random.key(3), crops, jnp.float32(0.05), teacher["encoder"]
+        return dino_loss(dino, mesh, *given)
 
     found = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(student, teacher)
     return dino, teacher, crops, found
@@ -266,6 +268,22 @@ def test_the_teacher_gets_no_gradient(derivative):
         np.testing.assert_array_equal(leaf, 0, err_msg=name)
     # All of the student has one, what only one part of the loss reaches included.
     assert all(np.abs(leaf).max() > 0 for name, leaf in named_leaves(student).items())
+
+
+def test_the_loss_is_the_sum_of_its_parts_that_of_the_anchor_included(derivative):
+    dino, _, _, ((loss, (_, metrics)), _) = derivative
+    parts = metrics["dino_local"] + metrics["dino_global"] + 2 * dino.koleo_weight * metrics["koleo"] + metrics["ibot"]
+    assert 0 < metrics["gram"] < 4 and metrics["loss"] == loss
+    np.testing.assert_allclose(loss, parts + 2 * metrics["gram"], rtol=1e-6)
+
+
+def test_an_anchor_and_its_weight_go_together():
+    check_anchor(DINO, False)
+    check_anchor(dataclasses.replace(DINO, gram_weight=1.0), True)
+    with pytest.raises(InputError, match="dino.gram_weight: expected a number above 0"):
+        check_anchor(DINO, True)
+    with pytest.raises(InputError, match="anchor: expected weights to keep to"):
+        check_anchor(dataclasses.replace(DINO, gram_weight=1.0), False)
 
 
 def test_centres_are_those_of_the_teachers_scores(derivative):

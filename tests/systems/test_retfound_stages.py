@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn_weights import draw
@@ -18,11 +20,16 @@ from jaxmed.io.images import read_image
 from jaxmed.models.published import dino
 from jaxmed.models.published.dino import picture_preprocess
 from jaxmed.models.published.load import export_published, load_published
+from jaxmed.models.vit import Vit
+from jaxmed.nn.model import make_model
 from jaxmed.recipes import study as recipe
+from jaxmed.recipes.pretrain_stage import model_record
 from jaxmed.synthesis.phantoms.retina import OTHER_CAMERA
 from jaxmed.synthesis.phantoms.write_retina import write_retina_cohort
 from jaxmed.systems import retfound
 from jaxmed.systems.retfound.adaptation import PAPER, AdaptationConfig, PictureInput, WeightsInput, find_start
+from jaxmed.systems.retfound.stages import pretrain
+from jaxmed.train.checkpoint import export_parameters
 
 EDGE = 64
 
@@ -56,9 +63,17 @@ def mae(eyes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(eyes, tmp_path_factory):
-    out = tmp_path_factory.mktemp("dino") / "run"
-    assert run("pretrain", out, "--method", "dinov2", "--data.manifest", eyes, "--epochs", "3") == 0
-    return out
+    """A student that keeps to an anchor of drawn weights."""
+    # Without a mask token, as an encoder that nothing was hidden from.
+    place = tmp_path_factory.mktemp("dino")
+    encoder = dataclasses.replace(pretrain.smoke().dino.encoder, mask_token=False)
+    params = make_model(Vit(encoder)).init(jax.random.key(7), jnp.zeros((1, EDGE, EDGE, 3)))
+    preprocess = picture_preprocess((EDGE, EDGE))
+    record = model_record("dinov2", "encoder", encoder, {"encoder": params}, preprocess, None)
+    export_parameters(place / "anchor", {"encoder": params}, record)
+    words = ["--method", "dinov2", "--anchor", place / "anchor", "--dino.gram-weight", 2]
+    assert run("pretrain", place / "run", *words, "--data.manifest", eyes, "--epochs", "3") == 0
+    return place / "run"
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +106,11 @@ def test_a_student_of_dinov2_hands_on_its_teacher(student, tmp_path):
     lines = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
     spread = [line["evaluation/spread"] for line in lines if "evaluation/spread" in line]
     assert spread and all(0.01 < value <= 1 for value in spread)
+    steps = [line for line in lines if "loss" in line]
+    for line in steps:
+        parts = line["dino_local"] + line["dino_global"] + 0.02 * line["koleo"] + line["ibot"] + 2 * line["gram"]
+        assert line["gram"] > 0 and line["loss"] == pytest.approx(parts, rel=1e-5)
+    assert steps
     published = load_published(student / "outputs" / "model")
     assert (published.report.family, published.report.kind) == ("dinov2", "encoder")
     export_published(published, tmp_path / "teacher.safetensors")

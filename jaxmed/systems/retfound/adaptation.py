@@ -132,7 +132,8 @@ class AdaptationConfig:
         given: Size of the images, and how pictures become the input.
         encoder: Sizes from scratch; of the weights' encoder otherwise, of which only drop_path_rate, remat, scan and
             attention are taken from here.
-        augmentation: What happens to training images; by default the official random crops, RandAugment and erasing.
+        augmentation: What happens to training images; by default the official random crops, RandAugment and erasing,
+            and of --mode mae-probe crops and flips alone, as MAE's recipe has it (which takes --pool class).
     """
 
     labelled: LabelledFlags = PAPER
@@ -208,11 +209,14 @@ def find_start(config: AdaptationConfig, task: Task) -> Start:
     # Training crops are cut out of what an evaluation sees and the margin that it cuts away.
     larger = (max(preprocess.shorter, rows), max(preprocess.shorter, columns))
     intensity = preprocess.intensity
-    augment = dataclasses.replace(config.augmentation, size=(rows, columns), mean=intensity.mean, std=intensity.std)
+    augmentation, mode = config.augmentation, config.labelled.adapt.mode
+    if mode == "mae-probe" and augmentation == FineTuneAugment():
+        augmentation = dataclasses.replace(augmentation, num_operations=0, erase=0.0)
+    augment = dataclasses.replace(augmentation, size=(rows, columns), mean=intensity.mean, std=intensity.std)
     training = dataclasses.replace(preprocess, size=larger)
     head = dataclasses.replace(found.head, norm_repeats=1 + given.match_release)
     encoder = found.encoder
-    if config.labelled.adapt.mode == "frozen":  # the official linear probe trains what is called "head" and no norm
+    if mode == "frozen":  # the official linear probe trains what is called "head" and no norm
         encoder = dataclasses.replace(encoder, frozen=(*encoder.frozen, r"^head/norm/"))
     return found._replace(encoder=encoder, head=head, preprocess=preprocess, training=training, augment=augment)
 

@@ -16,6 +16,7 @@ from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import SubsetSource
 from jaxmed.data.scans import ANY_KIND
+from jaxmed.errors import InputError
 from jaxmed.io.images import read_image, write_png
 from jaxmed.models.dino import DinoHeadConfig
 from jaxmed.models.mae import MaeConfig, masked_model
@@ -24,7 +25,7 @@ from jaxmed.models.published.load import Published, resize_positions
 from jaxmed.models.vit import VIT_L16_2D, VitConfig, vit_encoder
 from jaxmed.recipes.adapt_start import read_weights
 from jaxmed.recipes.dino_loss import DinoConfig
-from jaxmed.recipes.pretrain_dino import collapse_notes, pretrain_dino, released
+from jaxmed.recipes.pretrain_dino import check_anchor, collapse_notes, pretrain_dino, released
 from jaxmed.recipes.pretrain_mae import Reconstruction, pretrain
 from jaxmed.recipes.pretrain_stage import (
     UnlabelledData,
@@ -72,6 +73,8 @@ class Config:
         dino: Student, teacher and their loss.
         dino_optimizer: How the student is updated, in place of optimizer.
         dino_crops: What happens to images of DINOv2.
+        anchor: Weights of an encoder whose similarity of patches the student keeps to (DINOv3's gram anchoring), such
+            as an earlier run's; with --dino.gram-weight.
         train: Optimizer of the masked autoencoder, length, reading, devices and seed.
     """
 
@@ -85,6 +88,7 @@ class Config:
     dino: DinoConfig = DinoConfig()
     dino_optimizer: OptimizerConfig = released()[1].optimizer
     dino_crops: DinoAugment = DinoAugment()
+    anchor: Path | None = None
     train: TrainFlags = TrainConfig(
         MAE_OPTIMIZER, LoopConfig(log_every=10, save_every=500, evaluate_every=500),
         LoaderConfig(batch_size=1792, num_threads=8), epochs=800, warmup_epochs=15,
@@ -182,6 +186,7 @@ def run(config: Config, folder: RunFolder) -> None:
     train, encoder = config.train, dataclasses.replace(config.encoder, dtype=config.train.dtype)
     preprocess = config.picture.apply(picture_preprocess(encoder.image_size))
     first, origin = _find_start(config, encoder)
+    anchor = _find_anchor(config, encoder)
     made = with_synthetic(config, folder)
     images = find_unlabelled(made.data, made.input, preprocess, train, kinds=ANY_KIND)
     notes = [*images.notes, *length_notes(train.loop, train.epochs), *start_notes(origin, preprocess)]
@@ -208,7 +213,7 @@ def run(config: Config, folder: RunFolder) -> None:
             num_locals=dino.local_crops, **colours,
         )  # fmt: skip
         recipe = dataclasses.replace(train, optimizer=config.dino_optimizer)
-        teacher, _ = pretrain_dino(recipe, dino, data, crops, folder=folder, log=log, start=first)
+        teacher, _ = pretrain_dino(recipe, dino, data, crops, folder=folder, log=log, start=first, anchor=anchor)
         collapsed = collapse_notes(read_metrics(folder.path), dino.head.prototypes)
         notes += collapsed
         for note in collapsed:
@@ -240,11 +245,43 @@ def _find_start(config: Config, encoder: VitConfig) -> tuple[Params | None, Publ
         mae = dataclasses.replace(config.mae, encoder=encoder)
         published = load_initial_weights(config.weights, "retfound", mae, masked_model(mae))
         return published.params, published
-    published = resize_positions(read_weights(config.weights, FAMILIES, 2), encoder.image_size)
+    given, published = _read_encoder(config.weights, encoder)
+    return {"encoder": given}, published
+
+
+def _find_anchor(config: Config, encoder: VitConfig) -> Params | None:
+    """Read the encoder that the student keeps to, where there is one; what hides patches has no part in it.
+
+    Raises:
+        InputError: It is no whole encoder of these sizes, or nothing asks for it.
+    """
+    if config.method == "mae":
+        if config.anchor is not None:
+            raise InputError("anchor", "none, for --method mae", config.anchor, "leave it out")
+        return None
+    check_anchor(config.dino, config.anchor is not None)
+    if config.anchor is None:
+        return None
+    given, _ = _read_encoder(config.anchor, encoder)
+    wanted: Any = jax.eval_shape(vit_encoder(encoder).init, jax.random.key(0))
+    if missing := set(wanted) - set(given) - {"mask_token"}:
+        raise InputError(
+            config.anchor, "a whole encoder", f"none of {', '.join(sorted(missing))}", "take other weights"
+        )
+    return {"mask_token": np.zeros(encoder.width, np.float32)} | given
+
+
+def _read_encoder(path: Path, encoder: VitConfig) -> tuple[Params, Published]:
+    """Read an encoder of these sizes, without what this one does not have.
+
+    Raises:
+        InputError: It is none.
+    """
+    published = resize_positions(read_weights(path, FAMILIES, 2), encoder.image_size)
     wanted: Any = jax.eval_shape(vit_encoder(encoder).init, jax.random.key(0))
     given = {name: value for name, value in published.params["encoder"].items() if name in wanted}
-    compare_arrays(describe({name: wanted[name] for name in given}), describe(given), str(config.weights))
-    return {"encoder": given}, published
+    compare_arrays(describe({name: wanted[name] for name in given}), describe(given), str(path))
+    return given, published
 
 
 def with_synthetic(config: Config, folder: RunFolder) -> Config:
