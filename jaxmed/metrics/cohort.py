@@ -152,7 +152,7 @@ def score_set(
     if task.kind == "multilabel":
         add(ALL, everything, _macro(targets, values))
         whole = np.asarray(np.isfinite(targets).all(axis=1))
-        if len(set((targets[whole] > 0).any(axis=1).tolist())) == 2:
+        if len(np.unique((targets[whole] > 0).any(axis=1))) == 2:
             add(ALL, whole, _pooled(targets[whole].astype(np.float64), values[whole]))
     for column, name in enumerate(task.names):
         rows = np.isfinite(targets[:, column])
