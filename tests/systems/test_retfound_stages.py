@@ -235,6 +235,7 @@ def test_a_comparison_killed_in_the_middle_ends_with_the_same_table(study, compa
         ("compare", ["--encoders", "random"], "expected NAME=PLACE or NAME=random, found 'random'"),
         ("compare", ["--weights", "{dino}"], "weights: expected none, for --encoders NAME=PLACE names them"),
         ("compare", ["--mode", "frozen"], "mode: expected none, for --modes names them"),
+        ("compare", ["--data.weight", "w", "--modes", "knn"], "data.weight: expected none, for nearest neighbours"),
         ("compare", ["--data.covariates", "age"], "data.covariates: expected none in a study of labels, found age"),
         ("adapt", ["--weights", "{unet}"], "expected weights of a known family"),
         (

@@ -52,6 +52,8 @@ class Config:
             raise ValueError(f"weights: expected none, for --encoders NAME=PLACE names them, found {labelled.weights}")
         if labelled.adapt.mode != "full":
             raise ValueError(f"mode: expected none, for --modes names them, found {labelled.adapt.mode}")
+        if labelled.data.weight and "knn" in self.compared.modes:
+            raise ValueError(f"data.weight: expected none, for nearest neighbours, found {labelled.data.weight}")
 
 
 def paper() -> Config:
