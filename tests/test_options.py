@@ -25,6 +25,7 @@ NEGATIVE = {
     "range": "ends of a network's range",
     "padding": "a network's lower end",
     "fill": "an intensity",
+    "mean": "an intensity",
     "early": "logits of a gate",
     "late": "logits of a gate",
     "intensity_shift": "a summand",

@@ -77,7 +77,7 @@ class Config:
     size: tuple[Size, ...] = (128, 152, 128)
     spacing: Positive = 1.5
     mean: float | None = None
-    std: float | None = None
+    std: Positive | None = None
     model: AutoencoderKlConfig = COCOLIT_AUTOENCODER
     discriminator: PatchDiscriminatorConfig = COCOLIT_DISCRIMINATOR
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
@@ -93,8 +93,6 @@ class Config:
         if len(self.size) != 3 or any(length % model.divisor or length < least for length in self.size):
             expected = f"three multiples of {model.divisor} that are {least} or more"
             raise ValueError(f"size: expected {expected}, found {self.size}")
-        if self.std is not None and not self.std > 0:
-            raise ValueError(f"std: expected a number above 0, found {self.std:g}")
 
 
 def paper() -> Config:
