@@ -116,7 +116,7 @@ def test_an_exact_latent_and_decoder_cost_nothing(params):
 
 
 @pytest.mark.slow
-def test_one_pair_can_be_learnt_by_heart():
+def test_one_pair_can_be_learnt_by_heart(params):
     """Overfitting: with one subject, the loss of the ControlNet with the decoder falls far below that of the start."""
     batch = {name: value[:1] for name, value in BATCH.items()}
     optimizer = optax.adam(1e-2)
@@ -129,8 +129,9 @@ def test_one_pair_can_be_learnt_by_heart():
         return (optax.apply_updates(params, updates), state), terms
 
     train = jax.jit(lambda params, keys: jax.lax.scan(step, (params, optimizer.init(params)), keys)[1])
-    terms = train(draw(), jax.random.split(jax.random.key(9), 600))
+    # A U-Net as training starts gives 0, and is held: here it has weights that a ControlNet can work on.
+    terms = train(params, jax.random.split(jax.random.key(9), 600))
     first, last = ({name: float(np.mean(value[part])) for name, value in terms.items()} for part in (
         slice(0, 50), slice(-50, None)
     ))  # fmt: skip
-    assert last["noise_error"] < 0.9 * first["noise_error"] and last["image_error"] < 0.8 * first["image_error"]
+    assert last["noise_error"] < 0.7 * first["noise_error"] and last["image_error"] < 0.3 * first["image_error"]
