@@ -118,7 +118,7 @@ class Size:
     edge: int = 32
 
 
-SIZES = {"smoke": Size("smoke", 4, 2, 3, 2, 2, 16), "cpu": Size("laptop", 2000, 24, 300, 3, 16)}
+SIZES = {"smoke": Size("smoke", 4, 2, 3, 2, 2, 16), "cpu": Size("laptop", 2800, 24, 300, 3, 16)}
 ARMS = {
     "mild to severe": {"severe alone": (2, 0, 0.2), "mild to severe": (2, 1, 0.2)},
     "mix-up": {"no mix-up": (1, 0, 0.0), "mix-up": (1, 0, 0.2)},
