@@ -184,6 +184,7 @@ def test_two_steps_of_maes_probe_by_hand():
     for step in range(2):
         tokens = (3 + 2 * generator.standard_normal((8, 2, WIDTH))).astype(np.float32)
         fields = {"tokens": tokens, "target": labels[:, None].astype(np.float32), "weights": np.ones((8, 3), "f")}
+        fields["importance"] = np.ones(8, "f")
         state, metrics = program.step(state, shard_batch(fields, mesh))
         x = tokens[:, 0].astype(np.float64)  # the class token
         standard = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
