@@ -1,16 +1,34 @@
-"""The training stages of CoCoLIT on phantoms, and what a user can have wrong in them."""
+"""The training stages of CoCoLIT end to end on phantoms, and what a user can have wrong in them."""
 
 import csv
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.arrays.trees import named_leaves
 from jaxmed.cli import main
 from jaxmed.io import nifti
-from jaxmed.models.published.load import load_published
+from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
+from jaxmed.models.published import cocolit
+from jaxmed.models.published.load import ImportReport, Published, load_published
+from jaxmed.models.unet_latent import LatentUnetConfig, latent_unet
 from jaxmed.synthesis.phantoms.write_amyloid import write_amyloid_cohort
-from jaxmed.systems.cocolit.stages import train_autoencoder
+from jaxmed.systems.cocolit.networks import WeightsConfig, read_models
+from jaxmed.systems.cocolit.stages import train_autoencoder, train_controlnet, train_diffusion
+from jaxmed.systems.cocolit.training import decoder_of
+
+UNET = LatentUnetConfig(
+    widths=(4, 4), blocks=(1, 1), attention_levels=(False, False), head_channels=4, groups=2, channels=2, outputs=2
+)
+PET = AutoencoderKlConfig(widths=(2, 4), blocks=(1, 1), latent_channels=2, groups=2)
+
+
+def largest(tree):
+    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
 def run(*words):
@@ -19,33 +37,90 @@ def run(*words):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """Train the ControlNet at smoke size: makes phantoms, both autoencoders, latents and a U-Net by itself."""
     place = tmp_path_factory.mktemp("cocolit") / "run"
-    assert run("train-autoencoder", "--preset", "smoke", "--out", place) == 0
+    assert run("train-controlnet", "--preset", "smoke", "--out", place) == 0
     return place
 
 
-def test_an_autoencoder_learns_to_reconstruct(trained):
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    errors = [line["reconstruction"] for line in lines if "reconstruction" in line]
-    assert np.mean(errors[-3:]) < 0.7 * errors[0]
-    published = load_published(trained / "outputs" / "model")
-    assert published.report.kind == "autoencoder" and not published.report.missing
-    assert published.preprocess.intensity.mean[0] < -40 and published.preprocess.spacing == (8.0,)
-    summary = json.loads((trained / "outputs" / "summary.json").read_text())
-    assert summary["images"] == {"train": 6, "held out": 2} and 0 < summary["latent"]["std"] < 10
-    shown = {name: nifti.read(trained / "outputs" / f"{name}.nii.gz").array for name in ("image", "reconstruction")}
-    assert np.abs(shown["image"] - shown["reconstruction"]).mean() == pytest.approx(summary["error"], rel=1e-3)
-    page = (trained / "report.html").read_text()
-    assert "adversarial" in page and "What becomes of an image" in page
+def metrics(place, name):
+    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
 
 
-def test_the_preset_paper_is_the_published_recipe():
-    paper = train_autoencoder.paper()
-    train, optimizer = paper.train, paper.train.optimizer
-    assert (train.epochs, train.loader.batch_size, train.accumulation) == (200, 16, 16)
-    assert (optimizer.peak_lr, optimizer.end_lr, optimizer.weight_decay, optimizer.decay) == (2e-4, 2e-5, 0.0, "cosine")
-    loss = paper.loss
+def summary(place):
+    return json.loads((place / "outputs" / "summary.json").read_text())
+
+
+def test_autoencoders_learn_to_reconstruct(trained):
+    for modality in ("mri", "suvr"):
+        place = trained / "inputs" / "encode" / "inputs" / f"autoencoder_{modality}"
+        errors = metrics(place, "reconstruction")
+        assert np.mean(errors[-3:]) < 0.7 * errors[0]
+        published = load_published(place / "outputs" / "model")
+        assert published.report.kind == "autoencoder" and not published.report.missing
+        (mean,) = published.preprocess.intensity.mean
+        assert (mean < -40) == (modality == "mri")
+        assert summary(place)["images"] == {"train": 6, "held out": 2}
+        shown = {name: nifti.read(place / "outputs" / f"{name}.nii.gz").array for name in ("image", "reconstruction")}
+        assert np.abs(shown["image"] - shown["reconstruction"]).mean() == pytest.approx(
+            summary(place)["error"], rel=1e-3
+        )
+        assert "adversarial" in (place / "report.html").read_text()
+
+
+def test_latents_are_means_channels_first_and_stand_in_the_released_table(trained):
+    place = trained / "inputs" / "encode"
+    with open(place / "outputs" / "latents.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {"split", "scan_path", "suvr_path", "scan_latent_path", "suvr_latent_path"} <= set(rows[0])
+    published = load_published(place / "inputs" / "autoencoder_suvr" / "outputs" / "model")
+    with np.load(place / "outputs" / rows[0]["suvr_latent_path"]) as stored:
+        latent = stored["data"]
+    image = published.preprocess(rows[0]["suvr_path"])
+    expected = jax.jit(autoencoder(published.config).encode)(published.params, jnp.asarray(image[None]))[0][0]
+    assert latent.shape == (4, 12, 12, 12)
+    np.testing.assert_allclose(np.moveaxis(latent, 0, -1), expected, atol=1e-4)
+    moments = summary(place)["latents"]["suvr"]
+    values = np.stack([np.load(place / "outputs" / row["suvr_latent_path"])["data"] for row in rows])
+    found = [values.mean(), values.std(), np.mean(np.abs(values) > 1)]
+    np.testing.assert_allclose([moments[name] for name in ("mean", "std", "beyond")], found, atol=1e-5)
+
+
+def test_the_unet_learns_and_the_controlnet_starts_from_it(trained):
+    place = trained / "inputs" / "train-diffusion"
+    losses = metrics(place, "loss")
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:2])
+    assert load_published(place / "outputs" / "model").report.kind == "latent-denoiser"
+    assert summary(trained)["pairs"] == {"train": 6, "held out": 2}
+    assert {"noise_error", "image_error"} <= set(json.loads((trained / "metrics.jsonl").read_text().splitlines()[0]))
+
+
+def test_translate_reads_what_training_leaves(trained):
+    models = read_models(WeightsConfig(trained / "outputs" / "models"))
+    before = load_published(trained / "inputs" / "train-diffusion" / "outputs" / "model")
+    for name, leaf in named_leaves(before.params).items():  # held as it was
+        np.testing.assert_array_equal(leaf, named_leaves(models.unet.params)[name])
+    pet = load_published(trained / "inputs" / "encode" / "inputs" / "autoencoder_suvr" / "outputs" / "model")
+    for part in pet.params:
+        change = largest(jax.tree.map(jnp.subtract, models.pet.params[part], pet.params[part]))
+        assert (change > 0) == (part in ("decoder", "from_latent")), part
+    assert largest(models.controlnet.params["after_middle"]) > 0  # it started at 0
+    assert models.mri.preprocess.spacing == models.pet.preprocess.spacing == (8.0,)
+
+
+def test_the_presets_paper_are_the_published_recipe():
+    """Batches, rates and epochs of the three stages."""
+    paper = train_autoencoder.paper(), train_diffusion.paper(), train_controlnet.paper()
+    assert [one.train.epochs for one in paper] == [200, 500, 300]
+    assert [one.train.loader.batch_size for one in paper] == [16, 16, 2]
+    assert [one.train.optimizer.peak_lr for one in paper] == [2e-4, 2.5e-5, 2.5e-5]
+    assert [one.train.optimizer.weight_decay for one in paper] == [0, 0.01, 0.01]
+    assert paper[0].train.accumulation == 16 and paper[0].train.optimizer.end_lr == 2e-5
+    loss = paper[0].loss
     assert (loss.divergence, loss.perceptual, loss.adversarial) == (1e-7, 1e-3, 0.025) and not loss.match_release
+    assert paper[2].image_loss == "wisl" and paper[2].init_from_unet and paper[2].remat_decoder
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +152,45 @@ def spoiled(pairs, **changes):
         ("train-autoencoder", {"split": "valid"}, [], "records of split train"),
         ("train-autoencoder", {}, ["--size", "20", "24", "25"], "three multiples of 2"),
         ("train-autoencoder", {}, ["--weights", "nothing"], "nothing"),
+        ("encode", {}, [], "weights.mri: expected the autoencoder of MRI"),
+        ("train-diffusion", {}, [], "a column 'suvr_latent_path'"),
+        ("train-diffusion", {"suvr_latent_path": "mri/pair_0000.nii.gz"}, [], "a latent: a .npz file"),
+        ("train-controlnet", {}, [], "a column 'scan_latent_path'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(stage, changes, words, said, pairs, tmp_path, capsys):
-    place = spoiled(pairs, **changes)
+    if "suvr_latent_path" in changes:
+        with open(pairs) as file:
+            rows = list(csv.DictReader(file))
+        place = pairs.parent / "latents.csv"
+        place.write_text(
+            "suvr_latent_path,split\n" + "".join(f"{changes['suvr_latent_path']},train\n" for _ in rows[:1])
+        )
+    else:
+        place = spoiled(pairs, **changes)
     out = tmp_path / "run"
     assert run(stage, "--preset", "smoke", "--data.manifest", place, *words, "--out", out) == 2
     error = capsys.readouterr().err
     assert error.startswith("jaxmed: ") and error.count("\n") == 1 and said in error, error
     assert not (out / "metrics.jsonl").exists()
+
+
+def test_a_loss_without_images_leaves_the_decoder():
+    config, latent, image = train_controlnet.smoke(), jnp.zeros((1, 4, 4, 4, 2)), jnp.zeros((1, 2, 2, 2, 1))
+    unet = jax.jit(latent_unet(UNET).init)(jax.random.key(0), latent, jnp.zeros(1))
+    decoder = decoder_of(jax.jit(autoencoder(PET).init)(jax.random.key(0), image))
+    networks = {
+        "pet": _published(PET, decoder),
+        "unet": _published(UNET, unet),
+    }
+    example = {"mri": np.asarray(latent[0]), "suvr": np.asarray(latent[0])}
+    control = train_controlnet.make_config(config, UNET, example)
+    for kind, start, frozen in (("wisl", True, 1), ("none", False, 2)):
+        changed = dataclasses.replace(config, image_loss=kind, init_from_unet=start)
+        network, _, given = train_controlnet.make_network(changed, networks, control, example)
+        assert len(network.frozen) == frozen and ("controlnet" in given) == start
+
+
+def _published(config, params):
+    report = ImportReport(cocolit.NAME, cocolit.facts(config).kind, (), (), (), "")
+    return Published(cocolit.make_cocolit_model(config, ()), params, cocolit.preprocess(config), config, report)

@@ -15,7 +15,13 @@ Out: a map of SUVR on the grid of that MRI (amyloid counts as positive above 1.3
 Stages:
   1. jaxmed cocolit train-autoencoder --data.manifest pairs.csv --modality mri --out runs/mri
      (and again with --modality suvr). pairs.csv has the released columns scan_path, suvr_path and split.
-  2. jaxmed cocolit translate --input SCANS --weights.folder WEIGHTS --out runs/pet
+  2. jaxmed cocolit encode --data.manifest pairs.csv --weights.mri runs/mri --weights.pet runs/suvr --out runs/latents
+     writes latents.csv with the released columns of latents besides.
+  3. jaxmed cocolit train-diffusion --data.manifest runs/latents/outputs/latents.csv --out runs/unet
+  4. jaxmed cocolit train-controlnet --data.manifest runs/latents/outputs/latents.csv --weights.pet runs/suvr
+     --weights.unet runs/unet --weights.mri runs/mri --out runs/controlnet
+     writes all four networks into outputs/models; --image-loss isl or none for the ablations.
+  5. jaxmed cocolit translate --input SCANS --weights.folder WEIGHTS --out runs/pet
      WEIGHTS holds the released files src.pth, tgt.pth, dif.pth and cnt.pth; --weights.mri, .pet, .unet and .controlnet
      name them one by one. --samples 64 is the paper's number, 1 the released tool's. The released options work too:
      jaxmed cocolit translate --i t1.nii.gz --o suvr.nii.gz --m 64 --ddim-n 50 --weights.folder WEIGHTS
