@@ -270,6 +270,23 @@ def make_evaluation(
     return evaluate
 
 
+def score_singly(loss: Loss) -> Score:
+    """Return the loss and the terms of each record by itself, one after the other.
+
+    A batch of large images at once would need as many times the memory.
+    """
+
+    def score(params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> dict[str, Array]:
+        def one(record: tuple[KeyArray, Mapping[str, Array]]) -> dict[str, Array]:
+            key, fields = record
+            value, terms = loss(params, key[None], {name: field[None] for name, field in fields.items()})
+            return {"loss": value, **terms}
+
+        return jax.lax.map(one, (keys, dict(batch)))
+
+    return score
+
+
 def record_keys(seed: int, records: Int[Array, " record"]) -> Key[Array, " record"]:
     """Return the keys of held-out records, which depend on the seed and their numbers alone."""
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(records)

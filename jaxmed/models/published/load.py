@@ -22,14 +22,24 @@ from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError, listed, nearest
 from jaxmed.io import safetensors
 from jaxmed.io.weights_files import RECORD, Source, read_source
-from jaxmed.models.published import brainfm, cocolit, dinov2, dinov3, guided_diffusion, profound, retfound, tangerine
+from jaxmed.models.published import (
+    brainfm,
+    cocolit,
+    dinov2,
+    dinov3,
+    guided_diffusion,
+    lpips,
+    profound,
+    retfound,
+    tangerine,
+)
 from jaxmed.models.published.family import Family, Hints
 from jaxmed.models.published.names import collect, to_tensor
 from jaxmed.nn.model import Model
 
 _FAMILIES = (
     *(tangerine.FAMILY, retfound.FAMILY, dinov2.FAMILY, dinov3.FAMILY, guided_diffusion.FAMILY),
-    *(brainfm.FAMILY, profound.FAMILY, cocolit.FAMILY),
+    *(brainfm.FAMILY, profound.FAMILY, cocolit.FAMILY, lpips.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 OWN_LICENCE = "made by an own run; where that started from published weights, their licence holds"

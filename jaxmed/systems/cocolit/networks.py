@@ -82,10 +82,7 @@ def read_models(weights: WeightsConfig, dtype: Literal["float32", "bfloat16"] = 
         InputError: One cannot be read, is of another kind, or does not fit the others.
     """
     places = weights.places()
-    found = {name: _read(name, place, dtype) for name, place in places.items()}
-    if found["pet"].preprocess.intensity == found["mri"].preprocess.intensity:
-        # The released files say nothing of their input: two of one kind are told apart by what they are given for.
-        found["pet"] = dataclasses.replace(found["pet"], preprocess=cocolit.SUVR)
+    found = {name: _for_sampling(read_network(name, place), dtype) for name, place in places.items()}
     models = Models(**found)
     mri, pet, unet, control = (one.config for one in models)
     needed = (
@@ -113,21 +110,41 @@ def read_models(weights: WeightsConfig, dtype: Literal["float32", "bfloat16"] = 
     return models
 
 
-def _read(name: str, place: Path, dtype: Literal["float32", "bfloat16"]) -> Published:
+def read_network(name: str, place: Path | None) -> Published:
+    """Read a network of this system: a run, or weights.
+
+    Args:
+        name: mri, pet, unet or controlnet.
+        place: Where it is.
+
+    Raises:
+        InputError: Nothing is given, it is another network, or one of other images.
+    """
     kind, title = KINDS[name]
-    published = load_published(place)
-    if published.report.family != cocolit.NAME or published.report.kind != kind:
-        found = f"a {published.report.kind} of {published.report.family}"
-        raise InputError(place, title, found, f"check --weights.{name}")
-    config = published.config
+    if place is None:
+        raise InputError(f"weights.{name}", title, "nothing", f"give --weights.{name}, or try --preset smoke")
+    found = load_published(place)
+    if found.report.family != cocolit.NAME or found.report.kind != kind:
+        other = f"a {found.report.kind} of {found.report.family}"
+        raise InputError(place, title, other, f"check --weights.{name}")
+    config = found.config
     unet = config.unet if isinstance(config, ControlNetConfig) else config
     if unet.dimensions != 3 or (
         isinstance(config, AutoencoderKlConfig) and (config.channels, config.outputs) != (1, 1)
     ):
         raise InputError(place, f"{title}, of volumes of one channel", f"one of {unet.dimensions} axes of space")
+    if name == "pet" and found.preprocess.intensity == cocolit.MRI.intensity:
+        # The released files say nothing of their input: two of one kind are told apart by what they are given for.
+        preprocess = dataclasses.replace(found.preprocess, intensity=cocolit.SUVR.intensity)
+        return dataclasses.replace(found, preprocess=preprocess)
+    return found
+
+
+def _for_sampling(network: Published, dtype: Literal["float32", "bfloat16"]) -> Published:
+    config = network.config
     if isinstance(config, ControlNetConfig):
-        return dataclasses.replace(published, config=dataclasses.replace(config, unet=_typed(unet, dtype)))
-    return dataclasses.replace(published, config=_typed(config, dtype))
+        return dataclasses.replace(network, config=dataclasses.replace(config, unet=_typed(config.unet, dtype)))
+    return dataclasses.replace(network, config=_typed(config, dtype))
 
 
 def _typed(config: Any, dtype: str) -> Any:

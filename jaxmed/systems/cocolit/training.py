@@ -1,44 +1,32 @@
-"""What the training stages share: tables of pairs and of latents, and the loss of the ControlNet.
+"""What the training stages share: the tables, preprocessing, and the loss of the ControlNet.
 
 Source: CoCoLIT, arXiv:2508.01292, its abstract and official code.
 """
 
 import dataclasses
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.types import Params, Scalar
 from jaxmed.config import Number, Share, checked
-from jaxmed.data.cohort import groups_of, hold_out, stated_splits
 from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.records import FileSource, SubsetSource
 from jaxmed.diffusion.schedule import expand_like
 from jaxmed.errors import InputError
-from jaxmed.io.numpy_files import read_member
-from jaxmed.io.tables import Table, read_table, resolve_paths
+from jaxmed.io.tables import Table
 from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
 from jaxmed.models.published import cocolit
-from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.unet_latent import Control, LatentDenoiser
 from jaxmed.objectives.autoencoding import time_weight, weighted_absolute_error
-from jaxmed.recipes.fitted_probes import identity
+from jaxmed.recipes.pair_tables import read_pairs
 from jaxmed.recipes.stage import begin, first_only, nested_run
-from jaxmed.recipes.training import TrainData
-from jaxmed.report.figures import curves
-from jaxmed.report.page import Figure
 from jaxmed.synthesis.phantoms.write_amyloid import write_amyloid_cohort
-from jaxmed.systems.cocolit.networks import KINDS
 from jaxmed.systems.cocolit.translation import CHAIN, crop_latent
-from jaxmed.train.log import series
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.run_folder import RunFolder, start
 
@@ -49,7 +37,6 @@ WORDS = {"valid": "validation"}
 """Splits that the released table names otherwise."""
 BEST = LoopConfig(best="loss", best_is="smallest")
 Modality = Literal["mri", "suvr"]
-Latent = Float32[np.ndarray, "i j k channel"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +79,7 @@ def find_pairs(data: PairData, folder: RunFolder, seed: int, needed: Sequence[st
         place = folder.path / "inputs" / "pairs"
         first_only(lambda: (start(folder), write_pairs(place, data, seed)), "pairs")
         manifest = place / "pairs.csv"
-    table = read_table(manifest, needed, ("subject", "split"))
-    for column in needed:
-        resolve_paths(table, column)
-    if "split" in table.columns:
-        rows = tuple({**row, "split": WORDS.get(row["split"], row["split"])} for row in table.rows)
-        table = dataclasses.replace(table, rows=rows)
-        stated_splits(table, column=needed[0])
-        return table
-    splits = hold_out(groups_of(table, needed[0]), data.validation, seed)
-    rows = tuple({**row, "split": split} for row, split in zip(table.rows, splits, strict=True))
-    return dataclasses.replace(table, columns=(*table.columns, "split"), rows=rows)
+    return read_pairs(manifest, needed, data.validation, seed, WORDS)
 
 
 def find_latents(data: PairData, folder: RunFolder, seed: int) -> PairData:
@@ -118,28 +95,6 @@ def find_latents(data: PairData, folder: RunFolder, seed: int) -> PairData:
 def write_pairs(place: Path, data: PairData, seed: int) -> Path:
     """Write phantom pairs."""
     return write_amyloid_cohort(place, seed, data.synthetic, linked=data.linked)
-
-
-def make_data(table: Table, readers: Mapping[str, tuple[str, Callable[[Path], Any]]]) -> TrainData:
-    """Return the records of a table: to train on, and held out.
-
-    Args:
-        table: With a column split.
-        readers: By field, the column of its files and how one is read.
-
-    Raises:
-        InputError: Nothing is to be trained on, or the first record cannot be read.
-    """
-    files = {field: tuple(resolve_paths(table, column)) for field, (column, _) in readers.items()}
-    source = FileSource(files, readers={field: read for field, (_, read) in readers.items()})
-    splits = np.array(table.column("split"))
-    training, held_out = (np.flatnonzero(splits == split) for split in ("train", "validation"))
-    if not len(training):
-        raise InputError(table.path, "records of split train", "none", "check the column split")
-    source[int(training[0])]
-    return TrainData(
-        SubsetSource(source, training), SubsetSource(source, held_out) if len(held_out) else None, identity
-    )
 
 
 def make_preprocess(
@@ -161,50 +116,6 @@ def make_preprocess(
     return dataclasses.replace(
         released, size=size, spacing=(spacing,), intensity=intensity, interpolation="linear-first"
     )
-
-
-def read_network(name: str, path: Path | None) -> Published:
-    """Read a network of this system: a run, or weights.
-
-    Args:
-        name: mri, pet, unet or controlnet.
-        path: Where it is.
-
-    Raises:
-        InputError: Nothing is given, or it is another network.
-    """
-    kind, title = KINDS[name]
-    if path is None:
-        raise InputError(f"weights.{name}", title, "nothing", f"give --weights.{name}, or try --preset smoke")
-    found = load_published(path)
-    if found.report.family != cocolit.NAME or found.report.kind != kind:
-        other = f"a {found.report.kind} of {found.report.family}"
-        raise InputError(path, title, other, f"check --weights.{name}")
-    if name == "pet" and found.preprocess.intensity == cocolit.MRI.intensity:
-        # The released files say nothing of their input: two of one kind are told apart by what they are given for.
-        return dataclasses.replace(
-            found, preprocess=dataclasses.replace(found.preprocess, intensity=cocolit.SUVR.intensity)
-        )
-    return found
-
-
-def read_latent(multiple: int) -> Callable[[Path], Latent]:
-    """Return the function from a file of `encode` to a latent, zeros added on both sides up to a multiple."""
-    return partial(_read_latent, multiple=multiple)
-
-
-def _read_latent(path: Path, multiple: int) -> Latent:
-    advice = "make it with jaxmed cocolit encode"
-    try:
-        array = read_member(path, "data")
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(path, "a latent: a .npz file with the array 'data'", str(error), advice) from error
-    if array.ndim != 4 or not np.isfinite(array).all():
-        found = f"shape {array.shape}" if array.ndim != 4 else "NaN or Inf"
-        raise InputError(path, "finite numbers of shape [channel, i, j, k]", found, advice)
-    latent = np.moveaxis(array, 0, -1).astype(np.float32)
-    extra = [-length % multiple for length in latent.shape[:3]]
-    return np.pad(latent, [*((one // 2, one - one // 2) for one in extra), (0, 0)])
 
 
 # The loss of the ControlNet -----------------------------------------------------------------------------------------
@@ -288,13 +199,3 @@ def image_loss(
 def decoder_of(params: Params) -> Params:
     """Return the part of an autoencoder's parameters that decoding reads."""
     return {name: params[name] for name in ("from_latent", "decoder")}
-
-
-# The page -----------------------------------------------------------------------------------------------------------
-
-
-def loss_figure(lines: list[dict[str, float]], names: Mapping[str, str], caption: str) -> Figure:
-    """Draw series of metrics.jsonl over steps, by label; those that are not there are left out."""
-    found = {label: series(lines, name) for label, name in names.items()}
-    shown = {label: line for label, line in found.items() if len(line[0])}
-    return curves(shown, xlabel="step", ylabel="loss", log=True, caption=caption)

@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Key
 
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Size, checked, to_record
@@ -20,10 +18,13 @@ from jaxmed.models.published import cocolit
 from jaxmed.models.published.load import Published, published_record
 from jaxmed.models.unet_latent import ControlNetConfig, LatentUnetConfig, control_net, latent_unet
 from jaxmed.nn.model import Network
+from jaxmed.recipes.condition import compare_condition
+from jaxmed.recipes.latent_tables import read_latent
+from jaxmed.recipes.pair_tables import count_records, loss_figure, make_data
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only, nested_run
-from jaxmed.recipes.training import Score, TrainConfig, TrainData, TrainFlags, run_training, selected, whole
+from jaxmed.recipes.training import TrainConfig, TrainFlags, run_training, score_singly, selected, whole
 from jaxmed.report.page import Note, Section, Text
-from jaxmed.systems.cocolit.networks import RELEASED
+from jaxmed.systems.cocolit.networks import RELEASED, read_network
 from jaxmed.systems.cocolit.training import (
     BEST,
     COLUMNS,
@@ -36,10 +37,6 @@ from jaxmed.systems.cocolit.training import (
     decoder_of,
     find_latents,
     find_pairs,
-    loss_figure,
-    make_data,
-    read_latent,
-    read_network,
 )
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import read_metrics
@@ -119,7 +116,7 @@ def smoke() -> Config:
     """A few steps on your latents, or on phantoms through all stages before this one, in seconds each."""
     train = TrainConfig(
         OptimizerConfig(peak_lr=3e-3, decay="constant", weight_decay=0.01),
-        dataclasses.replace(BEST, steps=30, log_every=3, save_every=30),
+        dataclasses.replace(BEST, steps=20, log_every=2, save_every=20),
         LoaderConfig(batch_size=2),
         MeshConfig(data=1),
     )
@@ -163,16 +160,16 @@ def run(config: Config, folder: RunFolder) -> None:
     network, parts, start = make_network(config, networks, control, example)
     notes = tuple(line for one in networks.values() for line in one.report.remarks)
     log = begin(folder, notes, tensorboard=config.train.loop.tensorboard)
-    pairs = {"train": len(data.training), "held out": 0 if data.held_out is None else len(data.held_out)}
+    pairs = count_records(data)
     log.say(f"{pairs['train']:,} pairs to train on, {pairs['held out']:,} held out.")
     clock.lap("read")
     loss = partial(control_loss, parts, config.image_loss)
-    score = make_score(parts, config.image_loss)
+    score = score_singly(loss)
     state = run_training(config.train, network, loss, data, folder=folder, log=log, start=start, score=score)
     params = whole(selected(config.train, data, folder, state), config.train)
     clock.lap("train, compilation included")
     first_only(lambda: write_networks(folder.outputs / "models", networks, control, params), "networks")
-    own, other = conditioning(score, params, data, config.train.seed)
+    own, other = compare_condition(score, params, data, "mri", config.train.seed + 2)
     clock.lap("score")
     trained = (params["controlnet"], params["decoder"] if has_images else {})
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
@@ -262,38 +259,6 @@ def make_network(
         start["controlnet"] = {"encoder": networks["unet"].params["encoder"]}
     frozen = ("^unet/", *(("^decoder/",) if config.image_loss == "none" else ()))
     return Network(init, net.apply, frozen=frozen), ControlParts(unet, net, decoder), start
-
-
-def make_score(parts: ControlParts, kind: ImageLoss) -> Score:
-    """Return the loss of each pair by itself."""
-
-    def score(params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> dict[str, Array]:
-        def one(pair: tuple[KeyArray, Mapping[str, Array]]) -> dict[str, Array]:
-            key, fields = pair
-            single = {name: value[None] for name, value in fields.items()}
-            value, terms = control_loss(parts, kind, params, key[None], single)
-            return {"loss": value, **terms}
-
-        # One after the other: a decoded image at full size has gigabytes of activations.
-        return jax.lax.map(one, (keys, dict(batch)))
-
-    return score
-
-
-def conditioning(score: Score, params: Params, data: TrainData, seed: int) -> tuple[float, float | None]:
-    """Return the mean loss of some pairs with their own MRI and, at the same times and noise, with another's.
-
-    Another's is that of the next pair; None where there is but one.
-    """
-    source = data.training if data.held_out is None else data.held_out
-    records = [source[number] for number in range(min(len(source), 8))]
-    batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
-    keys = jax.random.split(jax.random.key(seed + 2), len(records))
-    run = jax.jit(score)
-    own = float(np.mean(run(params, keys, batch)["loss"]))
-    if len(records) < 2:
-        return own, None
-    return own, float(np.mean(run(params, keys, batch | {"mri": np.roll(batch["mri"], 1, axis=0)})["loss"]))
 
 
 def write_networks(folder: Path, networks: Mapping[str, Published], control: ControlNetConfig, params: Params) -> None:

@@ -13,20 +13,12 @@ from jaxmed.models.published import cocolit
 from jaxmed.models.unet_latent import COCOLIT_UNET, LatentUnetConfig, latent_unet
 from jaxmed.nn.model import Network
 from jaxmed.recipes.denoiser import NetworkLoss, train_denoiser
+from jaxmed.recipes.latent_tables import read_latent
+from jaxmed.recipes.pair_tables import count_records, loss_figure, make_data
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only
 from jaxmed.recipes.training import TrainConfig, TrainFlags, whole
 from jaxmed.report.page import Section, Text
-from jaxmed.systems.cocolit.training import (
-    BEST,
-    LATENT_COLUMNS,
-    SOURCE,
-    PairData,
-    find_latents,
-    find_pairs,
-    loss_figure,
-    make_data,
-    read_latent,
-)
+from jaxmed.systems.cocolit.training import BEST, LATENT_COLUMNS, SOURCE, PairData, find_latents, find_pairs
 from jaxmed.systems.cocolit.translation import CHAIN
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import read_metrics
@@ -113,7 +105,7 @@ def run(config: Config, folder: RunFolder) -> None:
     latent, time = jnp.zeros((1, *shape)), jnp.zeros(1)
     network = Network(lambda key: model.init(key, latent, time), model.apply)
     log = begin(folder, tensorboard=config.train.loop.tensorboard)
-    counts = {"train": len(data.training), "held out": 0 if data.held_out is None else len(data.held_out)}
+    counts = count_records(data)
     log.say(f"{counts['train']:,} latents to train on, {counts['held out']:,} held out.")
     clock.lap("read")
     loss: NetworkLoss = lambda apply, params, keys, batch: denoising_loss(apply, CHAIN, params, keys, batch)  # noqa: E731
