@@ -9,16 +9,17 @@ from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
 from jaxmed.models.autoencoder_kl import AutoencoderKlConfig
 from jaxmed.models.published import cocolit
+from jaxmed.recipes.template_space import require_template_space
 from jaxmed.solvers.registration import RegistrationConfig
 from jaxmed.synthesis.phantoms.cohort import centred_affine
 from jaxmed.systems.cocolit.preparation import (
+    ADVICE,
     MNI152,
     fit_preprocess,
     network_input,
     on_scan_grid,
     prepare,
     require_brain,
-    require_space,
 )
 from jaxmed.systems.cocolit.translation import crop_latent, pad_latent
 from jaxmed.volume import Grid, Volume
@@ -82,9 +83,9 @@ def at(affine, shape=GRID.shape):
 )
 def test_another_space_is_refused_in_one_line(volume, message):
     with pytest.raises(InputError, match=message) as error:
-        require_space(volume, GRID, "scan.nii.gz")
+        require_template_space(volume, GRID, "scan.nii.gz", ADVICE)
     assert "--preprocess" in str(error.value) and "\n" not in str(error.value)
-    require_space(at(GRID.affine), GRID, "scan.nii.gz")
+    require_template_space(at(GRID.affine), GRID, "scan.nii.gz", ADVICE)
 
 
 def ellipsoid(places, radii):

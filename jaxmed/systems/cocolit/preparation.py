@@ -9,15 +9,13 @@ is `solvers.registration`, where it runs ANTs.
 """
 
 import dataclasses
-from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Shaped
 
-from jaxmed.arrays.grid import orientation, resample_to, resize, spaced_from_first
+from jaxmed.arrays.grid import resample_to, spaced_from_first
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.white_stripe import white_stripe
 from jaxmed.data.windows import cut_window
@@ -25,8 +23,9 @@ from jaxmed.errors import InputError
 from jaxmed.io.masks import read_mask
 from jaxmed.io.scans import ScanFiles, read_volume
 from jaxmed.models.autoencoder_kl import AutoencoderKlConfig
-from jaxmed.solvers.registration import RegistrationConfig, register_affine
-from jaxmed.volume import Grid, Volume, affine_spacing, corner_distance, is_same_grid, require_same_grid
+from jaxmed.recipes.template_space import align_brain, require_template_space
+from jaxmed.solvers.registration import RegistrationConfig
+from jaxmed.volume import Grid, Volume, require_same_grid
 
 MNI152 = Grid((182, 218, 182), np.array([[-1.0, 0, 0, 90], [0, 1, 0, -126], [0, 0, 1, -72], [0, 0, 0, 1]]))
 """The template's grid at 1 mm: x runs to the left."""
@@ -34,8 +33,6 @@ MULTIPLE = 8
 """The release pads to multiples of this, whatever the autoencoder halves."""
 LEAST_BACKGROUND = 0.55
 """Share of voxels around a brain in MNI space, at the least: 74 % of the template; around a head they are 40 %."""
-REGISTERED = (64, 72, 64)
-"""Most voxels that are aligned, over the whole field of view."""
 POOR = 0.6
 """Correlation with the template below which an alignment has probably failed; two brains have .8 to .95."""
 ADVICE = "register it first, or let --preprocess do it with --mask and --template"
@@ -95,7 +92,7 @@ def read_prepared(scan: ScanFiles, grid: Grid) -> Prepared:
         InputError: The file cannot be read, or is not such an MRI.
     """
     volume, _, notes = read_volume(scan)
-    require_space(volume, grid, scan.path)
+    require_template_space(volume, grid, scan.path, ADVICE)
     mask = require_brain(volume.array, scan.path)
     low, high = float(volume.array.min()), float(volume.array.max())
     if low >= 0:
@@ -149,9 +146,7 @@ def prepare(
     """
     background = min(0.0, float(volume.array.min()))
     brain = Volume.make(np.where(mask, volume.array, background).astype(np.float32), volume.affine)
-    fixed, moving = (_shrunk(one) for one in (template, brain))
-    found = _align(config)(fixed.array[..., None], _single(fixed), moving.array[..., None], _single(moving))
-    matrix, correlation = np.asarray(found.matrix, np.float64), 1 - float(found.loss[-1].min())
+    matrix, correlation = align_brain(template, brain, config)
     if correlation < POOR:
         notes = (*notes, f"the brain and the template correlate by {correlation:.2f}: see whether they are aligned")
     # The template's voxels, where they lie in the scan.
@@ -160,25 +155,6 @@ def prepare(
     inside = resample_to(Volume.make(mask.astype(np.uint8), volume.affine), places, order=0).array > 0
     scaled = white_stripe(moved.array, inside, where)
     return Prepared(Volume.make(scaled.array, template.affine), inside, matrix, correlation, notes)
-
-
-def require_space(volume: Volume, grid: Grid, where: object) -> None:
-    """Refuse an MRI on another grid than the template's.
-
-    Raises:
-        InputError: Orientation, voxel size, number of voxels or place differ.
-    """
-    codes, wanted = orientation(volume.affine), orientation(grid.affine)
-    if codes != wanted:
-        raise InputError(where, f"the template's axes, {wanted}", codes, ADVICE)
-    if not np.allclose(volume.spacing, affine_spacing(grid.affine), rtol=1e-2):
-        expected = f"the template's voxels of {_times(affine_spacing(grid.affine))} mm"
-        raise InputError(where, expected, _times(volume.spacing), ADVICE)
-    if volume.grid.shape != grid.shape:
-        raise InputError(where, f"the template's {_times(grid.shape)} voxels", _times(volume.grid.shape), ADVICE)
-    if not is_same_grid(volume.grid, grid):
-        found = f"one that lies {corner_distance(volume.grid, grid):.3g} mm beside it"
-        raise InputError(where, "the template's place in MNI space", found, ADVICE)
 
 
 def require_brain(
@@ -196,23 +172,3 @@ def require_brain(
         expected = f"a brain without its skull, {LEAST_BACKGROUND:.0%} of the voxels of one value around it"
         raise InputError(where, expected, f"{share:.0%} at the lowest value, {low:g}", advice)
     return inside
-
-
-@cache
-def _align(config: RegistrationConfig) -> Any:
-    return jax.jit(partial(register_affine, config=config))
-
-
-def _shrunk(volume: Volume) -> Volume:
-    """Return a brain above a background of 0, on at most `REGISTERED` voxels."""
-    x, y, z = (min(length, most) for length, most in zip(volume.grid.shape, REGISTERED, strict=True))
-    lifted = Volume.make(volume.array - volume.array.min(), volume.affine)
-    return resize(lifted, (x, y, z), order=1)
-
-
-def _single(volume: Volume) -> Float32[np.ndarray, "4 4"]:
-    return volume.affine.astype(np.float32)
-
-
-def _times(numbers: tuple[float, ...]) -> str:
-    return " x ".join(f"{number:.4g}" for number in numbers)
