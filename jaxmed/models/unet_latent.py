@@ -340,6 +340,18 @@ def _functions(module: nn.Module, *methods: str) -> list[Callable[..., Any]]:
     return [init, model.apply, *map(call, methods)]
 
 
+def pad_latent(latent: Float[Array, "i j k channel"], multiple: int) -> Float[Array, "i2 j2 k2 channel"]:
+    """Add zeros on both sides up to a multiple along each axis; of an odd number the larger part comes last."""
+    extra = [-length % multiple for length in latent.shape[:3]]
+    return jnp.pad(latent, [*((one // 2, one - one // 2) for one in extra), (0, 0)])
+
+
+def crop_latent(latent: Float[Array, "i2 j2 k2 channel"], shape: tuple[int, ...]) -> Float[Array, "i j k channel"]:
+    """Undo `pad_latent`."""
+    starts = [(padded - length) // 2 for padded, length in zip(latent.shape[:3], shape, strict=True)]
+    return latent[tuple(slice(start, start + length) for start, length in zip(starts, shape, strict=True))]
+
+
 # Parameters are split by their size alone, as `train.mesh.param_shardings` does without rules.
 SHARDING_RULES = ()
 

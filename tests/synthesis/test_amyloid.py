@@ -9,7 +9,7 @@ import pytest
 
 from jaxmed.errors import InputError
 from jaxmed.io import nifti
-from jaxmed.synthesis.phantoms.amyloid import MRI, cortical_uptake, draw_pair
+from jaxmed.synthesis.phantoms.amyloid import MRI, cortical_region, cortical_uptake, draw_pair
 from jaxmed.synthesis.phantoms.write_amyloid import write_amyloid_cohort
 
 pytestmark = pytest.mark.core
@@ -38,6 +38,15 @@ def test_the_pet_shows_the_uptake_in_the_cortex(cohorts):
     assert is_cortex.sum((1, 2, 3)).min() > 20
     shown = [float(np.mean(suvr[inside])) for suvr, inside in zip(np.asarray(pairs.suvr), is_cortex, strict=True)]
     np.testing.assert_allclose(shown, pairs.uptake, atol=0.05)
+
+
+def test_the_region_is_cortex_in_every_subject(cohorts):
+    """At any atrophy its mean follows the uptake, and both sides of 1.326 occur as they do in the uptake."""
+    pairs, region = cohorts[True], np.asarray(cortical_region(SHAPE, SPACING))
+    assert np.asarray(pairs.cortex)[:, region].mean() > 0.7
+    means = np.asarray(pairs.suvr)[:, region].mean(1)
+    assert np.corrcoef(means, pairs.uptake)[0, 1] > 0.97
+    assert 0.25 < np.mean(means > 1.326) < 0.75
 
 
 def test_the_mri_tells_of_uptake_only_where_both_are_linked(cohorts):

@@ -1,7 +1,6 @@
 """The training stages of CoCoLIT end to end on phantoms, and what a user can have wrong in them."""
 
 import csv
-import dataclasses
 import json
 
 import jax
@@ -13,13 +12,11 @@ from jaxmed.arrays.trees import named_leaves
 from jaxmed.cli import main
 from jaxmed.io import nifti
 from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
-from jaxmed.models.published import cocolit
-from jaxmed.models.published.load import ImportReport, Published, load_published
-from jaxmed.models.unet_latent import LatentUnetConfig, latent_unet
+from jaxmed.models.published.load import load_published
+from jaxmed.models.unet_latent import LatentUnetConfig
 from jaxmed.synthesis.phantoms.write_amyloid import write_amyloid_cohort
 from jaxmed.systems.cocolit.networks import WeightsConfig, read_models
 from jaxmed.systems.cocolit.stages import train_autoencoder, train_controlnet, train_diffusion
-from jaxmed.systems.cocolit.training import decoder_of
 
 UNET = LatentUnetConfig(
     widths=(4, 4), blocks=(1, 1), attention_levels=(False, False), head_channels=4, groups=2, channels=2, outputs=2
@@ -173,24 +170,3 @@ def test_mistakes_are_told_in_one_line(stage, changes, words, said, pairs, tmp_p
     error = capsys.readouterr().err
     assert error.startswith("jaxmed: ") and error.count("\n") == 1 and said in error, error
     assert not (out / "metrics.jsonl").exists()
-
-
-def test_a_loss_without_images_leaves_the_decoder():
-    config, latent, image = train_controlnet.smoke(), jnp.zeros((1, 4, 4, 4, 2)), jnp.zeros((1, 2, 2, 2, 1))
-    unet = jax.jit(latent_unet(UNET).init)(jax.random.key(0), latent, jnp.zeros(1))
-    decoder = decoder_of(jax.jit(autoencoder(PET).init)(jax.random.key(0), image))
-    networks = {
-        "pet": _published(PET, decoder),
-        "unet": _published(UNET, unet),
-    }
-    example = {"mri": np.asarray(latent[0]), "suvr": np.asarray(latent[0])}
-    control = train_controlnet.make_config(config, UNET, example)
-    for kind, start, frozen in (("wisl", True, 1), ("none", False, 2)):
-        changed = dataclasses.replace(config, image_loss=kind, init_from_unet=start)
-        network, _, given = train_controlnet.make_network(changed, networks, control, example)
-        assert len(network.frozen) == frozen and ("controlnet" in given) == start
-
-
-def _published(config, params):
-    report = ImportReport(cocolit.NAME, cocolit.facts(config).kind, (), (), (), "")
-    return Published(cocolit.make_cocolit_model(config, ()), params, cocolit.preprocess(config), config, report)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxmed.arrays.types import KeyArray
 from jaxmed.synthesis.phantoms.shapes import centered_points, ellipsoid, inside
@@ -25,6 +25,7 @@ MRI = {"background": -65.0, "fluid": -40.0, "grey": -14.0, "white": 0.0}
 """T1-weighted intensities by WhiteStripe: deviations of white matter from its mean."""
 SUVR = {"background": 0.0, "fluid": 0.5, "cerebellum": 1.0, "white": 1.2, "cortex": (1.0, 0.65)}
 """Uptake relative to the cerebellum's; the cortex has the first number and, at full uptake, the second more."""
+REGION_DEPTH = (2.0, 6.0)
 MIDPOINT, SLOPE = 0.5, 0.06
 MRI_NOISE, SUVR_NOISE = 2.0, 0.05
 
@@ -94,3 +95,15 @@ def draw_pair(
     mri = mri + jnp.where(is_brain, MRI_NOISE * jax.random.normal(mri_key, shape), 0.0)
     suvr = suvr + jnp.where(is_brain, SUVR_NOISE * jax.random.normal(suvr_key, shape), 0.0)
     return Pair(jnp.maximum(mri, MRI["background"]), jnp.maximum(suvr, 0.0), cortex, atrophy, uptake)
+
+
+def cortical_region(shape: tuple[int, int, int], spacing: float) -> Bool[Array, "x y z"]:
+    """Return a region that is cortex in every subject, whatever the atrophy: a shell at 2 to 6 mm of depth.
+
+    Args:
+        shape: Voxels, as of `draw_pair`.
+        spacing: Voxel edge in mm; a voxel counts where its centre lies in the shell, and none of the cerebellum does.
+    """
+    points = centered_points(shape, [spacing] * 3)
+    outer, inner = (ellipsoid(points, jnp.zeros(3), jnp.array(BRAIN) - depth) < 0 for depth in REGION_DEPTH)
+    return outer & ~inner & (ellipsoid(points, jnp.array(CEREBELLUM), jnp.array(CEREBELLUM_SIZE)) > 0)

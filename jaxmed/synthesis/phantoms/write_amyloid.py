@@ -6,10 +6,12 @@ import jax
 import numpy as np
 
 from jaxmed.io import nifti
-from jaxmed.synthesis.phantoms.amyloid import draw_pair
+from jaxmed.synthesis.phantoms.amyloid import cortical_region, draw_pair
 from jaxmed.synthesis.phantoms.cohort import centred_affine, check_fractions, claim_folder, plan_splits, write_manifest
 from jaxmed.volume import Volume
 
+REGION = "cortex.nii.gz"
+"""Mask of a region that is cortex in every subject."""
 COLUMNS = ("scan_path", "suvr_path", "subject", "split", "atrophy", "uptake")
 _draw = jax.jit(draw_pair, static_argnames=("shape", "spacing", "linked"))
 
@@ -27,7 +29,7 @@ def write_amyloid_cohort(
     """Write pairs of MRI and PET; what is there already stays.
 
     Args:
-        folder: Gets pairs.csv, its settings, mri/ and suvr/.
+        folder: Gets pairs.csv, its settings, mri/, suvr/ and cortex.nii.gz, the region whose mean decides.
         seed: Of the cohort; subject i is the same whatever the number of subjects.
         subjects: How many.
         shape: Voxels along x, y and z.
@@ -47,6 +49,9 @@ def write_amyloid_cohort(
     claim_folder(folder / "pairs.json", settings | {"linked": linked, "fractions": list(fractions)})
     # The axes of the MNI152 template: x runs to the left.
     affine = np.diag([-1.0, 1.0, 1.0, 1.0]) @ centred_affine(shape, [spacing] * 3)
+    if not (folder / REGION).exists():
+        region = np.asarray(cortical_region(shape, spacing)).astype(np.uint8)
+        nifti.write(folder / REGION, Volume.make(region, affine))
     rows: list[dict[str, object]] = []
     for index, split in plan_splits(subjects, fractions):
         name = f"pair_{index:04d}"

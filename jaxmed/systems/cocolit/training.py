@@ -4,29 +4,18 @@ Source: CoCoLIT, arXiv:2508.01292, its abstract and official code.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
-
-from jaxmed.arrays.types import Params, Scalar
 from jaxmed.config import Number, Share, checked
 from jaxmed.data.preprocess import Preprocess
-from jaxmed.diffusion.schedule import expand_like
 from jaxmed.errors import InputError
 from jaxmed.io.tables import Table
-from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
 from jaxmed.models.published import cocolit
-from jaxmed.models.unet_latent import Control, LatentDenoiser
-from jaxmed.objectives.autoencoding import time_weight, weighted_absolute_error
 from jaxmed.recipes.pair_tables import read_pairs
 from jaxmed.recipes.stage import begin, first_only, nested_run
 from jaxmed.synthesis.phantoms.write_amyloid import write_amyloid_cohort
-from jaxmed.systems.cocolit.translation import CHAIN, crop_latent
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.run_folder import RunFolder, start
 
@@ -116,86 +105,3 @@ def make_preprocess(
     return dataclasses.replace(
         released, size=size, spacing=(spacing,), intensity=intensity, interpolation="linear-first"
     )
-
-
-# The loss of the ControlNet -----------------------------------------------------------------------------------------
-
-ImageLoss = Literal["wisl", "isl", "none"]
-
-
-class ControlParts(NamedTuple):
-    """The networks of the third stage.
-
-    Attributes:
-        unet: Held as it is.
-        control: Trained.
-        pet: Sizes of the autoencoder whose decoder is trained too.
-    """
-
-    unet: LatentDenoiser
-    control: Control
-    pet: AutoencoderKlConfig
-
-
-def control_loss(
-    parts: ControlParts,
-    kind: ImageLoss,
-    params: Params,
-    keys: Key[Array, " batch"],
-    batch: Mapping[str, Array],
-) -> tuple[Scalar, dict[str, Scalar]]:
-    """Return the squared error of the noise that is expected given the MRI, plus that of the image which follows.
-
-    The image is the decoded latent that is expected at the drawn time, which is not clipped. Late times, where the
-    error of the noise is multiplied by up to a hundred, count little in "wisl" and as all others in "isl".
-
-    Args:
-        parts: The networks.
-        kind: "wisl" (weights fall with time), "isl" (all 1), or "none" (noise alone; the decoder stays).
-        params: "unet" (constant), "controlnet" and "decoder", the last with what decoding reads.
-        keys: One for each pair, for its time and its noise.
-        batch: "mri" and "suvr", padded latents [batch, i, j, k, channel]; for images "image" [batch, x, y, z, 1].
-
-    Source: CoCoLIT, arXiv:2508.01292, official code.
-    """
-    latent, condition = batch["suvr"], batch["mri"]
-    time_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    t = CHAIN.draw_times(time_keys)
-    noise = jax.vmap(lambda key, one: jax.random.normal(key, one.shape))(noise_keys, latent)
-    alpha, sigma = expand_like(CHAIN.alpha(t), latent), expand_like(CHAIN.sigma(t), latent)
-    noisy = alpha * latent + sigma * noise
-    held = jax.lax.stop_gradient(params["unet"])
-    residuals = parts.control.apply(params["controlnet"], noisy, t, condition)
-    found = parts.unet.apply(held, noisy, t, residuals)
-    error = jnp.mean(jnp.square(found - noise))
-    if kind == "none":
-        return error, {"noise_error": error}
-    weight = time_weight(t, CHAIN.num_steps) if kind == "wisl" else jnp.ones_like(t)
-    value = image_loss(parts.pet, params["decoder"], (noisy - sigma * found) / alpha, batch["image"], weight)
-    return error + value, {"noise_error": error, "image_error": value}
-
-
-def image_loss(
-    pet: AutoencoderKlConfig,
-    decoder: Params,
-    latent: Float[Array, "batch i j k channel"],
-    image: Float[Array, "batch x y z 1"],
-    weight: Float[Array, " batch"],
-) -> Scalar:
-    """Return the weighted mean absolute error of decoded latents, whose padding is cut off.
-
-    Args:
-        pet: Sizes of the autoencoder.
-        decoder: Its parameters "from_latent" and "decoder".
-        latent: Padded.
-        image: In the autoencoder's unit.
-        weight: Of each pair.
-    """
-    inner = tuple(length // pet.divisor for length in image.shape[1:4])
-    cut = jax.vmap(partial(crop_latent, shape=inner))(latent)
-    return weighted_absolute_error(autoencoder(pet).decode(decoder, cut), image, weight)
-
-
-def decoder_of(params: Params) -> Params:
-    """Return the part of an autoencoder's parameters that decoding reads."""
-    return {name: params[name] for name in ("from_latent", "decoder")}

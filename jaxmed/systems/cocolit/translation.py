@@ -15,13 +15,13 @@ from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import KeyArray
 from jaxmed.config import Size, checked
-from jaxmed.diffusion.averaging import average_samples
+from jaxmed.diffusion.averaging import average_samples, curvature_trace
 from jaxmed.diffusion.denoiser import Denoiser, make_denoiser
 from jaxmed.diffusion.samplers import Ddim
 from jaxmed.diffusion.schedule import VpDiscrete
 from jaxmed.models.autoencoder_kl import autoencoder
 from jaxmed.models.published.load import Published
-from jaxmed.models.unet_latent import control_net, latent_unet
+from jaxmed.models.unet_latent import control_net, crop_latent, latent_unet, pad_latent
 
 CHAIN = VpDiscrete(betas="scaled-linear")
 CLIP = (-1.0, 1.0)
@@ -131,6 +131,26 @@ def translate(
     )
 
 
+@partial(jax.jit, static_argnames=("m", "directions"))
+def predict_bias(
+    key: KeyArray, models: Models, found: Translation, m: int = 64, directions: int = 8
+) -> Float[Array, "x y z"]:
+    """Return by how much theory has the map differ from the mean of the decoded samples, in SUVR.
+
+    Args:
+        key: Consumed; draws directions.
+        models: The networks.
+        found: A translation, of which mean and spread of the latents count.
+        m: Latents that were averaged.
+        directions: Over which the decoder's second derivative is averaged.
+
+    Source: as of `translate`; see `diffusion.averaging.curvature_trace`.
+    """
+    keys = jax.random.split(key, directions)
+    trace = curvature_trace(make_decoder(models, found.suvr), found.latent, found.latent_spread, keys)
+    return 0.5 * (1 / m - 1) * trace
+
+
 def encode(models: Models, mri: Float[Array, "x y z"]) -> Float[Array, "i j k channel"]:
     """Return the mean latent of an MRI, padded with zeros on both sides to what the U-Net can halve."""
     latent = autoencoder(models.mri.config).encode(models.mri.params, mri[None, ..., None])[0][0]
@@ -163,15 +183,3 @@ def latent_denoiser(models: Models, condition: Float[Array, "i j k channel"]) ->
         return unet.denoise(params, z, unet.embed(params, t), residuals)
 
     return make_denoiser(predict, CHAIN, "epsilon")
-
-
-def pad_latent(latent: Float[Array, "i j k channel"], multiple: int) -> Float[Array, "i2 j2 k2 channel"]:
-    """Add zeros on both sides up to a multiple along each axis; of an odd number the larger part comes last."""
-    extra = [-length % multiple for length in latent.shape[:3]]
-    return jnp.pad(latent, [*((one // 2, one - one // 2) for one in extra), (0, 0)])
-
-
-def crop_latent(latent: Float[Array, "i2 j2 k2 channel"], shape: tuple[int, ...]) -> Float[Array, "i j k channel"]:
-    """Undo `pad_latent`."""
-    starts = [(padded - length) // 2 for padded, length in zip(latent.shape[:3], shape, strict=True)]
-    return latent[tuple(slice(start, start + length) for start, length in zip(starts, shape, strict=True))]

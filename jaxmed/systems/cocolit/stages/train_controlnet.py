@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxmed.arrays.types import KeyArray, Params
+from jaxmed.arrays.types import Params
 from jaxmed.config import Size, checked, to_record
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.errors import InputError
-from jaxmed.models.autoencoder_kl import autoencoder
 from jaxmed.models.published import cocolit
 from jaxmed.models.published.load import Published, published_record
-from jaxmed.models.unet_latent import ControlNetConfig, LatentUnetConfig, control_net, latent_unet
-from jaxmed.nn.model import Network
+from jaxmed.models.unet_latent import ControlNetConfig, LatentUnetConfig
 from jaxmed.recipes.condition import compare_condition
+from jaxmed.recipes.latent_control import ImageLoss, control_loss, make_control
 from jaxmed.recipes.latent_tables import read_latent
 from jaxmed.recipes.pair_tables import count_records, loss_figure, make_data
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only, nested_run
@@ -30,14 +28,11 @@ from jaxmed.systems.cocolit.training import (
     COLUMNS,
     LATENT_COLUMNS,
     SOURCE,
-    ControlParts,
-    ImageLoss,
     PairData,
-    control_loss,
-    decoder_of,
     find_latents,
     find_pairs,
 )
+from jaxmed.systems.cocolit.translation import CHAIN
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import read_metrics
 from jaxmed.train.mesh import MeshConfig
@@ -152,12 +147,16 @@ def run(config: Config, folder: RunFolder) -> None:
     networks = read_networks(config)
     pet, unet = networks["pet"], networks["unet"]
     read = read_latent(unet.config.divisor)
-    readers: dict[str, Any] = {modality: (column, read) for modality, column in LATENT_COLUMNS.items()}
+    fields = {"condition": LATENT_COLUMNS["mri"], "latent": LATENT_COLUMNS["suvr"]}
+    readers: dict[str, Any] = {field: (column, read) for field, column in fields.items()}
     data = make_data(table, readers | ({"image": (COLUMNS["suvr"], pet.preprocess)} if has_images else {}))
     example = data.training[0]
     check_latents(table.path, networks, example)
     control = make_config(config, unet.config, example)
-    network, parts, start = make_network(config, networks, control, example)
+    network, parts, start = make_control(
+        control, unet, pet, CHAIN, example["latent"].shape[:3], config.image_loss, from_unet=config.init_from_unet,
+        remat_decoder=config.remat_decoder, dtype=config.train.dtype,
+    )  # fmt: skip
     notes = tuple(line for one in networks.values() for line in one.report.remarks)
     log = begin(folder, notes, tensorboard=config.train.loop.tensorboard)
     pairs = count_records(data)
@@ -169,7 +168,7 @@ def run(config: Config, folder: RunFolder) -> None:
     params = whole(selected(config.train, data, folder, state), config.train)
     clock.lap("train, compilation included")
     first_only(lambda: write_networks(folder.outputs / "models", networks, control, params), "networks")
-    own, other = compare_condition(score, params, data, "mri", config.train.seed + 2)
+    own, other = compare_condition(score, params, data, "condition", config.train.seed + 2)
     clock.lap("score")
     trained = (params["controlnet"], params["decoder"] if has_images else {})
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
@@ -217,10 +216,10 @@ def check_latents(where: Path, networks: Mapping[str, Published], example: Mappi
     Raises:
         InputError: Channels or sizes differ.
     """
-    pet, unet, latent = networks["pet"], networks["unet"].config, example["suvr"]
+    pet, unet, latent = networks["pet"], networks["unet"].config, example["latent"]
     if latent.shape[-1] != unet.channels:
         raise InputError(where, f"latents of {unet.channels} channels, as the U-Net has", f"{latent.shape[-1]}")
-    if latent.shape[:3] != example["mri"].shape[:3]:
+    if latent.shape[:3] != example["condition"].shape[:3]:
         raise InputError(where, f"latents of one size, {latent.shape[:3]}", f"{example['mri'].shape[:3]} of the MRI")
     if "image" in example:
         inner = [length // pet.config.divisor for length in example["image"].shape[:3]]
@@ -232,33 +231,7 @@ def check_latents(where: Path, networks: Mapping[str, Published], example: Mappi
 
 def make_config(config: Config, unet: LatentUnetConfig, example: Mapping[str, Any]) -> ControlNetConfig:
     """Return the sizes of the ControlNet of a U-Net."""
-    return ControlNetConfig(unet, example["mri"].shape[-1], config.condition_widths or (unet.widths[0],))
-
-
-def make_network(
-    config: Config, networks: Mapping[str, Published], control: ControlNetConfig, example: Mapping[str, Any]
-) -> tuple[Network, ControlParts, Params]:
-    """Return what is trained, the networks as the loss takes them, and the parameters that training starts from."""
-    pet, dtype = networks["pet"], config.train.dtype
-    sizes = dataclasses.replace(control.unet, dtype=dtype)
-    unet, net = latent_unet(sizes), control_net(dataclasses.replace(control, unet=sizes))
-    decoder = dataclasses.replace(pet.config, dtype=dtype, remat=config.remat_decoder)
-    latent, condition = (jnp.zeros((1, *example[name].shape)) for name in ("suvr", "mri"))
-    image, time = jnp.zeros((1, *(decoder.divisor,) * 3, 1)), jnp.zeros(1)
-
-    def init(key: KeyArray) -> Params:
-        unet_key, control_key, decoder_key = jax.random.split(key, 3)
-        return {
-            "unet": unet.init(unet_key, latent, time),
-            "controlnet": net.init(control_key, latent, time, condition),
-            "decoder": decoder_of(autoencoder(decoder).init(decoder_key, image)),
-        }
-
-    start: Params = {"unet": networks["unet"].params, "decoder": decoder_of(pet.params)}
-    if config.init_from_unet:
-        start["controlnet"] = {"encoder": networks["unet"].params["encoder"]}
-    frozen = ("^unet/", *(("^decoder/",) if config.image_loss == "none" else ()))
-    return Network(init, net.apply, frozen=frozen), ControlParts(unet, net, decoder), start
+    return ControlNetConfig(unet, example["condition"].shape[-1], config.condition_widths or (unet.widths[0],))
 
 
 def write_networks(folder: Path, networks: Mapping[str, Published], control: ControlNetConfig, params: Params) -> None:

@@ -1,4 +1,4 @@
-"""The loss of CoCoLIT's ControlNet on arrays: what moves, what it costs, and that it can be learnt."""
+"""A ControlNet beside a U-Net of latents, on arrays: what moves, what it costs, and that it can be learnt."""
 
 import functools
 
@@ -8,22 +8,25 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmed.diffusion.schedule import expand_like
+from jaxmed.diffusion.schedule import VpDiscrete, expand_like
 from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
+from jaxmed.models.published import cocolit
+from jaxmed.models.published.load import ImportReport, Published
 from jaxmed.models.unet_latent import ControlNetConfig, LatentUnetConfig, control_net, latent_unet
-from jaxmed.systems.cocolit.training import ControlParts, control_loss, decoder_of, image_loss
-from jaxmed.systems.cocolit.translation import CHAIN
+from jaxmed.recipes.latent_control import ControlParts, control_loss, decoder_of, image_loss, make_control
 
 UNET = LatentUnetConfig(
     widths=(4, 4), blocks=(1, 1), attention_levels=(False, False), head_channels=4, groups=2, channels=2, outputs=2
 )
 PET = AutoencoderKlConfig(widths=(2, 4), blocks=(1, 1), latent_channels=2, groups=2)
-PARTS = ControlParts(latent_unet(UNET), control_net(ControlNetConfig(UNET, 2, (4,))), PET)
+CHAIN = VpDiscrete(betas="scaled-linear")
+CONTROL = ControlNetConfig(UNET, 2, (4,))
+PARTS = ControlParts(latent_unet(UNET), control_net(CONTROL), PET, CHAIN)
 KEYS = jax.random.split(jax.random.key(1), 2)
 # A latent of 3 voxels, padded to 4.
 BATCH = {
-    "mri": jax.random.normal(jax.random.key(2), (2, 4, 4, 4, 2)),
-    "suvr": jax.random.normal(jax.random.key(3), (2, 4, 4, 4, 2)),
+    "condition": jax.random.normal(jax.random.key(2), (2, 4, 4, 4, 2)),
+    "latent": jax.random.normal(jax.random.key(3), (2, 4, 4, 4, 2)),
     "image": jax.random.normal(jax.random.key(4), (2, 6, 8, 8, 1)),
 }
 
@@ -32,10 +35,10 @@ BATCH = {
 @jax.jit
 def draw():
     """Draw parameters as training starts."""
-    latent, time, image = BATCH["suvr"], jnp.zeros(2), jnp.zeros((1, 2, 2, 2, 1))
+    latent, time, image = BATCH["latent"], jnp.zeros(2), jnp.zeros((1, 2, 2, 2, 1))
     return {
         "unet": PARTS.unet.init(jax.random.key(0), latent, time),
-        "controlnet": PARTS.control.init(jax.random.key(0), latent, time, BATCH["mri"]),
+        "controlnet": PARTS.control.init(jax.random.key(0), latent, time, BATCH["condition"]),
         "decoder": decoder_of(autoencoder(PET).init(jax.random.key(0), image)),
     }
 
@@ -83,14 +86,14 @@ def test_the_loss_is_that_of_the_noise_and_of_the_image_that_follows(params, dif
         t.append(float(CHAIN.draw_times(first[None])[0]))
         noise_keys.append(second)
     t = jnp.array(t)
-    noise = jnp.stack([jax.random.normal(key, BATCH["suvr"].shape[1:]) for key in noise_keys])
+    noise = jnp.stack([jax.random.normal(key, BATCH["latent"].shape[1:]) for key in noise_keys])
     alpha_bar = jnp.asarray(CHAIN.alpha_bar_table[np.asarray(t, int)], jnp.float32)
     alpha, sigma = expand_like(jnp.sqrt(alpha_bar), noise), expand_like(jnp.sqrt(1 - alpha_bar), noise)
-    noisy = alpha * BATCH["suvr"] + sigma * noise
+    noisy = alpha * BATCH["latent"] + sigma * noise
 
     @jax.jit
     def predict(params, noisy):
-        residuals = PARTS.control.apply(params["controlnet"], noisy, t, BATCH["mri"])
+        residuals = PARTS.control.apply(params["controlnet"], noisy, t, BATCH["condition"])
         found = PARTS.unet.apply(params["unet"], noisy, t, residuals)
         latent = ((noisy - sigma * found) / alpha)[:, :3]  # of the padding the larger part comes last
         return found, autoencoder(PET).decode(params["decoder"], latent)
@@ -106,9 +109,9 @@ def test_the_loss_is_that_of_the_noise_and_of_the_image_that_follows(params, dif
 
 
 def test_an_exact_latent_and_decoder_cost_nothing(params):
-    latent = BATCH["suvr"][:, :3]
+    latent = BATCH["latent"][:, :3]
     image = jax.jit(autoencoder(PET).decode)(params["decoder"], latent)
-    loss = jax.jit(functools.partial(image_loss, PET, params["decoder"], BATCH["suvr"]))
+    loss = jax.jit(functools.partial(image_loss, PET, params["decoder"], BATCH["latent"]))
     weight = jnp.array([1.0, 0.001])
     assert float(loss(image, weight)) < 1e-6
     off = [float(loss(image + 1, factor * weight)) for factor in (1, 2)]
@@ -135,3 +138,20 @@ def test_one_pair_can_be_learnt_by_heart(params):
         slice(0, 50), slice(-50, None)
     ))  # fmt: skip
     assert last["noise_error"] < 0.7 * first["noise_error"] and last["image_error"] < 0.3 * first["image_error"]
+
+
+def published(config, params):
+    report = ImportReport(cocolit.NAME, cocolit.facts(config).kind, (), (), (), "")
+    return Published(cocolit.make_cocolit_model(config, ()), params, cocolit.preprocess(config), config, report)
+
+
+@pytest.mark.parametrize(("kind", "from_unet", "frozen"), [("wisl", True, 1), ("none", False, 2)])
+def test_a_loss_without_images_leaves_the_decoder(params, kind, from_unet, frozen):
+    unet, image = published(UNET, params["unet"]), published(PET, params["decoder"])
+    network, parts, start = make_control(
+        CONTROL, unet, image, CHAIN, (4, 4, 4), kind, from_unet=from_unet, remat_decoder=False, dtype="float32"
+    )
+    assert len(network.frozen) == frozen and ("controlnet" in start) == from_unet
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, params)
+    assert parts.image.divisor == PET.divisor and set(start["decoder"]) == {"from_latent", "decoder"}
