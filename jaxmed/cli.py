@@ -54,6 +54,7 @@ STAGES = {
     "cocolit train-diffusion": "train the U-Net that draws latents of SUVR maps",
     "cocolit train-controlnet": "train the ControlNet that tells it of the MRI, and the decoder with it",
     "cocolit translate": "a map of amyloid PET from a T1-weighted MRI, and where its samples disagree",
+    "cocolit evaluate": "such maps against measured PET: similarity, regions, positivity, what the MRI does",
     "dynamicdps train-prior": "train a diffusion prior on slices or volumes, contrasts drawn from label maps too",
     "dynamicdps train-initial": "train a conditional enhancer on pairs made by the low-field simulator",
     "dynamicdps calibrate": "the bank that chooses starts, its compression, and the acquisition, for one prior",

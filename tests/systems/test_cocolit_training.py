@@ -1,4 +1,4 @@
-"""The training stages of CoCoLIT end to end on phantoms, and what a user can have wrong in them."""
+"""All stages of CoCoLIT but translate, end to end on phantoms in one chain, and what a user can have wrong in them."""
 
 import csv
 import json
@@ -11,17 +11,11 @@ import pytest
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.cli import main
 from jaxmed.io import nifti
-from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
+from jaxmed.models.autoencoder_kl import autoencoder
 from jaxmed.models.published.load import load_published
-from jaxmed.models.unet_latent import LatentUnetConfig
 from jaxmed.synthesis.phantoms.write_amyloid import write_amyloid_cohort
 from jaxmed.systems.cocolit.networks import WeightsConfig, read_models
 from jaxmed.systems.cocolit.stages import train_autoencoder, train_controlnet, train_diffusion
-
-UNET = LatentUnetConfig(
-    widths=(4, 4), blocks=(1, 1), attention_levels=(False, False), head_channels=4, groups=2, channels=2, outputs=2
-)
-PET = AutoencoderKlConfig(widths=(2, 4), blocks=(1, 1), latent_channels=2, groups=2)
 
 
 def largest(tree):
@@ -33,11 +27,16 @@ def run(*words):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Train the ControlNet at smoke size: makes phantoms, both autoencoders, latents and a U-Net by itself."""
+def evaluated(tmp_path_factory):
+    """Evaluate at smoke size: makes phantoms, both autoencoders, latents, U-Net and ControlNet by itself."""
     place = tmp_path_factory.mktemp("cocolit") / "run"
-    assert run("train-controlnet", "--preset", "smoke", "--out", place) == 0
+    assert run("evaluate", "--preset", "smoke", "--out", place) == 0
     return place
+
+
+@pytest.fixture(scope="module")
+def trained(evaluated):
+    return evaluated / "inputs" / "train-controlnet"
 
 
 def metrics(place, name):
@@ -77,7 +76,7 @@ def test_latents_are_means_channels_first_and_stand_in_the_released_table(traine
         latent = stored["data"]
     image = published.preprocess(rows[0]["suvr_path"])
     expected = jax.jit(autoencoder(published.config).encode)(published.params, jnp.asarray(image[None]))[0][0]
-    assert latent.shape == (4, 12, 12, 12)
+    assert latent.shape == (4, 8, 8, 8)
     np.testing.assert_allclose(np.moveaxis(latent, 0, -1), expected, atol=1e-4)
     moments = summary(place)["latents"]["suvr"]
     values = np.stack([np.load(place / "outputs" / row["suvr_latent_path"])["data"] for row in rows])
@@ -104,7 +103,33 @@ def test_translate_reads_what_training_leaves(trained):
         change = largest(jax.tree.map(jnp.subtract, models.pet.params[part], pet.params[part]))
         assert (change > 0) == (part in ("decoder", "from_latent")), part
     assert largest(models.controlnet.params["after_middle"]) > 0  # it started at 0
-    assert models.mri.preprocess.spacing == models.pet.preprocess.spacing == (8.0,)
+    assert models.mri.preprocess.spacing == models.pet.preprocess.spacing == (12.0,)
+
+
+def test_maps_are_scored_against_pet_beside_pix2pix_and_the_mri_of_another(evaluated):
+    found, outputs = summary(evaluated), evaluated / "outputs"
+    assert found["failed"] == 0 and len(found["pairs"]) == 2
+    methods = ["CoCoLIT", "CoCoLIT, MRI of another", "pix2pix"]
+    for pair in found["pairs"]:
+        name = pair["name"]
+        maps = {what: nifti.read(outputs / f"{name}_{what}.nii.gz").array for what in (
+            "mri", "pet", "suvr", "spread", "difference"
+        )}  # fmt: skip
+        assert all(volume.shape == (16, 16, 16) for volume in maps.values()) and maps["spread"].min() >= 0
+        np.testing.assert_allclose(maps["difference"], maps["suvr"] - maps["pet"], atol=1e-5)
+        assert list(pair["images"]) == methods and set(pair["regions"]["cortical"]) == {*methods, "measured"}
+        span = np.ptp(maps["pet"])
+        error = np.mean(np.square(maps["difference"].astype(np.float64))) / span**2
+        assert pair["images"]["CoCoLIT"]["mse"] == pytest.approx(error, rel=1e-3)
+        assert pair["images"]["CoCoLIT"]["psnr"] == pytest.approx(-10 * np.log10(error), abs=0.01)
+        assert pair["further"]["change by the MRI of another, rms"] > 0
+        assert pair["further"]["bias, rms"] > 0 and pair["further"]["bias in theory, rms"] > 0
+    measures = {line["measure"] for line in found["scores"]}
+    assert {"ssim", "psnr", "mse", "cortical mae", "cortical bias"} <= measures
+    errors = {line["method"]: line["estimate"] for line in found["scores"] if line["measure"] == "mse"}
+    assert errors["CoCoLIT"] == pytest.approx(np.mean([pair["images"]["CoCoLIT"]["mse"] for pair in found["pairs"]]))
+    page = (evaluated / "report.html").read_text()
+    assert all(word in page for word in ("Synthesised", "Spread", "Difference", "pix2pix", "1.326"))
 
 
 def test_the_presets_paper_are_the_published_recipe():
@@ -153,6 +178,9 @@ def spoiled(pairs, **changes):
         ("train-diffusion", {}, [], "a column 'suvr_latent_path'"),
         ("train-diffusion", {"suvr_latent_path": "mri/pair_0000.nii.gz"}, [], "a latent: a .npz file"),
         ("train-controlnet", {}, [], "a column 'scan_latent_path'"),
+        ("train-autoencoder", {}, ["--perceptual", "nothing"], "nothing"),
+        ("evaluate", {}, ["--split", "test"], "pairs of split test"),
+        ("evaluate", {}, [], "weights.mri: expected the autoencoder of MRI"),
     ],
 )
 def test_mistakes_are_told_in_one_line(stage, changes, words, said, pairs, tmp_path, capsys):

@@ -38,6 +38,7 @@ FILES = {
     "cocolit train-diffusion": (["--data.manifest"],),
     "cocolit train-controlnet": (["--data.manifest"],),
     "cocolit translate": (["--input"], ["--data.manifest"]),
+    "cocolit evaluate": (["--data.manifest"],),
     "dynamicdps train-prior": (["--input"], ["--data.manifest"], ["--data.labels"]),
     "dynamicdps train-initial": (["--input"], ["--data.manifest"], ["--data.labels"]),
     "dynamicdps calibrate": (["--input"],),

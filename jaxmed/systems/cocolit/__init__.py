@@ -25,6 +25,9 @@ Stages:
      WEIGHTS holds the released files src.pth, tgt.pth, dif.pth and cnt.pth; --weights.mri, .pet, .unet and .controlnet
      name them one by one. --samples 64 is the paper's number, 1 the released tool's. The released options work too:
      jaxmed cocolit translate --i t1.nii.gz --o suvr.nii.gz --m 64 --ddim-n 50 --weights.folder WEIGHTS
+  6. jaxmed cocolit evaluate --data.manifest pairs.csv --weights.folder WEIGHTS --regions.cortical MASK
+     --out runs/scores
+     scores maps of the split test against PET; --baseline.steps 5000 trains a pix2pix on the split train beside.
 
 The released sampler holds the expected latent within [-1, 1] at every step, although latents have no such range, and
 leaves the expected noise as it was. That is the default here as well; --no-clip leaves latents free. How many entries

@@ -22,7 +22,6 @@ from jaxmed.recipes.map_images import Inputs, map_images
 from jaxmed.recipes.paired_maps import (
     MEASURED,
     Measured,
-    PairSummary,
     compare_averages,
     pairs_page,
     read_region,
@@ -31,6 +30,7 @@ from jaxmed.recipes.paired_maps import (
     score_pair,
     score_pairs,
 )
+from jaxmed.recipes.paired_maps import PairSummary as Summary
 from jaxmed.recipes.pix2pix import Pix2PixConfig, fit_files, translate_image
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.recipes.training import NO_PREFIX
@@ -167,7 +167,7 @@ def run(config: Config, folder: RunFolder) -> int:
     )
     clock.lap("translate and measure, compilation included")
     scores, notes = score_pairs(done, config.threshold, config.seed) if done else ((), ())
-    finish(folder, asked, PairSummary(done, failed, scores, notes), clock, page)
+    finish(folder, asked, Summary(done, failed, scores, notes), clock, page)
     return 1 if failed else 0
 
 
@@ -242,7 +242,7 @@ READING = (
 )
 
 
-def page(run: Finished[Config, PairSummary]) -> Page:
+def page(run: Finished[Config, Summary]) -> Page:
     """Show the scores, the pairs, and what was found of samples and averages."""
     caption = f"Means and agreement over pairs; positive above {run.config.threshold:g} SUVR."
     return pairs_page(run, "CoCoLIT against PET", OURS, caption, MAPS, READING)
