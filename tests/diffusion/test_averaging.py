@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmed.diffusion.averaging import Moments, average_samples, merge
+from jaxmed.diffusion.averaging import Moments, average_samples, curvature_trace, merge
 from jaxmed.diffusion.denoiser import Denoiser
 from jaxmed.diffusion.samplers import Ddim, SamplerState, draw_noise, plan, run, sample_keys
 from jaxmed.diffusion.schedule import VpDiscrete
@@ -129,3 +129,19 @@ def test_a_chunk_spread_over_devices_gives_the_same(key):
 def test_no_samples_are_refused(key):
     with pytest.raises(ValueError, match="num_samples, chunk"):
         average_samples(key, PRIOR, (3,), SAMPLER, 0)
+
+
+def test_the_trace_of_a_quadratic_decoder_is_exact_and_predicts_the_bias():
+    """D(z) = z'Az has the Hessian 2A everywhere; E[D(mean of m)] - E[D] = (1/m - 1) Tr(A S)."""
+    rng = np.random.default_rng(0)
+    matrix, std = jnp.asarray(rng.normal(size=(5, 5)), jnp.float32), jnp.asarray(rng.uniform(0.5, 2, 5), jnp.float32)
+    decode = lambda z: jnp.stack([z @ matrix @ z, z @ jnp.diag(jnp.diag(matrix)) @ z])  # noqa: E731
+    keys = jax.random.split(jax.random.key(0), 400)
+    found = jax.jit(lambda place: curvature_trace(decode, place, std, keys))(jnp.ones(5))
+    trace = float(2 * (jnp.diag(matrix) * std**2).sum())
+    assert float(found[1]) == pytest.approx(trace, rel=1e-4)  # signs cancel off the diagonal alone
+    assert float(found[0]) == pytest.approx(trace, abs=0.15 * float(jnp.abs(matrix).sum()))
+    m = 4
+    samples = 1 + std * jax.random.normal(jax.random.key(1), (20_000, m, 5))
+    each, mean = jax.vmap(jax.vmap(decode))(samples)[..., 1].mean(), jax.vmap(decode)(samples.mean(1))[:, 1].mean()
+    assert float(mean - each) == pytest.approx(0.5 * (1 / m - 1) * trace, abs=0.25)

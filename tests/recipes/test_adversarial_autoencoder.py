@@ -100,6 +100,22 @@ def test_the_released_discriminator_gets_the_autoencoders_gradient_too(params, f
         np.testing.assert_allclose(one, two, atol=1e-6 + 1e-4 * float(jnp.abs(two).max()))
 
 
+def test_a_perceptual_term_counts_by_its_weight(params, found):
+    """Its keys are those that the latent's noise has not used."""
+    seen = []
+
+    def perceptual(keys, made, image):
+        seen.append(keys)
+        return jnp.square(made - image).mean()
+
+    config = dataclasses.replace(LOSS, perceptual=3.0)
+    value, terms = jax.jit(
+        lambda params: adversarial_autoencoder_loss(CODER, CRITIC, config, params, KEYS, IMAGE, perceptual)
+    )(params)
+    assert seen[0].shape == KEYS.shape and float(terms["perceptual"]) > 0
+    assert float(value) == pytest.approx(float(found[0][0]) + 3 * float(terms["perceptual"]), rel=1e-4)
+
+
 @pytest.mark.peers
 def test_loss_and_gradient_are_those_of_torch(params, found):
     """From the same reconstruction on: the discriminator's layers and both adversarial terms in PyTorch."""
