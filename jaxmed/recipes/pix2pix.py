@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class Pix2PixConfig:
         batch: Pairs of a step.
         peak_lr: Learning rate of both networks; falls to 0 over the second half.
         error_weight: Weight of the mean absolute error beside the adversarial loss.
-        model: The U-Net.
+        model: The U-Net; volumes of full size want its attention "blocks", since its middle attends to all voxels.
         discriminator: Its opponent, of both images: two channels.
     """
 
@@ -61,6 +62,8 @@ class Pix2PixConfig:
             raise ValueError("discriminator: expected two channels, and as many axes as the model")
 
 
+# Compiled here, as what follows: op by op a network takes minutes.
+@partial(jax.jit, static_argnames=("config",))
 def translate_image(config: Pix2PixConfig, params: Params, source: Float[Array, "batch *space 1"]) -> Array:
     """Return the images that a trained network makes of others."""
     return guided_unet(config.model, source.shape[1:-1]).apply(params, source)
@@ -85,7 +88,6 @@ def fit_files(
     return fit_pix2pix(jax.random.key(seed), source, target, config)[0]
 
 
-# Compiled here: op by op a network's start alone takes minutes.
 @partial(jax.jit, static_argnames=("config",))
 def fit_pix2pix(
     key: KeyArray,
@@ -113,12 +115,12 @@ def fit_pix2pix(
     optimizer = optax.adam(rate, b1=MOMENTUM)
     loss = partial(pix2pix_loss, generator.apply, critic.apply, config.error_weight)
 
-    def step(state: tuple[Params, optax.OptState], key: KeyArray) -> tuple[tuple[Params, optax.OptState], Scalar]:
+    def step(state: Any, key: KeyArray) -> tuple[Any, Scalar]:
         params, moments = state
         rows = jax.random.randint(key, (config.batch,), 0, len(source))
         gradient, error = jax.grad(loss, has_aux=True)(params, source[rows], target[rows])
         updates, moments = optimizer.update(gradient, moments)
-        return (optax.apply_updates(params, updates), moments), error  # pyright: ignore[reportReturnType]
+        return (optax.apply_updates(params, updates), moments), error
 
     keys = jax.random.split(step_key, config.steps)
     (params, _), errors = jax.lax.scan(step, (params, optimizer.init(params)), keys)

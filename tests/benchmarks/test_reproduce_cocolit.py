@@ -77,3 +77,23 @@ def test_patients_stand_on_one_grid_about_their_tumour(reproduce, tmp_path):
     middle = pair[0].affine @ [11.5, 11.5, 11.5, 1]
     np.testing.assert_allclose(middle[:3], [40, 22, 22], atol=1e-4)
     assert set(moments) == {"mri", "suvr"} and moments["mri"][1] > 0
+
+
+@pytest.mark.slow
+def test_trained_networks_listen_to_the_mri_and_average_well(reproduce, tmp_path):
+    """Section (i) 10 of the specification, on few phantoms: the MRI steers, averages are closer, positivity is told.
+
+    The negative control is at chance: nothing in its MRI tells of the PET.
+    """
+    size = reproduce.Size(60, reproduce.Steps(500, 1000, 800, 300), reproduce.Steps(1, 1, 1, 1), 8, 20)
+    arms = reproduce.on_phantoms(size, tmp_path / "linked", linked=True)
+    last, single = arms["+LAS+WISL"], arms["+WISL"]
+    assert reproduce.gain(last, last, "psnr", other=reproduce.OTHER).low > 0
+    assert reproduce.gain(last, single, "psnr").low > 0 and reproduce.gain(last, single, "ssim").low > 0
+    assert reproduce.line(last, "positivity balanced_accuracy")["estimate"] > 0.7
+    assert reproduce.line(last, "cortical correlation")["estimate"] > 0.5
+    shuffled = reproduce.line(last, "cortical correlation", reproduce.OTHER)
+    assert shuffled is None or abs(shuffled["estimate"]) < 0.5
+    control = reproduce.on_phantoms(size, tmp_path / "control", linked=False)["+LAS+WISL"]
+    chance = reproduce.line(control, "cortical correlation")
+    assert chance is None or chance["low"] is None or chance["low"] <= 0 <= chance["high"]
