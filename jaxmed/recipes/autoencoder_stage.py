@@ -22,6 +22,7 @@ from jaxmed.io.maps import write_map
 from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
 from jaxmed.models.patch_discriminator import PatchDiscriminatorConfig
 from jaxmed.models.published.load import load_published
+from jaxmed.models.squeezenet import LEAST
 from jaxmed.objectives.perceptual import PerceptualConfig, make_slice_distance
 from jaxmed.recipes.adversarial_autoencoder import (
     Augment,
@@ -170,8 +171,14 @@ def run_autoencoder(
         folder: Of the run.
         clock: Gets the laps.
         page: Of the stage.
+
+    Raises:
+        InputError: Images are too small for the perceptual term.
     """
     train, preprocess = parts.train, images.preprocess
+    if initial.perceptual is not None and min(preprocess.size) < LEAST:
+        expected = f"{LEAST} voxels or more along each axis, for the perceptual term"
+        raise InputError("size", expected, f"{preprocess.size}", "leave --perceptual out, or change --size")
     log = begin(folder, initial.notes, tensorboard=train.loop.tensorboard)
     counts = count_records(images.data)
     told = "with" if initial.perceptual is not None else "without"

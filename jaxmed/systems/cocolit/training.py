@@ -1,4 +1,4 @@
-"""What the training stages share: the tables, preprocessing, and the loss of the ControlNet.
+"""What the stages that read pairs share: their tables, phantoms, and how files become the networks' input.
 
 Source: CoCoLIT, arXiv:2508.01292, its abstract and official code.
 """

@@ -41,7 +41,7 @@ from jaxmed.systems.cocolit.training import COLUMNS, SOURCE, PairData, find_pair
 from jaxmed.systems.cocolit.translation import POSITIVE, Models, SamplingConfig, predict_bias, translate
 from jaxmed.train.announce import announce
 from jaxmed.train.run_folder import RunFolder
-from jaxmed.volume import Volume
+from jaxmed.volume import Volume, require_same_grid
 
 TRIES_FAILED_AGAIN = True
 OURS, OTHER, BASELINE = "CoCoLIT", "CoCoLIT, MRI of another", "pix2pix"
@@ -191,9 +191,15 @@ def measure(
     config: Config, models: Models, regions: Mapping[str, Volume], baseline: Any, one: Inputs, other: Path | None,
     subject: str, outputs: Path,
 ) -> Measured:  # fmt: skip
-    """Translate the MRI of a pair, write the maps, and measure them against the PET."""
+    """Translate the MRI of a pair, write the maps, and measure them against the PET.
+
+    Raises:
+        InputError: A file cannot be read, or MRI and PET are on different grids.
+    """
     place, key = one.beside["suvr"], jax.random.key(config.seed)
     assert place is not None
+    scan_grid = nifti.read(one.path).grid
+    require_same_grid(nifti.read(place).grid, scan_grid, str(place), str(one.path))
     (mean,), (std,) = models.pet.preprocess.intensity.mean, models.pet.preprocess.intensity.std
     mri, truth = models.mri.preprocess(one.path)[..., 0], std * models.pet.preprocess(place)[..., 0] + mean
     found = jax.device_get(translate(key, models, mri, config.samples, config.sampling))
@@ -214,7 +220,7 @@ def measure(
             theory_key = jax.random.key(config.seed + 2)
             theory = np.asarray(predict_bias(theory_key, models, found, config.samples, config.directions))
         further |= compare_averages(images[OURS], np.asarray(found.mean_map), theory)
-    grid = models.mri.preprocess.input_grid(nifti.read(one.path).grid)
+    grid = models.mri.preprocess.input_grid(scan_grid)
     shown = {"mri": mri, "pet": truth, "suvr": images[OURS], "difference": images[OURS] - truth}
     shown |= {} if found.spread is None or config.samples == 1 else {"spread": np.asarray(found.spread)}
     for name, array in shown.items():
