@@ -26,6 +26,7 @@ from jaxmed.volume import Grid, Volume
 
 MEASURED = "measured"
 MOST_PICTURES = 8
+DIVERGING = ("RdBu_r", "RdBu", "coolwarm")
 OF_REGIONS = ("correlation", "mae", "bias")
 OF_POSITIVITY = ("balanced_accuracy", "auroc", "sensitivity", "specificity")
 
@@ -195,7 +196,7 @@ def score_pairs(
         for region in rows[0].regions:
             truth, found = (np.array([row.regions[region][of] for row in rows]) for of in (MEASURED, method))
             task = Task("regression", (region,), (0.0,), (1.0,))
-            scores, said = score_set(task, truth[:, None], found[:, None], subjects, seed=seed)
+            scores, missed = score_set(task, truth[:, None], found[:, None], subjects, seed=seed)
             kept = {f"{region} {one.measure}": one.interval for one in scores if one.measure in OF_REGIONS}
             if region == positive:
                 # Any monotone map to (0, 1) with 1/2 at the threshold: ranks and decisions are the same.
@@ -205,8 +206,8 @@ def score_pairs(
                     Task("binary", ("positive",)), is_positive[:, None], chance[:, None], subjects, seed=seed
                 )
                 kept |= {f"positivity {one.measure}": one.interval for one in scores if one.measure in OF_POSITIVITY}
-                said = [*said, *more]
-            notes += [f"{method}: {text}" for text in said]
+                missed = [*missed, *more]
+            notes += [f"{method}: {text}" for text in missed]
             lines += [
                 Line(method, name, one.estimate, _finite(one.low), _finite(one.high)) for name, one in kept.items()
             ]
@@ -252,12 +253,30 @@ def pair_section(
     read = {styles[name][0]: reorient(nifti.read(path)) for name, path in paths.items() if path.exists()}
     if not read:
         return Section(row.name, [Note("The maps are no longer in this folder.", "warning")])
-    first = next(iter(read.values()))
+    spacing, arrays = next(iter(read.values())).spacing, {title: volume.array for title, volume in read.items()}
     figure = slice_maps(
-        {title: volume.array for title, volume in read.items()}, first.spacing, mask=mask, num_slices=4,
-        caption=f"{row.name}, {row.subject}: " + ", ".join(read) + ".", styles=dict(styles.values()),
+        arrays, spacing, mask=mask, num_slices=4, caption=f"{row.name}, {row.subject}: " + ", ".join(read) + ".",
+        styles=one_range(arrays, dict(styles.values())),
     )  # fmt: skip
     return Section(row.name, [*(Note(text) for text in row.notes), figure])
+
+
+def one_range(arrays: Mapping[str, Float[np.ndarray, "x y z"]], styles: Mapping[str, MapStyle]) -> dict[str, MapStyle]:
+    """Return styles with limits: one range for maps of one unit and colours, and 0 in the middle of diverging ones."""
+    found = {}
+    for title, style in styles.items():
+        alike = [
+            array for other, array in arrays.items()
+            if (styles[other].unit, styles[other].colormap) == (style.unit, style.colormap)
+        ]  # fmt: skip
+        if title in arrays and alike and style.limits is None:
+            ends = np.array([np.percentile(array, (0.5, 99.5)) for array in alike])
+            low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+            if style.colormap in DIVERGING:
+                low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+            style = dataclasses.replace(style, limits=(low, high) if low < high else None)
+        found[title] = style
+    return found
 
 
 def pairs_page(

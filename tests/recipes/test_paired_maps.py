@@ -11,12 +11,14 @@ from jaxmed.recipes.paired_maps import (
     MEASURED,
     Measured,
     compare_averages,
+    one_range,
     read_region,
     region_means,
     score_pair,
     score_pairs,
     score_table,
 )
+from jaxmed.report.figures import MapStyle
 from jaxmed.volume import Grid, Volume
 
 pytestmark = pytest.mark.core
@@ -91,6 +93,17 @@ def test_a_cohort_of_one_class_has_no_positivity_and_says_so():
     assert any("labels" in note for note in notes)
     single, said = score_pairs(rows[:1], 1.326, 0)
     assert single[0].low is None and said
+
+
+def test_maps_of_one_unit_have_one_range_and_differences_are_around_0():
+    suvr, other = MapStyle("SUVR", colormap="inferno"), MapStyle("SUVR", colormap="RdBu_r")
+    arrays = {"PET": TRUTH, "Synthesised": TRUTH + 1, "Difference": TRUTH - 2}
+    found = one_range(arrays, {"PET": suvr, "Synthesised": suvr, "Difference": other, "Spread": suvr})
+    assert found["PET"].limits == found["Synthesised"].limits and found["Spread"].limits is None
+    low, high = found["PET"].limits
+    assert low == pytest.approx(np.percentile(TRUTH, 0.5)) and high == pytest.approx(np.percentile(TRUTH, 99.5) + 1)
+    low, high = found["Difference"].limits
+    assert low == -high and high == pytest.approx(2 - np.percentile(TRUTH, 0.5))
 
 
 def test_averages_are_compared_with_theory():
