@@ -25,7 +25,7 @@ MRI = {"background": -65.0, "fluid": -40.0, "grey": -14.0, "white": 0.0}
 """T1-weighted intensities by WhiteStripe: deviations of white matter from its mean."""
 SUVR = {"background": 0.0, "fluid": 0.5, "cerebellum": 1.0, "white": 1.2, "cortex": (1.0, 0.65)}
 """Uptake relative to the cerebellum's; the cortex has the first number and, at full uptake, the second more."""
-REGION_DEPTH = (2.0, 6.0)
+REGION_DEPTH = (4.0, 8.0)
 MIDPOINT, SLOPE = 0.5, 0.06
 MRI_NOISE, SUVR_NOISE = 2.0, 0.05
 
@@ -98,7 +98,9 @@ def draw_pair(
 
 
 def cortical_region(shape: tuple[int, int, int], spacing: float) -> Bool[Array, "x y z"]:
-    """Return a region that is cortex in every subject, whatever the atrophy: a shell at 2 to 6 mm of depth.
+    """Return a region that is mostly cortex in every subject, whatever the atrophy: a shell at 4 to 8 mm of depth.
+
+    Deep enough that a brain smaller than the mean still fills it: beyond the brain there is no uptake at all.
 
     Args:
         shape: Voxels, as of `draw_pair`.
