@@ -107,7 +107,7 @@ class Linear(nn.Module):
     def __call__(self) -> tuple[Float[Array, " channel"], ...]:
         start = nn.initializers.constant
         return tuple(
-            self.param(f"level_{level}", start(1 / width), (width,)) for level, width in enumerate(WIDTHS)
+            jnp.asarray(self.param(f"level_{level}", start(1 / width), (width,))) for level, width in enumerate(WIDTHS)
         )  # fmt: skip
 
 

@@ -112,4 +112,4 @@ def test_averages_are_compared_with_theory():
     assert found["bias, rms"] == pytest.approx(float(np.sqrt(np.mean(bias**2))), rel=1e-2)
     assert found["bias in theory, rms"] == pytest.approx(0.5 * found["bias, rms"], rel=1e-2)
     assert found["bias, correlation with theory"] > 0.999 and found["averages, correlation"] > 0.999
-    assert "bias in theory, rms" not in compare_averages(TRUTH + bias, TRUTH)
+    assert "bias in theory, rms" not in compare_averages(TRUTH + bias, TRUTH, None)
