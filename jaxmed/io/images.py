@@ -5,6 +5,7 @@ for colour, red, green, blue. 8-bit and 16-bit integers are scaled to [0, 1] by 
 to 0 and 1, in every format; other integers and floating point values are kept as they are.
 """
 
+import io
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -95,8 +96,7 @@ def write_png(path: str | Path, image: Shaped[np.ndarray, "row column *channel"]
 
     Args:
         path: A .png file.
-        image: row, column or row, column, 3. uint8 and (grayscale only) uint16 are written as they
-            are; floating point has to lie in [0, 1] and is written with 8 bits.
+        image: As in `encode_png`.
 
     Raises:
         InputError: When the array is no such image, or the place is not writable.
@@ -104,19 +104,36 @@ def write_png(path: str | Path, image: Shaped[np.ndarray, "row column *channel"]
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise InputError(path, "a .png name", f"the suffix '{path.suffix}'")
+    encoded = encode_png(image, path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(encoded)
+
+
+def encode_png(image: Shaped[np.ndarray, "row column *channel"], where: object = "image") -> bytes:
+    """Return the bytes of a PNG.
+
+    Args:
+        image: row, column or row, column, 3. uint8 and (grayscale only) uint16 are written as they
+            are; floating point has to lie in [0, 1] and is written with 8 bits.
+        where: Its name in messages.
+
+    Raises:
+        InputError: When the array is no such image.
+    """
     is_colour = image.ndim == 3 and image.shape[2] == 3
     if not (image.ndim == 2 or is_colour) or image.size == 0:
-        raise InputError(path, "an image of row, column or row, column, 3", f"shape {image.shape}")
+        raise InputError(where, "an image of row, column or row, column, 3", f"shape {image.shape}")
     if image.dtype.kind == "f":
         low, high = float(image.min()), float(image.max())
         if not (low >= 0 and high <= 1):
             found = f"values in [{low:g}, {high:g}]"
-            raise InputError(path, "values in [0, 1]", found, "scale the image first")
+            raise InputError(where, "values in [0, 1]", found, "scale the image first")
         image = np.rint(image * 255).astype(np.uint8)
     if image.dtype != np.uint8 and not (image.dtype == np.uint16 and image.ndim == 2):
-        raise InputError(path, "uint8, grayscale uint16 or floating point", f"{image.dtype}")
-    with atomic_path(path) as temporary:
-        Image.fromarray(np.ascontiguousarray(image)).save(temporary, format="PNG")
+        raise InputError(where, "uint8, grayscale uint16 or floating point", f"{image.dtype}")
+    encoded = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(encoded, format="PNG")
+    return encoded.getvalue()
 
 
 def _read(

@@ -241,6 +241,7 @@ def agreement(
     *,
     caption: str,
     units: Mapping[str, str] | None = None,
+    words: tuple[str, str] = ("truth", "estimate"),
 ) -> Figure:
     """Draw estimate against truth, a panel per name, with the identity line.
 
@@ -253,6 +254,7 @@ def agreement(
         estimate: The same names and lengths.
         caption: Text under the figure.
         units: Unit by name.
+        words: What the two are, where "truth" says too much, such as ("measured", "predicted").
     """
     _check_names(truth, estimate)
     pairs = {name: _finite_pairs(truth[name], estimate[name]) for name in truth}
@@ -275,7 +277,7 @@ def agreement(
                 ax.plot(x, y, "o", markersize=3.5, alpha=0.6, markeredgewidth=0, color=theme.cycle[0])
             ax.plot([low, high], [low, high], color=theme.text, linewidth=0.9, linestyle=(0, (4, 3)))
             ax.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-            ax.set(xlabel="truth", ylabel="estimate")
+            ax.set(xlabel=words[0], ylabel=words[1])
             for side in (ax.xaxis, ax.yaxis):
                 side.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             ax.grid(False)
@@ -285,7 +287,7 @@ def agreement(
         return canvas
 
     said = "; ".join(f"{name}: {text.replace(chr(10), ', ')}" for name, text in numbers.items())
-    return both_themes(draw, "png", caption, f"Estimate against truth. {said}.")
+    return both_themes(draw, "png", caption, f"{words[1].capitalize()} against {words[0]}. {said}.")
 
 
 class Band(NamedTuple):

@@ -45,6 +45,19 @@ class ImageConfig:
                 raise ValueError(f"{name}: expected an angle below 90 degrees, found {getattr(self, name)}")
 
 
+FACTORS: dict[str, dict[str, float | bool]] = {
+    "phase": {"phase": False},
+    "affine": {"rotation": 0.0, "zoom": 0.0, "shear": 0.0, "shift": 0.0},
+    "noise": {"noise": 0.0},
+}
+"""What is held still where a factor of the perturbation is left out."""
+
+
+def hold_still(config: ImageConfig, factor: str) -> ImageConfig:
+    """Return the perturbation without one of its `FACTORS`."""
+    return dataclasses.replace(config, **FACTORS[factor])  # pyright: ignore[reportArgumentType]
+
+
 def perturb_images(
     keys: Key[Array, " draw"], cine: Float[Array, "phase *space"], spacing: Sequence[float], config: ImageConfig
 ) -> Float[Array, "draw *space"]:

@@ -100,6 +100,7 @@ QUESTIONS = (
     "Of the following, what is the likeliest finding of the next {years} years?",
     "Taking all into account, which condition lies ahead in the next {years} years?",
 )
+FACTS = ("age", "sex", "bmi", "systolic", "diastolic", "pulse", "symptoms", "history", "smoking", "alcohol")
 NAME = re.compile(r"\{(\w+)\}")
 HORIZON = re.compile(r"(\d+(?:\.\d+)?)\s*-?\s*years?\b", re.IGNORECASE)
 # A fact is what it says up to the punctuation that a template sets behind it.
@@ -109,6 +110,32 @@ FACT = r"[^.;,:]+(?:\.\d+)?"
 def body_mass_index(weight: float, height: float) -> float:
     """Return kg/m2 from a weight in kg and a height in m."""
     return weight / height**2
+
+
+def facts_of(row: Mapping[str, str]) -> dict[str, str]:
+    """Return the facts of a row; BMI from weight and height where it is not given.
+
+    Raises:
+        InputError: Weight and height are no such numbers.
+    """
+    facts = {name: row[name] for name in FACTS if row.get(name)}
+    if "bmi" not in facts and row.get("weight") and row.get("height"):
+        try:
+            index = body_mass_index(float(row["weight"]), float(row["height"]))
+        except (ValueError, ZeroDivisionError) as error:
+            found = f"{row['weight']} and {row['height']}"
+            raise InputError("weight, height", "kg and m", found) from error
+        if not 5 < index < 200:
+            raise InputError("weight, height", "kg and m", f"{row['weight']} and {row['height']}", "is it in cm?")
+        facts["bmi"] = f"{index:.1f}"
+    return facts
+
+
+def facts_said(facts: Mapping[str, str]) -> dict[str, str]:
+    """Return the facts that some sentence holds: a field with an unknown fact has none."""
+    said = known_fields(facts)
+    names = {name for field in said for name in FACTS if f"{{{name}}}" in TEMPLATES[field][0]}
+    return {name: fact for name, fact in facts.items() if name in names}
 
 
 def known_fields(facts: Mapping[str, str]) -> tuple[str, ...]:

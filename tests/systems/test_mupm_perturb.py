@@ -13,7 +13,7 @@ from jaxmed.cli import main
 from jaxmed.data.augment import affine_places, warp
 from jaxmed.errors import InputError
 from jaxmed.io.images import read_image
-from jaxmed.synthesis.image_moves import ImageConfig, move, perturb_images, rotation_matrix
+from jaxmed.synthesis.image_moves import FACTORS, ImageConfig, hold_still, move, perturb_images, rotation_matrix
 from jaxmed.synthesis.record_texts import QUESTIONS, TEMPLATES, body_mass_index, horizon, parse, question, render
 from jaxmed.systems.mupm.answers import AnswerConfig, read_answers
 
@@ -37,6 +37,14 @@ def test_no_ranges_leave_the_image_and_the_released_ones_leave_a_picture():
     np.testing.assert_allclose(
         perturb_images(keys[1:2], cine, (1.0, 1.0, 10.0), ImageConfig(batch=2))[0], moved[1], atol=1e-6
     )
+
+
+def test_a_factor_that_is_held_still_changes_nothing_any_more():
+    assert set(FACTORS) == {"phase", "affine", "noise"}
+    still = ImageConfig()
+    for name in FACTORS:
+        still = hold_still(still, name)
+    assert still == STILL
 
 
 def shown(image, matrix):
@@ -116,8 +124,8 @@ def test_the_command_writes_questions_that_come_back_as_a_table(tmp_path):
     outputs = tmp_path / "run" / "outputs"
     with (outputs / "questions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * (3 * 5 + 2 + 4)
-    first = rows[:21]
+    assert len(rows) == 3 * (3 * 5 + 2 + 4 + 4)
+    first, still = rows[:21], rows[21:25]
     assert [(row["branch"], row["draw"]) for row in first[:6]] == [("image", str(d)) for d in range(5)] + [
         ("text", "0")
     ]
@@ -133,8 +141,19 @@ def test_the_command_writes_questions_that_come_back_as_a_table(tmp_path):
     options = ("heart failure", "hypertrophy", "none of these")
     answers = read_answers(tmp_path / "answered.csv", AnswerConfig(options=options), 0)
     assert answers.branches.answers.shape == (3, 3, 4, 5) and answers.repeats.is_valid.sum() == 6
-    assert set(answers.factors) == {"bmi"} and (answers.labels == [0, 1, 2]).all()
-    assert json.loads((outputs / "summary.json").read_text())["calls"] == 21
+    # The factor of the image that is held still: images of their own, unmoved but for noise and phase, stored words.
+    assert [(row["branch"], row["draw"], row["factor"]) for row in still] == [
+        ("image", str(draw), "affine") for draw in range(1, 5)
+    ]
+    assert {row["text"] for row in still} == {first[0]["text"]}
+    assert len({row["image"] for row in still} | {row["image"] for row in first}) == 13
+    kept = [read_image(outputs / row["image"]) for row in still]
+    # Unmoved, a picture is nearer the stored one than moved ones are, whatever phase it shows.
+    assert np.mean([np.abs(image - images[0]).mean() for image in kept]) < np.mean(
+        [np.abs(image - images[0]).mean() for image in images[1:]]
+    )
+    assert set(answers.factors) == {"bmi", "affine"} and (answers.labels == [0, 1, 2]).all()
+    assert json.loads((outputs / "summary.json").read_text())["calls"] == 25
 
 
 def test_a_broken_case_fails_alone_and_wrong_tables_are_one_line(tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 In every case the probability of class k is p_k + a_k x_I + b_k x_T, where x_I and x_T are the perturbations of image
 and text: V_I = a_k^2, V_T = b_k^2, and with correlation rho of the two V = V_I + V_T + 2 rho sqrt(V_I V_T)
-(a_k and b_k have one sign). So b1 = b2 = 1 and b3 = 2 rho. x_T is a sum over named factors of the text.
+(a_k and b_k have one sign). So b1 = b2 = 1 and b3 = 2 rho. x_I and x_T are sums over named factors.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ from jaxmed.io.tables import write_table
 
 FACTORS = {"bmi": 0.0, "symptoms": 0.6, "history": 0.8}
 """Share of each factor in the perturbation of the text; their squares sum to 1, and bmi says nothing."""
+IMAGE_FACTORS = {"affine": 0.8, "noise": 0.6, "phase": 0.0}
+"""The same of the image: which phase is seen says nothing."""
 SITES = {"north": 1.0, "south": 0.6}
 """Strength of the perturbations by where a case comes from."""
 OPTIONS = ("valve", "failure", "ischaemic", "none")
@@ -43,7 +45,7 @@ class AnswersConfig:
 
 
 def write_answers(path: Path, seed: int, config: AnswersConfig) -> Path:
-    """Write a planted table; it has the columns that `jaxmed mupm` reads, sites, and answers without each factor."""
+    """Write a planted table: the columns that `jaxmed mupm` reads, sites, and answers without each factor."""
     rng = np.random.default_rng(seed)
     rows = [row for case in range(config.cases) for row in _answer(rng, case, config)]
     write_table(path, tuple(rows[0]), rows)
@@ -63,9 +65,12 @@ def _answer(rng: np.random.Generator, case: int, config: AnswersConfig) -> Itera
         ("text", "", (parts @ shares)[:, None] * text),
         ("joint", "", pair[:, :1] * image + other[:, None] * text),
     ]
-    for place, factor in enumerate(FACTORS):
-        kept = np.where(np.arange(len(FACTORS)) == place, 0, shares)
-        blocks.append(("text", factor, (_draws(rng, config, len(FACTORS)) @ kept)[:, None] * text))
+    # From a stream of their own: what a factor of the image changes is planted beside the rest, not into it.
+    sides = (("text", FACTORS, text, rng), ("image", IMAGE_FACTORS, image, rng.spawn(1)[0]))
+    for branch, factors, size, stream in sides:
+        for place, factor in enumerate(factors):
+            kept = np.where(np.arange(len(factors)) == place, 0, list(factors.values()))
+            blocks.append((branch, factor, (_draws(stream, config, len(factors)) @ kept)[:, None] * size))
     for branch, factor, changes in blocks:
         moves = changes if factor else np.concatenate([np.zeros((1, len(OPTIONS))), changes])
         for draw, move in enumerate(moves, 1 if factor else 0):

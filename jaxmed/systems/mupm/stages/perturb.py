@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -12,27 +11,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import Bounds, Number, Seed, checked
+from jaxmed.data.cine import montage, read_cine
 from jaxmed.data.scans import Record, find_records
 from jaxmed.errors import InputError, listed, nearest
 from jaxmed.files import read_record, require_given
-from jaxmed.io import nifti
 from jaxmed.io.images import read_image, write_png
-from jaxmed.io.scans import kind_of
 from jaxmed.io.tables import write_table
 from jaxmed.recipes.map_files import map_files, write_failed
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import slice_maps
 from jaxmed.report.page import Block, Note, Section, Table, Text
-from jaxmed.synthesis.image_moves import ImageConfig, perturb_images
+from jaxmed.synthesis.image_moves import FACTORS, ImageConfig, hold_still, perturb_images
 from jaxmed.synthesis.phantoms.cine import CONDITIONS, write_cohort
-from jaxmed.synthesis.record_texts import TEMPLATES, body_mass_index, horizon, known_fields, parse, question, render
+from jaxmed.synthesis.record_texts import (
+    FACTS,
+    TEMPLATES,
+    facts_of,
+    facts_said,
+    horizon,
+    known_fields,
+    parse,
+    question,
+    render,
+)
 from jaxmed.systems.mupm.branches import index_layout
 from jaxmed.train.run_folder import RunFolder, start
 
 TRIES_FAILED_AGAIN = True
 QUESTION = "Which of these conditions will be diagnosed within the next 5 years?"
 COLUMNS = ("case", "subject", "label", "branch", "draw", "index", "factor", "image", "text", "options")
-FACTS = ("age", "sex", "bmi", "systolic", "diastolic", "pulse", "symptoms", "history", "smoking", "alcohol")
 SHOWN = 6
 
 
@@ -62,8 +69,8 @@ class Config:
         image: How images are perturbed.
         draws: Perturbations per branch.
         repeats: Identical questions beside them, to measure the noise of decoding (V_0).
-        without: Fields of the record that are left out in turn, for `redundancy`: person, bmi, pressure, symptoms,
-            history, habits.
+        without: What is left out in turn, for `redundancy`: fields of the record (person, bmi, pressure, symptoms,
+            history, habits), or parts of the perturbation of images (phase, affine, noise), which are held still.
         shared_draws: Whether the joint branch has the very perturbations of the other two; only then does the empirical
             covariance mean something. The release draws them anew.
         question: Asked where the table has none; with a horizon in years.
@@ -84,9 +91,10 @@ class Config:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
+        known = (*TEMPLATES, *FACTORS)
         for name in self.without:
-            if name not in TEMPLATES:
-                raise InputError("without", f"one of {listed(TEMPLATES)}", f"'{name}'", nearest(name, TEMPLATES))
+            if name not in known:
+                raise InputError("without", f"one of {listed(known, 9)}", f"'{name}'", nearest(name, known))
         if not 2 <= len(self.options) <= 26:
             raise InputError("options", "2 to 26 options", len(self.options))
         horizon(self.question)
@@ -99,7 +107,7 @@ def paper() -> Config:
 
 def smoke() -> Config:
     """In seconds: your cases, or three beating hearts, with four perturbations of each kind."""
-    return Config(RecordData(synthetic=3), draws=4, repeats=2, without=("bmi",))
+    return Config(RecordData(synthetic=3), draws=4, repeats=2, without=("bmi", "affine"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +152,13 @@ def run(config: Config, folder: RunFolder) -> int | None:
     if not any(known_fields(facts_of(record.row)) for record in records):
         raise InputError(manifest, f"facts in columns such as {listed(FACTS)}", listed(records[0].row))
     log = begin(folder, notes)
-    program = jax.jit(functools.partial(perturb_images, config=config.image), static_argnums=2)
+    moves = {"": config.image} | {name: hold_still(config.image, name) for name in config.without if name in FACTORS}
+    programs = {
+        name: jax.jit(functools.partial(perturb_images, config=move), static_argnums=2) for name, move in moves.items()
+    }
 
     def work(number: int, record: Record, tell) -> dict[str, object]:
-        return _perturb_case(number, record, config, program, folder.outputs)
+        return _perturb_case(number, record, config, programs, folder.outputs)
 
     done = map_files(
         records, work, folder.outputs, log, "Perturbing", "cases", lambda row: {"questions": len(row["questions"])}
@@ -164,58 +175,13 @@ def run(config: Config, folder: RunFolder) -> int | None:
     return 1 if done.failed else None
 
 
-def facts_of(row: dict[str, str]) -> dict[str, str]:
-    """Return the facts of a row; BMI from weight and height where it is not given."""
-    facts = {name: row[name] for name in FACTS if row.get(name)}
-    if "bmi" not in facts and row.get("weight") and row.get("height"):
-        try:
-            index = body_mass_index(float(row["weight"]), float(row["height"]))
-        except (ValueError, ZeroDivisionError) as error:
-            found = f"{row['weight']} and {row['height']}"
-            raise InputError("weight, height", "kg and m", found) from error
-        if not 5 < index < 200:
-            raise InputError("weight, height", "kg and m", f"{row['weight']} and {row['height']}", "is it in cm?")
-        facts["bmi"] = f"{index:.1f}"
-    return facts
-
-
-def read_cine(record: Record) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Read phases of a picture or a volume, intensities from 0 to 1, and the voxels' size in mm (1 if unknown).
-
-    Raises:
-        InputError: The file is broken, constant or of another kind.
-    """
-    if kind_of(record.path) == "nifti":
-        volume = nifti.read(record.path, dimensions=(3, 4), allow_constant=False)
-        array = volume.array if volume.array.ndim == 4 else volume.array[..., None]
-        cine, spacing = np.moveaxis(array, 3, 0), tuple(float(size) for size in volume.spacing)
-    else:
-        image = read_image(record.path, allow_constant=False)
-        if image.ndim == 3 and image.shape[2] == 3:
-            image = image.mean(axis=2)
-        cine = image if image.ndim > 2 else image[None]
-        spacing = (1.0,) * (cine.ndim - 1)
-    low, high = float(cine.min()), float(cine.max())
-    return ((cine - low) / (high - low)).astype(np.float32), spacing
-
-
-def montage(image: np.ndarray, slices: int) -> np.ndarray:
-    """Lay slices of a volume beside one another, evenly spaced along the last axis; a picture stays as it is."""
-    if image.ndim == 2:
-        return image
-    places = np.unique(np.linspace(0, image.shape[2] - 1, slices).round().astype(int))
-    columns = math.ceil(math.sqrt(len(places)))
-    tiles = [np.rot90(image[..., place]) for place in places]
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    return np.concatenate([np.concatenate(tiles[row : row + columns], 1) for row in range(0, len(tiles), columns)], 0)
-
-
 def plan(
     rng: np.random.Generator, facts: dict[str, str], asked: str, options: str, config: Config
 ) -> Iterator[Question]:
     """Yield the questions about one case in the order of the release, then identical ones and those without a factor.
 
-    Image 0 is the unperturbed one, 1 to R belong to the image branch, R + 1 to 2 R to the joint branch.
+    Image 0 is the unperturbed one, 1 to R belong to the image branch, R + 1 to 2 R to the joint branch, and further R
+    to each factor of images that is held still, in the order of the configuration.
     """
     draws = config.draws
 
@@ -236,14 +202,19 @@ def plan(
             yield Question(branch, draw, "", draw if config.shared_draws else draws + draw, again[draw - 1])
     for repeat in range(1, config.repeats + 1):
         yield Question("repeat", repeat, "", 0, stored)
+    last = 2 * draws
     for factor in config.without:
         if factor in known_fields(facts) and len(known_fields(facts)) > 1:
             for draw in range(1, draws + 1):
                 yield Question("text", draw, factor, 0, words(rng, (factor,)))
+        elif factor in FACTORS:
+            for draw in range(1, draws + 1):
+                yield Question("image", draw, factor, last + draw, stored)
+            last += draws
 
 
-def _perturb_case(number: int, record: Record, config: Config, program, outputs: Path) -> dict[str, object]:
-    cine, spacing = read_cine(record)
+def _perturb_case(number: int, record: Record, config: Config, programs, outputs: Path) -> dict[str, object]:
+    cine, spacing = read_cine(record.path)
     facts = facts_of(record.row)
     options = record.row.get("options", "").split("|") if record.row.get("options") else list(config.options)
     block = "\n".join(f"{chr(ord('A') + place)}. {name.strip()}" for place, name in enumerate(options))
@@ -253,11 +224,15 @@ def _perturb_case(number: int, record: Record, config: Config, program, outputs:
     for one in questions:
         if not one.factor and parse(one.text) != facts_said(facts):
             raise InputError(record.path, "facts that can be read back from their sentences", f"{facts}")
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number), 2 * config.draws)
-    moved = np.asarray(program(keys, jnp.asarray(cine), spacing))
+    key = jax.random.fold_in(jax.random.key(config.seed), number)
+    moved = [np.asarray(programs[""](jax.random.split(key, 2 * config.draws), jnp.asarray(cine), spacing))]
+    for place, program in enumerate([program for name, program in programs.items() if name], 1):
+        keys = jax.random.split(jax.random.fold_in(key, place), config.draws)
+        moved.append(np.asarray(program(keys, jnp.asarray(cine), spacing)))
+    pictures = np.concatenate(moved)
     used = sorted({one.image for one in questions})
     for place in used:
-        image = cine[0] if place == 0 else moved[place - 1]
+        image = cine[0] if place == 0 else pictures[place - 1]
         if image.max() == image.min():
             raise InputError(record.path, "a picture after perturbation", "one value everywhere", "move it less")
         write_png(outputs / "images" / record.name / f"{place:03d}.png", montage(image, config.slices))
@@ -271,13 +246,6 @@ def _perturb_case(number: int, record: Record, config: Config, program, outputs:
         for index, one in enumerate(questions)
     ]  # fmt: skip
     return {"questions": rows}
-
-
-def facts_said(facts: dict[str, str]) -> dict[str, str]:
-    """Return the facts that some sentence holds: a field with an unknown fact has none."""
-    said = known_fields(facts)
-    names = {name for field in said for name in FACTS if f"{{{name}}}" in TEMPLATES[field][0]}
-    return {name: fact for name, fact in facts.items() if name in names}
 
 
 def page(run: Finished[Config, Summary]) -> Page:
@@ -294,9 +262,9 @@ def page(run: Finished[Config, Summary]) -> Page:
     words = Table(("", "Record and question"), list(zip(("stored", "draw 1", "draw 2"), summary.example, strict=False)),
                   "The same facts in other words.")  # fmt: skip
     text = Text([
-        "outputs/questions.csv has a row per question: image, text and options. Ask any model, write its answer into a "
-        "column 'answer' or the probabilities of its options into columns p_OPTION, and give the table to "
-        "jaxmed mupm propagate.",
+        "outputs/questions.csv has a row per question: image, text and options. jaxmed mupm answer --questions asks a "
+        "model; or ask any other, write its answer into a column 'answer' or the probabilities of its options into "
+        "columns p_OPTION, and give the table to jaxmed mupm propagate.",
     ])  # fmt: skip
     return Page(
         "Perturbed images and records",

@@ -92,7 +92,7 @@ def paper() -> Config:
 
 
 def smoke() -> Config:
-    """In seconds: your answers, or forty cases with planted coefficients."""
+    """In seconds: your answers, or forty cases with planted coefficients, blurred by the few draws of each."""
     return Config(data=AnswerConfig(synthetic=40), fit=StudyConfig(cases=(1, 2, 5, 10, 20), repeats=50, resamples=1000))
 
 
@@ -335,7 +335,7 @@ def _predicted(run: Finished[Config, Summary]) -> list[Block]:
     with np.load(run.outputs / "unseen.npz") as stored:
         measured, predicted = stored["measured"].sum(axis=1), stored["predicted"].sum(axis=1)
     caption = "Joint variance of each case, summed over options: measured, and predicted by a fit on other subjects."
-    figure = agreement({"V": measured}, {"V": predicted}, caption=caption)
+    figure = agreement({"V": measured}, {"V": predicted}, caption=caption, words=("measured", "predicted"))
     names = {"r2": "all rows", "r2_nonzero": "rows above 0", "r2_case": "sums over the options of a case"}
     rows = [(names[name], summary.held_out_r2[name], summary.own_rows[name]) for name in names]
     scores = Table(("R2 of", "Subjects not fitted to", "The fit's own rows"), rows,
