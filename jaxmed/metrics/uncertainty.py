@@ -1,7 +1,7 @@
 """How uncertain repeated answers are, and whether the uncertain ones are the wrong ones.
 
-Spreads and entropies are functions of arrays on the device, over draws of which some may be missing. Risk over coverage
-is NumPy on the host.
+Spreads and entropies are functions of arrays on the device, over draws of which some may be missing. Risk over
+coverage, and what compares uncertainty with right and wrong answers, is NumPy on the host.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Real, Shaped
 
 from jaxmed.errors import InputError
+from jaxmed.metrics import weighted
+from jaxmed.metrics.statistics import bootstrap
 
 
 class Entropies(NamedTuple):
@@ -41,6 +43,23 @@ class RiskCoverage(NamedTuple):
     risk: Float64[np.ndarray, " row"]
     area: float
     best: float
+
+
+class Doubt(NamedTuple):
+    """One measure of uncertainty against the right and wrong answers.
+
+    Attributes:
+        auroc: Chance that a wrong answer is the more uncertain of a wrong and a right one, and its interval; None
+            where all are right or all are wrong.
+        area: Mean risk over all shares of answers given.
+        best: The least that area could be.
+        curve: Risk over coverage.
+    """
+
+    auroc: tuple[float, float, float] | None
+    area: float
+    best: float
+    curve: RiskCoverage
 
 
 def draw_variance(
@@ -114,6 +133,38 @@ def risk_coverage(uncertainty: Real[np.ndarray, " row"], is_wrong: Shaped[np.nda
 
     risk = risks(share[np.sort(groups)])
     return RiskCoverage(counts / len(wrong), risk, float(risk.mean()), float(risks(np.sort(wrong)).mean()))
+
+
+def judge(
+    uncertainty: Float64[np.ndarray, " case"],
+    is_wrong: Bool[np.ndarray, " case"],
+    subjects: np.ndarray,
+    seed: int,
+) -> Doubt:
+    """Compare a measure with right and wrong answers; intervals resample subjects."""
+    curve = risk_coverage(uncertainty, is_wrong)
+    auroc = None
+    if 0 < is_wrong.sum() < len(is_wrong) and all(len(set(subjects[is_wrong == side])) > 1 for side in (True, False)):
+        found = bootstrap(lambda weights: weighted.auroc(is_wrong, uncertainty, weights), subjects, seed=seed)
+        auroc = found.estimate, found.low, found.high
+    return Doubt(auroc, curve.area, curve.best, curve)
+
+
+def decile_calibration(variances: Float[np.ndarray, "case class"], is_right: Bool[np.ndarray, " case"]) -> float:
+    """Return the released calibration of variances: deciles of their norm against a pseudo-confidence.
+
+    The pseudo-confidence, norm / (1 + norm), RISES with the variance: a low value does not mean good calibration. It
+    is here to be compared with the release.
+
+    Source: MUPM's code: sum over bins of |accuracy - mean confidence| times the bin's share.
+    """
+    norm = np.linalg.norm(np.asarray(variances, np.float64), axis=1)
+    confidence = norm / (1 + norm)
+    edges = np.quantile(norm, np.arange(1, 10) / 10)
+    places = np.searchsorted(edges, norm, side="left")
+    counts = np.bincount(places, minlength=10)
+    gaps = np.bincount(places, is_right, 10) - np.bincount(places, confidence, 10)
+    return float(np.abs(gaps[counts > 0]).sum() / len(norm))
 
 
 def _entropy(probabilities: Float[Array, "*batch class"]) -> Float[Array, "*batch"]:

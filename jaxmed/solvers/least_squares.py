@@ -7,6 +7,7 @@ few unknowns are unrolled. On a CPU a 5 x 5 system of 100,000 takes 11 ns so, an
 general optimiser over voxels (benchmarks/results/cpu.jsonl, rows noddi_fit).
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -50,6 +51,40 @@ def solve_positive(
         rest = forward[i] - sum(lower[k, i] * solution[k] for k in range(i + 1, size))
         solution[i] = rest * inverse_diagonal[i]
     return jnp.stack(solution)
+
+
+def solve_regular(
+    gram: Float[Array, "problem unknown unknown"], cross: Float[Array, "problem unknown"]
+) -> Float[Array, "problem unknown"]:
+    """Solve normal equations whose columns have length 1; NaN where they have no single solution."""
+    # A remainder at the level of rounding is no pivot: the columns are of length 1.
+    solved = solve_positive(jnp.moveaxis(gram, 0, -1), cross.T).T
+    is_regular = jnp.linalg.eigvalsh(jnp.nan_to_num(gram))[:, :1] > 4 * jnp.finfo(gram.dtype).eps
+    return jnp.where(is_regular, solved, jnp.nan)
+
+
+def solve_nonnegative(
+    gram: Float[Array, "problem unknown unknown"], cross: Float[Array, "problem unknown"]
+) -> Float[Array, "problem unknown"]:
+    """Solve normal equations for unknowns that are not below 0; as `solve_regular` otherwise.
+
+    Every set of unknowns is tried: the best feasible solution is one of these, and three unknowns have eight sets.
+
+    Source: Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23: the optimum is the unconstrained
+    solution on its own positive set.
+    """
+    size = gram.shape[-1]
+    sets = jnp.array(list(itertools.product((0.0, 1.0), repeat=size)), gram.dtype)
+
+    def attempt(mask: Array) -> tuple[Array, Array]:
+        found = solve_regular(gram * mask[:, None] * mask + jnp.diag(1 - mask), cross * mask) * mask
+        costs = jnp.einsum("rp,rpq,rq->r", found, gram, found) - 2 * (found * cross).sum(-1)
+        return found, jnp.where((found >= 0).all(-1) & jnp.isfinite(costs), costs, jnp.inf)
+
+    solutions, costs = jax.vmap(attempt)(sets)
+    best = jnp.argmin(costs, axis=0)
+    chosen = jnp.take_along_axis(solutions, best[None, :, None], axis=0)[0]
+    return jnp.where(jnp.isfinite(cross).all(-1, keepdims=True), chosen, jnp.nan)
 
 
 def weighted_linear(

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from jaxmed.cli import main
+from jaxmed.data.option_answers import match_answer
+from jaxmed.metrics.uncertainty import decile_calibration
 from jaxmed.synthesis.phantoms.answers import AnswersConfig, write_answers
 from jaxmed.systems.mupm.answers import (
     KEYWORDS,
     AnswerConfig,
-    match_answer,
     match_keyword,
     read_answers,
     variances_of,
 )
-from jaxmed.systems.mupm.doubt import decile_calibration, given_answers
+from jaxmed.systems.mupm.doubt import given_answers
 
 TINY = ["--preset", "smoke", "--quiet"]
 

@@ -8,7 +8,6 @@ whole input). Any other column may group cases.
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Real
 
 from jaxmed.config import Number, checked
+from jaxmed.data.option_answers import OTHER, REFUSAL, match_answer
 from jaxmed.errors import InputError, listed
 from jaxmed.files import require_given
 from jaxmed.io.tables import Table, read_table
@@ -31,11 +31,6 @@ KEYWORDS = (
     "Pericarditis", "Pulmonary", "Valve",
 )  # fmt: skip
 """The released classes: the first of them found in an answer is the answer."""
-REFUSAL, OTHER = "refusal", "other"
-REFUSED = re.compile(
-    r"\b(i (can(no|')t|am (not able|unable)|won't)|i'm (sorry|unable|not able)|as an ai|cannot (provide|give|offer))\b",
-    re.IGNORECASE,
-)
 MOST_CLASSES = 50
 Readout = Literal["auto", "probabilities", "answers"]
 
@@ -258,26 +253,6 @@ def require_decided(answers: Answers, coefficients: Real[np.ndarray, "3"], varia
         answers.path, "V_I, V_T and C that are no multiples of one another", "a singular fit",
         "give more cases, or --fit.method ridge",
     )  # fmt: skip
-
-
-def match_answer(text: str, options: Sequence[str]) -> str:
-    """Return the option that an answer means, `REFUSAL` or `OTHER`.
-
-    A letter that stands as one ("B", "(b)", "B. valve", "the answer is B") comes before names; of names the longest
-    that is found, the earliest of equally long ones.
-    """
-    last = chr(ord("A") + len(options) - 1)
-    for pattern in (
-        rf"(?i)^\W*([A-{last}])\s*(?:[).:,]|$)",
-        rf"(?i)\(([A-{last}])\)",
-        rf"\b(?i:answer|option)(?:\s+is)?\s*:?\s*([A-{last}])\b",  # "the answer is a valve" has an article
-    ):
-        if hit := re.search(pattern, text):
-            return options[ord(hit[1].upper()) - ord("A")]
-    if REFUSED.search(text):  # before names: it may name the disease that it will not speak of
-        return REFUSAL
-    names = [name for name in options if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)]
-    return max(names, key=len) if names else OTHER
 
 
 def match_keyword(text: str) -> str | None:

@@ -3,35 +3,14 @@
 NumPy on the host; needs the right options of the cases.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
-from jaxmed.metrics import weighted
 from jaxmed.metrics.classification import expected_calibration_error
-from jaxmed.metrics.statistics import bootstrap
-from jaxmed.metrics.uncertainty import RiskCoverage, entropies, risk_coverage
+from jaxmed.metrics.uncertainty import decile_calibration, entropies
 from jaxmed.systems.mupm.answers import Answers
 from jaxmed.systems.mupm.branches import Variances
-
-
-class Doubt(NamedTuple):
-    """One measure of uncertainty against the right and wrong answers.
-
-    Attributes:
-        auroc: Chance that a wrong answer is the more uncertain of a wrong and a right one, and its interval; None
-            where all are right or all are wrong.
-        area: Mean risk over all shares of answers given.
-        best: The least that area could be.
-        curve: Risk over coverage.
-    """
-
-    auroc: tuple[float, float, float] | None
-    area: float
-    best: float
-    curve: RiskCoverage
 
 
 def uncertainties(
@@ -58,21 +37,6 @@ def given_answers(answers: Answers) -> Int[np.ndarray, " case"]:
     return np.where(mean.sum(axis=1) > 0, mean.argmax(axis=1), -1)
 
 
-def judge(
-    uncertainty: Float64[np.ndarray, " case"],
-    is_wrong: Bool[np.ndarray, " case"],
-    subjects: np.ndarray,
-    seed: int,
-) -> Doubt:
-    """Compare a measure with right and wrong answers; intervals resample subjects."""
-    curve = risk_coverage(uncertainty, is_wrong)
-    auroc = None
-    if 0 < is_wrong.sum() < len(is_wrong) and all(len(set(subjects[is_wrong == side])) > 1 for side in (True, False)):
-        found = bootstrap(lambda weights: weighted.auroc(is_wrong, uncertainty, weights), subjects, seed=seed)
-        auroc = found.estimate, found.low, found.high
-    return Doubt(auroc, curve.area, curve.best, curve)
-
-
 def calibration(
     answers: Answers, is_known: Bool[np.ndarray, " case"], variances: Variances, is_wrong: Bool[np.ndarray, " case"]
 ) -> dict[str, float | None]:
@@ -92,20 +56,3 @@ def calibration(
     parts = [np.asarray(part)[is_known] for part in (variances.image, variances.text, variances.joint)]
     released = [decile_calibration(part, ~is_wrong) for part in parts if np.isfinite(part).all()]
     return {"ece": ece, "decile": float(np.mean(released)) if released else None}
-
-
-def decile_calibration(variances: Float[np.ndarray, "case class"], is_right: Bool[np.ndarray, " case"]) -> float:
-    """Return the released calibration of variances: deciles of their norm against a pseudo-confidence.
-
-    The pseudo-confidence, norm / (1 + norm), RISES with the variance: a low value does not mean good calibration. It
-    is here to be compared with the release.
-
-    Source: MUPM's code: sum over bins of |accuracy - mean confidence| times the bin's share.
-    """
-    norm = np.linalg.norm(np.asarray(variances, np.float64), axis=1)
-    confidence = norm / (1 + norm)
-    edges = np.quantile(norm, np.arange(1, 10) / 10)
-    places = np.searchsorted(edges, norm, side="left")
-    counts = np.bincount(places, minlength=10)
-    gaps = np.bincount(places, is_right, 10) - np.bincount(places, confidence, 10)
-    return float(np.abs(gaps[counts > 0]).sum() / len(norm))

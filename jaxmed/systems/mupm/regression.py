@@ -9,7 +9,6 @@ of; here scores are of held-out subjects. Ridge, non-negative fits, weights and 
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
@@ -21,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 from jaxmed.config import NonNegative, Positive, checked
 from jaxmed.metrics.statistics import Interval, bootstrap_all
-from jaxmed.solvers.least_squares import invert_positive, solve_positive
+from jaxmed.solvers.least_squares import invert_positive, solve_nonnegative, solve_regular
 
 Values: TypeAlias = Real[Array | np.ndarray, "case class"]
 PREDICTORS = ("image", "text", "covariance")
@@ -167,35 +166,8 @@ def solve(
     length = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
     gram, cross = gram / (length[:, :, None] * length[:, None, :]), cross / length
     if config.method == "nonnegative":
-        return _solve_nonnegative(gram, cross) / length
-    return _solve(gram, cross) / length
-
-
-def _solve(gram: Array, cross: Array) -> Array:
-    # A remainder at the level of rounding is no pivot: the columns are of length 1.
-    solved = solve_positive(jnp.moveaxis(gram, 0, -1), cross.T).T
-    is_regular = jnp.linalg.eigvalsh(jnp.nan_to_num(gram))[:, :1] > 4 * jnp.finfo(gram.dtype).eps
-    return jnp.where(is_regular, solved, jnp.nan)
-
-
-def _solve_nonnegative(gram: Array, cross: Array) -> Array:
-    """Try every set of predictors: the best feasible solution is one of these, and three predictors have eight sets.
-
-    Source: Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23: the optimum is the unconstrained
-    solution on its own positive set.
-    """
-    size = gram.shape[-1]
-    sets = jnp.array(list(itertools.product((0.0, 1.0), repeat=size)), gram.dtype)
-
-    def attempt(mask: Array) -> tuple[Array, Array]:
-        found = _solve(gram * mask[:, None] * mask + jnp.diag(1 - mask), cross * mask) * mask
-        costs = jnp.einsum("rp,rpq,rq->r", found, gram, found) - 2 * (found * cross).sum(-1)
-        return found, jnp.where((found >= 0).all(-1) & jnp.isfinite(costs), costs, jnp.inf)
-
-    solutions, costs = jax.vmap(attempt)(sets)
-    best = jnp.argmin(costs, axis=0)
-    chosen = jnp.take_along_axis(solutions, best[None, :, None], axis=0)[0]
-    return jnp.where(jnp.isfinite(cross).all(-1, keepdims=True), chosen, jnp.nan)
+        return solve_nonnegative(gram, cross) / length
+    return solve_regular(gram, cross) / length
 
 
 def score(

@@ -15,6 +15,7 @@ from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import read_table, write_columns, write_table
 from jaxmed.metrics.cohort import error_statistics
 from jaxmed.metrics.statistics import bootstrap_all, spearman
+from jaxmed.metrics.uncertainty import judge
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import Band, Bar, agreement, bars, curves
 from jaxmed.report.page import Block, Note, Section, Table, Text
@@ -28,7 +29,7 @@ from jaxmed.systems.mupm.answers import (
     variances_of,
 )
 from jaxmed.systems.mupm.branches import Variances, count_calls, redraw_predictions
-from jaxmed.systems.mupm.doubt import calibration, given_answers, judge, uncertainties
+from jaxmed.systems.mupm.doubt import calibration, given_answers, uncertainties
 from jaxmed.systems.mupm.regression import (
     PREDICTORS,
     FitConfig,
