@@ -67,6 +67,7 @@ STAGES = {
     "igndmoe attribute": "which mechanism drives which stage, with bands, and what leaving one out costs",
     "igndmoe compare": "every model on the same folds of a cohort, or against one regional map",
     "mupm perturb": "questions about perturbed images and records, for any model to answer",
+    "mupm answer": "ask a model these questions, each once: any endpoint of OpenAI's protocol, or LLaVA here",
     "mupm propagate": "how uncertainty of image and text adds up in a model's answers, from a table of these",
     "mupm transfer": "whether its coefficients predict other diagnoses, tasks and strengths without a refit",
     "mupm redundancy": "factors of the input that change neither the uncertainty nor the answers",

@@ -1,14 +1,75 @@
 """What a model's answer to a multiple-choice question means: one of the options, a refusal, or none of these."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from jaxmed.config import Bounds, Fraction, Seed, Size, checked
 
 REFUSAL, OTHER = "refusal", "other"
 REFUSED = re.compile(
     r"\b(i (can(no|')t|am (not able|unable)|won't)|i'm (sorry|unable|not able)|as an ai|cannot (provide|give|offer))\b",
     re.IGNORECASE,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+@checked
+class Decoding:
+    """How a model answers.
+
+    Attributes:
+        readout: "probabilities" of the options' letters, in one forward pass and without the noise of decoding; or
+            "answers", drawn as text, as the release has them.
+        temperature: Of drawn answers.
+        top_p: Mass of likely tokens that drawn answers are made of.
+        max_tokens: Of a drawn answer; with probabilities the letter comes within the first few.
+        instruction: Ends every question.
+    """
+
+    readout: Literal["probabilities", "answers"] = "probabilities"
+    temperature: Annotated[float, Bounds(0, 10)] = 1.0
+    top_p: Fraction = 0.9
+    max_tokens: Size = 64
+    instruction: str = "Answer with the letter of one option."
+
+
+class Inquiry(NamedTuple):
+    """One multiple-choice question about a picture.
+
+    Attributes:
+        image: A picture or volume.
+        text: The question, its options and what else is to be said.
+        options: Names, in the order of the letters A, B, C.
+        seed: Of a drawn answer; other seeds give other draws of one question.
+    """
+
+    image: Path
+    text: str
+    options: tuple[str, ...]
+    seed: Seed
+
+
+class Reply(NamedTuple):
+    """One answer.
+
+    Attributes:
+        text: What was said.
+        probabilities: Of the options; None where the model does not tell.
+        is_refusal: Whether the model refused.
+    """
+
+    text: str
+    probabilities: tuple[float, ...] | None
+    is_refusal: bool
+
+
+def meaning_of(reply: Reply, options: Sequence[str]) -> str:
+    """Return the option that a reply means, `REFUSAL` or `OTHER`."""
+    return REFUSAL if reply.is_refusal else match_answer(reply.text, options)
 
 
 def letters(number: int) -> str:

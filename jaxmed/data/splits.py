@@ -8,12 +8,13 @@ and not on the order of the rows: subjects are sorted by name before they are pe
 import collections
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 
 from jaxmed.errors import InputError
 from jaxmed.io.tables import Table, require_disjoint_subjects, resolve_path, write_table
@@ -110,6 +111,31 @@ def draw_folds(count: int, folds: int, seed: int) -> Int[np.ndarray, " subject"]
     found = np.empty(count, int)
     found[order] = np.arange(count) % folds
     return found
+
+
+def draw_subsets(seed: int, num_cases: int, size: int, repeats: int) -> Bool[np.ndarray, "subset case"]:
+    """Draw subsets of so many cases without replacement."""
+    rng = np.random.default_rng([seed, size])
+    return rng.permuted(np.tile(np.arange(num_cases) < size, (repeats, 1)), axis=1)
+
+
+def assign_folds(subjects: Shaped[np.ndarray, " case"], num_folds: int, seed: int) -> Int[np.ndarray, " case"]:
+    """Put whole subjects into folds of about equal numbers of subjects."""
+    _, numbers = np.unique(subjects, return_inverse=True)
+    return draw_folds(int(numbers.max()) + 1, num_folds, seed)[numbers]
+
+
+def shared_subjects(sets: Mapping[str, Sequence[str]]) -> list[str]:
+    """Say where a subject stands in two sets: a score of one by a fit on the other is not one of new people.
+
+    Args:
+        sets: Subjects of the records of each, by its name.
+    """
+    notes = []
+    for one, other in itertools.combinations(sets, 2):
+        if both := set(sets[one]) & set(sets[other]):
+            notes.append(f"{len(both)} subjects stand in both {one} and {other}: their scores are not of new people.")
+    return notes
 
 
 def quality_mixture(

@@ -76,6 +76,14 @@ class Table:
                 raise self.wrong(line, f"a whole number under '{name}'", _shown(cell))
         return [int(value) for value in values]
 
+    def one_per(self, key: str, name: str) -> tuple[str, ...] | None:
+        """Return the cell of every different value of `key`, in order; None where one has several."""
+        cells: dict[str, str] = {}
+        for which, cell in zip(self.column(key), self.column(name), strict=True):
+            if cells.setdefault(which, cell) != cell:
+                return None
+        return tuple(cells.values())
+
     def wrong(self, line: int, expected: str, found: str, advice: str = "") -> InputError:
         """Return the error that names a line of this table."""
         return InputError(f"{self.path} line {line}", expected, found, advice)

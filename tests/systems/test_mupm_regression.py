@@ -11,6 +11,7 @@ import scipy.optimize
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.metrics import r2_score
 
+from jaxmed.data.splits import assign_folds, draw_subsets
 from jaxmed.systems import mupm
 from jaxmed.systems.mupm.branches import (
     branch_variances,
@@ -20,10 +21,8 @@ from jaxmed.systems.mupm.branches import (
 )
 from jaxmed.systems.mupm.regression import (
     FitConfig,
-    assign_folds,
     case_products,
     coefficient_intervals,
-    draw_subsets,
     few_cases,
     held_out,
     make_design,

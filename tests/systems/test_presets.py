@@ -50,6 +50,7 @@ FILES = {
     "igndmoe stage": (["--weights", "--table"], ["--table"]),
     "igndmoe forecast": (["--weights", "--table"], ["--table"]),
     "mupm perturb": (["--data.manifest"],),
+    "mupm answer": (["--questions"],),
     "mupm propagate": (["--table"],),
     "mupm transfer": (["--table"],),
     "mupm redundancy": (["--table"],),

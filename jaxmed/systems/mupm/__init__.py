@@ -12,12 +12,14 @@ Out: variances of the answers per case and option (probability squared): V_I by 
 Stages:
   1. jaxmed mupm perturb --data.manifest cases.csv --out RUN
      perturbed images (PNG) and records in other words, with a table of the questions that any model may answer.
-  2. jaxmed mupm propagate --table answers.csv --out RUN
+  2. jaxmed mupm answer --questions RUN --endpoint.url http://HOST:PORT/v1 --endpoint.model NAME --out RUN
+     the answers of a model, each question asked once; a killed run goes on. Or --model llava --weights FOLDER.
+  3. jaxmed mupm propagate --table answers.csv --out RUN
      coefficients, how few cases suffice for them (--fit.cases 1 2 5 10), held-out R2, calls of the model saved, and
      whether uncertain answers are the wrong ones.
-  3. jaxmed mupm transfer --table answers.csv --by site --out RUN
+  4. jaxmed mupm transfer --table answers.csv --by site --out RUN
      coefficients fitted on one group of cases, or on the table, predict the others (--data.external NAME=CSV).
-  4. jaxmed mupm redundancy --table answers.csv --out RUN
+  5. jaxmed mupm redundancy --table answers.csv --out RUN
      factors of the input whose absence (column factor) changes neither the uncertainty nor the answers.
 
 Try it without data:  jaxmed mupm propagate --preset smoke --out runs/mupm

@@ -178,7 +178,7 @@ def read_answers(path: Path, config: AnswerConfig, seed: int) -> Answers:
     baseline = _mean_answer(Block(unperturbed.answers[:, :3, :1], unperturbed.is_valid[:, :3, :1]))
     left_out = list(dict.fromkeys(factor for factor in factors if factor))
     taken = {"case", "branch", "draw", "factor", "answer", "label", *(f"p_{name}" for name in classes)}
-    groups = {name: _one_per_case(table, name, names) for name in table.columns if name not in taken}
+    groups = {name: table.one_per("case", name) for name in table.columns if name not in taken}
     subjects = groups.pop("subject", None)
     if subjects is None and "subject" in table.columns:
         raise InputError(path, "one subject per case", "a case with several under 'subject'")
@@ -299,7 +299,8 @@ def _read_probabilities(table: Table, columns: list[str], notes: list[str]):
 
 
 def _read_texts(table: Table, config: AnswerConfig, notes: list[str]):
-    texts = table.column("answer")
+    # The release looks for its keywords in what was said, not in the option that it means.
+    texts = table.column("reply" if config.match_release and "reply" in table.columns else "answer")
     if config.match_release:
         words = [match_keyword(text) for text in texts]
         names = KEYWORDS
@@ -337,14 +338,6 @@ def _mean_answer(block: Block) -> Float32[np.ndarray, "case class"]:
     count = block.is_valid.sum(axis=(1, 2)).astype(np.float32)[:, None]
     total = block.answers.sum(axis=(1, 2))
     return np.divide(total, count, out=np.full_like(total, math.nan), where=count > 0)
-
-
-def _one_per_case(table: Table, name: str, cases: Sequence[str]) -> tuple[str, ...] | None:
-    cells: dict[str, str] = {}
-    for case, cell in zip(table.column("case"), table.column(name), strict=True):
-        if cells.setdefault(case, cell) != cell:
-            return None
-    return tuple(cells[case] for case in cases)
 
 
 def _labels(table: Table, cases: Sequence[str], classes: Sequence[str]) -> Int[np.ndarray, " case"]:

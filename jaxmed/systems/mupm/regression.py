@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Real, Shaped
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from jaxmed.config import NonNegative, Positive, checked
 from jaxmed.metrics.statistics import Interval, bootstrap_all
@@ -261,16 +261,3 @@ def coefficient_intervals(
         return dict(zip(PREDICTORS, found.T, strict=True))
 
     return bootstrap_all(statistics, np.array(subjects), seed=seed, num_resamples=resamples)
-
-
-def draw_subsets(seed: int, num_cases: int, size: int, repeats: int) -> Bool[np.ndarray, "subset case"]:
-    """Draw subsets of the cases without replacement; on the host."""
-    rng = np.random.default_rng([seed, size])
-    return rng.permuted(np.tile(np.arange(num_cases) < size, (repeats, 1)), axis=1)
-
-
-def assign_folds(subjects: Shaped[np.ndarray, " case"], num_folds: int, seed: int) -> Int[np.ndarray, " case"]:
-    """Put whole subjects into folds of about equal numbers of subjects; on the host."""
-    _, numbers = np.unique(subjects, return_inverse=True)
-    places = np.random.default_rng(seed).permutation(numbers.max() + 1) % num_folds
-    return places[numbers]

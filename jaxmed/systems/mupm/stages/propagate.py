@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import Bounds, Count, Seed, checked
+from jaxmed.data.splits import assign_folds, draw_subsets
 from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import read_table, write_columns, write_table
@@ -19,6 +20,7 @@ from jaxmed.metrics.uncertainty import judge
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.report.figures import Band, Bar, agreement, bars, curves
 from jaxmed.report.page import Block, Note, Section, Table, Text
+from jaxmed.report.risk import risk_blocks
 from jaxmed.systems.mupm.answers import (
     AnswerConfig,
     Answers,
@@ -33,9 +35,7 @@ from jaxmed.systems.mupm.doubt import calibration, given_answers, uncertainties
 from jaxmed.systems.mupm.regression import (
     PREDICTORS,
     FitConfig,
-    assign_folds,
     coefficient_intervals,
-    draw_subsets,
     few_cases,
     fit,
     held_out,
@@ -380,21 +380,11 @@ def _wrong(run: Finished[Config, Summary]) -> list[Block]:
     summary = run.summary
     if not summary.doubts:
         return [Text(["Without the column 'label' nobody knows which answers are wrong."])]
-    rows = [(name, one["auroc"], one["low"], one["high"], one["area"]) for name, one in summary.doubts.items()]
-    best = next(iter(summary.doubts.values()))["best"]
-    caption = (
-        f"AUROC of 0.5 is chance. The area under risk over coverage is at best {best:.3g}; chance gives the error rate."
-    )
-    table = Table(
-        ("Uncertainty", "AUROC for wrong answers", "Low", "High", "Area of risk over coverage"), rows, caption
-    )
     stored = read_table(run.outputs / "risk_coverage.csv")
     coverage = np.array(stored.floats("coverage"))
     lines = {name: (coverage, np.array(stored.floats(name))) for name in stored.columns if name != "coverage"}
-    figure = curves(lines, xlabel="share of answers given, the most certain first", ylabel="share of them wrong",
-                    caption="Risk over coverage: a useful uncertainty keeps the left end low.")  # fmt: skip
     errors = [("expected calibration error of the probabilities", summary.calibration["ece"]),
               ("released pseudo-calibration of variances", summary.calibration["decile"])]  # fmt: skip
     words = "The pseudo-confidence of the second rises with the variance: a low value is not good calibration."
     text = f"{100 * (summary.accuracy or 0):.0f} % of the answers are right."
-    return [Text([text]), figure, table, Table(("Calibration", "Error"), errors, words)]
+    return [Text([text]), *risk_blocks(summary.doubts, lines), Table(("Calibration", "Error"), errors, words)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmed.config import Bounds, Seed, checked
 from jaxmed.data.cohort import parse_externals
+from jaxmed.data.splits import assign_folds, shared_subjects
 from jaxmed.errors import InputError, listed, nearest
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.cohort import error_statistics
@@ -32,7 +33,6 @@ from jaxmed.systems.mupm.branches import Variances
 from jaxmed.systems.mupm.regression import (
     PREDICTORS,
     FitConfig,
-    assign_folds,
     coefficient_intervals,
     fit,
     held_out,
@@ -147,7 +147,8 @@ def run(config: Config, folder: RunFolder) -> None:
         raise InputError(answers.path, "two sets of cases, one of three subjects or more", found)
     program = jax.jit(partial(fit, config=config.fit))
     fits = {name: _fit(program, sets[name], answers) for name in fitted}
-    log = begin(folder, [*notes, *_shared(sets)])
+    notes += shared_subjects({name: part.subjects for name, part in sets.items()})
+    log = begin(folder, notes)
     clock.lap("read and fit")
 
     rows = []
@@ -171,7 +172,7 @@ def run(config: Config, folder: RunFolder) -> None:
         {name: {key: (one.estimate, one.low, one.high) for key, one in found.items()}
          for name, found in intervals.items()},
         float(np.median(other)) if other else None, float(np.median(own)) if own else None,
-        (*notes, *_shared(sets)),
+        tuple(notes),
     )  # fmt: skip
     finish(folder, config, summary, clock, page)
 
@@ -232,18 +233,6 @@ def _score(source: str, target: str, coefficients: jax.Array, rows: Rows, config
         )["r2"]
         found |= {"r2_low": interval.low, "r2_high": interval.high}
     return found
-
-
-def _shared(sets: dict[str, Rows]) -> list[str]:
-    """Say where a subject stands in two sets: such a score is not one of new people."""
-    names, notes = list(sets), []
-    for place, one in enumerate(names):
-        for other in names[place + 1 :]:
-            if both := set(sets[one].subjects) & set(sets[other].subjects):
-                notes.append(
-                    f"{len(both)} subjects stand in both {one} and {other}: their scores are not of new people."
-                )
-    return notes
 
 
 def page(run: Finished[Config, Summary]) -> Page:
