@@ -31,7 +31,7 @@ def read_cine(path: Path) -> tuple[Float32[np.ndarray, "phase *space"], tuple[fl
     return ((cine - low) / (high - low)).astype(np.float32), spacing
 
 
-def montage(image: Shaped[np.ndarray, "row column *slice"], slices: int) -> Shaped[np.ndarray, "row column"]:
+def montage(image: Shaped[np.ndarray, "row column *slice"], slices: int) -> Shaped[np.ndarray, "height width"]:
     """Lay slices of a volume beside one another, evenly spaced along the last axis; a picture stays as it is."""
     if image.ndim == 2:
         return image

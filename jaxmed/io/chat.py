@@ -262,13 +262,14 @@ def _post(request: ChatRequest, config: OpenAICompatible, url: str, key: str) ->
     try:
         made = urllib.request.Request(url, data, headers, method="POST")
         with urllib.request.build_opener(_NoRedirect).open(made, timeout=config.timeout) as response:
-            status, told, body = response.status, response.headers, response.read()
+            status, wait, body = response.status, None, response.read()
     except urllib.error.HTTPError as error:
         with error:
+            status, wait = error.code, error.headers.get("Retry-After")
             try:
-                status, told, body = error.code, error.headers, error.read()
+                body = error.read()
             except (OSError, http.client.HTTPException):
-                status, told, body = error.code, error.headers, b""
+                body = b""
     except (OSError, http.client.HTTPException) as error:
         return Trouble(_without_key(f"{type(error).__name__}: {error}", key), passes=True)
     if status == 200:
@@ -276,10 +277,10 @@ def _post(request: ChatRequest, config: OpenAICompatible, url: str, key: str) ->
             return read_reply(body)
         except ValueError as error:
             return Trouble(_without_key(f"no whole answer in JSON ({error})", key), passes=True)
-    return _trouble(status, told, body, key)
+    return _trouble(status, wait, body, key)
 
 
-def _trouble(status: int, told: Mapping[str, str], body: bytes, key: str) -> Outcome:
+def _trouble(status: int, wait: str | None, body: bytes, key: str) -> Outcome:
     text = body.decode("utf-8", "replace")
     try:
         error = json.loads(text)["error"]
@@ -291,7 +292,7 @@ def _trouble(status: int, told: Mapping[str, str], body: bytes, key: str) -> Out
     reason = _without_key(f"status {status}: {' '.join(words.split())[:200]}", key)
     if code == "insufficient_quota" or status in FATAL:
         return Trouble(reason, passes=False, is_fatal=True)
-    return Trouble(reason, passes=status in PASSING or status >= 500, pause=_seconds(told.get("Retry-After")))
+    return Trouble(reason, passes=status in PASSING or status >= 500, pause=_seconds(wait))
 
 
 def _seconds(word: str | None) -> float | None:
