@@ -182,29 +182,34 @@ async def _converse(
     requests: Sequence[Callable[[], ChatRequest]], config: OpenAICompatible, url: str, key: str, tell: Tell
 ) -> None:
     loop, places, failures = asyncio.get_running_loop(), iter(range(len(requests))), 0
+    ended: list[InputError] = []  # answers under way when a run ends are waited for: they may have been paid for
 
     async def work(pool: ThreadPoolExecutor) -> None:
         nonlocal failures
         for place in places:  # shared by all workers
-            request = requests[place]()
-            for attempt in range(config.retries + 1):
+            request, attempt = requests[place](), 0
+            while True:
                 found = await loop.run_in_executor(pool, _post, request, config, url, key)
-                if isinstance(found, ChatReply) or not found.passes or attempt == config.retries:
+                if isinstance(found, ChatReply) or not found.passes or attempt == config.retries or ended:
                     break
                 pause = found.pause if found.pause is not None else config.pause * 2**attempt
                 await asyncio.sleep(min(pause, LONGEST_PAUSE) * random.uniform(1.0, 1.25))
-            if isinstance(found, ChatReply):
-                failures = 0
+                attempt += 1
+            failures = 0 if isinstance(found, ChatReply) else failures + 1
+            if not isinstance(found, ChatReply):
+                if found.is_fatal or failures >= min(FAILURES_IN_A_ROW, len(requests)):
+                    advice = "what was answered is kept: the same command goes on from there"
+                    ended.append(InputError(url, "answers of the model", found.reason, advice))
+                found = found.reason
+            if isinstance(found, ChatReply) or not ended:
                 tell(place, found)
-                continue
-            failures += 1
-            if found.is_fatal or failures >= min(FAILURES_IN_A_ROW, len(requests)):
-                advice = "what was answered is kept: the same command goes on from there"
-                raise InputError(url, "answers of the model", found.reason, advice)
-            tell(place, found.reason)
+            if ended:
+                return
 
     with ThreadPoolExecutor(config.concurrency) as pool:
         await asyncio.gather(*(work(pool) for _ in range(config.concurrency)))
+    if ended:
+        raise ended[0]
 
 
 def body_of(request: ChatRequest, config: OpenAICompatible) -> dict[str, Any]:

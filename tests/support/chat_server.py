@@ -54,7 +54,8 @@ class Handler(BaseHTTPRequestHandler):
             return fault(self, request)
         with server.lock:
             server.answered.append(body)
-        send(self, 200, server.says(request, answer_to(request, server.rule)))
+            answer = server.says(request, answer_to(request, server.rule))
+        send(self, 200, answer)
 
     def log_message(self, *words):
         pass
