@@ -149,11 +149,36 @@ def _read_folder(path: Path) -> Source:
     for folder in (path, path / "state"):
         if step := _newest_step(folder):
             return _read_state(step)
+    if shards := sorted(path.glob("*.safetensors")):
+        return _read_shards(path, shards)
     if (path / "config.json").exists():
         advice = f"continue the run, or give {path / 'checkpoints' / 'state'} for its last checkpoint"
         raise InputError(path, "a finished run with outputs/model", "none", advice)
     expected = "a run, its outputs/model, or a checkpoint of it"
     raise InputError(path, expected, "none of them in this folder", "check the path, or name the file itself")
+
+
+def _read_shards(path: Path, shards: list[Path]) -> Source:
+    """Read a published folder: all its safetensors as one, and its config.json as settings. Names stay whole.
+
+    Raises:
+        InputError: A tensor stands in two files, or one that the index names is missing.
+    """
+    tensors: dict[str, Any] = {}
+    for shard in shards:
+        found = safetensors.read(shard)
+        if both := tensors.keys() & found.keys():
+            raise InputError(shard, "tensors of its own", f"'{min(both)}', which another file has too")
+        tensors |= found
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        named = read_record(index).get("weight_map")
+        if not isinstance(named, dict) or (missing := sorted(named.keys() - tensors.keys())):
+            found = f"no {listed(missing)}" if isinstance(named, dict) else "an index without 'weight_map'"
+            raise InputError(path, f"all tensors of {index.name}", found, "copy the missing files too")
+    settings = read_record(path / "config.json") if (path / "config.json").exists() else {}
+    record = _read_metadata(shards[0]) if len(shards) == 1 else {}
+    return Source(str(path), tensors, record, is_own=False, settings=settings)
 
 
 def _read_own(folder: Path) -> Source:

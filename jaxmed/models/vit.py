@@ -380,7 +380,7 @@ def vit_model(config: VitConfig) -> Model:
 
 def gated_rules(mlp: MlpKind) -> PartitionRules:
     """Return the layouts of transformers: the two maps of a gated MLP are split alike."""
-    if mlp == "gelu":
+    if mlp != "swiglu":
         return SHARDING_RULES
     return (
         (r"mlp/fc1/kernel$", PartitionSpec(None, None, "model")),

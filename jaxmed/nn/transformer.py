@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxmed.arrays.types import KeyArray
 from jaxmed.nn.attention import AttentionKind, self_attention
 
-MlpKind: TypeAlias = Literal["gelu", "swiglu"]
+MlpKind: TypeAlias = Literal["gelu", "swiglu", "quick_gelu"]
 BiasKind: TypeAlias = Literal["all", "all but keys", "none"]
 
 
@@ -42,7 +42,7 @@ class BlockConfig:
         epsilon: Added to the variance in layer norms.
         dtype: Type of the matrix products; parameters, norms, softmax and sums stay float32.
         attention: See `nn.attention.self_attention`.
-        mlp: "gelu", or "swiglu": silu(a) b of two linear maps a and b.
+        mlp: "gelu"; "swiglu": silu(a) b of two linear maps a and b; or "quick_gelu": CLIP's a sigmoid(1.702 a).
         layer_scale: What the factors on the features of both branches begin with; 0 for none.
         qkv_bias: Which of queries, keys and values have a constant. "all but keys" keeps one for keys and takes it for
             0, as DINOv3 does, whose files hold it.
@@ -171,7 +171,7 @@ def rotate(
 
 
 class Mlp(nn.Module):
-    """Linear, exact (erf) GELU, linear; or, with two maps in "fc1", silu of the first times the second, linear."""
+    """Linear, exact (erf) or quick GELU, linear; or, with two maps in "fc1", silu of one times the other, linear."""
 
     config: BlockConfig
 
@@ -182,7 +182,9 @@ class Mlp(nn.Module):
             gate, value = jnp.split(Linear((2, width), self.config.dtype, name="fc1")(x), 2, axis=-1)
             hidden = nn.silu(gate) * value
         else:
-            hidden = nn.gelu(Linear(width, self.config.dtype, name="fc1")(x), approximate=False)
+            linear = Linear(width, self.config.dtype, name="fc1")(x)
+            is_quick = self.config.mlp == "quick_gelu"
+            hidden = linear * nn.sigmoid(1.702 * linear) if is_quick else nn.gelu(linear, approximate=False)
         return Linear(self.config.width, self.config.dtype, name="fc2")(hidden)
 
 

@@ -28,6 +28,7 @@ from jaxmed.models.published import (
     dinov2,
     dinov3,
     guided_diffusion,
+    llava,
     lpips,
     profound,
     retfound,
@@ -39,7 +40,7 @@ from jaxmed.nn.model import Model
 
 _FAMILIES = (
     *(tangerine.FAMILY, retfound.FAMILY, dinov2.FAMILY, dinov3.FAMILY, guided_diffusion.FAMILY),
-    *(brainfm.FAMILY, profound.FAMILY, cocolit.FAMILY, lpips.FAMILY),
+    *(brainfm.FAMILY, profound.FAMILY, cocolit.FAMILY, llava.FAMILY, lpips.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 OWN_LICENCE = "made by an own run; where that started from published weights, their licence holds"
@@ -143,8 +144,8 @@ def load_published(
     """Read weights of any supported kind.
 
     Args:
-        path: A .safetensors file; a PyTorch checkpoint (.pth, .pt, .bin), of which no code is run; a run or its
-            outputs/model; or a run's checkpoints, checkpoints/state or checkpoints/state/STEP.
+        path: A .safetensors file, or a folder of such with config.json as the hub has them; a PyTorch checkpoint (.pth,
+            .pt, .bin), of which no code is run; a run or its outputs/model; or a run's checkpoints, checkpoints/state or checkpoints/state/STEP.
         family: Whose weights they are; "auto" looks at the names.
         heads: Attention heads of the encoder, for files whose width was not published: shapes do not tell them, and
             not every file holds the arguments of its training.

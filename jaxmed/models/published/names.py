@@ -132,6 +132,7 @@ class BlockNames(NamedTuple):
         fc1: The first map of the MLP; of a gated one both in one, or the gate's and the other's.
         fc2: The last map of the MLP.
         scales: Factors on the branches.
+        norms: Layer norms before the branches.
     """
 
     qkv: tuple[str, ...] = ("attn.qkv",)
@@ -139,6 +140,7 @@ class BlockNames(NamedTuple):
     fc1: tuple[str, ...] = ("mlp.fc1",)
     fc2: str = "mlp.fc2"
     scales: tuple[str, str] = ("ls1.gamma", "ls2.gamma")
+    norms: tuple[str, str] = ("norm1", "norm2")
 
 
 TIMM = BlockNames()
@@ -154,11 +156,11 @@ def blocks(name: str, path: str, depth: int, config: BlockConfig, names: BlockNa
     biased = {"all": (0, 1, 2), "all but keys": (0, 1, 2) if len(names.qkv) == 1 else (0, 2), "none": ()}
     for number in range(depth):
         theirs, ours = f"{name}.{number}", f"{path}/layer_{number}"
-        entries += layer_norm(f"{theirs}.norm1", f"{ours}/norm1", width)
+        entries += layer_norm(f"{theirs}.{names.norms[0]}", f"{ours}/norm1", width)
         qkv = [f"{theirs}.{part}" for part in names.qkv]
         entries += pieces(qkv, f"{ours}/attention/qkv", width, (3, *split), biased[config.qkv_bias])
         entries += linear(f"{theirs}.{names.out}", f"{ours}/attention/out", width, width)
-        entries += layer_norm(f"{theirs}.norm2", f"{ours}/norm2", width)
+        entries += layer_norm(f"{theirs}.{names.norms[1]}", f"{ours}/norm2", width)
         if config.mlp == "swiglu":
             fc1 = [f"{theirs}.{part}" for part in names.fc1]
             entries += pieces(fc1, f"{ours}/mlp/fc1", width, (2, config.hidden), (0, 1))
