@@ -132,7 +132,7 @@ def test_nothing_is_overwritten_unasked(capsys, tmp_path):
         (
             ["show", MAE, "--family", "tangerin"],
             "jaxmed: family: expected auto or one of tangerine, retfound, dinov2, dinov3, guided_diffusion, "
-            "brainfm, profound, cocolit, lpips, found tangerin",
+            "brainfm, profound, cocolit, llava, lpips, found tangerin",
         ),
         (["export", MAE, "--out", "a.onnx"], "a name ending in .safetensors or .stablehlo, found a.onnx"),
         (["import", MAE, "--out", MAE, *HEADS], "expected a folder for the weights, found a file"),

@@ -42,13 +42,23 @@ def montage(image: Shaped[np.ndarray, "row column *slice"], slices: int) -> Shap
     return np.concatenate([np.concatenate(tiles[row : row + columns], 1) for row in range(0, len(tiles), columns)], 0)
 
 
-def png_of(path: Path, slices: int) -> bytes:
-    """Return a PNG as it is, and of any other scan the montage of its first phase.
+def picture_of(path: Path, slices: int) -> Float32[np.ndarray, "height width"]:
+    """Return a PNG in grey, intensities from 0 to 1 as stored, and of any other scan the montage of its first phase.
 
     Raises:
-        InputError: The file is broken, constant or of another kind.
+        InputError: The file is broken, or of another kind; constant, where it is no PNG.
     """
     if path.suffix.lower() == ".png":
-        read_image(path)  # a broken file fails here, before anyone is asked about it
-        return path.read_bytes()
-    return encode_png(montage(read_cine(path)[0][0], slices), path)
+        image = read_image(path)
+        return image.mean(axis=2) if image.ndim == 3 else image
+    return montage(read_cine(path)[0][0], slices)
+
+
+def png_of(path: Path, slices: int) -> bytes:
+    """Return the bytes of a PNG, and of any other scan those of `picture_of`.
+
+    Raises:
+        InputError: As of `picture_of`.
+    """
+    picture = picture_of(path, slices)  # a broken file fails here, before anyone is asked about it
+    return path.read_bytes() if path.suffix.lower() == ".png" else encode_png(picture, path)

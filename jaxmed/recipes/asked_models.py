@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmed.config import to_record
-from jaxmed.data.cine import montage, png_of, read_cine
+from jaxmed.data.cine import picture_of, png_of
 from jaxmed.data.option_answers import REFUSAL, Decoding, Inquiry, Reply, letter_probabilities, letters, meaning_of
 from jaxmed.errors import InputError, reason_of
 from jaxmed.io import chat
@@ -106,8 +106,7 @@ def stand_in_backend(decoding: Decoding, slices: int) -> Backend:
 
     def ask(inquiries: Sequence[Inquiry], tell: Tell) -> None:
         for place, one in enumerate(inquiries):
-            image = montage(read_cine(one.image)[0][0], slices)
-            shares = stand_in_probabilities(image, one.text, len(one.options))
+            shares = stand_in_probabilities(picture_of(one.image, slices), one.text, len(one.options))
             letter = int(shares.argmax())
             if decoding.readout == "answers":
                 letter = int(np.random.default_rng(one.seed).choice(len(shares), p=shares))

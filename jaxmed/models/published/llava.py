@@ -248,7 +248,8 @@ FAMILY = Family(
     where="llava-hf/llava-1.5-7b-hf and its like on the Hugging Face hub: the whole folder, with config.json",
     keys=(
         "vision_tower.vision_model.*, multi_modal_projector.linear_{1,2}.*, "
-        "language_model.model.{embed_tokens,norm}.*, language_model.model.layers.N.{self_attn.{q,k,v,o}_proj,mlp.{gate,up,down}_proj,input_layernorm,"
+        "language_model.model.{embed_tokens,norm}.*, language_model.model.layers.N."
+        "{self_attn.{q,k,v,o}_proj,mlp.{gate,up,down}_proj,input_layernorm,"
         "post_attention_layernorm}, language_model.lm_head.*; or the same under model., with lm_head.*"
     ),
     kinds=KINDS,

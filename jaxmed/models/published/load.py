@@ -144,8 +144,9 @@ def load_published(
     """Read weights of any supported kind.
 
     Args:
-        path: A .safetensors file, or a folder of such with config.json as the hub has them; a PyTorch checkpoint (.pth,
-            .pt, .bin), of which no code is run; a run or its outputs/model; or a run's checkpoints, checkpoints/state or checkpoints/state/STEP.
+        path: A .safetensors file, or a folder of such with config.json, as the hub has them; a PyTorch checkpoint
+            (.pth, .pt, .bin), of which no code is run; a run or its outputs/model; or a run's checkpoints,
+            checkpoints/state or checkpoints/state/STEP.
         family: Whose weights they are; "auto" looks at the names.
         heads: Attention heads of the encoder, for files whose width was not published: shapes do not tell them, and
             not every file holds the arguments of its training.

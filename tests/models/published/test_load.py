@@ -248,7 +248,7 @@ def test_weights_of_another_model_or_family_are_named(tmp_path):
     assert "'patch_embed.proj.weight' of 5 dimensions, found shape (24, 3, 4, 4)" in found
     safetensors.write(tmp_path / "resnet.safetensors", {"conv1.weight": np.zeros((4, 3, 7, 7), np.float32)})
     found = line(load_published, tmp_path / "resnet.safetensors")
-    names = "tangerine, retfound, dinov2, dinov3, guided_diffusion, brainfm, profound, cocolit, lpips"
+    names = "tangerine, retfound, dinov2, dinov3, guided_diffusion, brainfm, profound, cocolit, llava, lpips"
     assert f"a known family ({names}), found tensors such as conv1" in found
     assert "no 'patch_embed.proj.weight'" in line(load_published, tmp_path / "resnet.safetensors", "tangerine")
     assert "did you mean 'tangerine'" in line(load_published, tmp_path / "resnet.safetensors", "tangerin")
