@@ -197,7 +197,7 @@ async def _converse(
                 attempt += 1
             failures = 0 if isinstance(found, ChatReply) else failures + 1
             if not isinstance(found, ChatReply):
-                if found.is_fatal or failures >= min(FAILURES_IN_A_ROW, len(requests)):
+                if found.is_fatal or failures >= FAILURES_IN_A_ROW:
                     advice = "what was answered is kept: the same command goes on from there"
                     ended.append(InputError(url, "answers of the model", found.reason, advice))
                 found = found.reason

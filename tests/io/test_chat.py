@@ -111,8 +111,8 @@ def test_the_key_is_sent_and_shown_to_nobody_else(server, monkeypatch, tmp_path)
 
 def test_redirections_are_not_followed_and_failures_in_a_row_end_the_run(server):
     server.faults = [status(302, headers=[("Location", "http://127.0.0.1:9/elsewhere")])]
-    with pytest.raises(InputError, match="status 302"):
-        ask(server, request())
+    (reason,) = ask(server, request())
+    assert "status 302" in reason
     server.faults = [status(422) for _ in range(40)]
     with pytest.raises(InputError, match="what was answered is kept"):
         ask(server, *(request(str(place)) for place in range(40)))
