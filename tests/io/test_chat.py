@@ -43,9 +43,9 @@ def ask(server, *requests, **more):
 def test_what_passes_is_asked_again_until_it_is_answered(server):
     server.faults = [
         status(429, headers=[("Retry-After", "0.01")]), status(429, headers=[("Retry-After", "Mon, 1 Jan 2026")]),
-        status(500), status(503), silent(1.0), truncated, dropped, status(408),
+        status(500), status(503), silent(2.0), truncated, dropped, status(408),
     ]  # fmt: skip
-    (reply,) = ask(server, request(), timeout=0.3)
+    (reply,) = ask(server, request(), timeout=1.0)
     assert isinstance(reply, ChatReply) and reply.text in "ABC" and not reply.is_refusal
     assert reply.tokens is not None
     ((token, likely),) = reply.tokens

@@ -61,7 +61,7 @@ DIFFERENT = 3 * DRAWS + 1 + 2 + DRAWS
 
 def answer(questions, server, out, *more):
     words = ["mupm", "answer", "--questions", questions, "--endpoint.url", server.url, "--endpoint.model", "toy"]
-    words += ["--endpoint.pause", 0.001, "--endpoint.timeout", 0.5, "--quiet", "--out", out, *more]
+    words += ["--endpoint.pause", 0.001, "--endpoint.timeout", 2, "--quiet", "--out", out, *more]
     return main(list(map(str, words)))
 
 
@@ -111,7 +111,7 @@ def test_answers_become_the_table_that_propagate_reads(questions, expected):
 
 
 def test_the_run_finishes_through_faults_and_asks_nothing_twice(questions, server, expected, tmp_path):
-    server.faults = [status(429), silent(1.5), truncated, status(500), dropped, status(503), status(429)]
+    server.faults = [status(429), silent(3), truncated, status(500), dropped, status(503), status(429)]
     assert answer(questions, server, tmp_path / "run") == 0
     assert len(server.answered) == len(set(server.answered)) == 4 * DIFFERENT
     assert (tmp_path / "run/outputs/answers.csv").read_bytes() == (expected / "outputs/answers.csv").read_bytes()

@@ -95,6 +95,8 @@ class Config:
         for name in self.without:
             if name not in known:
                 raise InputError("without", f"one of {listed(known, 9)}", f"'{name}'", nearest(name, known))
+        if len(set(self.without)) < len(self.without):
+            raise InputError("without", "each factor once", listed(self.without))
         if not 2 <= len(self.options) <= 26:
             raise InputError("options", "2 to 26 options", len(self.options))
         horizon(self.question)
