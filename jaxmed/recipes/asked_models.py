@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmed.config import to_record
+from jaxmed.data import chat
+from jaxmed.data.chat import ChatReply, ChatRequest, OpenAICompatible
 from jaxmed.data.cine import picture_of, png_of
 from jaxmed.data.option_answers import REFUSAL, Decoding, Inquiry, Reply, letter_probabilities, letters, meaning_of
 from jaxmed.errors import InputError, reason_of
-from jaxmed.io import chat
-from jaxmed.io.chat import ChatReply, ChatRequest, OpenAICompatible
 from jaxmed.io.json_lines import append_lines, read_lines
 from jaxmed.io.tables import Table, read_table, resolve_path
 from jaxmed.synthesis.phantoms.stand_in import stand_in_probabilities

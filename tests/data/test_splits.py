@@ -7,6 +7,7 @@ from jaxmed.data.splits import (
     label_fractions,
     quality_flags,
     quality_mixture,
+    shared_subjects,
     split_subjects,
     write_split_table,
 )
@@ -120,3 +121,11 @@ def test_a_split_table_in_another_folder_names_the_same_files(tmp_path):
     found = read_table(tmp_path / "outputs" / "splits.csv")
     assert found.column("path") == [str(tmp_path / "a.nii.gz"), "/elsewhere/b.nii.gz"]
     assert found.column("split") == ["train", "test"]
+
+
+def test_subjects_in_two_sets_are_told():
+    sets = {"north": ("a", "b", "b"), "south": ("c",), "elsewhere": ("b", "c", "d")}
+    assert shared_subjects(sets) == [
+        "1 subjects stand in both north and elsewhere: their scores are not of new people.",
+        "1 subjects stand in both south and elsewhere: their scores are not of new people.",
+    ]

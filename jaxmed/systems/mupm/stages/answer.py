@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from jaxmed.config import Bounds, Number, Seed, checked
+from jaxmed.data.chat import OpenAICompatible
 from jaxmed.data.option_answers import OTHER, REFUSAL, Decoding, Reply
 from jaxmed.errors import InputError
 from jaxmed.files import require_given
-from jaxmed.io.chat import OpenAICompatible
 from jaxmed.io.tables import write_table
 from jaxmed.recipes.asked_models import (
     Backend,

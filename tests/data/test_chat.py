@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from chat_server import dropped, hashed_rule, says, serving, silent, status, truncated
 
+from jaxmed.data import chat
+from jaxmed.data.chat import ChatReply, ChatRequest, OpenAICompatible, body_of, converse, key_of, read_reply
 from jaxmed.errors import InputError
-from jaxmed.io import chat
-from jaxmed.io.chat import ChatReply, ChatRequest, OpenAICompatible, body_of, converse, key_of, read_reply
 from jaxmed.io.images import encode_png
-from jaxmed.io.json_lines import append_lines, read_lines
 
 KEY = "sk-this-is-secret"
 PNG = encode_png(np.eye(4))
@@ -155,20 +154,3 @@ def test_of_a_token_listed_twice_the_likelier_counts():
         b'"top_logprobs": [{"token": "A", "logprob": -1}, {"token": "A", "logprob": -9}]}]}}]}'
     )
     assert read_reply(text).tokens == (("A", {"A": -1.0}),)
-
-
-def test_lines_are_kept_and_a_torn_last_one_is_cut_off(tmp_path):
-    path = tmp_path / "kept" / "replies.jsonl"
-    assert read_lines(path) == {}
-    with append_lines(path) as append:
-        append("a", {"text": "ä\nb"})
-        append("b", 2)
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"key": "c", "rec')
-    assert read_lines(path) == {"a": {"text": "ä\nb"}, "b": 2}
-    with append_lines(path) as append:
-        append("d", 4)
-    assert path.read_bytes().startswith(whole) and read_lines(path) == {"a": {"text": "ä\nb"}, "b": 2, "d": 4}
-    path.write_bytes(b"rubbish\n" + whole)
-    with pytest.raises(InputError, match="line 1: expected a key and a record"):
-        read_lines(path)
