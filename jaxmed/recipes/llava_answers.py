@@ -199,9 +199,7 @@ def ask_llava(
 
 def _reader(preprocess: Preprocess, slices: int) -> Callable[[Path], np.ndarray]:
     def read(path: Path) -> np.ndarray:
-        levels = np.rint(picture_of(path, slices) * 255).astype(np.uint8)
-        coloured = np.repeat(levels[..., None], preprocess.channels, axis=-1)
-        return preprocess(coloured)
+        return preprocess(np.repeat(picture_of(path, slices)[..., None], preprocess.channels, axis=-1))
 
     return read
 

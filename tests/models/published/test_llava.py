@@ -45,7 +45,7 @@ def test_a_folder_of_every_layout_is_read_and_written_again(tmp_path, naming):
 def test_a_picture_is_prepared_as_clips_processor_does(tmp_path):
     published = load_published(write_llava(tmp_path))
     picture = np.random.default_rng(0).integers(0, 256, (28, 40, 3)).astype(np.uint8)
-    found = published.preprocess(picture)
+    found = published.preprocess(picture.astype(np.float32) / 255)
     mean, deviation = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     np.testing.assert_allclose(found, (picture[:, 6:34] / 255 - mean) / deviation, atol=1e-5)
 
