@@ -222,7 +222,7 @@ class Preprocess:
             turned = stretched(turned, self._filled(turned.shape, self.slice_axis))
         size, starts = list(turned.shape), [0, 0, 0]
         inner = [axis for axis in range(3) if axis != self.slice_axis]
-        for axis, count, start in zip(inner, self.size, self._starts([size[a] for a in inner]), strict=True):
+        for axis, count, start in zip(inner, self.size, self.starts([size[a] for a in inner]), strict=True):
             size[axis], starts[axis] = count, start
         affine = turned.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ np.array(starts, np.float64)
@@ -337,8 +337,8 @@ class Preprocess:
             wanted.insert(axis, shape[axis])
         return wanted[0], wanted[1], wanted[2]
 
-    def _starts(self, lengths: list[int]) -> tuple[int, ...]:
-        """Return the first voxel of the cut about the centre, along each axis."""
+    def starts(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Return the first voxel of the cut about the centre of an image of some lengths, along each axis."""
         if self.interpolation == "bicubic":  # torchvision's rule
             return tuple(round((old - new) / 2) for old, new in zip(lengths, self.size, strict=True))
         if self.interpolation == "linear-first":  # MONAI's: of an odd number of added voxels the larger part comes last
@@ -351,7 +351,7 @@ class Preprocess:
         lengths = [*images.shape[1 : 1 + len(self.size)]]
         array = images
         if lengths != [*self.size]:
-            starts = self._starts(lengths)
+            starts = self.starts(lengths)
             array = np.stack([cut_window(image, starts, self.size, self.padding) for image in images])
         if array.ndim == 1 + len(self.size):
             array = array[..., None]

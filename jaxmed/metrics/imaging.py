@@ -153,39 +153,49 @@ def surface_distances(
     )
 
 
+def score_mask(
+    truth: Bool[np.ndarray, "*space"], estimate: Bool[np.ndarray, "*space"], spacing: tuple[float, ...]
+) -> dict[str, float | None]:
+    """Compare two masks in every measure of this file.
+
+    Args:
+        truth: Mask.
+        estimate: Mask.
+        spacing: Voxel size per axis, in mm.
+
+    Returns:
+        dice, jaccard, average_surface_distance_mm, hausdorff_mm, hausdorff_95_mm, region_f1, volume_error_mm3 and
+        volume_error_relative (None where the truth is empty and the estimate is not).
+    """
+    distances, volume = surface_distances(truth, estimate, spacing), volume_error(truth, estimate, spacing)
+    return {
+        "dice": dice(truth, estimate),
+        "jaccard": jaccard(truth, estimate),
+        "average_surface_distance_mm": distances.average,
+        "hausdorff_mm": distances.hausdorff,
+        "hausdorff_95_mm": distances.hausdorff_95,
+        "region_f1": match_regions(truth, estimate).f1,
+        "volume_error_mm3": volume.absolute,
+        "volume_error_relative": volume.relative,
+    }
+
+
 def score_labels(
     truth: Integer[np.ndarray, "*space"],
     estimate: Integer[np.ndarray, "*space"],
     spacing: tuple[float, ...],
     labels: Mapping[str, int],
 ) -> dict[str, dict[str, float | None]]:
-    """Compare two label maps, structure by structure.
+    """Compare two label maps, structure by structure, as `score_mask` does.
 
     Args:
         truth: Label of each voxel.
         estimate: Label of each voxel.
         spacing: Voxel size per axis, in mm.
         labels: Value by name of the structures to compare.
-
-    Returns:
-        By name: dice, jaccard, average_surface_distance_mm, hausdorff_mm, hausdorff_95_mm, volume_error_mm3 and
-        volume_error_relative (None where the truth has no such structure and the estimate has).
     """
     _check_shapes(truth, estimate)
-    found: dict[str, dict[str, float | None]] = {}
-    for name, value in labels.items():
-        masks = truth == value, estimate == value
-        distances, volume = surface_distances(*masks, spacing), volume_error(*masks, spacing)
-        found[name] = {
-            "dice": dice(*masks),
-            "jaccard": jaccard(*masks),
-            "average_surface_distance_mm": distances.average,
-            "hausdorff_mm": distances.hausdorff,
-            "hausdorff_95_mm": distances.hausdorff_95,
-            "volume_error_mm3": volume.absolute,
-            "volume_error_relative": volume.relative,
-        }
-    return found
+    return {name: score_mask(truth == value, estimate == value, spacing) for name, value in labels.items()}
 
 
 def mae(

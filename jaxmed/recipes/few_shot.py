@@ -20,6 +20,7 @@ from jaxmed.config import Length, Positive, Size, checked
 from jaxmed.data.augment import AS_THEY_ARE, AugmentConfig, make_variants
 from jaxmed.data.tasks import Cases
 from jaxmed.models.mask_generator import GeneratorConfig, make_generator
+from jaxmed.objectives.segmentation import voxel_cross_entropy
 
 Loss: TypeAlias = Callable[[Params, Any], Array]
 """(parameters, batch) -> loss."""
@@ -29,7 +30,7 @@ def mask_loss(config: GeneratorConfig, params: Params, batch: tuple[Array, Array
     """Return the cross-entropy of the masks of a batch, (images, masks as 0 and 1)."""
     images, masks = batch
     logits = make_generator(config).apply(params, images[..., None])
-    return optax.sigmoid_binary_cross_entropy(logits, masks).mean()
+    return voxel_cross_entropy(logits[..., None], masks).mean()
 
 
 def fit_supervised(

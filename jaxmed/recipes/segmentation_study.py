@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from jaxmed.arrays.batches import evenly
 from jaxmed.data.tasks import Cases
 from jaxmed.errors import InputError
-from jaxmed.metrics.imaging import dice, jaccard, match_regions, surface_distances
+from jaxmed.metrics.imaging import score_mask
 from jaxmed.metrics.statistics import spearman
 from jaxmed.recipes.study import Result, read_study
 from jaxmed.recipes.study_sections import mean_bars, mean_curves
@@ -59,9 +59,8 @@ def score_masks(
     """Compare an arm's masks with the true ones, and return a row per case; `score` is its own opinion of each."""
     rows, lengths = [], (cases.spacing or 1.0,) * (masks.ndim - 1)
     for place, (name, subject) in enumerate(zip(cases.names, cases.subjects, strict=True)):
-        pair = cases.masks[place], masks[place]
-        distance, regions = surface_distances(*pair, lengths).hausdorff_95, match_regions(*pair).f1
-        values = dice(*pair), jaccard(*pair), distance, regions, float(score[place])
+        found = score_mask(cases.masks[place], masks[place], lengths)
+        values = *(found[name] for name in ("dice", "jaccard", "hausdorff_95_mm", "region_f1")), float(score[place])
         case = name if cases.names.count(name) == 1 else f"{name} ({place + 1})"
         row = {"arm": arm, "budget": budget, "case": case, "subject": subject}
         rows.append(row | dict(zip(MEASURES, values, strict=True)))

@@ -26,6 +26,7 @@ from jaxmed.config import Length, NonNegative, Positive, Share, Size, checked
 from jaxmed.data.augment import AS_THEY_ARE, AugmentConfig, make_variants
 from jaxmed.models.mask_generator import DEMO_GENERATOR, GeneratorConfig, make_generator
 from jaxmed.models.mask_verifier import DEMO_VERIFIER, Verifier, VerifierConfig, make_verifier
+from jaxmed.objectives.segmentation import voxel_cross_entropy
 from jaxmed.objectives.supervised import overlap
 from jaxmed.recipes.few_shot import reptile
 from jaxmed.synthesis.corruption import corrupt
@@ -303,15 +304,13 @@ def _generator_loss(
 ) -> tuple[Scalar, dict[str, Scalar]]:
     logits = make_generator(config.generator).apply(params, images[..., None])
     soft = jax.nn.sigmoid(logits)
-    axes = tuple(range(1, images.ndim))
     loss, metrics = jnp.zeros(()), {}
     if config.verifier_weight:
         functions = make_verifier(config.verifier)
         judged = functions.score(verifier, functions.embed(verifier, images[..., None]), soft)
         loss += config.verifier_weight * _weighted(optax.sigmoid_binary_cross_entropy(judged, jnp.ones(())), weights)
     if config.pixel_weight:
-        errors = optax.sigmoid_binary_cross_entropy(logits, masks).mean(axes)
-        loss += config.pixel_weight * _weighted(errors, weights)
+        loss += config.pixel_weight * _weighted(voxel_cross_entropy(logits[..., None], masks), weights)
     metrics["overlap"] = overlap(masks, (soft > config.threshold).astype(jnp.float32)).mean()
     return loss, metrics
 
