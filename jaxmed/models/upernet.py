@@ -13,10 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from jaxmed.arrays.position import resize_matrix
-from jaxmed.arrays.types import KeyArray
+from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Length, Size, checked
 from jaxmed.models.convnext import ConvNext, ConvNextConfig
 from jaxmed.nn.convolution import Convolution
+from jaxmed.nn.model import Network, make_model
 from jaxmed.nn.transformer import LayerNorm
 
 INIT = nn.initializers.normal(0.02)
@@ -77,6 +78,16 @@ class UperNet(nn.Module):
         if not (training and self.config.auxiliary_width):
             return logits, None
         return logits, resize_map(self.auxiliary(maps[AUXILIARY_STAGE]), size)
+
+
+def upernet_network(config: UperNetConfig) -> Network:
+    """Return UPerNet as training takes it, its auxiliary head drawn too."""
+    model, encoder = make_model(UperNet(config)), config.encoder
+
+    def init(key: KeyArray) -> Params:
+        return model.init(key, jnp.zeros((1, *encoder.image_size, encoder.channels)), training=True)
+
+    return Network(init, model.apply)
 
 
 class StageNorms(nn.Module):

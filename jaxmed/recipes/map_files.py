@@ -92,6 +92,7 @@ def map_files(
     label: str,
     unit: str,
     seen: Callable[[dict[str, Any]], dict[str, float]],
+    part: str = "",
 ) -> FileResults:
     """Work on every file, beside a progress bar; those that an earlier start has done are not done again.
 
@@ -107,6 +108,7 @@ def map_files(
         label: Of the progress bar: "Refining".
         unit: What is counted: "scans".
         seen: Figures of a record, for the log.
+        part: What they are called there, PART/NAME, beside those of a training; empty where the log has no others.
 
     Raises:
         InputError: There is one file only, and it is broken: that is a mistake of the user, not a failure among many.
@@ -115,7 +117,7 @@ def map_files(
         raise ValueError("files: expected a name of its own for each, found one twice")
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    log.rewind(-1)  # an earlier start's numbers come again, from the records
+    log.rewind(-1, part)  # an earlier start's numbers come again, from the records
     with log.progress(label, len(files), unit) as update:
         for number, file in enumerate(files):
             done = outputs / f"{file.name}.json"
@@ -129,7 +131,7 @@ def map_files(
                     row = work(number, file, tell) | {"path": str(file.path)}
                     write_json(done, row)
                 rows.append(row)
-                log.metrics(number, seen(row))
+                log.metrics(number, {f"{part}/{name}" if part else name: value for name, value in seen(row).items()})
             except (InputError, MemoryError) as error:
                 if isinstance(error, InputError) and len(files) == 1:
                     raise

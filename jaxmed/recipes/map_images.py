@@ -72,6 +72,7 @@ def map_images(
     log: Log,
     label: str,
     seen: Callable[[Row], dict[str, float]],
+    part: str = "",
 ) -> tuple[tuple[Row, ...], int]:
     """Work on every scan as `map_files` does; say what is unexpected, and write failed.csv.
 
@@ -83,6 +84,7 @@ def map_images(
         log: Gets notes, and what fails.
         label: Of the progress bar: "Refining".
         seen: Figures of a record, for the log.
+        part: As of `map_files`.
 
     Returns:
         The records of those that are done, and how many failed.
@@ -96,7 +98,7 @@ def map_images(
 
     found = map_files(
         inputs, lambda number, one, tell: to_record(work(number, one, tell)), outputs, log, label, "scans",
-        lambda row: seen(read(row)),
+        lambda row: seen(read(row)), part,
     )  # fmt: skip
     for row in found.rows:
         for note in row["notes"]:
