@@ -24,6 +24,9 @@ def graded():
 def test_a_lesion_is_dark_bright_and_dark_by_its_grade(graded):
     assert graded.images.shape == (6, GRADES, 48, 48, 16, 3) and (graded.images >= 0).all()
     assert not graded.lesion[:, 0].any() and graded.lesion[:, 1:].any((2, 3, 4)).all()
+    assert (graded.gland | ~graded.inner).all()
+    share = graded.inner.sum((2, 3, 4)) / graded.gland.sum((2, 3, 4))
+    np.testing.assert_allclose(share, 0.62**3, atol=0.06)  # its semi-axes are .62 of the gland's
     for case in range(6):
         where = graded.lesion[case, -1]
         assert (graded.gland[case, -1][where]).mean() > 0.7
@@ -48,6 +51,9 @@ def test_a_cohort_has_every_grade_in_every_split_and_files_on_one_grid(tmp_path)
         for name in ("hbv", "adc"):
             assert nifti.read((tmp_path / row["path"]).with_name(f"{name}.nii.gz")).grid.shape == first.grid.shape
         assert nifti.read(tmp_path / row["mask"]).array.any() == (row["grade"] != "0")
+        zones = nifti.read(tmp_path / row["zones"]).array
+        assert set(np.unique(zones)) == {0, 1, 2}
+        assert (zones > 0).sum() * 6.0**3 / 1000 == pytest.approx(float(row["gland_ml"]), abs=1e-3)
     before = manifest.stat().st_mtime_ns
     assert write_prostate_cohort(tmp_path, 3, 10, (16, 16, 8), fractions=(0.5, 0.5, 0.0)) == manifest
     assert manifest.stat().st_mtime_ns == before

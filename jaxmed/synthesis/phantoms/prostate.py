@@ -55,12 +55,14 @@ class ProstatePhantom(NamedTuple):
     Attributes:
         images: T2w, high-b and ADC, magnitudes from 0 on.
         gland: Inside the gland.
+        inner: Inside its inner zone.
         lesion: Inside the lesion; empty for grade 0.
         is_right: Whether the lesion's place is in the patient's right half; drawn without a lesion too.
     """
 
     images: Float[Array, "x y z 3"]
     gland: Bool[Array, "x y z"]
+    inner: Bool[Array, "x y z"]
     lesion: Bool[Array, "x y z"]
     is_right: Bool[Array, ""]
 
@@ -108,7 +110,10 @@ def make_prostate(
         brightest = max(level[number] for level in LEVELS)
         real, imaginary = config.noise * brightest * jax.random.normal(noise, (2, *shape))
         images.append(jnp.hypot(level + real, imaginary))
-    return ProstatePhantom(jnp.stack(images, -1), gland > 0.5, (lesion > 0.5) & (contrast > 0), is_right)
+    whole = gland > 0.5
+    return ProstatePhantom(
+        jnp.stack(images, -1), whole, whole & (inner > 0.5), (lesion > 0.5) & (contrast > 0), is_right
+    )
 
 
 def _draw_lesion(

@@ -1,4 +1,4 @@
-"""Write phantom prostates as a cohort: a folder of three NIfTI files per case, and the manifest that training reads."""
+"""Write phantom prostates as a cohort: sequences and label maps of each case, and the manifest that training reads."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from jaxmed.synthesis.phantoms.cohort import (
 from jaxmed.synthesis.phantoms.prostate import GRADES, SEQUENCES, ProstateConfig, make_prostate
 from jaxmed.volume import Volume
 
-COLUMNS = ("path", "subject", "label", "split", "grade", "side", "gland_ml", "mask")
+COLUMNS = ("path", "subject", "label", "split", "grade", "side", "gland_ml", "mask", "zones")
 SIGNIFICANT = 2  # the least grade whose label is 1
 
 
@@ -39,8 +39,8 @@ def write_prostate_cohort(
     What is there already stays: a second call writes nothing, and a call after an interruption writes what is missing.
 
     Args:
-        folder: Gets cases.csv, cases.json (seed and settings) and cases/NAME_0000 and so on with t2w, hbv, adc and
-            lesion .nii.gz: int16, axes RAS+, the centre of the field of view at 0 mm.
+        folder: Gets cases.csv, cases.json (seed and settings) and cases/NAME_0000 and so on with t2w, hbv, adc,
+            lesion and zones .nii.gz: int16, axes RAS+, the centre of the field of view at 0 mm.
         seed: Seed of the cohort; subject i is the same whatever the number of subjects, but for split and grade.
         subjects: How many.
         shape: Voxels along x, y and z; the voxel size in mm is `config.field_of_view` divided by it.
@@ -50,8 +50,8 @@ def write_prostate_cohort(
 
     Returns:
         The manifest, with the columns path (the T2w scan, relative to it), subject, label (1 from grade 2 on), split,
-        grade (0, no lesion, to 4), side of the lesion (left, right or none), gland_ml (volume of the gland) and mask
-        (of the lesion).
+        grade (0, no lesion, to 4), side of the lesion (left, right or none), gland_ml (volume of the gland), and label
+        maps: mask (1 the lesion) and zones (1 the outer zone of the gland, 2 the inner one).
 
     Raises:
         InputError: A setting is impossible, or the folder holds a cohort of other settings.
@@ -73,26 +73,36 @@ def write_prostate_cohort(
     @jax.jit  # one compilation for the cohort; without jit every operation of a case is dispatched on its own
     def draw(
         key: jax.Array, grade: Int[Array, ""]
-    ) -> tuple[Int16[Array, "x y z 3"], Int16[Array, "x y z"], Array, Float[Array, ""]]:
+    ) -> tuple[Int16[Array, "x y z 3"], Int16[Array, "x y z"], Int16[Array, "x y z"], Array, Float[Array, ""]]:
         found = make_prostate(key, grade, shape, config)
         stored = jnp.clip(jnp.rint(found.images), 0, 4095).astype(jnp.int16)
-        return stored, found.lesion.astype(jnp.int16), found.is_right, found.gland.sum() * voxel_ml
+        zones = found.gland.astype(jnp.int16) + found.inner
+        return (
+            stored,
+            found.lesion.astype(jnp.int16),
+            zones.astype(jnp.int16),
+            found.is_right,
+            found.gland.sum() * voxel_ml,
+        )
 
     rows, seen = [], {split: 0 for split in SPLITS}
     for index, split in plan_splits(subjects, fractions):
         grade, subject = seen[split] % GRADES, f"{name}_{index:04d}"
         seen[split] += 1
         place = folder / "cases" / subject
-        images, lesion, is_right, volume = draw(jax.random.fold_in(jax.random.key(seed), index), jnp.int32(grade))
+        images, lesion, zones, is_right, volume = draw(
+            jax.random.fold_in(jax.random.key(seed), index), jnp.int32(grade)
+        )
         for number, sequence in enumerate(SEQUENCES):
             if not (path := place / f"{sequence}.nii.gz").exists():
                 nifti.write(path, Volume.make(np.asarray(images[..., number]), affine))
-        if not (path := place / "lesion.nii.gz").exists():
-            nifti.write(path, Volume.make(np.asarray(lesion), affine))
+        for what, labels in (("lesion", lesion), ("zones", zones)):
+            if not (path := place / f"{what}.nii.gz").exists():
+                nifti.write(path, Volume.make(np.asarray(labels), affine))
         side = ("right" if is_right else "left") if grade else "none"
         cells = (
             f"cases/{subject}/{SEQUENCES[0]}.nii.gz", subject, int(grade >= SIGNIFICANT), split, grade, side,
-            f"{float(volume):.3f}", f"cases/{subject}/lesion.nii.gz",
+            f"{float(volume):.3f}", f"cases/{subject}/lesion.nii.gz", f"cases/{subject}/zones.nii.gz",
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return write_manifest(folder / "cases.csv", COLUMNS, rows)
