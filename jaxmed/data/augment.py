@@ -50,7 +50,9 @@ class AugmentConfig:
         shift: Largest move along each axis in whole voxels, which leaves noise as it is; edges are repeated.
         affine_probability: Probability of rotation, scale, shear, translation and stretching together.
         rotation: Largest angle in degrees, about every axis (one in 2D).
+        rotation_axes: Of volumes, the axes about which they turn; empty for all.
         scale: Range of the magnification, drawn per axis when `is_isotropic` is false.
+        scale_axes: Axes along which it counts; empty for all.
         is_isotropic: Whether all axes share one magnification.
         shear: Largest shear.
         translation: Largest shift, as a fraction of the axis.
@@ -89,7 +91,9 @@ class AugmentConfig:
     shift: Length = 0
     affine_probability: Share = 0.0
     rotation: NonNegative = 15.0
+    rotation_axes: tuple[Axis, ...] = ()
     scale: tuple[Positive, Positive] = (0.85, 1.15)
+    scale_axes: tuple[Axis, ...] = ()
     is_isotropic: bool = True
     shear: NonNegative = 0.0
     translation: NonNegative = 0.05
@@ -294,8 +298,12 @@ def draw_affine(key: Key[Array, ""], spatial: tuple[int, ...], config: AugmentCo
     ndim = len(spatial)
     rotation_key, scale_key, shear_key, translation_key = jax.random.split(key, 4)
     angles = jnp.deg2rad(config.rotation) * _symmetric(rotation_key, (1 if ndim == 2 else 3,))
+    if config.rotation_axes and ndim == 3:
+        angles = angles * jnp.array([float(axis in config.rotation_axes) for axis in range(3)])
     low, high = config.scale
     factors = jax.random.uniform(scale_key, (1 if config.is_isotropic else ndim,), minval=low, maxval=high)
+    if config.scale_axes:
+        factors = jnp.where(jnp.array([axis in config.scale_axes for axis in range(ndim)]), factors, 1.0)
     shears = config.shear * _symmetric(shear_key, (ndim, ndim))
     shear = jnp.eye(ndim) + jnp.triu(shears, 1)
     # Full precision: accelerators round a plain matmul to three digits.

@@ -15,7 +15,7 @@ import numpy as np
 from jaxmed.arrays.grid import reorient
 from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
-from jaxmed.data.label_maps import labels_from_input, read_label_map
+from jaxmed.data.label_maps import MaskedScans, labels_from_input, read_label_map
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.scans import Record
 from jaxmed.data.sequences import find_case
@@ -23,7 +23,7 @@ from jaxmed.errors import InputError
 from jaxmed.files import unique_names
 from jaxmed.io.maps import write_map
 from jaxmed.io.numpy_files import write_npz
-from jaxmed.io.scans import read_volume
+from jaxmed.io.scans import NAME_ENDINGS, read_volume
 from jaxmed.io.tables import resolve_path, write_table
 from jaxmed.metrics.cohort import average_subjects
 from jaxmed.metrics.imaging import score_labels
@@ -160,6 +160,14 @@ def task_labels(task: Task | None, channels: int) -> tuple[int, ...]:
         values = tuple(map(int, names))
         return (0, *values) if channels == 1 else values
     return tuple(range(max(channels, 2)))
+
+
+def held_out_inputs(cases: MaskedScans) -> tuple[list[Inputs], dict[str, tuple[str, str]]]:
+    """Return the cases that were not trained on, with their label maps; and subject and split of each, by name."""
+    rows = [row for split in ("validation", "test") for row in cases.rows(split)]
+    names = unique_names([cases.cells[row] for row in rows], NAME_ENDINGS, (), TABLES)
+    inputs = [Inputs(name, cases.scans[row], {"mask": cases.masks[row]}) for name, row in zip(names, rows, strict=True)]
+    return inputs, {name: (cases.subjects[row], cases.splits[row]) for name, row in zip(names, rows, strict=True)}
 
 
 def segment_cases(

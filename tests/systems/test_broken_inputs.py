@@ -56,6 +56,7 @@ CASES = {
     "retfound compare": ("retina", "one", *BINARY, *ALL, "--encoders", "a=random", "b=random"),
     "profound pretrain": ("prostate", "one"),
     "profound adapt": ("prostate", "one"),
+    "profound segment": ("prostate", "one", "--data.mask", "zones"),
     "profound quality-study": ("retina", "one", *BINARY),
     "brainfm generate": ("heads", "single"),
     "brainfm train": ("heads", "one"),

@@ -22,6 +22,7 @@ FILES = {
     "retfound compare": (["--data.manifest"],),
     "profound pretrain": (["--input"], ["--data.manifest"]),
     "profound adapt": (["--data.manifest"],),
+    "profound segment": (["--data.manifest"],),
     "profound predict": (["--input"], ["--data.manifest"]),
     "profound quality": (["--input"], ["--data.manifest"]),
     "profound quality-study": (["--data.manifest"],),

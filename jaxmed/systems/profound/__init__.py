@@ -11,20 +11,23 @@ In:  prostate MRI as one file or DICOM folder per sequence: T2w, DWI of a high b
      cut or filled with zeros to 64 x 224 x 224 voxels about the centre; each is standardised over what is not 0. One
      that is missing is refused, or a channel of zeros (--preprocess.missing zero); one without a name is never looked
      for (--preprocess.sequences t2w "" "").
-Out: a pre-trained model; classifiers and regressors; probabilities, and maps on the grid of the T2w scan; a score of
-     every file; a report of how many good images fine-tuning needs.
+     For segmentation a column names label maps: whole numbers on the grid of the T2w scan, 0 the background.
+Out: a pre-trained model; classifiers, regressors and segmenters; probabilities, maps of what moved them and label maps
+     on the grid of the T2w scan; a score of every file; a report of how many good images fine-tuning needs.
 
 Stages:
   1. jaxmed profound pretrain --input FOLDER --out runs/fcmae
      hide 60 % of the patches, learn to fill them in: a 3D ConvNeXt V2, or a transformer (--encoder transformer).
   2. jaxmed profound adapt --data.manifest cases.csv --weights runs/fcmae/outputs/model --out runs/task
      fine-tune on labels (PI-RADS, Gleason, a volume), or train the head alone (--mode frozen).
-  3. jaxmed profound predict --input FOLDER --weights runs/task/outputs/model --out runs/prediction
-     probabilities, and a map of what moved them.
-  4. jaxmed profound quality --input FOLDER --out runs/quality
+  3. jaxmed profound segment --data.manifest cases.csv --weights runs/fcmae/outputs/model --out runs/zones
+     learn label maps (column mask: gland, zones, lesions) by UPerNet on the encoder; Dice and 95 % Hausdorff distance.
+  4. jaxmed profound predict --input FOLDER --weights runs/task/outputs/model --out runs/prediction
+     probabilities, and a map of what moved them; of a segmenter's weights label maps.
+  5. jaxmed profound quality --input FOLDER --out runs/quality
      noise, SNR, CNR, resolution, ghosts, motion and distortion of every file without a reference, and one score; its
      agreement with given labels.
-  5. jaxmed profound quality-study --data.manifest cases.csv --weights FILE --out runs/study
+  6. jaxmed profound quality-study --data.manifest cases.csv --weights FILE --out runs/study
      share of high quality in fine-tuning x in testing x labels x pre-trained or from scratch x seed: heat maps, what a
      mismatch costs, labels saved, from which share of good images pre-training helps, and that in words.
 
@@ -35,7 +38,7 @@ Try it without data:  jaxmed profound pretrain --preset smoke --out runs/profoun
 Deviations from the released code: hidden patches are zeros that every operation leaves at zero, so that no library for
 sparse convolutions is needed; scans are resampled here, where the release expects files that are; in adapt, the cut
 before training is about the centre, not random, and classes are balanced by weights of the loss, not by drawing;
-ConvMAE and the decoder in UNETR's manner are not here. --match-release takes the norm of responses over the whole
+in segment, turn and zoom are drawn together, in half of the cases; ConvMAE and the decoder in UNETR's manner are not here. --match-release takes the norm of responses over the whole
 batch, and scrambles the positions of a transformer, as the release does. The quality study's grid and sizes are our
 own, for its are not public.
 """

@@ -3,20 +3,24 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from jaxmed.arrays.task import Task
 from jaxmed.config import Length, Positive, Whole, checked
 from jaxmed.data.augment import AugmentConfig
 from jaxmed.data.loader import LoaderConfig
+from jaxmed.errors import InputError
 from jaxmed.models.convnext import PROFOUND, ConvNextClassifierConfig, ConvNextConfig, convnext_encoder
 from jaxmed.models.heads import ClassifierConfig, HeadConfig
 from jaxmed.models.mae import MaeConfig
 from jaxmed.models.published.load import OWN_LICENCE, Published, load_published, resize_positions
 from jaxmed.models.published.profound import PREPROCESS
+from jaxmed.models.upernet import UperNetConfig, upernet_network
 from jaxmed.models.vit import VitConfig
 from jaxmed.recipes.adapt import LARS_PROBE, AdaptConfig, take_encoder
 from jaxmed.recipes.adapt_stage import LabelledConfig, LabelledData, LabelledFlags, Start
 from jaxmed.recipes.adapt_start import start_from_weights
+from jaxmed.recipes.segment_cases import Segmenter, task_labels
 from jaxmed.recipes.stage import nested_run
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.systems.profound.cases import SMALL, SMALL_INPUT, SMALL_SIZE, TINY, CaseFiles, write_cases
@@ -178,11 +182,8 @@ def find_start(config: AdaptationConfig, task: Task) -> Start:
             f"BatchNorm of the head sees {part} cases at a time, of which its moments are uncertain: take a larger "
             "batch, or --hidden 0 for a head without it."
         )
-    if is_trained and config.augmentation.blur_probability:
-        notes.append(
-            f"Training cases are blurred with probability {config.augmentation.blur_probability:g}, others never: the "
-            "encoder learns on softer scans than it is tested on. --augmentation.blur-probability 0 leaves them."
-        )
+    if is_trained:
+        notes += blur_notes(config.augmentation)
     encoder = dataclasses.replace(
         encoder, drop_path_rate=ours.drop_path_rate, remat=ours.remat, dtype=labelled.adapt.train.dtype,
         response_scope="sample",
@@ -191,6 +192,16 @@ def find_start(config: AdaptationConfig, task: Task) -> Start:
         convnext_encoder(encoder), head, params, config.preprocess.apply(preprocess), "profound",
         partial(ConvNextClassifierConfig, encoder), licence, notes,
     )  # fmt: skip
+
+
+def blur_notes(augmentation: AugmentConfig) -> list[str]:
+    """Say that training cases are softer than others, where they are blurred."""
+    if not augmentation.blur_probability:
+        return []
+    return [
+        f"Training cases are blurred with probability {augmentation.blur_probability:g}, others never: the encoder "
+        "learns on softer scans than it is tested on. --augmentation.blur-probability 0 leaves them."
+    ]
 
 
 def _start_transformer(config: AdaptationConfig, task: Task) -> Start:
@@ -204,6 +215,20 @@ def load_weights(files: CaseFiles, place: Path, task: Task | None = None) -> Pub
     """Read weights of this family, for cases whose files are named as said."""
     published = load_published(place, "profound", task=task)
     return dataclasses.replace(published, preprocess=files.apply(published.preprocess))
+
+
+def segmenter_of(published: Published, where: Path, dtype: Literal["float32", "bfloat16"]) -> Segmenter:
+    """Return weights of a segmenter as what segments cases.
+
+    Raises:
+        InputError: They are of another model.
+    """
+    if not isinstance(published.config, UperNetConfig):
+        raise InputError(where, "weights of a segmenter", f"weights of kind {published.report.kind}")
+    encoder = dataclasses.replace(published.config.encoder, dtype=dtype, response_scope="sample")
+    sizes = dataclasses.replace(published.config, encoder=encoder)
+    labels = task_labels(published.task, sizes.classes)
+    return Segmenter(upernet_network(sizes), dict(published.params), labels, published.preprocess)
 
 
 def with_synthetic(config: AdaptationConfig, folder: RunFolder) -> tuple[AdaptationConfig, list[str]]:

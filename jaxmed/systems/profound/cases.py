@@ -21,6 +21,8 @@ SMALL_SIZE = (16, 32, 32)
 SMALL_INPUT = dataclasses.replace(PREPROCESS, size=SMALL_SIZE, spacing=(3.0, 3.0, 3.0))
 PHANTOMS = ProstateConfig()
 TINY = ConvNextConfig(SMALL_SIZE, 3, (1, 1, 1), (24, 48, 64), stem=4, strides=(2, 1), kernel_size=3)
+# Finer than the one above: what it gives a label is as fine as its first stage.
+TINY_SEGMENTER = ConvNextConfig(SMALL_SIZE, 3, (1, 1, 1), (16, 32, 48), stem=2, strides=(2, 2), kernel_size=3)
 SMALL = ConvNextConfig(SMALL_SIZE, 3, (2, 2, 4, 2), (24, 48, 96, 128), stem=2, kernel_size=5)
 VIT_B = MaeConfig(
     VitConfig((64, 256, 256), (16, 32, 32), 3, width=768, depth=12, heads=12, hidden=3072),

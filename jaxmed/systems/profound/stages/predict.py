@@ -1,16 +1,21 @@
-"""ProFound predict: probabilities, and a map of what moved them, on the grid of each case's first sequence."""
+"""ProFound predict: probabilities and what moved them, or label maps, on the grid of each case's first sequence."""
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 from jaxmed.config import checked
 from jaxmed.models.published.profound import PREPROCESS
+from jaxmed.models.upernet import UperNetConfig
+from jaxmed.recipes import predict_stage, segment_cases
 from jaxmed.recipes.encoder_calls import view_classifier
 from jaxmed.recipes.map_files import BatchConfig
-from jaxmed.recipes.predict_stage import PredictConfig, PredictFlags, Summary, predict_page, run_predict
+from jaxmed.recipes.predict_stage import PredictConfig, PredictFlags, predict_page, run_predict
 from jaxmed.recipes.scan_job import ScanData, ScansConfig
+from jaxmed.recipes.segment_cases import run_segmenter
+from jaxmed.recipes.segment_sections import segment_page
 from jaxmed.recipes.stage import Finished, Page, nested_run
-from jaxmed.systems.profound.adaptation import load_weights, pretrain_on
+from jaxmed.systems.profound.adaptation import load_weights, pretrain_on, segmenter_of
 from jaxmed.systems.profound.cases import SOURCE, CaseFiles, write_cases
 from jaxmed.systems.profound.scoring import score_case
 from jaxmed.train.log import Log
@@ -18,15 +23,18 @@ from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.run_folder import RunFolder, start
 
 TRIES_FAILED_AGAIN = True
+Summary = predict_stage.Summary | segment_cases.Summary
 
 
 @dataclasses.dataclass(frozen=True)
 @checked
 class Config:
-    """Predictions of an adapted classifier or regressor.
+    """Predictions of an adapted classifier or regressor, or label maps of a segmenter.
 
     Attributes:
-        predict: What is asked of the cases.
+        predict: What is asked of the cases. Where the weights are a segmenter's (profound segment), every case gets a
+            label map, and --label.columns names the column of true ones, against which they are scored; cases go one
+            by one, on one device.
         preprocess: How the files of a case are named, where it is not as the weights expect.
     """
 
@@ -49,6 +57,12 @@ def run(config: Config, folder: RunFolder) -> int:
     scans, notes = with_synthetic(config.predict.scans, folder)
     load = partial(load_weights, config.preprocess, task=config.predict.task.task)
     look = partial(view_classifier, where=scans.weights, system="profound")
+    if scans.weights is not None:
+        published = load(scans.weights)
+        if isinstance(published.config, UperNetConfig):
+            segmenter = segmenter_of(published, scans.weights, scans.dtype)
+            columns, shown = config.predict.label.columns, config.predict.shown
+            return run_segmenter(config, scans, published, segmenter, columns, shown, page, folder, notes)
     scorer = partial(score_case, config.preprocess.apply(PREPROCESS).sequences)
     return run_predict(config, config.predict, scans, load, look, page, folder, notes, scorer)
 
@@ -77,6 +91,8 @@ def with_synthetic(scans: ScansConfig, folder: RunFolder) -> tuple[ScansConfig, 
     return dataclasses.replace(scans, weights=nested.outputs / "model"), [note]
 
 
-def page(run: Finished[Config, Summary]) -> Page:
+def page(run: Finished[Config, Any]) -> Page:
     """Show predictions, scores and maps."""
+    if isinstance(run.summary, segment_cases.Summary):
+        return segment_page(run, "ProFound label maps", SOURCE)
     return predict_page(run, "ProFound predictions", SOURCE)
