@@ -37,10 +37,10 @@ Try it without data:  jaxmed profound pretrain --preset smoke --out runs/profoun
 
 Deviations from the released code: hidden patches are zeros that every operation leaves at zero, so that no library for
 sparse convolutions is needed; scans are resampled here, where the release expects files that are; in adapt, the cut
-before training is about the centre, not random, and classes are balanced by weights of the loss, not by drawing;
-in segment, turn and zoom are drawn together, in half of the cases; ConvMAE and the decoder in UNETR's manner are not here. --match-release takes the norm of responses over the whole
-batch, and scrambles the positions of a transformer, as the release does. The quality study's grid and sizes are our
-own, for its are not public.
+before training is about the centre, not random, and classes are balanced by weights of the loss, not by drawing; in
+segment, turn and zoom are drawn together, in half of the cases; ConvMAE and the decoder in UNETR's manner are not here.
+--match-release takes the norm of responses over the whole batch, and scrambles the positions of a transformer, as the
+release does. The quality study's grid and sizes are our own, for its are not public.
 """
 
 from typing import TYPE_CHECKING
