@@ -115,9 +115,29 @@ def test_an_interval_joins_the_variance_of_seeds_and_of_patients():
     half = scipy.stats.t.ppf(0.975, 2) * math.sqrt(np.var(values, ddof=1) / 3 + patients)
     found, alone = over_seeds(values, draws), over_seeds(values)
     assert (found.mean, found.low, found.high) == pytest.approx((0.75, 0.75 - half, 0.75 + half))
-    assert found.p_value == alone.p_value and found.high > alone.high
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(0.75 * scipy.stats.t.ppf(0.975, 2) / half, 2))
+    plain = scipy.stats.ttest_1samp(values, 0)
+    assert alone.p_value == pytest.approx(plain.pvalue) and alone.p_value < found.p_value
+    assert (alone.low, alone.high) == pytest.approx(tuple(plain.confidence_interval())) and found.high > alone.high
     one = over_seeds(values[:1], draws[:, :1])
-    assert one.high == pytest.approx(0.7 + 1.959964 * np.std([0.1, 0.3, 0.5], ddof=1))
+    error = np.std([0.1, 0.3, 0.5], ddof=1)
+    assert one.high == pytest.approx(0.7 + 1.959964 * error)
+    assert one.p_value == pytest.approx(2 * scipy.stats.norm.sf(0.7 / error))
+    same = over_seeds(np.array([0.2, 0.2]))
+    assert (same.low, same.high, same.p_value) == (0.2, 0.2, None)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.5])
+def test_an_interval_excludes_zero_where_the_test_is_below_five_percent(spread):
+    generator = np.random.default_rng(3)
+    for _ in range(40):
+        found = over_seeds(generator.normal(0.1, 0.1, 4), generator.normal(0, spread, (60, 4)))
+        assert (found.p_value < 0.05) == (found.is_positive or found.is_negative)
+
+
+def test_an_undefined_resample_is_left_out():
+    values, draws = np.array([0.7, 0.8, 0.75]), np.array([[0.1, 0.2, 0.3], [0.3, 0.4, 0.2], [0.5, 0.0, 0.1]])
+    found = over_seeds(values, draws)
     undefined = over_seeds(values, np.concatenate([draws, [[np.nan, 0.1, 0.2]]]))
     assert undefined == found
 

@@ -18,15 +18,16 @@ from jaxmed.report.heatmap import heat_maps
 from jaxmed.report.page import Note, Section, Table, Text, Tile
 
 CAPTION = (
-    "{}; intervals over seeds and over resampled test patients, Student's test over seeds, not corrected. Gains are at "
-    "equal shares in fine-tuning and testing, of a share of the labels."
+    "{}; intervals, and Student's test, not corrected, both {}. Gains are at equal shares in fine-tuning and testing, "
+    "of a share of the labels."
 )
 READING = (
     "Both arms are the same model with the same recipe, records, order and augmentation; one starts from pre-trained "
     "weights. All sets of one kind have the same size and balance of labels; whole subjects are on one side.",
-    "Intervals of what follows join the variance over seeds with that over test patients, who are resampled with all "
-    "their records; a test over seeds tells how much a repetition differs, not how other patients would. Study design: "
-    "arXiv:2508.11864. For research only, not for diagnosis.",
+    "Intervals and tests of what follows join the variance over seeds with that over test patients, who are resampled "
+    "with all their records. The tests cell by cell, those of the proposal and the mixed model are over seeds alone: "
+    "they tell how much a repetition differs, not how other patients would. Study design: arXiv:2508.11864. For "
+    "research only, not for diagnosis.",
 )
 
 
@@ -104,13 +105,13 @@ def page(run: Finished[Any, Summary]) -> Page:
             Section("In words", [Text(list(summary.conclusion))]),
             _maps_section(results, summary.metric),
             _labels_section(results, summary.metric),
-            _derived_section(summary.findings, results, summary.metric),
+            _derived_section(summary.findings, results, summary.metric, (outputs / "intervals.csv").exists()),
         ]
         if summary.choice is not None:
             sections.append(_deployment_section(summary.choice, summary.metric))
         tests = compare_arms(results, summary.metric)
         if tests:
-            caption = "Pre-trained against from scratch: paired two-sided t-tests over seeds, corrected by Holm."
+            caption = "Pre-trained against from scratch: paired two-sided t-tests over seeds alone, corrected by Holm."
             sections.append(Section("Cell by cell", [difference_table(tests, caption)]))
     shown = show_pictures(
         outputs, {"high quality": "high", "low quality": "low"}, (0.0, 1.0), "Images of high and of low quality."
@@ -187,14 +188,15 @@ def _labels_section(results: Sequence[Result], metric: str) -> Section:
     return Section("Labels", blocks)
 
 
-def _derived_section(found: Findings, results: Sequence[Result], metric: str) -> Section:
+def _derived_section(found: Findings, results: Sequence[Result], metric: str, has_patients: bool) -> Section:
     heading = ("Measure", "Of", "Mean", "95 % from", "to", "p")
     rows = [
         *as_rows(found.mismatch, "mismatch penalty"),
         *as_rows(found.necessity, "slope along high quality"),
         *as_rows(found.gains, "pretrained minus scratch"),
     ]
-    blocks: list[Any] = [Table(heading, rows, CAPTION.format(spell(metric)))]
+    over = "over seeds and over resampled test patients" if has_patients else "over seeds alone"
+    blocks: list[Any] = [Table(heading, rows, CAPTION.format(spell(metric), over))]
     if found.labels_saved:
         saved = [
             (
