@@ -153,11 +153,11 @@ def to_record(config: object) -> Any:
     return config
 
 
-def from_record(kind: type[Config], record: object, where: str) -> Config:
+def from_record(kind: type[Config] | types.UnionType, record: object, where: str) -> Config:
     """Build a configuration from its JSON form.
 
     Args:
-        kind: The dataclass.
+        kind: The dataclass, or a union of dataclasses, of which the first takes it that has its names.
         record: What `json.loads` returned.
         where: The file, for messages.
 

@@ -3,7 +3,7 @@
 A stage is a module with
 
 - `Config`, a frozen dataclass, and presets `paper()`, `laptop()`, `smoke()` that return one;
-- `Summary`, a frozen dataclass of what the run found, kept as outputs/summary.json;
+- `Summary`, a frozen dataclass of what the run found, kept as outputs/summary.json, or a union of such;
 - `run(config, folder)`, which begins with `begin` and ends with `finish`; it returns 1 when some records failed;
 - `page(run)`, which makes the report from the files of the run and its summary: `jaxmed report RUN` writes it again.
 """
@@ -14,7 +14,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -136,7 +136,7 @@ def finish(
 def write_page(
     path: Path,
     config_type: type[Config],
-    summary_type: type[Summary],
+    summary_type: type[Summary] | UnionType,
     page: Callable[[Finished[Config, Summary]], Page],
 ) -> None:
     """Write report.html of a run folder from config.json, timing.json and outputs/."""

@@ -102,6 +102,19 @@ def test_drawn_quarter_turn_is_rot90_to_rounding():
     assert np.abs(angles).max() <= math.pi / 2 and np.ptp(angles) > 0.5
 
 
+def test_volumes_turn_about_one_axis_and_grow_along_two(key):
+    config = AugmentConfig(
+        rotation=30.0, rotation_axes=(0,), scale=(0.8, 0.9), scale_axes=(1, 2), is_isotropic=False, translation=0.0
+    )
+    matrix = np.asarray(draw_affine(key, (4, 6, 6), config))[:, :3]
+    np.testing.assert_allclose(matrix[0], [1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(matrix[:, 0], [1, 0, 0], atol=1e-6)
+    lengths = np.linalg.norm(matrix[1:, 1:], axis=0)
+    assert ((1 / 0.9 - 1e-6 < lengths) & (lengths < 1 / 0.8 + 1e-6)).all() and abs(matrix[1, 2]) > 1e-3
+    turn = matrix[1:, 1:] / lengths
+    np.testing.assert_allclose(turn @ turn.T, np.eye(2), atol=1e-6)
+
+
 @pytest.mark.parametrize("spatial", [(9, 11), (7, 8, 9)])
 @pytest.mark.parametrize("fill", [0.5, None])
 def test_warp_agrees_with_scipy(spatial, fill, key):

@@ -135,6 +135,8 @@ def test_label_maps_are_scored_structure_by_structure():
     assert found["right"]["hausdorff_95_mm"] == pytest.approx(12 * math.sqrt(3))
     assert found["right"]["volume_error_mm3"] == -4 * 144
     assert found["none"]["dice"] == 1.0 and found["none"]["volume_error_relative"] == 0.0
+    assert [found[name]["region_f1"] for name in found] == [1.0, 0.0, 1.0]
+    assert im.score_mask(truth == 2, estimate == 2, (1.0, 1.0, 1.0)) == found["right"]
 
 
 @pytest.mark.parametrize(
