@@ -10,9 +10,10 @@ import pytest
 
 from jaxmed.arrays.position import sincos_3d_oblong
 from jaxmed.arrays.task import Task
+from jaxmed.arrays.trees import named_leaves
 from jaxmed.cli import main
 from jaxmed.io import nifti
-from jaxmed.io.tables import read_table
+from jaxmed.io.tables import read_table, write_table
 from jaxmed.models.convnext import ConvNextClassifierConfig
 from jaxmed.models.heads import ClassifierConfig
 from jaxmed.models.published.load import load_published
@@ -121,6 +122,85 @@ def test_a_transformer_is_pretrained_and_a_probe_on_it_learns_ordered_grades(coh
     published = load_published(probe)
     assert published.report.kind == "transformer-classifier" and isinstance(published.config, ClassifierConfig)
     assert published.task is not None and published.task.names == ("grade >= 1", "grade >= 2")
+
+
+STILL = (
+    "--augmentation.affine-probability", "0", "--augmentation.intensity-probability", "0",
+    "--augmentation.bias-probability", "0", "--augmentation.flip-axes",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def labelled(adapted, tmp_path_factory):
+    """The cases of the smoke run with more labels: where a lesion lies as zones of 0 and 1, some of them not known."""
+    manifest = adapted / "inputs" / "cases" / "cases.csv"
+    rows = []
+    for number, row in enumerate(read_table(manifest).rows):
+        zones = {f"zone_{side}": int(row["side"] == side) for side in ("left", "right")}
+        zones["zone_left"] = "" if number % 7 == 3 else zones["zone_left"]
+        rows.append(row | zones | {"path": str(manifest.parent / row["path"])})
+    place = tmp_path_factory.mktemp("labels") / "cases.csv"
+    write_table(place, tuple(rows[0]), rows)
+    return place
+
+
+def head_on_frozen(adapted, labelled, out, *words):
+    """Train a head alone on the pre-trained encoder; without augmentation its features are computed once."""
+    command = ("--preset", "smoke", "--quiet", "--mode", "frozen", "--hidden", "0", "--quality-scans", "0",
+               "--data.check", "1", "--data.manifest", labelled, "--data.cache", adapted / "inputs" / "prepared",
+               "--weights", adapted / "inputs" / "pretrain", "--out", out)  # fmt: skip
+    return main(["profound", "adapt", *map(str, command), *words])
+
+
+FIELDS = (*(f"grade = {grade}" for grade in range(5)), *(f"side = {side}" for side in ("left", "none", "right")))
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "names", "measure"),
+    [
+        (("--label.columns", "gland_ml"), "regression", ("gland_ml",), ("gland_ml", "mae")),
+        (("--label.columns", "grade", "--select", "auroc"), "multiclass", tuple("01234"), ("all", "auroc_macro")),
+        (("--label.columns", "grade", "side", "--label.kind", "fields"), "multilabel", FIELDS, ("all", "auroc_macro")),
+        (("--label.columns", "zone_left", "zone_right"), "multilabel", ("zone_left", "zone_right"),
+         ("all", "auroc_any")),
+    ],
+    ids=["volume", "grades", "fields", "zones"],
+)  # fmt: skip
+def test_a_head_on_a_frozen_encoder_learns_labels_of_every_kind(
+    words, kind, names, measure, adapted, labelled, tmp_path
+):
+    out = tmp_path / "run"
+    assert head_on_frozen(adapted, labelled, out, *words, *STILL) == 0
+    published = load_published(out)
+    assert published.task is not None and (published.task.kind, published.task.names) == (kind, names)
+    before = named_leaves(load_published(adapted / "inputs" / "pretrain").params["encoder"])
+    for name, leaf in named_leaves(published.params["encoder"]).items():
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
+    assert not (out / "outputs" / "model" / "quality.csv").exists()
+    losses = [line["loss"] for line in read_metrics(out) if "loss" in line]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    rows = [row for row in read_table(out / "outputs" / "metrics.csv").rows if row["set"] == "test"]
+    found = {(row["label"], row["measure"]): float(row["estimate"]) for row in rows}
+    assert np.isfinite(found[measure])
+    if kind == "regression":
+        # Better than the mean of the training cases, whose mean absolute error is that of the labels' spread.
+        table = read_table(labelled)
+        volumes = {
+            split: [float(r["gland_ml"]) for r in table.rows if r["split"] == split] for split in ("train", "test")
+        }
+        assert found[measure] < np.abs(np.array(volumes["test"]) - np.mean(volumes["train"])).mean()
+    if names == ("zone_left", "zone_right"):
+        known = sum(bool(r["zone_left"]) for r in read_table(labelled).rows if r["split"] == "test")
+        counts = {row["label"]: int(row["records"]) for row in rows if row["measure"] == "auroc"}
+        assert counts == {"zone_left": known, "zone_right": 18} and known < 18
+
+
+def test_a_head_on_a_frozen_encoder_is_trained_with_augmentation_too(adapted, labelled, tmp_path):
+    out = tmp_path / "run"
+    assert head_on_frozen(adapted, labelled, out, "--epochs", "1") == 0
+    before = named_leaves(load_published(adapted / "inputs" / "pretrain").params["encoder"])
+    for name, leaf in named_leaves(load_published(out).params["encoder"]).items():
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
 
 
 def test_positions_are_laid_out_as_asked():
