@@ -4,17 +4,24 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from jaxmed.arrays.trees import named_leaves
 from jaxmed.cli import main
+from jaxmed.config import to_record
+from jaxmed.errors import InputError
 from jaxmed.io import nifti
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.metrics.imaging import dice
-from jaxmed.models.published.load import load_published
+from jaxmed.models.mae import masked_model
+from jaxmed.models.published.load import export_published, load_published
 from jaxmed.models.upernet import UperNetConfig
 from jaxmed.synthesis.phantoms.write_prostate import write_prostate_cohort
+from jaxmed.systems.profound.cases import SMALL_INPUT, TINY_VIT
 from jaxmed.systems.profound.stages import segment as stage
+from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import read_metrics
 from jaxmed.volume import Volume
 
@@ -123,6 +130,19 @@ def test_predictions_are_scored_against_the_column_that_is_named(trained, tmp_pa
     ]
 
 
+def test_weights_are_written_and_read_under_the_names_of_the_released_code(trained, tmp_path):
+    published = load_published(trained)
+    export_published(published, tmp_path / "segmenter.safetensors")
+    again = load_published(tmp_path / "segmenter.safetensors")
+    assert (again.task, again.config, again.preprocess) == (published.task, published.config, published.preprocess)
+    before, after = named_leaves(published.params), named_leaves(again.params)
+    assert before.keys() == after.keys()
+    for name, leaf in before.items():
+        np.testing.assert_array_equal(after[name], leaf, err_msg=name)
+    with pytest.raises(InputError, match="outputs/model of a finished run, found a checkpoint of a segmenter"):
+        load_published(trained / "checkpoints")
+
+
 def test_training_goes_on_from_a_segmenter_or_from_an_encoder(trained):
     published = load_published(trained)
     assert isinstance(published.config, UperNetConfig) and published.task is not None
@@ -194,6 +214,16 @@ def test_label_maps_that_cannot_be_learnt_are_refused_before_anything_is_written
     (place / rows[0]["subject"] / "hbv.nii.gz").unlink()
     assert "expected a file named hbv beside it" in says(capsys, *command)
     assert not out.exists()
+
+
+def test_weights_of_a_transformer_are_refused(cohort, tmp_path, capsys):
+    shapes = jax.eval_shape(masked_model(TINY_VIT).network.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    record = {"config": to_record(TINY_VIT), "preprocess": to_record(SMALL_INPUT)}
+    export_parameters(tmp_path / "vit", zeros, {"family": "profound", "kind": "mae", **record})
+    command = ("profound", "segment", "--preset", "smoke", "--out", tmp_path / "run", "--data.manifest", cohort)
+    line = says(capsys, *command, "--weights", tmp_path / "vit")
+    assert "expected weights of a ConvNeXt, found a transformer" in line and not (tmp_path / "run").exists()
 
 
 def test_a_column_of_true_maps_that_is_not_there_is_refused(trained, cohort, tmp_path, capsys):

@@ -237,6 +237,8 @@ def own_record(where: str, run: Mapping[str, Any], tensors: Mapping[str, Any]) -
         return None
     settings = run.get("config") or {}
     is_transformer = "encoder/patch_embed/kernel" in tensors
+    if any(name.startswith("hidden_norm/") for name in tensors):
+        raise InputError(where, "outputs/model of a finished run", "a checkpoint of a segmenter's training")
     if not any(name.startswith("head/") for name in tensors):
         kind, config = ("mae", settings.get("transformer")) if is_transformer else ("fcmae", settings.get("model"))
         return {"kind": kind, "preprocess": settings.get("preprocess"), "config": config}

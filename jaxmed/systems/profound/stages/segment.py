@@ -52,6 +52,8 @@ from jaxmed.train.run_folder import RunFolder
 
 AUXILIARY = 0.4  # weight of the auxiliary head's loss
 CHECKED = 16  # cases all of whose sequences are read from end to end beforehand; of the others the headers are
+# Columns of phantoms by what is asked for: a smoke run has time for zones, where lesions are the common column.
+PHANTOM_COLUMNS = {"mask": "zones", "lesion": "mask"}
 HEAD = r"^(decoder|auxiliary|hidden_norm)/"
 OPTIMIZER = dataclasses.replace(FINE_TUNING, no_decay=(*FINE_TUNING.no_decay, HEAD))
 AUGMENTATION = dataclasses.replace(
@@ -114,7 +116,8 @@ def paper() -> Config:
 def smoke() -> Config:
     """A tiny model at 16 x 32 x 32, in seconds: on your cases, or the zones of phantom glands.
 
-    Lesions of phantoms (--data.mask mask) are a few voxels here, and take some minutes longer.
+    Lesions of phantoms (--data.mask lesion) are a few voxels here: they need more cases and longer training, such as
+    --data.synthetic 200 --epochs 60.
     """
     train = TrainConfig(
         dataclasses.replace(OPTIMIZER, peak_lr=5e-3, end_lr=1e-4, layer_decay=1.0),
@@ -139,11 +142,10 @@ def run(config: Config, folder: RunFolder) -> int:
     clock, train, data, notes = Clock(), config.train, config.data, list[str]()
     if data.manifest is None and data.synthetic:
         place = write_cases(folder, train.seed, data.synthetic)
-        # The default column holds lesions, which no smoke run learns.
-        column = "zones" if data.mask == MaskData().mask else data.mask
+        column = PHANTOM_COLUMNS.get(data.mask, data.mask)
         cache = data.cache or folder.path / "inputs" / "prepared"
         data = dataclasses.replace(data, manifest=place, mask=column, cache=cache)
-        notes.append("The cases are phantoms; of their zones label 1 is the outer one and 2 the inner one.")
+        notes.append(f"The cases are phantoms, of whose {column} the label maps are; of zones 1 is outer and 2 inner.")
     start = find_start(config)
     cases = list_masked(data, train.seed, start.preprocess, config.fill, train.loader.num_threads or 1)
     start = start.with_labels(cases.labels)
