@@ -86,11 +86,20 @@ class MaskedScans(NamedTuple):
         """Return the numbers of the scans of a split."""
         return [row for row, one in enumerate(self.splits) if one == split]
 
+    def learnt(self) -> "MaskedScans":
+        """Return the scans of the splits train and validation alone."""
+        kept = [row for row, split in enumerate(self.splits) if split != "test"]
+        columns = {
+            name: tuple(getattr(self, name)[row] for row in kept)
+            for name in ("scans", "masks", "subjects", "splits", "cells")
+        }
+        return self._replace(**columns)
+
 
 def list_masked(
     config: MaskData, seed: int, preprocess: Preprocess, fill: float | None = None, threads: int = 2
 ) -> MaskedScans:
-    """Read a table of scans with label maps, and every map, and check that it is one.
+    """Read a table of scans with label maps, and every map that is learnt from, and check that it is one.
 
     Args:
         config: Table and columns.
@@ -100,8 +109,8 @@ def list_masked(
         threads: Threads that read.
 
     Raises:
-        InputError: A file is missing or broken; a map stands on another grid than its scan, or holds a value that is
-            not learnt; or there is nothing to learn.
+        InputError: A file is missing, or of the splits train and validation broken; a map of these stands on another
+            grid than its scan, or holds a value that is not learnt; or there is nothing to learn.
     """
     if config.manifest is None:
         raise InputError("data.manifest", "a table of scans with label maps", "nothing", "or try --preset smoke")
@@ -116,17 +125,20 @@ def list_masked(
         found = read_label_map(pair[1], scan_grid(ScanFiles(pair[0], fill=fill), preprocess), str(pair[0]))
         return frozenset(np.unique(found.array).tolist())
 
-    values = require_whole(try_each(read, [*zip(paths, masks, strict=True)], threads), str(table.path))
-    training = [found for found, split in zip(values, splits, strict=True) if split == "train"]
+    # What is wrong with a case of the split test stops nothing: it fails alone when it is segmented.
+    learnt = [row for row, split in enumerate(splits) if split != "test"]
+    pairs = [(paths[row], masks[row]) for row in learnt]
+    values = require_whole(try_each(read, pairs, threads), str(table.path))
+    training = [found for row, found in zip(learnt, values, strict=True) if splits[row] == "train"]
     labels = _labels_of(config, frozenset().union(*training))
-    for path, found in zip(masks, values, strict=True):
+    for (_, path), found in zip(pairs, values, strict=True):
         if unknown := sorted(found - {*labels}):
             told = ", ".join(map(str, labels))
             advice = "correct the map, or name all values: --data.labels"
             raise InputError(path, f"the labels {told}", f"the value {unknown[0]}", advice)
-    empty = sum(found == {0} for found in values)
-    notes = [*subject_notes(table)]
-    notes += [f"{empty:,} of {len(masks):,} label maps hold no label: there is nothing to be found."] * bool(empty)
+    empty, notes = sum(found == {0} for found in values), [*subject_notes(table)]
+    if empty:
+        notes.append(f"{empty:,} of {len(pairs):,} label maps to learn from hold no label.")
     cells = tuple(
         cell if not Path(cell).is_absolute() else "/".join(Path(cell).parts[-2:]) for cell in table.column("path")
     )

@@ -98,8 +98,18 @@ def test_a_table_is_read_with_the_labels_of_its_training_cases(cases, tmp_path):
     # A case without a label is told, and is no mistake.
     write_mask(tmp_path, "empty.nii.gz", 0 * blocks())
     listed = list_masked(cases([(2, "mask", "empty.nii.gz")]), 0, PREPROCESS)
-    assert listed.labels == LABELS and "1 of 4 label maps hold no label" in listed.notes[0]
+    assert listed.labels == LABELS and "1 of 3 label maps to learn from hold no label" in listed.notes[0]
     assert list_masked(cases(labels=(5, 2, 7)), 0, PREPROCESS).labels == (0, 2, 5, 7)
+
+
+def test_a_broken_case_of_the_split_test_stops_nothing(cases, tmp_path):
+    (tmp_path / "scan3.nii.gz").write_bytes(b"not a scan")
+    write_mask(tmp_path, "seven.nii.gz", np.full_like(blocks(), 7))
+    listed = list_masked(cases([(3, "mask", "seven.nii.gz")]), 0, PREPROCESS)
+    assert listed.labels == LABELS and len(listed.scans) == 4
+    learnt = listed.learnt()
+    assert learnt.subjects == ("s0", "s1", "s2") and learnt.rows("test") == [] and len(learnt.masks) == 3
+    assert learnt.labels == LABELS and learnt.scans == listed.scans[:3]
 
 
 def test_records_hold_image_and_label_from_files_and_from_a_cache(cases, tmp_path):

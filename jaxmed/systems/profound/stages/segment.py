@@ -140,24 +140,26 @@ def run(config: Config, folder: RunFolder) -> int:
     Returns 1 when cases failed.
     """
     clock, train, data, notes = Clock(), config.train, config.data, list[str]()
+    start = find_start(config)
     if data.manifest is None and data.synthetic:
         place = write_cases(folder, train.seed, data.synthetic)
         column = PHANTOM_COLUMNS.get(data.mask, data.mask)
         cache = data.cache or folder.path / "inputs" / "prepared"
         data = dataclasses.replace(data, manifest=place, mask=column, cache=cache)
-        notes.append(f"The cases are phantoms, of whose {column} the label maps are; of zones 1 is outer and 2 inner.")
-    start = find_start(config)
+        told = {"zones": "1 the outer zone of the gland, 2 the inner one", "mask": "1 a lesion"}.get(column, "")
+        notes.append(f"The cases are phantoms, the labels those of column '{column}'{told and ': ' + told}.")
     cases = list_masked(data, train.seed, start.preprocess, config.fill, train.loader.num_threads or 1)
     start = start.with_labels(cases.labels)
     network = upernet_network(start.sizes)
     check_fit(train, network)
-    notes += [*start.notes, *cases.notes, *check_scans(cases.scans, start.preprocess, CHECKED, 2)]
+    learnt = cases.learnt()
+    notes += [*start.notes, *cases.notes, *check_scans(learnt.scans, start.preprocess, CHECKED, 2)]
     notes += [*blur_notes(config.augmentation), *length_notes(train.loop, train.epochs)]
     log = begin(folder, notes, tensorboard=train.loop.tensorboard)
     clock.lap("read and check")
     field = PreparedPair(start.preprocess, cases.labels, config.fill)
-    source = masked_source(cases, field, data.cache)
-    training, held_out = (SubsetSource(source, np.array(cases.rows(split))) for split in ("train", "validation"))
+    source = masked_source(learnt, field, data.cache)
+    training, held_out = (SubsetSource(source, np.array(learnt.rows(split))) for split in ("train", "validation"))
     log.say(f"{len(training):,} cases to train on, {len(held_out):,} to select on; labels {start.told(cases.labels)}.")
     trained = train_labels(
         train, network, TrainData(training, held_out, field),
