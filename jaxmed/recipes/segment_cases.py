@@ -45,7 +45,10 @@ DEFINITION = (
     "the label of largest probability in every voxel; probabilities interpolated linearly from the network's grid, the "
     "background beyond it"
 )
-COLUMNS = ("id", "path", "subject", "split", "label", "volume_ml", "true_volume_ml", "dice", "hausdorff_95_mm")
+COLUMNS = (
+    "id", "path", "subject", "split", "label", "volume_ml", "true_volume_ml", "dice", "hausdorff_95_mm",
+    "average_surface_distance_mm",
+)  # fmt: skip
 
 
 class Segmenter(NamedTuple):
@@ -78,6 +81,7 @@ class CaseRow:
         true_volumes: Likewise, of the true map; empty where that is not known, as what follows.
         dice: Of every label.
         hausdorff_95: 95th percentile of the distance of the surfaces, in mm.
+        surface_distance: Its mean, symmetric, in mm.
     """
 
     name: str
@@ -89,6 +93,7 @@ class CaseRow:
     true_volumes: dict[str, float]
     dice: dict[str, float]
     hausdorff_95: dict[str, float]
+    surface_distance: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +202,7 @@ def segment_cases(
     )  # fmt: skip
     cells = [
         (row.name, row.path, row.subject, row.split, label, f"{volume:.6g}", row.true_volumes.get(label),
-         row.dice.get(label), row.hausdorff_95.get(label))
+         row.dice.get(label), row.hausdorff_95.get(label), row.surface_distance.get(label))
         for row in rows for label, volume in row.volumes.items()
     ]  # fmt: skip
     write_table(outputs / "cases.csv", COLUMNS, [dict(zip(COLUMNS, one, strict=True)) for one in cells])
@@ -220,21 +225,18 @@ def _segment(
         outputs / "labels", one.name, found, DEFINITION, "1", {"labels": list(labels)}, reference=first.path
     )  # fmt: skip
     names, voxel = {str(label): label for label in labels[1:]}, float(np.prod(found.spacing)) / 1000
-    truth, notes, true_volumes, dices, distances = None, [*prepared.notes], {}, {}, {}
+    truth, notes, true_volumes, measures = None, [*prepared.notes], {}, ({}, {}, {})
     if (mask := one.beside["mask"]) is not None:
         truth = read_label_map(mask, prepared.grid, str(first.path))
         if unknown := sorted(set(np.unique(truth.array).tolist()) - {*labels}):
             notes.append(f"{mask.name} holds the value {unknown[0]}, which the network does not know")
         scored = score_labels(truth.array, found.array, found.spacing, names)
-        dices = {name: float(scored[name]["dice"] or 0) for name in names}
-        distances = {name: float(scored[name]["hausdorff_95_mm"] or 0) for name in names}
+        measures = tuple({name: scored[name][measure] for name in names} for measure in COLUMNS[-3:])
         true_volumes = _volumes(truth, names, voxel)
     if number < shown:
         write_preview(outputs / "previews" / f"{one.name}.npz", read_volume(first).volume, found, truth)
     volumes = _volumes(found, names, voxel)
-    return CaseRow(
-        one.name, str(one.path), tuple(notes), *about[one.name], volumes, true_volumes, dices, distances
-    )  # fmt: skip
+    return CaseRow(one.name, str(one.path), tuple(notes), *about[one.name], volumes, true_volumes, *measures)
 
 
 def _volumes(labels: Volume, names: Mapping[str, int], voxel: float) -> dict[str, float]:

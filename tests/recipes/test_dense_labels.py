@@ -64,12 +64,13 @@ def test_a_task_tells_the_values_of_label_maps():
 
 def test_scores_are_means_of_a_split_with_intervals_over_subjects():
     def row(name, subject, split, dice, far, true):
-        return CaseRow(name, name, (), subject, split, {"1": 1.0}, {"1": true}, {"1": dice}, {"1": far})
+        return CaseRow(name, name, (), subject, split, {"1": 1.0}, {"1": true}, {"1": dice}, {"1": far},
+                       {"1": far / 2})  # fmt: skip
 
     rows = [
         row("a", "anna", "test", 0.9, 1.0, 2.0), row("b", "anna", "test", 0.7, 3.0, 2.0),
         row("c", "ben", "test", 1.0, 0.0, 0.0), row("d", "cleo", "validation", 0.5, 8.0, 1.0),
-        CaseRow("e", "e", (), "dora", "test", {"1": 1.0}, {}, {}, {}),
+        CaseRow("e", "e", (), "dora", "test", {"1": 1.0}, {}, {}, {}, {}),
     ]  # fmt: skip
     test, validation = score_rows(rows, (0, 1), 0)
     assert (test.split, test.label, test.cases, test.subjects, test.present) == ("test", "1", 3, 2, 2)

@@ -26,6 +26,7 @@ from jaxmed.train.log import read_metrics
 from jaxmed.volume import Volume
 
 SEQUENCES = ("t2w", "hbv", "adc")
+DISTANCES = ("hausdorff_95_mm", "average_surface_distance_mm")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_predictions_are_scored_against_the_column_that_is_named(trained, tmp_pa
     expected = [row for row in read_table(trained / "outputs" / "cases.csv").rows if row["split"] == "test"]
     for column in ("label", "subject", "split"):
         assert [row[column] for row in rows] == [row[column] for row in expected]
-    for column in ("volume_ml", "true_volume_ml", "dice", "hausdorff_95_mm"):
+    for column in ("volume_ml", "true_volume_ml", "dice", *DISTANCES):
         np.testing.assert_allclose(
             [float(row[column]) for row in rows], [float(row[column]) for row in expected], rtol=1e-4
         )

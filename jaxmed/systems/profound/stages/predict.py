@@ -63,6 +63,7 @@ def run(config: Config, folder: RunFolder) -> int:
             segmenter = segmenter_of(published, scans.weights, scans.dtype)
             columns, shown = config.predict.label.columns, config.predict.shown
             return run_segmenter(config, scans, published, segmenter, columns, shown, page, folder, notes)
+        load = {scans.weights: published}.__getitem__  # large files are read once
     scorer = partial(score_case, config.preprocess.apply(PREPROCESS).sequences)
     return run_predict(config, config.predict, scans, load, look, page, folder, notes, scorer)
 
