@@ -221,17 +221,16 @@ def _segment(
     shares = np.asarray(label_shares(segmenter.network.apply, segmenter.params, prepared.image[None]))[0]
     found = labels_from_input(shares, labels, preprocess, prepared.grid)
     first = find_case(one.scan, preprocess.sequences).scan if preprocess.sequences else one.scan
-    write_map(
-        outputs / "labels", one.name, found, DEFINITION, "1", {"labels": list(labels)}, reference=first.path
-    )  # fmt: skip
+    write_map(outputs / "labels", one.name, found, DEFINITION, "1", {"labels": [*labels]}, reference=first.path)
     names, voxel = {str(label): label for label in labels[1:]}, float(np.prod(found.spacing)) / 1000
-    truth, notes, true_volumes, measures = None, [*prepared.notes], {}, ({}, {}, {})
+    truth, notes, true_volumes = None, [*prepared.notes], dict[str, float]()
+    measures: tuple[dict[str, float], ...] = ({}, {}, {})
     if (mask := one.beside["mask"]) is not None:
         truth = read_label_map(mask, prepared.grid, str(first.path))
         if unknown := sorted(set(np.unique(truth.array).tolist()) - {*labels}):
             notes.append(f"{mask.name} holds the value {unknown[0]}, which the network does not know")
         scored = score_labels(truth.array, found.array, found.spacing, names)
-        measures = tuple({name: scored[name][measure] for name in names} for measure in COLUMNS[-3:])
+        measures = tuple({name: float(scored[name][kind] or 0) for name in names} for kind in COLUMNS[-3:])
         true_volumes = _volumes(truth, names, voxel)
     if number < shown:
         write_preview(outputs / "previews" / f"{one.name}.npz", read_volume(first).volume, found, truth)

@@ -55,6 +55,7 @@ CHECKED = 16  # cases all of whose sequences are read from end to end beforehand
 # Columns of phantoms by what is asked for: a smoke run has time for zones, where lesions are the common column.
 PHANTOM_COLUMNS = {"mask": "zones", "lesion": "mask"}
 HEAD = r"^(decoder|auxiliary|hidden_norm)/"
+BEST = LoopConfig(log_every=10, best="loss", best_is="smallest")
 OPTIMIZER = dataclasses.replace(FINE_TUNING, no_decay=(*FINE_TUNING.no_decay, HEAD))
 AUGMENTATION = dataclasses.replace(
     adaptation.AUGMENTATION, rotation=30.0, rotation_axes=(0,), scale_axes=(1, 2), translation=0.0
@@ -97,7 +98,7 @@ class Config:
     auxiliary_width: Length = 256
     preprocess: CaseFiles = CaseFiles()
     train: TrainFlags = TrainConfig(
-        OPTIMIZER, LoopConfig(log_every=10, save_every=200, evaluate_every=200),
+        OPTIMIZER, dataclasses.replace(BEST, save_every=200, evaluate_every=200),
         LoaderConfig(batch_size=2, num_threads=4), MeshConfig(data=1), epochs=400, warmup_epochs=40,
     )  # fmt: skip
     augmentation: AugmentConfig = AUGMENTATION
@@ -121,7 +122,7 @@ def smoke() -> Config:
     """
     train = TrainConfig(
         dataclasses.replace(OPTIMIZER, peak_lr=5e-3, end_lr=1e-4, layer_decay=1.0),
-        LoopConfig(log_every=10, save_every=45, evaluate_every=45), LoaderConfig(batch_size=4), MeshConfig(data=1),
+        dataclasses.replace(BEST, save_every=45, evaluate_every=45), LoaderConfig(batch_size=4), MeshConfig(data=1),
         epochs=30, warmup_epochs=2,
     )  # fmt: skip
     depth, rows, columns = SMALL_INPUT.spacing
