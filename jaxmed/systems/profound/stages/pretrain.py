@@ -35,15 +35,7 @@ from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.training import TrainConfig, TrainData, TrainFlags, check_fit
 from jaxmed.report.figures import MapStyle
 from jaxmed.report.page import Note, Section, Table, Text
-from jaxmed.systems.profound.cases import (
-    SMALL_FCMAE,
-    SMALL_INPUT,
-    SOURCE,
-    TINY_FCMAE,
-    TINY_VIT,
-    VIT_B,
-    write_cases,
-)
+from jaxmed.systems.profound.cases import SMALL_FCMAE, SMALL_INPUT, SOURCE, TINY_FCMAE, TINY_VIT, VIT_B, write_cases
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import read_metrics
 from jaxmed.train.loop import LoopConfig, length_notes

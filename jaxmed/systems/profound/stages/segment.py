@@ -37,14 +37,7 @@ from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.training import TrainConfig, TrainData, TrainFlags, check_fit
 from jaxmed.systems.profound import adaptation
 from jaxmed.systems.profound.adaptation import FINE_TUNING, blur_notes, load_weights
-from jaxmed.systems.profound.cases import (
-    SMALL_INPUT,
-    SMALL_SIZE,
-    SOURCE,
-    TINY_SEGMENTER,
-    CaseFiles,
-    write_cases,
-)
+from jaxmed.systems.profound.cases import SMALL_INPUT, SMALL_SIZE, SOURCE, TINY_SEGMENTER, CaseFiles, write_cases
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
