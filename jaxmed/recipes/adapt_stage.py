@@ -292,7 +292,9 @@ def run_adapt(
     clock.lap("adapt, compilation included")
     write_model(folder.outputs / "model", adapted, first, task)
     if scorer is not None and scorer[1]:
-        told += write_tuned(folder.outputs / "model", sets.cohort, scorer[1], scorer[0], log)
+        tuned = sets.cohort.take(sets.cohort.rows("train"))
+        names = tuned.subjects.astype(str).tolist()
+        told += write_tuned(folder.outputs / "model", tuned.scans, names, scorer[1], scorer[0], log)
         clock.lap("measure quality")
     scored = [
         score_cohort(recipe, first, adapted, task, *named, labelled.threshold, log, labelled.average)

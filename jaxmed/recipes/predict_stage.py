@@ -41,13 +41,14 @@ from jaxmed.nn.model import make_model
 from jaxmed.recipes.adapt_stage import finite, output_names
 from jaxmed.recipes.map_files import Arrays, Input, Outcome, clear_batches, map_batches, write_failed
 from jaxmed.recipes.quality_range import (
+    NOT_COMPARED,
     Scorer,
     Tuned,
     measure_scans,
-    outside,
     quality_columns,
     quality_section,
     read_tuned,
+    warn_outside,
 )
 from jaxmed.recipes.scan_job import (
     SHOWN,
@@ -309,7 +310,7 @@ def run_predict(
         done, more = _compare_quality(done, measured, tuned, log)
         warnings = [*warnings, *more]
         if not tuned:
-            told.append("The weights do not tell how good the scans were that they were tuned on: nothing is compared.")
+            told.append(NOT_COMPARED)
         clock.lap("measure quality")
     write_predictions(outputs / "predictions.csv", done, task, predict.threshold, quality_columns(measured))
     previews = write_previews(outputs, done[: predict.shown], predict.maps, task, preprocess)
@@ -334,13 +335,11 @@ def _compare_quality(
     done: Sequence[Outcome], measured: Sequence[Mapping[str, float]], tuned: Mapping[str, Tuned], log: Log
 ) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """Warn of every scan whose quality lies outside what the weights were tuned on."""
-    found, warnings = [], []
-    for outcome, scores in zip(done, measured, strict=True):
-        lines = outside(scores, tuned)
-        for line in lines:
-            log.say(f"Warning: {outcome.file.name}: {line}")
-        found.append(outcome._replace(warnings=(*outcome.warnings, *lines)))
-        warnings += [(outcome.file.name, line) for line in lines]
+    warnings = warn_outside([outcome.file.name for outcome in done], measured, tuned, log)
+    lines: dict[str, list[str]] = {}
+    for name, line in warnings:
+        lines.setdefault(name, []).append(line)
+    found = [one._replace(warnings=(*one.warnings, *lines.get(one.file.name, ()))) for one in done]
     return found, warnings
 
 

@@ -13,7 +13,6 @@ from typing import TypeAlias
 
 import numpy as np
 
-from jaxmed.data.cohort import Cohort
 from jaxmed.errors import InputError
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import Table as Rows
@@ -25,6 +24,7 @@ from jaxmed.train.log import Log
 FILE = "quality.csv"
 PREFIX = "quality_"
 COLUMNS = ("path", "subject", "kind", "score")
+NOT_COMPARED = "The weights do not tell how good the scans were that they were tuned on: nothing is compared."
 FEWEST_FOR_HISTOGRAM = 8
 Scorer: TypeAlias = Callable[[ScanFiles], Mapping[str, float]]
 """From a scan to scores from 0 to 100 by kind of image, one for each sequence of a case, say; raises InputError."""
@@ -65,24 +65,26 @@ def measure_scans(scans: Sequence[ScanFiles], scorer: Scorer, log: Log) -> tuple
     return found, notes
 
 
-def write_tuned(folder: Path, cohort: Cohort, most: int, scorer: Scorer, log: Log) -> list[str]:
+def write_tuned(
+    folder: Path, scans: Sequence[ScanFiles], subjects: Sequence[str], most: int, scorer: Scorer, log: Log
+) -> list[str]:
     """Measure training scans and keep their scores beside a model.
 
     Args:
         folder: Of the model.
-        cohort: The scans of a manifest.
-        most: As many of those of the split train, evenly spread.
+        scans: Those that it was tuned on.
+        subjects: Whose they are.
+        most: As many of them, evenly spread.
         scorer: See `Scorer`.
         log: Shows how far it is.
 
     Returns:
         In words what could not be measured.
     """
-    rows = cohort.rows("train")
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))]
-    measured, notes = measure_scans([cohort.scans[row] for row in rows], scorer, log)
+    rows = np.unique(np.linspace(0, len(scans) - 1, min(most, len(scans))).round().astype(int)).tolist()
+    measured, notes = measure_scans([scans[row] for row in rows], scorer, log)
     table = [
-        (str(cohort.paths[row]), str(cohort.subjects[row]), kind, f"{score:.6g}")
+        (str(scans[row].path), subjects[row], kind, f"{score:.6g}")
         for row, scores in zip(rows, measured, strict=True)
         for kind, score in scores.items()
     ]
@@ -117,6 +119,18 @@ def outside(scores: Mapping[str, float], tuned: Mapping[str, Tuned]) -> tuple[st
                 f"{given.scans:,} scans that the model was tuned on"
             )
     return tuple(lines)
+
+
+def warn_outside(
+    names: Sequence[str], measured: Sequence[Mapping[str, float]], tuned: Mapping[str, Tuned], log: Log
+) -> list[tuple[str, str]]:
+    """Say of which scans the quality lies outside what the model was tuned on; return their names and the lines."""
+    warnings = [
+        (name, line) for name, scores in zip(names, measured, strict=True) for line in outside(scores, tuned)
+    ]  # fmt: skip
+    for name, line in warnings:
+        log.say(f"Warning: {name}: {line}")
+    return warnings
 
 
 def quality_columns(measured: Sequence[Mapping[str, float]]) -> list[dict[str, str]]:

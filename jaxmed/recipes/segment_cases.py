@@ -4,10 +4,10 @@ What belongs to a case bears its name: labels/NAME.nii.gz with its sidecar, NAME
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,28 +17,23 @@ from jaxmed.arrays.task import Task
 from jaxmed.arrays.types import Params
 from jaxmed.data.label_maps import MaskedScans, labels_from_input, read_label_map
 from jaxmed.data.preprocess import Preprocess
-from jaxmed.data.scans import Record
 from jaxmed.data.sequences import find_case
 from jaxmed.errors import InputError
 from jaxmed.files import unique_names
 from jaxmed.io.maps import write_map
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.scans import NAME_ENDINGS, read_volume
-from jaxmed.io.tables import resolve_path, write_table
+from jaxmed.io.tables import write_table
 from jaxmed.metrics.cohort import average_subjects
 from jaxmed.metrics.imaging import score_labels
-from jaxmed.models.published.load import Published
 from jaxmed.nn.model import Network
 from jaxmed.recipes.dense_labels import label_shares
 from jaxmed.recipes.map_files import TABLES, Tell
 from jaxmed.recipes.map_images import Inputs, map_images
-from jaxmed.recipes.scan_job import ScansConfig, open_job
-from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
+from jaxmed.recipes.quality_range import Tuned
 from jaxmed.report.masks import plane
 from jaxmed.report.slices import display_range
-from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
 
 DEFINITION = (
@@ -140,6 +135,8 @@ class Summary:
         notes: What a user should know.
         scores: Against true label maps.
         shown: Names of the cases that the page shows.
+        warnings: A case and what its quality says against it.
+        tuned: Scores of quality that the weights were tuned on, by kind of image; empty where none were kept.
     """
 
     labels: tuple[int, ...]
@@ -150,6 +147,8 @@ class Summary:
     notes: tuple[str, ...]
     scores: tuple[LabelScore, ...]
     shown: tuple[str, ...]
+    warnings: tuple[tuple[str, str], ...] = ()
+    tuned: dict[str, Tuned] = dataclasses.field(default_factory=dict)
 
 
 def label_task(labels: Sequence[int]) -> Task:
@@ -279,71 +278,6 @@ def score_rows(rows: Sequence[CaseRow], labels: Sequence[int], seed: int) -> tup
                 LabelScore(split, label, len(own), len(np.unique(subjects)), present, *overlap[:3], *far[:3])
             )  # fmt: skip
     return tuple(scores)
-
-
-def run_segmenter(
-    config: Any,
-    scans: ScansConfig,
-    published: Published,
-    segmenter: Segmenter,
-    columns: Sequence[str],
-    shown: int,
-    page: Callable[[Finished[Any, Any]], Page],
-    folder: RunFolder,
-    notes: Sequence[str] = (),
-) -> int:
-    """Segment every scan of a predict stage, whose weights are a segmenter's. Returns 1 when scans failed.
-
-    Args:
-        config: Configuration of the stage.
-        scans: Its scans, synthetic ones written where they were asked for.
-        published: The weights.
-        segmenter: The same as a network.
-        columns: That of a manifest with true label maps; empty where there are none.
-        shown: Cases that the page shows.
-        page: Of the stage.
-        folder: The run.
-        notes: What a user should know about the inputs.
-
-    Raises:
-        InputError: There are no scans, or the only one is broken, or the column is not there.
-    """
-    clock, job = Clock(), open_job(scans, lambda place: published, notes)
-    masks = _true_maps(job.records, columns, scans.data.manifest)
-    names = unique_names([record.name for record in job.records], taken=TABLES)
-    inputs = [
-        Inputs(name, record.scan, {"mask": mask})
-        for name, record, mask in zip(names, job.records, masks, strict=True)
-    ]  # fmt: skip
-    about = {
-        name: (record.row.get("subject") or name, record.row.get("split") or "all")
-        for name, record in zip(names, job.records, strict=True)
-    }
-    log = begin(folder, job.notes)
-    announce(log, "Segmenting", params=segmenter.params, count=len(inputs), unit="cases", smaller=folder.smaller)
-    clock.lap("read and check")
-    rows, failed = segment_cases(segmenter, inputs, about, folder.outputs, log, shown=shown)
-    clock.lap("segment, compilation included")
-    scores, told = score_rows(rows, segmenter.labels, scans.seed), tuple(job.notes)
-    summary = Summary(
-        segmenter.labels, {"segmented": len(rows)}, failed, count_parameters(segmenter.params), 0, told, scores,
-        with_preview(folder.outputs, rows),
-    )  # fmt: skip
-    finish(folder, config, summary, clock, page)
-    return int(failed > 0)
-
-
-def _true_maps(records: Sequence[Record], columns: Sequence[str], manifest: Path | None) -> list[Path | None]:
-    if not columns:
-        return [None] * len(records)
-    if len(columns) > 1 or manifest is None:
-        expected, found = "the one column of a manifest with label maps", f"{' '.join(columns)}"
-        raise InputError("label.columns", expected, found if manifest is not None else f"{found} and no manifest")
-    (column,) = columns
-    if records and column not in records[0].row:
-        raise InputError(manifest, f"a column '{column}'", f"the columns {', '.join(records[0].row)}")
-    cells = [record.row[column] for record in records]
-    return [resolve_path(cell, manifest.parent) if cell else None for cell in cells]
 
 
 def count_parameters(params: Params) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.io.tables import read_table
+from jaxmed.recipes.quality_range import quality_section
 from jaxmed.recipes.scan_job import trouble_sections
 from jaxmed.recipes.segment_cases import LabelScore, Summary
 from jaxmed.recipes.stage import Finished, Page
@@ -39,7 +41,10 @@ def segment_page(run: Finished[Any, Summary], title: str, source: str) -> Page:
             ])
         )  # fmt: skip
     sections.append(Section("What was done", [Note(note) for note in summary.notes]))
-    sections += trouble_sections(run.outputs, (), summary.failed)
+    measured = run.outputs / "quality.csv"
+    if measured.exists() and any((table := read_table(measured)).column("quality")):
+        sections.append(quality_section(table, summary.tuned))
+    sections += trouble_sections(run.outputs, summary.warnings, summary.failed)
     reading = (
         "Label maps, on the grid of each case, are in outputs/labels; outputs/cases.csv has a row for every case and "
         "label. They are as good as those that were learnt from.",

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from jaxmed.data.cohort import Cohort
 from jaxmed.errors import InputError
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.tables import read_table, write_table
@@ -16,6 +14,7 @@ from jaxmed.recipes.quality_range import (
     quality_columns,
     quality_section,
     read_tuned,
+    warn_outside,
     write_tuned,
 )
 from jaxmed.train.log import Log
@@ -31,21 +30,19 @@ def scorer(scan):
     return {"t2w": number, "adc": number / 2}
 
 
-def cohort(count):
-    scans = tuple(ScanFiles(Path(f"{number}.nii")) for number in range(count))
-    subjects = np.array([f"s{number}" for number in range(count)])
-    splits = np.array(["test" if number % 4 == 3 else "train" for number in range(count)])
-    empty = np.zeros((count, 0), np.float32)
-    return Cohort(scans, subjects, splits, np.zeros((count, 1), np.float32), (("0",),) * count, empty)
+def training(count):
+    """Three of four scans, and whose they are."""
+    numbers = [number for number in range(count) if number % 4 < 3]
+    return tuple(ScanFiles(Path(f"{number}.nii")) for number in numbers), [f"s{number}" for number in numbers]
 
 
 def test_scores_of_training_scans_travel_with_the_model(tmp_path):
     log, model = Log(tmp_path, quiet=True), tmp_path / "outputs" / "model"
     model.mkdir(parents=True)
-    assert write_tuned(model, cohort(40), 200, scorer, log) == []
+    assert write_tuned(model, *training(40), 200, scorer, log) == []
     assert read_tuned(tmp_path) == read_tuned(model) == {"t2w": Tuned(0, 38, 30), "adc": Tuned(0, 19, 30)}
     assert read_tuned(tmp_path / "elsewhere") == {}
-    write_tuned(model, cohort(40), 4, scorer, log)  # 0, 13th, 26th and the last
+    write_tuned(model, *training(40), 4, scorer, log)  # 0, 13th, 26th and the last
     assert [row["path"] for row in read_table(model / "quality.csv").rows[::2]] == [
         "0.nii",
         "13.nii",
@@ -61,6 +58,14 @@ def test_what_lies_outside_is_told_by_kind():
     assert low == ("the quality of t2w, 19.9, lies below the 20.0 to 40.0 of the 12 scans that the model was tuned on")
     assert "adc, 30.1, lies above the 5.0 to 30.0" in high
     assert outside({"t2w": 0.0}, {}) == ()
+
+
+def test_warnings_name_the_scan_and_stand_in_the_log(tmp_path):
+    tuned, log = {"t2w": Tuned(20.0, 40.0, 12)}, Log(tmp_path, quiet=True)
+    found = warn_outside(("a", "b", "c"), ({"t2w": 30.0}, {"t2w": 10.0, "adc": 1.0}, {}), tuned, log)
+    assert [name for name, _ in found] == ["b"] and "t2w, 10.0, lies below" in found[0][1]
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == 1 and "Warning: b: the quality of t2w" in lines[0]
 
 
 def test_a_scan_that_cannot_be_measured_has_an_empty_cell(tmp_path):

@@ -77,9 +77,9 @@ def test_zones_of_cases_that_it_was_not_trained_on_are_found(trained):
 
 
 def test_label_maps_stand_on_the_grid_of_the_t2w_scan_and_follow_what_it_shows(trained, cohort, tmp_path):
-    """One case has another grid for T2w, one is moved as a whole, and one lacks a sequence and fails alone."""
+    """One case has another grid for T2w, one is moved as a whole, one is noisy, one lacks a sequence and fails alone."""
     place = copy_cases(cohort, tmp_path)
-    cut, moved, broken = (place / f"other_000{number}" for number in (0, 1, 2))
+    cut, moved, broken, noisy = (place / f"other_000{number}" for number in (0, 1, 2, 3))
     scan = nifti.read(cut / "t2w.nii.gz")
     affine = scan.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ np.array([2, 3, 0])
@@ -88,6 +88,9 @@ def test_label_maps_stand_on_the_grid_of_the_t2w_scan_and_follow_what_it_shows(t
         volume = nifti.read(moved / f"{name}.nii.gz")
         nifti.write(moved / f"{name}.nii.gz", Volume.make(np.roll(volume.array, (5, 3), (0, 1)), volume.affine))
     (broken / "adc.nii.gz").unlink()
+    scan = nifti.read(noisy / "t2w.nii.gz")
+    noise = np.random.default_rng(0).normal(0, 0.5 * scan.array.max(), scan.array.shape)
+    nifti.write(noisy / "t2w.nii.gz", Volume.make(np.abs(scan.array + noise), scan.affine))
     assert predict(trained, tmp_path / "run", "--input", place) == 1
     outputs = tmp_path / "run" / "outputs"
     failed = read_table(outputs / "failed.csv").rows
@@ -107,8 +110,13 @@ def test_label_maps_stand_on_the_grid_of_the_t2w_scan_and_follow_what_it_shows(t
     voxel = 3.0**3 / 1000
     volume = next(float(row["volume_ml"]) for row in rows if (row["id"], row["label"]) == ("other_0000_t2w", "1"))
     assert volume == pytest.approx((found.array == 1).sum() * voxel, rel=1e-4)
+    quality = {row["id"]: row for row in read_table(outputs / "quality.csv").rows}
+    assert len(quality) == 9 and "the quality of t2w, " in quality["other_0003_t2w"]["warnings"]
+    assert "lies below the" in quality["other_0003_t2w"]["warnings"]
+    first = (tmp_path / "run" / "report.html").read_text()
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert "ProFound label maps" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "ProFound label maps" in page and "Quality of the scans" in page and len(page) == len(first)
 
 
 def test_predictions_are_scored_against_the_column_that_is_named(trained, tmp_path):

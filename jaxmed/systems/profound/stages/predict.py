@@ -12,8 +12,8 @@ from jaxmed.recipes.encoder_calls import view_classifier
 from jaxmed.recipes.map_files import BatchConfig
 from jaxmed.recipes.predict_stage import PredictConfig, PredictFlags, predict_page, run_predict
 from jaxmed.recipes.scan_job import ScanData, ScansConfig
-from jaxmed.recipes.segment_cases import run_segmenter
 from jaxmed.recipes.segment_sections import segment_page
+from jaxmed.recipes.segment_stage import run_segmenter
 from jaxmed.recipes.stage import Finished, Page, nested_run
 from jaxmed.systems.profound.adaptation import load_weights, pretrain_on, segmenter_of
 from jaxmed.systems.profound.cases import SOURCE, CaseFiles, write_cases
@@ -57,14 +57,14 @@ def run(config: Config, folder: RunFolder) -> int:
     scans, notes = with_synthetic(config.predict.scans, folder)
     load = partial(load_weights, config.preprocess, task=config.predict.task.task)
     look = partial(view_classifier, where=scans.weights, system="profound")
+    scorer = partial(score_case, config.preprocess.apply(PREPROCESS).sequences)
     if scans.weights is not None:
         published = load(scans.weights)
         if isinstance(published.config, UperNetConfig):
             segmenter = segmenter_of(published, scans.weights, scans.dtype)
             columns, shown = config.predict.label.columns, config.predict.shown
-            return run_segmenter(config, scans, published, segmenter, columns, shown, page, folder, notes)
+            return run_segmenter(config, scans, published, segmenter, columns, shown, page, folder, notes, scorer)
         load = {scans.weights: published}.__getitem__  # large files are read once
-    scorer = partial(score_case, config.preprocess.apply(PREPROCESS).sequences)
     return run_predict(config, config.predict, scans, load, look, page, folder, notes, scorer)
 
 

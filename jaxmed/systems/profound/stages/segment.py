@@ -1,6 +1,7 @@
 """ProFound segment: train UPerNet on cases with label maps, and segment those that it was not trained on."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jaxmed.models.published.profound import PREPROCESS
 from jaxmed.models.upernet import UperNetConfig, upernet_network
 from jaxmed.recipes.adapt import take_encoder
 from jaxmed.recipes.dense_labels import train_labels
+from jaxmed.recipes.quality_range import write_tuned
 from jaxmed.recipes.segment_cases import (
     Segmenter,
     Summary,
@@ -38,6 +40,7 @@ from jaxmed.recipes.training import TrainConfig, TrainData, TrainFlags, check_fi
 from jaxmed.systems.profound import adaptation
 from jaxmed.systems.profound.adaptation import FINE_TUNING, blur_notes, load_weights
 from jaxmed.systems.profound.cases import SMALL_INPUT, SMALL_SIZE, SOURCE, TINY_SEGMENTER, CaseFiles, write_cases
+from jaxmed.systems.profound.scoring import score_case
 from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
@@ -79,6 +82,7 @@ class Config:
         train: Optimizer, length, reading, devices and seed; the parameters of lowest validation loss are kept.
         augmentation: What happens to training cases.
         shown: Cases that the report shows.
+        quality_scans: Training cases whose quality is measured and kept beside the model, for predict; 0 for none.
     """
 
     data: MaskData = MaskData()
@@ -96,6 +100,7 @@ class Config:
     )  # fmt: skip
     augmentation: AugmentConfig = AUGMENTATION
     shown: Whole = 6
+    quality_scans: Whole = 200
 
     def __post_init__(self) -> None:
         if any(self.image_size) and not all(self.image_size):
@@ -162,6 +167,11 @@ def run(config: Config, folder: RunFolder) -> int:
     )  # fmt: skip
     export_parameters(folder.outputs / "model", trained.params, model_record(start, cases.labels))
     clock.lap("train, compilation included")
+    if config.quality_scans:
+        seen = [(cases.scans[row], cases.subjects[row]) for row in cases.rows("train")]
+        scorer = partial(score_case, config.preprocess.apply(PREPROCESS).sequences)
+        notes += write_tuned(folder.outputs / "model", *zip(*seen, strict=True), config.quality_scans, scorer, log)
+        clock.lap("measure quality")
     inputs, about = held_out_inputs(cases)
     segmenter = Segmenter(network, trained.params, cases.labels, start.preprocess)
     rows, failed = segment_cases(segmenter, inputs, about, folder.outputs, log, shown=config.shown, part="cases")
