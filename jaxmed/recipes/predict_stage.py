@@ -335,12 +335,10 @@ def _compare_quality(
     done: Sequence[Outcome], measured: Sequence[Mapping[str, float]], tuned: Mapping[str, Tuned], log: Log
 ) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """Warn of every scan whose quality lies outside what the weights were tuned on."""
-    warnings = warn_outside([outcome.file.name for outcome in done], measured, tuned, log)
-    lines: dict[str, list[str]] = {}
-    for name, line in warnings:
-        lines.setdefault(name, []).append(line)
-    found = [one._replace(warnings=(*one.warnings, *lines.get(one.file.name, ()))) for one in done]
-    return found, warnings
+    told = warn_outside([outcome.file.name for outcome in done], measured, tuned, log)
+    pairs = [*zip(done, told, strict=True)]
+    found = [outcome._replace(warnings=(*outcome.warnings, *lines)) for outcome, lines in pairs]
+    return found, [(outcome.file.name, line) for outcome, lines in pairs for line in lines]
 
 
 def _compute(encoder: Encoder, head: HeadConfig, task: Task, maps: Maps, params: Params, images: Any) -> dict[str, Any]:

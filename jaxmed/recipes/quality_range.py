@@ -123,14 +123,13 @@ def outside(scores: Mapping[str, float], tuned: Mapping[str, Tuned]) -> tuple[st
 
 def warn_outside(
     names: Sequence[str], measured: Sequence[Mapping[str, float]], tuned: Mapping[str, Tuned], log: Log
-) -> list[tuple[str, str]]:
-    """Say of which scans the quality lies outside what the model was tuned on; return their names and the lines."""
-    warnings = [
-        (name, line) for name, scores in zip(names, measured, strict=True) for line in outside(scores, tuned)
-    ]  # fmt: skip
-    for name, line in warnings:
-        log.say(f"Warning: {name}: {line}")
-    return warnings
+) -> list[tuple[str, ...]]:
+    """Say of which scans the quality lies outside what the model was tuned on; return the lines of each scan."""
+    found = [outside(scores, tuned) for scores in measured]
+    for name, lines in zip(names, found, strict=True):
+        for line in lines:
+            log.say(f"Warning: {name}: {line}")
+    return found
 
 
 def quality_columns(measured: Sequence[Mapping[str, float]]) -> list[dict[str, str]]:

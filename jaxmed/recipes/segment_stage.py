@@ -85,8 +85,9 @@ def run_segmenter(
         tuned = read_tuned(scans.weights)
         done = {row.name for row in rows}
         measured, further = measure_scans([one.scan for one in inputs if one.name in done], scorer, log)
-        warnings = warn_outside([row.name for row in rows], measured, tuned, log)
-        write_quality(folder.outputs / "quality.csv", rows, measured, warnings)
+        lines = warn_outside([row.name for row in rows], measured, tuned, log)
+        write_quality(folder.outputs / "quality.csv", rows, measured, lines)
+        warnings = [(row.name, line) for row, own in zip(rows, lines, strict=True) for line in own]
         told += [*further, *([] if tuned else [NOT_COMPARED])]
         clock.lap("measure quality")
     summary = Summary(
@@ -98,18 +99,12 @@ def run_segmenter(
 
 
 def write_quality(
-    path: Path,
-    rows: Sequence[CaseRow],
-    measured: Sequence[Mapping[str, float]],
-    warnings: Sequence[tuple[str, str]],
+    path: Path, rows: Sequence[CaseRow], measured: Sequence[Mapping[str, float]], lines: Sequence[tuple[str, ...]]
 ) -> None:
-    """Write a row per case: how good its scans are, and what that says against it."""
-    lines: dict[str, list[str]] = {}
-    for name, line in warnings:
-        lines.setdefault(name, []).append(line)
+    """Write a row per case: how good its scans are, and the lines that say what is against it."""
     table = [
-        {"id": row.name, "path": row.path, **cells, "warnings": "; ".join(lines.get(row.name, ()))}
-        for row, cells in zip(rows, quality_columns(measured), strict=True)
+        {"id": row.name, "path": row.path, **cells, "warnings": "; ".join(own)}
+        for row, cells, own in zip(rows, quality_columns(measured), lines, strict=True)
     ]
     write_table(path, tuple(table[0]) if table else ("id", "path", "quality", "warnings"), table)
 

@@ -77,7 +77,7 @@ def test_zones_of_cases_that_it_was_not_trained_on_are_found(trained):
 
 
 def test_label_maps_stand_on_the_grid_of_the_t2w_scan_and_follow_what_it_shows(trained, cohort, tmp_path):
-    """One case has another grid for T2w, one is moved as a whole, one is noisy, one lacks a sequence and fails alone."""
+    """One case has a T2w grid of its own, one is moved as a whole, one is noisy, and one lacks a sequence."""
     place = copy_cases(cohort, tmp_path)
     cut, moved, broken, noisy = (place / f"other_000{number}" for number in (0, 1, 2, 3))
     scan = nifti.read(cut / "t2w.nii.gz")
@@ -113,10 +113,9 @@ def test_label_maps_stand_on_the_grid_of_the_t2w_scan_and_follow_what_it_shows(t
     quality = {row["id"]: row for row in read_table(outputs / "quality.csv").rows}
     assert len(quality) == 9 and "the quality of t2w, " in quality["other_0003_t2w"]["warnings"]
     assert "lies below the" in quality["other_0003_t2w"]["warnings"]
-    first = (tmp_path / "run" / "report.html").read_text()
     assert main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "ProFound label maps" in page and "Quality of the scans" in page and len(page) == len(first)
+    assert "ProFound label maps" in page and "Quality of the scans" in page
 
 
 def test_predictions_are_scored_against_the_column_that_is_named(trained, tmp_path):
