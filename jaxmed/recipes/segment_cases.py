@@ -167,8 +167,8 @@ def task_labels(task: Task | None, channels: int) -> tuple[int, ...]:
 
 
 def held_out_inputs(cases: MaskedScans) -> tuple[list[Inputs], dict[str, tuple[str, str]]]:
-    """Return the cases that were not trained on, with their label maps; and subject and split of each, by name."""
-    rows = [row for split in ("validation", "test") for row in cases.rows(split)]
+    """Return the cases that were not trained on, with label maps, first those to test on; subject and split by name."""
+    rows = [row for split in ("test", "validation") for row in cases.rows(split)]
     names = unique_names([cases.cells[row] for row in rows], NAME_ENDINGS, (), TABLES)
     inputs = [Inputs(name, cases.scans[row], {"mask": cases.masks[row]}) for name, row in zip(names, rows, strict=True)]
     return inputs, {name: (cases.subjects[row], cases.splits[row]) for name, row in zip(names, rows, strict=True)}

@@ -56,11 +56,11 @@ def segment_page(run: Finished[Any, Summary], title: str, source: str) -> Page:
 
 
 def score_tiles(summary: Summary) -> list[Tile]:
-    """Return Dice of the last split that was scored, and how many cases failed."""
+    """Return Dice of the split test, or of the last one that was scored, and how many cases failed."""
     splits = [score.split for score in summary.scores]
     tiles: list[Tile] = []
     for score in summary.scores:
-        if score.split == splits[-1]:
+        if score.split == ("test" if "test" in splits else splits[-1]):
             text = f"label {score.label}, {score.split}, {score.cases:,} cases"
             tiles.append(("Dice", f"{100 * score.dice:.1f} %", text))
     return [*tiles[:4], ("Failed", summary.failed, "cases")]
