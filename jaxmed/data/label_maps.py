@@ -192,11 +192,9 @@ def labels_to_input(mask: Volume, labels: Sequence[int], preprocess: Preprocess)
         labels: Those that are learnt, the background first.
         preprocess: Of the scan.
     """
-    shares = [np.zeros(preprocess.size, np.float32)]
-    for label in labels[1:]:
-        shares.append(_share(mask.array == label, mask, preprocess))
-    shares[0] = 1 - np.sum(shares[1:], axis=0, dtype=np.float32)
-    return np.argmax(shares, axis=0).astype(np.uint8)
+    shares = [_share(mask.array == label, mask, preprocess) for label in labels[1:]]
+    background = 1 - np.sum(shares, axis=0, dtype=np.float32)
+    return np.argmax([background, *shares], axis=0).astype(np.uint8)
 
 
 def _share(inside: Bool[np.ndarray, "x y z"], mask: Volume, preprocess: Preprocess) -> Float32[np.ndarray, "*size"]:

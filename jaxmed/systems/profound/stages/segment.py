@@ -169,8 +169,9 @@ def run(config: Config, folder: RunFolder) -> int:
     clock.lap("train, compilation included")
     if config.quality_scans:
         seen = [(cases.scans[row], cases.subjects[row]) for row in cases.rows("train")]
+        scans, subjects = zip(*seen, strict=True)
         scorer = partial(score_case, config.preprocess.apply(PREPROCESS).sequences)
-        notes += write_tuned(folder.outputs / "model", *zip(*seen, strict=True), config.quality_scans, scorer, log)
+        notes += write_tuned(folder.outputs / "model", scans, subjects, config.quality_scans, scorer, log)
         clock.lap("measure quality")
     inputs, about = held_out_inputs(cases)
     segmenter = Segmenter(network, trained.params, cases.labels, start.preprocess)
