@@ -127,7 +127,7 @@ def on_phantoms(size: Size, place: Path, *, linked: bool) -> dict[str, dict[str,
     """Run all stages on phantoms; return the summaries of `evaluate`, by arm. The negative control has the last."""
     fractions = (0.7, 0.1, 0.2)
     manifest = write_amyloid_cohort(
-        place / "pairs", 0, size.subjects, (EDGE,) * 3, SPACING, linked=linked, fractions=fractions
+        place / "pairs", 0, size.subjects, (EDGE, EDGE, EDGE), SPACING, linked=linked, fractions=fractions
     )
     latents, networks = latent_networks(manifest, place, size.steps, SPACING, {})
     losses = LOSSES if linked else {"+WISL": "wisl"}
@@ -173,7 +173,7 @@ def write_patients(
         for modality, file, column in (("mri", "mr_t1", "scan_path"), ("suvr", "pet", "suvr_path")):
             volume = nifti.read(data / name / f"{file}_image.nii.gz")
             volume = Volume.make(volume.array.astype(np.float32), volume.affine)
-            cut = resample_to(volume, Grid((EDGE,) * 3, affine), order=1, fill=0.0)
+            cut = resample_to(volume, Grid((EDGE, EDGE, EDGE), affine), order=1, fill=0.0)
             path = place / f"{name}_{modality}.nii.gz"
             if not path.exists():  # a run that goes on refuses files that are newer than itself
                 nifti.write(path, cut)
@@ -193,7 +193,7 @@ def latent_networks(
     """Train both autoencoders, encode, train the U-Net; return the table of latents, and the runs."""
     runs = {}
     for modality, name in (("mri", "mri"), ("suvr", "pet")):
-        words: list[object] = ["--modality", modality, "--size", *(EDGE,) * 3, "--spacing", spacing]
+        words: list[object] = ["--modality", modality, "--size", *(EDGE, EDGE, EDGE), "--spacing", spacing]
         if modality in moments:
             words += ["--mean", moments[modality][0], "--std", moments[modality][1]]
         runs[name] = run("train-autoencoder", manifest, place / f"autoencoder-{modality}", steps.autoencoder, words)
@@ -254,8 +254,8 @@ def judge(arms: Mapping[str, dict[str, Any]], control: dict[str, Any]) -> list[t
     positive = "; ".join(
         f"{name} {said(line(last, 'positivity balanced_accuracy', name))}" for name in (OURS, BASELINE)
     )
-    accuracy = [line(last, "positivity balanced_accuracy", name) for name in (OURS, BASELINE)]
-    better = None if None in accuracy else accuracy[0]["estimate"] > accuracy[1]["estimate"]
+    own, theirs = (line(last, "positivity balanced_accuracy", name) for name in (OURS, BASELINE))
+    better = None if own is None or theirs is None else own["estimate"] > theirs["estimate"]
     return [
         ("(1) the weighted image space loss improves synthesis quality", verdict(loss),
          f"{told(loss)}; over the loss without weights: {told(plain)}",

@@ -114,7 +114,7 @@ class Linear(nn.Module):
 def pool(x: Float[Array, "image row column channel"]) -> Float[Array, "image row2 column2 channel"]:
     """Return the largest of every 3 x 3 pixels, two apart; a window may reach beyond the end, as in ceil_mode."""
     ends = tuple((0, (length - 3) % 2) for length in x.shape[1:3])
-    return nn.max_pool(x, (3, 3), (2, 2), ends)
+    return nn.max_pool(x, (3, 3), (2, 2), ends)  # pyright: ignore[reportArgumentType] (flax says str alone)
 
 
 def unit_length(x: Float[Array, "*pixel channel"]) -> Float[Array, "*pixel channel"]:

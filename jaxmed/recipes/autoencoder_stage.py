@@ -32,6 +32,7 @@ from jaxmed.recipes.adversarial_autoencoder import (
 )
 from jaxmed.recipes.latent_tables import moments_of
 from jaxmed.recipes.pair_tables import count_records, loss_figure
+from jaxmed.recipes.paired_maps import one_range
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only
 from jaxmed.recipes.training import TrainConfig, TrainData, whole
 from jaxmed.report.figures import MapStyle, slice_maps
@@ -246,10 +247,10 @@ def autoencoder_page(
         "The adversarial losses: 1/4 each where the discriminator cannot tell images apart.",
     )  # fmt: skip
     volumes = {name.capitalize(): nifti.read(run.outputs / f"{name}.nii.gz") for name in ("image", "reconstruction")}
+    arrays = {name: volume.array for name, volume in volumes.items()}
     picture = slice_maps(
-        {name: volume.array for name, volume in volumes.items()}, volumes["Image"].spacing,
+        arrays, volumes["Image"].spacing, styles=one_range(arrays, dict.fromkeys(arrays, style)),
         caption="An image that was not trained on (where any was held out), and its reconstruction.",
-        styles=dict.fromkeys(volumes, style),
     )  # fmt: skip
     table = Table(("term", "value", "weight", "in the loss"), rows, "The terms at the last line of the log.")
     sections = [

@@ -186,7 +186,7 @@ def score_pairs(
     """
     subjects = np.array([row.subject for row in rows])
     lines: list[Line] = []
-    notes: list[str] = []
+    told: dict[str, list[str]] = {}
     for method in rows[0].images:
         for measure in rows[0].images[method]:
             values = np.array([row.images[method][measure] for row in rows])
@@ -207,11 +207,12 @@ def score_pairs(
                 )
                 kept |= {f"positivity {one.measure}": one.interval for one in scores if one.measure in OF_POSITIVITY}
                 missed = [*missed, *more]
-            notes += [f"{method}: {text}" for text in missed]
+            for text in missed:
+                told.setdefault(text, []).append(method)
             lines += [
                 Line(method, name, one.estimate, _finite(one.low), _finite(one.high)) for name, one in kept.items()
             ]
-    return tuple(lines), tuple(dict.fromkeys(notes))
+    return tuple(lines), tuple(f"{', '.join(dict.fromkeys(methods))}: {text}" for text, methods in told.items())
 
 
 def _finite(value: float) -> float | None:

@@ -15,7 +15,7 @@ from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
 from jaxmed.models.published import cocolit
 from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.unet_latent import ControlNetConfig, LatentUnetConfig, control_net, latent_unet
-from jaxmed.systems.cocolit.translation import Models
+from jaxmed.systems.cocolit.translation import Models, SamplingConfig
 from jaxmed.train.checkpoint import export_parameters
 
 RELEASED = {"mri": "src", "pet": "tgt", "unet": "dif", "controlnet": "cnt"}
@@ -151,16 +151,19 @@ def _typed(config: Any, dtype: str) -> Any:
     return dataclasses.replace(config, dtype=dtype, remat=False)
 
 
-# Random networks -----------------------------------------------------------------------------------------------------
+# Tiny networks -------------------------------------------------------------------------------------------------------
 
-TINY_AUTOENCODER = AutoencoderKlConfig(widths=(4, 8, 8), blocks=(1, 1, 1), groups=4)
+# Of the presets smoke, for 16 x 16 x 16 voxels of 12 mm: all stages have one size, and share their compiled programs.
+TINY_SIZE, TINY_SPACING = (16, 16, 16), 12.0
+TINY_AUTOENCODER = AutoencoderKlConfig(widths=(8, 16), blocks=(1, 1), groups=4)
 TINY_UNET = LatentUnetConfig(
-    widths=(8, 8, 8), blocks=(1, 1, 1), attention_levels=(False, False, True), head_channels=8, groups=4
-)
+    widths=(8, 8), blocks=(1, 1), attention_levels=(False, False), head_channels=8, groups=4
+)  # fmt: skip
+TINY_SAMPLES, TINY_SAMPLING = 3, SamplingConfig(steps=4, chunk=2)
 TINY_CONTROLNET = ControlNetConfig(TINY_UNET, condition_widths=(8,))
 
 
-def write_tiny_models(folder: Path, seed: Seed, spacing: float) -> Path:
+def write_tiny_models(folder: Path, seed: Seed, spacing: float = TINY_SPACING) -> Path:
     """Write four tiny random networks under the released names, as own runs leave them; return the folder.
 
     Args:
@@ -168,12 +171,12 @@ def write_tiny_models(folder: Path, seed: Seed, spacing: float) -> Path:
         seed: Of the parameters.
         spacing: Voxel size that they are said to be of, in mm.
     """
-    latent = (1, 4, 4, 4, 4)
+    latent = (1, 8, 8, 8, 4)
     mri = dataclasses.replace(cocolit.MRI, spacing=(spacing,))
     pet = dataclasses.replace(cocolit.SUVR, spacing=(spacing,))
     made: dict[str, tuple[Any, Preprocess, Any, tuple[tuple[int, ...], ...]]] = {
-        "mri": (TINY_AUTOENCODER, mri, autoencoder(TINY_AUTOENCODER).init, ((1, 16, 16, 16, 1),)),
-        "pet": (TINY_AUTOENCODER, pet, autoencoder(TINY_AUTOENCODER).init, ((1, 16, 16, 16, 1),)),
+        "mri": (TINY_AUTOENCODER, mri, autoencoder(TINY_AUTOENCODER).init, ((1, *TINY_SIZE, 1),)),
+        "pet": (TINY_AUTOENCODER, pet, autoencoder(TINY_AUTOENCODER).init, ((1, *TINY_SIZE, 1),)),
         "unet": (TINY_UNET, mri, latent_unet(TINY_UNET).init, (latent, (1,))),
         "controlnet": (TINY_CONTROLNET, mri, control_net(TINY_CONTROLNET).init, (latent, (1,), latent)),
     }

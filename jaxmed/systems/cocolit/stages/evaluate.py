@@ -36,7 +36,7 @@ from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_ru
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.figures import MapStyle
 from jaxmed.synthesis.phantoms.write_amyloid import REGION
-from jaxmed.systems.cocolit.networks import WeightsConfig, read_models
+from jaxmed.systems.cocolit.networks import TINY_SAMPLES, TINY_SAMPLING, WeightsConfig, read_models
 from jaxmed.systems.cocolit.training import COLUMNS, SOURCE, PairData, find_pairs
 from jaxmed.systems.cocolit.translation import POSITIVE, Models, SamplingConfig, predict_bias, translate
 from jaxmed.train.announce import announce
@@ -117,9 +117,9 @@ def laptop() -> Config:
 def smoke() -> Config:
     """Your pairs and networks, or phantoms through all stages before this one; a few samples of few steps."""
     return Config(
-        PairData(synthetic=8), "validation", samples=3, sampling=SamplingConfig(steps=4, chunk=3), directions=2,
+        PairData(synthetic=8), "validation", samples=TINY_SAMPLES, sampling=TINY_SAMPLING, directions=2,
         baseline=Pix2PixConfig(
-            steps=20, model=dataclasses.replace(Pix2PixConfig().model, width=8, multipliers=(1, 2)),
+            steps=10, model=dataclasses.replace(Pix2PixConfig().model, width=8, multipliers=(1, 2)),
             discriminator=dataclasses.replace(Pix2PixConfig().discriminator, width=4, layers=1),
         ),
     )  # fmt: skip
@@ -133,7 +133,7 @@ def run(config: Config, folder: RunFolder) -> int:
     rows = [row for row, split in enumerate(table.column("split")) if split == config.split]
     if not rows:
         raise InputError(table.path, f"pairs of split {config.split}", "none", "set --split, or the column split")
-    models = read_models(config.weights, config.dtype)
+    models = jax.device_put(read_models(config.weights, config.dtype))
     sizes = [one.preprocess.volume_size for one in (models.mri, models.pet)]
     if sizes[0] != sizes[1]:
         raise InputError("weights.pet", f"maps of {sizes[0]} voxels, as weights.mri takes", f"{sizes[1]}")
@@ -221,7 +221,8 @@ def measure(
             theory = np.asarray(predict_bias(theory_key, models, found, config.samples, config.directions))
         further |= compare_averages(images[OURS], np.asarray(found.mean_map), theory)
     grid = models.mri.preprocess.input_grid(scan_grid)
-    shown = {"mri": mri, "pet": truth, "suvr": images[OURS], "difference": images[OURS] - truth}
+    (centre,), (width,) = models.mri.preprocess.intensity.mean, models.mri.preprocess.intensity.std
+    shown = {"mri": width * mri + centre, "pet": truth, "suvr": images[OURS], "difference": images[OURS] - truth}
     shown |= {} if found.spread is None or config.samples == 1 else {"spread": np.asarray(found.spread)}
     for name, array in shown.items():
         definition, style = MAPS[name]

@@ -28,6 +28,7 @@ from jaxmed.recipes.pair_tables import make_data
 from jaxmed.recipes.stage import Clock, Finished, Page
 from jaxmed.recipes.training import TrainConfig, TrainFlags
 from jaxmed.report.figures import MapStyle
+from jaxmed.systems.cocolit.networks import TINY_AUTOENCODER, TINY_SIZE, TINY_SPACING
 from jaxmed.systems.cocolit.training import COLUMNS, SOURCE, Modality, PairData, find_pairs, make_preprocess
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig
@@ -119,9 +120,8 @@ def smoke() -> Config:
         LoaderConfig(batch_size=2),
         MeshConfig(data=1),
     )
-    model = AutoencoderKlConfig(widths=(8, 16), blocks=(1, 1), groups=4)
     return Config(
-        PairData(synthetic=8), size=(16, 16, 16), spacing=12.0, model=model,
+        PairData(synthetic=8), size=TINY_SIZE, spacing=TINY_SPACING, model=TINY_AUTOENCODER,
         discriminator=PatchDiscriminatorConfig(width=4, layers=1), train=train,
     )  # fmt: skip
 

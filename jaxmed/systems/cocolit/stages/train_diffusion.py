@@ -18,6 +18,7 @@ from jaxmed.recipes.pair_tables import count_records, loss_figure, make_data
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only
 from jaxmed.recipes.training import TrainConfig, TrainFlags, whole
 from jaxmed.report.page import Section, Text
+from jaxmed.systems.cocolit.networks import TINY_UNET
 from jaxmed.systems.cocolit.training import BEST, LATENT_COLUMNS, SOURCE, PairData, find_latents, find_pairs
 from jaxmed.systems.cocolit.translation import CHAIN
 from jaxmed.train.checkpoint import export_parameters
@@ -80,8 +81,7 @@ def smoke() -> Config:
         LoaderConfig(batch_size=4),
         MeshConfig(data=1),
     )
-    model = LatentUnetConfig(widths=(8, 8), blocks=(1, 1), attention_levels=(False, False), head_channels=8, groups=4)
-    return Config(PairData(synthetic=8), model, train)
+    return Config(PairData(synthetic=8), TINY_UNET, train)
 
 
 @dataclasses.dataclass(frozen=True)

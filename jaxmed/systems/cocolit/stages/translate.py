@@ -28,7 +28,13 @@ from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
-from jaxmed.systems.cocolit.networks import WeightsConfig, read_models, write_tiny_models
+from jaxmed.systems.cocolit.networks import (
+    TINY_SAMPLES,
+    TINY_SAMPLING,
+    WeightsConfig,
+    read_models,
+    write_tiny_models,
+)
 from jaxmed.systems.cocolit.preparation import (
     MNI152,
     Prepared,
@@ -113,7 +119,7 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """Two phantom brains and tiny random networks, in seconds; the maps mean nothing."""
-    return Config(data=ScanData(synthetic=2), samples=3, sampling=SamplingConfig(steps=4, chunk=2))
+    return Config(data=ScanData(synthetic=2), samples=TINY_SAMPLES, sampling=TINY_SAMPLING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +296,7 @@ def make_plan(config: Config, models: Models, template: Volume | None, grid: Gri
             expected = f"a multiple of the {count} devices of mesh.data"
             raise InputError("chunk", expected, size, "change --chunk or --samples, or --mesh.data")
         sharding = NamedSharding(mesh, PartitionSpec("data"))
-    models = jax.device_put(models, NamedSharding(mesh, PartitionSpec()))
+    models = jax.device_put(models, NamedSharding(mesh, PartitionSpec()) if count > 1 else None)
     program = partial(translate, m=config.samples, config=config.sampling, sharding=sharding)
 
     def read(one: Inputs) -> Prepared:
@@ -367,8 +373,8 @@ def make_notes(config: Config, models: Models) -> list[str]:
 
 # Synthetic inputs ----------------------------------------------------------------------------------------------------
 
-SHAPE, SPACING = (32, 32, 32), 6.0
-"""Of phantom brains and their template; networks see voxels 1.5 times as large, as of MNI152."""
+SHAPE = (32, 32, 32)
+"""Of phantom brains and their template, of 6 mm; the tiny networks see voxels twice as large."""
 
 
 def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
@@ -379,7 +385,7 @@ def synthetic_inputs(config: Config, folder: RunFolder) -> Config:
     place = folder.path / "inputs"
     if not config.weights.is_given:
         log.say("No networks are given: tiny ones of random numbers are made; their maps mean nothing.")
-        write_tiny_models(place / "weights", config.seed, 1.5 * SPACING)
+        write_tiny_models(place / "weights", config.seed)
         config = dataclasses.replace(config, weights=WeightsConfig(place / "weights"))
     if _has_scans(config):
         return config
