@@ -1,4 +1,6 @@
-"""The page that every stage writes: one HTML file that opens without network, script or font.
+"""The page that every stage writes: one HTML file that opens without network or font.
+
+No script runs but that of the viewer of volumes (`viewer.py`), on pages that have one.
 
 Colours, narrow screens, dark mode and print are in `themes.py`. Figures are records of encoded
 images, so that this file draws nothing; `figures.py` makes them.
@@ -18,8 +20,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from jaxmed.report.themes import style_sheet
+from jaxmed.report.viewer import Viewer, viewer_library, viewer_markup, viewer_policy
 
-# The reader's browser holds the page to its promise: nothing is fetched, no script runs.
+# The reader's browser holds the page to its promise: nothing is fetched, and no script runs but the viewer's.
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PNG_DPI = 130
 CSS_DPI = 96
@@ -87,7 +90,7 @@ class Text:
     paragraphs: Sequence[str]
 
 
-Block = Figure | Table | Note | Text
+Block = Figure | Table | Note | Text | Viewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +139,14 @@ def render(
         for number, section in enumerate(sections, 1)
     )
     tiles = "\n".join(_tile(*tile) for tile in summary)
+    has_viewer = any(isinstance(block, Viewer) for section in sections for block in section.blocks)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}{viewer_policy() if has_viewer else ""}">
 <title>{escape(title)}</title>
 <style>
 {style_sheet()}</style>
@@ -160,6 +164,7 @@ def render(
 {run}
 </main>
 </div>
+{viewer_library() if has_viewer else ""}
 </body>
 </html>
 """
@@ -284,6 +289,8 @@ def _blocks(blocks: Sequence[Block], figures: Iterator[int], tables: Iterator[in
         match block:
             case Figure():
                 parts.append(_figure(block, next(figures)))
+            case Viewer():
+                parts.append(viewer_markup(block, next(figures), _with_links(block.caption)))
             case Table():
                 parts.append(_table(block, f"Table {next(tables)}"))
             case Note(text, kind):

@@ -122,6 +122,16 @@ tbody tr:last-child>*{border-bottom:1px solid var(--line)}
 td,th{min-width:4rem;max-width:26rem}
 .numeric{text-align:right;white-space:nowrap}
 .undefined{color:var(--muted)}
+.viewer button,.viewer select{font:inherit;font-size:.9375rem;color:var(--text);background:var(--surface);
+border:1px solid var(--line);border-radius:4px;padding:.375rem .75rem}
+.viewer button{cursor:pointer;color:var(--accent)}
+.viewer .panel[hidden],.viewer button[hidden]{display:none}
+.viewer .view{height:26rem;border-radius:4px;overflow:hidden;background:#000}
+.viewer canvas{display:block;width:100%;height:100%}
+.viewer .controls{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin:.75rem 0 0;font-size:.875rem;color:var(--muted)}
+.viewer label{display:flex;align-items:center;gap:.5em}
+.viewer output{display:block;min-height:1.55em;margin-top:.5rem;font-size:.875rem;font-variant-numeric:tabular-nums}
+.viewer .failed:empty{display:none}
 .note{margin:1.75rem 0;padding:0 0 0 1rem;border-left:2px solid var(--line);max-width:43em}
 .note strong{font-weight:600;margin-right:.375em}
 .note.warning{border-color:var(--warning)}
@@ -165,6 +175,7 @@ th,td{padding-right:1.25rem}}
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 @media print{
 @page{margin:18mm 16mm}
+.viewer{display:none}
 body{font-size:10pt}
 .page,.page.has-contents{display:block;max-width:none;padding:0}
 nav{display:none}
