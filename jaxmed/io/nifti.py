@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float64, Shaped, UInt8
 from nibabel import imageglobals
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
@@ -190,6 +190,23 @@ class _Found(NamedTuple):
     affine: Float64[np.ndarray, "4 4"]
     form: str
     forms_agree: bool | None
+
+
+def pack_steps(
+    steps: UInt8[np.ndarray, "x y z"], affine: Float64[np.ndarray, "4 4"], slope: float, intercept: float
+) -> bytes:
+    """Return a compressed NIfTI-1 file of bytes that stand for intercept + slope * step, the same every time.
+
+    Args:
+        steps: Voxels.
+        affine: Voxel index to world position, RAS+, in mm.
+        slope: Between two steps.
+        intercept: Value of step 0.
+    """
+    image = nib.nifti1.Nifti1Image(steps, affine)
+    image.header.set_slope_inter(slope, intercept)
+    image.header.set_xyzt_units("mm")
+    return gzip.compress(image.to_bytes(), 9, mtime=0)
 
 
 def _require(path: str | Path) -> Path:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmed.arrays.grid import reorient
 from jaxmed.arrays.task import Task, predict_values
 from jaxmed.arrays.types import Params
 from jaxmed.config import Probability, Whole, checked
@@ -63,11 +64,13 @@ from jaxmed.recipes.scan_job import (
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.token_maps import write_map
 from jaxmed.recipes.training import NO_PREFIX
-from jaxmed.report.figures import histograms
+from jaxmed.report.figures import MapStyle, histograms
 from jaxmed.report.masks import Panel, mask_panels
 from jaxmed.report.overlay import PICTURE, Slices, cut_slices, heat_of, overlay_slices, picture_slice
 from jaxmed.report.page import Figure, Note, Section, Table, Text, Tile
 from jaxmed.report.slices import display_range
+from jaxmed.report.viewer import Viewer
+from jaxmed.report.volumes import MOST_VOXELS, thin, thinning, view_overlay
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.volume import Volume
@@ -431,10 +434,13 @@ def score(
 def write_previews(
     outputs: Path, done: Sequence[Outcome], maps: Maps, task: Task, preprocess: Preprocess
 ) -> list[Preview]:
-    """Keep a few slices of the first scans and of their first map, for the report."""
+    """Keep a few slices of the first scans and of their first map, for the report; of the first volume all of both.
+
+    All of it is thinned out as far as the report's viewer wants it.
+    """
     if maps == "none":
         return []
-    previews = []
+    previews, is_viewed = [], False
     for outcome in done:
         output = int(outcome.arrays["mapped"][0])
         overlay = nifti.read(outputs / "maps" / f"{map_stem(outcome.file.name, task, output)}.nii.gz")
@@ -446,6 +452,10 @@ def write_previews(
             if kind_of(outcome.file.path) == "array":
                 overlay = _turned(overlay.array)
             slices = cut_slices(scan, overlay)
+            if not is_viewed:
+                is_viewed, every = True, thinning(scan.array.shape, MOST_VOXELS // 2)
+                for what, volume in (("scan", scan), ("map", overlay)):
+                    nifti.write(outputs / "previews" / f"{outcome.file.name}_{what}.nii.gz", thin(volume, every))
         name = f"{outcome.file.name}.npz"
         write_npz(outputs / "previews" / name, slices._asdict(), is_compressed=True)
         values = tuple(float(value) for value in outcome.arrays["values"])
@@ -557,6 +567,7 @@ def _maps_section(outputs: Path, task: Task, summary: Summary) -> list[Section]:
             panels += [Panel(slices.image[0], preview.id), Panel(slices.image[0], said, heat=heat_of(slices)[0])]
         else:
             blocks.append(_slices_figure(slices, f"{preview.id}: {said}.", summary.limits))
+            blocks += _viewer(outputs, preview.id, f"{preview.id}: the scan, and its map of {said}.", summary.limits)
     if panels:
         caption = (
             "Pictures, and below what is told above each the map of it: clear where it is 0, opaque at its largest."
@@ -576,11 +587,24 @@ def _maps_section(outputs: Path, task: Task, summary: Summary) -> list[Section]:
 def _slices_figure(slices: Slices, caption: str, limits: tuple[float, float]) -> Figure:
     if not slices.largest:
         caption += " The map is 0 everywhere: no patch raises this output."
-    # What is no CT in HU, and was warned of, would be all white in the window of the model.
-    is_hu = float(slices.image.min()) < WARMEST_AIR
-    limits = limits if is_hu else display_range(slices.image.reshape(-1).astype(np.float64))
-    unit = "HU" if is_hu else "as stored"
+    unit, limits = _shown(slices.image, limits)
     return overlay_slices(slices, caption=caption, limits=limits, names=("Scan", "With map"), unit=unit)
+
+
+def _shown(image: np.ndarray, limits: tuple[float, float]) -> tuple[str, tuple[float, float]]:
+    # What is no CT in HU, and was warned of, would be all white in the window of the model.
+    if float(image.min()) < WARMEST_AIR:
+        return "HU", limits
+    return "as stored", display_range(image.reshape(-1).astype(np.float64))
+
+
+def _viewer(outputs: Path, name: str, caption: str, limits: tuple[float, float]) -> list[Viewer]:
+    places = [outputs / "previews" / f"{name}_{what}.nii.gz" for what in ("scan", "map")]
+    if not all(place.exists() for place in places):
+        return []
+    scan, overlay = (reorient(nifti.read(place)) for place in places)
+    unit, limits = _shown(scan.array, limits)
+    return view_overlay(scan, overlay, caption=caption, style=MapStyle(unit, limits, "gray"))
 
 
 def _reading_section(task: Task, source: str) -> Section:

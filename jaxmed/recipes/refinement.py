@@ -25,7 +25,7 @@ from jaxmed.recipes.posterior_samples import STATUS, Program, draw_samples
 from jaxmed.recipes.restoration import (
     Volumes,
     read_case,
-    restored_figure,
+    restored_blocks,
     volume_sections,
     write_restored,
     write_volumes,
@@ -186,7 +186,7 @@ def volumes_of(scans: Sequence[Refinement]) -> list[Volumes]:
 def refinement_sections(outputs: Path, scans: Sequence[Refinement], chain: int) -> tuple[list[Tile], list[Section]]:
     """Show scans and maps, residuals, line searches and tissue volumes, of a chain of so many steps."""
     tiles: list[Tile] = []
-    sections = [_scan(outputs, scan) for scan in scans[:MOST_PICTURES]]
+    sections = [_scan(outputs, scan, is_viewed=scan is scans[0]) for scan in scans[:MOST_PICTURES]]
     if scans:
         before, after = (np.median([scan.residual[name] for scan in scans]) for name in ("initial", "enhanced"))
         start = int(np.median([scan.start["median"] for scan in scans]))
@@ -200,18 +200,19 @@ def refinement_sections(outputs: Path, scans: Sequence[Refinement], chain: int) 
     return tiles, sections
 
 
-def _scan(outputs: Path, scan: Refinement) -> Section:
-    figure = restored_figure(outputs, scan.name, tuple(MAPS), scan.samples)
-    if figure is None:
+def _scan(outputs: Path, scan: Refinement, *, is_viewed: bool) -> Section:
+    blocks = restored_blocks(outputs, scan.name, tuple(MAPS), scan.samples, is_viewed=is_viewed)
+    if not blocks:
         return Section(scan.name, [Note("The maps are no longer in this folder.", "warning")])
     lowest, last = scan.start["lowest"], scan.start["highest"]
+    images = "1 image" if scan.images == 1 else f"{scan.images} images"
     samples = "1 sample" if scan.samples == 1 else f"{scan.samples} samples"
     text = (
-        f"{scan.images} images, {samples} each. Median residual {scan.residual['initial']:.3g} before and "
+        f"{images}, {samples} each. Median residual {scan.residual['initial']:.3g} before and "
         f"{scan.residual['enhanced']:.3g} after; lower in {scan.improved:.0%} of the images. Started with "
         f"{lowest if lowest == last else f'{lowest} to {last}'} steps left."
     )
-    return Section(scan.name, [Text([text]), figure])
+    return Section(scan.name, [Text([text]), *blocks])
 
 
 def _residuals(scans: Sequence[Refinement], chain: int) -> Section:

@@ -19,7 +19,8 @@ from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES, label_volumes
 from jaxmed.recipes.map_images import Inputs
 from jaxmed.report.figures import MapStyle, slice_maps
-from jaxmed.report.page import Figure, Section, Table
+from jaxmed.report.page import Block, Section, Table
+from jaxmed.report.volumes import view_volumes
 
 TITLES = {"input": "Input", "initial": "Estimate", "enhanced": "Enhanced", "difference": "Difference"}
 TITLES |= {"uncertainty": "Uncertainty"}
@@ -104,12 +105,20 @@ def write_volumes(folder: Path, scans: Sequence[Volumes]) -> None:
 # The page -----------------------------------------------------------------------------------------------------------
 
 
-def restored_figure(outputs: Path, name: str, maps: Sequence[str], samples: int) -> Figure | None:
-    """Show a scan, its maps, and where samples disagree if there are several; None where the maps are gone."""
+def restored_blocks(outputs: Path, name: str, maps: Sequence[str], samples: int, *, is_viewed: bool) -> list[Block]:
+    """Show a scan, its maps, and where samples disagree if there are several; nothing where the maps are gone.
+
+    Args:
+        outputs: Of the run.
+        name: Of the scan.
+        maps: That were written.
+        samples: How many were drawn.
+        is_viewed: Whether a volume gets a viewer beside its slices.
+    """
     try:
         read = {kind: reorient(nifti.read(outputs / f"{name}_{kind}.nii.gz")) for kind in maps}
     except (OSError, InputError):
-        return None
+        return []
     arrays = {kind: volume.array for kind, volume in read.items()}
     arrays["input"] = arrays["enhanced"] - arrays["difference"]
     mask = np.abs(arrays["input"]) > 0
@@ -122,10 +131,14 @@ def restored_figure(outputs: Path, name: str, maps: Sequence[str], samples: int)
     shown = {kind: title for kind, title in TITLES.items() if kind != "uncertainty" or samples > 1}
     caption = f"{name}: input, estimate, result, and result minus input"
     caption += f"; standard deviation over {samples} samples." if samples > 1 else "."
-    return slice_maps(
-        {title: arrays[kind] for kind, title in shown.items()}, read["enhanced"].spacing, caption=caption,
-        styles={title: styles[kind] for kind, title in shown.items()}, num_slices=4,
-    )  # fmt: skip
+    titled = {title: arrays[kind] for kind, title in shown.items()}
+    told = {title: styles[kind] for kind, title in shown.items()}
+    volume = read["enhanced"]
+    blocks: list[Block] = [slice_maps(titled, volume.spacing, caption=caption, styles=told, num_slices=4)]
+    if is_viewed:
+        volumes = {title: Volume.make(array, volume.affine) for title, array in titled.items()}
+        blocks += view_volumes(volumes, caption=caption, styles=told)
+    return blocks
 
 
 def volume_sections(scans: Sequence[Volumes]) -> list[Section]:

@@ -11,7 +11,8 @@ from jaxmed.arrays.grid import reorient
 from jaxmed.io import nifti
 from jaxmed.physics.noddi import WET, WHERE_TISSUE
 from jaxmed.report.figures import MapStyle, agreement, histograms, map_comparison, slice_maps
-from jaxmed.report.page import Note, Section, Table, Text, Tile
+from jaxmed.report.page import Block, Note, Section, Table, Text, Tile
+from jaxmed.report.volumes import view_volumes
 from jaxmed.volume import Volume
 
 
@@ -35,7 +36,7 @@ def estimate_sections(
     truth: Path | None = None,
     further: Mapping[str, MapStyle] = MappingProxyType({}),
 ) -> list[Section]:
-    """Show maps in slices and the distribution of each, and compare them with the truth of a simulated scan.
+    """Show maps in slices and in a viewer, the distribution of each, and how they differ from a simulated scan's truth.
 
     What describes tissue counts where there is some, `physics.noddi.WHERE_TISSUE`.
 
@@ -56,7 +57,8 @@ def estimate_sections(
     tissue = mask & (arrays["FWF"] < WET) if "FWF" in arrays else mask
     where = {label: tissue if name in WHERE_TISSUE else mask for label, name in names.items()}
     said = f"NDI and ODI where the estimated FWF is below {WET:g}, because tissue that is not there has no neurites"
-    blocks = [*notes, slice_maps(arrays, spacing, caption=caption, styles=styles, mask=mask)]
+    blocks: list[Block] = [*notes, slice_maps(arrays, spacing, caption=caption, styles=styles, mask=mask)]
+    blocks += view_volumes(maps, caption=caption, styles=styles, mask=mask)
     values = {label: array[where[label]] for label, array in arrays.items()}
     if all(value.size for value in values.values()):
         distribution = "Distribution over the voxels of the mask" + (f"; {said}." if "FWF" in arrays else ".")

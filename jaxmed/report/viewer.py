@@ -76,7 +76,8 @@ def viewer_markup(viewer: Viewer, number: int, caption: str) -> str:
         f'<figure class="viewer" id="viewer-{number}" hidden>\n'
         f'<button type="button">Look through the volumes ({size:.1f} MB)</button>\n'
         f'<div class="panel" hidden><div class="view"><canvas tabindex="0" role="img" aria-label="Figure {number}: '
-        f'{_escape(viewer.caption)}"></canvas></div>\n<div class="controls"><label>Show <select>{options}</select></label>'
+        f'{_escape(viewer.caption)}"></canvas></div>\n<div class="controls">'
+        f"<label>Show <select>{options}</select></label>"
         '<label>strength <input type="range" min="0" max="1" step="0.05" value="1"></label></div>\n'
         "<output></output></div>\n"
         '<p class="failed"></p>\n'

@@ -1,14 +1,15 @@
 """Volumes for the viewer of a page: small enough to carry, in the colours of the static slices."""
 
-import gzip
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import matplotlib
-import nibabel as nib
 import numpy as np
 from jaxtyping import Bool
 
+from jaxmed.io import nifti
 from jaxmed.report.figures import MapStyle
 from jaxmed.report.viewer import Layer, Viewer
 from jaxmed.volume import Volume
@@ -24,33 +25,68 @@ def view_volumes(
     caption: str,
     styles: Mapping[str, MapStyle] = MappingProxyType({}),
     mask: Bool[np.ndarray, "x y z"] | None = None,
-) -> Viewer:
+    whole: Collection[str] = (),
+) -> list[Viewer]:
     """Show volumes in a viewer, the first beneath one of the others.
 
     Every n-th voxel along each axis is kept where they are too many, n as small as it can be; values are rounded to
     255 steps between the limits of their style.
 
     Args:
-        volumes: 3D, by title; on whatever grids.
+        volumes: 3D, on one grid, by title.
         caption: What to see.
         styles: As of `figures.slice_maps`, by title.
-        mask: Voxels to show of all but the first, on their grid; NaN is never shown.
+        mask: Voxels to show; NaN is never shown.
+        whole: Titles of what is shown outside of the mask too.
 
     Returns:
-        A block of a page, for which `slice_maps` shows the same in slices.
+        One block of a page, for which `slice_maps` shows the same in slices; none for an image of a single slice.
     """
-    share = MOST_VOXELS / sum(volume.array.size for volume in volumes.values())
-    every = max(int(np.ceil(share ** (-1 / 3))), 1)
+    first = next(iter(volumes.values()))
+    if min(first.array.shape) == 1:
+        return []
+    every = thinning(first.array.shape, MOST_VOXELS // len(volumes))
     layers = []
-    for number, (name, volume) in enumerate(volumes.items()):
+    for name, volume in volumes.items():
         where = np.isfinite(volume.array)
-        if mask is not None and number > 0:
+        if mask is not None and name not in whole:
             where &= mask
         layers.append(make_layer(name, volume, where, styles.get(name, MapStyle()), every))
-    note = "" if every == 1 else f" Every {every}th voxel along each axis is shown." if every > 3 else (
-        f" Every {'second' if every == 2 else 'third'} voxel along each axis is shown."
-    )  # fmt: skip
-    return Viewer(layers, caption + note)
+    words = {
+        1: "",
+        2: " Every second voxel along each axis is shown.",
+        3: " Every third voxel along each axis is shown.",
+    }
+    return [Viewer(layers, caption + words.get(every, f" Every {every}th voxel along each axis is shown."))]
+
+
+def view_overlay(scan: Volume, overlay: Volume, *, caption: str, style: MapStyle) -> list[Viewer]:
+    """Show a scan, and a map over it where the map has a tenth of its largest value or more; nothing for a map of 0.
+
+    Args:
+        scan: 3D.
+        overlay: The map, from 0 up, on the same grid.
+        caption: What to see.
+        style: Of the scan.
+    """
+    largest = float(overlay.array.max())
+    if not largest > 0:
+        return []
+    styles = {"Scan": style, "Map": MapStyle(limits=(0.0, largest), colormap="magma")}
+    mask = overlay.array >= largest / 10
+    return view_volumes({"Scan": scan, "Map": overlay}, caption=caption, styles=styles, mask=mask, whole=("Scan",))
+
+
+def thinning(shape: tuple[int, ...], most: int = MOST_VOXELS) -> int:
+    """Return the smallest n for which every n-th voxel along each axis makes `most` voxels at the most."""
+    return next(n for n in itertools.count(1) if math.prod(-(-length // n) for length in shape) <= max(most, 1))
+
+
+def thin(volume: Volume, every: int) -> Volume:
+    """Keep every so many voxels along each axis, where they are."""
+    affine = volume.affine.copy()
+    affine[:3, :3] *= every
+    return Volume.make(np.ascontiguousarray(volume.array[(slice(None, None, every),) * 3]), affine)
 
 
 def make_layer(name: str, volume: Volume, where: Bool[np.ndarray, "x y z"], style: MapStyle, every: int = 1) -> Layer:
@@ -63,18 +99,12 @@ def make_layer(name: str, volume: Volume, where: Bool[np.ndarray, "x y z"], styl
         style: Limits, colours and unit.
         every: Keep every so many voxels along each axis.
     """
-    array = np.asarray(volume.array, np.float64)
-    low, high = style.limits_for(array[where]) if where.any() else (0.0, 1.0)
-    cut = (slice(None, None, every),) * 3
-    kept, shown = array[cut], where[cut]
+    low, high = style.limits_for(volume.array[where].astype(np.float64)) if where.any() else (0.0, 1.0)
+    kept, shown = thin(volume, every), where[(slice(None, None, every),) * 3]
     step = (high - low) / (STEPS - 1)
-    steps = np.rint((np.where(shown, kept, low).clip(low, high) - low) / step) + 1
-    affine = volume.affine.copy()
-    affine[:3, :3] *= every
-    image = nib.nifti1.Nifti1Image(np.where(shown, steps, 0).astype(np.uint8), affine)
-    image.header.set_slope_inter(step, low - step)
-    image.header.set_xyzt_units("mm")
-    return Layer(name, style.unit, gzip.compress(image.to_bytes(), 9, mtime=0), low, high, color_table(style.colormap))
+    steps = np.rint((np.where(shown, kept.array, low).astype(np.float64).clip(low, high) - low) / step) + 1
+    file = nifti.pack_steps(np.where(shown, steps, 0).astype(np.uint8), kept.affine, step, low - step)
+    return Layer(name, style.unit, file, low, high, color_table(style.colormap))
 
 
 def color_table(colormap: str) -> dict[str, list[int]]:

@@ -38,8 +38,8 @@ def ball():
 def page(ball):
     maps, inside = ball
     styles = {"Scan": MapStyle("HU", (0.0, 100.0), "gray"), "Side": MapStyle(limits=(0.0, 1.0))}
-    shown = view_volumes(maps, caption="A ball of 100 HU.", styles=styles, mask=inside)
-    return render("A page", "", sections=[Section("Maps", [shown])])
+    shown = view_volumes(maps, caption="A ball of 100 HU.", styles=styles, mask=inside, whole=("Scan",))
+    return render("A page", "", sections=[Section("Maps", shown)])
 
 
 def unpack(layer):
@@ -64,7 +64,7 @@ def test_a_layer_holds_values_within_half_a_step_and_leaves_out_what_is_masked()
 def test_too_many_voxels_are_thinned_out_and_it_is_said(monkeypatch):
     monkeypatch.setattr(volumes, "MOST_VOXELS", 200)
     values = np.arange(10 * 12 * 8, dtype=np.float32).reshape(10, 12, 8)
-    shown = view_volumes({"Map": Volume.make(values, AFFINE)}, caption="A ramp.")
+    (shown,) = view_volumes({"Map": Volume.make(values, AFFINE)}, caption="A ramp.")
     image = unpack(shown.layers[0])
     assert image.shape == (5, 6, 4) and shown.caption == "A ramp. Every second voxel along each axis is shown."
     # The place of a voxel that is kept is its old one.
@@ -75,10 +75,15 @@ def test_too_many_voxels_are_thinned_out_and_it_is_said(monkeypatch):
 
 
 @pytest.mark.core
+def test_a_single_slice_gets_no_viewer():
+    assert view_volumes({"Map": Volume.make(np.eye(3)[..., None].astype(np.float32), AFFINE)}, caption="") == []
+
+
+@pytest.mark.core
 def test_voxels_that_are_not_finite_are_not_shown():
     values = np.ones((3, 3, 3), np.float32)
     values[0, 0, 0], values[1, 1, 1] = np.nan, 5
-    image = unpack(view_volumes({"Map": Volume.make(values, AFFINE)}, caption="").layers[0])
+    image = unpack(view_volumes({"Map": Volume.make(values, AFFINE)}, caption="")[0].layers[0])
     steps = np.asarray(image.dataobj.get_unscaled())
     assert steps[0, 0, 0] == 0 and (np.delete(steps.ravel(), 0) > 0).all()
 
@@ -116,8 +121,8 @@ def test_the_vendored_library_is_the_one_its_version_names():
 
 @pytest.mark.core
 def test_names_cannot_end_an_element():
-    shown = view_volumes({HOSTILE: Volume.make(np.eye(3)[None].astype(np.float32), AFFINE)}, caption=HOSTILE)
-    text = render("A page", "", sections=[Section("Maps", [shown])])
+    cube = Volume.make(np.arange(27, dtype=np.float32).reshape(3, 3, 3), AFFINE)
+    text = render("A page", "", sections=[Section("Maps", view_volumes({HOSTILE: cube}, caption=HOSTILE))])
     assert "alert('x')" not in text and text.count("<script>") == 1
 
 

@@ -11,6 +11,8 @@ from jaxmed.io import nifti
 from jaxmed.io.numpy_files import restore_npz
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Block, Figure, Note, Section, Table
+from jaxmed.report.volumes import view_volumes
+from jaxmed.volume import Volume
 
 STYLES = {
     **{name: MapStyle(colormap="gray") for name in ("input", "T1", "T2", "FLAIR", "atlas", "reference")},
@@ -27,8 +29,8 @@ SIGNED = ("distance", "registration", "bias_field_log", "high_res_residual")
 SHORT = {"segmentation": "class", "registration": "MNI x", "bias_field_log": "bias", "high_res_residual": "detail"}
 
 
-def scan_section(outputs: Path, name: str, maps: Sequence[str]) -> Section:
-    """Show a scan as the network saw it, and its maps; of several channels the first."""
+def scan_section(outputs: Path, name: str, maps: Sequence[str], *, is_viewed: bool) -> Section:
+    """Show a scan as the network saw it, and its maps, of several channels the first: in slices, and in a viewer."""
     try:
         read = {one: nifti.read(outputs / f"{name}_{one}.nii.gz") for one in ("input", *maps)}
     except (OSError, InputError):
@@ -42,10 +44,14 @@ def scan_section(outputs: Path, name: str, maps: Sequence[str]) -> Section:
         styles["segmentation"] = MapStyle("label, in order", (0.0, max(len(known) - 1.0, 1.0)), "turbo")
     caption = f"{name}: the scan as the network saw it, and its maps, within the head."
     head = find_foreground(arrays["input"])
-    figure = slice_maps(
-        arrays, read["input"].spacing, caption=caption, styles=styles, mask=head if head.any() else None, num_slices=4
-    )
-    return Section(name, [figure])
+    mask = head if head.any() else None
+    blocks: list[Block] = [
+        slice_maps(arrays, read["input"].spacing, caption=caption, styles=styles, mask=mask, num_slices=4)
+    ]
+    if is_viewed:
+        volumes = {one: Volume.make(array, read[one].affine) for one, array in arrays.items()}
+        blocks += view_volumes(volumes, caption=caption, styles=styles, mask=mask, whole=("input",))
+    return Section(name, blocks)
 
 
 SCORES = {

@@ -27,6 +27,7 @@ from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.training import NO_PREFIX
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Note, Section, Table, Text
+from jaxmed.report.volumes import view_volumes
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.cocolit.networks import (
     TINY_SAMPLES,
@@ -432,7 +433,7 @@ def page(run: Finished[Config, Summary]) -> Page:
     if summary.failed:
         text = f"{summary.failed} scans failed: see outputs/failed.csv for the reasons."
         sections.insert(0, Section("Failed scans", [Note(text, "warning")]))
-    sections += [scan_section(run.outputs, scan) for scan in scans[:MOST_PICTURES]]
+    sections += [scan_section(run.outputs, scan, is_viewed=scan is scans[0]) for scan in scans[:MOST_PICTURES]]
     columns = ("scan", "mean SUVR", f"above {POSITIVE}", "spread", "bias of averaging", "latents at the limit",
                "correlation with the template")  # fmt: skip
     rows = [
@@ -450,8 +451,8 @@ def page(run: Finished[Config, Summary]) -> Page:
     return Page("Amyloid PET from MRI", f"CoCoLIT on {len(scans)} scans", tiles, sections)
 
 
-def scan_section(outputs: Path, scan: Scan) -> Section:
-    """Show a scan with its map and its spread."""
+def scan_section(outputs: Path, scan: Scan, *, is_viewed: bool) -> Section:
+    """Show a scan with its map and its spread: in slices, and in a viewer."""
     titles = {"mri": "MRI", "suvr": "Synthesised", "spread": "Spread"}
     names = [name for name in titles if name != "spread" or scan.mean_spread is not None]
     try:
@@ -461,8 +462,11 @@ def scan_section(outputs: Path, scan: Scan) -> Section:
     inside = require_brain(read["mri"].array, scan.path)
     styles = {"MRI": MapStyle("WhiteStripe", colormap="gray"), "Synthesised": MapStyle("SUVR", colormap="inferno")}
     styles["Spread"] = MapStyle("SUVR", colormap="viridis")
+    caption = f"{scan.name}: the MRI, the synthesised map, and the standard deviation of its samples."
     figure = slice_maps(
         {titles[name]: volume.array for name, volume in read.items()}, read["mri"].spacing, mask=inside, num_slices=4,
-        caption=f"{scan.name}: the MRI, the synthesised map, and the standard deviation of its samples.", styles=styles,
+        caption=caption, styles=styles,
     )  # fmt: skip
-    return Section(scan.name, [*(Note(text) for text in scan.notes), figure])
+    volumes = {titles[name]: volume for name, volume in read.items()} if is_viewed else {}
+    viewer = view_volumes(volumes, caption=caption, styles=styles, mask=inside, whole=("MRI",)) if volumes else []
+    return Section(scan.name, [*(Note(text) for text in scan.notes), figure, *viewer])
