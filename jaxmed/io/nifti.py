@@ -203,7 +203,7 @@ def pack_steps(
         slope: Between two steps.
         intercept: Value of step 0.
     """
-    image = nib.nifti1.Nifti1Image(steps, affine)
+    image = nib.Nifti1Image(steps, affine)
     image.header.set_slope_inter(slope, intercept)
     image.header.set_xyzt_units("mm")
     return gzip.compress(image.to_bytes(), 9, mtime=0)

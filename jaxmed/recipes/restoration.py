@@ -18,9 +18,9 @@ from jaxmed.io.maps import write_map
 from jaxmed.io.tables import write_table
 from jaxmed.metrics.tissue import TISSUES, label_volumes
 from jaxmed.recipes.map_images import Inputs
-from jaxmed.report.figures import MapStyle, slice_maps
+from jaxmed.report.figures import MapStyle
 from jaxmed.report.page import Block, Section, Table
-from jaxmed.report.volumes import view_volumes
+from jaxmed.report.volumes import show_volumes
 
 TITLES = {"input": "Input", "initial": "Estimate", "enhanced": "Enhanced", "difference": "Difference"}
 TITLES |= {"uncertainty": "Uncertainty"}
@@ -131,14 +131,9 @@ def restored_blocks(outputs: Path, name: str, maps: Sequence[str], samples: int,
     shown = {kind: title for kind, title in TITLES.items() if kind != "uncertainty" or samples > 1}
     caption = f"{name}: input, estimate, result, and result minus input"
     caption += f"; standard deviation over {samples} samples." if samples > 1 else "."
-    titled = {title: arrays[kind] for kind, title in shown.items()}
+    volumes = {title: Volume.make(arrays[kind], read["enhanced"].affine) for kind, title in shown.items()}
     told = {title: styles[kind] for kind, title in shown.items()}
-    volume = read["enhanced"]
-    blocks: list[Block] = [slice_maps(titled, volume.spacing, caption=caption, styles=told, num_slices=4)]
-    if is_viewed:
-        volumes = {title: Volume.make(array, volume.affine) for title, array in titled.items()}
-        blocks += view_volumes(volumes, caption=caption, styles=told)
-    return blocks
+    return show_volumes(volumes, caption=caption, styles=told, is_viewed=is_viewed)
 
 
 def volume_sections(scans: Sequence[Volumes]) -> list[Section]:

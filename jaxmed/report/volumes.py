@@ -10,13 +10,31 @@ import numpy as np
 from jaxtyping import Bool
 
 from jaxmed.io import nifti
-from jaxmed.report.figures import MapStyle
+from jaxmed.report.figures import MapStyle, slice_maps
+from jaxmed.report.page import Block
 from jaxmed.report.viewer import Layer, Viewer
 from jaxmed.volume import Volume
 
 MOST_VOXELS = 2_000_000
 """Of all volumes of a viewer together: about as many bytes in the page, before compression."""
 STEPS = 255  # shown ones; the lowest of 256 stands for voxels that are not
+
+
+def show_volumes(
+    volumes: Mapping[str, Volume],
+    *,
+    caption: str,
+    styles: Mapping[str, MapStyle] = MappingProxyType({}),
+    mask: Bool[np.ndarray, "x y z"] | None = None,
+    whole: Collection[str] = (),
+    is_viewed: bool = True,
+) -> list[Block]:
+    """Show volumes in four slices each, and in a viewer where that is wanted; arguments as of `view_volumes`."""
+    arrays, spacing = {name: volume.array for name, volume in volumes.items()}, next(iter(volumes.values())).spacing
+    blocks: list[Block] = [slice_maps(arrays, spacing, caption=caption, styles=styles, mask=mask, num_slices=4)]
+    if is_viewed:
+        blocks += view_volumes(volumes, caption=caption, styles=styles, mask=mask, whole=whole)
+    return blocks
 
 
 def view_volumes(

@@ -11,7 +11,7 @@ from jaxmed.io import nifti
 from jaxmed.io.numpy_files import restore_npz
 from jaxmed.report.figures import MapStyle, slice_maps
 from jaxmed.report.page import Block, Figure, Note, Section, Table
-from jaxmed.report.volumes import view_volumes
+from jaxmed.report.volumes import show_volumes
 from jaxmed.volume import Volume
 
 STYLES = {
@@ -43,15 +43,9 @@ def scan_section(outputs: Path, name: str, maps: Sequence[str], *, is_viewed: bo
         arrays["segmentation"] = np.searchsorted(known, arrays["segmentation"])
         styles["segmentation"] = MapStyle("label, in order", (0.0, max(len(known) - 1.0, 1.0)), "turbo")
     caption = f"{name}: the scan as the network saw it, and its maps, within the head."
-    head = find_foreground(arrays["input"])
-    mask = head if head.any() else None
-    blocks: list[Block] = [
-        slice_maps(arrays, read["input"].spacing, caption=caption, styles=styles, mask=mask, num_slices=4)
-    ]
-    if is_viewed:
-        volumes = {one: Volume.make(array, read[one].affine) for one, array in arrays.items()}
-        blocks += view_volumes(volumes, caption=caption, styles=styles, mask=mask, whole=("input",))
-    return Section(name, blocks)
+    head, own = find_foreground(arrays["input"]), {one: Volume.make(a, read[one].affine) for one, a in arrays.items()}
+    told = {"caption": caption, "styles": styles, "mask": head if head.any() else None, "whole": ("input",)}
+    return Section(name, show_volumes(own, **told, is_viewed=is_viewed))
 
 
 SCORES = {

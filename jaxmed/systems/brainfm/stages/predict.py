@@ -478,9 +478,7 @@ def page(run: Finished[Config, Summary]) -> Page:
     if summary.failed:
         text = f"{summary.failed} scans failed: see outputs/failed.csv for the reasons."
         sections.insert(0, Section("Failed scans", [Note(text, "warning")]))
-    sections += [
-        scan_section(run.outputs, scan.name, scan.maps, is_viewed=scan is scans[0]) for scan in scans[:MOST_PICTURES]
-    ]
+    sections += [scan_section(run.outputs, s.name, s.maps, is_viewed=s is scans[0]) for s in scans[:MOST_PICTURES]]
     rows = [
         (scan.name, " x ".join(map(str, scan.shape)), "CT" if scan.is_ct else "any", sum(scan.volumes_ml.values()),
          scan.residual_mm, scan.scores.get("dice"))

@@ -25,9 +25,9 @@ from jaxmed.recipes.map_images import Inputs, list_inputs, map_images
 from jaxmed.recipes.scan_job import ScanData
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
 from jaxmed.recipes.training import NO_PREFIX
-from jaxmed.report.figures import MapStyle, slice_maps
+from jaxmed.report.figures import MapStyle
 from jaxmed.report.page import Note, Section, Table, Text
-from jaxmed.report.volumes import view_volumes
+from jaxmed.report.volumes import show_volumes
 from jaxmed.synthesis.phantoms.write_brain import write_brain_cohort
 from jaxmed.systems.cocolit.networks import (
     TINY_SAMPLES,
@@ -462,11 +462,8 @@ def scan_section(outputs: Path, scan: Scan, *, is_viewed: bool) -> Section:
     inside = require_brain(read["mri"].array, scan.path)
     styles = {"MRI": MapStyle("WhiteStripe", colormap="gray"), "Synthesised": MapStyle("SUVR", colormap="inferno")}
     styles["Spread"] = MapStyle("SUVR", colormap="viridis")
-    caption = f"{scan.name}: the MRI, the synthesised map, and the standard deviation of its samples."
-    figure = slice_maps(
-        {titles[name]: volume.array for name, volume in read.items()}, read["mri"].spacing, mask=inside, num_slices=4,
-        caption=caption, styles=styles,
+    shown = show_volumes(
+        {titles[name]: volume for name, volume in read.items()}, mask=inside, whole=("MRI",), is_viewed=is_viewed,
+        caption=f"{scan.name}: the MRI, the synthesised map, and the standard deviation of its samples.", styles=styles,
     )  # fmt: skip
-    volumes = {titles[name]: volume for name, volume in read.items()} if is_viewed else {}
-    viewer = view_volumes(volumes, caption=caption, styles=styles, mask=inside, whole=("MRI",)) if volumes else []
-    return Section(scan.name, [*(Note(text) for text in scan.notes), figure, *viewer])
+    return Section(scan.name, [*(Note(text) for text in scan.notes), *shown])
