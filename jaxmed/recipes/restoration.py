@@ -21,6 +21,7 @@ from jaxmed.recipes.map_images import Inputs
 from jaxmed.report.figures import MapStyle
 from jaxmed.report.page import Block, Section, Table
 from jaxmed.report.volumes import show_volumes
+from jaxmed.volume import Volume
 
 TITLES = {"input": "Input", "initial": "Estimate", "enhanced": "Enhanced", "difference": "Difference"}
 TITLES |= {"uncertainty": "Uncertainty"}
