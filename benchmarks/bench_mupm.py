@@ -260,7 +260,7 @@ class Transformers:
                 logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
                 tokens = logits[:, -1:].argmax(-1)
                 found.append(tokens)
-        cache.crop(length)
+        cache.crop(length - cache.get_seq_length())  # so many from the end
         return torch.cat(found, 1).cpu().numpy()
 
 

@@ -19,8 +19,8 @@ from jaxmed.io.images import read_image, write_png
 from jaxmed.io.tables import write_table
 from jaxmed.recipes.map_files import map_files, write_failed
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
-from jaxmed.report.figures import slice_maps
 from jaxmed.report.page import Block, Note, Section, Table, Text
+from jaxmed.report.pictures import picture_row
 from jaxmed.synthesis.image_moves import FACTORS, ImageConfig, hold_still, perturb_images
 from jaxmed.synthesis.phantoms.cine import CONDITIONS, write_cohort
 from jaxmed.synthesis.record_texts import (
@@ -257,10 +257,10 @@ def page(run: Finished[Config, Summary]) -> Page:
     if records:
         rows = read_record(records[0])["questions"]
         names = list(dict.fromkeys(row["image"] for row in rows))[:SHOWN]
-        pictures = {Path(name).stem: read_image(run.outputs / name) for name in names}
-        stack = np.stack([np.rot90(image, -1) for image in pictures.values()], axis=-1)
+        titles = ["unperturbed", *(f"draw {place}" for place in range(1, len(names)))]
+        pictures = {title: read_image(run.outputs / name) for title, name in zip(titles, names, strict=True)}
         caption = "The first case: unperturbed, then moved in mm about the centre, in another phase, with noise."
-        blocks: list[Block] = [slice_maps({"image": stack}, (1.0, 1.0, 1.0), caption=caption, num_slices=len(names))]
+        blocks: list[Block] = [picture_row(pictures, caption=caption)]
     words = Table(("", "Record and question"), list(zip(("stored", "draw 1", "draw 2"), summary.example, strict=False)),
                   "The same facts in other words.")  # fmt: skip
     text = Text([
