@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxmed.arrays.patches import patch_grid, patchify
+from jaxmed.arrays.patches import patch_grid, patchify, pool_patches
 from jaxmed.arrays.types import Params
 from jaxmed.config import Positive, Size, checked
 from jaxmed.errors import InputError
@@ -44,6 +44,7 @@ class ClipConfig:
         mlp: The activation: "quick_gelu" as OpenAI trained it, or "gelu".
         layer: Hidden state that is handed on: -1 is that after the last block, 0 what enters the first.
         class_token: Whether the class token is handed on too.
+        pool: Edge of the blocks of patches whose mean is handed on, as M3D's projector does; 1 hands on each patch.
     """
 
     image_size: Size = 336
@@ -57,9 +58,12 @@ class ClipConfig:
     mlp: Literal["gelu", "quick_gelu"] = "quick_gelu"
     layer: int = -2
     class_token: bool = False
+    pool: Size = 1
 
     def __post_init__(self) -> None:
-        patch_grid((self.image_size,) * 2, (self.patch_size,) * 2)
+        patch_grid(patch_grid((self.image_size,) * 2, (self.patch_size,) * 2), (self.pool,) * 2)
+        if self.class_token and self.pool > 1:
+            raise ValueError(f"pool: expected 1 where the class token is handed on, found {self.pool}")
         if not -self.depth - 1 <= self.layer <= self.depth:
             raise ValueError(f"layer: expected a hidden state of {self.depth} blocks, found {self.layer}")
 
@@ -71,7 +75,7 @@ class ClipConfig:
     @property
     def tokens(self) -> int:
         """Tokens that are handed on."""
-        return self.patches + self.class_token
+        return self.patches // self.pool**2 + self.class_token
 
     def block(self, dtype: str) -> BlockConfig:
         """Return what every block is."""
@@ -117,7 +121,9 @@ class Clip(nn.Module):
         x = self.first_norm(jnp.concatenate([first, patches], axis=1) + jnp.asarray(self.position))
         # Blocks behind the state that is wanted are dropped by the compiler.
         state = [x, *self.blocks.each(x)][config.layer]
-        return state if config.class_token else state[:, 1:]
+        if config.class_token:
+            return state
+        return pool_patches(state[:, 1:], (size // config.patch_size,) * 2, config.pool)
 
 
 class Projector(nn.Module):

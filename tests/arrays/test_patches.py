@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.arrays.patches import patch_grid, patchify, unpatchify
+from jaxmed.arrays.patches import patch_grid, patchify, pool_patches, unpatchify
 
 pytestmark = pytest.mark.core
 
@@ -37,3 +37,18 @@ def test_patches_of_an_image():
 def test_a_patch_that_does_not_fit_is_refused(space, patch):
     with pytest.raises(ValueError, match="patch_size: expected"):
         patch_grid(space, patch)
+
+
+def test_m3ds_tokens_are_pooled_in_row_major_order():
+    """2048 tokens of a volume become 256: of an index ramp every block has its own mean."""
+    grid = (8, 16, 16)
+    ramp = np.arange(2048, dtype=np.float32).reshape(1, 2048, 1)
+    found = np.asarray(pool_patches(jnp.asarray(np.repeat(ramp, 2, axis=0)), grid, 2))
+    assert found.shape == (2, 256, 1)
+    depth, height, width = np.unravel_index(np.arange(256), (4, 8, 8))
+    # The mean of a block is that of its first and last token: half a step along every axis.
+    expected = (2 * depth + 0.5) * 256 + (2 * height + 0.5) * 16 + 2 * width + 0.5
+    np.testing.assert_allclose(found[0, :, 0], expected, rtol=1e-6)
+    np.testing.assert_array_equal(pool_patches(jnp.asarray(ramp), grid, 1), ramp)
+    with pytest.raises(ValueError, match="sizes that divide"):
+        pool_patches(jnp.asarray(ramp), grid, 3)

@@ -201,6 +201,8 @@ def test_placeholders_are_found_by_their_number_and_counted():
         (lambda: LlamaConfig(vocabulary=1), "2 to 2,000,000"),
         (lambda: ClipConfig(layer=30), "a hidden state of 24 blocks"),
         (lambda: ClipConfig(image_size=335), "335"),
+        (lambda: ClipConfig(pool=5), "24, 24"),
+        (lambda: ClipConfig(pool=2, class_token=True), "pool: expected 1 where the class token is handed on"),
     ],
 )
 def test_sizes_that_are_no_model_are_refused(make, words):

@@ -13,7 +13,8 @@ Stages:
   1. jaxmed mupm perturb --data.manifest cases.csv --out RUN
      perturbed images (PNG) and records in other words, with a table of the questions that any model may answer.
   2. jaxmed mupm answer --questions RUN --endpoint.url http://HOST:PORT/v1 --endpoint.model NAME --out RUN
-     the answers of a model, each question asked once; a killed run goes on. Or --model llava --weights FOLDER.
+     the answers of a model, each question asked once; a killed run goes on. Or --model llava --weights FOLDER; or
+     --model small --synthetic 40, which trains a model on drawn hearts in minutes.
   3. jaxmed mupm propagate --table answers.csv --out RUN
      coefficients, how few cases suffice for them (--fit.cases 1 2 5 10), held-out R2, calls of the model saved, and
      whether uncertain answers are the wrong ones.

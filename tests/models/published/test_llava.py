@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn_weights import draw
+from drawn_weights import draw, draw_image
 from tiny_llava import NAMINGS, SETTINGS, TINY, tensors_of, write_llava
 
 from jaxmed.errors import InputError
@@ -19,6 +20,7 @@ from jaxmed.models.published import llava
 from jaxmed.models.published.load import export_published, load_published
 from jaxmed.weights import describe
 
+REFERENCES = Path(__file__).resolve().parents[2] / "references"
 OLD = "language_model.model.layers.0.self_attn.q_proj.weight"
 NEW = "model.language_model.layers.0.self_attn.q_proj.weight"
 
@@ -109,6 +111,21 @@ def test_the_released_model_has_its_published_number_of_parameters():
     total = sum(int(np.prod(shape)) for shape in shapes)
     # 7,063,427,072 with the norm behind the image transformer's last block, which nothing applies.
     assert total + 2 * 1024 == 7_063_427_072
+
+
+def test_logits_and_greedy_text_are_the_stored_ones_of_pytorch(tmp_path):
+    """references/make_llava_logits.py asked transformers, under the weights that `tiny_llava` draws."""
+    with np.load(REFERENCES / "llava.npz") as stored:
+        tokens, wanted, said = stored["tokens"], stored["logits"], stored["said"]
+    published, image = load_published(write_llava(tmp_path)), jnp.asarray(draw_image((28, 28)))
+    found = published.model.apply(published.params, image, jnp.asarray(tokens))
+    assert np.abs(wanted).max() > 0.5
+    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
+    prefix = read_prefix(published.model, published.params, image, jnp.asarray(tokens[:, :6]))
+    texts = Texts(jnp.asarray(tokens[:, 6:]), jnp.full(1, 4))
+    answers = answer_texts(published.model, published.params, published.config, prefix, texts,
+                           jax.random.split(jax.random.key(0), 1), Sampling(6, end=-1))  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(answers), said)
 
 
 # --- Live parity -----------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from jaxmed.recipes.asked_models import (
     stand_in_backend,
 )
 from jaxmed.recipes.map_files import write_failed
+from jaxmed.recipes.small_answerer import SmallConfig, small_backend
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, nested_run
 from jaxmed.report.figures import Bar, bars
 from jaxmed.report.page import Note, Section, Table, Text
@@ -41,10 +42,11 @@ class Config:
 
     Attributes:
         questions: Table that `jaxmed mupm perturb` wrote, or the folder of that run.
-        model: "endpoint" (any that speaks OpenAI's protocol), "llava" (run here, from --weights) or "stand-in" (knows
-            nothing: to try the road).
+        model: "endpoint" (any that speaks OpenAI's protocol), "llava" (run here, from --weights), "small" (trained here
+            in minutes on drawn hearts, for synthetic cases) or "stand-in" (knows nothing: to try the road).
         endpoint: Of model endpoint; nothing is sent anywhere without it.
         weights: Of model llava: the folder of a checkpoint.
+        small: Of model small: its training.
         decoding: How it answers.
         slices: Slices of a volume that are shown beside one another; PNGs are shown as they are.
         cache: File of replies, kept for further runs too; by default in the run.
@@ -53,9 +55,10 @@ class Config:
     """
 
     questions: Path | None = None
-    model: Literal["endpoint", "llava", "stand-in"] = "endpoint"
+    model: Literal["endpoint", "llava", "small", "stand-in"] = "endpoint"
     endpoint: OpenAICompatible = OpenAICompatible()
     weights: Path | None = None
+    small: SmallConfig = SmallConfig()
     decoding: Decoding = Decoding()
     slices: Annotated[int, Bounds(1, 64)] = 9
     cache: Path | None = None
@@ -114,6 +117,7 @@ def run(config: Config, folder: RunFolder) -> int | None:
         made = nested_run(folder, "mupm perturb", changes, log, "Perturbing synthetic cases first.")
         table, inquiries = read_questions(made.path, config.decoding, seed_of)
     clock.lap("read")
+    backend = backend or small_backend(config.small, folder.checkpoints, config.decoding, config.slices, log)
     kept = config.cache or folder.checkpoints / "replies.jsonl"
     replies = ask_all(inquiries, backend, kept, config.slices, log)
     clock.lap("ask")
@@ -153,8 +157,11 @@ def run(config: Config, folder: RunFolder) -> int | None:
     return 1 if failed else None
 
 
-def _backend(config: Config) -> Backend:
+def _backend(config: Config) -> Backend | None:
+    """Return who answers; None for the small model, which is trained when the run has begun."""
     match config.model:
+        case "small":
+            return None
         case "endpoint":
             return endpoint_backend(config.endpoint, config.decoding, config.slices)
         case "stand-in":
