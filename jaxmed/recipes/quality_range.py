@@ -84,12 +84,16 @@ def write_tuned(
     rows = np.unique(np.linspace(0, len(scans) - 1, min(most, len(scans))).round().astype(int)).tolist()
     measured, notes = measure_scans([scans[row] for row in rows], scorer, log)
     table = [
-        (str(scans[row].path), subjects[row], kind, f"{score:.6g}")
+        (str(scans[row].path), subjects[row], kind, _cell(score))
         for row, scores in zip(rows, measured, strict=True)
         for kind, score in scores.items()
     ]
     write_table(folder / FILE, COLUMNS, [dict(zip(COLUMNS, cells, strict=True)) for cells in table])
     return notes
+
+
+def _cell(score: float) -> str:
+    return f"{score:.6g}"
 
 
 def read_tuned(weights: Path) -> dict[str, Tuned]:
@@ -111,7 +115,7 @@ def outside(scores: Mapping[str, float], tuned: Mapping[str, Tuned]) -> tuple[st
     """Return a line for every score of a scan that lies outside what the model was tuned on."""
     lines = []
     for kind, score in scores.items():
-        given = tuned.get(kind)
+        given, score = tuned.get(kind), float(_cell(score))  # as those of the model were written
         if given is not None and not given.low <= score <= given.high:
             side = "below" if score < given.low else "above"
             lines.append(
@@ -136,8 +140,8 @@ def quality_columns(measured: Sequence[Mapping[str, float]]) -> list[dict[str, s
     """Return the cells of a table: "quality", the mean of a scan's scores, and "quality_KIND" for each of them."""
     kinds = list(dict.fromkeys(kind for scores in measured for kind in scores))
     return [
-        {"quality": f"{np.mean(list(scores.values())):.6g}" if scores else ""}
-        | {PREFIX + kind: f"{scores[kind]:.6g}" if kind in scores else "" for kind in kinds}
+        {"quality": _cell(float(np.mean(list(scores.values())))) if scores else ""}
+        | {PREFIX + kind: _cell(scores[kind]) if kind in scores else "" for kind in kinds}
         for scores in measured
     ]
 

@@ -31,12 +31,12 @@ def segment_page(run: Finished[Any, Summary], title: str, source: str) -> Page:
     if summary.shown:
         sections.append(Section("Cases", [case_figure(run.outputs, summary.shown, summary.labels)]))
     if summary.step:
-        losses = {"training": series(lines, "loss"), "validation": series(lines, "evaluation/loss")}
+        losses = {"training": series(lines, "main_loss"), "validation": series(lines, "evaluation/loss")}
         dices = {"training": series(lines, "dice"), "validation": series(lines, "evaluation/dice")}
         sections.append(
             Section("Training", [
-                curves(losses, xlabel="step", ylabel="loss", caption="Dice and cross-entropy; in training the weighted "
-                       f"loss of an auxiliary head too. The parameters of step {summary.step:,} are kept."),
+                curves(losses, xlabel="step", ylabel="loss", caption="Dice and cross-entropy, without those of an "
+                       f"auxiliary head. The parameters of step {summary.step:,} are kept."),
                 curves(dices, xlabel="step", ylabel="Dice", caption="Mean over labels, on the network's grid."),
             ])
         )  # fmt: skip

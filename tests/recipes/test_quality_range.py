@@ -58,6 +58,9 @@ def test_what_lies_outside_is_told_by_kind():
     assert low == ("the quality of t2w, 19.9, lies below the 20.0 to 40.0 of the 12 scans that the model was tuned on")
     assert "adc, 30.1, lies above the 5.0 to 30.0" in high
     assert outside({"t2w": 0.0}, {}) == ()
+    # A scan that is the best or worst of those itself, whose score was rounded when it was written.
+    assert outside({"t2w": 200 / 3}, {"t2w": Tuned(66.6667, 66.6667, 1)}) == ()
+    assert outside({"t2w": 100 / 3}, {"t2w": Tuned(33.3333, 33.3333, 1)}) == ()
 
 
 def test_warnings_name_the_scan_and_stand_in_the_log(tmp_path):
