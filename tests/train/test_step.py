@@ -10,7 +10,7 @@ import toy
 
 from jaxmed.train.mesh import MeshConfig, make_mesh, shard_batch
 from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from jaxmed.train.state import create_state
+from jaxmed.train.state import MANY, create_state, draw_options
 from jaxmed.train.step import make_train_step
 
 pytestmark = pytest.mark.core
@@ -32,6 +32,16 @@ def train(steps=3, mesh=MeshConfig(data=1), loss=toy.loss, config=CONFIG, ema=Fa
 
 def assert_same(found, expected, tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), found, expected)
+
+
+def test_a_program_that_draws_few_parameters_is_not_optimised():
+    mesh = make_mesh(MeshConfig(data=1))
+    few, many = ({"w": jax.ShapeDtypeStruct((count,), jnp.float32)} for count in (MANY - 1, MANY))
+    assert draw_options(many, mesh) is None
+    assert draw_options(few, mesh) == {"xla_backend_optimization_level": 0}
+    # And the option is one that the compiler knows.
+    drawn = jax.jit(jax.random.normal, compiler_options=draw_options(few, mesh))(jax.random.key(0))
+    assert float(drawn) == pytest.approx(float(jax.random.normal(jax.random.key(0))), abs=1e-6)
 
 
 @pytest.mark.parametrize("parts", [2, 4, 16])
