@@ -58,14 +58,14 @@ FREELY_UNPACKED = 2**31
 LARGEST_RATIO = 40
 
 
-def require_given(path: Path | None, name: str) -> Path:
-    """Return a path that a stage cannot do without.
+def require_given(path: Path | None, name: str, expected: str = "a file") -> Path:
+    """Return a path that a stage cannot do without; `expected` says what it leads to.
 
     Raises:
         InputError: It was not given.
     """
     if path is None:
-        raise InputError(name, "a file", "nothing", f"give --{name} FILE, or try --preset smoke")
+        raise InputError(name, expected, "nothing", f"give --{name} FILE, or try --preset smoke")
     return path
 
 

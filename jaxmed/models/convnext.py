@@ -11,7 +11,7 @@ keeps the grid of the one before.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ from jaxmed.config import Decay, Positive, Size, checked
 from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import Head, HeadConfig
 from jaxmed.nn.convolution import Convolution
-from jaxmed.nn.model import LayerRules, Model, make_model
+from jaxmed.nn.model import LayerRules, Model, make_model, nested_model
 from jaxmed.nn.transformer import LayerNorm, Linear
 
 EXPANSION = 4
@@ -283,15 +283,7 @@ class ConvNextClassifier(nn.Module):
 @functools.lru_cache(maxsize=128)
 def convnext_model(config: ConvNextConfig) -> Model:
     """Return the network of parameters {"encoder": ...}, image to tokens."""
-    model = make_model(ConvNext(config))
-
-    def init(key: KeyArray, *inputs: Any, **keywords: Any) -> Params:
-        return {"encoder": model.init(key, *inputs, **keywords)}
-
-    def apply(params: Params, *inputs: Any, **keywords: Any) -> Any:
-        return model.apply(params["encoder"], *inputs, **keywords)
-
-    return Model(init, apply)
+    return nested_model(make_model(ConvNext(config)), "encoder")
 
 
 @functools.lru_cache(maxsize=128)

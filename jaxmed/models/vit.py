@@ -18,7 +18,7 @@ from jaxmed.arrays.types import KeyArray, Params, PartitionRules
 from jaxmed.config import Decay, Length, NonNegative, Positive, Size, checked
 from jaxmed.models.encoder import Encoder
 from jaxmed.nn.attention import AttentionKind
-from jaxmed.nn.model import LayerRules, Model, make_model
+from jaxmed.nn.model import LayerRules, Model, make_model, nested_model
 from jaxmed.nn.transformer import BiasKind, Block, BlockConfig, DropPath, LayerNorm, Linear, MlpKind, Rotation
 
 
@@ -367,15 +367,7 @@ def vit_encoder(config: VitConfig) -> Encoder:
 @functools.lru_cache(maxsize=128)
 def vit_model(config: VitConfig) -> Model:
     """Return the transformer alone, image to tokens, with parameters {"encoder": ...} as in files."""
-    vit = make_model(Vit(config))
-
-    def init(key: Any, *inputs: Any, **options: Any) -> Params:
-        return {"encoder": vit.init(key, *inputs, **options)}
-
-    def apply(params: Params, *inputs: Any, **options: Any) -> Any:
-        return vit.apply(params["encoder"], *inputs, **options)
-
-    return Model(init, apply)
+    return nested_model(make_model(Vit(config)), "encoder")
 
 
 def gated_rules(mlp: MlpKind) -> PartitionRules:

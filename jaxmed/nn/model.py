@@ -64,6 +64,19 @@ def make_model(module: nn.Module) -> Model:
 
 
 @functools.lru_cache(maxsize=128)
+def nested_model(model: Model, name: str) -> Model:
+    """Return a model whose parameters stand under a name, as in files that hold more beside them."""
+
+    def init(key: KeyArray, *inputs: Any, **options: Any) -> Params:
+        return {name: model.init(key, *inputs, **options)}
+
+    def apply(params: Params, *inputs: Any, **options: Any) -> Any:
+        return model.apply(params[name], *inputs, **options)
+
+    return Model(init, apply)
+
+
+@functools.lru_cache(maxsize=128)
 def _make_model(module: nn.Module) -> Model:
     is_random = "key" in inspect.signature(module.__call__).parameters  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -188,7 +188,7 @@ def test_what_does_not_fit_together_is_told_before_any_work(predicted, trained, 
         (["train", "--loss.contrastive", "1"], "generator.samples: expected 2 or more for --loss.contrastive"),
         (["train", "--grid.step", "2"], "generator.resolution.voxel: expected 2, as --grid.step, found 1"),
         (["train", "--variant", "heart"], "--variant"),
-        (["predict"], "input: expected scans and a network, found nothing"),
+        (["predict"], "input: expected scans, or a folder of them, found nothing"),
         (["predict", "--input", "x.nii.gz", "--weights", "nothing.pth"], "nothing.pth"),
         (["train", "--input", "{odd}"], "labels of the table freesurfer, found 2002"),
         (

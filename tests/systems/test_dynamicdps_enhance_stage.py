@@ -377,7 +377,7 @@ def test_a_bank_belongs_to_one_prior(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     "more, words",
     [
-        ([], "a prior and reference scans"),
+        ([], "input: expected reference scans, found nothing"),
         (["--low", "nowhere"], "a file for every input"),
         (["--bins", "7"], "a divisor"),
         (["--runs", "0"], "runs"),

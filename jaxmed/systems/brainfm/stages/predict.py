@@ -16,7 +16,7 @@ from jaxmed.data.head_scans import Modality
 from jaxmed.data.preprocess import Loaded
 from jaxmed.data.subject_files import modality_of
 from jaxmed.errors import InputError
-from jaxmed.files import write_json
+from jaxmed.files import require_given, write_json
 from jaxmed.io import nifti
 from jaxmed.io.maps import write_map
 from jaxmed.io.numpy_files import write_npz
@@ -208,9 +208,8 @@ def run(config: Config, folder: RunFolder) -> int:
     clock, asked = Clock(), config
     if config.synthetic and (config.input is None or config.weights is None):
         config = synthetic_inputs(config, folder)
-    if config.input is None or config.weights is None:
-        missing = "input" if config.input is None else "weights"
-        raise InputError(missing, "scans and a network", "nothing", f"give --{missing}, or try --preset smoke")
+    require_given(config.input, "input", "scans, or a folder of them")
+    require_given(config.weights, "weights", "the weights of a network")
     published = read_network(config)
     require_tasks(config, published.config.tasks)
     volumes = read_volumes(config)

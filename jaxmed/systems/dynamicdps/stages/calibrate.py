@@ -18,8 +18,7 @@ from jaxmed.diffusion.posterior.fidelity import PLAIN
 from jaxmed.diffusion.posterior.start_time import choose_start
 from jaxmed.diffusion.samplers import Ancestral
 from jaxmed.diffusion.schedule import VpDiscrete
-from jaxmed.errors import InputError
-from jaxmed.files import write_json
+from jaxmed.files import require_given, write_json
 from jaxmed.io.tables import read_table, write_table
 from jaxmed.physics.lowfield import LOWFIELD2026, FitConfig, LowField, make_operator
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish
@@ -152,12 +151,11 @@ def run(config: Config, folder: RunFolder) -> None:
     clock, asked = Clock(), config
     if config.synthetic and (config.input is None or config.weights is None):
         config = synthetic_inputs(config, folder)
-    if config.weights is None or config.input is None:
-        missing = "weights" if config.weights is None else "input"
-        raise InputError(missing, "a prior and reference scans", "nothing", f"give --{missing}, or try --preset smoke")
-    network = load_prior(config.weights)
+    place = require_given(config.input, "input", "reference scans")
+    weights = require_given(config.weights, "weights", "the weights of a prior")
+    network = load_prior(weights)
     initial = None if config.initial is None else load_initial(config.initial)
-    references = read_pairs(config.input, config.low, network.preprocess, config.runs, config.series, config.fill)
+    references = read_pairs(place, config.low, network.preprocess, config.runs, config.series, config.fill)
     log = begin(folder, (*network.report.remarks, *(initial.report.remarks if initial else ())))
     scans = {name.split(",")[0] for name in references.names}
     log.say(f"{len(references.images)} reference images of {len(scans)} scans.")

@@ -12,6 +12,7 @@ from jaxmed.data.scans import find_scans
 from jaxmed.data.windows import TilingConfig
 from jaxmed.diffusion.posterior.dynamicdps import DynamicDps
 from jaxmed.errors import InputError
+from jaxmed.files import require_given
 from jaxmed.io import nifti
 from jaxmed.models.published.load import Published
 from jaxmed.physics.lowfield import LOWFIELD2026, LowField, make_operator
@@ -124,10 +125,9 @@ def run(config: Config, folder: RunFolder) -> int:
     clock, asked = Clock(), config
     if config.synthetic and (config.input is None or config.weights is None):
         config = synthetic_inputs(config, folder)
-    if config.input is None or config.weights is None:
-        missing = "input" if config.input is None else "weights"
-        raise InputError(missing, "scans and a prior", "nothing", f"give --{missing}, or try --preset smoke")
-    prior = load_prior(config.weights)
+    require_given(config.input, "input", "scans, or a folder of them")
+    weights = require_given(config.weights, "weights", "the weights of a prior")
+    prior = load_prior(weights)
     calibrated = None if config.calibration is None else read_calibration(config.calibration, prior.params)
     acquisition = config.acquisition if calibrated is None else calibrated.acquisition
     # Only DynamicDPS asks the bank where to start; any other solver walks its chain.
