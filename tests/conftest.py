@@ -80,6 +80,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "systems" not in item.path.parts)
 
 
+def pytest_collection_finish():
+    """Leave modules and tests out of garbage collection, and collect less often: half of its time, 3 % of the suite."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def drop_programs():
     """Forget what the tests of a file have compiled, before a process has too many programs to compile another."""
