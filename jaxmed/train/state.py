@@ -13,7 +13,7 @@ from jaxmed.arrays.types import KeyArray, Params, PartitionRules
 from jaxmed.train.log import at_work
 from jaxmed.train.mesh import param_shardings
 
-MANY = 30_000_000  # parameters
+MANY = 50_000_000  # parameters
 
 
 class TrainState(NamedTuple):
