@@ -155,6 +155,6 @@ READING = (
 def page(run: Finished[Config, Summary]) -> Page:
     """Show the losses, what each term weighs, and one image with its reconstruction."""
     modality = run.config.modality
-    style = MapStyle(UNITS[modality], colormap="gray" if modality == "mri" else "inferno")
+    style = MapStyle("WhiteStripe", colormap="gray") if modality == "mri" else MapStyle("SUVR", colormap="inferno")
     subtitle = f"A KL autoencoder of {modality}"
     return autoencoder_page(run, "CoCoLIT autoencoder", subtitle, run.config.loss, style, READING)
