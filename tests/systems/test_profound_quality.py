@@ -122,9 +122,10 @@ def graded(eyes, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def study(eyes, tmp_path_factory):
+def study(tmp_path_factory):
+    """The smoke run: its phantoms are those of `eyes`."""
     out = tmp_path_factory.mktemp("study") / "run"
-    assert run("quality-study", out, "--data.manifest", eyes) == 0
+    assert run("quality-study", out) == 0
     return out
 
 

@@ -298,8 +298,8 @@ def _with_synthetic(config: Config, folder: RunFolder) -> Path | None:
     start(folder, is_shared=config.study.processes > 1)
     if len(config.preprocess.size) == 3:
         return write_cases(folder, config.seed, config.data.synthetic, fractions=config.data.fractions)
-    edge = config.preprocess.size[0]
-    return write_retina_cohort(folder.path / "inputs", config.seed, config.data.synthetic, max(edge, 32))
+    edge, fractions = max(config.preprocess.size[0], 32), config.data.fractions
+    return write_retina_cohort(folder.path / "inputs", config.seed, config.data.synthetic, edge, fractions=fractions)
 
 
 def _deployed_share(config: Config) -> float | None:
