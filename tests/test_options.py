@@ -192,6 +192,7 @@ TWO_NAMES = {
     ("noddi", "Tissue"): "part of a fit and of a forward model",
     ("brainfm", "Severity"): "images are mild or severe",
     ("brainfm", "BiasFieldConfig"): "as above",
+    ("cocolit", "PatchDiscriminatorConfig"): "of the autoencoder, and of the baseline",
     ("igndmoe", "FitConfig"): "simulate fits within its recovery study",
     ("igndmoe", "ProgressionConfig"): "as above",
     ("igndmoe", "ConnectomeConfig"): "of a cohort and of a connectome alone; the command names it --data.graph in both",
