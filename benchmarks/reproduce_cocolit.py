@@ -244,7 +244,9 @@ def judge(arms: Mapping[str, dict[str, Any]], control: dict[str, Any]) -> list[t
     steering = {measure: gain(last, last, measure, other=OTHER) for measure in MEASURES}
     ahead = {measure: gain(last, last, measure, other=BASELINE) for measure in MEASURES}
     correlation, chance = (line(one, "cortical correlation") for one in (last, control))
-    is_chance = chance is not None and chance["low"] is not None and chance["low"] <= 0 <= chance["high"]
+    told_of = "cannot be tested here (too few subjects)"
+    if chance is not None and chance["low"] is not None:
+        told_of = "holds" if chance["low"] <= 0 <= chance["high"] else "does not hold"
     further = [pair["further"] for pair in last["pairs"]]
     theory = ", ".join(
         f"{name} {np.mean([one[name] for one in further]):.3g}"
@@ -266,7 +268,7 @@ def judge(arms: Mapping[str, dict[str, Any]], control: dict[str, Any]) -> list[t
          "correlation of both averages .9994"),
         ("(3) the ControlNet conditions on the MRI", verdict(steering),
          f"over the MRI of another: {told(steering)}; cortical mean {said(correlation)}", "cortical .328 (CABC)"),
-        ("negative control: nothing is told where nothing can be", "holds" if is_chance else "does not hold",
+        ("negative control: nothing is told where nothing can be", told_of,
          f"cortical mean {said(chance)}; positivity {said(line(control, 'positivity balanced_accuracy'))}",
          "no figure"),
         ("outperforms other methods in image-based metrics (here: a pix2pix alone)", verdict(ahead), told(ahead),
