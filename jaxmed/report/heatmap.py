@@ -55,7 +55,7 @@ def heat_maps(
             for (row, column), value in np.ndenumerate(table):
                 red, green, blue, _ = image.cmap(image.norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
                 dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-                text = f"{value:.{decimals}f}".replace("-", "\N{MINUS SIGN}") if np.isfinite(value) else ""
+                text = f"{value:z.{decimals}f}".replace("-", "\N{MINUS SIGN}") if np.isfinite(value) else ""
                 ax.text(column, row, text, ha="center", va="center", size=8, color="white" if dark else "black")
         return canvas
 

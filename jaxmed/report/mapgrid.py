@@ -170,7 +170,7 @@ def _tick_label(value: float, span: float) -> str:
     decimals = 1 - math.floor(math.log10(span))
     if abs(value) >= 1e5 or decimals > 4:
         return format_value(value, 3)
-    return f"{value:.{max(decimals, 0)}f}".replace("-", "−")
+    return f"{value:z.{max(decimals, 0)}f}".replace("-", "−")
 
 
 def nan_unless_finite(array: np.ndarray) -> np.ndarray:

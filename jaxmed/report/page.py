@@ -240,7 +240,7 @@ def format_column(column: Sequence[object], digits: int = 4) -> list[str]:
     if not (max(sizes) < 1e6 and decimals <= 7 and min(sizes) >= 10.0 ** (1 - decimals)):
         return [format_value(value, digits) for value in column]
     return [
-        f"{value:.{decimals}f}".replace("-", "−")
+        f"{value:z.{decimals}f}".replace("-", "−")
         if isinstance(value, float) and math.isfinite(value)
         else format_value(value, digits)
         for value in column

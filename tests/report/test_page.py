@@ -195,6 +195,7 @@ def test_values_read_well(value, text):
 def test_columns_align_unless_small_values_would_vanish():
     assert format_column([0.5, 0.1234, None, -1.0]) == ["0.500", "0.123", "—", "−1.000"]
     assert format_column([1000.0, 0.001]) == ["1000", "0.001"]
+    assert format_column([-0.0, 2.5]) == ["0.000", "2.500"]
     assert format_column([float("inf"), 1.0, 7]) == ["∞", "1.000", "7"]
 
 
