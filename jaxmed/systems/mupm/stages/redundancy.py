@@ -70,7 +70,7 @@ class Factor:
     Attributes:
         cases: Asked without it.
         change: Mean absolute change of V predicted, relative to its mean.
-        chance: What chance changes in 95 of 100 draws of the same perturbations.
+        chance: What chance changes at most, of all factors at once in 95 of 100 draws of the same perturbations.
         difference: Mean change of V predicted, relative to its mean, and both ends of its interval over subjects.
         switched: Share of cases whose answer is another.
         accuracy: Change of the share of right answers and both ends; None without labels.
@@ -137,7 +137,7 @@ def run(config: Config, folder: RunFolder) -> None:
         if len({answers.subjects[case] for case in np.flatnonzero(is_known)}) < 2:
             raise InputError(f"{answers.path} factor '{name}'", "two subjects or more asked without it", "fewer")
         factors[name] = _compare(
-            answers, part, is_known, np.asarray(whole), left, by_chance, config.margin, config.seed
+            answers, part, is_known, np.asarray(whole), left, by_chance, config, 1 - 0.05 / len(answers.factors)
         )
         table[name] = np.where(is_known, left, np.nan)
         log.say(f"Without {name}: {factors[name].verdict}")
@@ -150,20 +150,21 @@ def run(config: Config, folder: RunFolder) -> None:
 
 def _compare(
     answers: Answers, part: Block, is_known: np.ndarray, whole: np.ndarray, left: np.ndarray, by_chance: np.ndarray,
-    margin: float, seed: int,
+    config: Config, level: float,
 ) -> Factor:  # fmt: skip
     """Compare predictions without a factor with those of the whole input, against what chance would change."""
+    seed, margin = config.seed, config.margin
     subjects = np.array(answers.subjects)[is_known]
     mean = float(np.abs(whole[is_known]).mean()) or 1.0
     changes = (left - whole)[is_known] / mean
     change = float(np.abs(changes).mean())
-    chance = float(np.quantile(by_chance[:, is_known].mean(axis=1) / mean, 0.95))
-    difference = bootstrap(weighted_mean(changes), subjects, seed=seed)
+    chance = float(np.quantile(by_chance[:, is_known].mean(axis=1) / mean, level))
+    difference = bootstrap(weighted_mean(changes), subjects, seed=seed, level=level)
     before, after = _options(answers.branches)[is_known], _options(part)[is_known]
     labels, accuracy = answers.labels[is_known], None
     if (labels >= 0).all():
         gained = (after == labels).astype(np.float64) - (before == labels)
-        found = bootstrap(weighted_mean(gained), subjects, seed=seed)
+        found = bootstrap(weighted_mean(gained), subjects, seed=seed, level=level)
         accuracy = (found.estimate, found.low, found.high)
     same_answers = accuracy is None or accuracy[1] <= 0 <= accuracy[2]
     is_small = -margin <= difference.low and difference.high <= margin
@@ -194,7 +195,7 @@ def page(run: Finished[Config, Summary]) -> Page:
             Bar("chance, at most", 100 * one.chance, group=name),
         ]
     caption = (
-        "Mean absolute change of the predicted joint variance; chance is the 95th percentile of redrawn perturbations."
+        "Mean absolute change of the predicted joint variance; chance: what redrawn perturbations change of any factor."
     )
     figure = bars(strips, xlabel="change of V predicted (%)", caption=caption)
     rows = [
@@ -204,8 +205,8 @@ def page(run: Finished[Config, Summary]) -> Page:
     ]  # fmt: skip
     heads = ("Factor", "Verdict", "Cases", "V predicted (%)", "Low", "High", "Other answers (%)", "Accuracy (%)")
     words = (
-        "Signed changes with 95 % intervals over subjects. Redundant: the interval lies within the margin, single "
-        "cases change no more than by chance and accuracy has not moved. Undecided: more cases or draws would tell."
+        "Signed changes, 95 % intervals for all factors at once (Bonferroni, over subjects). Redundant: these lie "
+        "within the margin, single cases change no more than by chance, nor accuracy. Undecided: ask more cases."
     )
     redundant = [name for name, one in summary.factors.items() if one.verdict == "redundant"]
     text = "A factor that does not move the model may still matter to the patient: this tells about the model alone."
