@@ -48,10 +48,12 @@ class Viewer:
     Attributes:
         layers: At least one; those after the first are chosen by name.
         caption: What to see, with the units; plain text.
+        chosen: Number of the layer that is chosen at first.
     """
 
     layers: Sequence[Layer]
     caption: str
+    chosen: int = 0
 
     def __post_init__(self):
         if not self.layers:
@@ -66,9 +68,8 @@ def viewer_markup(viewer: Viewer, number: int, caption: str) -> str:
         number: Of the figure.
         caption: The viewer's, as HTML.
     """
-    first = len(viewer.layers) - 1 and 1  # a map over the first volume, where there is one
     options = "".join(
-        f'<option value="{index}"{" selected" if index == first else ""}>{_escape(layer.name)}</option>'
+        f'<option value="{index}"{" selected" if index == viewer.chosen else ""}>{_escape(layer.name)}</option>'
         for index, layer in enumerate(viewer.layers)
     )
     size = sum(len(layer.file) for layer in viewer.layers) / 1e6

@@ -60,7 +60,7 @@ def view_volumes(
     Returns:
         One block of a page, for which `slice_maps` shows the same in slices; none for an image of a single slice.
     """
-    first = next(iter(volumes.values()))
+    first_name, first = next(iter(volumes.items()))
     if min(first.array.shape) == 1:
         return []
     every = thinning(first.array.shape, MOST_VOXELS // len(volumes))
@@ -70,12 +70,10 @@ def view_volumes(
         if mask is not None and name not in whole:
             where &= mask
         layers.append(make_layer(name, volume, where, styles.get(name, MapStyle()), every))
-    words = {
-        1: "",
-        2: " Every second voxel along each axis is shown.",
-        3: " Every third voxel along each axis is shown.",
-    }
-    return [Viewer(layers, caption + words.get(every, f" Every {every}th voxel along each axis is shown."))]
+    which = {2: "second", 3: "third"}.get(every, f"{every}th")
+    told = caption + (f" Every {which} voxel along each axis is shown." if every > 1 else "")
+    # A map over a scan is chosen at first, else the first map.
+    return [Viewer(layers, told, chosen=1 if first_name in whole and len(layers) > 1 else 0)]
 
 
 def view_overlay(scan: Volume, overlay: Volume, *, caption: str, style: MapStyle) -> list[Viewer]:
@@ -126,8 +124,9 @@ def make_layer(name: str, volume: Volume, where: Bool[np.ndarray, "x y z"], styl
 
 
 def color_table(colormap: str) -> dict[str, list[int]]:
-    """Return a colour map of matplotlib as NiiVue's table over 256 steps; the lowest is clear."""
+    """Return a colour map of matplotlib as NiiVue's table over 256 steps, the lowest clear, or black beneath all."""
     places = [0, 1, *range(15, 256, 15)]
     colors = matplotlib.colormaps[colormap](np.array([max(place - 1, 0) / (STEPS - 1) for place in places]))
+    colors[0] = 0
     red, green, blue = np.rint(255 * colors[:, :3]).astype(int).T.tolist()
     return {"R": red, "G": green, "B": blue, "A": [0, *(255 for _ in places[1:])], "I": places}

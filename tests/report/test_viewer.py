@@ -75,6 +75,14 @@ def test_too_many_voxels_are_thinned_out_and_it_is_said(monkeypatch):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(("whole", "number"), [((), 0), (("Scan",), 1)])
+def test_a_map_is_chosen_at_first_where_it_lies_over_a_scan(ball, whole, number):
+    (shown,) = view_volumes(ball[0], caption="", mask=ball[1], whole=whole)
+    text = render("A page", "", sections=[Section("Maps", [shown])])
+    assert re.findall(r'<option value="(\d)" selected>', text) == [str(number)]
+
+
+@pytest.mark.core
 def test_a_single_slice_gets_no_viewer():
     assert view_volumes({"Map": Volume.make(np.eye(3)[..., None].astype(np.float32), AFFINE)}, caption="") == []
 
@@ -94,6 +102,8 @@ def test_colours_are_matplotlibs_and_the_lowest_is_clear():
     assert table["I"][:2] == [0, 1] and table["I"][-1] == 255 and table["A"] == [0] + [255] * (len(table["I"]) - 1)
     ends = np.rint(255 * matplotlib.colormaps["viridis"]([0.0, 1.0])[:, :3])
     assert [[table[name][place] for name in "RGB"] for place in (1, -1)] == ends.tolist()
+    # Where nothing lies beneath, the lowest is drawn all the same.
+    assert [table[name][0] for name in "RGB"] == [0, 0, 0]
 
 
 @pytest.mark.core
@@ -170,6 +180,9 @@ def test_a_browser_shows_the_volumes_and_their_values(browser):
         pixel = picture[int(top + 0.5 * height) - 12, int(left + x * width) - 12]
         expected = 255 * np.array(matplotlib.colormaps["viridis"](value)[:3])
         np.testing.assert_allclose(pixel, expected, atol=12)
+
+    # Outside of the ball the scan of 0 HU is the lowest grey that is shown.
+    np.testing.assert_allclose(picture[int(top + 0.5 * height) - 12, int(left + 0.01 * width)], 0, atol=12)
 
     before, _ = told(browser)
     browser.mouse("mouseWheel", left + 0.15 * width, top + 0.5 * height, deltaX=0, deltaY=100)
