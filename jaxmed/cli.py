@@ -98,7 +98,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 some records failed, 2 a user's mistake."""
+    """Run the command line and return its exit code: 0 done, 1 some records failed, 2 a user's mistake.
+
+    Of several processes of one run, one that fails does not return: it ends at once, since the others wait for it.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         # Names of files may be bytes of any encoding, and a screen may show ASCII alone.
@@ -106,29 +109,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(arguments)
-    except InputError as error:
+    except BaseException as error:
+        code = _tell(error, arguments)
+        if "jax" in sys.modules:
+            from jaxmed.train.processes import leave_if_several
+
+            leave_if_several(error, code)
+        if code is None:
+            raise
+        return code
+
+
+def _tell(error: BaseException, arguments: Sequence[str]) -> int | None:
+    """Say what ended a run in one line, where a user can cause it, and return the exit code; else return None."""
+    if isinstance(error, InputError):
         return _fail(str(error), arguments)
-    except Interrupted as stop:
-        return _fail(str(stop), arguments, code=128 + stop.number)
-    except KeyboardInterrupt:
+    if isinstance(error, Interrupted):
+        return _fail(str(error), arguments, code=128 + error.number)
+    if isinstance(error, KeyboardInterrupt):
         return _fail("interrupted; the same command continues where it was saved", arguments, code=130)
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (MemoryError, RuntimeError) as error:
+    if isinstance(error, MemoryError | RuntimeError):
         # jax raises a RuntimeError of its own when a device, or this machine, has no memory left.
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            return None
         advice = "take a smaller batch, model or volume (--preset laptop or smoke), or a machine with more"
         return _fail(
             str(InputError("memory", "enough for this run", str(error)[:200] or "none left", advice)), arguments
         )
-    except OSError as error:
-        if error.errno not in WRITE_ADVICE:
-            raise
+    if isinstance(error, OSError) and error.errno in WRITE_ADVICE:
         expected, advice = WRITE_ADVICE[error.errno or errno.EIO]
         found = (error.strerror or "an error").lower()
         return _fail(str(InputError(error.filename or "output", expected, found, advice)), arguments)
+    return None
 
 
 def _fail(line: str, arguments: Sequence[str], code: int = 2) -> int:
@@ -198,6 +213,8 @@ def _run_stage(system: str, stage: str, arguments: list[str]) -> int:
         tries_failed_again = getattr(module, "TRIES_FAILED_AGAIN", False)
         folder = open_run(system, stage, config, options, tries_failed_again=tries_failed_again)
         if folder.status == "complete":
+            if folder.note:
+                print(f"Note: {folder.note}", file=sys.stderr)
             print(f"Complete already, nothing was run: {folder.report}  (--overwrite runs it again)")
             return 0
         code = module.run(config, dataclasses.replace(folder, smaller=_smaller(module, arguments)))

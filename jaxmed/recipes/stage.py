@@ -92,7 +92,7 @@ def begin(folder: RunFolder, notes: Iterable[str] = (), *, tensorboard: bool = F
     """
     first_only(lambda: start(folder), "folder")
     log = Log(folder.path, folder.options.quiet, tensorboard, jax.process_index() == 0)
-    for note in notes:
+    for note in (*([folder.note] if folder.note else []), *notes):
         log.say(f"Note: {note}")
     return log
 

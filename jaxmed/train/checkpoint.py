@@ -25,9 +25,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmed.arrays.trees import named_leaves
-from jaxmed.errors import InputError
+from jaxmed.errors import InputError, Interrupted
 from jaxmed.files import WRITE_ADVICE, make_folder, write_json
 from jaxmed.io import safetensors
+from jaxmed.train.processes import lost_sign
 
 
 class Restored(NamedTuple):
@@ -40,21 +41,25 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run. Saving returns as soon as the arrays are copied; writing goes on behind."""
 
-    def __init__(self, folder: Path, record: dict[str, Any] | None = None, keep: int | None = 2) -> None:
+    def __init__(
+        self, folder: Path, record: dict[str, Any] | None = None, keep: int | None = 2, keep_every: int = 0
+    ) -> None:
         """Open a folder of checkpoints, made where it is missing.
 
         Args:
             folder: Its place.
             record: Configuration to keep beside every state.
             keep: How many of the newest stay; None keeps all.
+            keep_every: Those of steps that it divides stay too; 0 for none.
         """
         make_folder(folder)
         self.folder, self.record = folder, record or {}
         # Orbax repeats on stderr, in paragraphs and from several threads, what becomes one line here.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        )
+            max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )  # fmt: skip
         with self._writing():
             self._manager = ocp.CheckpointManager(folder, options=options)
 
@@ -64,8 +69,10 @@ class Checkpoints:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             return self.close()
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            self._manager.close()
+        # Of several processes one may be gone, for which the end of a save would wait: it is left to the next start.
+        if jax.process_count() == 1 or issubclass(kind, InputError | Interrupted):
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self._manager.close()
 
     def steps(self) -> list[int]:
         """Return the steps that are saved, in rising order."""
@@ -161,6 +168,8 @@ class Checkpoints:
             with _quiet_readers():
                 return self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item]
         except Exception as error:  # Orbax and TensorStore raise plain Exception for truncated chunks
+            if jax.process_count() > 1 and lost_sign(error):
+                raise
             line = " ".join(str(error).split())
             raise _Damaged(f"{type(error).__name__}: {line[:120]}") from error
 

@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 from jaxmed.config import Count, Whole, checked
 from jaxmed.errors import InputError, Interrupted
 from jaxmed.train.announce import announce, require_memory
-from jaxmed.train.checkpoint import Checkpoints
+from jaxmed.train.checkpoint import Checkpoints, Restored
 from jaxmed.train.log import Log, at_work
 from jaxmed.train.mesh import shard_batch
+from jaxmed.train.rollback import NotFinite, Rollbacks
 from jaxmed.train.run_folder import RunFolder
 
 State = TypeVar("State")
@@ -38,7 +39,10 @@ class LoopConfig:
         log_every: Steps between lines of metrics.jsonl.
         save_every: Steps between checkpoints; 0 saves at the end alone.
         evaluate_every: Steps between evaluations; 0 evaluates at the end alone.
-        keep: Checkpoints that stay.
+        keep: Newest checkpoints that stay.
+        keep_every: Checkpoints of the steps that it divides stay too; 0 for none.
+        rollbacks: How often the run may go back to its last checkpoint when a loss or metric is not finite, and go on
+            without the batches since then, which are listed in checkpoints/; 0 stops instead.
         best: Metric of the evaluation whose best state is kept in checkpoints/best; empty keeps none.
         best_is: Whether the largest or the smallest value is the best.
         patience: Evaluations without a better `best` after which the run ends; 0 never ends early.
@@ -50,6 +54,8 @@ class LoopConfig:
     save_every: Whole = 500
     evaluate_every: Whole = 0
     keep: Count = 2
+    keep_every: Whole = 0
+    rollbacks: Whole = 0
     best: str = ""
     best_is: Literal["largest", "smallest"] = "largest"
     patience: Whole = 0
@@ -105,38 +111,47 @@ def fit(
         The state after the last step, saved; where `best` is set it is in checkpoints/best besides.
 
     Raises:
-        InputError: A loss or metric is not finite (nothing is saved), the batches end too early, or a save fails.
+        InputError: A loss or metric is not finite (nothing is saved) and no rollback is left, the batches end too
+            early, or a save fails.
         Interrupted: SIGTERM or Ctrl-C; the step at hand is finished and saved first.
     """
     record = {"run": folder.record}
     place = folder.checkpoints / (part or "state")
-    with Checkpoints(place, record, config.keep) as checkpoints, _catch_signals() as signals:
+    checkpoints = Checkpoints(place, record, config.keep, config.keep_every)
+    rollbacks = Rollbacks(folder.checkpoints / f"{place.name}-rollbacks.json", config.rollbacks)
+    with checkpoints, _catch_signals() as signals:
         restored = checkpoints.restore(state)
         done = 0
         if restored is not None:
             done, state = restored
             log.say(f"Continuing after {unit} {done:,} of an interrupted run.")
         log.rewind(done, part)
+        if restored is None and config.rollbacks:
+            checkpoints.save(done, state)
         best = None
         if config.best:
             best = _Best(config, Checkpoints(folder.checkpoints / "best", record, keep=None), done, log)
         devices = 1 if mesh is None else mesh.size
         run = _Run(config, step, log, folder, checkpoints, best, evaluate, devices, part, unit, is_finished)
-        with contextlib.closing(_placed(batches, done, mesh)) as stream:
-            state = run.advance(state, done, stream, signals)
+        while True:
+            with contextlib.closing(_placed(rollbacks.batches(batches, done), mesh)) as stream:
+                try:
+                    state = run.advance(state, done, stream, signals)
+                    break
+                except NotFinite as error:
+                    if not rollbacks.are_left:
+                        raise
+                    done, state = run.restore()
+                    log.say(rollbacks.add(error, done))
     if best is not None:
         best.close()
     return state
 
 
-def _placed(batches: Callable[[int], Iterable[Any]], start: int, mesh: Mesh | None) -> Generator[Any, None, None]:
-    stream = iter(batches(start))
-    try:
+def _placed(stream: Generator[Any, None, None], mesh: Mesh | None) -> Generator[Any, None, None]:
+    with contextlib.closing(stream):
         for batch in stream:
             yield batch if mesh is None else shard_batch(batch, mesh)
-    finally:
-        if hasattr(stream, "close"):
-            stream.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Best:
@@ -144,11 +159,16 @@ class _Best:
 
     def __init__(self, config: LoopConfig, checkpoints: Checkpoints, done: int, log: Log) -> None:
         self.config, self.checkpoints, self.name = config, checkpoints, f"evaluation/{config.best}"
+        self.rewind(done, log)
+
+    def rewind(self, done: int, log: Log) -> None:
+        """Forget what came after a step, and read again what came before."""
         self.value: float | None = None
         self.since = 0  # evaluations
-        checkpoints.discard_after(done)
+        self.checkpoints.discard_after(done)
         for line in log.read_metrics():
-            if self.name in line:
+            # Of several processes the first takes later lines out of the file, but perhaps not yet.
+            if self.name in line and line["step"] <= done:
                 self._improves(line[self.name])
 
     @property
@@ -194,6 +214,8 @@ class _Run:
     part: str
     unit: str
     is_finished: Callable[[Any], bool] | None
+    compiled: tuple[Callable[..., Any], float] | None = None
+    latest: Any = None  # the state that came last, for its shapes and places
 
     @property
     def label(self) -> str:
@@ -205,7 +227,8 @@ class _Run:
         if done >= config.steps or self._is_out_of_patience() or self._is_finished(state):
             return state
         batch = next(stream, None)
-        step, flops = self._compile(state, batch, config.steps - done)
+        self.compiled = self.compiled or self._compile(state, batch, config.steps - done)
+        step, flops = self.compiled
         pending: collections.deque[tuple[int, Any]] = collections.deque()
         saved = done
         with self.log.progress(self.label, config.steps, f"{self.unit}s", done) as update, self._trace(first) as trace:
@@ -215,6 +238,7 @@ class _Run:
                 if batch is None:
                     raise InputError("data", f"a batch for {self.unit} {done + 1:,}", "no more records")
                 state, metrics = step(state, batch)
+                self.latest = state
                 done += 1
                 pending.append((done, metrics))
                 is_last = done == config.steps or self._is_finished(state)
@@ -247,6 +271,17 @@ class _Run:
                     raise Interrupted(stop, f"{self.unit} {done:,} of {config.steps:,}")
                 if is_last:
                     return state
+
+    def restore(self) -> Restored:
+        """Go back to the last save, and forget what came after it."""
+        for kept in (self.checkpoints, *(() if self.best is None else (self.best.checkpoints,))):
+            kept.wait()
+        restored = self.checkpoints.restore(self.latest)
+        assert restored is not None, "a run that may go back saves its first state"
+        self.log.rewind(restored.step, self.part)
+        if self.best is not None:
+            self.best.rewind(restored.step, self.log)
+        return restored
 
     def _is_out_of_patience(self) -> bool:
         return self.best is not None and self.best.is_out_of_patience
@@ -288,10 +323,7 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                advice = (
-                    "the last save stays: lower --optimizer.peak-lr, set --optimizer.clip-norm, or look at the data"
-                )
-                raise InputError(f"{self.unit} {number:,}, {name}", "a finite number", value, advice)
+                raise NotFinite(self.unit, number, name, value)
         if _is_due(number, self.config.log_every) or number == self.config.steps:
             if self.unit == "step":
                 values["steps_per_second"] = (number - first) / max(time.monotonic() - began, 1e-9)
@@ -355,12 +387,15 @@ def _rate(flops: float, steps: int, seconds: float) -> str:
 def _catch_signals() -> Iterator[list[int]]:
     """Note SIGTERM and Ctrl-C instead of dying of them; a second one ends the process at once."""
     caught: list[int] = []
+    if jax.process_count() > 1:  # jax's own service has caught SIGTERM, and lets all processes stop at one step
+        yield caught
+        return
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    # Handlers belong to the main thread; jax has its own where there are many processes.
+    # Handlers belong to the main thread.
     try:
         old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:

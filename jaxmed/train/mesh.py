@@ -17,6 +17,7 @@ from jaxmed.arrays.trees import map_named, matches
 from jaxmed.arrays.types import PartitionRules
 from jaxmed.config import Count, Whole, checked
 from jaxmed.errors import InputError
+from jaxmed.train.processes import join
 
 SMALLEST_SPLIT = 2**18  # entries; splitting less costs more in messages than it saves in memory
 
@@ -54,7 +55,7 @@ def make_mesh(config: MeshConfig = MeshConfig()) -> Mesh:
         InputError: The devices do not suffice or do not divide.
     """
     if config.distributed and not jax.distributed.is_initialized():
-        jax.distributed.initialize(config.coordinator, config.processes, config.process)
+        join(config.coordinator, config.processes, config.process)
     present = jax.device_count()
     data = config.data or present // config.model
     needed = data * config.model

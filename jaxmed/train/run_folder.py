@@ -1,6 +1,6 @@
 """The folder that every run writes, in one layout.
 
-config.json (complete, re-runnable), inputs.json (sizes and times of the files that were given), metrics.jsonl,
+config.json (complete, re-runnable), inputs.json (sizes, times and digests of the files that were given), metrics.jsonl,
 checkpoints/, outputs/, inputs/ (synthetic data only), timing.json, report.html and log.txt. Equal runs have equal bytes
 in outputs/, so that how long each took stands in a file of its own. `open_run` looks and decides without
 writing anything; `start` makes the folder. The report is written last, so a run that has one is complete.
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.files import LEFTOVER, expand_home, make_folder, read_record, remove_leftovers, write_json
-from jaxmed.train.run_inputs import Inputs, changed_inputs, find_inputs
+from jaxmed.train.run_inputs import Inputs, add_digests, compare_inputs, find_inputs
 from jaxmed.versions import software_versions
 
 # config.json goes first: what a kill leaves of a run that is being replaced is then no run any more.
@@ -56,9 +56,10 @@ class RunFolder:
         options: How the user wants it run.
         record: What config.json holds or will hold: system, stage, config and versions.
         status: "new", "unfinished" (of the same configuration) or "complete".
-        inputs: Sizes and times of the files that the configuration names.
+        inputs: Sizes, times and, where they are known, digests of the files that the configuration names.
         is_begun: Whether `start` has made the folder ready in this process.
         smaller: The preset that fits a CPU, in words, for work that turns out long; empty where there is none.
+        note: What the user should know about a run that goes on; may be empty.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class RunFolder:
     inputs: Inputs = dataclasses.field(default_factory=dict)
     is_begun: bool = dataclasses.field(default=False, init=False, compare=False)
     smaller: str = ""
+    note: str = ""
 
     @property
     def outputs(self) -> Path:
@@ -113,12 +115,15 @@ def open_run(
         status = "new"
     if status == "complete" and tries_failed_again and (path / "outputs" / "failed.csv").exists():
         status = "unfinished"
-    inputs = find_inputs(config, path)
-    if status != "new" and (changed := changed_inputs(path, inputs)):
-        told = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-        advice = "run it again with --overwrite, or choose another --out"
-        raise InputError(path, "input files as they were when this run began", told, advice)
-    return RunFolder(path, options, record, status, inputs)
+    inputs, note = find_inputs(config, path), ""
+    if status != "new":
+        changed, *_ = found = compare_inputs(path, inputs)
+        note = found.note
+        if changed:
+            told = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+            advice = "run it again with --overwrite, or choose another --out"
+            raise InputError(path, "input files as they were when this run began", told, advice)
+    return RunFolder(path, options, record, status, inputs, note=note)
 
 
 def start(run: RunFolder, *, is_shared: bool = False) -> None:
@@ -137,6 +142,7 @@ def start(run: RunFolder, *, is_shared: bool = False) -> None:
     if not is_shared:
         remove_leftovers(run.path)
     make_folder(run.outputs)
+    add_digests(run.inputs)
     write_json(run.path / "inputs.json", run.inputs)
     write_json(run.path / "config.json", run.record)
 
@@ -183,8 +189,10 @@ def _find_status(path: Path, record: dict[str, Any]) -> Literal["new", "unfinish
 
 
 def _shared(config: Any) -> Any:
-    """Return a configuration without which part of a shared run a command takes."""
-    return {name: value for name, value in config.items() if name != "process"} if isinstance(config, dict) else config
+    """Return a configuration without which part of a shared run a command takes, and on which devices: `mesh`."""
+    if isinstance(config, dict):
+        return {name: _shared(value) for name, value in config.items() if name not in ("process", "mesh")}
+    return config
 
 
 def _check_writable(path: Path) -> None:

@@ -1,25 +1,59 @@
-"""The files that a configuration names: their sizes and times, and which have changed since a run began.
+"""The files that a configuration names: their sizes, times and digests, and which have changed since a run began.
 
 A run of the same configuration on other files is another run. Every path of the configuration counts, and NAME=CSV
 too: a file; the files that the cells of a table name; what lies in a folder, of an older run its outputs alone. What
 a run writes itself does not count: its own folder, that of the run around it, and caches.
+
+Sizes and times are looked at on every start. Times change where data are copied anew, to the disk of another node say;
+so the first start keeps a digest of every file, which is compared only where the size is the same and the time is not.
+The smallest files are digested whole, 2 GB in all, tables among them; of each other file its beginning, middle and end.
+An edit shows there in whatever is compressed or ends in a checksum (.nii.gz, .npz, .png); where it might not, the line
+that tells of new dates says what was not compared.
 """
 
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxmed.errors import InputError
 from jaxmed.files import read_record, walk_files
 from jaxmed.io.sheets import read_sheet
 
-# Per folder, per file: size in bytes and time of the last change in ns.
-Inputs: TypeAlias = dict[str, dict[str, list[int]]]
+# Per folder, per file: size in bytes, time of the last change in ns and, once a run has begun, a digest.
+Inputs: TypeAlias = dict[str, dict[str, list[Any]]]
 TABLES = (".csv", ".tsv")
+WHOLE_BYTES = 2 * 10**9
+PART_BYTES = 2**16
+# Reading waits for disks and networks more than it computes.
+THREADS = 16
+
+
+class Comparison(NamedTuple):
+    """Input files as they are, against those that a run began with.
+
+    Attributes:
+        changed: What has changed, in words, one file each.
+        redated: Files whose dates alone are new.
+        in_part: Those of them that were not compared whole.
+    """
+
+    changed: list[str]
+    redated: int
+    in_part: int
+
+    @property
+    def note(self) -> str:
+        """The line that tells of new dates; empty where there are none."""
+        if not self.redated:
+            return ""
+        part = f"; {self.in_part:,} of them were compared at beginning, middle and end" if self.in_part else ""
+        return f"{self.redated:,} input file(s) have new dates and the contents that this run began with{part}."
 
 
 def find_inputs(config: object, run: Path) -> Inputs:
@@ -42,24 +76,69 @@ def find_inputs(config: object, run: Path) -> Inputs:
     return found
 
 
-def changed_inputs(run: Path, inputs: Inputs) -> list[str]:
+def compare_inputs(run: Path, inputs: Inputs) -> Comparison:
     """Say what has changed since a run began; files that it failed on may be repaired.
 
     Args:
         run: Its folder.
-        inputs: As they are now.
+        inputs: As they are now; those that have not changed get the digests that they had.
     """
     if not (run / "inputs.json").is_file():
-        return []
+        return Comparison([], 0, 0)
     then, now = _by_path(read_record(run / "inputs.json")), _by_path(inputs)
     failed = _failed(run / "outputs" / "failed.csv")
+    same = {path for path in {*then} & {*now} if then[path][:2] == now[path][:2]}
+    dated = [path for path in {*then} & {*now} if path not in same and then[path][0] == now[path][0] and then[path][2:]]
+    digests = _digests((path, _is_whole(then[path][2])) for path in dated)
+    redated = {path for path in dated if digests[path] == then[path][2]}
+    for path in same | redated:
+        now[path][2:] = then[path][2:]
     words = []
-    for path in sorted({*then, *now}):
+    for path in sorted({*then, *now} - same - redated):
         real = os.path.realpath(path)
-        if then.get(path) != now.get(path) and failed.isdisjoint((real, *map(str, Path(real).parents))):
+        if failed.isdisjoint((real, *map(str, Path(real).parents))):
             what = "changed" if path in then and path in now else "gone" if path in then else "new"
             words.append(f"{path} {what}")
-    return words
+    return Comparison(words, len(redated), sum(not _is_whole(then[path][2]) for path in redated))
+
+
+def add_digests(inputs: Inputs) -> None:
+    """Give every file that has no digest one, in place."""
+    entries = {path: entry for path, entry in _by_path(inputs).items() if len(entry) == 2}
+    total, wanted = 0, []
+    for path, (size, _) in sorted(entries.items(), key=lambda item: item[1][0]):
+        total += size
+        wanted.append((path, total <= WHOLE_BYTES or size <= 3 * PART_BYTES))
+    for path, digest in _digests(wanted).items():
+        entries[path] += [digest] if digest else []
+
+
+def _digests(files: Iterable[tuple[str, bool]]) -> dict[str, str]:
+    """Return a digest of each file, whole or of parts; an empty one where it cannot be read."""
+    files = list(files)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip((path for path, _ in files), pool.map(lambda file: _digest(*file), files), strict=True))
+
+
+def _digest(path: str, is_whole: bool) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            if is_whole:
+                while block := file.read(2**20):
+                    digest.update(block)
+            else:
+                size = os.fstat(file.fileno()).st_size
+                for start in (0, size // 2, max(size - PART_BYTES, 0)):
+                    file.seek(start)
+                    digest.update(file.read(PART_BYTES))
+    except OSError:  # the stage will say what is wrong with it
+        return ""
+    return f"{'whole' if is_whole else 'parts'}:{digest.hexdigest()}"
+
+
+def _is_whole(digest: str) -> bool:
+    return digest.startswith("whole:")
 
 
 def _is_around(parent: Path, run: Path) -> bool:
@@ -109,7 +188,7 @@ def _cells(table: Path) -> Iterator[Path]:
                     yield Path(os.path.normpath(path))
 
 
-def _by_path(inputs: Inputs) -> dict[str, list[int]]:
+def _by_path(inputs: Inputs) -> dict[str, list[Any]]:
     return {os.path.join(folder, name): entry for folder, names in inputs.items() for name, entry in names.items()}
 
 

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 if "TOY_DEVICES" in os.environ:
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={os.environ['TOY_DEVICES']}"
+    count = f"--xla_force_host_platform_device_count={os.environ['TOY_DEVICES']}"
+    # The flags of the tests, which spare compilation, with another number of devices: of two, the last counts.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
 
 import jax
 import numpy as np

@@ -10,8 +10,11 @@ import pytest
 
 from jaxmed.errors import InputError
 from jaxmed.recipes.diffusion_scan import ScanConfig
+from jaxmed.recipes.training import TrainConfig
 from jaxmed.systems.noddi.stages.fit import Config
+from jaxmed.train import run_inputs
 from jaxmed.train.log import Log
+from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.run_folder import OWN_NAMES, RunOptions, open_run, remove, start
 
 pytestmark = pytest.mark.core
@@ -205,8 +208,7 @@ def test_files_replaced_in_place_are_noticed(tmp_path, given, name, is_input, is
     if is_complete:
         (path / "report.html").write_text("page")
     assert open_fit(path, given).status == ("complete" if is_complete else "unfinished")
-    time = (tmp_path / name).stat().st_mtime_ns
-    os.utime(tmp_path / name, ns=(time, time + 10**9))
+    edit(tmp_path / name)
     if not is_input:
         open_fit(path, given)
         return
@@ -219,6 +221,66 @@ def test_files_replaced_in_place_are_noticed(tmp_path, given, name, is_input, is
     assert open_fit(path, given).status != "new"  # and so may one of a series in a folder
     (path / "outputs" / "failed.csv").write_text(f"path,id,reason\n/elsewhere,a,{tmp_path / name}: expected a mask\n")
     assert open_fit(path, given).status != "new"  # or what belongs to a record
+
+
+def edit(path, byte=-2):
+    """Change one byte of a file, which keeps its size."""
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1
+    path.write_bytes(data)
+    redate(path)
+
+
+def redate(path):
+    time = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(time, time))
+
+
+def test_files_that_were_copied_anew_are_the_same_files(tmp_path, given):
+    path = tmp_path / "run"
+    start(open_fit(path, given))
+    assert open_fit(path, given).note == ""
+    files = [item for item in tmp_path.rglob("*") if item.is_file() and path not in item.parents]
+    for item in files:
+        redate(item)
+    run = open_fit(path, given)
+    # All but the cache and the hidden file.
+    assert run.note == f"{len(files) - 2} input file(s) have new dates and the contents that this run began with."
+    start(run)
+    assert open_fit(path, given).note == ""
+    edit(tmp_path / "b.nii")
+    with pytest.raises(InputError, match=r"found \S*b\.nii changed; run it again"):
+        open_fit(path, given)
+
+
+def test_of_large_files_three_parts_are_compared_and_the_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_inputs, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(run_inputs, "PART_BYTES", 8)
+    scan, path = tmp_path / "scan.nii.gz", tmp_path / "run"
+    scan.write_bytes(bytes(range(200)))
+    given = Given(several=(scan,))
+    start(open_fit(path, given))
+    redate(scan)
+    said = "1 input file(s) have new dates and the contents that this run began with"
+    assert open_fit(path, given).note == f"{said}; 1 of them were compared at beginning, middle and end."
+    for byte in (3, 102, -1):
+        edit(scan, byte)
+        with pytest.raises(InputError, match=r"scan\.nii\.gz changed"):
+            open_fit(path, given)
+        edit(scan, byte)  # back again
+        open_fit(path, given)
+
+
+def test_dates_count_where_an_older_run_kept_no_digests(tmp_path, given):
+    path = tmp_path / "run"
+    start(open_fit(path, given))
+    record = json.loads((path / "inputs.json").read_text())
+    short = {place: {name: entry[:2] for name, entry in names.items()} for place, names in record.items()}
+    (path / "inputs.json").write_text(json.dumps(short))
+    assert open_fit(path, given).status == "unfinished"
+    redate(tmp_path / "b.nii")
+    with pytest.raises(InputError, match=r"b\.nii changed"):
+        open_fit(path, given)
 
 
 def test_files_that_came_and_went_are_noticed(tmp_path, given):
@@ -249,6 +311,21 @@ def test_commands_for_parts_of_a_run_share_its_folder(tmp_path):
     assert open_fit(tmp_path / "run", Part(process=1)).status == "unfinished"
     with pytest.raises(InputError, match="another configuration"):
         open_fit(tmp_path / "run", Part(processes=3))
+
+
+def test_a_run_goes_on_on_other_devices_and_processes(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Trained:
+        train: TrainConfig = TrainConfig()
+
+    def on(**mesh):
+        return Trained(TrainConfig(mesh=MeshConfig(**mesh)))
+
+    start(open_fit(tmp_path / "run", on(distributed=True, processes=2, process=0, coordinator="a:1")))
+    for mesh in (on(distributed=True, processes=2, process=1, coordinator="a:1"), on(data=8)):
+        assert open_fit(tmp_path / "run", mesh).status == "unfinished"
+    with pytest.raises(InputError, match="another configuration"):
+        open_fit(tmp_path / "run", Trained(TrainConfig(seed=1)))
 
 
 def test_a_run_that_was_half_deleted_starts_from_nothing(tmp_path, monkeypatch):
