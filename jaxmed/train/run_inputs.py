@@ -7,8 +7,9 @@ a run writes itself does not count: its own folder, that of the run around it, a
 Sizes and times are looked at on every start. Times change where data are copied anew, to the disk of another node say;
 so the first start keeps a digest of every file, which is compared only where the size is the same and the time is not.
 The smallest files are digested whole, 2 GB in all, tables among them; of each other file its beginning, middle and end.
-An edit shows there in whatever is compressed or ends in a checksum (.nii.gz, .npz, .png); where it might not, the line
-that tells of new dates says what was not compared.
+An edit shows there in whatever is compressed or ends in a checksum (.nii.gz, .npz, .png). As it might not elsewhere, such
+a digest counts only where no file of the folder kept its date, as after a copy of the folder, and the line that tells of
+new dates says what was compared.
 """
 
 import contextlib
@@ -90,7 +91,11 @@ def compare_inputs(run: Path, inputs: Inputs) -> Comparison:
     same = {path for path in {*then} & {*now} if then[path][:2] == now[path][:2]}
     dated = [path for path in {*then} & {*now} if path not in same and then[path][0] == now[path][0] and then[path][2:]]
     digests = _digests((path, _is_whole(then[path][2])) for path in dated)
-    redated = {path for path in dated if digests[path] == then[path][2]}
+    kept = {os.path.dirname(path) for path in same}
+    redated = {
+        path for path in dated
+        if digests[path] == then[path][2] and (_is_whole(digests[path]) or os.path.dirname(path) not in kept)
+    }  # fmt: skip
     for path in same | redated:
         now[path][2:] = then[path][2:]
     words = []

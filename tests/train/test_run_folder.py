@@ -269,6 +269,15 @@ def test_of_large_files_three_parts_are_compared_and_the_line_says_so(tmp_path, 
             open_fit(path, given)
         edit(scan, byte)  # back again
         open_fit(path, given)
+    # Of a folder that was not copied, one file with a new date may have changed where nobody looked.
+    (tmp_path / "beside.nii").write_bytes(bytes(200))
+    given = Given(several=(scan, tmp_path / "beside.nii"))
+    start(open_fit(path, given, overwrite=True))
+    redate(scan)
+    with pytest.raises(InputError, match=r"scan\.nii\.gz changed"):
+        open_fit(path, given)
+    redate(tmp_path / "beside.nii")
+    assert open_fit(path, given).note.startswith("2 input file(s) have new dates")
 
 
 def test_dates_count_where_an_older_run_kept_no_digests(tmp_path, given):
