@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except BaseException as error:
-        code = _tell(error, arguments)
+        code = tell_error(error, arguments)
         if "jax" in sys.modules:
             from jaxmed.train.processes import leave_if_several
 
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _tell(error: BaseException, arguments: Sequence[str]) -> int | None:
+def tell_error(error: BaseException, arguments: Sequence[str]) -> int | None:
     """Say what ended a run in one line, where a user can cause it, and return the exit code; else return None."""
     if isinstance(error, InputError):
         return _fail(str(error), arguments)

@@ -99,8 +99,9 @@ def leave_if_several(error: BaseException, code: int | None) -> None:
     """
     if isinstance(error, Interrupted | SystemExit) or not jax.distributed.is_initialized():
         return
+    is_told = code is not None or _MEMBER.code is not None
     _MEMBER.code = LOST if code is None else code
-    if code is None:
+    if not is_told:
         if sign := lost_sign(error):
             print(lost_line(sign), file=sys.stderr)
         else:

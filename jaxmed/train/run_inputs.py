@@ -7,9 +7,9 @@ a run writes itself does not count: its own folder, that of the run around it, a
 Sizes and times are looked at on every start. Times change where data are copied anew, to the disk of another node say;
 so the first start keeps a digest of every file, which is compared only where the size is the same and the time is not.
 The smallest files are digested whole, 2 GB in all, tables among them; of each other file its beginning, middle and end.
-An edit shows there in whatever is compressed or ends in a checksum (.nii.gz, .npz, .png). As it might not elsewhere, such
-a digest counts only where no file of the folder kept its date, as after a copy of the folder, and the line that tells of
-new dates says what was compared.
+An edit shows there in whatever is compressed or ends in a checksum (.nii.gz, .npz, .png). As it might not elsewhere,
+such a digest counts only where no file of the folder kept its date, as after a copy of the folder, and the line that
+tells of new dates says what was compared.
 """
 
 import contextlib

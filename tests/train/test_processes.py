@@ -1,83 +1,24 @@
 """Runs that are killed, and runs of several processes: the toy of tests/support in processes of its own."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
-ROOT = SUPPORT.parents[1]
-
-
-def start_toy(out, *arguments, devices=1, **environment):
-    environment = {
-        **os.environ,
-        "TOY_DEVICES": str(devices),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
-        "NPROC": "16",  # gloo hangs on few cores with jax's default pool
-        "JAX_PLATFORMS": "cpu",
-        **environment,
-    }
-    command = [sys.executable, str(SUPPORT / "train_toy.py"), "--out", str(out), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(*processes, limit=120):
-    """Wait for all of them; nobody outlives the limit, not even one that ignores SIGTERM."""
-    deadline = time.monotonic() + limit
-    try:
-        outputs = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1)) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return [output for output, _ in outputs]
-
-
-def metrics(out):
-    path = Path(out) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def wait_for_step(process, out, step, limit=60):
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(line["step"] >= step for line in metrics(out)):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()[1][-2000:]}")
-
-
-def final(out):
-    with np.load(Path(out) / "final.npz") as stored:
-        return dict(stored)
-
-
-def run_processes(out, count, devices, *arguments):
-    """Run the toy in `count` processes of `devices` devices each."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
-    shared = ["--mesh.distributed", "--mesh.coordinator", f"127.0.0.1:{port}", "--mesh.processes", count]
-    processes = [
-        start_toy(out, *arguments, *shared, "--mesh.process", index, devices=devices) for index in range(count)
-    ]
-    return finish(*processes)
+from toy_processes import (
+    assert_close,
+    assert_same_curve,
+    final,
+    finish,
+    metrics,
+    run_processes,
+    saved_steps,
+    start_toy,
+    wait_for_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +26,6 @@ def unbroken(tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "run"
     finish(start_toy(out))
     return out
-
-
-def assert_close(found, expected, tolerance=1e-6):
-    assert set(found) == set(expected)
-    for name, array in expected.items():
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=tolerance, err_msg=name)
 
 
 def test_a_run_killed_at_five_random_steps_ends_bit_equal(tmp_path, unbroken):
@@ -123,12 +58,10 @@ def test_sigterm_finishes_the_step_and_saves_it(tmp_path, unbroken):
     wait_for_step(process, out, 5)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step" in errors and "which is saved" in errors
     assert "Traceback" not in errors
-    stopped_at = metrics(out)[-1]["step"]
-    saved = [int(path.name) for path in (out / "checkpoints" / "state").iterdir() if path.name.isdigit()]
-    assert saved == [stopped_at]
+    assert saved_steps(out) == [metrics(out)[-1]["step"]]
     finish(start_toy(out, "--save-every", 0))
     assert_close(final(out), final(unbroken), 0)
 
@@ -139,7 +72,7 @@ def test_saved_by_two_processes_restored_by_one_and_four(tmp_path, unbroken):
     expected = final(unbroken)
     out = tmp_path / "two"
     run_processes(out, 2, 2, "--mesh.data", 2, "--mesh.model", 2, "--stop-at", 12)
-    assert [path.name for path in (out / "checkpoints" / "state").iterdir() if path.name.isdigit()]
+    assert saved_steps(out)
     one, four = tmp_path / "one", tmp_path / "four"
     shutil.copytree(out, one)
     shutil.copytree(out, four)
@@ -155,5 +88,26 @@ def test_saved_by_two_processes_restored_by_one_and_four(tmp_path, unbroken):
 def test_two_processes_equal_one(tmp_path, unbroken):
     run_processes(tmp_path / "run", 2, 1)
     assert_close(final(tmp_path / "run"), final(unbroken))
+    assert_same_curve(tmp_path / "run", unbroken)
     # Only the first process writes: every line stands there once.
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 31))
+
+
+@pytest.mark.multiprocess
+def test_four_processes_read_every_record_once_and_train_as_one(tmp_path):
+    one, four = tmp_path / "one", tmp_path / "four"
+    finish(start_toy(one, "--records", "--steps", 6))
+    run_processes(four, 4, 2, "--records", "--steps", 6)
+
+    def read(out, process):
+        lines = (out / f"records-{process}.jsonl").read_text().splitlines()
+        return {line["step"]: line["records"] for line in map(json.loads, lines)}
+
+    whole, shares = read(one, 0), [read(four, process) for process in range(4)]
+    for step in range(6):
+        assert all(len(share[step]) == 4 for share in shares)
+        assert [record for share in shares for record in share[step]] == whole[step]
+    for epoch in (range(3), range(3, 6)):  # 48 records in batches of 16
+        assert sorted(record for step in epoch for share in shares for record in share[step]) == list(range(48))
+    assert_close(final(four), final(one))
+    assert_same_curve(four, one)
