@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import signal
 from pathlib import Path
@@ -128,6 +129,80 @@ def test_a_bad_number_just_before_a_save_is_not_saved(tmp_path, parts):
     with pytest.raises(InputError, match="step 5,"):
         run(tmp_path, parts, batches=broken)
     assert saved(tmp_path) == []
+
+
+def spoilt(*bad):
+    """Return a stream whose batches of some numbers, from 1, are not finite."""
+
+    def batches(first):
+        for number, batch in enumerate(toy.batches()(first), first + 1):
+            yield {"image": batch["image"] * (np.float32(np.nan) if number in bad else np.float32(1))}
+
+    return batches
+
+
+def without(*left_out):
+    """Return the stream without the batches of some numbers, from 1."""
+
+    def batches(first):
+        numbered = ((number, batch) for number, batch in enumerate(toy.batches()(0), 1) if number not in left_out)
+        return (batch for _, batch in itertools.islice(numbered, first, None))
+
+    return batches
+
+
+def test_a_run_goes_back_to_its_last_save_and_on_without_the_batches_since(tmp_path, parts):
+    config = dataclasses.replace(CONFIG, rollbacks=2)
+    state, _ = run(tmp_path / "bad", parts, config, batches=spoilt(3, 10))
+    # Batch 3 before any save: back to the first state, without batches 1 to 3. Step 5 then takes batch 8, step 7 batch 10.
+    expected, _ = run(tmp_path / "good", parts, batches=without(1, 2, 3, 9, 10))
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+    record = json.loads((tmp_path / "bad" / "checkpoints" / "state-rollbacks.json").read_text())["rollbacks"]
+    assert [(entry["step"], entry["back_to_step"]) for entry in record] == [(3, 0), (7, 5)]
+    assert [(entry["first_batch"], entry["last_batch"]) for entry in record] == [(1, 3), (9, 10)]
+    assert all(entry["value"] == "nan" for entry in record)
+    assert steps_of(tmp_path / "bad") == [3, 6, 9, 12]
+    found = [line["loss"] for line in read_metrics(tmp_path / "bad")]
+    assert found == [line["loss"] for line in read_metrics(tmp_path / "good")]
+    told = (tmp_path / "bad" / "log.txt").read_text()
+    assert "is nan: going back to step 5, and on without batches 9 to 10 (rollback 2 of 2)." in told
+
+
+def test_a_resumed_run_leaves_the_same_batches_out_and_counts_its_rollbacks(tmp_path, parts):
+    config = dataclasses.replace(CONFIG, rollbacks=1)
+
+    def ending(first):
+        return (batch for _, batch in zip(range(first, 9), spoilt(7)(first), strict=False))
+
+    with pytest.raises(InputError, match="data: expected a batch for step 8, found no more records"):
+        run(tmp_path / "cut", parts, config, batches=ending)
+    state, _ = run(tmp_path / "cut", parts, config, batches=spoilt(7))
+    whole, _ = run(tmp_path / "whole", parts, config, batches=spoilt(7))
+    jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
+    # Batch 15 would be the last; the one rollback is spent.
+    with pytest.raises(InputError, match=r"step 12, \w+: expected a finite number, found nan; .*--loop.rollbacks"):
+        run(tmp_path / "twice", parts, config, batches=spoilt(7, 14))
+
+
+def test_a_rollback_forgets_the_evaluations_after_the_save(tmp_path, parts):
+    config = dataclasses.replace(CONFIG, rollbacks=1, evaluate_every=1, best="auroc")
+    turn = iter([*range(1, 8), *range(8, 20)])  # better every time, so that step 7 was the best when it was taken back
+
+    def evaluate(state):
+        return {"auroc": float(next(turn) if int(state.step) in (5, 6, 7) else 0.0)}
+
+    run(tmp_path, parts, config, batches=spoilt(8), evaluate=evaluate)
+    assert steps_of(tmp_path) == sorted([*range(1, 13), 3, 6, 9, 12])
+    assert saved(tmp_path, "best") == [7]
+    best = [
+        line["evaluation/auroc"] for line in read_metrics(tmp_path) if "evaluation/auroc" in line and line["step"] == 7
+    ]
+    assert best == [5.0]  # of the second time
+
+
+def test_checkpoints_of_round_steps_stay(tmp_path, parts):
+    run(tmp_path, parts, dataclasses.replace(CONFIG, save_every=2, keep=1, keep_every=4))
+    assert saved(tmp_path) == [4, 8, 12]
 
 
 def test_a_signal_ends_the_run_after_its_step(tmp_path, parts):
