@@ -1,10 +1,8 @@
-"""What the training loop costs: rows `engine_fit` and `checkpoint_save`.
+"""What the training loop costs: row `engine_fit`.
 
-`engine_fit`: seconds a step of `fit`, with metrics checked at every step and written at every tenth, against the same
-compiled step called in a bare loop (implementation `bare step`). The step multiplies matrices for about 20 ms. Seconds
-are told by the moments at which batches are asked for, so neither compilation nor the last save counts.
-`checkpoint_save`: seconds for which saving a state holds up the loop; the accuracy column holds its share of a save
-interval of 30 s, the size of the state, and the seconds until it is on disk.
+Seconds a step of `fit`, with metrics checked at every step and written at every tenth, against the same compiled step
+called in a bare loop (implementation `bare step`). The step multiplies matrices for about 20 ms. Seconds are told by
+the moments at which batches are asked for, so neither compilation nor the last save counts.
 """
 
 import tempfile
@@ -18,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from timing import Measurement, emit, make_rows, measure_peak, parse_config, prepare
 
-from jaxmed.train.checkpoint import Checkpoints
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit
 from jaxmed.train.mesh import MeshConfig, make_mesh, shard_batch
 from jaxmed.train.run_folder import RunOptions, open_run, start
 
-# Steps of a timed run, and the entries of the state that is saved, float32.
-SIZES = {"smoke": (20, 2**20), "cpu": (150, 2**26), "gpu": (300, 2**30), "pod": (300, 2**30)}
+# Steps of a timed run.
+SIZES = {"smoke": 20, "cpu": 150, "gpu": 300, "pod": 300}
 STEP_S = 0.02
 
 
@@ -33,7 +30,7 @@ def main() -> None:
     """Measure and print the rows."""
     config = parse_config(__doc__)
     conditions = prepare(config)
-    steps, entries = SIZES[config.size]
+    steps = SIZES[config.size]
     peak = measure_peak()
     mesh = make_mesh(MeshConfig(data=1))
     step, state, flops = make_step(peak.matmul_flops, mesh)
@@ -50,14 +47,6 @@ def main() -> None:
         conditions,
         peak,
     )
-    blocked, written = save_states(entries, config.repeats, mesh)
-    share = {
-        "share_of_30_s": float(np.median(blocked)) / 30,
-        "megabytes": 4 * entries / 1e6,
-        "on_disk_s": float(np.median(written)),
-    }
-    measured = {"jaxmed": Measurement(tuple(blocked), accuracy=share)}
-    rows += make_rows("checkpoint_save", f"{4 * entries / 1e6:,.0f} MB in 16 arrays", measured, conditions, peak)
     emit(rows, config.json)
 
 
@@ -104,24 +93,6 @@ def run_bare(step: Any, state: Any, steps: int, mesh: Any) -> float:
         state, metrics = step(state, shard_batch(batch, mesh))
         jax.block_until_ready(metrics)
     return (times[-1] - times[2]) / (len(times) - 3)
-
-
-def save_states(entries: int, repeats: int, mesh: Any) -> tuple[list[float], list[float]]:
-    """Return, per save, the seconds that the caller waits and the seconds until the state is on disk."""
-    place = jax.NamedSharding(mesh, jax.P())
-    state = {f"array_{i}": jax.device_put(jnp.full(entries // 16, float(i)), place) for i in range(16)}
-    jax.block_until_ready(state)
-    blocked, written = [], []
-    with tempfile.TemporaryDirectory() as name, Checkpoints(Path(name) / "state", keep=1) as checkpoints:
-        for number in range(repeats + 1):
-            began = time.perf_counter()
-            checkpoints.save(number, state)
-            returned = time.perf_counter() - began
-            checkpoints.wait()
-            if number:
-                blocked.append(returned)
-                written.append(time.perf_counter() - began)
-    return blocked, written
 
 
 if __name__ == "__main__":
