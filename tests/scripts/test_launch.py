@@ -25,7 +25,7 @@ exec bash "$FAKE/job"
 """
 # Starts one local process for every node; of their exit codes the highest is its own, as of srun.
 SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do echo "$1" >> "$FAKE/srun"; shift; done
+while [[ $1 == --* ]]; do echo "$1" >> "$FAKE/srun.txt"; shift; done
 processes=() highest=0
 for ((number = 0; number < SLURM_JOB_NUM_NODES; number++)); do
   SLURM_PROCID=$number SLURM_NTASKS=$SLURM_JOB_NUM_NODES SLURM_LOCALID=0 SLURM_STEP_NODELIST=localhost "$@" &
@@ -38,17 +38,17 @@ for process in "${processes[@]}"; do
 done
 exit "$highest"
 """
-SCONTROL = '#!/usr/bin/env bash\necho "$@" >> "$FAKE/scontrol"\n'
+SCONTROL = '#!/usr/bin/env bash\necho "$@" >> "$FAKE/scontrol.txt"\n'
 # Notes its arguments and ends with the exit codes of $CODES, one a call.
 JAXMED = """#!/usr/bin/env bash
 printf '%s\\n' "$@" '--' >> "$FAKE/calls"
 number=$(grep -c -x -e '--' "$FAKE/calls")
 exit "$(echo "$CODES" | cut -d ' ' -f "$number")"
 """
-KUBECTL = '#!/usr/bin/env bash\necho "$@" > "$FAKE/kubectl"\ncat > "$FAKE/yaml"\n'
+KUBECTL = '#!/usr/bin/env bash\necho "$@" > "$FAKE/kubectl.txt"\ncat > "$FAKE/yaml"\n'
 # Runs the command of one worker here, as ssh would there.
 GCLOUD = """#!/usr/bin/env bash
-printf '%s\\n' "$@" > "$FAKE/gcloud"
+printf '%s\\n' "$@" > "$FAKE/gcloud.txt"
 for word in "$@"; do
   if [[ $word == --command=* ]]; then bash -c "${word#--command=}" || exit 1; fi
 done
@@ -68,6 +68,7 @@ def cluster(tmp_path):
     environment = {
         **os.environ, "PATH": f"{fake}{os.pathsep}{os.environ['PATH']}", "FAKE": str(fake),
         "JAXMED": str(fake / ".venv" / "bin" / "jaxmed"), "SLURM_JOB_ID": "7", "CODES": "0",
+        "HOME": str(tmp_path),
     }  # fmt: skip
     return fake, environment
 
@@ -158,10 +159,10 @@ def test_slurm_puts_a_job_that_was_told_to_stop_back_into_the_queue(cluster):
     fake, environment = cluster
     options = ("--retries", 2, "--pause", 0)
     found = launch("slurm", *options, "--", *COMMAND, environment=environment | {"CODES": "143"})
-    assert found.returncode == 0 and (fake / "scontrol").read_text() == "requeue 7\n"
+    assert found.returncode == 0 and (fake / "scontrol.txt").read_text() == "requeue 7\n"
     environment |= {"CODES": "143 143", "SLURM_RESTART_COUNT": "2"}
     assert launch("slurm", *options, "--", *COMMAND, environment=environment).returncode == 143
-    assert (fake / "scontrol").read_text() == "requeue 7\n" and len(calls(fake)) == 2
+    assert (fake / "scontrol.txt").read_text() == "requeue 7\n" and len(calls(fake)) == 2
 
 
 def slurm_job_id():
@@ -190,7 +191,7 @@ def test_two_processes_of_slurm_find_each_other_and_train_as_one(tmp_path, clust
     options = ("--nodes", 2, "--gpus-per-node", 0, "--retries", 0)
     found = launch("slurm", *options, "--", "toy", "train", "--out", tmp_path / "two", environment=environment)
     assert found.returncode == 0, found.stderr[-3000:]
-    assert (fake / "srun").read_text().split() == ["--ntasks-per-node=1", "--wait=180"]
+    assert (fake / "srun.txt").read_text().split() == ["--ntasks-per-node=1", "--wait=180"]
     finish(start_toy(tmp_path / "one"))
     assert_close(final(tmp_path / "two"), final(tmp_path / "one"))
     assert [line["step"] for line in metrics(tmp_path / "two")] == list(range(1, 31))
@@ -261,7 +262,7 @@ def test_jobset_is_applied_by_kubectl(cluster):
     options = ("--image", "registry/jaxmed:1", "--namespace", "lab")
     found = launch("jobset", *options, "--", *COMMAND, environment=environment)
     assert found.returncode == 0, found.stderr
-    assert (fake / "kubectl").read_text() == "--namespace lab apply -f -\n"
+    assert (fake / "kubectl.txt").read_text() == "--namespace lab apply -f -\n"
     assert yaml.safe_load((fake / "yaml").read_text()) == jobset()
 
 
@@ -273,7 +274,7 @@ def test_a_tpu_vm_runs_the_command_on_every_worker(cluster):
     options = ("--name", "v5p", "--zone", "us-east5-a", "--project", "lab", "--folder", fake)
     found = launch("tpu-vm", *options, "--", *COMMAND, environment=environment)
     assert found.returncode == 0, found.stderr
-    words = (fake / "gcloud").read_text().splitlines()
+    words = (fake / "gcloud.txt").read_text().splitlines()
     assert words[:7] == [
         "compute", "tpus", "tpu-vm", "ssh", "v5p", "--zone=us-east5-a", "--project=lab",
     ]  # fmt: skip

@@ -20,6 +20,9 @@ from toy_processes import (
     wait_for_step,
 )
 
+from jaxmed.errors import InputError
+from jaxmed.train.processes import lost_sign
+
 pytestmark = pytest.mark.multiprocess
 BOUND = 60.0  # seconds in which the others must have ended
 SLOWLY = ("--pause", 0.1, "--save-every", 4)
@@ -91,6 +94,31 @@ def test_a_mistake_in_one_process_ends_both(tmp_path):
     assert processes[1].returncode == 2
     assert told(second) == ["jaxmed: scan_7.nii.gz: expected an image, found a truncated file"]
     assert_lost(processes[0], first, 0)
+
+
+def test_processes_that_cannot_find_each_other_say_so(tmp_path):
+    process = start_toy(tmp_path / "run", "--mesh.distributed")
+    ((_, errors),) = end(process)
+    assert process.returncode == 2, errors[-3000:]
+    (line,) = told(errors)
+    assert line.startswith("jaxmed: mesh.distributed: expected SLURM, Open MPI or a TPU pod, or the fields coordinator")
+    assert line.endswith("found coordinator_address should be defined; see scripts/launch/ --help")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), True),
+        (RuntimeError("INTERNAL: NCCL operation ncclAllReduce failed"), True),
+        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: save"), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("shapes (2, 3) and (4,) do not fit"), False),
+        (InputError("Gloo.nii.gz", "an image", "a truncated file"), False),
+        (OSError("Connection reset by peer"), False),
+    ],
+)
+def test_errors_of_another_process_are_told_from_others(error, is_lost):
+    assert bool(lost_sign(error)) == is_lost
 
 
 def test_sigterm_to_one_process_saves_on_all(tmp_path, unbroken):
