@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxmed.config import Count, Whole, checked
 from jaxmed.errors import InputError, Interrupted
 from jaxmed.train.announce import announce, require_memory
+from jaxmed.train.best import Best
 from jaxmed.train.checkpoint import Checkpoints, Restored
 from jaxmed.train.log import Log, at_work
 from jaxmed.train.mesh import shard_batch
@@ -130,7 +131,9 @@ def fit(
             checkpoints.save(done, state)
         best = None
         if config.best:
-            best = _Best(config, Checkpoints(folder.checkpoints / "best", record, keep=None), done, log)
+            place = Checkpoints(folder.checkpoints / "best", record, keep=None)
+            best = Best(config.best, config.best_is, config.patience, place)
+            best.rewind(done, log)
         devices = 1 if mesh is None else mesh.size
         run = _Run(config, step, log, folder, checkpoints, best, evaluate, devices, part, unit, is_finished)
         while True:
@@ -154,51 +157,6 @@ def _placed(stream: Generator[Any, None, None], mesh: Mesh | None) -> Generator[
             yield batch if mesh is None else shard_batch(batch, mesh)
 
 
-class _Best:
-    """The best evaluation so far; read back from metrics.jsonl, so that a resumed run decides as an unbroken one."""
-
-    def __init__(self, config: LoopConfig, checkpoints: Checkpoints, done: int, log: Log) -> None:
-        self.config, self.checkpoints, self.name = config, checkpoints, f"evaluation/{config.best}"
-        self.rewind(done, log)
-
-    def rewind(self, done: int, log: Log) -> None:
-        """Forget what came after a step, and read again what came before."""
-        self.value: float | None = None
-        self.since = 0  # evaluations
-        self.checkpoints.discard_after(done)
-        for line in log.read_metrics():
-            # Of several processes the first takes later lines out of the file, but perhaps not yet.
-            if self.name in line and line["step"] <= done:
-                self._improves(line[self.name])
-
-    @property
-    def is_out_of_patience(self) -> bool:
-        return 0 < self.config.patience <= self.since
-
-    def take(self, values: Mapping[str, float], number: int, state: Any, states: Checkpoints) -> None:
-        """Save a new best; the one that a run continuing from the last saved state needs stays until the next."""
-        if self.name not in values:
-            known = ", ".join(key.removeprefix("evaluation/") for key in values)
-            raise InputError("loop.best", f"a metric of the evaluation ({known})", self.config.best)
-        if self._improves(values[self.name]):
-            states.wait()
-            self.checkpoints.wait()
-            last = max(states.steps(), default=0)
-            self.checkpoints.keep_only([step for step in self.checkpoints.steps() if step <= last][-1:])
-            self.checkpoints.save(number, state)
-
-    def close(self) -> None:
-        self.checkpoints.wait()
-        self.checkpoints.keep_only(self.checkpoints.steps()[-1:])
-        self.checkpoints.close()
-
-    def _improves(self, value: float) -> bool:
-        sign = 1 if self.config.best_is == "largest" else -1
-        is_better = self.value is None or sign * value > sign * self.value
-        self.value, self.since = (value, 0) if is_better else (self.value, self.since + 1)
-        return is_better
-
-
 @dataclasses.dataclass
 class _Run:
     """What stays the same while a run advances."""
@@ -208,7 +166,7 @@ class _Run:
     log: Log
     folder: RunFolder
     checkpoints: Checkpoints
-    best: _Best | None
+    best: Best | None
     evaluate: Callable[..., Mapping[str, float]] | None
     num_devices: int
     part: str
