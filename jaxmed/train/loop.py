@@ -131,8 +131,8 @@ def fit(
             checkpoints.save(done, state)
         best = None
         if config.best:
-            place = Checkpoints(folder.checkpoints / "best", record, keep=None)
-            best = Best(config.best, config.best_is, config.patience, place)
+            kept = Checkpoints(folder.checkpoints / "best", record, keep=None)
+            best = Best(config.best, config.best_is, config.patience, kept)
             best.rewind(done, log)
         devices = 1 if mesh is None else mesh.size
         run = _Run(config, step, log, folder, checkpoints, best, evaluate, devices, part, unit, is_finished)
