@@ -223,8 +223,8 @@ def test_files_replaced_in_place_are_noticed(tmp_path, given, name, is_input, is
     assert open_fit(path, given).status != "new"  # or what belongs to a record
 
 
-def edit(path, byte=-2):
-    """Change one byte of a file, which keeps its size."""
+def edit(path, byte=1):
+    """Change one byte of a file, which keeps its size; the second of a table is in a name of a column."""
     data = bytearray(path.read_bytes())
     data[byte] ^= 1
     path.write_bytes(data)
