@@ -94,12 +94,12 @@ def work(task: dict[str, Any]) -> None:
     """Be one of the processes."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import multihost_utils
 
     from jaxmed.train.log import Log
     from jaxmed.train.loop import LoopConfig, fit
     from jaxmed.train.mesh import MeshConfig, make_mesh, process_slice
     from jaxmed.train.optimizer import OptimizerConfig, make_optimizer
+    from jaxmed.train.processes import wait_for_all
     from jaxmed.train.run_folder import RunOptions, open_run, start
     from jaxmed.train.state import create_state
     from jaxmed.train.step import make_train_step
@@ -111,8 +111,7 @@ def work(task: dict[str, Any]) -> None:
     folder = open_run("benchmark", "scaling", None, RunOptions(Path(task["out"]) / "run", quiet=True))
     if is_first:
         start(folder)
-    if task["processes"] > 1:
-        multihost_utils.sync_global_devices("folder")
+    wait_for_all("folder")
 
     def init(key: Any) -> dict[str, jax.Array]:
         encoder, decoder = jax.random.split(key)

@@ -207,11 +207,17 @@ def _run_stage(system: str, stage: str, arguments: list[str]) -> int:
     with contextlib.nullcontext() if "--quiet" in arguments else keep_speaking():
         with at_work("Starting"):  # the imports of a stage take seconds, on a busy machine many
             module = load_stage(system, stage)
+            from jaxmed.train.mesh import join_where_asked
+            from jaxmed.train.processes import wait_for_all
             from jaxmed.train.run_folder import open_run
 
             config, options = parse_stage(module, f"jaxmed {system} {stage}", arguments)
+        with at_work("Waiting for the other processes of this run"):
+            are_several = join_where_asked(config)
         tries_failed_again = getattr(module, "TRIES_FAILED_AGAIN", False)
         folder = open_run(system, stage, config, options, tries_failed_again=tries_failed_again)
+        if are_several:  # the first begins to write in it once all have looked at it
+            wait_for_all("run folder")
         if folder.status == "complete":
             if folder.note:
                 print(f"Note: {folder.note}", file=sys.stderr)

@@ -18,12 +18,12 @@ from types import ModuleType, UnionType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
-from jax.experimental import multihost_utils
 
 from jaxmed.config import from_record, to_record
 from jaxmed.files import read_record, write_text
 from jaxmed.report.page import Section, Tile, render
 from jaxmed.train.log import Log
+from jaxmed.train.processes import wait_for_all
 from jaxmed.train.run_folder import RunFolder, RunOptions, open_run, read_summary, start, write_summary
 
 Config = TypeVar("Config")
@@ -106,8 +106,7 @@ def first_only(write: Callable[[], object], what: str) -> None:
     """
     if jax.process_index() == 0:
         write()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    wait_for_all(what)
 
 
 def finish(

@@ -5,7 +5,7 @@ of each batch.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -43,6 +43,21 @@ class MeshConfig:
     coordinator: str | None = None
     processes: Count | None = None
     process: Whole | None = None
+
+
+def join_where_asked(config: object) -> bool:
+    """Connect the processes of a stage, before anything in it uses jax, where its configuration asks for it.
+
+    Args:
+        config: Of the stage; a `MeshConfig` may stand anywhere in it.
+
+    Returns:
+        Whether there are other processes.
+    """
+    asking = [mesh for mesh in _meshes(config) if mesh.distributed]
+    if asking and not jax.distributed.is_initialized():
+        join(asking[0].coordinator, asking[0].processes, asking[0].process)
+    return bool(asking)
 
 
 def make_mesh(config: MeshConfig = MeshConfig()) -> Mesh:
@@ -134,6 +149,14 @@ def shard_batch(batch: Mapping[str, Shaped[np.ndarray, "..."]], mesh: Mesh) -> d
             expected = f"a multiple of the {devices} devices along data"
             raise InputError("batch_size", expected, size, "change the batch size, or --mesh.data")
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def _meshes(record: object) -> Iterator[MeshConfig]:
+    if isinstance(record, MeshConfig):
+        yield record
+    elif dataclasses.is_dataclass(record) and not isinstance(record, type):
+        for field in dataclasses.fields(record):
+            yield from _meshes(getattr(record, field.name))
 
 
 def _split_largest(shape: tuple[int, ...], count: int, smallest: int) -> PartitionSpec:

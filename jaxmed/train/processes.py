@@ -16,6 +16,7 @@ import traceback
 from typing import Any, NoReturn
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxmed.errors import InputError, Interrupted
 
@@ -71,6 +72,16 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         expected = "SLURM, Open MPI or a TPU pod, or the fields coordinator, processes and process of mesh"
         raise InputError("mesh.distributed", expected, str(error).rstrip("."), "see scripts/launch/ --help") from error
     _MEMBER.name = f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until every process has come this far.
+
+    Args:
+        what: Name of the place, the same in all processes.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def lost_sign(error: BaseException) -> str:

@@ -28,7 +28,7 @@ def start_toy(out, *arguments, devices=1, **environment):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def end(*processes, limit=120):
+def end(*processes, limit=240):
     """Wait for all of them and return what each printed; nobody outlives the limit, not even who ignores SIGTERM."""
     deadline = time.monotonic() + limit
     try:
@@ -40,7 +40,7 @@ def end(*processes, limit=120):
                 process.wait()
 
 
-def finish(*processes, limit=120):
+def finish(*processes, limit=240):
     """Wait until all of them have ended well."""
     outputs = end(*processes, limit=limit)
     for process, (_, errors) in zip(processes, outputs, strict=True):
@@ -56,7 +56,7 @@ def metrics(out):
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def wait_for_step(process, out, step, limit=60):
+def wait_for_step(process, out, step, limit=150):
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline and process.poll() is None:
         if any(line["step"] >= step for line in metrics(out)):

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import toy
 import tyro
-from jax.experimental import multihost_utils
 
 from jaxmed.arrays.trees import named_leaves
 from jaxmed.cli import tell_error
@@ -72,8 +71,7 @@ def main(config: Config) -> None:
     run = open_run("toy", "train", config.steps, RunOptions(config.out))
     if is_writer:
         start(run)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("folder")
+    processes.wait_for_all("folder")
     settings = OptimizerConfig(peak_lr=3e-3, warmup_steps=5, clip_norm=1.0)
     optimizer, schedule = make_optimizer(settings, config.steps), learning_rate(settings, config.steps)
     state = create_state(

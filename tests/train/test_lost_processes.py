@@ -90,7 +90,7 @@ def test_a_process_that_hangs_is_missed_after_its_heartbeats(tmp_path):
 def test_a_mistake_in_one_process_ends_both(tmp_path):
     out = tmp_path / "run"
     processes = start_processes(out, 2, 1, *SLOWLY, "--fail-at", 6)
-    (_, first), (_, second) = end(*processes, limit=BOUND + 60)
+    (_, first), (_, second) = end(*processes, limit=BOUND + 180)
     assert processes[1].returncode == 2
     assert told(second) == ["jaxmed: scan_7.nii.gz: expected an image, found a truncated file"]
     assert_lost(processes[0], first, 0)
@@ -123,7 +123,7 @@ def test_errors_of_another_process_are_told_from_others(error, is_lost):
 
 def test_sigterm_to_one_process_saves_on_all(tmp_path, unbroken):
     out = tmp_path / "run"
-    processes = start_processes(out, 2, 1, "--pause", 0.1, "--save-every", 0)
+    processes = start_processes(out, 2, 1, "--pause", 0.5, "--save-every", 0)
     wait_for_step(processes[0], out, 5)
     processes[1].send_signal(signal.SIGTERM)
     outputs = end(*processes, limit=BOUND)

@@ -1,5 +1,7 @@
 """Meshes and layouts, on eight virtual devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,25 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxmed.errors import InputError
+from jaxmed.recipes.training import TrainConfig
+from jaxmed.train import mesh
 from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, process_slice, shard_batch
 
 pytestmark = pytest.mark.core
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    train: TrainConfig = TrainConfig()
+    rate: float = 0.5
+
+
+def test_a_stage_joins_its_processes_where_its_mesh_asks(monkeypatch):
+    joined = []
+    monkeypatch.setattr(mesh, "join", lambda *place: joined.append(place))
+    assert not mesh.join_where_asked(Stage()) and not joined
+    asking = MeshConfig(distributed=True, coordinator="a:1", processes=2, process=1)
+    assert mesh.join_where_asked(Stage(TrainConfig(mesh=asking))) and joined == [("a:1", 2, 1)]
 
 
 def test_axes_fill_the_devices():

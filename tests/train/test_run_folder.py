@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,17 @@ def test_progress_without_a_terminal_is_plain_lines(tmp_path, capsys):
     printed = capsys.readouterr().err
     assert printed.startswith("Fitting: 10 of 10 voxels") and printed.count("\n") == 1
     assert "Fitting" in (tmp_path / "log.txt").read_text()
+
+
+def test_every_line_of_the_log_has_a_clock(tmp_path):
+    log = Log(tmp_path, quiet=True)
+    log.say("hello")
+    with log.progress("Fitting", 10, "voxels") as update:
+        update(10)
+    log.say("goodbye")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == 2
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d  \w", line) for line in lines)
 
 
 def test_quiet_prints_nothing_but_keeps_the_log(tmp_path, capsys):
