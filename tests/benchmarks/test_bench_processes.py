@@ -21,6 +21,7 @@ def test_the_share_of_a_save_is_that_of_the_interval_between_two():
     assert found["slower_beside_writing"] == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_of_the_benchmark_train_as_one():
     size = (64, 8, 6)

@@ -83,6 +83,7 @@ def test_the_first_process_is_killed_which_the_others_are_connected_through(tmp_
     assert_close(final(out), final(unbroken))
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_missed_after_its_heartbeats(tmp_path):
     lose(tmp_path, 1, signal.SIGSTOP, "--heartbeat", 10)
 
@@ -134,6 +135,6 @@ def test_sigterm_to_one_process_saves_on_all(tmp_path, unbroken):
     assert step < 30
     assert lines[0] == [f"jaxmed: stopped by SIGTERM after step {step} of 30, which is saved; "
                         "the same command continues there"]  # fmt: skip
-    run_processes(out, 2, 1, "--save-every", 0)
+    finish(start_toy(out, "--save-every", 0))
     assert f"Continuing after step {step}" in (out / "log.txt").read_text()
     assert_close(final(out), final(unbroken))
