@@ -147,7 +147,8 @@ def labelled(adapted, tmp_path_factory):
 def head_on_frozen(adapted, labelled, out, *words):
     """Train a head alone on the pre-trained encoder; without augmentation its features are computed once."""
     command = ("--preset", "smoke", "--quiet", "--mode", "frozen", "--hidden", "0", "--quality-scans", "0",
-               "--data.check", "1", "--data.manifest", labelled, "--data.cache", adapted / "inputs" / "prepared",
+               "--data.check", "1", "--epochs", "40", "--data.manifest", labelled,
+               "--data.cache", adapted / "inputs" / "prepared",
                "--weights", adapted / "inputs" / "pretrain", "--out", out)  # fmt: skip
     return main(["profound", "adapt", *map(str, command), *words])
 

@@ -33,8 +33,8 @@ def laptop() -> Config:
 
 def smoke() -> Config:
     """A tiny model at 16 x 32 x 32, in seconds: on your cases, or pre-trained and adapted on phantoms."""
-    train = TrainConfig(small_optimizer(1e-2), LONG, LoaderConfig(batch_size=10), epochs=40, warmup_epochs=1)
-    return small(60, train, tiny=True, evaluate_epochs=8)
+    train = TrainConfig(small_optimizer(1e-2), LONG, LoaderConfig(batch_size=10), epochs=24, warmup_epochs=1)
+    return small(60, train, tiny=True, evaluate_epochs=6)
 
 
 def run(config: Config, folder: RunFolder) -> int:

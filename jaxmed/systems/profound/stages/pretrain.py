@@ -148,10 +148,10 @@ def smoke() -> Config:
     """A tiny model at 16 x 32 x 32, in seconds: on your cases, or on a few phantoms."""
     train = TrainConfig(
         OptimizerConfig(peak_lr=3e-3, b2=0.95, weight_decay=0.05),
-        LoopConfig(log_every=5, save_every=80, evaluate_every=40),
+        LoopConfig(log_every=5, save_every=60, evaluate_every=30),
         LoaderConfig(batch_size=4),
         MeshConfig(data=1),
-        epochs=20,
+        epochs=12,
         warmup_epochs=2,
     )
     return Config(

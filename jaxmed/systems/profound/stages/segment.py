@@ -119,9 +119,9 @@ def smoke() -> Config:
     --data.synthetic 200 --epochs 60.
     """
     train = TrainConfig(
-        dataclasses.replace(OPTIMIZER, peak_lr=5e-3, end_lr=1e-4, layer_decay=1.0),
-        dataclasses.replace(BEST, save_every=45, evaluate_every=45), LoaderConfig(batch_size=4), MeshConfig(data=1),
-        epochs=30, warmup_epochs=2,
+        dataclasses.replace(OPTIMIZER, peak_lr=1e-2, end_lr=1e-4, layer_decay=1.0),
+        dataclasses.replace(BEST, save_every=33, evaluate_every=33), LoaderConfig(batch_size=4), MeshConfig(data=1),
+        epochs=22, warmup_epochs=2,
     )  # fmt: skip
     depth, rows, columns = SMALL_INPUT.spacing
     mild = dataclasses.replace(
