@@ -16,13 +16,13 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Annotated, Any
 
 from jaxmed.config import from_record, resolve_paths
 from jaxmed.errors import InputError, Interrupted, nearest
-from jaxmed.files import WRITE_ADVICE, read_record
+from jaxmed.files import WRITE_ADVICE, expand_home, read_record
 
 STAGES = {
     "tangerine pretrain": "train a 3D masked autoencoder on chest CTs without labels",
@@ -92,6 +92,7 @@ SYSTEMS = {
 }
 COMMANDS = {
     "weights": "jaxmed weights       published weights: list, show, import, export",
+    "data": "jaxmed data          pack records for training on many machines; write synthetic data sets",
     "report": "jaxmed report RUN    write the page of a finished run again",
     "doctor": "jaxmed doctor        versions, devices, memory, and what is missing",
 }
@@ -169,6 +170,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _report(rest)
     if first == "weights":
         return _weights(rest)
+    if first == "data":
+        return _data(rest)
     if first not in SYSTEMS:
         known = [*SYSTEMS, *COMMANDS]
         raise InputError(first, "a system or a command", "an unknown word", nearest(first, known))
@@ -402,21 +405,45 @@ def _weights(arguments: list[str]) -> int:
     name, rest = arguments[0], [word for word in arguments[1:] if word != "--debug"]
     if name not in weights.COMMANDS:
         raise InputError(f"weights {name}", "a command", "an unknown word", nearest(name, weights.COMMANDS))
-    function = weights.COMMANDS[name]
+    return _call(weights.COMMANDS[name], f"jaxmed weights {name}", rest)
+
+
+def _data(arguments: list[str]) -> int:
+    from jaxmed import data_command
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(data_command.__doc__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in data_command.COMMANDS:
+        raise InputError(f"data {name}", "a command", "an unknown word", nearest(name, data_command.COMMANDS))
+    if name == "phantoms":
+        return _call(data_command.write_phantoms, "jaxmed data phantoms", [word for word in rest if word != "--debug"])
+    from jaxmed.train.log import keep_speaking
+
+    with contextlib.nullcontext() if "--quiet" in rest else keep_speaking():
+        rest, stage = _take(rest, "--stage")
+        rest, preset = _take(rest, "--preset")
+        rest, place = _take(rest, "--weights")
+        kind = data_command.packing_of(stage, preset, None if place is None else expand_home(place))
+        packing = _parse(kind, "jaxmed data pack", rest, data_command.PACK)
+        return data_command.pack_records(resolve_paths(packing))
+
+
+def _call(function: Callable[..., None], program: str, arguments: list[str]) -> int:
+    """Parse words as the arguments of a function, and call it."""
 
     # Parsed apart from the work, whose output is not to be caught.
     @functools.wraps(function)
     def call(*values: Any, **options: Any) -> tuple[Any, Any]:
         return values, options
 
-    values, options = _parse(call, f"jaxmed weights {name}", rest)
+    values, options = _parse(call, program, arguments)
     function(*values, **options)
     return 0
 
 
 def _report(arguments: list[str]) -> int:
-    from jaxmed.files import expand_home
-
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print("usage: jaxmed report RUN\n\nWrite RUN/report.html again from what the run left in its folder.")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2

@@ -17,13 +17,14 @@ ROWS = [
     {"train", "report"},
     {"recipes"},
     {"systems"},
-    {"cli", "weights", "plan", "doctor", "__main__"},
+    {"cli", "weights", "data_command", "plan", "doctor", "__main__"},
 ]
 ROW = {name: index for index, row in enumerate(ROWS) for name in row}
 HOMES = {
     "flax": {"nn", "models"},
     "orbax": {"train/checkpoint.py", "io/weights_files.py"},
     "grain": {"data"},
+    "array_record": {"data/store.py"},
     "diffrax": {"solvers/ode.py"},
     "jraph": {"arrays/graphs.py"},
     "nibabel": {"io/nifti.py"},

@@ -29,6 +29,7 @@ from jaxmed.data.labels import (
     read_targets,
 )
 from jaxmed.data.splits import SPLITS, split_subjects
+from jaxmed.data.store import StoredSource, stored_scans
 from jaxmed.errors import InputError
 from jaxmed.io.scans import ScanFiles
 from jaxmed.io.sheets import is_missing
@@ -220,6 +221,7 @@ class LabelledSets(NamedTuple):
         meaning: What the labels mean.
         externals: Name, group and scans of further sets.
         notes: What a user should know about them.
+        store: Records of the manifest that were prepared before; None where files are read.
     """
 
     table: Table
@@ -227,6 +229,7 @@ class LabelledSets(NamedTuple):
     meaning: Meaning
     externals: list[tuple[str, str, Cohort]]
     notes: list[str]
+    store: StoredSource | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +281,7 @@ def read_labelled_sets(
     naming: Subjects = Subjects(),
     covariates: Sequence[str] = (),
     weight: str = "",
+    store: StoredSource | None = None,
 ) -> LabelledSets:
     """Read and check a manifest and its external sets.
 
@@ -293,6 +297,7 @@ def read_labelled_sets(
         naming: How the subjects of a folder of classes are told; of external folders by the pattern.
         covariates: Columns with what is known of the subjects beside the scan; external sets may lack them.
         weight: Column with how much each record counts in training; empty for none. Records of 0 are left out.
+        store: Where the records of the manifest are; its files need not be on this machine then.
 
     Raises:
         InputError: For whatever a user can have wrong in them.
@@ -319,7 +324,8 @@ def read_labelled_sets(
     splits = find_splits(table, config, fractions, seed)
     meaning = find_meaning(table, config, splits)
     task = meaning.task
-    cohort = _read_cohort(table, config, meaning, splits, resolve_paths(table), series, fill, levels)
+    paths = resolve_paths(table) if store is None else [scan.path for scan in stored_scans(table)]
+    cohort = _read_cohort(table, config, meaning, splits, paths, series, fill, levels)
     check_classes(cohort, task, table.path, needs_auroc)
     if weight:
         counts = read_weights(table, weight)
@@ -349,7 +355,7 @@ def read_labelled_sets(
                 f"{external.name} has subjects of the same name as the manifest ({', '.join(both[:3])}): if they are "
                 "the same people, its scores are too good."
             )
-    return LabelledSets(table, cohort, meaning, others, notes)
+    return LabelledSets(table, cohort, meaning, others, notes, store)
 
 
 def read_weights(table: Table, column: str) -> Float64[np.ndarray, " record"]:

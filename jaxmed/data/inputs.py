@@ -12,9 +12,10 @@ from jaxtyping import Float, Shaped
 
 from jaxmed.data.pack import PackConfig, PackedSource, pack
 from jaxmed.data.preprocess import RANGE_TOLERANCE, Preprocess
-from jaxmed.data.records import FileSource
+from jaxmed.data.records import FileSource, SubsetSource
 from jaxmed.data.scans import describe
 from jaxmed.data.sequences import find_case, require_sequences
+from jaxmed.data.store import StoredSource
 from jaxmed.errors import InputError
 from jaxmed.files import require_file
 from jaxmed.io.scans import ScanFiles, kind_of
@@ -41,7 +42,8 @@ def input_source(
     cache: Path | None = None,
     series: str = "",
     fill: float | None = None,
-) -> FileSource | PackedSource:
+    store: StoredSource | None = None,
+) -> FileSource | PackedSource | SubsetSource:
     """Make a source of prepared inputs under the field "image".
 
     Args:
@@ -50,8 +52,13 @@ def input_source(
         cache: Folder in which prepared inputs are kept, float16, to be read in place from then on.
         series: Which DICOM series is meant where a folder holds several, of scans that do not say it themselves.
         fill: Intensity of voxels that have none, likewise.
+        store: Records that were prepared before: read instead of files where all scans are in it and it was packed by
+            this preprocessing.
     """
     listed = [scan if isinstance(scan, ScanFiles) else ScanFiles(scan, series, fill=fill) for scan in scans]
+    rows = None if store is None else store.rows(listed, preprocess)
+    if store is not None and rows is not None:
+        return SubsetSource(store, rows)
     source = FileSource(
         {"image": tuple(scan.path for scan in listed)},
         readers={"image": partial(_read, {scan.path: scan for scan in listed}, preprocess)},
@@ -61,7 +68,13 @@ def input_source(
     return pack(source, cache, PreparedField(preprocess, listed[0].fill), PackConfig("float16"))
 
 
-def check_scans(scans: Sequence[ScanFiles | Path], preprocess: Preprocess, whole: int, threads: int) -> list[str]:
+def check_scans(
+    scans: Sequence[ScanFiles | Path],
+    preprocess: Preprocess,
+    whole: int,
+    threads: int,
+    store: StoredSource | None = None,
+) -> list[str]:
     """Look at the header of every scan of a training run before it starts, and read some from end to end.
 
     Args:
@@ -69,6 +82,7 @@ def check_scans(scans: Sequence[ScanFiles | Path], preprocess: Preprocess, whole
         preprocess: What each will go through.
         whole: How many are read, evenly spread over the list; of the others only the headers are.
         threads: That read.
+        store: Scans that are in it need no look, as of `input_source`.
 
     Returns:
         What is unexpected, each with the number of volumes and one of them.
@@ -77,6 +91,8 @@ def check_scans(scans: Sequence[ScanFiles | Path], preprocess: Preprocess, whole
         InputError: A volume is broken; where several are, the first three are named.
     """
     scans = [scan if isinstance(scan, ScanFiles) else ScanFiles(scan) for scan in scans]
+    if store is not None and store.rows(scans, preprocess) is not None:
+        return []
     read_whole = set(np.linspace(0, len(scans) - 1, min(whole, len(scans))).round().astype(int).tolist())
 
     def look(item: tuple[int, ScanFiles]) -> tuple[str, ...]:

@@ -213,7 +213,7 @@ def _pack_record(
     record = {}
     for name, value in fields.items():
         is_volume = isinstance(value, Volume)
-        array = _stored(np.asarray(value.array if is_volume else value), config.dtype, paths[name])
+        array = as_stored(np.asarray(value.array if is_volume else value), config.dtype, paths[name])
         place = Path(f"{index // 1000:04d}") / f"{index:07d}.{name}.npy"
         with atomic_path(folder / place) as temporary:
             np.save(temporary, array, allow_pickle=False)
@@ -229,7 +229,17 @@ def _pack_record(
     return record
 
 
-def _stored(array: Shaped[np.ndarray, "..."], dtype: str, where: str) -> Shaped[np.ndarray, "..."]:
+def as_stored(array: Shaped[np.ndarray, "..."], dtype: str, where: str) -> Shaped[np.ndarray, "..."]:
+    """Return an array in the type that files hold; whole numbers keep theirs.
+
+    Args:
+        array: As it was read.
+        dtype: For floating point.
+        where: Its file, for messages.
+
+    Raises:
+        InputError: A value does not fit.
+    """
     if array.dtype.kind != "f":
         return np.ascontiguousarray(array)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -287,21 +297,21 @@ def _read_index(folder: Path) -> dict[str, Any]:
 def _fingerprint(path: str) -> dict[str, Any]:
     if not os.path.isdir(path):
         require_file(path, "a file to pack")
-    size, time = _size_and_time(path)
+    size, time = size_and_time(path)
     return {"path": path, "size": size, "mtime_ns": time, "sha256": _sum(path)}
 
 
 def _is_unchanged(source: Mapping[str, Any]) -> bool:
     if not os.path.exists(source["path"]):
         return False
-    size, time = _size_and_time(source["path"])
+    size, time = size_and_time(source["path"])
     if size != source["size"]:
         return False
     # Copying a data set changes times and not contents, so a time alone proves nothing.
     return time == source["mtime_ns"] or _sum(source["path"]) == source["sha256"]
 
 
-def _size_and_time(path: str) -> tuple[int, int]:
+def size_and_time(path: str) -> tuple[int, int]:
     """Return the bytes of a file and when it changed; of a folder, such as one of slices, of all files under it."""
     files = [os.stat(file) for file in walk_files(path)] if os.path.isdir(path) else [os.stat(path)]
     return sum(status.st_size for status in files), max((status.st_mtime_ns for status in files), default=0)

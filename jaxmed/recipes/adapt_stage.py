@@ -25,6 +25,7 @@ from jaxmed.data.labels import LabelConfig, balanced_weights
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import ForgivingSource, LabelledSource, SubsetSource
 from jaxmed.data.splits import write_split_table
+from jaxmed.data.store import StoredSource, find_store
 from jaxmed.errors import InputError
 from jaxmed.files import expand_home
 from jaxmed.io.tables import write_table
@@ -73,6 +74,8 @@ class LabelledData:
             train; records of 0 are left out, an empty cell is 1. Empty counts all alike.
         cache: Folder in which prepared scans of the manifest are kept (float16, 34 MB each at 256^3). Empty prepares
             them anew in every epoch.
+        store: Records prepared by `jaxmed data pack`, read instead of the manifest's files; without a manifest its own
+            table counts. A manifest may name it in a column "store".
         check: Training and validation scans (of a study all, since every cell scores all) that are read from end to
             end before the run, evenly spread; of the others only the headers are.
         synthetic: Generate this many scans, and a set of another scanner, where no manifest is given.
@@ -87,6 +90,7 @@ class LabelledData:
     covariates: tuple[str, ...] = ()
     weight: str = ""
     cache: Path | None = None
+    store: Path | None = None
     check: Whole = 16
     synthetic: Number = 0
 
@@ -139,7 +143,8 @@ class LabelledConfig:
     @property
     def is_synthetic(self) -> bool:
         """Whether the data are generated: files given take their place, whatever the preset."""
-        return self.data.synthetic > 0 and self.data.manifest is None and not self.data.external
+        given = (self.data.manifest, self.data.store)
+        return self.data.synthetic > 0 and given == (None, None) and not self.data.external
 
 
 # The type of a stage's field `labelled`: on the command line its options carry no prefix.
@@ -274,7 +279,10 @@ def run_adapt(
     augment = first.augment or augment
     # Broken scans of the test split are left out when it is scored; nothing can be learnt from a broken one.
     learnt = sets.cohort.take(sets.cohort.rows("train", "validation"))
-    unexpected = check_scans(learnt.scans, first.preprocess, labelled.data.check, recipe.train.loader.num_threads)
+    # Refused before anything is written, where the store holds something else.
+    sources = labelled_sources(learnt, first, augment is not None, recipe.mode, None, sets.store)
+    threads = recipe.train.loader.num_threads
+    unexpected = check_scans(learnt.scans, first.preprocess, labelled.data.check, threads, sets.store)
     loop = recipe.train.loop
     told = [*notes, *sets.notes, *first.notes, *unexpected, *length_notes(loop, recipe.train.epochs)]
     log = begin(folder, told, tensorboard=loop.tensorboard)
@@ -282,7 +290,8 @@ def run_adapt(
         write_split_table(folder.outputs / "splits.csv", sets.table, sets.cohort.splits.tolist())
     clock.lap("read and check")
     # Packing reads every scan once: those of the test split may be broken, and are read later.
-    sources = labelled_sources(learnt, first, augment is not None, recipe.mode, labelled.data.cache)
+    if labelled.data.cache is not None:
+        sources = labelled_sources(learnt, first, augment is not None, recipe.mode, labelled.data.cache, sets.store)
     data = training_data(learnt, *sources, first.preprocess)
     log.say(f"{len(data.training):,} scans to train on, {len(data.held_out or ()):,} to select on.")
     adapted = adapt(
@@ -297,7 +306,7 @@ def run_adapt(
         told += write_tuned(folder.outputs / "model", tuned.scans, names, scorer[1], scorer[0], log)
         clock.lap("measure quality")
     scored = [
-        score_cohort(recipe, first, adapted, task, *named, labelled.threshold, log, labelled.average)
+        score_cohort(recipe, first, adapted, task, *named, labelled.threshold, log, labelled.average, sets.store)
         for named in named_sets(labelled.data.group, sets)
     ]
     if labelled.data.covariates:
@@ -324,19 +333,21 @@ def read_sets(labelled: LabelledConfig) -> LabelledSets:
         InputError: For whatever a user can have wrong in them.
     """
     data, adaptation = labelled.data, labelled.adapt
-    if data.manifest is None:
+    store, manifest = find_store(data.store, data.manifest)
+    if manifest is None:
         raise InputError("data.manifest", "a table of labelled scans", "nothing", "or try --preset smoke")
     sets = read_labelled_sets(
-        data.manifest, data.external, labelled.label, data.fractions, adaptation.train.seed,
+        manifest, data.external, labelled.label, data.fractions, adaptation.train.seed,
         needs_auroc=adaptation.select != "loss", series=labelled.series, fill=labelled.fill,
         naming=Subjects(data.subject_pattern, data.subjects), covariates=data.covariates, weight=data.weight,
+        store=store,
     )  # fmt: skip
     if data.weight and adaptation.mode == "knn":
         raise InputError("data.weight", "none, for nearest neighbours", data.weight)
     if data.covariates and sets.meaning.task.kind == "regression":
         raise InputError("data.covariates", "none, for a regression", ", ".join(data.covariates))
     if labelled.average == "subject":
-        for where, cohort in ((str(data.manifest), sets.cohort), *((name, one) for name, _, one in sets.externals)):
+        for where, cohort in ((str(manifest), sets.cohort), *((name, one) for name, _, one in sets.externals)):
             merge_images(cohort, where)  # refuses labels that do not agree
     if adaptation.select != "loss" and sets.meaning.task.kind == "regression":
         raise InputError("select", "loss, for a regression", adaptation.select)
@@ -364,14 +375,28 @@ def balanced(recipe: AdaptConfig, labelled: LabelledConfig, targets: np.ndarray,
 
 
 def labelled_sources(
-    cohort: Cohort, first: Start, is_augmented: bool, mode: Mode, cache: Path | None
+    cohort: Cohort,
+    first: Start,
+    is_augmented: bool,
+    mode: Mode,
+    cache: Path | None,
+    store: StoredSource | None = None,
 ) -> tuple[LabelledSource, LabelledSource]:
-    """Return the records of a cohort as training takes them, and as the encoder does, which may be the same."""
-    source = LabelledSource(input_source(cohort.scans, first.preprocess, cache), cohort.targets, cohort.importance)
-    if not is_augmented or first.training is None or mode in FITTED:
+    """Return the records of a cohort as training takes them, and as the encoder does, which may be the same.
+
+    Raises:
+        InputError: There is a store, and not of these records as training takes them.
+    """
+    has_own = is_augmented and first.training is not None and mode not in FITTED
+    wanted = first.training if has_own and first.training is not None else first.preprocess
+    if store is not None:
+        store.require(cohort.scans, wanted)
+    images = input_source(cohort.scans, first.preprocess, cache, store=store)
+    source = LabelledSource(images, cohort.targets, cohort.importance)
+    if not has_own:
         return source, source
     own = None if cache is None else cache / "training"
-    scans = input_source(cohort.scans, first.training, own)
+    scans = input_source(cohort.scans, wanted, own, store=store)
     return LabelledSource(scans, cohort.targets, cohort.importance), source
 
 
@@ -401,6 +426,7 @@ def score_cohort(
     threshold: float,
     log: Log,
     average: Literal["image", "subject"] = "image",
+    store: StoredSource | None = None,
 ) -> tuple[Scored, list[str]]:
     """Predict a set and score it, by image or by subject; files that cannot be read are left out and told.
 
@@ -408,7 +434,8 @@ def score_cohort(
         The set, and in words what could not be scored.
     """
     log.say(f"Scoring {len(cohort.scans):,} scans of {name}.")
-    source = ForgivingSource(input_source(cohort.scans, first.preprocess), first.encoder.image_shape)
+    images = input_source(cohort.scans, first.preprocess, store=store)
+    source = ForgivingSource(images, first.encoder.image_shape)
     # Reasons are noted where records are read, which has to be this process.
     loader = dataclasses.replace(recipe.train.loader, num_workers=0)
     reading = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, loader=loader))

@@ -154,7 +154,7 @@ def run_efficiency(
     log = begin(folder, told)
     cells = make_cells({"arm": ARMS, "fraction": study.fractions, "seed": seeds})
     cache = labelled.data.cache or folder.path / "inputs" / "volumes"
-    whole, source = labelled_sources(cohort, first, augment is not None, labelled.adapt.mode, cache)
+    whole, source = labelled_sources(cohort, first, augment is not None, labelled.adapt.mode, cache, sets.store)
     validation, test = (SubsetSource(source, rows[split]) for split in ("validation", "test"))
     transform = PreparedField(first.preprocess)
     shapes = check_run(labelled.adapt, first.encoder, first.head, task)
@@ -260,10 +260,13 @@ def check_all(labelled: LabelledConfig, sets: LabelledSets, firsts: Collection[S
     Raises:
         InputError: One is broken.
     """
-    scans = [scan for cohort in (sets.cohort, *(other for *_, other in sets.externals)) for scan in cohort.scans]
     threads = labelled.adapt.train.loader.num_threads
     ways = dict.fromkeys(first.preprocess for first in firsts)
-    notes = (check_scans(scans, preprocess, labelled.data.check, threads) for preprocess in ways)
+    others = [scan for *_, other in sets.externals for scan in other.scans]
+    # What is in a store was looked at when it was packed.
+    is_stored = {way: sets.store is not None and sets.store.rows(sets.cohort.scans, way) is not None for way in ways}
+    scans = {way: [*(() if is_stored[way] else sets.cohort.scans), *others] for way in ways}
+    notes = (check_scans(found, way, labelled.data.check, threads) for way, found in scans.items() if found)
     return list(dict.fromkeys(note for found in notes for note in found))
 
 

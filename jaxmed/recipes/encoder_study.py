@@ -187,7 +187,7 @@ def run_encoder_study(
         if first.preprocess not in prepared:
             is_augmented = (first.augment or augment) is not None
             place = labelled.data.cache or folder.path / "inputs" / "prepared"
-            pair = labelled_sources(cohort, first, is_augmented, "full", place)
+            pair = labelled_sources(cohort, first, is_augmented, "full", place, sets.store)
             prepared[first.preprocess] = _prepare(*pair, cohort, rows["test"], sets.externals, first, place)
     largest = max(firsts.values(), key=lambda first: first.encoder.width)
     shapes = check_run(labelled.adapt, largest.encoder, largest.head, task)

@@ -83,8 +83,8 @@ def file_stem(number: int, channel: str, name: str) -> str:
 
 
 def find_affine(scan: ScanFiles, preprocess: Preprocess) -> Float64[np.ndarray, "4 4"]:
-    """Return where the voxels of a scan's cube stand."""
-    grid = preprocess.prepare(scan).grid
+    """Return where the voxels of a scan's cube stand; of one in a store, whose file is elsewhere, nobody knows."""
+    grid = preprocess.prepare(scan).grid if scan.path.exists() else None
     return AXIAL if grid is None else preprocess.input_grid(grid).affine
 
 

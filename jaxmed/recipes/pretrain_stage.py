@@ -19,6 +19,7 @@ from jaxmed.data.preprocess import Preprocess, differences
 from jaxmed.data.records import Source
 from jaxmed.data.scans import VOLUMES, find_scans, read_manifest
 from jaxmed.data.sequences import gather_cases
+from jaxmed.data.store import StoredSource, find_store, stored_scans
 from jaxmed.errors import InputError
 from jaxmed.io.scans import Kind, ScanFiles
 from jaxmed.io.tables import make_table, resolve_paths
@@ -54,6 +55,8 @@ class UnlabelledData:
             One that turns out broken later stops the run and is named.
         cache: Folder in which prepared scans are kept (float16, 34 MB each at 256^3), so that later epochs and runs
             read them in place. Empty prepares them anew in every epoch.
+        store: Records prepared by `jaxmed data pack`, read instead of the manifest's files; without a manifest its own
+            table counts. A manifest may name it in a column "store".
         synthetic: Generate this many where no files are given.
     """
 
@@ -61,11 +64,17 @@ class UnlabelledData:
     validation: float = 0.05
     check: Whole = 64
     cache: Path | None = None
+    store: Path | None = None
     synthetic: Number = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation: expected a share in [0, 1), found {self.validation:g}")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there are records of a user's."""
+        return self.manifest is not None or self.store is not None
 
 
 class Unlabelled(NamedTuple):
@@ -75,11 +84,13 @@ class Unlabelled(NamedTuple):
         scans: Files, or folders of DICOM slices: those to train on first, then those held out.
         num_training: How many are trained on.
         notes: What is unexpected about them.
+        store: Where they are prepared already; None where files are read.
     """
 
     scans: tuple[ScanFiles, ...]
     num_training: int
     notes: list[str]
+    store: StoredSource | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -109,15 +120,19 @@ def find_unlabelled(
         fill: Intensity of voxels that have none.
 
     Raises:
-        InputError: There are none, some are missing or broken, or none is to be trained on.
+        InputError: There are none, some are missing or broken, a store was packed by other preprocessing, or none is
+            to be trained on.
     """
-    manifest = data.manifest
-    if (manifest is None) == (place is None):
+    if data.is_given == (place is not None):
         found = "neither" if place is None else "both"
         raise InputError("data.manifest, input", "one of them", found, "or try --preset smoke")
+    store, manifest = find_store(data.store, data.manifest)
     if manifest is not None:
-        table = read_manifest(manifest)
-        scans, passed = [ScanFiles(path, series, fill=fill) for path in resolve_paths(table)], ()
+        table, passed = read_manifest(manifest), ()
+        if store is None:
+            scans = [ScanFiles(path, series, fill=fill) for path in resolve_paths(table)]
+        else:
+            scans = stored_scans(table, series, fill)
     else:
         assert place is not None
         scans, passed = find_scans(place, kinds, series, fill)
@@ -133,8 +148,10 @@ def find_unlabelled(
     chosen = (*training, *held_out)
     notes = [*passed]
     notes += [] if manifest is None or "subject" not in table.columns else subject_notes(table)
-    notes += check_scans(chosen, preprocess, data.check, train.loader.num_threads)
-    return Unlabelled(chosen, len(training), notes)
+    if store is not None:
+        store.require(chosen, preprocess)
+    notes += check_scans(chosen, preprocess, data.check, train.loader.num_threads, store)
+    return Unlabelled(chosen, len(training), notes, store)
 
 
 def load_initial_weights(path: Path, family: str, config: Any, model: MaskedModel) -> Published:
@@ -188,8 +205,12 @@ def model_record(
     return published_record(Published(Model(params.get, params.get), params, preprocess, model, report))
 
 
-def prepared_source(scans: Sequence[ScanFiles], preprocess: Preprocess, cache: Path | None, log: Log) -> Source:
+def prepared_source(found: Unlabelled, preprocess: Preprocess, cache: Path | None, log: Log) -> Source:
     """Return a source of prepared inputs; the first process fills a cache before others open it."""
+    scans = found.scans
+    if found.store is not None:
+        log.say(f"Reading {len(scans):,} prepared records of {found.store.folder}.")
+        return input_source(scans, preprocess, store=found.store)
     if cache is not None:
         log.say(f"Preparing inputs in {cache}; those that are there already stay.")
         opened: list[Source] = []

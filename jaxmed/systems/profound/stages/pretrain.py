@@ -120,7 +120,7 @@ class Config:
     @property
     def is_synthetic(self) -> bool:
         """Whether the data are generated: files given take their place, whatever the preset."""
-        return self.data.synthetic > 0 and self.data.manifest is None and self.input is None
+        return self.data.synthetic > 0 and not self.data.is_given and self.input is None
 
 
 def paper() -> Config:
@@ -196,7 +196,7 @@ def run(config: Config, folder: RunFolder) -> None:
     counts = cases.counts
     log.say(f"{counts['train']:,} cases to train on, {counts['validation']:,} held out.")
     cache = data.cache or (folder.path / "inputs" / "volumes" if config.is_synthetic else None)
-    source = prepared_source(cases.scans, preprocess, cache, log)
+    source = prepared_source(cases, preprocess, cache, log)
     training, others = np.split(np.arange(len(cases.scans)), [cases.num_training])
     held_out = SubsetSource(source, others) if counts["validation"] else None
     clock.lap("read and check")

@@ -101,7 +101,12 @@ class Config:
     @property
     def is_synthetic(self) -> bool:
         """Whether the data are generated: files given take their place, whatever the preset."""
-        return self.data.synthetic > 0 and self.data.manifest is None and self.input is None
+        return self.data.synthetic > 0 and not self.data.is_given and self.input is None
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """From a file to the input."""
+        return self.picture.apply(picture_preprocess(self.encoder.image_size))
 
     @property
     def encoder(self) -> VitConfig:
@@ -184,7 +189,7 @@ def run(config: Config, folder: RunFolder) -> None:
     """Read and check the images, train, export the model, write the report."""
     clock = Clock()
     train, encoder = config.train, dataclasses.replace(config.encoder, dtype=config.train.dtype)
-    preprocess = config.picture.apply(picture_preprocess(encoder.image_size))
+    preprocess = config.preprocess
     first, origin = _find_start(config, encoder)
     anchor = _find_anchor(config, encoder)
     made = with_synthetic(config, folder)
@@ -194,7 +199,7 @@ def run(config: Config, folder: RunFolder) -> None:
     counts = images.counts
     log.say(f"{counts['train']:,} images to train on, {counts['validation']:,} held out.")
     cache = config.data.cache or (folder.path / "inputs" / "prepared" if config.is_synthetic else None)
-    source = prepared_source(images.scans, preprocess, cache, log)
+    source = prepared_source(images, preprocess, cache, log)
     rows = np.arange(len(images.scans))
     held_out = SubsetSource(source, rows[images.num_training :]) if counts["validation"] else None
     data = TrainData(SubsetSource(source, rows[: images.num_training]), held_out, PreparedField(preprocess))

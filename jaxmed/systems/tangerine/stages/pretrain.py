@@ -100,7 +100,7 @@ class Config:
     @property
     def is_synthetic(self) -> bool:
         """Whether the data are generated: files given take their place, whatever the preset."""
-        return self.data.synthetic > 0 and self.data.manifest is None and self.input is None
+        return self.data.synthetic > 0 and not self.data.is_given and self.input is None
 
 
 def paper() -> Config:
@@ -181,7 +181,7 @@ def run(config: Config, folder: RunFolder) -> None:
     counts = volumes.counts
     log.say(f"{counts['train']:,} volumes to train on, {counts['validation']:,} held out.")
     cache = config.data.cache or (folder.path / "inputs" / "volumes" if config.data.synthetic else None)
-    source = prepared_source(volumes.scans, preprocess, cache, log)
+    source = prepared_source(volumes, preprocess, cache, log)
     rows = np.arange(len(volumes.scans))
     held_out = SubsetSource(source, rows[volumes.num_training :]) if counts["validation"] else None
 
