@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -14,6 +13,7 @@ from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
+from jaxmed.train.profile import tracing
 from jaxmed.train.run_folder import RunFolder
 
 SECONDS_BETWEEN_SAVES = 20.0
@@ -50,23 +50,19 @@ def run_in_folder(
         log.say(f"Continuing after {done:,} voxels of an interrupted run.")
     announce(log, said, count=total - done, unit="voxels")
     last_save, blocks = time.monotonic(), 0
-    with log.progress("Fitting", total, "voxels", done) as update:
+    with log.progress("Fitting", total, "voxels", done) as update, tracing(folder, log) as trace:
 
         def on_block(count: int, total: int, rows: Any) -> None:
             nonlocal last_save, blocks
             blocks += 1
-            if blocks == folder.options.profile:
-                jax.profiler.stop_trace()
+            trace(blocks)
             update(count)
             if time.monotonic() - last_save > SECONDS_BETWEEN_SAVES and count < total:
                 save_rows(saved, digest, rows)
                 last_save = time.monotonic()
 
-        if folder.options.profile:
-            jax.profiler.start_trace(folder.path / "profile")
+        trace(0)
         rows = estimate(finished=finished, on_block=on_block)
-        if blocks < folder.options.profile:
-            jax.profiler.stop_trace()
     return rows
 
 

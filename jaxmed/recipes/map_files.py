@@ -31,6 +31,7 @@ from jaxmed.io.tables import write_table
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, shard_batch
+from jaxmed.train.profile import tracing, waited
 from jaxmed.train.run_folder import RunFolder
 
 FAILED_COLUMNS = ("path", "id", "reason")
@@ -277,10 +278,9 @@ def map_batches(
             count=len(todo), unit="batches", devices=mesh.size, smaller=folder.smaller,
         )  # fmt: skip
     failed = 0
-    with log.progress(label, len(files), "scans", done) as update:
-        for count, (number, inputs) in enumerate(zip(todo, reads, strict=True), 1):
-            if folder.options.profile and count == 1:
-                jax.profiler.start_trace(folder.path / "profile")
+    with log.progress(label, len(files), "scans", done) as update, tracing(folder, log) as trace:
+        trace(0)
+        for count, (number, inputs) in enumerate(zip(todo, waited(reads), strict=True), 1):
             outcomes = _run_chunk(model, placed, chunks[number], inputs, config.size, mesh)
             _store(stored[number], outcomes)
             for outcome in outcomes:
@@ -292,8 +292,7 @@ def map_batches(
             done += len(outcomes)
             log.metrics(done, {"scans": done, "failed": failed})
             update(done)
-            if folder.options.profile and count == min(folder.options.profile, len(todo)):
-                jax.profiler.stop_trace()
+            trace(count)
     found = [outcome for path, chunk in zip(stored, chunks, strict=True) for outcome in _restore(path, chunk)]
     return FileResults(
         [outcome for outcome in found if not outcome.reason],

@@ -21,6 +21,7 @@ import jax
 
 from jaxmed.config import from_record, to_record
 from jaxmed.files import read_record, write_text
+from jaxmed.recipes.profile_section import profile_section
 from jaxmed.report.page import Section, Tile, render
 from jaxmed.train.log import Log
 from jaxmed.train.processes import wait_for_all
@@ -146,6 +147,7 @@ def write_page(
     title, subtitle, tiles, sections = page(Finished(path, config, summary, seconds))
     again = f"jaxmed {record['system']} {record['stage']} --config {shlex.quote(str(path / 'config.json'))} --out RUN"
     software = record["versions"] | {"device": device}
+    sections = [*sections, *profile_section(path)]
     text = render(title, subtitle, tiles, sections, record["config"], seconds, software, again)
     write_text(path / "report.html", text)
 

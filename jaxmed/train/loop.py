@@ -24,6 +24,7 @@ from jaxmed.train.best import Best
 from jaxmed.train.checkpoint import Checkpoints, Restored
 from jaxmed.train.log import Log, at_work
 from jaxmed.train.mesh import shard_batch
+from jaxmed.train.profile import tracing, waited
 from jaxmed.train.rollback import NotFinite, Rollbacks
 from jaxmed.train.run_folder import RunFolder
 
@@ -153,7 +154,7 @@ def fit(
 
 def _placed(stream: Generator[Any, None, None], mesh: Mesh | None) -> Generator[Any, None, None]:
     with contextlib.closing(stream):
-        for batch in stream:
+        for batch in waited(stream):
             yield batch if mesh is None else shard_batch(batch, mesh)
 
 
@@ -189,7 +190,11 @@ class _Run:
         step, flops = self.compiled
         pending: collections.deque[tuple[int, Any]] = collections.deque()
         saved = done
-        with self.log.progress(self.label, config.steps, f"{self.unit}s", done) as update, self._trace(first) as trace:
+        # The first two steps warm up.
+        with (
+            self.log.progress(self.label, config.steps, f"{self.unit}s", done) as update,
+            tracing(self.folder, self.log, first + 2) as trace,
+        ):
             began = time.monotonic()
             update(done)
             while True:
@@ -295,20 +300,6 @@ class _Run:
         self.log.say(f"Step {number:,}: {shown}")
         if self.best is not None:
             self.best.take(values, number, state, self.checkpoints)
-
-    @contextlib.contextmanager
-    def _trace(self, first: int) -> Iterator[Callable[[int], None]]:
-        """Profile some steps, after the first two have warmed up."""
-        steps = self.folder.options.profile
-        with contextlib.ExitStack() as trace:
-
-            def update(done: int) -> None:
-                if steps and done == first + 2:
-                    trace.enter_context(jax.profiler.trace(self.folder.path / "profile"))
-                elif done == first + 2 + steps:
-                    trace.close()
-
-            yield update
 
 
 def restore_best(folder: RunFolder, state: State) -> State:

@@ -36,7 +36,8 @@ class RunOptions:
         overwrite: Replace a run of another configuration, or a complete one. Only a run's own files are deleted.
         quiet: Print nothing but errors and the path of the report.
         debug: Show the traceback of an error.
-        profile: Write a profiler trace of this many steps to RUN/profile, for TensorBoard or Perfetto.
+        profile: Write a profiler trace of this many steps to RUN/profile, for TensorBoard or Perfetto, and say in log
+            and report where their time goes.
     """
 
     out: Path

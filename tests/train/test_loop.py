@@ -261,6 +261,14 @@ def test_any_state_with_its_own_step_is_trained(tmp_path, parts):
 def test_a_profile_is_written_when_asked(tmp_path, parts):
     run(tmp_path, parts, profile=2)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    found = json.loads((tmp_path / "profile" / "profile.json").read_text())
+    assert sum(found["shares"].values()) == pytest.approx(1) and found["shares"]["compute"] > 0
+    assert found["operations"] and found["devices"] == 1
+    told = (tmp_path / "log.txt").read_text()
+    assert "Profile of" in told and "input wait" in told and "Longest operations: " in told
+    # A run too short for it says so.
+    run(tmp_path / "short", parts, dataclasses.replace(CONFIG, steps=1), profile=2)
+    assert "Nothing was traced" in (tmp_path / "short" / "log.txt").read_text()
 
 
 def test_tensorboard_gets_the_numbers_or_a_line_of_advice(tmp_path, monkeypatch):
