@@ -1,4 +1,4 @@
-"""Read volumes into batches: rows `loader_nifti` and `loader_packed`, peer: zlib alone.
+"""Read volumes into batches: rows `loader_nifti`, `loader_packed`, `loader_files` and `loader_store`, peer: zlib alone.
 
 A call reads a number of CT-like volumes (int16, smooth anatomy with 15 HU of noise) through `evaluation_batches`, which
 shares all but the order with training, windows them to [0, 1] in float32 and stacks them into batches of two, with one
@@ -7,6 +7,11 @@ same volumes after `jaxmed.data.pack` (int16); its `compile_s` is the packing. T
 .nii.gz files on as many threads and does nothing else: no loader of .nii.gz that uses zlib can be faster, and a packed
 one should be. Files come from the page cache in all cases. The accuracy column holds volumes per second, and for ours
 the largest difference from the volumes that were written.
+
+`loader_files` and `loader_store` are what a host of a pod does: the shuffled training stream of prepared inputs, from
+the same files through a `Preprocess`, against from a store of `jaxmed data pack` (float16, whose largest difference is
+half a step of it; `compile_s` is the packing). --size pod reads more volumes than prefetching hides; what a host has
+to reach is what `jaxmed plan` says of its step.
 """
 
 import functools
@@ -21,15 +26,20 @@ import numpy as np
 import scipy.ndimage
 from timing import Measurement, alternate, emit, first_call, make_rows, measure_peak, parse_config, prepare
 
-from jaxmed.data.intensity import to_range
-from jaxmed.data.loader import LoaderConfig, evaluation_batches
+from jaxmed.data.inputs import PreparedField, input_source
+from jaxmed.data.intensity import Intensity, to_range
+from jaxmed.data.loader import LoaderConfig, Transform, evaluation_batches, make_loader
 from jaxmed.data.pack import PackConfig, pack
+from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import FileSource, Source
+from jaxmed.data.scans import Record
+from jaxmed.data.store import StoreSettings, pack_store
 from jaxmed.io import nifti
+from jaxmed.io.scans import ScanFiles
 from jaxmed.volume import Volume
 
 # Edge of the volumes, and how many a call reads. The accelerators' hosts read the same files.
-SIZES = {"smoke": (64, 8), "cpu": (256, 8), "gpu": (256, 32), "pod": (256, 32)}
+SIZES = {"smoke": (64, 8), "cpu": (256, 8), "gpu": (256, 32), "pod": (256, 96)}
 BATCH = 2
 WINDOW = (-1000.0, 400.0)
 
@@ -53,11 +63,21 @@ def main() -> None:
             "loader_nifti": source,
             "loader_packed": pack(source, folder / "pack", config=PackConfig(dtype="int16", threads=threads)),
         }
+        preprocess = Preprocess((edge,) * 3, axes="xyz", intensity=Intensity("window", window=WINDOW))
+        scans = [ScanFiles(path) for path in files]
+        store_s = first_call(functools.partial(write_store, folder / "store", scans, preprocess, threads))
+        stored = write_store(folder / "store", scans, preprocess, threads)
+        prepared: dict[str, Source] = {"loader_files": input_source(scans, preprocess), "loader_store": stored}
         functions: dict[str, Any] = {row: functools.partial(read_all, own, threads) for row, own in sources.items()}
+        functions |= {
+            row: functools.partial(read_shuffled, own, preprocess, count, threads) for row, own in prepared.items()
+        }
         if config.peer:
             functions["zlib"] = functools.partial(inflate_all, files, threads)
         seconds = alternate(functions, config.repeats)
         differences = {row: largest_difference(own, arrays, threads) for row, own in sources.items()}
+        differences |= {row: largest_difference(own, arrays, threads, PreparedField(preprocess))
+                        for row, own in prepared.items()}  # fmt: skip
 
     peers = {}
     if config.peer:
@@ -65,12 +85,13 @@ def main() -> None:
         peers["zlib"] = Measurement(seconds["zlib"], accuracy=rate, versions={"zlib": zlib.ZLIB_RUNTIME_VERSION})
     raw = 2 * count * edge**3
     rows = []
-    for row, once in (("loader_nifti", None), ("loader_packed", packing_s)):
+    packing = {"loader_nifti": None, "loader_packed": packing_s, "loader_files": None, "loader_store": store_s}
+    for row, once in packing.items():
         ours = Measurement(
             seconds[row],
             compile_s=once,
             # What must move at least once: stored voxels in, float32 batches out.
-            bytes=(compressed if row == "loader_nifti" else raw) + 2 * raw,
+            bytes=(compressed if row in ("loader_nifti", "loader_files") else raw) + 2 * raw,
             accuracy={
                 "volumes_per_s": count / statistics.median(seconds[row]),
                 "largest_difference": differences[row],
@@ -110,6 +131,21 @@ def read_all(source: Source, threads: int) -> None:
         pass
 
 
+def read_shuffled(source: Source, preprocess: Preprocess, count: int, threads: int) -> None:
+    """Read as many batches of the shuffled training stream as hold every volume once, from a fresh stream."""
+    config = LoaderConfig(batch_size=BATCH, num_threads=threads)
+    stream = make_loader(source, PreparedField(preprocess), config)(0)
+    for _ in range(count // BATCH):
+        next(stream)
+    stream.close()
+
+
+def write_store(folder: Path, scans: list[ScanFiles], preprocess: Preprocess, threads: int) -> Source:
+    """Pack the volumes into a store; one that is there already is opened."""
+    records = [Record(f"{number:05d}", scan, {"path": str(scan.path)}) for number, scan in enumerate(scans)]
+    return pack_store(folder, records, StoreSettings(preprocess), threads=threads)[0]
+
+
 def inflate_all(files: tuple[Path, ...], threads: int) -> None:
     """Inflate every file and drop the bytes."""
 
@@ -120,10 +156,12 @@ def inflate_all(files: tuple[Path, ...], threads: int) -> None:
         list(executor.map(inflate, files))
 
 
-def largest_difference(source: Source, arrays: list[np.ndarray], threads: int) -> float:
+def largest_difference(
+    source: Source, arrays: list[np.ndarray], threads: int, transform: Transform = prepare_record
+) -> float:
     """Return the largest error against what was written, in the window's unit."""
     largest = 0.0
-    for batch in evaluation_batches(source, prepare_record, LoaderConfig(batch_size=BATCH, num_threads=threads)):
+    for batch in evaluation_batches(source, transform, LoaderConfig(batch_size=BATCH, num_threads=threads)):
         for record, image in zip(batch["record"], batch["image"], strict=True):
             wanted = np.clip((arrays[record].astype(np.float64) - WINDOW[0]) / (WINDOW[1] - WINDOW[0]), 0, 1)
             largest = max(largest, float(np.abs(image[..., 0] - wanted).max()))

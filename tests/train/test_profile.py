@@ -81,7 +81,8 @@ def test_devices_are_averaged_and_lines_that_repeat_operations_left_out():
         ("copy_bitcast_fusion.12", "memory"), ("wrapped_broadcast.1", "memory"), ("dynamic-update-slice.7", "memory"),
         ("transpose.4", "memory"), ("MemcpyD2D", "memory"), ("copy-start.1", "memory"), ("pad.9.clone", "memory"),
         ("all-gather-start", "collectives"), ("reduce-scatter.1", "collectives"),
-        ("collective-permute.1", "collectives"), ("ncclKernel_AllGather", "collectives"), ("while.3", "other"), ("call", "other"),
+        ("collective-permute.1", "collectives"), ("ncclKernel_AllGather", "collectives"),
+        ("while.3", "other"), ("call", "other"),
     ],
 )  # fmt: skip
 def test_operations_are_told_by_their_names(name, kind):
