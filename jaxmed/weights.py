@@ -16,7 +16,7 @@ import shutil
 import textwrap
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxmed.errors import InputError
 from jaxmed.files import make_folder
@@ -25,9 +25,8 @@ if TYPE_CHECKING:  # jax is imported on use: help and mistakes answer at once
     from jaxmed.arrays.task import Task
     from jaxmed.models.published.load import Published
 
-# Shown of every preprocessing, default or not.
-ALWAYS = dict.fromkeys(("size", "axes", "fit", "interpolation", "edge", "kind"))
 OWN_FILES = ("parameters.safetensors", "record.json")
+CARD = "README.md"
 
 
 def import_weights(
@@ -131,6 +130,9 @@ def show_weights(
 ) -> None:
     """Say what a file or folder holds: family, sizes, tensors, preprocessing, licence, what is left over or missing.
 
+    Of a model that a run trained its card follows, README.md beside the parameters: data, scores with intervals, and
+    how it is loaded.
+
     Example: jaxmed weights show mae_pretrained.pth
 
     Args:
@@ -142,6 +144,10 @@ def show_weights(
     from jaxmed.models.published.load import load_published
 
     print(describe(load_published(path, family, heads=heads, decoder_heads=decoder_heads), path))
+    for card in (path / CARD, path / "outputs" / "model" / CARD):
+        if path.is_dir() and card.is_file():
+            print(f"\n{card}\n\n{card.read_text(encoding='utf-8')}", end="")
+            break
 
 
 def list_families() -> None:
@@ -163,6 +169,7 @@ def describe(published: "Published", path: Path) -> str:
     import jax
 
     from jaxmed.models.published.load import FAMILIES
+    from jaxmed.recipes.model_card import preprocessing_words
 
     report, params = published.report, published.params
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in params.items()}
@@ -173,7 +180,7 @@ def describe(published: "Published", path: Path) -> str:
         ("family", report.family),
         *FAMILIES[report.family].describe(published.config, params, published.task),
         ("parameters", f"{sum(counts.values()):,} ({parts}){constant}"),
-        ("preprocess", _preprocessing(published)),
+        ("preprocess", preprocessing_words(published.preprocess)),
         ("licence", report.licence),
         ("used", f"{len(report.used)} tensors"),
         ("left over", _names(report.left_over)),
@@ -181,26 +188,6 @@ def describe(published: "Published", path: Path) -> str:
         *(("note", note) for note in report.notes),
     ]
     return "\n".join([str(path), *(_field(name, text) for name, text in fields)])
-
-
-def _preprocessing(published: "Published") -> str:
-    """Say what differs from the plainest preprocessing, and the fields that decide most."""
-    from jaxmed.data.preprocess import Preprocess, differences
-
-    given = published.preprocess
-    shown = {**ALWAYS, **differences(given, Preprocess())}
-    values = {name: getattr(given, name, getattr(given.intensity, name, None)) for name in shown}
-    return ", ".join(f"{name} {_told(name, value)}" for name, value in values.items())
-
-
-def _told(name: str, value: Any) -> str:
-    if name == "size":
-        return " x ".join(map(str, value))
-    if not isinstance(value, tuple):
-        return str(value)
-    if any(isinstance(part, str) for part in value):
-        return ", ".join(map(str, value))
-    return " to ".join(f"{part:g}" for part in value)
 
 
 def _names(names: tuple[str, ...]) -> str:
@@ -237,7 +224,7 @@ def _check_folder(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(out, "a folder for the weights", "a file", "choose another --out")
     held = sorted(item.name for item in out.iterdir()) if out.is_dir() else []
-    if foreign := [name for name in held if name not in OWN_FILES]:
+    if foreign := [name for name in held if name not in (*OWN_FILES, CARD)]:
         raise InputError(out, "a new or empty folder", f"one holding {foreign[0]}", "choose another --out")
     if held and not overwrite:
         advice = "choose another --out, or replace them with --overwrite"

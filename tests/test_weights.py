@@ -45,6 +45,18 @@ def test_help_needs_no_jax():
     assert done.returncode == 0, done.stderr
 
 
+def test_show_prints_the_card_of_a_model_that_has_one(capsys, tmp_path):
+    assert run(capsys, "import", MAE, "--out", tmp_path / "run" / "outputs" / "model", *HEADS)[0] == 0
+    place = tmp_path / "run"
+    assert "README.md" not in run(capsys, "show", place)[1]
+    (place / "outputs" / "model" / "README.md").write_text("# A card\n")
+    for given in (place, place / "outputs" / "model"):
+        out = run(capsys, "show", given)[1]
+        assert out.endswith(f"{place / 'outputs' / 'model' / 'README.md'}\n\n# A card\n")
+    # A card is no reason not to replace what lies beside it.
+    assert run(capsys, "import", MAE, "--out", place / "outputs" / "model", "--overwrite", *HEADS)[0] == 0
+
+
 def test_list_says_where_the_licence_and_the_keys(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0

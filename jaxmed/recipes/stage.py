@@ -117,7 +117,7 @@ def finish(
     clock: Clock,
     page: Callable[[Finished[Config, Summary]], Page],
 ) -> None:
-    """Write summary, timing and page of a run, from process 0; the page comes last and says that the run is complete.
+    """Write summary, timing, model cards and page of a run, from process 0; the page comes last: it says "complete".
 
     Args:
         folder: Of the run.
@@ -130,6 +130,11 @@ def finish(
         return
     found = {**to_record(summary), "device": jax.devices()[0].device_kind, "seconds": clock.seconds}
     write_summary(folder, found)
+    if any((*folder.outputs.glob("*/record.json"), *folder.outputs.glob("*/*/record.json"))):
+        # Imported on use: few stages train a model, and the families of published weights take a while.
+        from jaxmed.recipes.model_card import write_cards
+
+        write_cards(folder.path)
     write_page(folder.path, type(config), type(summary), page)
 
 
