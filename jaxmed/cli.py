@@ -94,6 +94,7 @@ COMMANDS = {
     "weights": "jaxmed weights       published weights: list, show, import, export",
     "data": "jaxmed data          pack records for training on many machines; write synthetic data sets",
     "report": "jaxmed report RUN    write the page of a finished run again",
+    "completion": "jaxmed completion    a script by which bash or zsh completes all this",
     "doctor": "jaxmed doctor        versions, devices, memory, and what is missing",
 }
 
@@ -172,6 +173,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _weights(rest)
     if first == "data":
         return _data(rest)
+    if first == "completion":
+        return _completion(rest)
     if first not in SYSTEMS:
         known = [*SYSTEMS, *COMMANDS]
         raise InputError(first, "a system or a command", "an unknown word", nearest(first, known))
@@ -239,17 +242,23 @@ def parse_stage(module: ModuleType, program: str, arguments: list[str]) -> tuple
     Raises:
         InputError: An option is unknown or a value refused.
     """
-    from jaxmed.train.run_folder import RunOptions
-
     arguments = getattr(module, "released_words", list)(arguments)
     arguments, preset = _take(arguments, "--preset")
     arguments, stored = _take(arguments, "--config")
-    default = _default(module, program, preset, stored)
+    kind = invocation(module, _default(module, program, preset, stored))
+    parsed = _parse(kind, program, arguments, _describe(module), module.Config)
+    return resolve_paths(parsed.config), parsed.run
+
+
+def invocation(module: ModuleType, default: Any) -> type:
+    """Return the record of what a stage's command takes: run options, and the stage's configuration with defaults."""
     import tyro
+
+    from jaxmed.train.run_folder import RunOptions
 
     # tyro reads the fields of both records as if they stood in one, without a prefix.
     flat = tyro.conf.arg(name="")
-    kind = dataclasses.make_dataclass(
+    return dataclasses.make_dataclass(
         "Invocation",
         [
             ("run", Annotated[RunOptions, flat]),
@@ -257,8 +266,6 @@ def parse_stage(module: ModuleType, program: str, arguments: list[str]) -> tuple
         ],
         frozen=True,
     )
-    parsed = _parse(kind, program, arguments, _describe(module), module.Config)
-    return resolve_paths(parsed.config), parsed.run
 
 
 def _parse(kind: Any, program: str, arguments: list[str], description: str | None = None, config: Any = None) -> Any:
@@ -294,13 +301,14 @@ def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:
     return arguments, None
 
 
-def _presets(module: ModuleType) -> list[str]:
-    return [name for name in ("smoke", "laptop", "paper") if hasattr(module, name)]
+def presets_of(module: ModuleType) -> tuple[str, ...]:
+    """Return the names of a stage's presets, the smallest first."""
+    return tuple(name for name in ("smoke", "laptop", "paper") if hasattr(module, name))
 
 
 def _smaller(module: ModuleType, arguments: list[str]) -> str:
     """Return the largest preset below the one in use, with what it says of itself."""
-    presets = _presets(module)
+    presets = presets_of(module)
     chosen = _take(arguments, "--preset")[1] or "paper"
     below = presets[: presets.index(chosen)]
     if not below:
@@ -312,7 +320,7 @@ def _default(module: ModuleType, program: str, preset: str | None, stored: str |
     if preset is not None and stored is not None:
         raise InputError("--preset", "no preset beside --config", preset, "give one of the two")
     if preset is not None:
-        presets = _presets(module)
+        presets = presets_of(module)
         if preset not in presets:
             raise InputError("--preset", f"one of {', '.join(presets)}", preset, nearest(preset, presets))
         return getattr(module, preset)()
@@ -327,7 +335,7 @@ def _default(module: ModuleType, program: str, preset: str | None, stored: str |
 
 def _describe(module: ModuleType) -> str:
     presets = "\n".join(
-        f"  --preset {name:<7} {(getattr(module, name).__doc__ or '').splitlines()[0]}" for name in _presets(module)
+        f"  --preset {name:<7} {(getattr(module, name).__doc__ or '').splitlines()[0]}" for name in presets_of(module)
     )
     summary = (module.__doc__ or "").partition(": ")[2]
     return (
@@ -457,6 +465,19 @@ def _report(arguments: list[str]) -> int:
     else:
         module.report(folder)
     print(f"Report: {folder / 'report.html'}")
+    return 0
+
+
+def _completion(arguments: list[str]) -> int:
+    shells = ("bash", "zsh")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(importlib.import_module("jaxmed.completion").__doc__)
+        return 0
+    if len(arguments) > 1 or arguments[0] not in shells:
+        raise InputError("completion", f"one of {', '.join(shells)}", " ".join(arguments))
+    from jaxmed.completion import write_completion
+
+    write_completion(arguments[0])
     return 0
 
 

@@ -9,6 +9,7 @@ import typing
 import pytest
 
 from jaxmed.cli import COMMANDS, STAGES, SYSTEMS, load_stage, main, parse_error
+from jaxmed.completion import write_completion
 from jaxmed.recipes.training import NO_PREFIX
 
 pytestmark = pytest.mark.core
@@ -100,6 +101,23 @@ def test_version_and_doctor(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "The core runs." in printed and "Extras" in printed
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_stages_and_options(shell, capsys):
+    """Of all stages the script takes half a minute to write."""
+    write_completion(shell, ("noddi fit", "noddi predict", "tangerine pretrain"))
+    script = capsys.readouterr().out
+    for word in ("noddi", "pretrain", "phantoms", "--data.manifest", "--data.store", "--preset", "smoke", "--profile"):
+        assert word in script
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=script, text=True, timeout=60).returncode == 0
+
+
+def test_completion_explains_itself_and_knows_its_shells(capsys):
+    assert main(["completion"]) == 0 and "bash-completion" in capsys.readouterr().out
+    assert main(["completion", "fishy"]) == 2
+    assert "completion: expected one of bash, zsh, found fishy" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_ends_quietly():

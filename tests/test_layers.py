@@ -17,7 +17,7 @@ ROWS = [
     {"train", "report"},
     {"recipes"},
     {"systems"},
-    {"cli", "weights", "data_command", "plan", "doctor", "__main__"},
+    {"cli", "weights", "data_command", "completion", "plan", "doctor", "__main__"},
 ]
 ROW = {name: index for index, row in enumerate(ROWS) for name in row}
 HOMES = {
@@ -33,7 +33,13 @@ HOMES = {
     "pydicom": {"io/dicom_files.py", "io/dicom_pixels.py", "io/dicom.py", "io/parametric_map.py"},
     "highdicom": {"io/parametric_map.py"},
     "matplotlib": {"report"},
-    "tyro": {"cli.py", "recipes/training.py", "systems/igndmoe/cohort_fit.py", "systems/igndmoe/dual.py"},
+    "tyro": {
+        "cli.py",
+        "completion.py",
+        "recipes/training.py",
+        "systems/igndmoe/cohort_fit.py",
+        "systems/igndmoe/dual.py",
+    },
     "amico": {"io/amico.py"},
     "blackjax": {"physics/posterior.py"},
     "mctx": {"rl/search.py"},
