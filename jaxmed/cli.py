@@ -228,6 +228,10 @@ def _run_stage(system: str, stage: str, arguments: list[str]) -> int:
             if folder.note:
                 print(f"Note: {folder.note}", file=sys.stderr)
             print(f"Complete already, nothing was run: {folder.report}  (--overwrite runs it again)")
+            if options.bids:
+                from jaxmed.recipes.bids import write_bids
+
+                print(f"{write_bids(folder.path)} maps under the names of BIDS derivatives: {folder.outputs / 'bids'}")
             return 0
         code = module.run(config, dataclasses.replace(folder, smaller=_smaller(module, arguments)))
     print(f"Report: {folder.report}")

@@ -40,7 +40,7 @@ def test_every_stage_has_presets_help_and_run(name, capsys):
         main([*name.split(), "--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for word in ("--preset smoke", "--out", "--overwrite", "--resume", "--quiet", "--debug", "--profile"):
+    for word in ("--preset smoke", "--out", "--overwrite", "--resume", "--quiet", "--debug", "--profile", "--bids"):
         assert word in printed
 
 

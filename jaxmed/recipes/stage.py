@@ -21,6 +21,7 @@ import jax
 
 from jaxmed.config import from_record, to_record
 from jaxmed.files import read_record, write_text
+from jaxmed.recipes.bids import write_bids
 from jaxmed.recipes.profile_section import profile_section
 from jaxmed.report.page import Section, Tile, render
 from jaxmed.train.log import Log
@@ -135,6 +136,9 @@ def finish(
         from jaxmed.recipes.model_card import write_cards
 
         write_cards(folder.path)
+    if folder.options.bids:
+        told = f"{write_bids(folder.path)} maps under the names of BIDS derivatives, in {folder.outputs / 'bids'}"
+        Log(folder.path, folder.options.quiet).say(told)
     write_page(folder.path, type(config), type(summary), page)
 
 

@@ -38,6 +38,7 @@ class RunOptions:
         debug: Show the traceback of an error.
         profile: Write a profiler trace of this many steps to RUN/profile, for TensorBoard or Perfetto, and say in log
             and report where their time goes.
+        bids: Lay out the maps under the names of BIDS derivatives too, in RUN/outputs/bids.
     """
 
     out: Path
@@ -46,6 +47,7 @@ class RunOptions:
     quiet: bool = False
     debug: bool = False
     profile: int = 0
+    bids: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
