@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmed.errors import InputError
 from jaxmed.files import make_folder, read_record, write_json, write_text
 from jaxmed.io.tables import read_table
 from jaxmed.versions import package_version
@@ -154,9 +155,10 @@ def _scans(outputs: Path) -> dict[str, str]:
     """Return the scans of a run: name of their results to their file."""
     found: dict[str, str] = {}
     for path in sorted(outputs.glob("*.json")):
-        record = read_record(path)
-        if isinstance(record.get("path"), str) and "definition" not in record:
-            found[path.stem] = record["path"]
+        with contextlib.suppress(InputError):  # a list, say, which is no record of a scan
+            record = read_record(path)
+            if isinstance(record.get("path"), str) and "definition" not in record:
+                found[path.stem] = record["path"]
     for name in TABLES:
         if (outputs / name).exists():
             table = read_table(outputs / name)
