@@ -6,6 +6,9 @@ tyro writes it from the same types that parse the options. All stages are import
   jaxmed completion zsh > ~/.zfunc/_jaxmed        (with fpath+=~/.zfunc before compinit in .zshrc)
 """
 
+# Types are made at run time here, of the table of stages.
+# pyright: reportInvalidTypeForm=false, reportInvalidTypeArguments=false
+
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxmed.config import Number, Seed, Size, Threads, checked
 from jaxmed.data.preprocess import Preprocess
@@ -103,8 +103,9 @@ def packing_of(stage: str | None, preset: str | None, weights: Path | None) -> t
         preprocess = load_published(weights).preprocess
     if stage is not None:
         preprocess = _stage_preprocess(stage, preset or "paper")
-    default = dataclasses.field(default=preprocess)
-    return dataclasses.make_dataclass("Packing", [("preprocess", Preprocess, default)], bases=(Packing,), frozen=True)
+    field = ("preprocess", Preprocess, dataclasses.field(default=preprocess))
+    kind: Any = dataclasses.make_dataclass("Packing", [field], bases=(Packing,), frozen=True)
+    return kind
 
 
 def _stage_preprocess(stage: str, preset: str) -> Preprocess:
@@ -188,12 +189,13 @@ def _also(failed: int) -> str:
 # Synthetic data sets -------------------------------------------------------------------------------------------------
 
 Kind = Literal[
-    "brain", "chest", "cine", "connectome", "diffusion", "heads", "pairs", "prostate", "puzzles", "retina", "textures"
-]
+    "answers", "brain", "chest", "cine", "connectome", "diffusion", "heads", "pairs", "prostate", "puzzles", "retina",
+    "textures",
+]  # fmt: skip
 SIZES: dict[str, tuple[int, ...]] = {
-    "brain": (64, 64), "chest": (64, 64, 64), "cine": (), "connectome": (68,), "diffusion": (32, 32, 8),
-    "heads": (96, 112, 96), "pairs": (24, 24, 24), "prostate": (48, 48, 16), "puzzles": (32, 32), "retina": (64,),
-    "textures": (64,),
+    "answers": (), "brain": (64, 64), "chest": (64, 64, 64), "cine": (), "connectome": (68,),
+    "diffusion": (32, 32, 8), "heads": (96, 112, 96), "pairs": (24, 24, 24), "prostate": (48, 48, 16),
+    "puzzles": (32, 32), "retina": (64,), "textures": (64,),
 }  # fmt: skip
 """Voxels or pixels of each kind, of a connectome its regions; the edge alone where pictures are square."""
 
@@ -203,10 +205,10 @@ def write_phantoms(
 ) -> None:
     """Write a synthetic data set as the files that users have: NIfTI, PNG, CSV, bval and bvec.
 
-    brain (scans or slices), chest (CT in HU), cine (beating hearts with records), connectome (with visits), diffusion
-    (one scan with gradient tables), heads (label maps with T1), pairs (MRI with amyloid PET), prostate (T2w, DWI, ADC),
-    puzzles (images with masks of few-shot tasks), retina (fundus photographs), textures (of no meaning). What is there
-    already stays; a call that was stopped continues.
+    answers (of a multimodal model, a table), brain (scans or slices), chest (CT in HU), cine (beating hearts with
+    records), connectome (with visits), diffusion (one scan with gradient tables), heads (label maps with T1), pairs
+    (MRI with amyloid PET), prostate (T2w, DWI, ADC), puzzles (images with masks of few-shot tasks), retina (fundus
+    photographs), textures (of no meaning). The same command writes the same files; one that was stopped is given again.
 
     Example: jaxmed data phantoms chest --subjects 40 --out chests
 
@@ -225,6 +227,12 @@ def write_phantoms(
         raise InputError("--subjects", "one or more", subjects)
     make_folder(out)
     print(f"Written: {_WRITERS[kind](out, seed, subjects, size)}")
+
+
+def _answers(out: Path, seed: int, subjects: int, size: tuple[int, ...]) -> Path:
+    from jaxmed.synthesis.phantoms.answers import AnswersConfig, write_answers
+
+    return write_answers(out / "answers.csv", seed, AnswersConfig(cases=subjects))
 
 
 def _brain(out: Path, seed: int, subjects: int, size: tuple[int, ...]) -> Path:
@@ -314,8 +322,8 @@ def _textures(out: Path, seed: int, subjects: int, size: tuple[int, ...]) -> Pat
 SNR = 30.0
 """Signal-to-noise ratio of white matter at b = 0 of a simulated diffusion scan."""
 _WRITERS: dict[str, Callable[[Path, int, int, tuple[int, ...]], Path]] = {
-    "brain": _brain, "chest": _chest, "cine": _cine, "connectome": _connectome, "diffusion": _diffusion,
-    "heads": _heads, "pairs": _pairs, "prostate": _prostate, "puzzles": _puzzles, "retina": _retina,
-    "textures": _textures,
+    "answers": _answers, "brain": _brain, "chest": _chest, "cine": _cine, "connectome": _connectome,
+    "diffusion": _diffusion, "heads": _heads, "pairs": _pairs, "prostate": _prostate, "puzzles": _puzzles,
+    "retina": _retina, "textures": _textures,
 }  # fmt: skip
 COMMANDS = ("pack", "phantoms")

@@ -160,7 +160,8 @@ class StoredSource:
 
     @functools.cached_property
     def _reader(self) -> ArrayRecordDataSource:
-        return ArrayRecordDataSource(self.shards)
+        shards: Any = self.shards  # it takes whatever has these fields
+        return ArrayRecordDataSource(shards)
 
 
 def find_store(store: Path | None, manifest: Path | None) -> tuple[StoredSource | None, Path | None]:

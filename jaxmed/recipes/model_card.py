@@ -7,6 +7,7 @@ then be handed on as it is: the card names files without their folders, and nobo
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 import re
@@ -104,7 +105,6 @@ def make_card(
     """
     system, stage = str(record["system"]), str(record["stage"])
     family, licence = str(model.get("family", "")), str(model.get("licence", OWN_LICENCE))
-    about = (importlib.import_module(f"jaxmed.systems.{system}").__doc__ or "").split("\n\n")
     name = f"{system} {stage}" + (f", {place}" if place != "model" else "")
     kind = str(model.get("kind", "model"))
     lines = [
@@ -116,7 +116,7 @@ def make_card(
         "",
         f"A {kind.replace('_', ' ')} trained by `jaxmed {system} {stage}` ({software_name()}).",
         "",
-        *(" ".join(part.split()) + "\n" for part in about[:2]),
+        *(f"{text}\n" for text in _about(system)),
         "**Not for clinical use.** It was made for research; nobody has approved it for anything else.",
         "",
         "## Data",
@@ -178,6 +178,15 @@ def _header(
                 lines += [f"    - type: {json.dumps(one.measure)}", f"      value: {one.estimate:.6g}"]
                 lines += [f"      name: {json.dumps(one.words)}"]
     return lines
+
+
+def _about(system: str) -> list[str]:
+    """Return what a system says of itself first: what it is, and its paper."""
+    place = f"jaxmed.systems.{system}"
+    if importlib.util.find_spec(place) is None:  # one that is not in the package
+        return []
+    parts = (importlib.import_module(place).__doc__ or "").split("\n\n")
+    return [" ".join(part.split()) for part in parts[:2]]
 
 
 def _task(model: Mapping[str, Any]) -> str:

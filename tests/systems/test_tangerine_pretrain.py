@@ -206,6 +206,20 @@ def test_eight_devices_on_a_cache_give_the_run_of_one_on_files(tiny, scans, tmp_
     assert_same_numbers(out, tiny, rtol=2e-3, atol=1e-4)
 
 
+def test_a_store_gives_the_run_of_the_files_and_refuses_another_window(tiny, scans, tmp_path, capsys):
+    out, store = tmp_path / "stored", tmp_path / "store"
+    words = ["data", "pack", "--stage", "tangerine pretrain", "--input", str(scans), "--out", str(store), "--quiet"]
+    assert main([*words, "--preprocess.size", "16", "16", "16", "--dtype", "float32"]) == 0
+    config = dataclasses.replace(TINY, data=UnlabelledData(validation=0.2, store=store))
+    assert run(out, config, "--preprocess.intensity.window", "-1000", "800") == 2
+    told = capsys.readouterr().err
+    assert "expected records of window (-1000.0, 800.0), found a store of window" in told and told.count("\n") == 1
+    assert not out.exists()
+    assert run(out, config) == 0
+    assert_same_numbers(out, tiny, rtol=1e-6)
+    assert "Reading 10 prepared records" in (out / "log.txt").read_text()
+
+
 def test_training_goes_on_from_weights_without_held_out_volumes(tiny, scans, tmp_path):
     out = tmp_path / "further"
     config = dataclasses.replace(TINY, input=scans, data=UnlabelledData(), weights=tiny / "outputs" / "model")
