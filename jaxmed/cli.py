@@ -429,15 +429,18 @@ def _data(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in data_command.COMMANDS:
         raise InputError(f"data {name}", "a command", "an unknown word", nearest(name, data_command.COMMANDS))
-    if name == "phantoms":
-        return _call(data_command.write_phantoms, "jaxmed data phantoms", [word for word in rest if word != "--debug"])
-    from jaxmed.train.log import keep_speaking
+    from jaxmed.train.log import at_work, keep_speaking
 
     with contextlib.nullcontext() if "--quiet" in rest else keep_speaking():
+        if name == "phantoms":
+            words = [word for word in rest if word != "--debug"]
+            with at_work("Drawing"):
+                return _call(data_command.write_phantoms, "jaxmed data phantoms", words)
         rest, stage = _take(rest, "--stage")
         rest, preset = _take(rest, "--preset")
         rest, place = _take(rest, "--weights")
-        kind = data_command.packing_of(stage, preset, None if place is None else expand_home(place))
+        with at_work("Starting"):
+            kind = data_command.packing_of(stage, preset, None if place is None else expand_home(place))
         packing = _parse(kind, "jaxmed data pack", rest, data_command.PACK)
         return data_command.pack_records(resolve_paths(packing))
 
@@ -479,9 +482,12 @@ def _completion(arguments: list[str]) -> int:
         return 0
     if len(arguments) > 1 or arguments[0] not in shells:
         raise InputError("completion", f"one of {', '.join(shells)}", " ".join(arguments))
-    from jaxmed.completion import write_completion
+    from jaxmed.train.log import at_work, keep_speaking
 
-    write_completion(arguments[0])
+    with keep_speaking(), at_work("Reading the options of all stages"):
+        from jaxmed.completion import write_completion
+
+        write_completion(arguments[0])
     return 0
 
 

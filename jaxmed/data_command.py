@@ -151,7 +151,8 @@ def pack_records(packing: Packing) -> int:
         log.say(f"Note: {note}")
     settings = StoreSettings(packing.preprocess, packing.series, packing.fill, packing.dtype, packing.compression)
     size = " x ".join(map(str, settings.shape))
-    log.say(f"{len(records):,} records of {size}, {settings.record_bytes / 1e6:,.3g} MB each as {settings.dtype}.")
+    found = f"{len(records):,} records" if len(records) > 1 else "One record"
+    log.say(f"{found} of {size}, {settings.record_bytes / 1e6:,.3g} MB each as {settings.dtype}.")
     with log.progress("Packing", len(records), "records") as update:
 
         def tell(done: int, failed: int) -> None:

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -276,6 +277,8 @@ def pack_store(
             failed += shard["failed"]
             tell(min((number + 1) * size, len(records)), len(failed))
     if not any(shard["kept"] for shard in kept):
+        # Nothing is lost by it, and other settings, which may be what is needed, find the place free.
+        shutil.rmtree(folder / SHARDS)
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         reason = f"{failed[0]['reason']}{more}" if failed else "no record"
         raise InputError(folder, "records that can be read", reason)

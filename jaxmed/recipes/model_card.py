@@ -31,6 +31,8 @@ LICENCES = (
     (r"CC[- ]BY[- ]NC[- ]4|CC[- ]BY[- ]NC 4", "cc-by-nc-4.0"), (r"Apache-2", "apache-2.0"), (r"\bMIT\b", "mit"),
     (r"BSD 2", "bsd-2-clause"), (r"BSD 3", "bsd-3-clause"),
 )  # fmt: skip
+# Words of kinds of models that are no word themselves.
+KINDS = {"mae": "masked autoencoder", "fcmae": "convolutional masked autoencoder", "unet": "U-Net"}
 CONDITIONAL = r"ask the|ambiguous|their terms|licence holds"
 INTERVALS = ("set", "label", "measure", "estimate", "low", "high")
 
@@ -114,7 +116,7 @@ def make_card(
         "",
         f"# {name}",
         "",
-        f"A {kind.replace('_', ' ')} trained by `jaxmed {system} {stage}` ({software_name()}).",
+        f"{_with_article(kind)} trained by `jaxmed {system} {stage}` ({software_name()}).",
         "",
         *(f"{text}\n" for text in _about(system)),
         "**Not for clinical use.** It was made for research; nobody has approved it for anything else.",
@@ -155,6 +157,11 @@ def licence_name(licence: str) -> str:
     """Return a hub's word for a licence that is told in a sentence; "other" where no single one is meant."""
     found = {name for pattern, name in LICENCES if re.search(pattern, licence)}
     return found.pop() if len(found) == 1 and not re.search(CONDITIONAL, licence) else "other"
+
+
+def _with_article(kind: str) -> str:
+    words = KINDS.get(kind, re.sub("[-_]", " ", kind))
+    return f"{'An' if words[:1] in tuple('aeio') else 'A'} {words}"
 
 
 def _header(

@@ -27,7 +27,7 @@ from jaxmed.train.log import Log, duration
 from jaxmed.train.run_folder import RunFolder
 
 WAIT = "jaxmed: wait for input"
-KINDS = ("compute", "collectives", "memory", "input wait", "other")
+KINDS: tuple[str, ...] = ("compute", "collectives", "memory", "input wait", "other")
 SUMMARY = "profile.json"
 SHOWN = 10
 COLLECTIVE = re.compile(

@@ -247,6 +247,8 @@ def test_nothing_but_broken_files_and_slices_are_refused(manifest, tmp_path):
         path.write_bytes(b"no image")
     with pytest.raises(InputError, match=r"expected records that can be read, found .*s0.nii.gz.* \(and 10 more\)"):
         pack(manifest, tmp_path / "store")
+    # The place is free for other settings then, which may be what these files need.
+    assert not list((tmp_path / "store").iterdir())
     write_scans(manifest.parent)
     slices = StoreSettings(dataclasses.replace(PREPROCESS, size=(6, 5)))
     with pytest.raises(InputError, match=r"expected one image of \(6, 5, 1\), found shape \(4, 6, 5, 1\)"):
