@@ -68,7 +68,8 @@ def test_a_card_says_to_machines_and_people_what_a_model_is(tmp_path):
         {"type": "auroc", "value": 0.8, "name": "auroc of effusion (95 % interval 0.7 to 0.9)"}
     ]
     for words in (
-        "# tangerine adapt", "A classifier trained by", "arXiv:2507.01881", "Not for clinical use", "labelled.data.manifest: scans.csv",
+        "# tangerine adapt", "A classifier trained by", "arXiv:2507.01881", "Not for clinical use",
+        "labelled.data.manifest: scans.csv",
         "elsewhere=b.csv", "labelled.weights: mae.pth", "records: 70 train, 15 test", "parameters: 1,234,567",
         "| test | effusion | auroc | 0.91 | 0.85 to 0.96 |", "size 256 x 256 x 256", "CC-BY-NC 4.0: no commercial use",
     ):  # fmt: skip
