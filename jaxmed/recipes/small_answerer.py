@@ -119,9 +119,10 @@ class Questions(NamedTuple):
 
 
 def make_tokenizer() -> WordTokenizer:
-    """Return a tokenizer that knows the words of the templates, the phantom's facts and the options."""
+    """Return a tokenizer that knows the words of the phantom's facts, of their templates and of the options."""
+    fields = known_fields(facts_of(draw_record(np.random.default_rng(0), CONDITIONS[0])))
     texts = [
-        *(template for templates in TEMPLATES.values() for template in templates), *QUESTIONS, *SYMPTOMS.values(),
+        *(template for field in fields for template in TEMPLATES[field]), *QUESTIONS, *SYMPTOMS.values(),
         *HISTORY.values(), *(name for options in TASKS.values() for name in options.values()), TEMPLATE,
         Decoding().instruction, "woman man never former current none rarely daily", "0123456789", " ".join(letters(26)),
     ]  # fmt: skip

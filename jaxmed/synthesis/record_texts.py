@@ -4,7 +4,8 @@ Every field of a record has ten or more templates; a rendering draws one for eac
 back by the template itself, so that no rendering changes a fact. The patients are fictitious and the sentences ours.
 
 Source: MUPM's code re-renders records and questions from templates, thirty times a person, to vary the text without its
-content. Deviation: BMI is weight / height^2; in the release an operator's precedence makes it the weight.
+content. Deviations: BMI is weight / height^2; in the release an operator's precedence makes it the weight. Findings in
+free words, and questions about the present, are ours.
 """
 
 import re
@@ -87,6 +88,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Tobacco is noted as {smoking} and alcohol as {alcohol}.",
         "Lifestyle: smoking {smoking}; drinking {alcohol}.",
     ),
+    "findings": (
+        "Findings: {findings}.",
+        "Measured or seen: {findings}.",
+        "The report states: {findings}.",
+        "Noted by the examiner: {findings}.",
+        "On examination there was: {findings}.",
+        "The results read: {findings}.",
+        "What the tests gave: {findings}.",
+        "Results at hand: {findings}.",
+        "In the findings it says: {findings}.",
+        "Further findings are: {findings}.",
+    ),
 }
 QUESTIONS = (
     "Which of these conditions will be diagnosed within the next {years} years?",
@@ -100,7 +113,21 @@ QUESTIONS = (
     "Of the following, what is the likeliest finding of the next {years} years?",
     "Taking all into account, which condition lies ahead in the next {years} years?",
 )
-FACTS = ("age", "sex", "bmi", "systolic", "diastolic", "pulse", "symptoms", "history", "smoking", "alcohol")
+LEADS = (
+    "{question}",
+    "Considering image and record: {question}",
+    "Please answer the following. {question}",
+    "Look at the image and read the record. {question}",
+    "Here is what is asked: {question}",
+    "With both image and record in mind: {question}",
+    "The question about this case is: {question}",
+    "Going by image and words alone: {question}",
+    "Judge the case as a whole. {question}",
+    "Give the likeliest option. {question}",
+)
+FACTS = (
+    "age", "sex", "bmi", "systolic", "diastolic", "pulse", "symptoms", "history", "smoking", "alcohol", "findings",
+)  # fmt: skip
 NAME = re.compile(r"\{(\w+)\}")
 HORIZON = re.compile(r"(\d+(?:\.\d+)?)\s*-?\s*years?\b", re.IGNORECASE)
 # A fact is what it says up to the punctuation that a template sets behind it.
@@ -178,29 +205,24 @@ def parse(text: str) -> dict[str, str]:
 def question(rng: np.random.Generator | None, original: str, options: str) -> str:
     """Ask the same in other words; the horizon is kept and the block of options byte for byte.
 
+    A question about the present, which names no horizon, keeps its words and gets others before them.
+
     Args:
         rng: Draws the paraphrase; None keeps the question as it is.
-        original: Has a horizon in years, of several the last.
+        original: May have a horizon in years, of several the last.
         options: Its block of options.
-
-    Raises:
-        InputError: The question names no horizon.
     """
     if rng is None:
         return f"{original}\n{options}"
-    return f"{QUESTIONS[rng.integers(len(QUESTIONS))].format(years=horizon(original))}\n{options}"
+    years = horizon(original)
+    words = LEADS if years is None else QUESTIONS
+    return f"{words[rng.integers(len(words))].format(question=original, years=years)}\n{options}"
 
 
-def horizon(text: str) -> str:
-    """Return the last number of years that a text names.
-
-    Raises:
-        InputError: It names none.
-    """
+def horizon(text: str) -> str | None:
+    """Return the last number of years that a text names; None where it names none."""
     found = HORIZON.findall(text)
-    if not found:
-        raise InputError("question", "a horizon, such as 'the next 5 years'", f"'{text[:80]}'")
-    return found[-1]
+    return found[-1] if found else None
 
 
 def _pattern(template: str) -> str:

@@ -28,7 +28,6 @@ from jaxmed.synthesis.record_texts import (
     TEMPLATES,
     facts_of,
     facts_said,
-    horizon,
     known_fields,
     parse,
     question,
@@ -50,8 +49,8 @@ class RecordData:
 
     Attributes:
         manifest: Table with path (an image or cine: NIfTI, PNG, .npy, .npz), facts (age, sex, bmi or weight in kg and
-            height in m, systolic, diastolic, pulse, symptoms, history, smoking, alcohol) and where they are known
-            subject, label, question and options (separated by |).
+            height in m, systolic, diastolic, pulse, symptoms, history, smoking, alcohol, findings) and where they are
+            known subject, label, question and options (separated by |); further columns stay with the case.
         synthetic: Beating hearts with records, where no table is given; 0 asks for one.
     """
 
@@ -70,10 +69,10 @@ class Config:
         draws: Perturbations per branch.
         repeats: Identical questions beside them, to measure the noise of decoding (V_0).
         without: What is left out in turn, for `redundancy`: fields of the record (person, bmi, pressure, symptoms,
-            history, habits), or parts of the perturbation of images (phase, affine, noise), which are held still.
+            history, habits, findings), or parts of the perturbation of images (phase, affine, noise), held still.
         shared_draws: Whether the joint branch has the very perturbations of the other two; only then does the empirical
             covariance mean something. The release draws them anew.
-        question: Asked where the table has none; with a horizon in years.
+        question: Asked where the table has none; with a horizon in years, or about the present.
         options: Where the table has none.
         slices: Slices of a volume that are shown beside one another.
         seed: Seed of all perturbations.
@@ -99,7 +98,6 @@ class Config:
             raise InputError("without", "each factor once", listed(self.without))
         if not 2 <= len(self.options) <= 26:
             raise InputError("options", "2 to 26 options", len(self.options))
-        horizon(self.question)
 
 
 def paper() -> Config:
@@ -168,7 +166,7 @@ def run(config: Config, folder: RunFolder) -> int | None:
     write_failed(folder.outputs, done.failed)
     clock.lap("read, perturb and write")
     rows = [question for row in done.rows for question in row["questions"]]
-    write_table(folder.outputs / "questions.csv", COLUMNS, rows)
+    write_table(folder.outputs / "questions.csv", tuple(rows[0]) if rows else COLUMNS, rows)
     example = tuple(row["text"] for row in rows if row["branch"] == "text" and not row["factor"])[:3]
     summary = Summary(
         len(done.rows), len(done.failed), len(rows), len(rows) // max(len(done.rows), 1), example, tuple(notes)
@@ -244,7 +242,7 @@ def _perturb_case(number: int, record: Record, config: Config, programs, outputs
             "label": record.row.get("label", ""), "branch": one.branch, "draw": one.draw, "index": index,
             "factor": one.factor, "image": f"images/{record.name}/{one.image:03d}.png", "text": one.text,
             "options": "|".join(name.strip() for name in options),
-        }
+        } | {name: cell for name, cell in record.row.items() if name not in ("path", *COLUMNS)}
         for index, one in enumerate(questions)
     ]  # fmt: skip
     return {"questions": rows}
