@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "jaxmed"
 ROWS = [
     {"errors", "contents", "files", "volume", "versions"},
     {"arrays", "io", "config"},
-    {"nn", "physics", "solvers", "metrics", "data"},
+    {"nn", "physics", "solvers", "metrics", "data", "planning"},
     {"models", "synthesis"},
     {"objectives", "diffusion", "rl"},
     {"train", "report"},
