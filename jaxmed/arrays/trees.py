@@ -38,6 +38,13 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     return map_named(lambda name, leaf: leaves.get(name, leaf), tree)
 
 
+def fitting(given: Any, wanted: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return those leaves of one tree that another has in the same shape, by path, and the paths of the others."""
+    leaves, known = named_leaves(given), named_leaves(wanted)
+    fits = {name: leaf for name, leaf in leaves.items() if name in known and leaf.shape == known[name].shape}
+    return fits, tuple(name for name in leaves if name not in fits)
+
+
 def choose(condition: Any, first: Any, second: Any) -> Any:
     """Return one tree where a condition holds, else the other."""
     return jax.tree.map(lambda one, other: jnp.where(condition, one, other), first, second)

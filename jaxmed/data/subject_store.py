@@ -34,6 +34,8 @@ MARGIN = 24
 """Voxels that are kept around the brain on every side, so that it is in the middle of its volume."""
 BRAIN = (2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 26, 28, 77)
 """Generation labels of the brain; fluid may reach down to the neck."""
+WHOLE_HEAD = (192, 232, 192)
+"""Voxels of 1 mm about an adult's brain with this margin, as stores of real heads have them: what is planned for."""
 MULTIPLE = 8
 """Of voxels, to which the common grid is rounded up."""
 LARGEST_STORED = 32_767
@@ -123,6 +125,27 @@ class SubjectStore:
     def affine(self, index: int) -> Float64[np.ndarray, "4 4"]:
         """Return where a subject's voxels are, in mm of its files."""
         return np.array(read_record(self.path / self.names[index] / "subject.json")["affine"])
+
+
+def example_record(
+    table: LabelTable, shape: tuple[int, int, int], channels: int = len(IMAGES)
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Return a record of everything that a store may hold, all zeros that take no memory: its shapes are what counts.
+
+    Args:
+        table: What the labels mean.
+        shape: The grid that all subjects are padded to.
+        channels: Modalities of its images.
+    """
+    kinds: dict[str, tuple[tuple[int, ...], Any]] = {
+        "labels": (shape, np.uint8), "segmentation": (shape, np.uint8), "coordinates": ((*shape, 3), np.int16),
+        "images": ((*shape, channels), np.int16), "image_scale": ((channels,), np.float32),
+        "present": ((channels,), np.bool_), "defaced": (shape, np.uint8), "size": ((3,), np.int32),
+        "mirror": ((len(table.mirror),), np.uint8), "read": ((len(IMAGES),), np.float32),
+    }  # fmt: skip
+    if table.has_surfaces:
+        kinds["distances"] = (*shape, len(DISTANCES)), np.uint8
+    return {name: np.broadcast_to(np.zeros((), dtype), size) for name, (size, dtype) in kinds.items()}
 
 
 def write_subject(store: Path, files: SubjectFiles, table: LabelTable, locate: Locate | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.arrays.layers import layer_holding
 from jaxmed.arrays.masking import take_tokens
 from jaxmed.arrays.patches import patch_grid, patchify
 from jaxmed.arrays.position import rotary_angles, sincos
@@ -132,7 +134,7 @@ class Blocks(nn.Module):
             return self._scan(x, drops, rotation)
         for number, block in enumerate(self.layer):
             drop = None if drops is None else jax.tree.map(lambda leaf: leaf[number], drops)  # noqa: B023
-            x = block(x, drop, rotation)
+            x = self._held(block)(x, drop, rotation)
         return x
 
     def each(
@@ -141,7 +143,7 @@ class Blocks(nn.Module):
         """Return the output of every block."""
         found = []
         for block in self.layer:
-            x = block(x, None, rotation)
+            x = self._held(block)(x, None, rotation)
             found.append(x)
         return found
 
@@ -171,14 +173,28 @@ class Blocks(nn.Module):
         first = self.drop_path_rate if self.drop_path_uniform else 0.0
         return DropPath(jax.random.split(key, self.depth), jnp.linspace(first, self.drop_path_rate, self.depth))
 
+    def _held(self, block: Any) -> Callable[..., jax.Array]:
+        """Return a block as a function, of parameters that are held as the step says."""
+        holding = layer_holding()
+        if not holding.is_active or self.is_initializing():
+            return block
+        bare = Block(self.block, parent=None)
+
+        def call(params: Params, *inputs: Any) -> Any:
+            return bare.apply({"params": holding.whole(params)}, *inputs)
+
+        return functools.partial(jax.checkpoint(call) if self.remat else call, block.variables["params"])
+
     def _scan(self, x: jax.Array, drops: DropPath | None, rotation: Rotation | None) -> jax.Array:
-        params = [block.variables["params"] for block in self.layer]
+        holding = layer_holding()
+        params = [holding.split(block.variables["params"]) for block in self.layer]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         block = Block(self.block, parent=None)
 
         def advance(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
             params, drop = layer
-            return block.apply({"params": params}, x, drop, rotation), None  # pyright: ignore[reportReturnType]
+            held = holding.whole(holding.split(params))
+            return block.apply({"params": held}, x, drop, rotation), None  # pyright: ignore[reportReturnType]
 
         return jax.lax.scan(jax.checkpoint(advance) if self.remat else advance, x, (stacked, drops))[0]
 
@@ -315,8 +331,10 @@ def _position_init(config: "VitConfig") -> Any:
     return lambda key: jnp.asarray(sincos(config.width, config.grid))
 
 
-# Layouts over the mesh axis "model": columns of the first product of each branch, rows of the second.
+# Layouts over the mesh axis "model": columns of the first product of each branch, rows of the second. Tables of
+# positions stay whole: rows are gathered of them, and split by columns they would send every image's tokens around.
 SHARDING_RULES = (
+    (r"(^|/)position$", PartitionSpec()),
     (r"attention/qkv/kernel$", PartitionSpec(None, None, "model", None)),
     (r"attention/qkv/bias$", PartitionSpec(None, "model", None)),
     (r"attention/out/kernel$", PartitionSpec("model", None)),

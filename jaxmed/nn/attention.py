@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmed.arrays.platform import is_planned, target_platform
+
 AttentionKind: TypeAlias = Literal["auto", "products", "blocks", "xla", "cudnn"]
 
 # Below this many tokens the whole map of weights is kept for the backward pass.
@@ -44,10 +46,12 @@ def self_attention(
 
 
 def _choose(num_tokens: int, dtype: Any, depth: int) -> AttentionKind:
-    backend = jax.default_backend()
+    backend = target_platform()
     if backend == "cpu":
         return "products" if num_tokens <= LONG else "blocks"
     if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
+        if is_planned():  # cuDNN cannot be lowered without a GPU; blocks hold as little
+            return "blocks"
         major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]  # AMD's is no number
         if major.isdigit() and depth <= max((DEEPEST[first] for first in DEEPEST if int(major) >= first), default=0):
             return "cudnn"

@@ -29,6 +29,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxmed.arrays.platform import target_platform
 from jaxmed.nn.convolution_cpu import Geometry, by_input, direct, forward, interleave, tiled
 from jaxmed.nn.kernel_gradient import by_kernel
 
@@ -153,7 +154,7 @@ def _bind(gives: Slot, geometry: Geometry, devices: Any = None, **arrays: jax.Ar
     for slot, own in varied.items():
         if missing := frozenset.union(*varied.values()) - own:
             arrays[slot] = jax.lax.pcast(arrays[slot], tuple(missing), to="varying")
-    if devices is None and jax.default_backend() == "cpu" and jax.device_count() > 1:
+    if devices is None and target_platform() == "cpu" and jax.device_count() > 1:
         devices = _partitioned_call()
     return PRIMITIVE.bind(*(arrays[slot] for slot in OPERANDS[gives]), gives=gives, geometry=geometry, devices=devices)
 

@@ -183,8 +183,7 @@ class AttentionBlock(nn.Module):
         config, width, heads = self.config, x.shape[-1], self.heads
         tokens = GroupNorm(config.groups, config.epsilon, name="norm")(x)
         tokens = tokens.reshape(x.shape[0], -1, width).astype(config.dtype)
-        qkv = Linear((heads, 3, width // heads), config.dtype, name="qkv")(tokens)
-        qkv = qkv.reshape(*tokens.shape[:2], heads, 3, width // heads).swapaxes(2, 3)
+        qkv = Linear((heads, 3, width // heads), config.dtype, name="qkv")(tokens).swapaxes(2, 3)
         mixed = self_attention(qkv, self.kind).reshape(tokens.shape)
         if self.has_out:
             start = nn.initializers.zeros if config.zero_start else Linear.kernel_init

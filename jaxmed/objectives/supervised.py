@@ -87,6 +87,24 @@ def task_losses(
     return binary_cross_entropy(logits, targets, weights)
 
 
+def class_dice(found: Array, truth: Array, classes: int) -> tuple[Float[Array, " class"], Float[Array, " class"]]:
+    """Return Dice of every class, 1 where neither has it, and the voxels that truly are of it.
+
+    Args:
+        found: Class of every voxel, as estimated.
+        truth: The same, as it is.
+        classes: Their number.
+    """
+
+    def count(mask: Array) -> Array:
+        return jnp.zeros(classes).at[jnp.where(mask, truth, classes)].add(1.0, mode="drop")
+
+    true, shared = count(jnp.ones_like(truth, bool)), count(found == truth)
+    predicted = jnp.zeros(classes).at[found].add(1.0)
+    total = true + predicted
+    return jnp.where(total > 0, 2 * shared / jnp.maximum(total, 1), 1.0), true
+
+
 def overlap(truth: Float[Array, "image *space"], estimate: Float[Array, "image *space"]) -> Float[Array, " image"]:
     """Return the Dice coefficient, 2 sum(t e) / (sum t + sum e); of two empty masks 1."""
     axes = tuple(range(1, truth.ndim))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxmed.arrays.task import Task, standardise
@@ -32,10 +33,11 @@ from jaxmed.train.announce import announce
 from jaxmed.train.checkpoint import compare_arrays, describe
 from jaxmed.train.log import Log, at_work
 from jaxmed.train.loop import restore_best
-from jaxmed.train.mesh import make_mesh
+from jaxmed.train.mesh import abstract_batch, gathered, make_mesh
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
 from jaxmed.train.state import TrainState
+from jaxmed.train.workload import Workload, training_workload
 
 FINE_TUNING = OptimizerConfig(peak_lr=1e-4, end_lr=1e-6, weight_decay=0.05, layer_decay=0.75)
 # Of the probes whose recipe says everything but the length and the batch; rates are per 256 records of a batch.
@@ -234,8 +236,15 @@ def final_heads(config: AdaptConfig, head: HeadConfig) -> list[HeadConfig]:
     return [dataclasses.replace(found, layers=number, pool=pool) for number in blocks for pool in pools]
 
 
-def check_run(config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Task) -> Params:
+def check_run(config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Task, mesh: Mesh | None = None) -> Params:
     """Check that head and weights fit the task, and batch and model the devices, before anything is written.
+
+    Args:
+        config: The run.
+        encoder: What is adapted.
+        head: What stands on it.
+        task: What the outputs mean.
+        mesh: The devices; by default those of the run's configuration.
 
     Returns:
         Shapes of the parameters.
@@ -271,7 +280,7 @@ def check_run(config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Tas
     if config.mode in FITTED:  # nothing is divided
         loader = dataclasses.replace(train.loader, batch_size=make_mesh(train.mesh).shape["data"])
         train = dataclasses.replace(train, loader=loader, accumulation=1)
-    return check_fit(train, Network(draw, encoder.apply, encoder.rules))
+    return check_fit(train, Network(draw, encoder.apply, encoder.rules), mesh)
 
 
 def _check_grid(grid: ProbeGrid, encoder: Encoder, task: Task) -> None:
@@ -300,7 +309,7 @@ def score(
     """
     mesh = make_mesh(config.train.mesh)
     batches = read_batches(config.train, source, transform, mesh)
-    return collect(scorer(encoder, head, None, mesh), params, batches, len(source))
+    return collect(scorer(encoder, head, None, mesh), gathered(params), batches, len(source))
 
 
 # Labels and selection ------------------------------------------------------------------------------------------------
@@ -357,13 +366,9 @@ def _train(
 ) -> Adapted:
     mesh, train = make_mesh(config.train.mesh), config.train
     is_once = isinstance(data.training, ArraySource) and "tokens" in data.training.arrays
-    rate, grid = train.optimizer, config.probe.grid if config.mode == "dinov2-probe" else None
-    key = CompileKey(
-        encoder, head, task.kind, dataclasses.replace(rate, peak_lr=0.0, end_lr=0.0, warmup_steps=0),
-        train.accumulation, config.token_keep, config.smoothing, config.mix, augment,
-        "head on pairs" if is_once else "all" if config.mode == "full" else "head", grid,
-    )  # fmt: skip
-    program = make_program(key, mesh)
+    rate = train.optimizer
+    key = _compile_key(config, encoder, head, task, augment, is_once=is_once)
+    grid, program = key.grid, make_program(key, mesh)
     with at_work("Drawing the parameters"):
         schedule = make_schedule(rate.peak_lr, rate.end_lr, rate.warmup_steps, train.loop.steps)
         state = program.create(jax.random.key(train.seed), start, schedule)
@@ -374,7 +379,7 @@ def _train(
     def look(params: Params) -> list[dict[str, float]]:
         targets: list[np.ndarray] = []
         batches = read_batches(train, validation, data.transform, mesh)
-        logits = collect(run, params, batches, len(validation), targets)
+        logits = collect(run, gathered(params), batches, len(validation), targets)
         several = [logits] if grid is None else np.moveaxis(logits, 1, 0)
         return [measure(task, one, targets[0], weights) for one in several]
 
@@ -402,6 +407,58 @@ def _train(
     seconds = training_seconds(history, step, len(data.training) / train.loader.batch_size) or (None, None)
     effort = Effort(trained, operations_per_record(encoder, head), *seconds, peak_memory())
     return Adapted(params, head, step, history, choices, effort)
+
+
+def _compile_key(
+    config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Task, augment: Augment | None, *, is_once: bool
+) -> CompileKey:
+    """Return what a run is compiled for; `is_once` where records bring features in place of images."""
+    rate, train = config.train.optimizer, config.train
+    return CompileKey(
+        encoder, head, task.kind, dataclasses.replace(rate, peak_lr=0.0, end_lr=0.0, warmup_steps=0),
+        train.accumulation, config.token_keep, config.smoothing, config.mix, augment,
+        "head on pairs" if is_once else "all" if config.mode == "full" else "head",
+        config.probe.grid if config.mode == "dinov2-probe" else None,
+    )  # fmt: skip
+
+
+def plan_adaptation(
+    config: AdaptConfig,
+    encoder: Encoder,
+    head: HeadConfig,
+    task: Task,
+    image: tuple[int, ...],
+    mesh: Mesh,
+    augment: Augment | None = None,
+) -> Workload:
+    """Return the step of `adapt` with an encoder in it, and the shapes of its arguments, of which nothing is made.
+
+    Args:
+        config: The run.
+        encoder: What makes tokens of an image.
+        head: What stands on it.
+        task: What the outputs mean.
+        image: Shape of a training image as the loader delivers it, before the augmentation.
+        mesh: The devices, which may be those of a topology that is not here.
+        augment: As of `adapt`.
+
+    Raises:
+        InputError: The run trains a head on features that are computed once, or does not divide over the devices.
+    """
+    is_varied = augment is not None or config.token_keep < 1 or config.mix.is_on or encoder.is_random
+    if config.mode in FITTED or not (config.mode == "full" or is_varied):
+        advice = "take --mode full, or frozen with an augmentation"
+        raise InputError("mode", "steps that run the encoder, to plan", f"{config.mode}, of features made once", advice)
+    check_run(config, encoder, head, task, mesh)
+    if config.mode not in ("full", "frozen"):
+        encoder, head = dataclasses.replace(encoder, is_random=False), probe_head(config, head)
+    program = make_program(_compile_key(config, encoder, head, task, augment, is_once=False), mesh)
+    outputs = len(task.names)
+    shapes = {"image": image, "target": (1 if task.kind == "multiclass" else outputs,), "importance": ()}
+    shapes["weights"] = (outputs,)
+    record = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    batch = abstract_batch(record, config.train.loader.batch_size, mesh)
+    return training_workload(program.step, program.state, batch, record)
 
 
 def _fit(config: AdaptConfig, encoder: Encoder, head: HeadConfig, task: Task, once: TrainData, log: Log) -> Adapted:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.masking import draw_noise
+from jaxmed.arrays.platform import target_platform
 from jaxmed.arrays.task import TaskKind
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.data.mixing import MixConfig, mix, partners
@@ -28,7 +29,7 @@ from jaxmed.models.heads import MOMENTS, Head, HeadConfig, fold_moments, init_he
 from jaxmed.nn.model import make_model
 from jaxmed.objectives.supervised import task_losses
 from jaxmed.recipes.probe_grid import ProbeGrid, grid_logits, init_grid, rate_factors
-from jaxmed.train.mesh import param_shardings
+from jaxmed.train.mesh import abstract, param_shardings
 from jaxmed.train.optimizer import OptimizerConfig, make_optimizer, rate_at
 from jaxmed.train.state import TrainState
 from jaxmed.train.step import make_train_step
@@ -97,10 +98,12 @@ class Program(NamedTuple):
     Attributes:
         create: `create(key, start, schedule) -> TrainState`.
         step: `step(state, batch) -> (state, metrics)`.
+        state: Shapes of what `create` makes, with their shardings.
     """
 
     create: Callable[..., TrainState]
     step: Callable[..., Any]
+    state: TrainState
 
 
 def make_schedule(peak: float, end: float, warmup: int, length: int) -> ScheduleState:
@@ -132,9 +135,7 @@ def make_program(compiled: CompileKey, mesh: Mesh) -> Program:
     schedule = make_schedule(0.0, 0.0, 0, 0)
     shapes: Any = jax.eval_shape(build, jax.random.key(0), {}, schedule)
     places: Any = param_shardings(shapes, mesh, encoder.rules)
-    placed: Any = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
-    )
+    placed = abstract(shapes, places)
     update = make_train_step(
         partial(_loss, compiled),
         optimizer,
@@ -155,10 +156,11 @@ def make_program(compiled: CompileKey, mesh: Mesh) -> Program:
         return state, {**metrics, "learning_rate": rate}
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    donated = () if jax.default_backend() == "cpu" else (0,)
+    donated = () if target_platform() == "cpu" else (0,)
     return Program(
         jax.jit(build, out_shardings=places),
         jax.jit(step, out_shardings=(places, everywhere), donate_argnums=donated),
+        placed,
     )
 
 

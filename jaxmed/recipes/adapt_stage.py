@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxmed.arrays.task import Task, predict_values, standardise
@@ -33,7 +34,18 @@ from jaxmed.metrics.cohort import Score, score_set
 from jaxmed.models.encoder import Encoder
 from jaxmed.models.heads import HeadConfig
 from jaxmed.objectives.supervised import task_losses
-from jaxmed.recipes.adapt import FITTED, AdaptConfig, Adapted, AdaptFlags, Mode, adapt, check_run, final_heads, score
+from jaxmed.recipes.adapt import (
+    FITTED,
+    AdaptConfig,
+    Adapted,
+    AdaptFlags,
+    Mode,
+    adapt,
+    check_run,
+    final_heads,
+    plan_adaptation,
+    score,
+)
 from jaxmed.recipes.adapt_program import Augment
 from jaxmed.recipes.effort import Effort
 from jaxmed.recipes.quality_range import Scorer, write_tuned
@@ -44,6 +56,7 @@ from jaxmed.train.checkpoint import export_parameters
 from jaxmed.train.log import Log
 from jaxmed.train.loop import length_notes
 from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.workload import Workload
 
 FAILED_COLUMNS = ("path", "set", "reason")
 METRIC_COLUMNS = ("set", "group", "label", "measure", "estimate", "low", "high", "undefined", "records", "subjects")
@@ -324,6 +337,24 @@ def run_adapt(
     )  # fmt: skip
     finish(folder, config, summary, clock, page)
     return int(any(one.failed for one, _ in scored))
+
+
+def plan_adapt(
+    labelled: LabelledConfig, first: Start, mesh: Mesh, task: Task, augment: Augment | None = None
+) -> Workload:
+    """Return the step of `run_adapt` and the shapes of its arguments, without weights or labels.
+
+    Args:
+        labelled: What is learnt and how.
+        first: The system's start from scratch, of the same sizes as the weights'.
+        mesh: The devices, which may be those of a topology that is not here.
+        task: What stands for the labels: their number is all that counts.
+        augment: As of `run_adapt`.
+    """
+    augment = first.augment or augment
+    image = (first.training if augment is not None and first.training is not None else first.preprocess).size
+    shape = (*image, first.encoder.channels)
+    return plan_adaptation(labelled.adapt, first.encoder, first.head, task, shape, mesh, augment)
 
 
 def read_sets(labelled: LabelledConfig) -> LabelledSets:

@@ -13,6 +13,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.arrays.layers import holding_layers
+from jaxmed.arrays.platform import target_platform
 from jaxmed.arrays.trees import exponential_average, map_named, matches
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.data.augment_pictures import Crops
@@ -20,6 +22,7 @@ from jaxmed.models.vit import BLOCK
 from jaxmed.nn.model import LayerRules
 from jaxmed.recipes.dino_loss import Centres, DinoConfig, dino_loss, dino_network
 from jaxmed.recipes.training import TrainConfig
+from jaxmed.train.mesh import hold_layers, hold_split, hold_whole
 from jaxmed.train.optimizer import layer_scales, learning_rate, rate_at
 
 Augment: TypeAlias = Callable[[KeyArray, Float[Array, "..."]], Crops]
@@ -106,12 +109,15 @@ def make_dino_step(
         augment: One image to its crops.
         per_epoch: Number of steps in an epoch.
         mesh: Its devices.
-        state: A state of the run; the new one lies on the devices as this one does.
+        state: A state of the run, or its shapes with their shardings; the new one lies on the devices as it does.
     """
     frozen = (*config.optimizer.frozen, *dino_network(dino).frozen)
 
     def hold(name: str, leaf: Any) -> Any:
         return jax.lax.stop_gradient(leaf) if matches(name, frozen) else leaf
+
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+    layers = hold_layers(placement.student)
 
     def step(state: DinoState, batch: Mapping[str, Array]) -> tuple[DinoState, dict[str, Scalar]]:
         at = settings_at(state.step, config, dino, per_epoch)
@@ -120,19 +126,23 @@ def make_dino_step(
         crops = jax.vmap(augment)(keys, batch["image"])
         _check_crops(dino, crops)
 
+        teacher = hold_whole(state.teacher, placement.teacher)
+        anchor = hold_whole(state.anchor, placement.anchor)
+
         def objective(student: Params) -> Any:
-            held = map_named(hold, student)
-            given = mesh, held, state.teacher, state.centres, loss_key, crops, at.teacher_temperature
-            return dino_loss(dino, *given, state.anchor)
+            held = map_named(hold, hold_whole(student, placement.student))
+            given = mesh, held, teacher, state.centres, loss_key, crops, at.teacher_temperature
+            with holding_layers(layers):
+                return dino_loss(dino, *given, anchor)
 
         gradient, (centres, metrics) = jax.grad(objective, has_aux=True)(state.student)
+        gradient = hold_split(gradient, placement.student)
         student, opt_state, norms = move(config, dino, frozen, at, gradient, state.opt_state, state.student)
         teacher = exponential_average(state.teacher, student, at.teacher_momentum)
         metrics |= norms | {name: value for name, value in at._asdict().items() if name != "is_thawed"}
         return DinoState(state.step + 1, student, teacher, centres, opt_state, state.key, state.anchor), metrics
 
-    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-    donated = () if jax.default_backend() == "cpu" else (0,)
+    donated = () if target_platform() == "cpu" else (0,)
     return jax.jit(step, out_shardings=(placement, NamedSharding(mesh, PartitionSpec())), donate_argnums=donated)
 
 

@@ -30,7 +30,7 @@ from jaxmed.io.numpy_files import restore_npz, write_npz
 from jaxmed.io.tables import write_table
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
-from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, shard_batch
+from jaxmed.train.mesh import MeshConfig, gathered, make_mesh, param_shardings, shard_batch
 from jaxmed.train.profile import tracing, waited
 from jaxmed.train.run_folder import RunFolder
 
@@ -269,7 +269,7 @@ def map_batches(
     elif done:
         log.say(f"Continuing after {done:,} scans of an interrupted run.")
     log.rewind(done)
-    placed = jax.device_put(params, param_shardings(params, mesh, model.rules))
+    placed = gathered(jax.device_put(params, param_shardings(params, mesh, model.rules)))
     reads = _read_ahead([chunks[number] for number in todo], model.read, config)
     if todo:
         batch = jax.ShapeDtypeStruct((config.size, *model.shape), np.float32)

@@ -37,9 +37,18 @@ from jaxmed.recipes.training import (
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log, at_work, series
 from jaxmed.train.loop import LoopConfig
-from jaxmed.train.mesh import make_mesh, param_shardings, process_slice, shard_batch
+from jaxmed.train.mesh import (
+    abstract,
+    abstract_batch,
+    gathered,
+    make_mesh,
+    param_shardings,
+    process_slice,
+    shard_batch,
+)
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.workload import Workload, training_workload
 
 
 def released() -> tuple[DinoConfig, TrainConfig]:
@@ -120,6 +129,28 @@ def pretrain_dino(
     return state.teacher["encoder"], state
 
 
+def plan_dino(config: TrainConfig, dino: DinoConfig, augment: Augment, image: tuple[int, ...], mesh: Mesh) -> Workload:
+    """Return the step of `pretrain_dino` and the shapes of its arguments, of which nothing is made.
+
+    Args:
+        config: The run.
+        dino: What is trained and how; with a weight of an anchor there is one.
+        augment: As of `pretrain_dino`.
+        image: Shape of a transformed record's image.
+        mesh: The devices, which may be those of a topology that is not here.
+    """
+    _check(config, dino)
+    network = dino_network(dino)
+    shapes = check_fit(config, network, mesh)
+    given = jax.random.key(config.seed), None, shapes["encoder"] if dino.gram_weight else None
+    created = jax.eval_shape(_creator(config, dino), *given)
+    state = abstract(created, param_shardings(created, mesh, network.rules))
+    # How many steps an epoch has is a constant of the schedules alone.
+    step = make_dino_step(with_scaled_rate(config, dino), dino, augment, 1000.0, mesh, state)
+    record = {"image": jax.ShapeDtypeStruct(image, jnp.float32)}
+    return training_workload(step, state, abstract_batch(record, config.loader.batch_size, mesh), record)
+
+
 def with_scaled_rate(config: TrainConfig, dino: DinoConfig) -> TrainConfig:
     """Return the configuration with its learning rate scaled by the root of the batch."""
     if not dino.reference_batch:
@@ -144,6 +175,14 @@ def create_dino_state(
     config: TrainConfig, dino: DinoConfig, mesh: Mesh, start: Params | None = None, anchor: Params | None = None
 ) -> DinoState:
     """Make the first state in its place; the teacher begins as a copy of the student, and the anchor stays."""
+    given = jax.random.key(config.seed), start, anchor
+    create = _creator(config, dino)
+    places = param_shardings(jax.eval_shape(create, *given), mesh, dino_network(dino).rules)
+    with at_work("Drawing the parameters"):
+        return jax.jit(create, out_shardings=places)(*given)
+
+
+def _creator(config: TrainConfig, dino: DinoConfig) -> Callable[..., DinoState]:
     network = dino_network(dino)
 
     def create(key: KeyArray, given: Params | None, anchor: Params | None) -> DinoState:
@@ -155,10 +194,7 @@ def create_dino_state(
         moments = adam(config).init(student)
         return DinoState(jnp.zeros((), jnp.int32), student, teacher, centres, moments, root_key, anchor)
 
-    given = jax.random.key(config.seed), start, anchor
-    places = param_shardings(jax.eval_shape(create, *given), mesh, network.rules)
-    with at_work("Drawing the parameters"):
-        return jax.jit(create, out_shardings=places)(*given)
+    return create
 
 
 def make_view_evaluation(
@@ -176,9 +212,9 @@ def make_view_evaluation(
         return unit(encode(dino, encoder, crops.globals_)[0], 1e-12), batch["weight"]
 
     def evaluate(state: DinoState) -> Mapping[str, float]:
-        found = []
+        found, encoder = [], gathered(state.teacher["encoder"])
         for batch in evaluation_batches(held_out, transform, config.loader, *process_slice(mesh)):
-            tokens, weight = jax.device_get(look(state.teacher["encoder"], shard_batch(batch, mesh)))
+            tokens, weight = jax.device_get(look(encoder, shard_batch(batch, mesh)))
             found.append(tokens[weight > 0])
         return spread_of_views(np.concatenate(found))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from jaxmed.arrays.masking import Masking, draw_noise, restore_order, take_tokens
@@ -18,9 +19,18 @@ from jaxmed.arrays.patches import patchify, unpatchify
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.models.mae import MaskedModel
 from jaxmed.objectives.masked import masked_loss, masked_targets
-from jaxmed.recipes.training import TrainConfig, TrainData, handed_on, record_keys, run_training, whole
+from jaxmed.recipes.training import (
+    TrainConfig,
+    TrainData,
+    handed_on,
+    plan_training,
+    record_keys,
+    run_training,
+    whole,
+)
 from jaxmed.train.log import Log
 from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.workload import Workload
 
 Augment = Callable[[KeyArray, Float[Array, "..."]], Float[Array, "..."]]
 NUM_PICTURES = 3
@@ -82,6 +92,12 @@ def pretrain(
             image = data.transform(held_out[number], np.random.default_rng(0))["image"]
             pictures.append(reconstruct(model, held, key, image))
     return params, pictures
+
+
+def plan_pretraining(config: TrainConfig, model: MaskedModel, mesh: Mesh, augment: Augment | None = None) -> Workload:
+    """Return the step of `pretrain` and the shapes of its arguments, of which nothing is made."""
+    record = {"image": jax.ShapeDtypeStruct((*model.image_size, model.channels), jnp.float32)}
+    return plan_training(config, model.network, partial(_loss, model, augment), record, mesh)
 
 
 def _loss(

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import tyro
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from jaxmed.arrays.trees import named_leaves, replace
@@ -33,11 +33,20 @@ from jaxmed.nn.model import LayerRules, Network
 from jaxmed.train.announce import announce
 from jaxmed.train.log import Log
 from jaxmed.train.loop import LoopConfig, fit, restore_best
-from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, process_slice, shard_batch
+from jaxmed.train.mesh import (
+    MeshConfig,
+    abstract_batch,
+    gathered,
+    make_mesh,
+    param_shardings,
+    process_slice,
+    shard_batch,
+)
 from jaxmed.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxmed.train.run_folder import RunFolder
-from jaxmed.train.state import TrainState, create_state
+from jaxmed.train.state import TrainState, abstract_state, create_state
 from jaxmed.train.step import Loss, make_train_step
+from jaxmed.train.workload import Workload, training_workload
 
 State = TypeVar("State")
 # score(params, keys, batch) -> numbers of each record, [batch]; keys holds one key for each record.
@@ -130,28 +139,73 @@ def run_training(
     config = in_steps(config, len(data.training))
     mesh = make_mesh(config.mesh)
     announce(log, "Drawing the parameters", params=check_fit(config, network), smaller=folder.smaller)
-    settings = dataclasses.replace(config.optimizer, frozen=(*config.optimizer.frozen, *network.frozen))
-    optimizer = make_optimizer(settings, config.loop.steps, layers)
     # Given parameters are an argument: closed over, they would be constants of the program.
     given = () if start is None else (start,)
-    state = create_state(
-        jax.random.key(config.seed), partial(initialise, network), optimizer, mesh, *given,
-        rules=network.rules, ema=config.ema_decay > 0,
-    )  # fmt: skip
-    step = make_train_step(
+    state = create_state(*_state_arguments(config, network, mesh, layers), *given, **_state_options(config, network))
+    step = _make_step(config, network, loss, state, layers)
+    evaluate = None
+    if score is not None and data.held_out is not None:
+        seed = config.seed + 1 if score_seed is None else score_seed
+        evaluate = make_evaluation(config, mesh, data.held_out, data.transform, score, seed, summarise)
+    return run_steps(config, state, step, data, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
+
+
+def plan_training(
+    config: TrainConfig,
+    network: Network,
+    loss: Loss,
+    record: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    layers: LayerRules | None = None,
+    notes: tuple[str, ...] = (),
+) -> Workload:
+    """Return the step of `run_training` and the shapes of its arguments; epochs have no part in either.
+
+    Args:
+        config: The run.
+        network: What is trained.
+        loss: As of `run_training`.
+        record: Shape and type of each array of a transformed record.
+        mesh: The devices, which may be those of a topology that is not here.
+        layers: The network's layers.
+        notes: What was assumed about the inputs.
+
+    Raises:
+        InputError: The batch or the network does not divide over the devices.
+    """
+    check_fit(config, network, mesh)
+    state = abstract_state(*_state_arguments(config, network, mesh, layers), **_state_options(config, network))
+    step = _make_step(config, network, loss, state, layers)
+    return training_workload(step, state, abstract_batch(record, config.loader.batch_size, mesh), record, notes)
+
+
+def _settings(config: TrainConfig, network: Network) -> OptimizerConfig:
+    return dataclasses.replace(config.optimizer, frozen=(*config.optimizer.frozen, *network.frozen))
+
+
+def _state_arguments(config: TrainConfig, network: Network, mesh: Mesh, layers: LayerRules | None) -> tuple[Any, ...]:
+    optimizer = make_optimizer(_settings(config, network), config.loop.steps, layers)
+    return jax.random.key(config.seed), partial(initialise, network), optimizer, mesh
+
+
+def _state_options(config: TrainConfig, network: Network) -> dict[str, Any]:
+    return {"rules": network.rules, "ema": config.ema_decay > 0}
+
+
+def _make_step(
+    config: TrainConfig, network: Network, loss: Loss, state: TrainState, layers: LayerRules | None
+) -> Callable[..., Any]:
+    settings = _settings(config, network)
+    return make_train_step(
         loss,
-        optimizer,
+        make_optimizer(settings, config.loop.steps, layers),
         state=state,
         accumulation=config.accumulation,
         ema_decay=partial(ramped_decay, config.ema_decay) if config.ema_decay else None,
         schedule=learning_rate(settings, config.loop.steps),
         frozen=settings.frozen,
     )
-    evaluate = None
-    if score is not None and data.held_out is not None:
-        seed = config.seed + 1 if score_seed is None else score_seed
-        evaluate = make_evaluation(config, mesh, data.held_out, data.transform, score, seed, summarise)
-    return run_steps(config, state, step, data, mesh=mesh, folder=folder, log=log, evaluate=evaluate)
 
 
 def run_steps(
@@ -185,8 +239,13 @@ def in_steps(config: TrainConfig, num_records: int) -> TrainConfig:
     )
 
 
-def check_fit(config: TrainConfig, network: Network) -> Params:
+def check_fit(config: TrainConfig, network: Network, mesh: Mesh | AbstractMesh | None = None) -> Params:
     """Check that the batch and the network divide over the devices, before anything is written.
+
+    Args:
+        config: The run.
+        network: What is trained.
+        mesh: The devices; by default those of `config.mesh`.
 
     Returns:
         Shapes of the parameters.
@@ -194,7 +253,7 @@ def check_fit(config: TrainConfig, network: Network) -> Params:
     Raises:
         InputError: They do not.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
     batch, parts, devices = config.loader.batch_size, config.accumulation, mesh.shape["data"]
     if batch % (parts * devices):
         expected = f"a multiple of {parts} parts (accumulation) x {devices} devices (mesh.data)"
@@ -261,8 +320,9 @@ def make_evaluation(
 
     def evaluate(state: TrainState) -> Mapping[str, float]:
         sums: dict[str, float] = {}
+        params = gathered(handed_on(state))
         for batch in evaluation_batches(held_out, transform, reading, *process_slice(mesh)):
-            for name, value in jax.device_get(total(handed_on(state), shard_batch(batch, mesh))).items():
+            for name, value in jax.device_get(total(params, shard_batch(batch, mesh))).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         weight = sums.pop("weight")
         return summarise({name: value / weight for name, value in sums.items()})

@@ -149,6 +149,20 @@ def matmul_rate() -> float:
     return 2.0 * edge**3 / min(seconds)
 
 
+@functools.cache
+def copy_rate() -> float:
+    """Measure the bytes a second that the first device reads and writes in adding a number to a large array."""
+    numbers = jnp.ones(2**25, jnp.float32)
+    add = jax.jit(lambda numbers: numbers + 1)
+    add(numbers).block_until_ready()
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        add(numbers).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * numbers.nbytes / min(seconds)
+
+
 def machine_memory() -> float:
     """Return the bytes of memory of this machine; infinite where nobody tells."""
     try:

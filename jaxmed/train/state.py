@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from jaxmed.arrays.types import KeyArray, Params, PartitionRules
 from jaxmed.train.log import at_work
-from jaxmed.train.mesh import param_shardings
+from jaxmed.train.mesh import abstract, param_shardings
 
 MANY = 50_000_000  # parameters
 
@@ -57,17 +57,38 @@ def create_state(
     Returns:
         The state at step 0; the average starts at the parameters.
     """
+    shapes = abstract_state(key, init, optimizer, mesh, *arguments, rules=rules, ema=ema)
+    places: Any = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    options = draw_options(shapes.params, mesh)
+    with at_work("Drawing the parameters"):
+        create = jax.jit(_creator(init, optimizer, ema), out_shardings=places, compiler_options=options)
+        return create(key, *arguments)
 
+
+def abstract_state(
+    key: KeyArray,
+    init: Callable[..., Params],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    *arguments: Any,
+    rules: PartitionRules = (),
+    ema: bool = False,
+) -> TrainState:
+    """Return the shapes of what `create_state` makes of the same arguments, with their shardings."""
+    shapes = jax.eval_shape(_creator(init, optimizer, ema), key, *arguments)
+    return abstract(shapes, param_shardings(shapes, mesh, rules))
+
+
+def _creator(
+    init: Callable[..., Params], optimizer: optax.GradientTransformation, ema: bool
+) -> Callable[..., TrainState]:
     def create(key: KeyArray, *arguments: Any) -> TrainState:
         init_key, root_key = jax.random.split(key)
         params = init(init_key, *arguments)
         average = jax.tree.map(jnp.copy, params) if ema else None
         return TrainState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params), root_key)
 
-    shapes = jax.eval_shape(create, key, *arguments)
-    places, options = param_shardings(shapes, mesh, rules), draw_options(shapes.params, mesh)
-    with at_work("Drawing the parameters"):
-        return jax.jit(create, out_shardings=places, compiler_options=options)(key, *arguments)
+    return create
 
 
 def draw_options(params: Params, mesh: Mesh) -> dict[str, int] | None:

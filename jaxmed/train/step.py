@@ -9,8 +9,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, Shaped
 
+from jaxmed.arrays.layers import holding_layers
+from jaxmed.arrays.platform import target_platform
 from jaxmed.arrays.trees import exponential_average, map_named, matches
 from jaxmed.arrays.types import Params, Scalar
+from jaxmed.train.mesh import hold_layers, hold_split, hold_whole
 from jaxmed.train.state import TrainState
 
 # loss(params, keys, batch) -> (scalar, metrics); keys holds one key for each example of the batch.
@@ -38,7 +41,7 @@ def make_train_step(
     Args:
         loss: `loss(params, keys, batch) -> (scalar, metrics)`; every array of the batch has the batch axis first.
         optimizer: From `make_optimizer`, or any of optax.
-        state: A state of the run; the new one lies on the devices as this one does.
+        state: A state of the run, or its shapes with their shardings; the new one lies on the devices as it does.
         accumulation: Parts in which a batch is processed, one after the other. The batch divided by it must still
             divide over the devices.
         ema_decay: Decay of the moving average, a number or a function of the steps done; needs a state that has one.
@@ -60,12 +63,16 @@ def make_train_step(
     def hold(name: str, leaf: Any) -> Any:
         return jax.lax.stop_gradient(leaf) if matches(name, frozen) else leaf
 
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+    layers = hold_layers(placement.params)
+
     def differentiate(params: Params, keys: Any, batch: Any) -> tuple[Params, Metrics]:
         def objective(params: Params) -> Any:
-            return loss(map_named(hold, params), keys, batch)
+            with holding_layers(layers):
+                return loss(map_named(hold, hold_whole(params, placement.params)), keys, batch)
 
         (value, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(params)
-        return gradient, {"loss": value, **metrics}
+        return hold_split(gradient, placement.params), {"loss": value, **metrics}
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         count = jax.tree.leaves(batch)[0].shape[0]
@@ -85,8 +92,7 @@ def make_train_step(
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return TrainState(state.step + 1, params, average, opt_state, state.key), metrics
 
-    donate = jax.default_backend() != "cpu" if donate is None else donate
-    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+    donate = target_platform() != "cpu" if donate is None else donate
     return jax.jit(step, out_shardings=(placement, _replicated(state)), donate_argnums=(0,) if donate else ())
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from jaxmed.arrays.trees import fitting
 from jaxmed.config import to_record
 from jaxmed.errors import InputError
 from jaxmed.metrics.imaging import dice
 from jaxmed.models.unet_brain import BRAINFM, LABELS, BrainUnetConfig, brain_unet
 from jaxmed.objectives.brain import BrainLossConfig
+from jaxmed.objectives.supervised import class_dice
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.synthesis.bias_field import BiasFieldConfig
 from jaxmed.synthesis.brain_draws import GeneratorConfig, Severity
@@ -24,9 +26,7 @@ from jaxmed.systems.brainfm.training import (
     VARIANTS,
     Grid,
     apply_variant,
-    class_dice,
     draw,
-    fitting,
     make_loss,
     measures,
     teachable,

@@ -6,12 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmed.errors import InputError
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.train import mesh
-from jaxmed.train.mesh import MeshConfig, make_mesh, param_shardings, process_slice, shard_batch
+from jaxmed.train.mesh import (
+    MeshConfig,
+    abstract_batch,
+    gathered,
+    hold_split,
+    hold_whole,
+    make_mesh,
+    param_shardings,
+    process_slice,
+    shard_batch,
+    without_data,
+)
 
 pytestmark = pytest.mark.core
 
@@ -62,6 +74,83 @@ def test_layout_follows_the_first_rule_then_size():
     assert found["large"] == P(None, None, "data")
     assert found["odd"] == P()
     assert found["moments"]["attention"] == {"kernel": P(None, "model"), "kernel_scale": P()}
+
+
+def test_large_leaves_are_split_over_data_besides_their_rule_and_an_empty_rule_keeps_them_whole():
+    mesh = make_mesh(MeshConfig(data=4, model=2))
+    shapes = {
+        "fc1": jnp.ones((64, 32)),
+        "fc2": jnp.ones((32, 64)),
+        "table": jnp.ones((64, 64)),
+        "odd": jnp.ones((6, 64)),
+    }
+    rules = (("fc1", P(None, "model")), ("fc2", P("model", None)), ("table", P()), ("odd", P(None, "model")))
+    found = jax.tree.map(lambda sharding: sharding.spec, param_shardings(shapes, mesh, rules, smallest_split=100))
+    assert found["fc1"] == P("data", "model")
+    assert found["fc2"] == P("model", "data")
+    assert found["table"] == P()
+    assert found["odd"] == P(None, "model")  # 6 rows do not divide
+
+
+def test_an_abstract_mesh_tells_the_same_without_devices():
+    shapes, rules = {"kernel": jax.ShapeDtypeStruct((64, 32), jnp.float32)}, (("kernel", P(None, "model")),)
+    mesh = make_mesh(MeshConfig(data=4, model=2))
+    real, told = (param_shardings(shapes, one, rules, smallest_split=100) for one in (mesh, mesh.abstract_mesh))
+    assert real["kernel"].spec == told["kernel"].spec == P("data", "model")
+
+
+def test_a_partition_without_data_keeps_the_rest():
+    mesh = make_mesh(MeshConfig(data=4, model=2))
+    assert without_data(NamedSharding(mesh, P("data", "model"))) == P(None, "model")
+    assert without_data(NamedSharding(mesh, P(("data", "model"), None))) == P("model", None)
+    assert without_data(NamedSharding(mesh, P(None, "model"))) is None
+    assert without_data(NamedSharding(make_mesh(MeshConfig(data=1)), P("data"))) is None
+    assert without_data(SingleDeviceSharding(jax.devices()[0])) is None
+
+
+def test_parameters_held_whole_leave_the_batch_where_it_is():
+    """Without it the compiler would split the product by its columns, and give every device all rows."""
+    mesh = make_mesh()
+    split, rows = NamedSharding(mesh, P("data")), NamedSharding(mesh, P("data"))
+    params = {"kernel": jax.device_put(jnp.arange(64.0).reshape(8, 8), split)}
+    places = {"kernel": split}
+
+    @jax.jit
+    def gradient(params, x):
+        def loss(params):
+            return jnp.sum((x @ hold_whole(params, places)["kernel"]) ** 2)
+
+        return hold_split(jax.grad(loss)(params), places)
+
+    x = jax.device_put(jnp.arange(128.0).reshape(16, 8) / 100, rows)
+    found = gradient(params, x)["kernel"]
+    assert found.sharding.is_equivalent_to(split, 2)
+    kernel = np.arange(64.0).reshape(8, 8)
+    np.testing.assert_allclose(found, 2 * np.asarray(x).T @ (np.asarray(x) @ kernel), rtol=1e-5)
+    text = gradient.lower(params, x).compile().as_text() or ""
+    assert "all-gather" in text and "all-to-all" not in text
+
+
+def test_gathered_parameters_are_whole_along_data():
+    mesh = make_mesh(MeshConfig(data=4, model=2))
+    params = {
+        "kernel": jax.device_put(jnp.arange(64.0).reshape(8, 8), NamedSharding(mesh, P("data", "model"))),
+        "bias": jax.device_put(jnp.ones(8), NamedSharding(mesh, P())),
+    }
+    found = gathered(params)
+    assert found["kernel"].sharding.spec == P(None, "model")
+    np.testing.assert_array_equal(found["kernel"], params["kernel"])
+    assert gathered({"bias": params["bias"]})["bias"] is params["bias"]
+
+
+def test_an_abstract_batch_is_placed_as_a_batch_is():
+    mesh = make_mesh()
+    batch = shard_batch({"image": np.zeros((16, 4), np.float32), "record": np.arange(16)}, mesh)
+    told = abstract_batch({"image": jax.ShapeDtypeStruct((4,), jnp.float32)}, 16, mesh)
+    assert set(told) == set(batch)
+    for name, array in batch.items():
+        assert (told[name].shape, told[name].dtype) == (array.shape, array.dtype)
+        assert told[name].sharding.is_equivalent_to(array.sharding, array.ndim)
 
 
 def test_a_rule_that_does_not_divide_names_the_parameter():

@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
-from jaxmed.arrays.trees import named_leaves
 from jaxmed.arrays.types import KeyArray, Params, Scalar
 from jaxmed.config import Decay, Length, Number, Size, checked
 from jaxmed.data.subject_store import PADDING
@@ -23,6 +22,7 @@ from jaxmed.data.windows import cut_window, middle_of
 from jaxmed.errors import InputError
 from jaxmed.models.unet_brain import BrainUnetConfig, Task, process
 from jaxmed.objectives.brain import BrainLossConfig, brain_loss, contrastive_loss
+from jaxmed.objectives.supervised import class_dice
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.synthesis.brain import generate
 from jaxmed.synthesis.brain_draws import MODALITIES, GeneratorConfig
@@ -158,13 +158,6 @@ def teachable(
     return dataclasses.replace(model, tasks=tasks), notes
 
 
-def fitting(start: Params, shapes: Params) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return those given parameters that a network has in the same shape, by path, and the paths of the others."""
-    given, wanted = named_leaves(start), named_leaves(shapes)
-    fits = {name: leaf for name, leaf in given.items() if name in wanted and leaf.shape == wanted[name].shape}
-    return fits, tuple(name for name in given if name not in fits)
-
-
 def make_loss(
     apply: Callable[..., Any],
     model: BrainUnetConfig,
@@ -260,15 +253,3 @@ def measures(
             case _:
                 pass
     return result
-
-
-def class_dice(found: Array, truth: Array, classes: int) -> tuple[Float[Array, " class"], Float[Array, " class"]]:
-    """Return Dice of every class, 1 where neither has it, and the voxels that truly are of it."""
-
-    def count(mask: Array) -> Array:
-        return jnp.zeros(classes).at[jnp.where(mask, truth, classes)].add(1.0, mode="drop")
-
-    true, shared = count(jnp.ones_like(truth, bool)), count(found == truth)
-    predicted = jnp.zeros(classes).at[found].add(1.0)
-    total = true + predicted
-    return jnp.where(total > 0, 2 * shared / jnp.maximum(total, 1), 1.0), true

@@ -11,10 +11,17 @@ import numpy as np
 from jaxmed.config import Seed, checked, to_record
 from jaxmed.data.preprocess import Preprocess
 from jaxmed.errors import InputError
-from jaxmed.models.autoencoder_kl import AutoencoderKlConfig, autoencoder
+from jaxmed.models.autoencoder_kl import COCOLIT_AUTOENCODER, AutoencoderKlConfig, autoencoder
 from jaxmed.models.published import cocolit
-from jaxmed.models.published.load import Published, load_published
-from jaxmed.models.unet_latent import ControlNetConfig, LatentUnetConfig, control_net, latent_unet
+from jaxmed.models.published.load import ImportReport, Published, load_published
+from jaxmed.models.unet_latent import (
+    COCOLIT_CONTROL_NET,
+    COCOLIT_UNET,
+    ControlNetConfig,
+    LatentUnetConfig,
+    control_net,
+    latent_unet,
+)
 from jaxmed.systems.cocolit.translation import Models, SamplingConfig
 from jaxmed.train.checkpoint import export_parameters
 
@@ -149,6 +156,26 @@ def _for_sampling(network: Published, dtype: Literal["float32", "bfloat16"]) -> 
 
 def _typed(config: Any, dtype: str) -> Any:
     return dataclasses.replace(config, dtype=dtype, remat=False)
+
+
+def planned_models(dtype: Literal["float32", "bfloat16"]) -> Models:
+    """Return the released networks with shapes in place of their parameters: nothing is read."""
+    image, latent, time = (1, *cocolit.MRI.size, 1), (1, *cocolit.LATENT_SIZE, 4), (1,)
+    coder, unet = _typed(COCOLIT_AUTOENCODER, dtype), _typed(COCOLIT_UNET, dtype)
+    control = dataclasses.replace(COCOLIT_CONTROL_NET, unet=unet)
+    made: dict[str, tuple[Any, Preprocess, Any, tuple[tuple[int, ...], ...]]] = {
+        "mri": (coder, cocolit.MRI, autoencoder(coder).init, (image,)),
+        "pet": (coder, cocolit.SUVR, autoencoder(coder).init, (image,)),
+        "unet": (unet, cocolit.MRI, latent_unet(unet).init, (latent, time)),
+        "controlnet": (control, cocolit.MRI, control_net(control).init, (latent, time, latent)),
+    }
+    found = {}
+    for name, (config, preprocess, init, inputs) in made.items():
+        given = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs)
+        params: Any = jax.eval_shape(init, jax.random.key(0), *given)
+        report = ImportReport(cocolit.NAME, KINDS[name][0], (), (), (), "shapes alone")
+        found[name] = Published(cocolit.make_cocolit_model(config, ()), params, preprocess, config, report)
+    return Models(**found)
 
 
 # Tiny networks -------------------------------------------------------------------------------------------------------

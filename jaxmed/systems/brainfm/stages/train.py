@@ -7,15 +7,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from jaxmed.arrays.trees import fitting
 from jaxmed.arrays.types import Params
 from jaxmed.config import Size, checked, to_record
-from jaxmed.data.label_table import find_table
+from jaxmed.data.label_table import LabelTable, find_table
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.data.subject_files import list_subjects
-from jaxmed.data.subject_store import SubjectStore, open_store
+from jaxmed.data.subject_store import WHOLE_HEAD, SubjectStore, example_record, open_store
 from jaxmed.errors import InputError
 from jaxmed.io.numpy_files import write_npz
 from jaxmed.io.tables import write_table
@@ -24,10 +25,11 @@ from jaxmed.models.published.load import Published, load_published
 from jaxmed.models.unet_brain import BRAINFM, BrainUnetConfig, brain_unet, process
 from jaxmed.nn.model import Network
 from jaxmed.objectives.brain import BrainLossConfig
+from jaxmed.objectives.supervised import class_dice
 from jaxmed.recipes.mni_space import make_locate
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only, nested_run
 from jaxmed.recipes.subject_stores import check_subjects, require_known, split_store
-from jaxmed.recipes.training import TrainConfig, TrainData, TrainFlags, handed_on, run_training, whole
+from jaxmed.recipes.training import TrainConfig, TrainData, TrainFlags, handed_on, plan_training, run_training, whole
 from jaxmed.report.figures import curves
 from jaxmed.report.page import Block, Note, Section, Table, Text
 from jaxmed.synthesis.bias_field import BiasFieldConfig
@@ -40,9 +42,7 @@ from jaxmed.systems.brainfm.training import (
     Subjects,
     Variant,
     apply_variant,
-    class_dice,
     draw,
-    fitting,
     loss_of_images,
     make_loss,
     measures,
@@ -54,6 +54,7 @@ from jaxmed.train.loop import LoopConfig
 from jaxmed.train.mesh import MeshConfig, make_mesh
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.workload import Workload
 
 DRAWS = 1_000_003  # added to the seed of the images that a network is scored on: contrasts that were never trained on
 
@@ -185,18 +186,15 @@ def run(config: Config, folder: RunFolder) -> None:
     brain_unet(model, generator.shape)  # sizes and weights that do not fit cost no store
     published = read_weights(config.weights)
     store = dataclasses.replace(find_store(config, folder), step=config.grid.step)
-    model, classes, names = with_labels(model, store, is_left=config.variant == "hemisphere")
+    model, classes, names = with_labels(model, store.table, is_left=config.variant == "hemisphere")
     model, notes = teachable(model, generator, store[0], store.channels)
-    network = brain_unet(dataclasses.replace(model, dtype=train.dtype), generator.shape)
+    network, loss = make_program(config, model, generator, classes, make_mesh(train.mesh))
     start, origin, further = fit_start(published, config.weights, network)
     training, held_out = split_store(store, config.data.held_out, config.data.validation, config.train.seed)
     log = begin(folder, (*notes, *further), tensorboard=train.loop.tensorboard)
     subjects = {"train": len(training), "held out": 0 if held_out is None else len(held_out)}
     log.say(f"{subjects['train']} subjects to train on, {subjects['held out']} held out; {len(classes)} classes.")
     clock.lap("read")
-    mesh = make_mesh(train.mesh)
-    sharding = NamedSharding(mesh, PartitionSpec("data", None, "model")) if mesh.shape["model"] > 1 else None
-    loss = make_loss(network.apply, model, generator, config.loss, classes, sharding)
 
     def score(params: Params, keys: Key[Array, " batch"], batch: Mapping[str, Array]) -> dict[str, Array]:
         def one(key: Key[Array, ""], subject: Mapping[str, Array]) -> dict[str, Array]:
@@ -222,6 +220,28 @@ def run(config: Config, folder: RunFolder) -> None:
     structures = {names[label]: dice[number] for number, label in enumerate(model.labels) if number in dice}
     summary = Summary(subjects, size, model.tasks, scores, structures, (*notes, *further))
     finish(folder, config, summary, clock, page)
+
+
+def plan_step(config: Config, mesh: Mesh) -> Workload:
+    """Return the step of a run on whole heads and the shapes of its arguments; nothing is read or drawn."""
+    model, generator, train = apply_variant(config.variant, config.model, config.generator, config.train)
+    table, window, step = find_table(config.data.table), config.grid.window, config.grid.step
+    x, y, z = (window,) * 3 if window else (-(-length // step) for length in WHOLE_HEAD)
+    record = example_record(table, (x, y, z))
+    model, classes, _ = with_labels(model, table, is_left=config.variant == "hemisphere")
+    model, _ = teachable(model, generator, record, record["images"].shape[-1])
+    network, loss = make_program(config, model, generator, classes, mesh)
+    notes = (f"Subjects are of {x} x {y} x {z} voxels, with images of all four modalities.",)
+    return plan_training(train, network, loss, record, mesh, notes=notes)
+
+
+def make_program(
+    config: Config, model: BrainUnetConfig, generator: GeneratorConfig, classes: tuple[int, ...], mesh: Mesh
+) -> tuple[Network, Any]:
+    """Return the network and the loss of a run; large volumes are split along x over the axis "model" of the mesh."""
+    network = brain_unet(dataclasses.replace(model, dtype=config.train.dtype), generator.shape)
+    sharding = NamedSharding(mesh, PartitionSpec("data", None, "model")) if mesh.shape["model"] > 1 else None
+    return network, make_loss(network.apply, model, generator, config.loss, classes, sharding)
 
 
 def find_store(config: Config, folder: RunFolder) -> SubjectStore:
@@ -254,10 +274,10 @@ def find_store(config: Config, folder: RunFolder) -> SubjectStore:
 
 
 def with_labels(
-    model: BrainUnetConfig, store: SubjectStore, *, is_left: bool
+    model: BrainUnetConfig, table: LabelTable, *, is_left: bool
 ) -> tuple[BrainUnetConfig, tuple[int, ...], dict[int, str]]:
-    """Return the network with the store's labels, its class for each class of the store, and names of labels."""
-    rows = store.table.classes
+    """Return the network with a table's labels, its class for each class of the table, and names of labels."""
+    rows = table.classes
     kept = [row for row in rows if not (is_left and row.side == "right")]
     places = {row.label: number for number, row in enumerate(kept)}
     classes = tuple(places.get(row.label, 0) for row in rows)
@@ -302,9 +322,7 @@ def write_network(
     origin: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Write the network for predict and `load_published`, and the names of its labels."""
-    preprocess = dataclasses.replace(
-        PREPROCESS, size=config.generator.shape, spacing=(float(config.grid.step),)
-    )  # fmt: skip
+    preprocess = dataclasses.replace(PREPROCESS, size=config.generator.shape, spacing=(float(config.grid.step),))
     record = {"family": NAME, "kind": KIND, "config": to_record(model), "preprocess": to_record(preprocess)}
     export_parameters(folder.outputs / "model", params, record | dict(origin))
     rows = [{"label": label, "name": name} for label, name in names.items()]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxmed.config import checked, to_record
 from jaxmed.data.loader import LoaderConfig
@@ -12,7 +13,7 @@ from jaxmed.diffusion.denoiser import denoising_loss
 from jaxmed.models.published import cocolit
 from jaxmed.models.unet_latent import COCOLIT_UNET, LatentUnetConfig, latent_unet
 from jaxmed.nn.model import Network
-from jaxmed.recipes.denoiser import NetworkLoss, train_denoiser
+from jaxmed.recipes.denoiser import plan_denoiser, train_denoiser
 from jaxmed.recipes.latent_tables import read_latent
 from jaxmed.recipes.pair_tables import count_records, loss_figure, make_data
 from jaxmed.recipes.stage import Clock, Finished, Page, begin, finish, first_only
@@ -26,6 +27,7 @@ from jaxmed.train.log import read_metrics
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +103,12 @@ def run(config: Config, folder: RunFolder) -> None:
     table = find_pairs(config.data, folder, config.train.seed, (column,))
     data = make_data(table, {"image": (column, read_latent(config.model.divisor))})
     shape = data.training[0]["image"].shape
-    model = latent_unet(dataclasses.replace(config.model, dtype=config.train.dtype))
-    latent, time = jnp.zeros((1, *shape)), jnp.zeros(1)
-    network = Network(lambda key: model.init(key, latent, time), model.apply)
+    network = make_network(config, shape)
     log = begin(folder, tensorboard=config.train.loop.tensorboard)
     counts = count_records(data)
     log.say(f"{counts['train']:,} latents to train on, {counts['held out']:,} held out.")
     clock.lap("read")
-    loss: NetworkLoss = lambda apply, params, keys, batch: denoising_loss(apply, CHAIN, params, keys, batch)  # noqa: E731
-    params = train_denoiser(config.train, network, loss, data, lambda key, fields: fields, folder=folder, log=log)
+    params = train_denoiser(config.train, network, chain_loss, data, as_it_is, folder=folder, log=log)
     params = whole(params, config.train)
     clock.lap("train, compilation included")
     record: dict[str, Any] = {"family": cocolit.NAME, "kind": "latent-denoiser", "config": to_record(config.model)}
@@ -117,6 +116,29 @@ def run(config: Config, folder: RunFolder) -> None:
     first_only(lambda: export_parameters(folder.outputs / "model", params, record), "network")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     finish(folder, asked, Summary(counts, shape[:3], size), clock, page)
+
+
+def plan_step(config: Config, mesh: Mesh) -> Workload:
+    """Return the step of a run on latents of the released size and the shapes of its arguments; nothing is read."""
+    shape = (*cocolit.LATENT_SIZE, config.model.channels)
+    record = {"image": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    return plan_denoiser(config.train, make_network(config, shape), chain_loss, record, as_it_is, mesh)
+
+
+def make_network(config: Config, shape: tuple[int, ...]) -> Network:
+    """Return the U-Net for latents of one shape."""
+    model = latent_unet(dataclasses.replace(config.model, dtype=config.train.dtype))
+    return Network(lambda key: model.init(key, jnp.zeros((1, *shape)), jnp.zeros(1)), model.apply)
+
+
+def chain_loss(apply: Any, params: Any, keys: Any, batch: Any) -> Any:
+    """Return the loss of denoising on the released chain of times."""
+    return denoising_loss(apply, CHAIN, params, keys, batch)
+
+
+def as_it_is(key: Any, fields: Any) -> Any:
+    """Return a record unchanged."""
+    return fields
 
 
 def page(run: Finished[Config, Summary]) -> Page:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmed.arrays.grid import reorient
 from jaxmed.config import Seed, Size, checked, to_record
@@ -33,6 +33,7 @@ from jaxmed.systems.cocolit.networks import (
     TINY_SAMPLES,
     TINY_SAMPLING,
     WeightsConfig,
+    planned_models,
     read_models,
     write_tiny_models,
 )
@@ -49,8 +50,9 @@ from jaxmed.systems.cocolit.preparation import (
 )
 from jaxmed.systems.cocolit.translation import POSITIVE, Models, SamplingConfig, Translation, translate
 from jaxmed.train.announce import announce
-from jaxmed.train.mesh import MeshConfig, make_mesh
+from jaxmed.train.mesh import MeshConfig, abstract, make_mesh
 from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.workload import Workload
 from jaxmed.volume import Grid, Volume
 
 TRIES_FAILED_AGAIN = True
@@ -290,15 +292,9 @@ def make_plan(config: Config, models: Models, template: Volume | None, grid: Gri
     Raises:
         InputError: The samples of a chunk do not divide over the devices.
     """
-    mesh, size = make_mesh(config.mesh), min(config.sampling.chunk, config.samples)
-    count, sharding = mesh.shape["data"], None
-    if count > 1:
-        if size % count:
-            expected = f"a multiple of the {count} devices of mesh.data"
-            raise InputError("chunk", expected, size, "change --chunk or --samples, or --mesh.data")
-        sharding = NamedSharding(mesh, PartitionSpec("data"))
-    models = jax.device_put(models, NamedSharding(mesh, PartitionSpec()) if count > 1 else None)
-    program = partial(translate, m=config.samples, config=config.sampling, sharding=sharding)
+    mesh = make_mesh(config.mesh)
+    program = make_program(config, mesh)
+    models = jax.device_put(models, NamedSharding(mesh, PartitionSpec()) if mesh.shape["data"] > 1 else None)
 
     def read(one: Inputs) -> Prepared:
         if template is None or not config.preprocess:
@@ -314,6 +310,34 @@ def make_plan(config: Config, models: Models, template: Volume | None, grid: Gri
     return Plan(
         read, preprocess, lambda image: program(jax.random.key(config.seed), models, image), constants, config, outputs
     )
+
+
+def make_program(config: Config, mesh: Mesh) -> Callable[..., Translation]:
+    """Return the function from a key, the networks and an MRI to its map, compiled once; samples share the devices.
+
+    Raises:
+        InputError: The samples of a chunk do not divide over the devices.
+    """
+    size, count, sharding = min(config.sampling.chunk, config.samples), mesh.shape["data"], None
+    if count > 1:
+        if size % count:
+            expected = f"a multiple of the {count} devices of mesh.data"
+            raise InputError("chunk", expected, size, "change --chunk or --samples, or --mesh.data")
+        sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return partial(translate, m=config.samples, config=config.sampling, sharding=sharding)
+
+
+def plan_step(config: Config, mesh: Mesh) -> Workload:
+    """Return the translation of a scan by the released networks, and the shapes of its arguments; nothing is read."""
+    whole, models = NamedSharding(mesh, PartitionSpec()), planned_models(config.dtype)
+    preprocess = fit_preprocess(models.mri.preprocess, MNI152, models.mri.config)
+    image = jax.ShapeDtypeStruct(preprocess.volume_size, jnp.float32)
+    given = jax.eval_shape(jax.random.key, 0), models, image
+    key, models, placed = abstract(given, jax.tree.map(lambda _: whole, given))
+    step = jax.jit(make_program(config, mesh))
+    notes = (f"A step is a scan: {config.samples} samples of {config.sampling.steps} steps by the released networks.",)
+    parts = {"parameters": models, "batch": placed}
+    return Workload(step, (key, models, placed), parts, 1, {"image": image}, "scans", notes)
 
 
 def process_scan(plan: Plan, one: Inputs, tell: Tell) -> Scan:

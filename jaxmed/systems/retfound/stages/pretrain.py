@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxmed.arrays.types import Params
@@ -25,8 +26,8 @@ from jaxmed.models.published.load import Published, resize_positions
 from jaxmed.models.vit import VIT_L16_2D, VitConfig, vit_encoder
 from jaxmed.recipes.adapt_start import read_weights
 from jaxmed.recipes.dino_loss import DinoConfig
-from jaxmed.recipes.pretrain_dino import check_anchor, collapse_notes, pretrain_dino, released
-from jaxmed.recipes.pretrain_mae import Reconstruction, pretrain
+from jaxmed.recipes.pretrain_dino import check_anchor, collapse_notes, plan_dino, pretrain_dino, released
+from jaxmed.recipes.pretrain_mae import Reconstruction, plan_pretraining, pretrain
 from jaxmed.recipes.pretrain_stage import (
     UnlabelledData,
     error_curves,
@@ -51,6 +52,7 @@ from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.workload import Workload
 
 Method = Literal["mae", "dinov2"]
 # Source: RETFound, Nature 2023, methods, as recalled (not read): 800 epochs, batch 1792, 15 of warm-up, rate 1e-3.
@@ -204,20 +206,13 @@ def run(config: Config, folder: RunFolder) -> None:
     held_out = SubsetSource(source, rows[images.num_training :]) if counts["validation"] else None
     data = TrainData(SubsetSource(source, rows[: images.num_training]), held_out, PreparedField(preprocess))
     clock.lap("read and check")
-    colours = {"mean": preprocess.intensity.mean, "std": preprocess.intensity.std}
     pictures: list[Reconstruction] = []
     if config.method == "mae":
-        mae = dataclasses.replace(config.mae, encoder=encoder)
-        crop = dataclasses.replace(config.mae_crop, size=encoder.image_size, **colours)
+        mae, crop = masked_setup(config, encoder, preprocess)
         params, pictures = pretrain(train, masked_model(mae), data, folder=folder, log=log, augment=crop, start=first)
         record = model_record("retfound", "mae", mae, params, preprocess, origin)
     else:
-        dino = dataclasses.replace(config.dino, encoder=encoder)
-        crops = dataclasses.replace(
-            config.dino_crops, global_size=encoder.image_size, local_size=dino.local_size,
-            num_locals=dino.local_crops, **colours,
-        )  # fmt: skip
-        recipe = dataclasses.replace(train, optimizer=config.dino_optimizer)
+        recipe, dino, crops = dino_setup(config, encoder, preprocess)
         teacher, _ = pretrain_dino(recipe, dino, data, crops, folder=folder, log=log, start=first, anchor=anchor)
         collapsed = collapse_notes(read_metrics(folder.path), dino.head.prototypes)
         notes += collapsed
@@ -236,6 +231,35 @@ def run(config: Config, folder: RunFolder) -> None:
         tuple((float(picture.error), float(picture.variance)) for picture in pictures), tuple(notes),
     )  # fmt: skip
     finish(folder, config, summary, clock, page)
+
+
+def plan_step(config: Config, mesh: Mesh) -> Workload:
+    """Return the step of a run and the shapes of its arguments; nothing is read or drawn."""
+    encoder = dataclasses.replace(config.encoder, dtype=config.train.dtype)
+    preprocess = config.picture.apply(picture_preprocess(encoder.image_size))
+    if config.method == "mae":
+        mae, crop = masked_setup(config, encoder, preprocess)
+        return plan_pretraining(config.train, masked_model(mae), mesh, crop)
+    return plan_dino(*dino_setup(config, encoder, preprocess), (*preprocess.size, preprocess.channels), mesh)
+
+
+def masked_setup(config: Config, encoder: VitConfig, preprocess: Preprocess) -> tuple[MaeConfig, CropAugment]:
+    """Return the masked autoencoder around an encoder, and what happens to its training images."""
+    colours = {"mean": preprocess.intensity.mean, "std": preprocess.intensity.std}
+    crop = dataclasses.replace(config.mae_crop, size=encoder.image_size, **colours)
+    return dataclasses.replace(config.mae, encoder=encoder), crop
+
+
+def dino_setup(
+    config: Config, encoder: VitConfig, preprocess: Preprocess
+) -> tuple[TrainConfig, DinoConfig, DinoAugment]:
+    """Return the run of DINOv2 on an encoder, its sizes, and its crops."""
+    dino = dataclasses.replace(config.dino, encoder=encoder)
+    crops = dataclasses.replace(
+        config.dino_crops, global_size=encoder.image_size, local_size=dino.local_size, num_locals=dino.local_crops,
+        mean=preprocess.intensity.mean, std=preprocess.intensity.std,
+    )  # fmt: skip
+    return dataclasses.replace(config.train, optimizer=config.dino_optimizer), dino, crops
 
 
 def _find_start(config: Config, encoder: VitConfig) -> tuple[Params | None, Published | None]:

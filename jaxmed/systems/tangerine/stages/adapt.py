@@ -1,16 +1,21 @@
 """TANGERINE adapt: fine-tune or probe a pre-trained model on labelled scans, and score it here and elsewhere."""
 
+import dataclasses
 from functools import partial
 
+from jax.sharding import Mesh
+
+from jaxmed.arrays.task import Task
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.recipes.adapt_sections import adapt_page
-from jaxmed.recipes.adapt_stage import Summary, run_adapt
+from jaxmed.recipes.adapt_stage import Summary, plan_adapt, run_adapt
 from jaxmed.recipes.stage import Finished, Page
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.systems.tangerine import adaptation
 from jaxmed.systems.tangerine.adaptation import SOURCE, find_start, full_size, small, small_optimizer, with_synthetic
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.workload import Workload
 
 Config = adaptation.AdaptationConfig
 LONG = LoopConfig(log_every=10, save_every=100)
@@ -40,6 +45,13 @@ def run(config: Config, folder: RunFolder) -> int:
     """Read and check, adapt, score every set, export the model, write the report. Returns 1 when scans failed."""
     made, notes = with_synthetic(config, folder)
     return run_adapt(config, made.labelled, partial(find_start, made), page, folder, notes, config.augment)
+
+
+def plan_step(config: Config, mesh: Mesh) -> Workload:
+    """Return the step of a run from scratch and the shapes of its arguments; nothing is read or drawn."""
+    labelled = dataclasses.replace(config.labelled, weights=None)
+    first = find_start(dataclasses.replace(config, labelled=labelled), Task())
+    return plan_adapt(labelled, first, mesh, Task(), config.augment)
 
 
 def page(run: Finished[Config, Summary]) -> Page:

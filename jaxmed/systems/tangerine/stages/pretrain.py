@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.types import KeyArray
@@ -20,7 +21,7 @@ from jaxmed.models.published.tangerine import PREPROCESS
 from jaxmed.models.published.timm_vit import entries
 from jaxmed.models.published.warm_start import read_warm_start
 from jaxmed.models.vit import VitConfig
-from jaxmed.recipes.pretrain_mae import pretrain
+from jaxmed.recipes.pretrain_mae import Augment, plan_pretraining, pretrain
 from jaxmed.recipes.pretrain_pictures import Completed, completed, volume_figure, write_volumes
 from jaxmed.recipes.pretrain_stage import (
     UnlabelledData,
@@ -45,6 +46,7 @@ from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder, start
+from jaxmed.train.workload import Workload
 
 STYLE = MapStyle(colormap="gray", limits=(0.0, 1.0))
 
@@ -160,7 +162,7 @@ class Summary:
 def run(config: Config, folder: RunFolder) -> None:
     """Read and check the volumes, train, export the model, write the report."""
     clock, train, preprocess = Clock(), config.train, config.preprocess
-    model = dataclasses.replace(config.model, encoder=dataclasses.replace(config.model.encoder, dtype=train.dtype))
+    model = trained_sizes(config)
     check_fit(train, masked_model(model).network)
     published = None
     if config.weights is not None:
@@ -184,15 +186,11 @@ def run(config: Config, folder: RunFolder) -> None:
     source = prepared_source(volumes, preprocess, cache, log)
     rows = np.arange(len(volumes.scans))
     held_out = SubsetSource(source, rows[volumes.num_training :]) if counts["validation"] else None
-
-    def augment(key: KeyArray, image: Float[Array, "..."]) -> Float[Array, "..."]:
-        return flip(image, draw_flips(key, 3, (1, 2), config.flip_probability))
-
     clock.lap("read and check")
     data = TrainData(SubsetSource(source, rows[: volumes.num_training]), held_out, PreparedField(preprocess))
     params, pictures = pretrain(
         train, masked_model(model), data,
-        folder=folder, log=log, augment=augment, start=None if given is None else given.params,
+        folder=folder, log=log, augment=make_augment(config), start=None if given is None else given.params,
     )  # fmt: skip
     clock.lap("train, compilation included")
     export_parameters(
@@ -208,6 +206,27 @@ def run(config: Config, folder: RunFolder) -> None:
         completed(pictures), tuple(notes),
     )  # fmt: skip
     finish(folder, config, summary, clock, page)
+
+
+def plan_step(config: Config, mesh: Mesh) -> Workload:
+    """Return the step of a run and the shapes of its arguments; nothing is read or drawn."""
+    return plan_pretraining(config.train, masked_model(trained_sizes(config)), mesh, make_augment(config))
+
+
+def trained_sizes(config: Config) -> MaeConfig:
+    """Return the masked autoencoder with the type of its products set."""
+    return dataclasses.replace(
+        config.model, encoder=dataclasses.replace(config.model.encoder, dtype=config.train.dtype)
+    )
+
+
+def make_augment(config: Config) -> Augment:
+    """Return what happens to a training volume."""
+
+    def augment(key: KeyArray, image: Float[Array, "..."]) -> Float[Array, "..."]:
+        return flip(image, draw_flips(key, 3, (1, 2), config.flip_probability))
+
+    return augment
 
 
 def with_synthetic(config: Config, folder: RunFolder) -> Config:
