@@ -90,9 +90,20 @@ SYSTEMS = {
     "mupm": "what image and text each add to the uncertainty of multimodal models (arXiv:2507.12945)",
     "selfplay": "segmentation by few labels that improves with thinking time (arXiv:2506.22075)",
 }
+# Stages that have plan_step: listed here, so that a mistake is answered without importing them all.
+PLANNED = (
+    "tangerine pretrain",
+    "tangerine adapt",
+    "retfound pretrain",
+    "retfound adapt",
+    "brainfm train",
+    "cocolit train-diffusion",
+    "cocolit translate",
+)
 COMMANDS = {
     "weights": "jaxmed weights       published weights: list, show, import, export",
     "data": "jaxmed data          pack records for training on many machines; write synthetic data sets",
+    "plan": "jaxmed plan          whether a stage's step fits a pod or GPUs that are not here, and how fast it is",
     "report": "jaxmed report RUN    write the page of a finished run again",
     "completion": "jaxmed completion    a script by which bash or zsh completes all this",
     "doctor": "jaxmed doctor        versions, devices, memory, and what is missing",
@@ -175,6 +186,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _data(rest)
     if first == "completion":
         return _completion(rest)
+    if first == "plan":
+        return _plan(rest)
     if first not in SYSTEMS:
         known = [*SYSTEMS, *COMMANDS]
         raise InputError(first, "a system or a command", "an unknown word", nearest(first, known))
@@ -456,6 +469,56 @@ def _call(function: Callable[..., None], program: str, arguments: list[str]) -> 
     values, options = _parse(call, program, arguments)
     function(*values, **options)
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from jaxmed import plan
+    from jaxmed.planning.topologies import find_topology
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(plan.__doc__)
+        return 0
+    if len(arguments) < 2 or arguments[0] not in SYSTEMS:
+        found = " ".join(arguments[:2])
+        raise InputError("plan", "a system and a stage", found, nearest(arguments[0], SYSTEMS))
+    (system, stage), rest = arguments[:2], arguments[2:]
+    rest, word = _take(rest, "--topology")
+    rest, file = _take(rest, "--json")
+    rest, limit = _take(rest, "--limit")
+    if word is None:
+        raise InputError("--topology", "a machine, such as v5p:4x4x4 or h200x8", "nothing")
+    topology = find_topology(word)
+    if limit is not None and not (limit.isdigit() and int(limit)):
+        raise InputError("--limit", "a whole number from 1 on", limit)
+    module = load_stage(system, stage)
+    if not hasattr(module, "plan_step"):
+        raise InputError(
+            f"{system} {stage}", f"a stage that plans its step ({', '.join(PLANNED)})", "one that does not"
+        )
+    has_defaults = any(_take(rest, name)[1] is not None for name in ("--preset", "--config"))
+    folder = _take(rest, "--out")[1]
+    words = rest if has_defaults else ["--preset", "paper", *rest]
+    words = words if folder is not None else [*words, "--out", "plan"]  # every stage asks for one
+    config, _ = parse_stage(module, f"jaxmed {system} {stage}", words)
+    found = plan.make_plan(system, stage, config, topology, int(limit or plan.LIMIT))
+    from jaxmed.recipes.plan_tables import print_plan, write_outputs
+
+    changed = {name: value for one in found["outcomes"] for name, value in one["changes"].items()}
+    options = {name: option_words(module.Config, name, value) for name, value in changed.items()}
+    best = found["outcomes"][found["best"] or 0]["changes"]
+    options |= {name: option_words(module.Config, name, value) for name, value in best.items()}
+    print_plan(found, options)
+    write_outputs(found, options, file, folder)
+    return 0 if found["best"] is not None else 1
+
+
+def option_words(kind: Any, place: str, value: Any) -> str:
+    """Return the words of the command line that set a field of a configuration, given its dotted path."""
+    name = _prefix_of(kind, place).strip(".").replace("_", "-")
+    if isinstance(value, bool):
+        head, _, last = name.rpartition(".")
+        return f"--{head}{'.' if head else ''}{'' if value else 'no-'}{last}"
+    return f"--{name} {value}"
 
 
 def _report(arguments: list[str]) -> int:
