@@ -15,6 +15,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -183,6 +184,14 @@ def resolve_paths(config: Config) -> Config:
         return value
 
     return resolve(config)
+
+
+def walk(record: Any) -> Iterator[Any]:
+    """Yield a configuration and every record in it."""
+    if dataclasses.is_dataclass(record):
+        yield record
+        for field in dataclasses.fields(record):
+            yield from walk(getattr(record, field.name))
 
 
 def _parse(kind: Any, value: Any, where: str, field: str) -> Any:

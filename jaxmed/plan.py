@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxmed.config import from_record, to_record
+from jaxmed.config import from_record, to_record, walk
 from jaxmed.errors import InputError
 from jaxmed.files import read_record, write_json
 from jaxmed.planning.topologies import Topology, find_topology
@@ -229,7 +229,6 @@ def find_devices(topology: Topology) -> list[Any]:
 def find_rates(topology: Topology, config: Any) -> Any:
     """Return the rates of one chip: published, or measured here where virtual devices share this machine."""
     from jaxmed.planning.estimate import Rates, rates_of
-    from jaxmed.recipes.planned_step import walk
 
     if topology.chip is not None:
         types = {getattr(record, "dtype", "") for record in walk(config)}

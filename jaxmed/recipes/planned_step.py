@@ -15,6 +15,7 @@ from typing import Any, cast
 import jax
 
 from jaxmed.arrays.platform import compiling_for
+from jaxmed.config import walk
 from jaxmed.errors import InputError
 from jaxmed.planning.estimate import USABLE, Memory, Rates, needed_input, predict, sent_by_axis
 from jaxmed.planning.layouts import Layout
@@ -249,14 +250,6 @@ def arrange(config: Any, layout: Layout) -> Any:
         return dataclasses.replace(record, **changes) if changes else record
 
     return rewrite(config, change)
-
-
-def walk(record: Any) -> Iterator[Any]:
-    """Yield a configuration and every record in it."""
-    if dataclasses.is_dataclass(record):
-        yield record
-        for field in dataclasses.fields(record):
-            yield from walk(getattr(record, field.name))
 
 
 def rewrite(record: Any, change: Callable[[Any], Any]) -> Any:
