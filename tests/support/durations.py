@@ -4,9 +4,9 @@ Seconds of wall time in setup, test and teardown, summed over all workers; compi
 """
 
 from collections import defaultdict
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-SYSTEMS = ("tangerine", "retfound", "noddi", "igndmoe", "brainfm", "dynamicdps", "mupm", "selfplay")
+SYSTEMS = [place.parent.name for place in Path(__file__).parents[2].glob("jaxmed/systems/*/__init__.py")]
 SHOWN = 25
 seconds: dict[str, float] = defaultdict(float)
 
