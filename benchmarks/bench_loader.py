@@ -10,8 +10,7 @@ the largest difference from the volumes that were written.
 
 `loader_files` and `loader_store` are what a host of a pod does: the shuffled training stream of prepared inputs, from
 the same files through a `Preprocess`, against from a store of `jaxmed data pack` (float16, whose largest difference is
-half a step of it; `compile_s` is the packing). --size pod reads more volumes than prefetching hides; what a host has
-to reach is what `jaxmed plan` says of its step.
+half a step of it; `compile_s` is the packing). What a host has to reach is the batch of a step over its time.
 """
 
 import functools
@@ -39,7 +38,7 @@ from jaxmed.io.scans import ScanFiles
 from jaxmed.volume import Volume
 
 # Edge of the volumes, and how many a call reads. The accelerators' hosts read the same files.
-SIZES = {"smoke": (64, 8), "cpu": (256, 8), "gpu": (256, 32), "pod": (256, 96)}
+SIZES = {"smoke": (64, 8), "cpu": (256, 8), "gpu": (256, 32), "pod": (256, 32)}
 BATCH = 2
 WINDOW = (-1000.0, 400.0)
 

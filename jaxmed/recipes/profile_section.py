@@ -18,7 +18,8 @@ def profile_section(run: Path) -> list[Section]:
         ("", "Share"),
         [(kind, f"{profile.shares[kind]:.1%}") for kind in KINDS],
         f"Of {profile.seconds:.3g} s, the mean over {profile.devices} device(s). A moment counts once, for the first "
-        "of these that a device is at; collectives and memory are therefore what nothing computes behind.",
+        "of these that a device is at; collectives and memory are therefore what nothing computes behind. In the rest "
+        "no device works: the host compiles, prepares or waits.",
     )
     rows = [(one.name, one.kind, one.seconds, f"{one.share:.1%}", one.count) for one in profile.operations]
     longest = Table(

@@ -5,7 +5,8 @@ profile.json with the shares and the longest operations, which the report shows.
 
 A moment counts once, for the first of these that a device is at: compute; collectives, so that those behind which
 nothing computes are told; memory, which is copies and changes of layout; else the wait for the next batch; else other:
-the host preparing, or nothing. The time of an operation is its own, without that of operations inside it.
+the host compiling (the first turn of a fit is traced too) or preparing, or nothing. The time of an operation is its
+own, without that of operations inside it.
 """
 
 import contextlib
@@ -84,7 +85,10 @@ class Profile:
         """Return the shares and the longest operations, each in a line."""
         shares = ", ".join(f"{kind} {self.shares[kind]:.1%}" for kind in KINDS)
         longest = "; ".join(f"{one.name} ({one.kind}) {one.share:.1%}" for one in self.operations[:5])
-        return f"Profile of {duration(self.seconds)}: {shares}.", f"Longest operations: {longest or 'none'}."
+        return (
+            f"Profile of {duration(self.seconds)}: {shares} (no device at work).",
+            f"Longest operations: {longest or 'none'}.",
+        )
 
 
 def waited(stream: Iterable[Item]) -> Iterator[Item]:
