@@ -27,6 +27,7 @@ CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PNG_DPI = 130
 CSS_DPI = 96
 NOT_DEFINED = "—"
+PROSE = 48  # characters from which a cell is a sentence, which a narrow column would break into a tower
 
 Tile = tuple[str, object, str]
 
@@ -354,7 +355,11 @@ def _table(table: Table, name: str) -> str:
     columns = [[_scalar(row[i]) for row in table.rows] for i in range(len(table.columns))]
     is_numeric = [_is_numeric(column) for column in columns]
     texts = [format_column(column) for column in columns]
-    kinds = [' class="numeric"' if numeric else "" for numeric in is_numeric]
+    is_prose = [max(map(len, column), default=0) > PROSE for column in texts]
+    kinds = [
+        ' class="numeric"' if numeric else ' class="prose"' if prose else ""
+        for numeric, prose in zip(is_numeric, is_prose, strict=True)
+    ]
     head = "".join(
         f'<th scope="col"{kind}>{escape(column)}</th>' for column, kind in zip(table.columns, kinds, strict=True)
     )

@@ -121,6 +121,7 @@ tbody tr+tr>*{border-top:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:1px solid var(--line)}
 td,th{min-width:4rem;max-width:26rem}
 .numeric{text-align:right;white-space:nowrap}
+.prose{min-width:18rem}
 .undefined{color:var(--muted)}
 .viewer button,.viewer select{font:inherit;font-size:.9375rem;color:var(--text);background:var(--surface);
 border:1px solid var(--line);border-radius:4px;padding:.375rem .75rem}

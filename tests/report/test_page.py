@@ -158,6 +158,13 @@ def test_undefined_values_are_said_not_printed():
     assert '<span class="undefined" title="not defined">—</span>' in page
 
 
+def test_columns_of_sentences_are_not_narrow():
+    note = "no test: differences between pairs: expected some that vary, found all equal"
+    page = render("T", "", sections=[Section("S", [Table(("arm", "p", "note"), [("a", None, note), ("b", 0.1, "")])])])
+    assert page.count('<td class="prose">') == 2 and page.count('<th scope="col" class="prose">') == 1
+    assert ".prose{min-width" in page
+
+
 def test_table_refuses_ragged_rows():
     with pytest.raises(ValueError, match=r"rows\[1\]: expected 2 cells, found 1"):
         Table(["a", "b"], [[1, 2], [3]])
