@@ -2,8 +2,8 @@
 
 For every pair `jaxmed plan` compiles the real step as published, and where that does not divide or fit, other meshes,
 parts of a batch and recomputation; the table says what was changed. TPUs need the libtpu wheel (extra `plan`), nothing
-needs an accelerator. Minutes for each pair, gigabytes of memory for the largest; finished pairs are kept in --json and
-not planned again.
+needs an accelerator. A pair takes gigabytes of memory, and more than minutes on two cores; finished pairs are kept in
+--json and not planned again.
 
     python benchmarks/plan_large.py --json plans.json --table benchmarks/results/plans.md
 """
