@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from jaxmed import data_command, weights
-from jaxmed.cli import STAGES, invocation, load_stage, presets_of
+from jaxmed.cli import PLANNED, STAGES, SYSTEMS, invocation, load_stage, presets_of
 from jaxmed.doctor import examine
 
 
@@ -43,7 +43,7 @@ def _everything(names: Sequence[str]) -> Any:
     }
     commands["weights"] = _one_of(weights.COMMANDS)
     commands["data"] = _one_of({"pack": _Packing, "phantoms": data_command.write_phantoms})
-    commands |= {"report": _report, "completion": _completion, "doctor": examine}
+    commands |= {"plan": _plan, "report": _report, "completion": _completion, "doctor": examine}
     return _union(commands)
 
 
@@ -79,6 +79,17 @@ class _Packing(data_command.Packing):
     stage: str = ""
     preset: str = "paper"
     weights: Path | None = None
+
+
+def _plan(
+    system: Literal[tuple(SYSTEMS)],
+    stage: Literal[tuple(name.split()[1] for name in PLANNED)],
+    /,
+    topology: str = "",
+    limit: int = 0,
+    json: Path | None = None,
+) -> None:
+    """Say whether a stage's step fits machines that are not here."""
 
 
 def _report(run: Path, /) -> None:
