@@ -118,7 +118,9 @@ class DinoHead(nn.Module):
         gain = self.param("gain", nn.initializers.ones, (config.prototypes,))
         # The products are scaled in place of the prototypes: on the few tokens of a step that is less to compute.
         product = jnp.dot(code.astype(self.dtype), prototypes.astype(self.dtype), preferred_element_type=jnp.float32)
-        return product * (gain * jax.lax.rsqrt(jnp.square(prototypes).sum(axis=0)))
+        # As a product, for XLA sums columns on a CPU at a twentieth of the memory's speed: half of a step's time.
+        squares = jnp.dot(jnp.ones(config.bottleneck), jnp.square(prototypes), precision="highest")
+        return product * (gain * jax.lax.rsqrt(squares))
 
 
 def unit(x: Float[Array, "*batch width"], epsilon: float) -> Float[Array, "*batch width"]:
