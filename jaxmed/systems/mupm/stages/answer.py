@@ -208,9 +208,7 @@ def page(run: Finished[Config, Summary]) -> Page:
     strips = [
         Bar(name, value, group=branch) for branch, shares in summary.shares.items() for name, value in shares.items()
     ]
-    caption = (
-        "Mean probability of every class by what was varied. Branches ask about the same cases: they should agree."
-    )
+    caption = "Mean probability of every class by what was varied. Where branches differ, it moves answers one way."
     words = "The first answers as they were given."
     who = config.model if config.model != "endpoint" else f"{config.endpoint.model} behind an endpoint"
     text = Text([

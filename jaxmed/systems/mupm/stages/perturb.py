@@ -255,7 +255,7 @@ def page(run: Finished[Config, Summary]) -> Page:
     if records:
         rows = read_record(records[0])["questions"]
         names = list(dict.fromkeys(row["image"] for row in rows))[:SHOWN]
-        titles = ["unperturbed", *(f"draw {place}" for place in range(1, len(names)))]
+        titles = ["unperturbed", *(f"perturbed {place}" for place in range(1, len(names)))]
         pictures = {title: read_image(run.outputs / name) for title, name in zip(titles, names, strict=True)}
         caption = "The first case: unperturbed, then moved in mm about the centre, in another phase, with noise."
         blocks: list[Block] = [picture_row(pictures, caption=caption)]

@@ -365,10 +365,12 @@ def _few(run: Finished[Config, Summary]) -> list[Block]:
     sizes = np.array(table.floats("cases"))
 
     def band(name: str) -> Band:
-        return Band(sizes, *(np.array(table.floats(name + end, allow_missing=True)) for end in ("", "_low", "_high")))
+        parts = [np.array(table.floats(name + end, allow_missing=True)) for end in ("", "_low", "_high")]
+        reach = 5 * max(1.0, *(abs(part[-1]) for part in parts))  # one case may give coefficients of thousands
+        return Band(sizes, *(np.where(np.abs(part) <= reach, part, np.nan) for part in parts))
 
     signs = {"image": "b1, image", "text": "b2, text", "covariance": "b3, covariance"}
-    words = f"Median and the middle 95 % of {run.config.fit.repeats} subsets."
+    words = f"Median and middle 95 % of {run.config.fit.repeats} subsets; what is far off is in outputs/few_cases.csv."
     lines = curves({signs[name]: band(name) for name in PREDICTORS}, xlabel="cases fitted to", ylabel="coefficient",
                    caption=f"Coefficients fitted on few cases. {words}", log_x=True)  # fmt: skip
     r2 = curves({"R2": band("r2")}, xlabel="cases fitted to", ylabel="R2 of all other cases", log_x=True,
