@@ -21,7 +21,7 @@ from jaxmed.synthesis.bias_field import BiasFieldConfig
 from jaxmed.synthesis.brain_draws import GeneratorConfig, Severity
 from jaxmed.synthesis.contrast import ContrastConfig
 from jaxmed.synthesis.deformation import DeformationConfig
-from jaxmed.synthesis.resolution import ResolutionConfig
+from jaxmed.synthesis.resolution import Acquisition, ResolutionConfig, lower_resolution, restore_grid
 from jaxmed.systems.brainfm.training import (
     VARIANTS,
     Grid,
@@ -77,8 +77,20 @@ def head(seed, edge=EDGE):
     }
 
 
-def batch_of(*seeds, edge=EDGE):
-    subjects = [head(seed, edge) for seed in seeds]
+def shells(seed, edge=EDGE):
+    """Return a head of shells that are two voxels thick: nothing of it is as thick as a slice of 3 mm."""
+    subject, rng, axes = head(seed, edge), np.random.default_rng(seed), np.linspace(-1, 1, edge)
+    x, y, z = np.meshgrid(axes, axes, axes, indexing="ij")
+    squeeze = rng.uniform(0.9, 1.1, 3)
+    radius = np.sqrt((x / squeeze[0]) ** 2 + (y / squeeze[1]) ** 2 + (z / squeeze[2]) ** 2)
+    shell = np.floor((0.85 - radius) * edge / 4).astype(int)
+    index = np.where(shell < 1, np.where(shell < 0, 0, 1), np.where(shell % 2, 3, 2) + np.where(x < 0, 0, 2))
+    generation = np.array([0, 30, 2, 3, 2, 3])
+    return subject | {"labels": generation[index].astype(np.uint8), "segmentation": index.astype(np.uint8)}
+
+
+def batch_of(*seeds, edge=EDGE, make=head):
+    subjects = [make(seed, edge) for seed in seeds]
     return {name: np.stack([one[name] for one in subjects]) for name in subjects[0]}
 
 
@@ -104,10 +116,10 @@ def trainer(model, generator, settings=BrainLossConfig(clamp_distance=False), ra
     return params, optimizer.init(params), step
 
 
-def train(model, generator, steps, subjects, edge=EDGE, images=0, **options):
+def train(model, generator, steps, subjects, edge=EDGE, images=0, make=head, **options):
     """Return the parameters after some steps, and the losses of each; of so many images again and again, where told."""
     params, moments, step = trainer(model, generator, **options)
-    batches, found = [batch_of(seed, edge=edge) for seed in subjects], []
+    batches, found = [batch_of(seed, edge=edge, make=make) for seed in subjects], []
     for number in range(steps):
         key = jax.random.fold_in(jax.random.key(1), number % images if images else number)
         params, moments, tasks = step(params, moments, key, batches[number % len(batches)])
@@ -145,6 +157,7 @@ def test_a_few_steps_lower_every_loss_without_collapse():
 
 
 LARGER = dataclasses.replace(GENERATOR, shape=(32, 32, 32))
+ONE_CONTRAST = ContrastConfig(means=((0, 0.0), (30, 60.0), (2, 200.0), (3, 120.0)))
 # A mean over classes, squares of logarithms and hundredths of mm weigh nothing beside distances in mm: with equal
 # factors neither the bias field nor the coordinates are learnt at all.
 WEIGHED = BrainLossConfig(segmentation=5.0, distance=0.5, bias_field=100.0, registration=10.0, clamp_distance=False)
@@ -170,12 +183,40 @@ def test_every_task_is_learnt_on_a_few_images():
 def test_drawn_contrasts_serve_unseen_ones_better_than_one_contrast():
     """Section (i) 11."""
     model = dataclasses.replace(MODEL, levels=3, tasks=("segmentation",))
-    one = ContrastConfig(means=((0, 0.0), (30, 60.0), (2, 200.0), (3, 120.0)))
     found = []
-    for generator in (LARGER, dataclasses.replace(LARGER, contrast=one)):
+    for generator in (LARGER, dataclasses.replace(LARGER, contrast=ONE_CONTRAST)):
         params, _ = train(model, generator, 200, range(4), rate=8e-3, edge=36)
         found.append(scores(params, model, LARGER, [head(11, 36)])["dice"])
     assert found[0] > found[1] + 0.05
+
+
+@pytest.mark.slow
+def test_drawn_resolutions_change_a_prediction_less_than_one_resolution():
+    """Section (i) 12: what the network says of an image of 1 mm and of the same one at 3 mm."""
+    model = dataclasses.replace(MODEL, levels=3, tasks=("segmentation",), unit_features=False)
+    settings = BrainLossConfig(cross_entropy=6.0, clamp_distance=False)
+    drawn = dataclasses.replace(LARGER, contrast=ONE_CONTRAST)
+    fine = dataclasses.replace(drawn, resolution=dataclasses.replace(drawn.resolution, fine_only=True))
+    network = brain_unet(model, fine.shape)
+
+    @jax.jit
+    def look(params, key, subject):
+        images, targets = draw(key, subject, fine, range(6))
+        thick = Acquisition(jnp.full(3, 3.0), jnp.full(3, 3.0))
+        worse = restore_grid(lower_resolution(key, 255 * images[0, ..., 0], thick, noise_std=jnp.zeros(())))
+        pair = jnp.stack([images[0, ..., 0], worse / worse.max()])[..., None]
+        before, after = network.apply(params, pair)["segmentation"].argmax(-1)
+        inside = 1.0 - targets["background"]
+        changed, right = before != after, before == targets["segmentation"]
+        return jnp.stack([jnp.sum(changed * inside), jnp.sum(right * inside)]) / inside.sum()
+
+    found = []
+    for generator in (drawn, fine):
+        params, _ = train(model, generator, 300, range(4), edge=36, make=shells, rate=5e-3, settings=settings)
+        looks = [look(params, jax.random.key(5 + n), jax.tree.map(jnp.asarray, shells(11 + n, 36))) for n in range(6)]
+        found.append(np.mean(looks, axis=0))
+    (change_drawn, right_drawn), (change_fine, right_fine) = found
+    assert change_drawn < 0.5 * change_fine and min(right_drawn, right_fine) > 0.5, found
 
 
 def test_several_images_share_their_targets_and_features_agree():
