@@ -92,9 +92,10 @@ def _synthetic_encoders(made: AdaptationConfig, folder: RunFolder) -> tuple[str,
     """Pre-train a second encoder on textures, beside the one on eyes."""
     seed, manifest = made.labelled.adapt.train.seed, made.labelled.data.manifest
     assert manifest is not None
-    count = len(read_table(manifest))
-    textures = write_textures(folder.path / "inputs" / "textures", seed, count, EDGE)
-    preset = "laptop" if count >= 500 else "smoke"
+    splits = read_table(manifest).column("split")
+    # As many pictures as there are eyes to train on: neither encoder shall see more, or be trained longer.
+    textures = write_textures(folder.path / "inputs" / "textures", seed, splits.count("train"), EDGE)
+    preset = "laptop" if len(splits) >= 500 else "smoke"
     other = pretrain_on(folder, textures, seed, preset=preset, what="textures")
     return f"specialist={made.labelled.weights}", f"generalist={other}", "random=random"
 
