@@ -176,18 +176,12 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"jaxmed {package_version('jaxmed')}")
         return 0
     first, rest = arguments[0], arguments[1:]
-    if first == "doctor":
-        return _doctor(rest)
-    if first == "report":
-        return _report(rest)
-    if first == "weights":
-        return _weights(rest)
-    if first == "data":
-        return _data(rest)
-    if first == "completion":
-        return _completion(rest)
-    if first == "plan":
-        return _plan(rest)
+    runners = {
+        "doctor": _doctor, "report": _report, "weights": _weights, "data": _data, "completion": _completion,
+        "plan": _plan,
+    }  # fmt: skip
+    if first in runners:
+        return runners[first](rest)
     if first not in SYSTEMS:
         known = [*SYSTEMS, *COMMANDS]
         raise InputError(first, "a system or a command", "an unknown word", nearest(first, known))
