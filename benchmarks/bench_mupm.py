@@ -1,10 +1,15 @@
-"""Uncertainty of multimodal models: rows `shared_prefix`, `llava_decode` and `bootstrap_refits`.
+"""Uncertainty of multimodal models: rows `shared_prefix`, `llava_decode`, `readouts` and `bootstrap_refits`.
 
 `shared_prefix`: probabilities of the options for R rewritten questions about one picture, where the picture and the
 words before it are read once; "plain" reads each question with its picture anew and writes an answer of some tokens, as
 the release does. Accuracy: the largest difference of the first token's logits between the two roads.
 `llava_decode`: tokens of the decoder, one after another with the cache of keys and values, after the same prefix; the
 peer is transformers, with our weights, greedy, in float32. Accuracy: the share of equal tokens.
+`readouts`: how much an answer varies with the words of a question, summed over options: from the probabilities of the
+options for R wordings, and from drawn answers until the standard error is the same. Drawn answers hold the noise of
+decoding, which only several answers to a wording tell apart (ANOVA's component); how many is the best of 2, 4, 8, 16.
+The model is our small one, trained here, and a drawn answer is one token: the least that one can cost. Accuracy:
+forward passes of both, their ratio (and its median over records), standard errors, the variance that both find.
 `bootstrap_refits`: 10,000 refits of the propagation model on resampled cases.
 """
 
@@ -32,6 +37,7 @@ from timing import (
 )
 
 from jaxmed.arrays.trees import named_leaves
+from jaxmed.data.option_answers import Decoding, block_of
 from jaxmed.models.llama import LlamaConfig
 from jaxmed.models.llava import (
     ClipConfig,
@@ -46,6 +52,10 @@ from jaxmed.models.llava import (
 from jaxmed.models.published.llava import entries
 from jaxmed.models.published.names import to_tensor
 from jaxmed.nn.model import make_model
+from jaxmed.recipes.llava_answers import LlavaAnswerer, letter_tokens, split_prompt
+from jaxmed.recipes.small_answerer import SmallConfig, small_answerer, train_small
+from jaxmed.synthesis.phantoms.cine import CONDITIONS, TASKS, beating_heart, draw_record
+from jaxmed.synthesis.record_texts import facts_of, question, render
 from jaxmed.systems.mupm.regression import FitConfig, case_products, make_design, refit
 from jaxmed.train.announce import count_operations
 
@@ -59,6 +69,9 @@ class Workload(NamedTuple):
         words: Tokens of a question.
         answer: Tokens of an answer that is written.
         resamples: Refits.
+        small: Training of the small model whose readouts are compared.
+        records: Of people who are asked about.
+        pool: Wordings of the question about each of them, which are drawn from.
     """
 
     config: LlavaConfig
@@ -66,6 +79,9 @@ class Workload(NamedTuple):
     words: int
     answer: int
     resamples: int = 10_000
+    small: SmallConfig = SmallConfig()
+    records: int = 9
+    pool: int = 480
 
 
 def sized(image: int, vision: tuple[int, int, int], text: tuple[int, int, int, int], dtype: Any = "float32"):
@@ -79,7 +95,7 @@ def sized(image: int, vision: tuple[int, int, int], text: tuple[int, int, int, i
 
 
 WORKLOADS = {
-    "smoke": Workload(sized(28, (32, 2, 2), (32, 2, 4, 2)), 4, 6, 4, 100),
+    "smoke": Workload(sized(28, (32, 2, 2), (32, 2, 4, 2)), 4, 6, 4, 100, SmallConfig(3, 2, 20), 3, 16),
     "cpu": Workload(sized(224, (384, 6, 6), (512, 8, 8, 4)), 20, 120, 64),
     "gpu": Workload(sized(336, (1024, 24, 16), (2048, 16, 32, 8), "bfloat16"), 20, 240, 64),
 }
@@ -91,7 +107,7 @@ def main() -> None:
     config = parse_config(__doc__)
     conditions = prepare(config)
     bench = Bench(WORKLOADS[config.size], config.peer, config.repeats, conditions, measure_peak())
-    emit([*bench.shared(), *bench.decode(), *bench.refits()], config.json)
+    emit([*bench.shared(), *bench.decode(), *bench.readouts(), *bench.refits()], config.json)
 
 
 class Bench:
@@ -185,6 +201,49 @@ class Bench:
         said = f"a question of {work.words} tokens and {work.answer} answered, {self.said}"
         return make_rows("llava_decode", said, measured, self.conditions, self.peak)
 
+    def readouts(self) -> list[Row]:
+        """Measure a variance over wordings from probabilities, and from drawn answers for the same standard error."""
+        work, rng = self.work, np.random.default_rng(1)
+        answerer = small_answerer(jax.tree.map(jnp.asarray, train_small(work.small)[0]))
+        asked = [draw_wordings(rng, answerer, number, work.pool) for number in range(work.records)]
+        shares = [wording_shares(answerer, one) for one in asked]
+        plans = [equal_error(rng, one, work.draws) for one in shares]
+        ratios = np.array([plan.passes / work.draws for plan in plans])
+        least = int(ratios.argmin())
+        plan, wordings = plans[least], asked[least]
+        drawn_variance = draw_estimates(rng, shares[least], plan.answers, plan.passes // plan.answers)
+        model, params, config = answerer.model, answerer.params, answerer.config
+        first = Texts(wordings.texts.tokens[: work.draws], wordings.texts.lengths[: work.draws])
+
+        def probabilities(texts: Texts) -> Any:
+            prefix = read_prefix(model, params, wordings.image, wordings.before)
+            return jax.nn.softmax(next_logits(model, params, prefix, texts)[0][:, wordings.letters])
+
+        def drawn(texts: Texts, keys: Any) -> Any:
+            prefix = read_prefix(model, params, wordings.image, wordings.before)
+            return answer_texts(model, params, config, prefix, texts, keys, Sampling(1, 1.0, 1.0, end=-1))
+
+        ours, theirs = compile_apart(probabilities, first), compile_apart(drawn, first, self.keys)
+        calls = -(-plan.passes // work.draws)
+        functions = {
+            "jaxmed": lambda: ours.call(first),
+            "drawn answers": lambda: [theirs.call(first, self.keys) for _ in range(calls)],
+        }
+        seconds = alternate(functions, self.repeats)
+        accuracy = {
+            "passes": work.draws, "passes_drawn": plan.passes, "fewer_passes": float(ratios[least]),
+            "fewer_passes_median": float(np.median(ratios)), "answers_per_wording": plan.answers,
+            "variance": float(shares[least].var(0).sum()), "standard_error": plan.error,
+            "variance_drawn": float(drawn_variance.mean()), "standard_error_drawn": float(drawn_variance.std()),
+        }  # fmt: skip
+        measured = {
+            "jaxmed": Measurement(seconds["jaxmed"], ours.seconds, accuracy=accuracy),
+            "drawn answers": Measurement(seconds["drawn answers"], theirs.seconds),
+        }
+        said = (f"variance over {work.draws} wordings, small model of {work.small.steps} steps, of {work.records} "
+                "records the one where drawn answers do best")  # fmt: skip
+        return make_rows("readouts", said, measured, self.conditions, self.peak)
+
     def refits(self) -> list[Row]:
         """Measure refits of the propagation model."""
         rng, config = np.random.default_rng(0), FitConfig()
@@ -199,6 +258,109 @@ class Bench:
         measured = {"jaxmed": Measurement(seconds["jaxmed"], ours.seconds, accuracy={"error": error})}
         said = f"{self.work.resamples:,} refits of 50 cases x 11 classes"
         return make_rows("bootstrap_refits", said, measured, self.conditions, self.peak)
+
+
+# --- Readouts --------------------------------------------------------------------------------
+
+
+class Wordings(NamedTuple):
+    """One person's picture, and the question about it in many wordings.
+
+    Attributes:
+        image: As the network sees it.
+        before: Tokens up to the picture.
+        texts: Behind it.
+        letters: Token of every option.
+    """
+
+    image: jax.Array
+    before: jax.Array
+    texts: Texts
+    letters: jax.Array
+
+
+class EqualError(NamedTuple):
+    """Drawn answers that tell a variance as well as probabilities do.
+
+    Attributes:
+        passes: Answers drawn in all.
+        answers: To every wording.
+        error: Standard error from probabilities.
+    """
+
+    passes: int
+    answers: int
+    error: float
+
+
+def draw_wordings(rng: np.random.Generator, answerer: LlavaAnswerer, number: int, count: int) -> Wordings:
+    """Draw a heart and a record, and ask for the condition in other words each time."""
+    condition = CONDITIONS[number % len(CONDITIONS)]
+    picture, facts = beating_heart(rng, condition)[0], facts_of(draw_record(rng, condition))
+    names = tuple(TASKS["condition"])
+    prompts = [
+        split_prompt(answerer, f"{render(rng, facts)}\n{question(rng, 'in 2 years', block_of(names))}\n"
+                     f"{Decoding().instruction}")
+        for _ in range(count)
+    ]  # fmt: skip
+    rows = [words for _, words in prompts]
+    tokens = np.zeros((count, max(map(len, rows))), np.int32)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = row
+    letters = [spelt[0] for spelt in letter_tokens(answerer.tokenizer, len(names))]
+    image = jnp.asarray(answerer.preprocess(picture[..., None]))[None]
+    texts = Texts(jnp.asarray(tokens), jnp.asarray([len(row) for row in rows]))
+    return Wordings(image, jnp.asarray([prompts[0][0]]), texts, jnp.asarray(letters))
+
+
+def wording_shares(answerer: LlavaAnswerer, asked: Wordings) -> np.ndarray:
+    """Return the probabilities of the options, (wording, option)."""
+    model, params = answerer.model, answerer.params
+    prefix = read_prefix(model, params, asked.image, asked.before)
+    logits = jax.jit(functools.partial(next_logits, model))(params, prefix, asked.texts)[0]
+    return np.asarray(jax.nn.softmax(logits[:, asked.letters].astype(jnp.float32)), np.float64)
+
+
+def between_variance(counts: np.ndarray) -> np.ndarray:
+    """Return the unbiased variance between wordings from drawn answers, summed over options: ANOVA's component.
+
+    The variance of the wordings' shares is that of their probabilities and an m-th part of the noise of decoding, which
+    the answers to one wording estimate.
+
+    Args:
+        counts: Answers of each option, (..., wording, option); the same number m >= 2 for every wording.
+    """
+    answers = counts.sum(-1, keepdims=True)
+    shares = counts / answers
+    noise = (shares * (1 - shares) / (answers - 1)).mean(-2)  # of a wording's share
+    return (shares.var(-2, ddof=1) - noise).sum(-1)
+
+
+def draw_estimates(
+    rng: np.random.Generator, shares: np.ndarray, answers: int, wordings: int, trials: int = 500
+) -> np.ndarray:
+    """Return estimates of the variance, each from so many answers drawn to each of so many wordings of the pool."""
+    places = rng.integers(len(shares), size=(trials, wordings))
+    return np.array([between_variance(rng.multinomial(answers, shares[one])) for one in places])
+
+
+def equal_error(rng: np.random.Generator, shares: np.ndarray, draws: int) -> EqualError:
+    """Find how many drawn answers have the standard error of `draws` wordings' probabilities, by simulation.
+
+    Args:
+        rng: Draws wordings and answers.
+        shares: Probabilities of the options for every wording of the pool, (wording, option).
+        draws: Wordings whose probabilities are read.
+    """
+    places = rng.integers(len(shares), size=(2000, draws))
+    error = shares[places].var(1, ddof=1).sum(-1).std()
+    # The squared error falls as the number of wordings grows: one simulation of many tells how many it takes.
+    many, needed = 20 * draws, {}
+    for answers in (2, 4, 8, 16):
+        found = draw_estimates(rng, shares, answers, many).std()
+        needed[answers] = max(2, round(many * (found / error) ** 2))
+    answers = min(needed, key=lambda one: one * needed[one])
+    return EqualError(answers * needed[answers], answers, float(error))
 
 
 # --- The peer --------------------------------------------------------------------------------

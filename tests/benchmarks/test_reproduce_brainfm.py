@@ -1,6 +1,8 @@
 """The reproduction of BrainFM: contrasts, scores, pairs and verdicts; its smoke size."""
 
+import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -100,6 +102,19 @@ def test_the_page_has_every_table_and_says_what_was_not_run(reproduce):
     alone = reproduce.render([row for row in rows if row.study == "laptop"], reproduce.SIZES["cpu"], "cpu", 60.0, 0.0)
     assert alone.count("| cannot be tested here |") == 5 and "| ablation |" not in alone
     assert "bias_error" not in str(reproduce.recorded(rows[0])["values"])
+
+
+def test_a_run_of_one_part_keeps_the_figures_of_the_other(reproduce, tmp_path):
+    rows, size = rows_of(reproduce, 0.2), reproduce.SIZES["cpu"]
+    path = tmp_path / "reproduce_brainfm.json"
+    assert reproduce.earlier(path, size, "ablations") == ([], 0.0)
+    record = {"settings": dataclasses.asdict(size), "seconds": 5.0, "rows": [reproduce.recorded(row) for row in rows]}
+    path.write_text(json.dumps(record))
+    kept, seconds = reproduce.earlier(path, size, "ablations")
+    assert seconds == 5.0 and {row.study for row in kept} == {"laptop"}
+    assert len(kept) == sum(row.study == "laptop" for row in rows)
+    assert {row.study for row in reproduce.earlier(path, size, "laptop")[0]} == set(reproduce.ARMS)
+    assert reproduce.earlier(path, reproduce.SIZES["smoke"], "ablations") == ([], 0.0)
 
 
 @pytest.mark.slow
