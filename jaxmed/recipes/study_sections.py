@@ -22,6 +22,8 @@ HEADINGS = {
     "low": "95 % from", "high": "to", "effect_size": "d_z", "p_value": "p",
     "p_corrected": "p corrected",
 }  # fmt: skip
+SAID_ONCE = ("measure", "baseline", "count", "pairs", "unpaired", "test", "correction")
+"""Columns that the caption tells where all rows have the same: a table is read sooner for each that it lacks."""
 MOST_EXAMPLES = 4
 """Images that are kept of each cell."""
 
@@ -33,8 +35,11 @@ def mean_table(means: Sequence[Mean], caption: str = "") -> Table:
 
 
 def difference_table(differences: Sequence[Difference], caption: str = "") -> Table:
-    """List comparisons, one below the other, with all that is known of each."""
-    return _table([as_record(row) for row in differences], caption)
+    """List comparisons, one below the other, with all that is known of each; why some lack a p-value stands above."""
+    records = [as_record(row) for row in differences]
+    notes = dict.fromkeys(row.note for row in differences if row.note)
+    words = " ".join([caption, *(f"{note[0].upper()}{note[1:]}." for note in notes)]).strip()
+    return _table([{name: value for name, value in row.items() if name != "note"} for row in records], words)
 
 
 def side_by_side(
@@ -181,5 +186,10 @@ def _cell(row: Mean | Difference | None) -> object:
 
 def _table(records: Sequence[Mapping[str, object]], caption: str) -> Table:
     columns = list(dict.fromkeys(name for record in records for name in record))
+    same = {name: records[0].get(name) for name in columns if name in SAID_ONCE and len(records) > 1
+            and len({str(record.get(name)) for record in records}) == 1}  # fmt: skip
+    said = ", ".join(f"{HEADINGS.get(name, name)} {value}" for name, value in same.items() if value not in (0, None))
+    columns = [name for name in columns if name not in same]
     rows = [[record.get(name) for name in columns] for record in records]
-    return Table([HEADINGS.get(name, name) for name in columns], rows, caption)
+    told = f"{caption} All rows: {said}." if said else caption
+    return Table([HEADINGS.get(name, name) for name in columns], rows, told.strip())

@@ -416,6 +416,9 @@ def test_the_report_shows_tables_and_curves(results):
     blocks = (figure, mean_table(summaries), difference_table(compare(results, ("fraction",), "mae", "auroc")))
     page = render("study", "", sections=[Section("Arms", blocks)])
     assert "p corrected" in page and "95 % from" in page
+    # What all rows have is said once, in the caption.
+    assert "All rows: measure auroc, count 4." in page and "All rows: baseline mae, measure auroc, pairs 4" in page
+    assert ">measure</th>" not in page
     with pytest.raises(InputError, match="numbers to draw along"):
         mean_curves(summaries, x="arm", arm="fraction", caption="")
     with pytest.raises(InputError, match="one measure by arm and seed"):
