@@ -1,9 +1,9 @@
-"""A quality study: row `study_cells`, the runs of several seeds in one program against one after another.
+"""A quality study: row `study_cells`, the runs of several seeds together against one after another.
 
 Small vision transformers are fine-tuned on images of noise and scored, as a cell of `jaxmed profound quality-study` is,
-without its reading and writing. "one after another" calls the same compiled program for one run as often as there are
-seeds: the cache is warm, so that what differs is the mapping alone. `difference` is the largest of the outputs.
-`cells_per_hour` is told beside the seconds of all seeds.
+without its reading and writing. "one after another" calls the compiled program for one run as often as there are seeds:
+the cache is warm, so that what differs is that runs are mapped over, or on a CPU that each core takes one. `difference`
+is the largest of the outputs. `cells_per_hour` is told beside the seconds of all seeds.
 """
 
 from typing import NamedTuple

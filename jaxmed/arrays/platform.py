@@ -7,6 +7,7 @@ it is.
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
@@ -24,6 +25,11 @@ def target_platform() -> str:
 def is_planned() -> bool:
     """Tell whether programs that are traced now run somewhere else, if at all."""
     return _planned.get() is not None
+
+
+def usable_cores() -> int:
+    """Return the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

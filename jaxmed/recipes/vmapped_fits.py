@@ -1,13 +1,16 @@
 """Many small fits in one compiled program: runs that differ in records, start and seed are mapped over, not repeated.
 
 For images that fit the device all at once, and encoders of which several do too. A run is a scan over optax; the images
-are shared by all runs, each of which draws its batches from rows of its own. Larger models and sets are trained one by
-one, by `recipes.adapt` and `recipes.pretrain_mae`.
+are shared by all runs, each of which draws its batches from rows of its own. An accelerator maps all runs at once; on a
+CPU, whose programs of small products keep hardly more than a core busy, each core takes a run after the other (with two
+cores 1.2 times as fast as mapping them). Larger models and sets are trained one by one, by `recipes.adapt` and
+`recipes.pretrain_mae`.
 
 Source of the recipe: ProFound's fine-tuning code (class-balanced drawing with replacement, AdamW, warm-up and half a
 cosine to 0, the parameters of the lowest validation loss).
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -20,6 +23,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from jaxmed.arrays.platform import usable_cores
 from jaxmed.arrays.task import TaskKind
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Count, Length, Size, Whole, checked
@@ -88,7 +92,7 @@ def fit_runs(
     """Train an encoder with a head once for every run, and return the outputs for test images.
 
     Args:
-        config: The recipe; equal ones share a program, as do equal numbers of runs.
+        config: The recipe; equal ones share a program, on an accelerator where their numbers of runs are equal.
         encoder: What is trained.
         head: What stands on it.
         kind: Of the task.
@@ -101,11 +105,19 @@ def fit_runs(
         held_out: What selects, where `config.evaluations` is above 0.
     """
     program = _program(config, encoder, head, kind)
-    given = [jnp.asarray(part) for part in held_out] if config.evaluations and held_out is not None else [None] * 3
-    found = program(
-        jnp.asarray(images), jnp.asarray(targets), jnp.log(chances), params, keys, jnp.asarray(test_images), *given
+    others, wanted, shares = (
+        [jnp.asarray(part) for part in held_out] if config.evaluations and held_out is not None else [None] * 3
     )
-    return np.asarray(found)
+    logs, images, targets, test_images = jnp.log(chances), *map(jnp.asarray, (images, targets, test_images))
+
+    def call(which: slice) -> Float[np.ndarray, "part test output"]:
+        own = jax.tree.map(lambda leaf: leaf[which], (logs, params, keys, shares))
+        return np.asarray(program(images, targets, *own[:3], test_images, others, wanted, own[3]))
+
+    if jax.default_backend() != "cpu":
+        return call(slice(None))
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+        return np.concatenate(list(pool.map(call, (slice(run, run + 1) for run in range(len(keys))))))
 
 
 def start_runs(

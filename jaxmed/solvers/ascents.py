@@ -6,7 +6,6 @@ than one core busy.
 """
 
 import concurrent.futures
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from jaxmed.arrays.batches import padded_rows
+from jaxmed.arrays.platform import usable_cores
 from jaxmed.solvers.least_squares import LmState, Point
 
 BLOCK_CHUNKS = 16
@@ -67,9 +67,8 @@ def ascend_blocks(
         start: Problems that were fitted before.
     """
     count = len(jax.tree.leaves(data)[0])
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # An accelerator is kept busy by one chunk while the next is prepared.
-    workers = workers if jax.default_backend() == "cpu" else 2
+    workers = usable_cores() if jax.default_backend() == "cpu" else 2
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
 
         def run(program, index, ascent=None, chosen=None, size=size):
