@@ -2,8 +2,9 @@
 
 For every pair `jaxmed plan` compiles the real step as published, and where that does not divide or fit, other meshes,
 parts of a batch and recomputation; the table says what was changed. TPUs need the libtpu wheel (extra `plan`), nothing
-needs an accelerator. A pair takes gigabytes of memory, and more than minutes on two cores; finished pairs are kept in
---json and not planned again.
+needs an accelerator. A pair takes gigabytes of memory, and minutes on two cores: one that takes longer than --seconds
+is told as not finished. Finished pairs are kept in --json and not planned again. With --limit 1 the configured layout
+alone is compiled, and others where it does not run; the largest batch is then not looked for.
 
     python benchmarks/plan_large.py --json plans.json --table benchmarks/results/plans.md
 """
@@ -40,6 +41,7 @@ class Options:
         only: Models, by the names of the table; all when empty.
         machines: Machines, as of jaxmed plan.
         limit: Layouts that are compiled at most for a pair.
+        seconds: That a pair may take.
         json: File that keeps the figures of every pair.
         table: File that gets the table, as Markdown.
     """
@@ -47,6 +49,7 @@ class Options:
     only: tuple[str, ...] = ()
     machines: tuple[str, ...] = MACHINES
     limit: int = 6
+    seconds: float = 1800.0
     json: Path = Path("plans.json")
     table: Path | None = None
 
@@ -95,10 +98,10 @@ def main() -> int:
                 continue
             print(key, file=sys.stderr, flush=True)
             try:
-                known[key] = make_plan(system, stage, config, find_topology(word), options.limit)
+                known[key] = plan(system, stage, config, word, options)
             except InputError as error:
                 print(f"{key}: {error}", file=sys.stderr, flush=True)
-                continue
+                known[key] = {"problem": str(error)}
             write_atomically(options.json, json.dumps(known, indent=1) + "\n")
     text = "\n".join([*HEAD, *(row(key, record) for key, record in known.items())]) + "\n"
     print(text)
@@ -107,15 +110,26 @@ def main() -> int:
     return 0
 
 
+def plan(system: str, stage: str, config: Any, word: str, options: Options) -> dict[str, Any]:
+    """Plan a pair: the configured layout first, and others where it does not run or more are asked for."""
+    found = make_plan(system, stage, config, find_topology(word), options.limit, options.seconds)
+    if options.limit == 1 and found["best"] is None:
+        found = make_plan(system, stage, config, find_topology(word), 2, options.seconds)
+    return found
+
+
 HEAD = (
     "| model and machine | mesh | batch, parts, remat | GB a chip: parameters, optimiser, temporaries; of "
-    "| TFLOP a chip | GB sent a chip by axis | step | utilisation | records/s | largest batch | input | verdict |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "| TFLOP a chip | GB sent a chip by axis | step | utilisation | records/s | largest batch | input | plan took "
+    "| verdict |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
 def row(key: str, record: dict[str, Any]) -> str:
     """Return the row of a pair: its best layout, or the first where none fits."""
+    if "problem" in record:
+        return f"| {key} |" + " |" * 11 + f" {record['problem']} |"
     outcomes = read_outcomes(record)
     one = outcomes[record["best"] if record["best"] is not None else 0]
     memory = one.memory
@@ -128,8 +142,9 @@ def row(key: str, record: dict[str, Any]) -> str:
         key, f"{layout.data} x {layout.model}", f"{layout.batch}, {layout.accumulation}, {layout.remat}",
         f"{parts[0]:.2f}, {parts[1]:.2f}, {parts[2]:.2f}; {one.total / 1e9:.1f} of {one.capacity / 1e9:.1f}",
         f"{one.flops / 1e12:.3g}", sent, f"{one.seconds:.3g} s ({one.quickest:.3g} to {one.slowest:.3g})",
-        f"{one.utilisation:.0%}", f"{one.rate:.4g} {one.unit}", str(record["largest_batch"]),
-        f"{one.input.get('megabytes_per_second', 0.0):.4g} MB/s", verdict(record, options),
+        f"{one.utilisation:.0%}", f"{one.rate:.4g} {one.unit}", str(record["largest_batch"] or "not looked for"),
+        f"{one.input.get('megabytes_per_second', 0.0):.4g} MB/s", f"{record['seconds']:.0f} s",
+        verdict(record, options),
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -96,6 +96,8 @@ PLANNED = (
     "tangerine adapt",
     "retfound pretrain",
     "retfound adapt",
+    "profound pretrain",
+    "profound adapt",
     "brainfm train",
     "cocolit train-diffusion",
     "cocolit translate",

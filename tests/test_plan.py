@@ -189,7 +189,7 @@ def test_what_is_sent_does_not_grow_with_the_batch(count):
     """Activations stay on their device: along the axis of the batch go parameters and gradients alone."""
     sent = []
     for batch in (count, 2 * count):
-        _, (one,) = planned("tangerine", "pretrain", wide(pretrain.smoke(), batch), f"cpu:{count}")
+        _, (one,) = planned("tangerine", "pretrain", wide(pretrain.smoke(), batch), f"h200x{count}")
         assert one.runs and set(one.sent) == {"data"}
         assert {message[0] for message in one.messages} <= {"all-gather", "all-reduce", "reduce-scatter"}
         sent.append(one.sent["data"])
@@ -203,7 +203,7 @@ def test_tensor_splits_send_along_their_own_axis_too(count, model):
     config = wide(pretrain.smoke(), 2 * count)
     mesh = dataclasses.replace(config.train.mesh, data=count // model, model=model)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, mesh=mesh))
-    _, (one,) = planned("tangerine", "pretrain", config, f"cpu:{count}")
+    _, (one,) = planned("tangerine", "pretrain", config, f"h200x{count}")
     assert one.runs and {"data", "model"} <= set(one.sent)
     # Two sums of activations for each of two blocks, forward and backward.
     calls = sum(message[3] for message in one.messages if message[:2] == ("all-reduce", "model"))
@@ -217,14 +217,16 @@ def test_tensor_splits_send_along_their_own_axis_too(count, model):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("count", [8, 64])
 @pytest.mark.parametrize(
-    "name", ["tangerine adapt", "retfound pretrain", "retfound adapt", "brainfm train", "cocolit train-diffusion"]
-)
+    "name",
+    ["tangerine adapt", "retfound pretrain", "retfound adapt", "profound pretrain", "profound adapt", "brainfm train",
+     "cocolit train-diffusion"],
+)  # fmt: skip
 def test_the_step_of_every_stage_is_split_over_the_batch(name, count):
     """Tiny networks: gradients are summed, and no activation is exchanged."""
     config = load_stage(*name.split()).smoke()
     asked, _ = asked_layout(config)
     config = arrange(config, dataclasses.replace(asked, data=count, model=1, batch=count, accumulation=1))
-    _, (one,) = planned(*name.split(), config, f"cpu:{count}")
+    _, (one,) = planned(*name.split(), config, f"h200x{count}")
     assert one.runs, one.problem
     assert set(one.sent) <= {"data"}
     assert not {kind for kind, *_ in one.messages} & {"all-to-all", "collective-permute"}

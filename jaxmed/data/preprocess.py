@@ -302,6 +302,12 @@ class Preprocess:
         return Form(self.size, self.channels, self.axes == "RAS")
 
     @property
+    def channel_names(self) -> tuple[str, ...]:
+        """A name for each channel: its first word, or its number."""
+        words = self.sequences or ("",) * self.channels
+        return tuple(word.partition("|")[0] or f"channel{number}" for number, word in enumerate(words))
+
+    @property
     def told_spacing(self) -> str:
         """The voxel size in words."""
         return " x ".join(f"{length:g}" for length in self.spacing) + " mm" if self.spacing else "the files' voxel size"

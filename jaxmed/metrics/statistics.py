@@ -342,6 +342,24 @@ def spearman(first: Real[np.ndarray, " pair"], second: Real[np.ndarray, " pair"]
     return float(scipy.stats.spearmanr(first, second)[0])  # pyright: ignore[reportArgumentType]
 
 
+def weighted_spearman(
+    first: Real[np.ndarray, " pair"], second: Real[np.ndarray, " pair"], weights: Real[np.ndarray, "resample pair"]
+) -> Float64[np.ndarray, " resample"]:
+    """Return Spearman's rank correlation of pairs that count so many times, as a bootstrap draws them.
+
+    Args:
+        first: One value of each pair.
+        second: The other.
+        weights: Whole numbers, a row for each resample.
+
+    Returns:
+        One for each resample; NaN where one of the two does not vary in it.
+    """
+    repeated = (np.repeat(np.arange(len(first)), row.astype(int)) for row in weights)
+    values = (spearman(first[pairs], second[pairs]) for pairs in repeated)
+    return np.array([np.nan if value is None else value for value in values])
+
+
 def information_criteria(variance: float, count: int, parameters: int) -> tuple[float | None, float | None]:
     """Return the corrected Akaike and the Bayesian criterion of Gaussian errors; the lower, the better.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmed.arrays.masking import Masking, choose_masking
-from jaxmed.arrays.position import sincos
+from jaxmed.arrays.position import sincos, sincos_3d_oblong
 from jaxmed.arrays.types import KeyArray, Params
 from jaxmed.config import Share, Size, checked
 from jaxmed.models.vit import FROZEN, Blocks, Vit, VitConfig
@@ -200,6 +200,13 @@ MAE_S_96 = MaeConfig(
     decoder_heads=6,
     decoder_hidden=768,
 )
+
+
+def oblong_positions(config: MaeConfig, layout: Literal["clean", "upstream"]) -> Params:
+    """Return both transformers' tables of positions in ProFound's form; see `arrays.position.sincos_3d_oblong`."""
+    x, y, z = config.encoder.grid
+    widths = {"encoder": config.encoder.width, "decoder": config.decoder_width}
+    return {name: {"position": sincos_3d_oblong(width, (x, y, z), layout)} for name, width in widths.items()}
 
 
 def small_mae(edge: int, patch: int, width: int, depth: int) -> MaeConfig:

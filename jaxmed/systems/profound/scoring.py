@@ -17,7 +17,7 @@ from jaxmed.io.images import read_image
 from jaxmed.io.scans import ScanFiles, kind_of, read_volume
 from jaxmed.metrics import weighted
 from jaxmed.metrics.image_quality import Quality, measure_quality
-from jaxmed.metrics.statistics import Interval, bootstrap, bootstrap_all, spearman
+from jaxmed.metrics.statistics import Interval, bootstrap, bootstrap_all, spearman, weighted_spearman
 from jaxmed.models.published.profound import PREPROCESS
 from jaxmed.report.slices import slice_image
 from jaxmed.volume import Volume
@@ -145,7 +145,7 @@ def agree(
         counts = weighted.count_cells(cells, weights, len(classes))
         return {"kappa": weighted.from_confusion(counts)["kappa_quadratic"]}
 
-    rank = bootstrap(partial(_weighted_spearman, scores, labels), subjects, seed=seed, num_resamples=500)
+    rank = bootstrap(partial(weighted_spearman, scores, labels), subjects, seed=seed, num_resamples=500)
     return Agreement(rank, bootstrap_all(kappa, subjects, seed=seed, num_resamples=500)["kappa"], len(scores))
 
 
@@ -154,14 +154,6 @@ def cut_like(scores: Float[np.ndarray, " record"], classes: Int[np.ndarray, " re
     found = np.empty(len(scores), int)
     found[np.argsort(scores, kind="stable")] = np.sort(classes)
     return found
-
-
-def _weighted_spearman(
-    scores: np.ndarray, labels: np.ndarray, weights: Float[np.ndarray, "resample row"]
-) -> Float[np.ndarray, " resample"]:
-    repeated = (np.repeat(np.arange(len(scores)), row.astype(int)) for row in weights)
-    values = (spearman(scores[rows], labels[rows]) for rows in repeated)
-    return np.array([np.nan if value is None else value for value in values])
 
 
 def _open(

@@ -3,10 +3,13 @@
 import dataclasses
 from functools import partial
 
+from jax.sharding import Mesh
+
+from jaxmed.arrays.task import Task
 from jaxmed.data.loader import LoaderConfig
 from jaxmed.models.published.profound import PREPROCESS
 from jaxmed.recipes.adapt_sections import adapt_page
-from jaxmed.recipes.adapt_stage import Summary, run_adapt
+from jaxmed.recipes.adapt_stage import Summary, plan_adapt, run_adapt
 from jaxmed.recipes.stage import Finished, Page
 from jaxmed.recipes.training import TrainConfig
 from jaxmed.systems.profound import adaptation
@@ -15,6 +18,7 @@ from jaxmed.systems.profound.cases import SOURCE
 from jaxmed.systems.profound.scoring import score_case
 from jaxmed.train.loop import LoopConfig
 from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.workload import Workload
 
 Config = adaptation.AdaptationConfig
 LONG = LoopConfig(log_every=10, save_every=100)
@@ -43,6 +47,12 @@ def run(config: Config, folder: RunFolder) -> int:
     made = dataclasses.replace(made, labelled=with_probe(made.labelled))
     scorer = partial(score_case, made.preprocess.apply(PREPROCESS).sequences), made.quality_scans
     return run_adapt(config, made.labelled, partial(find_start, made), page, folder, notes, config.augment, scorer)
+
+
+def plan_step(config: Config, mesh: Mesh) -> Workload:
+    """Return the step of a run from scratch and the shapes of its arguments; nothing is read or drawn."""
+    scratch = dataclasses.replace(config, labelled=with_probe(dataclasses.replace(config.labelled, weights=None)))
+    return plan_adapt(scratch.labelled, find_start(scratch, Task()), mesh, Task(), config.augment)
 
 
 def page(run: Finished[Config, Summary]) -> Page:

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxmed.arrays.position import sincos_3d_oblong
 from jaxmed.arrays.types import Params
 from jaxmed.config import checked
 from jaxmed.data.augment import AugmentConfig
@@ -17,9 +17,9 @@ from jaxmed.data.preprocess import Preprocess
 from jaxmed.data.records import SubsetSource
 from jaxmed.models.convnext import of_size
 from jaxmed.models.fcmae import FcmaeConfig, fcmae_model
-from jaxmed.models.mae import MaeConfig, MaskedModel, masked_model
+from jaxmed.models.mae import MaeConfig, MaskedModel, masked_model, oblong_positions
 from jaxmed.models.published.profound import PREPROCESS
-from jaxmed.recipes.pretrain_mae import pretrain
+from jaxmed.recipes.pretrain_mae import plan_pretraining, pretrain
 from jaxmed.recipes.pretrain_pictures import Completed, completed, volume_figure, write_volumes
 from jaxmed.recipes.pretrain_stage import (
     UnlabelledData,
@@ -42,6 +42,7 @@ from jaxmed.train.loop import LoopConfig, length_notes
 from jaxmed.train.mesh import MeshConfig
 from jaxmed.train.optimizer import OptimizerConfig
 from jaxmed.train.run_folder import RunFolder
+from jaxmed.train.workload import Workload
 
 STYLE = MapStyle(colormap="gray", limits=(-2.0, 3.0))
 Size = Literal["model", "atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"]
@@ -181,8 +182,7 @@ class Summary:
 def run(config: Config, folder: RunFolder) -> None:
     """Read and check the cases, train, export the model, write the report."""
     clock, train, preprocess = Clock(), config.train, config.preprocess
-    sizes = dataclasses.replace(config.trained, encoder=dataclasses.replace(config.trained.encoder, dtype=train.dtype))
-    model, kind = make_masked(sizes)
+    sizes, model, kind = make_masked(config)
     check_fit(train, model.network)
     published = None
     if config.weights is not None:
@@ -202,7 +202,7 @@ def run(config: Config, folder: RunFolder) -> None:
     clock.lap("read and check")
     params, pictures = pretrain(
         train, model, TrainData(SubsetSource(source, training), held_out, PreparedField(preprocess)),
-        folder=folder, log=log, augment=config.augmentation if config.augmentation.active else None,
+        folder=folder, log=log, augment=make_augment(config),
         start=first_parameters(config) if published is None else published.params,
     )  # fmt: skip
     clock.lap("train, compilation included")
@@ -211,31 +211,34 @@ def run(config: Config, folder: RunFolder) -> None:
     )
     if jax.process_index() != 0:
         return
-    channels = channel_names(preprocess)
+    channels = preprocess.channel_names
     write_volumes(folder.outputs, pictures, cases.scans[cases.num_training :], preprocess, channels)
     number = sum(leaf.size for leaf in jax.tree.leaves(params))
     finish(folder, config, Summary(counts, number, channels, completed(pictures), tuple(notes)), clock, page)
 
 
-def make_masked(sizes: FcmaeConfig | MaeConfig) -> tuple[MaskedModel, str]:
-    """Return a masked autoencoder, and its kind among the family's."""
-    return (fcmae_model(sizes), "fcmae") if isinstance(sizes, FcmaeConfig) else (masked_model(sizes), "mae")
+def plan_step(config: Config, mesh: Mesh) -> Workload:
+    """Return the step of a run and the shapes of its arguments; nothing is read or drawn."""
+    return plan_pretraining(config.train, make_masked(config)[1], mesh, make_augment(config))
+
+
+def make_augment(config: Config) -> AugmentConfig | None:
+    """Return what happens to a training case; None where nothing does."""
+    return config.augmentation if config.augmentation.active else None
+
+
+def make_masked(config: Config) -> tuple[FcmaeConfig | MaeConfig, MaskedModel, str]:
+    """Return the sizes with the type of products set, the masked autoencoder, and its kind among the family's."""
+    encoder = dataclasses.replace(config.trained.encoder, dtype=config.train.dtype)
+    sizes = dataclasses.replace(config.trained, encoder=encoder)
+    model, kind = (fcmae_model(sizes), "fcmae") if isinstance(sizes, FcmaeConfig) else (masked_model(sizes), "mae")
+    return sizes, model, kind
 
 
 def first_parameters(config: Config) -> Params | None:
     """Return the tables of positions of a transformer as the release lays them out, where that is asked for."""
-    if config.encoder == "convnext":
-        return None
-    sizes, layout = config.transformer, "upstream" if config.match_release else "clean"
-    widths = {"encoder": sizes.encoder.width, "decoder": sizes.decoder_width}
-    x, y, z = sizes.encoder.grid
-    return {name: {"position": sincos_3d_oblong(width, (x, y, z), layout)} for name, width in widths.items()}
-
-
-def channel_names(preprocess: Preprocess) -> tuple[str, ...]:
-    """Return a name for each channel: its first word, or its number."""
-    words = preprocess.sequences or ("",) * preprocess.channels
-    return tuple(word.partition("|")[0] or f"channel{number}" for number, word in enumerate(words))
+    layout = "upstream" if config.match_release else "clean"
+    return None if config.encoder == "convnext" else oblong_positions(config.transformer, layout)
 
 
 # The page ------------------------------------------------------------------------------------------------------------
