@@ -17,7 +17,8 @@ from jaxmed.data.connectomes import ConnectomeConfig, read_connectome
 
 TINY = [
     *("--fit.model.equation", "fkpp", "--fit.grid-steps", "32", "--fit.stages", "64"),
-    *("--fit.steps", "15", "--fit.loops", "2", "--solver", "fixed", "--starts", "1"),
+    # A tolerance of 0 ends no fit early: whether a round settles one hangs on rounding.
+    *("--fit.steps", "15", "--fit.loops", "2", "--fit.tolerance", "0", "--solver", "fixed", "--starts", "1"),
 ]
 
 
@@ -188,8 +189,8 @@ def test_a_map_made_by_diffusion_is_explained_from_its_own_seed(places, tmp_path
 
 
 def test_a_cohort_says_how_well_its_stages_could_be_recovered(tmp_path):
-    # The last part of acceptance 2 in small: more visits, better stages. After 10 steps the years hang on rounding (2.4
-    # to 4.0 by XLA's options), after 40 they do not.
+    # The last part of acceptance 2 in small: more visits, better stages. One visit leaves the clock free, so that its
+    # years hang on rounding (2.0 to 3.8 by processor and XLA's options): orders are compared, and the years bounded.
     words = [
         "--regions",
         8,
@@ -208,7 +209,8 @@ def test_a_cohort_says_how_well_its_stages_could_be_recovered(tmp_path):
     assert run("simulate", *words, "--out", tmp_path / "run") == 0
     rows = rows_of(tmp_path / "run" / "outputs" / "stage_recovery.csv")
     assert [(row["visits"], row["irregularity"]) for row in rows] == [("1", "0.0"), ("4", "0.0"), ("4", "0.9")]
-    assert float(rows[1]["spearman"]) > float(rows[0]["spearman"]) and float(rows[1]["years"]) < float(rows[0]["years"])
+    assert float(rows[1]["spearman"]) > float(rows[0]["spearman"]) + 0.03 and float(rows[1]["spearman"]) > 0.97
+    assert 0 < float(rows[1]["years"]) < 5
     assert "How well stages are recovered" in (tmp_path / "run" / "report.html").read_text()
 
 
