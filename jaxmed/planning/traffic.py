@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxmed.planning.program_text import Array, Calls, Computation, Instruction, Program, count_calls
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -94,27 +96,73 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
         contracted = [int(axis) for axis in axes[1].split(",") if axis] if axes else []
         return 2.0 * size * math.prod(left.shape[axis] for axis in contracted) if left else 0.0
     if instruction.opcode == "convolution":
-        kernel = _operand(computation, instruction, 1)
-        labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
-        if kernel is None or not labels:
-            return 0.0
-        reached = math.prod(max(edge / spread, 1.0) / edge for edge, spread in _window(instruction.attributes))
-        return 2.0 * size * reached * kernel.size / max(kernel.shape[labels[1].index("o")], 1)
+        return _convolution_flops(computation, instruction)
     if instruction.opcode == "custom-call" and re.search(r"matmul|gemm|dot", _target(instruction), re.IGNORECASE):
         left = _operand(computation, instruction, 0)
         return 2.0 * size * left.shape[-1] if left and left.shape else 0.0
     return 0.0
 
 
-def _window(attributes: str) -> list[tuple[int, int]]:
-    """Return the edge of a window along each axis, and by how much its input is spread with zeros between."""
-    window = re.search(r"window=\{([^}]*)\}", attributes)
-    if window is None:
-        return []
-    found = {name: [int(part) for part in value.split("x")] for name, value in
-             re.findall(r"(size|lhs_dilate)=([\dx]+)", window[1])}  # fmt: skip
-    edges = found.get("size", [])
-    return list(zip(edges, found.get("lhs_dilate", [1] * len(edges)), strict=False))
+def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
+    """Count products where a place of the window lies on the input, and not on padding or between its values.
+
+    TPUs write most products as convolutions: heads or the pairs of a batch are then an axis of a window that is as long
+    as the output, of which each place of the output reaches one, or a few, inside the input.
+    """
+    image, kernel = (_operand(computation, instruction, number) for number in (0, 1))
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if image is None or kernel is None or not labels or not instruction.results:
+        return 0.0
+    output = instruction.results[0]
+    reached = 1.0
+    for axis, window in enumerate(_windows(instruction.attributes)):
+        places = [array.shape[text.index(str(axis))] for array, text in ((image, labels[1]), (output, labels[3]))]
+        reached *= window.reached(*places)
+    along = (output.shape[labels[3].index(name)] for name in "bf")
+    return 2.0 * math.prod(along) * kernel.shape[labels[2].index("i")] * reached
+
+
+class Window(NamedTuple):
+    """A window along one axis.
+
+    Attributes:
+        size: Its places.
+        stride: Between outputs.
+        low: Padding before the input.
+        lhs_dilate: Distance of the input's values, zeros between.
+        rhs_dilate: Distance of the window's places.
+    """
+
+    size: int
+    stride: int
+    low: int
+    lhs_dilate: int
+    rhs_dilate: int
+
+    def reached(self, length: int, outputs: int) -> int:
+        """Return the pairs of an output and a place of its window that meet on a value of an input of this length."""
+        begins = np.arange(outputs)[:, None] * self.stride - self.low
+        places = begins + np.arange(self.size) * self.rhs_dilate
+        is_inside = (places >= 0) & (places <= (length - 1) * self.lhs_dilate) & (places % self.lhs_dilate == 0)
+        return int(is_inside.sum())
+
+
+def _windows(attributes: str) -> list[Window]:
+    """Return the window of a convolution along each axis."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(field.split("=") for field in found[1].split()) if found else {}
+    sizes = [int(size) for size in fields["size"].split("x")] if "size" in fields else []
+
+    def each(name: str, otherwise: int) -> list[int]:
+        # Of padding, "1_2x0_0", the lower end counts.
+        return (
+            [int(part.split("_")[0]) for part in fields[name].split("x")]
+            if name in fields
+            else [otherwise] * len(sizes)
+        )
+
+    steps = (each("stride", 1), each("pad", 0), each("lhs_dilate", 1), each("rhs_dilate", 1))
+    return [Window(*parts) for parts in zip(sizes, *steps, strict=True)]
 
 
 def _target(instruction: Instruction) -> str:

@@ -2,12 +2,22 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled_snippet import SNIPPET
 
 from jaxmed.planning.program_text import Array, Computation, Instruction, parse_program
-from jaxmed.planning.traffic import first_group, group_axis, measure_work, moved_bytes, product_flops, sent_share
+from jaxmed.planning.traffic import (
+    Window,
+    first_group,
+    group_axis,
+    measure_work,
+    moved_bytes,
+    product_flops,
+    sent_share,
+)
 
 pytestmark = pytest.mark.core
 
@@ -55,7 +65,8 @@ def test_convolutions_count_their_window_channels_and_voxels():
         "x": Instruction("x", "parameter", (x,), (), ""), "k": Instruction("k", "parameter", (kernel,), (), ""),
         "y": convolution,
     }  # fmt: skip
-    assert product_flops(Computation(known, "y"), convolution) == 2 * y.size * 9 * 8
+    # Along an axis of 16 the window of 3 reaches two voxels at either end: padding is not multiplied.
+    assert product_flops(Computation(known, "y"), convolution) == 2 * (2 * 32) * (3 * 16 - 2) ** 2 * 8
 
 
 def test_zeros_between_voxels_cost_nothing():
@@ -68,6 +79,30 @@ def test_zeros_between_voxels_cost_nothing():
         "y": product,
     }  # fmt: skip
     assert product_flops(Computation(known, "y"), product) == 2 * y.size * 32
+
+
+def test_heads_that_a_window_lays_out_are_one_product_each():
+    # A TPU writes tokens times the kernels of 3 x 4 heads as one convolution: each output reaches one place of it.
+    x, kernel, y = Array("bf16", (20, 64, 1, 1)), Array("bf16", (3, 4, 16, 64)), Array("bf16", (20, 3, 4, 16))
+    window = "window={size=3x4 pad=2_2x3_3 rhs_reversal=1x1}, dim_labels=bf01_01oi->b01f"
+    product = Instruction("y", "convolution", (y,), ("x", "k"), window)
+    known = {
+        "x": Instruction("x", "parameter", (x,), (), ""), "k": Instruction("k", "parameter", (kernel,), (), ""),
+        "y": product,
+    }  # fmt: skip
+    assert product_flops(Computation(known, "y"), product) == 2 * 20 * 64 * (3 * 4 * 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "low", "high", "spread", "dilation"),
+    [(3, 1, 1, 1, 1, 1), (3, 2, 0, 1, 1, 1), (4, 1, 2, 2, 2, 1), (3, 1, 2, 2, 1, 2), (5, 3, 4, 0, 3, 2)],
+)
+def test_a_window_reaches_what_a_convolution_of_ones_sums_up(size, stride, low, high, spread, dilation):
+    ones = jnp.ones((1, 1, 7)), jnp.ones((1, 1, size))
+    sums = jax.lax.conv_general_dilated(
+        *ones, (stride,), [(low, high)], lhs_dilation=(spread,), rhs_dilation=(dilation,)
+    )  # fmt: skip
+    assert Window(size, stride, low, spread, dilation).reached(7, sums.shape[-1]) == int(sums.sum())
 
 
 def test_a_sum_that_is_scattered_in_a_fused_operation_is_one_message():
