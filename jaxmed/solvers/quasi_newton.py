@@ -55,14 +55,12 @@ class State(NamedTuple):
     rejected: Int[Array, ""]
 
 
-def init(function: ValueAndGradient, point: Float[Array, " parameter"], memory: int = 16) -> State:
-    """Evaluate the function where the search begins."""
-    value, gradient = function(point)
+def init(point: Float[Array, " parameter"], memory: int = 16) -> State:
+    """Return the state before anything was evaluated: the first `step` evaluates the function at the point itself."""
     none = jnp.zeros((memory, len(point)), point.dtype)
-    start = State(
-        point, value, gradient, gradient, jnp.ones((), point.dtype), none, none, none[:, 0], jnp.zeros((), jnp.int32)
-    )
-    return start._replace(direction=_steepest(gradient, none))
+    one, worst = jnp.ones((), point.dtype), jnp.full((), jnp.inf, point.dtype)
+    still = jnp.zeros_like(point)
+    return State(point, worst, still, still, one, none, none, none[:, 0], jnp.zeros((), jnp.int32))
 
 
 def step(state: State, function: ValueAndGradient) -> State:
@@ -97,8 +95,9 @@ def run(function: ValueAndGradient, point: Float[Array, " parameter"], steps: in
     Source: Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5. Deviation: backtracking in place of a
     Wolfe search; pairs without positive curvature are not remembered.
     """
-    start = init(function, point, memory)
-    return jax.lax.scan(lambda state, _: (step(state, function), None), start, length=steps)[0]
+    # The first evaluation is a step like the others, so that a program holds the function once.
+    start = init(point, memory)
+    return jax.lax.scan(lambda state, _: (step(state, function), None), start, length=steps + 1)[0]
 
 
 def _accept(state: State, trial: Array, value: Array, gradient: Array) -> State:

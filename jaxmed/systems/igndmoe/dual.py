@@ -234,8 +234,7 @@ def init(key: KeyArray, problem: Problem, config: FitConfig) -> DualState:
 def step(state: DualState, problem: Problem, config: FitConfig) -> tuple[DualState, Info]:
     """Do one round: train at fixed stages, then stage all subjects; a finished run stays as it is."""
     model = make_progression_model(config.model)
-    params, terms, rejected = _trajectory_step(model, state, problem, config)
-    course = solve_equation(model, params, problem.graph, problem.seeds, config)
+    params, course, terms, rejected = _trajectory_step(model, state, problem, config)
     staged = align(course, problem.visits, config.stages)
     train, validation = _mean_errors(problem, staged.errors)
     # NaN is never better, so a run that breaks ends with its best round.
@@ -299,17 +298,16 @@ def mechanistic_start(problem: Problem, config: FitConfig) -> tuple[StartRates, 
     tried = jnp.stack([jnp.broadcast_to(part, shape) for part in (k, second, jnp.zeros((1, 1)), seed)], axis=-1)
     tried = tried.reshape(-1, 4)
     logs = tried[jnp.argmin(jax.lax.map(score, tried))]
-    onsets = align(course(logs), problem.visits, config.stages).onsets
 
-    def one_round(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
-        logs, onsets = carry
-        staged = stage_visits(course(logs), problem.visits, onsets, problem.train)
+    def one_round(logs: Array, _: None) -> tuple[Array, None]:
+        before = course(logs)
+        onsets = align(before, problem.visits, config.stages).onsets
+        staged = stage_visits(before, problem.visits, onsets, problem.train)
         function = value_and_gradient(lambda x: profiled_error(staged, course(x)), config.ode)
-        logs = quasi_newton.run(function, logs, START_STEPS).point
-        return (logs, align(course(logs), problem.visits, config.stages).onsets), None
+        return quasi_newton.run(function, logs, START_STEPS).point, None
 
-    (logs, onsets), _ = jax.lax.scan(one_round, (logs, onsets), length=START_ROUNDS)
-    return _from_logs(logs, grows), onsets
+    logs, _ = jax.lax.scan(one_round, logs, length=START_ROUNDS)
+    return _from_logs(logs, grows), align(course(logs), problem.visits, config.stages).onsets
 
 
 def _fkpp_field(t: Array, c: Array, args: tuple[StartRates, Matrix]) -> Array:
@@ -353,26 +351,27 @@ def _start_field(
 
 def _trajectory_step(
     model: Model, state: DualState, problem: Problem, config: FitConfig
-) -> tuple[Params, Terms, Array]:
+) -> tuple[Params, Trajectory, Terms, Array]:
     first = solve_equation(model, state.params, problem.graph, problem.seeds, config)
     staged = stage_visits(first, problem.visits, state.onsets, problem.train)
     flat, unravel = ravel_pytree(state.params)
 
-    def terms_of(params: Params) -> Terms:
+    def terms_of(params: Params) -> tuple[Terms, Trajectory]:
         course = solve_equation(model, params, problem.graph, problem.seeds, config)
         norm = overlap = jnp.zeros(())
         if config.model.equation == "igndmoe":
             experts = rates_along(model, params, problem.graph, problem.seeds, course).experts
             norm, overlap = regularisers(experts, course.times[1] - course.times[0])
-        return Terms(profiled_error(staged, course), norm, overlap)
+        return Terms(profiled_error(staged, course), norm, overlap), course
 
     def loss(point: Array) -> Array:
-        terms = terms_of(unravel(point))
+        terms, _ = terms_of(unravel(point))
         return terms.data + config.norm_weight * terms.norm + config.overlap_weight * terms.overlap
 
     end = quasi_newton.run(value_and_gradient(loss, config.ode), flat, config.steps, config.memory)
     params = unravel(end.point)
-    return params, terms_of(params), end.rejected
+    terms, course = terms_of(params)
+    return params, course, terms, end.rejected
 
 
 def regularisers(experts: Float[Array, "time expert region"], step: Scalar) -> tuple[Scalar, Scalar]:
